@@ -1,0 +1,1 @@
+"""Benchmarks: paired, interleaved cases and the claims made from them."""

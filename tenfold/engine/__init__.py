@@ -1,0 +1,1 @@
+"""The engine: requests become steps, steps become tokens."""

@@ -1,0 +1,1 @@
+"""Models: one family a file; reading one file shows one forward."""

@@ -1,0 +1,1 @@
+"""Layers. Each takes `(x, step)` and calls `ops`; none keeps state about requests."""

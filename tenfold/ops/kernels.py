@@ -1,0 +1,107 @@
+"""`Kernels`: the operations every forward is made of. One meaning (`oracle.py`), several implementations, one object per engine.
+
+Layers get the object when they are built and call it with tensors only; nothing here knows of requests or models.
+T tokens, R requests, D features. Activations are [T, D], contiguous, in the compute type (float32 for the CPU kernels).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from tenfold.ops.matrix import Matrix, RawTensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """RMS norm: `x / sqrt(mean(x^2) + eps) * weight`, computed in float32; weight float32 [D] (Gemma's +1 already added)."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Shape and rules of one attention layer.
+
+    scale multiplies q.k; window > 0 lets a query at position p see keys p-window+1..p only; softcap > 0 replaces
+    score s by softcap * tanh(s / softcap); rotary_dim: leading features of each head that rotate (half-split pairs i, i + rotary_dim/2).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    rotary_dim: int = 0
+
+
+class Kernels(Protocol):
+    """A set of implementations for one device."""
+
+    name: str
+
+    def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
+        """One Matrix of the parts stacked by rows, in the layout these kernels want."""
+        ...
+
+    def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
+        """`table[ids] * scale`: ids [T] int64 -> [T, cols]."""
+        ...
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """RMS norm over the last dimension."""
+        ...
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
+        """`x + rms_norm(y)` (a norm after the sublayer, as Gemma has)."""
+        ...
+
+    def linear(
+        self,
+        x: Tensor,
+        w: Matrix,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`y = (rms_norm(x) if norm else x) @ w.T + bias`; act "silu" or "gelu_tanh": the rows of w are gate then up and
+        `y = act(gate) * up`; then `y + residual`. x [T, cols], bias [rows] float32, residual as the result -> [T, rows] (rows / 2 with act)."""
+        ...
+
+    def rope_write(
+        self,
+        qkv: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> Tensor:
+        """Split qkv [T, (heads + 2 kv_heads) * head_dim]; norm each head of q and k (where norms are given); rotate both by
+        table[position] ([P, rotary_dim]: cosines then sines, rotary_dim/2 each, float32); write k and v into the pages at slots; return q [T, heads * head_dim]."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lengths: Tensor,
+        spec: AttentionSpec,
+        max_query: int,
+        max_kv: int,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention over pages. The queries of request r are its last tokens: query i of n stands at kv_lengths[r] - n + i.
+        keys, values [pages, kv_heads, page_size, head_dim]; lse, where given, [T, heads] float32, receives log-sum-exp of the scores -> [T, heads * head_dim]."""
+        ...

@@ -1,0 +1,1 @@
+"""Weights: checkpoints on disk, and the same weights in the layout kernels want."""
