@@ -1,0 +1,98 @@
+"""Waiting sequences, handed out fairly between users.
+
+Virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): each user has a counter of
+weighted tokens served; the next sequence is that of the best priority, then of the user served least, then the first to
+arrive. A user who was idle is lifted to the least counter among active users, so that time away earns no credit, and
+between two users who always have work waiting the difference stays below a bound that does not grow with time.
+"""
+
+from heapq import heappop, heappush
+
+from tenfold.engine.sequence import Rank, Sequence, Status
+
+PROMPT_WEIGHT = 1
+ANSWER_WEIGHT = 2  # a decoded token costs about twice a prompt token, as in the paper and in common price lists
+
+Key = tuple[int, float, Rank]
+
+
+class FairQueue:
+    """The queue and the counters. `enter` and `leave` frame a sequence's life; `push` and `pop` its waits within it."""
+
+    def __init__(self) -> None:
+        self.tokens = 0  # sum of the lengths of waiting sequences
+        self._size = 0
+        self._heaps: dict[str, list[tuple[Rank, Sequence]]] = {}
+        self._served: dict[str, float] = {}
+        self._active: dict[str, int] = {}
+        self._floor = 0.0  # least counter among active users, never falling
+
+    def __len__(self) -> int:
+        return self._size
+
+    def served(self, user: str) -> float:
+        """Weighted tokens on the user's counter."""
+        return self._served.get(user, self._floor)
+
+    def key(self, sequence: Sequence) -> Key:
+        """Order in which prompts are computed: least first."""
+        return sequence.rank[0], self._served[sequence.request.user], sequence.rank
+
+    def charge(self, user: str, weighted: float) -> None:
+        self._served[user] += weighted
+
+    def enter(self, user: str) -> None:
+        """One more unfinished sequence of this user."""
+        if user not in self._active:
+            self._raise_floor()
+            self._served[user] = max(self._served.get(user, 0.0), self._floor)
+            self._active[user] = 0
+        self._active[user] += 1
+
+    def leave(self, user: str) -> None:
+        """One unfinished sequence less."""
+        self._active[user] -= 1
+        if not self._active[user]:
+            del self._active[user]
+            if not self._active:
+                self._floor = max(self._floor, self._served[user])
+            self._raise_floor()
+            if len(self._served) > 2 * len(self._active) + 1024:
+                self._prune()
+
+    def push(self, sequence: Sequence) -> None:
+        heappush(self._heaps.setdefault(sequence.request.user, []), (sequence.rank, sequence))
+        self._size += 1
+        self.tokens += len(sequence.tokens)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a waiting sequence out. Inside a heap it stays as a stale entry, known by its status, which the caller changes for good."""
+        self._size -= 1
+        self.tokens -= len(sequence.tokens)
+        heap = self._heaps[sequence.request.user]
+        if heap[0][1] is sequence:
+            heappop(heap)
+
+    def head(self) -> Sequence | None:
+        """The sequence to run next, left in the queue."""
+        best: Sequence | None = None
+        best_key: Key | None = None
+        for user in list(self._heaps):
+            heap = self._heaps[user]
+            while heap and heap[0][1].status is not Status.WAITING:
+                heappop(heap)
+            if not heap:
+                del self._heaps[user]
+                continue
+            key = self.key(heap[0][1])
+            if best_key is None or key < best_key:
+                best, best_key = heap[0][1], key
+        return best
+
+    def _raise_floor(self) -> None:
+        if self._active:
+            self._floor = max(self._floor, min(self._served[user] for user in self._active))
+
+    def _prune(self) -> None:
+        """Forget users who would be lifted to the floor anyway."""
+        self._served = {u: c for u, c in self._served.items() if u in self._active or c > self._floor}

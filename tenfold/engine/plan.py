@@ -1,0 +1,39 @@
+"""`StepPlan`: what one step computes, as frozen host data: printable, and the same whatever device runs it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tenfold.engine.sequence import Sequence
+
+
+class Entry(NamedTuple):
+    """Tokens start..start+count-1 of a sequence, in the row it owns; `sample`: the last one's logits give the next token."""
+
+    row: int
+    sequence: Sequence
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Entries in the order of the step's tokens: decodes first, then chunks of prompts.
+
+    admitted: sequences that got their row with this plan. copies: (source, target) pages to copy before anything is
+    written, all at once. `plan.tokens` is never more than max_step_tokens.
+    """
+
+    number: int
+    entries: tuple[Entry, ...]
+    admitted: tuple[Sequence, ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(e.count for e in self.entries)
+
+    def __str__(self) -> str:
+        rows = ", ".join(f"{e.row}:{e.sequence.request.id}/{e.sequence.index}[{e.start}:{e.start + e.count}]{'*' * e.sample}" for e in self.entries)
+        copies = f" copy {' '.join(f'{s}>{t}' for s, t in self.copies)}" if self.copies else ""
+        return f"step {self.number}: {rows or 'nothing'}{copies}"

@@ -1,0 +1,382 @@
+"""The scheduler decides, before each step, who runs how many tokens, and owns the life of every sequence.
+
+Invariants: pages held = pages counted in the pool, after every call; a plan never writes a page that has another
+reference or that the prefix cache counts on; a sequence's whole known text has its pages from admission on, so only
+decoding can run out of pages, and then the worst rank (priority, then arrival) gives its pages up and is queued again with
+its own tokens kept. Every preemption follows a newly generated token, so the work left shrinks and nothing runs in circles.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tenfold.cache.pages import PagePool
+from tenfold.cache.prefix import PrefixCache
+from tenfold.engine.fair import ANSWER_WEIGHT, PROMPT_WEIGHT, FairQueue
+from tenfold.engine.plan import Entry, StepPlan
+from tenfold.engine.sequence import Sequence, Status
+
+PROMPT_LOGPROB_CHUNK = 128  # logits are wanted for each of these tokens; a whole chunk of 8192 by a 150k vocabulary would be 5 GB
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step."""
+
+    max_batch: int
+    max_step_tokens: int
+    max_queue: int = 1024
+    max_queue_tokens: int = 0
+    watermark: float = 0.01  # share of pages left for the growth of running sequences when a new one is admitted
+
+    @property
+    def rows(self) -> int:
+        return min(self.max_batch, self.max_step_tokens)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over `pool`, `page_size` tokens a page; `prefix=None` turns the prefix cache off.
+
+    Per step the owner calls `plan`, runs it, then `retire` for each of its entries, in the order in which plans were made.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, limits: Limits, prefix: PrefixCache | None = None) -> None:
+        self.pool = pool
+        self.page_size = page_size
+        self.limits = limits
+        self.prefix = prefix
+        self.queue = FairQueue()
+        self.decoding: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.unfinished = 0
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+        self.prompt_tokens_seen = 0
+        self._held = 0  # answers 1..n-1 whose prompt is not computed yet
+        self._leaving: set[Sequence] = set()  # finished, but a step in flight still uses their pages
+        self._free_rows = list(range(limits.rows - 1, -1, -1))
+        self._inflight = 0
+        self._number = 0
+        self._deadlines: list[tuple[float, int, int, Sequence]] = []
+        self._watermark = min(math.ceil(limits.watermark * pool.total), pool.total // 2)
+
+    # Arrival and end
+
+    @property
+    def running(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.queue) + self._held
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """The n sequences of one request; all but the first wait until the first has computed the prompt they share."""
+        first, children = sequences[0], sequences[1:]
+        first.children = children
+        if len(self._deadlines) > 2 * self.unfinished + 64:
+            self._deadlines = [d for d in self._deadlines if d[3].status is not Status.FINISHED]
+            heapq.heapify(self._deadlines)
+        for sequence in sequences:
+            self.unfinished += 1
+            self.queue.enter(sequence.request.user)
+            if sequence.request.deadline is not None:
+                heapq.heappush(self._deadlines, (sequence.request.deadline, sequence.order, sequence.index, sequence))
+        for child in children:
+            child.parent = first
+        self._held += len(children)
+        self.queue.push(first)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Unfinished sequences whose deadline has passed, each named once."""
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[3]
+            if sequence.status is not Status.FINISHED:
+                late.append(sequence)
+        return late
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence in whatever phase it is. Its pages and row are free at once, or when the last step in flight that uses them is read."""
+        status = sequence.status
+        if status is Status.FINISHED:
+            return
+        sequence.status = Status.FINISHED
+        self.unfinished -= 1
+        if sequence.row >= 0:
+            (self.decoding if status is Status.DECODE else self.prefilling).remove(sequence)
+            if sequence.inflight:
+                self._leaving.add(sequence)
+            else:
+                self._vacate(sequence)
+        elif self._is_held(sequence):
+            self._held -= 1
+        else:
+            self.queue.remove(sequence)
+        self._let_children_go(sequence)
+        self.queue.leave(sequence.request.user)
+
+    def _is_held(self, sequence: Sequence) -> bool:
+        return sequence.parent is not None and sequence in sequence.parent.children
+
+    def _let_children_go(self, parent: Sequence) -> None:
+        children, parent.children = parent.children, []
+        for child in children:
+            if child.status is Status.WAITING:
+                self._held -= 1
+                self.queue.push(child)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Give row and pages back; the last page first, so that of a kept chain the end is given away before the beginning."""
+        self.pool.release(reversed(sequence.pages))
+        self._free_rows.append(sequence.row)
+        sequence.pages = []
+        sequence.row = -1
+
+    # Planning
+
+    def plan(self) -> StepPlan:
+        """The next step. No entries while work is left means: read the steps in flight first, then plan again."""
+        before = self.preemptions
+        short = [s for s in self.decoding if self._needs_page(s)]
+        if short and not self._make_room(short):
+            return StepPlan(self._number, ())
+        crowded = self.preemptions != before  # then nobody is admitted now: what was freed is for those who run
+        if self.queue and not crowded and not self._make_way():
+            return StepPlan(self._number, ())
+        copies: list[tuple[int, int]] = []
+        for sequence in short:
+            if sequence.status is Status.DECODE:
+                self._grow(sequence, copies)
+        entries = self._plan_decodes()
+        admitted: list[Sequence] = []
+        if self.prefilling or (self.queue and not crowded):
+            self._plan_prefills(entries, admitted, copies, not crowded)
+        if entries:
+            self._number += 1
+            self._inflight += 1
+        return StepPlan(self._number, tuple(entries), tuple(admitted), tuple(copies))
+
+    def _needs_page(self, sequence: Sequence) -> bool:
+        """Whether a decoding sequence must get a page before its next token is computed."""
+        position, pages = sequence.computed, sequence.pages
+        if position >= sequence.limit - 1:
+            return False  # the token in flight is its last
+        index = position // self.page_size
+        return index == len(pages) or self.pool.references[pages[index]] != 1
+
+    def _make_room(self, short: list[Sequence]) -> bool:
+        """Preempt the worst ranks until each sequence still in `short` can get a page; False if steps in flight must be read first."""
+        while sum(s.status is Status.DECODE and self._needs_page(s) for s in short) > self.pool.available:
+            if self._inflight:
+                return False
+            self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.rank))
+        return True
+
+    def _make_way(self) -> bool:
+        """Preempt sequences of lower priority for the one that runs next, as far as it needs; False if steps in flight must be read first."""
+        head = self.queue.head()
+        while head is not None:
+            lower = [s for s in self.decoding + self.prefilling if s.rank[0] > head.rank[0]]
+            if not lower or (self._free_rows and self._fits(head, *self._shared_pages(head))):
+                return True
+            pages = -(-len(head.tokens) // self.page_size) + self._watermark
+            if self.pool.available + sum(len(s.pages) for s in lower) < pages:
+                return True  # not even all of them together hold enough
+            if self._inflight:
+                return False
+            self._preempt(max(lower, key=lambda s: s.rank))
+        return True
+
+    def _grow(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
+        """A page for the position computed next: a new one at the end, or a copy of one that others read too."""
+        index = sequence.computed // self.page_size
+        if index == len(sequence.pages):
+            sequence.pages += self.pool.allocate()
+        elif not self.pool.writable(sequence.pages[index]):
+            self._own(sequence, index, copies)
+
+    def _own(self, sequence: Sequence, index: int, copies: list[tuple[int, int]]) -> None:
+        source = sequence.pages[index]
+        (target,) = self.pool.allocate()
+        self.pool.release((source,))
+        sequence.pages[index] = target
+        sequence.synced = min(sequence.synced, index)
+        copies.append((source, target))
+
+    def _plan_decodes(self) -> list[Entry]:
+        entries = []
+        charge = self.queue.charge
+        for sequence in self.decoding:
+            start = sequence.computed
+            if start < sequence.limit - 1:
+                sequence.computed = start + 1
+                sequence.pending += 1
+                sequence.inflight += 1
+                entries.append(Entry(sequence.row, sequence, start, 1, True))
+                charge(sequence.request.user, ANSWER_WEIGHT)
+        return entries
+
+    def _plan_prefills(self, entries: list[Entry], admitted: list[Sequence], copies: list[tuple[int, int]], admit: bool) -> None:
+        budget = self.limits.max_step_tokens - len(entries)
+        candidates = list(self.prefilling)
+        while budget > 0:
+            head = self.queue.head() if admit else None
+            best = min(candidates, key=self.queue.key, default=None)
+            if head is not None and (best is None or self.queue.key(head) < self.queue.key(best)):
+                if not self._admit(head, copies):
+                    admit = False  # nobody behind overtakes it: it gets the pages and rows that come free
+                    continue
+                admitted.append(head)
+                best = head
+            elif best is not None:
+                candidates.remove(best)
+            else:
+                break
+            entry = self._chunk(best, budget)
+            entries.append(entry)
+            budget -= entry.count
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Entry:
+        """The next piece of a sequence's known text, charged to its user unless it was before."""
+        start = sequence.computed
+        count = min(budget, len(sequence.tokens) - start)
+        if sequence.want_prompt_logprobs:
+            count = min(count, PROMPT_LOGPROB_CHUNK)
+        end = start + count
+        last = end == len(sequence.tokens)
+        sample = last and sequence.request.pool is None
+        sequence.computed = end
+        sequence.inflight += 1
+        if last:
+            self.prefilling.remove(sequence)
+            self.decoding.append(sequence)
+            sequence.status = Status.DECODE
+        if end > sequence.charged:
+            self.queue.charge(sequence.request.user, PROMPT_WEIGHT * (end - max(start, sequence.charged)))
+            sequence.charged = end
+        if sample:
+            sequence.pending += 1
+            self.queue.charge(sequence.request.user, ANSWER_WEIGHT)
+        return Entry(sequence.row, sequence, start, count, sample)
+
+    # Admission and preemption
+
+    def _admit(self, sequence: Sequence, copies: list[tuple[int, int]]) -> bool:
+        """Give a waiting sequence a row and pages for all its known text, if there are such."""
+        if not self._free_rows:
+            return False
+        shared, start = self._shared_pages(sequence)
+        if not self._fits(sequence, shared, start):
+            if self.running or self._leaving or not shared:
+                return False
+            # Alone with the whole cache, it lacks only a page to copy its last one to: compute that page anew instead.
+            shared = shared[:-1]
+            start = len(shared) * self.page_size
+        self.queue.remove(sequence)
+        self._start(sequence, shared, start, copies)
+        return True
+
+    def _shared_pages(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Pages others have computed for this text, and the first position left to compute: at least one, for its logits."""
+        known = len(sequence.tokens) - 1
+        source = self._sibling(sequence)
+        if source is not None:
+            start = min(sequence.prompt_length, known)
+            return source.pages[: -(-start // self.page_size)], start
+        if self.prefix is None or not sequence.reads_cache:
+            return [], 0
+        keys = sequence.keys.extend(sequence.tokens, (known + 1) // self.page_size)
+        pages = self.prefix.match(keys[: (known + 1) // self.page_size])
+        return pages, min(len(pages) * self.page_size, known)
+
+    def _sibling(self, sequence: Sequence) -> Sequence | None:
+        """A running answer to the same request that has the whole prompt in the cache."""
+        if sequence.request.params.n == 1:
+            return None
+        for other in self.decoding:
+            if other.request is sequence.request and other.done >= other.prompt_length:
+                return other
+        return None
+
+    def _fits(self, sequence: Sequence, shared: list[int], start: int) -> bool:
+        need = -(-len(sequence.tokens) // self.page_size) - len(shared) + (start < len(shared) * self.page_size)
+        left = self.pool.available - sum(self.pool.is_idle(p) for p in shared) - need
+        return left >= (self._watermark if self.running else 0)
+
+    def _start(self, sequence: Sequence, shared: list[int], start: int, copies: list[tuple[int, int]]) -> None:
+        self.pool.retain(shared)
+        size = self.page_size
+        sequence.pages = shared + self.pool.allocate(-(-len(sequence.tokens) // size) - len(shared))
+        sequence.row = self._free_rows.pop()
+        sequence.status = Status.PREFILL
+        sequence.synced = 0
+        sequence.computed = sequence.done = start
+        sequence.registered = start // size
+        sequence.pooled = None
+        if sequence.want_prompt_logprobs:
+            sequence.prompt_logprobs = []
+        if start < len(shared) * size:
+            self._own(sequence, start // size, copies)
+        self.prefilling.append(sequence)
+        if sequence.charged == 0:
+            self._count_hit(sequence, start)
+
+    def _count_hit(self, sequence: Sequence, start: int) -> None:
+        """Account for the prompt tokens that a first admission found cached; they cost the user nothing."""
+        sequence.charged = start
+        if sequence.parent is not None:
+            sequence.cached_tokens = sequence.parent.cached_tokens
+            return
+        sequence.cached_tokens = start
+        self.prefix_hit_tokens += start
+        self.prompt_tokens_seen += sequence.prompt_length
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue: pages and row go, tokens stay and are computed again later."""
+        self.preemptions += 1
+        (self.decoding if sequence.status is Status.DECODE else self.prefilling).remove(sequence)
+        self._vacate(sequence)
+        sequence.status = Status.WAITING
+        sequence.computed = sequence.done = 0
+        if sequence.generated:
+            sequence.charged = len(sequence.tokens)
+        self.queue.push(sequence)
+
+    # After a step
+
+    def retire(self, entry: Entry) -> bool:
+        """Account for an entry whose step was read (its token, if any, not yet appended). False: its sequence had ended, drop the result."""
+        sequence = entry.sequence
+        sequence.inflight -= 1
+        if entry.sample:
+            sequence.pending -= 1
+        if sequence.status is Status.FINISHED:
+            if not sequence.inflight and sequence in self._leaving:
+                self._leaving.remove(sequence)
+                self._vacate(sequence)
+            return False
+        sequence.done = entry.start + entry.count
+        if sequence.done // self.page_size > sequence.registered:
+            self._register(sequence)
+        if sequence.children and sequence.done >= sequence.prompt_length:
+            self._let_children_go(sequence)
+        return True
+
+    def retire_step(self) -> None:
+        """A whole step was read: its entries follow through `retire`."""
+        self._inflight -= 1
+
+    def _register(self, sequence: Sequence) -> None:
+        """Offer pages that are full and computed to the prefix cache."""
+        full = sequence.done // self.page_size
+        if self.prefix is not None:
+            keys = sequence.keys.extend(sequence.tokens, full)
+            for i in range(sequence.registered, full):
+                self.prefix.insert(keys[i], sequence.pages[i])
+        sequence.registered = full
+
+    def held_pages(self) -> Iterable[list[int]]:
+        """The page lists of all sequences that hold references, for checks."""
+        return [s.pages for s in [*self.decoding, *self.prefilling, *self._leaving]]

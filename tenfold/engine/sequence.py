@@ -1,0 +1,96 @@
+"""`Sequence`: one answer in the making, the host state of a request (or of one of its `n` answers) from arrival to finish.
+
+Positions: tokens[0:computed] have their K and V written by steps already planned, tokens[0:done] by steps already read;
+`done <= computed <= len(tokens) + pending`. Only the scheduler moves a sequence from one status to the next.
+"""
+
+from enum import Enum
+from typing import Any
+
+from tenfold.cache.prefix import PageKeys
+from tenfold.engine.request import Logprob, Request
+
+Rank = tuple[int, float, int, int]
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """`index` of `request.params.n`. `order` numbers arrivals; `limit` is the length in tokens at which it ends."""
+
+    __slots__ = (
+        "cached_tokens",
+        "charged",
+        "children",
+        "computed",
+        "detokenizer",
+        "done",
+        "index",
+        "inflight",
+        "keys",
+        "limit",
+        "order",
+        "pages",
+        "parent",
+        "pending",
+        "pooled",
+        "prompt_length",
+        "prompt_logprobs",
+        "rank",
+        "registered",
+        "request",
+        "row",
+        "seed",
+        "status",
+        "stops",
+        "synced",
+        "tokens",
+        "want_prompt_logprobs",
+    )
+
+    def __init__(self, request: Request, index: int, order: int, limit: int, page_size: int, seed: int, stops: frozenset[int]) -> None:
+        self.request = request
+        self.index = index
+        self.order = order
+        self.rank: Rank = (request.priority, request.arrival, order, index)  # smaller runs first and is preempted last
+        self.tokens = list(request.prompt)  # the prompt, then what was generated
+        self.prompt_length = len(self.tokens)
+        self.limit = limit
+        self.seed = seed
+        self.stops = stops  # token ids that end it
+        self.status = Status.WAITING
+        self.row = -1
+        self.pages: list[int] = []
+        self.synced = 0  # leading pages that the row's page table already shows
+        self.computed = 0
+        self.done = 0
+        self.pending = 0  # tokens sampled by steps not yet read
+        self.inflight = 0  # steps not yet read that touch it
+        self.charged = 0  # leading tokens its user was charged for; work repeated after preemption is free
+        self.registered = 0  # leading full pages offered to the prefix cache
+        self.keys = PageKeys(request.salt, page_size)
+        self.cached_tokens = 0
+        self.parent: Sequence | None = None
+        self.children: list[Sequence] = []  # answers 1..n-1, waiting until the prompt is computed
+        self.want_prompt_logprobs = request.params.prompt_logprobs is not None and index == 0
+        self.prompt_logprobs: list[Logprob | None] = []
+        self.pooled: Any = None  # sum (or last) of the hidden states so far
+        self.detokenizer: Any = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated and read."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether prompt tokens may be skipped: not when each one's logits or hidden state is asked for."""
+        return not self.want_prompt_logprobs and self.request.pool != "mean"
+
+    def __repr__(self) -> str:
+        return f"<{self.request.id}/{self.index} {self.status.value} {self.computed}/{len(self.tokens)}+{self.pending} row {self.row}>"
