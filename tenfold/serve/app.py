@@ -1,0 +1,54 @@
+"""The application: routes, error handlers and the guard before them, around one engine."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+import tenfold
+from tenfold.engine.llm import AsyncLLM
+from tenfold.serve import chat, completions, models
+from tenfold.serve.errors import ApiError, on_api_error, on_http_exception
+from tenfold.serve.guard import Guard, digest
+from tenfold.serve.protocol import ChatRequest, CompletionRequest
+from tenfold.serve.service import Service
+from tenfold.serve.settings import ServeConfig
+from tenfold.serve.stream import ClientGone
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; 499 is what logs call it."""
+    return Response(status_code=499)
+
+
+class App(FastAPI):
+    """Describes the request bodies too, which the routes read themselves: that way every error has OpenAI's shape."""
+
+    def openapi(self) -> dict[str, Any]:
+        described = self.openapi_schema is not None
+        schema = super().openapi()
+        if not described:
+            bodies = [(model, "validation") for model in (ChatRequest, CompletionRequest)]
+            _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+            schema["components"]["schemas"] |= found["$defs"]
+        return schema
+
+
+def create_app(llm: AsyncLLM, name: str, settings: ServeConfig | None = None) -> App:
+    """An ASGI application that serves `llm` under `name`. It does not own `llm`: who made it closes it."""
+    settings = settings or ServeConfig()
+
+    app = App(title="Tenfold", version=tenfold.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.service = Service(llm, name, settings)
+    for module in (chat, completions, models):
+        app.include_router(module.router)
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(ClientDisconnect, on_client_gone)
+    keys = (digest(settings.api_key),) if settings.api_key else ()
+    app.add_middleware(Guard, keys=keys, max_body=settings.max_body)
+    return app

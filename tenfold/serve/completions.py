@@ -1,0 +1,150 @@
+"""POST /v1/completions: text or tokens in, their continuation out; several prompts are computed together."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tenfold.engine.request import Output
+from tenfold.serve.errors import invalid
+from tenfold.serve.logprobs import TextLogprobs
+from tenfold.serve.protocol import Completion, CompletionRequest, parse
+from tenfold.serve.reply import (
+    ERROR_RESPONSES,
+    FINISH,
+    body_schema,
+    check_prompt,
+    checked,
+    events,
+    head,
+    new_id,
+    usage,
+    whole,
+)
+from tenfold.serve.service import Counts, Job, Service, answers, service_of
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": Completion}, **ERROR_RESPONSES},
+    openapi_extra=body_schema(CompletionRequest),
+)
+async def create_completion(http: Request) -> Response:
+    """What follows the prompt."""
+    body = parse(CompletionRequest, await http.body())
+    service = service_of(http)
+    service.check_model(body.model)
+    params = checked(body.params(), body, service)
+    prompts = await asyncio.to_thread(_encode_all, body, service)  # long texts must not hold up the other streams
+    job = Job.of(new_id("cmpl"), body, body.payer(), prompts, params, http)
+    if body.stream:
+        return await events(http, body, _chunks(service, job, body))
+    return await whole(http, body, _answer(service, job, body))
+
+
+def _encode_all(body: CompletionRequest, service: Service) -> list[list[int]]:
+    return [_encode(prompt, service) for prompt in body.prompts()]
+
+
+def _encode(prompt: str | list[int], service: Service) -> list[int]:
+    ids = service.llm.encode(prompt) if isinstance(prompt, str) else prompt
+    vocab = service.llm.vocab_size
+    wrong = next((token for token in ids if not 0 <= token < vocab), None)
+    if wrong is not None:
+        raise invalid(f"prompt has the token {wrong}; allowed: 0 to {vocab - 1}.", "prompt")
+    check_prompt(ids, service, "prompt")
+    return ids
+
+
+@dataclass(slots=True)
+class Choice:
+    """One continuation while it grows: turns outputs into text, log-probabilities and finish reason as the request wants them."""
+
+    index: int
+    echo: str  # the prompt's text where it is to be repeated
+    prompt: tuple[int, ...]
+    silent: bool  # max_tokens 0: the prompt alone was wanted
+    logprobs: TextLogprobs | None
+    begun: bool = False
+
+    def piece(self, output: Output) -> dict[str, Any]:
+        """An entry of `choices` with what `output` added."""
+        text = "" if self.silent else output.text
+        if not self.begun:
+            self.begun = True
+            text = self.echo + text
+            if self.logprobs and self.echo:
+                self.logprobs.add_prompt(self.prompt, output.prompt_logprobs)
+        if self.logprobs and not self.silent:
+            for place in output.logprobs:
+                self.logprobs.add(place)
+        finish = ("length" if self.silent else FINISH[output.finish]) if output.finish else None
+        taken = self.logprobs.take() if self.logprobs else None
+        return {"index": self.index, "text": text, "logprobs": taken, "finish_reason": finish}
+
+
+def _choices(service: Service, job: Job, body: CompletionRequest) -> list[Choice]:
+    silent = body.max_tokens == 0
+    given = body.prompts()
+    choices = []
+    for i in range(len(job.prompts) * job.params.n):
+        prompt = given[i // job.params.n]
+        echo = "" if not body.echo else prompt if isinstance(prompt, str) else service.llm.decode(prompt)
+        logprobs = None if job.params.logprobs is None else TextLogprobs(service.llm.token_bytes)
+        choices.append(Choice(i, echo, job.prompts[i // job.params.n], silent, logprobs))
+    return choices
+
+
+def _merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Append `piece`, a later entry of the same choice, to `whole`."""
+    whole["text"] += piece["text"]
+    whole["finish_reason"] = piece["finish_reason"]
+    if piece["logprobs"]:
+        for name, column in piece["logprobs"].items():
+            whole["logprobs"][name].extend(column)
+
+
+async def _answer(service: Service, job: Job, body: CompletionRequest) -> dict[str, Any]:
+    counts = Counts(sum(map(len, job.prompts)))
+    choices = _choices(service, job, body)
+    entries: list[dict[str, Any]] = [{} for _ in choices]
+    async with aclosing(answers(service, job, counts)) as outputs:
+        async for i, output in outputs:
+            piece = choices[i].piece(output)
+            if entries[i]:
+                _merge(entries[i], piece)
+            else:
+                entries[i] = piece
+    if body.max_tokens == 0:
+        counts.completion = 0
+    return head(job.id, "text_completion", service) | {"choices": entries, "usage": usage(counts)}
+
+
+async def _chunks(service: Service, job: Job, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+    counts = Counts(sum(map(len, job.prompts)))
+    common = head(job.id, "text_completion", service)
+    options = body.stream_options
+    running = bool(options and options.continuous_usage_stats)
+    with_usage = running or bool(options and options.include_usage)
+    choices = _choices(service, job, body)
+    async with aclosing(answers(service, job, counts)) as outputs:
+        async for i, output in outputs:
+            piece = choices[i].piece(output)
+            if not (piece["text"] or piece["finish_reason"] or (piece["logprobs"] and piece["logprobs"]["tokens"])):
+                continue  # half a character, or what may become a stop string
+            chunk = common | {"choices": [piece]}
+            if with_usage:
+                chunk["usage"] = usage(counts) if running else None
+            yield chunk
+    if body.max_tokens == 0:
+        counts.completion = 0
+    if with_usage:
+        yield common | {"choices": [], "usage": usage(counts)}

@@ -1,0 +1,34 @@
+"""GET /v1/models and /health: what is served, and whether it lives."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from tenfold.serve.errors import ApiError
+from tenfold.serve.protocol import ModelCard, ModelList
+from tenfold.serve.reply import ERROR_RESPONSES
+from tenfold.serve.service import service_of
+
+router = APIRouter()
+
+
+@router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **ERROR_RESPONSES})
+async def list_models(http: Request) -> Response:
+    """The models served."""
+    return JSONResponse(ModelList.of([service_of(http).card()]).model_dump())
+
+
+@router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelCard}, **ERROR_RESPONSES})
+async def get_model(http: Request, model: str) -> Response:
+    """One of them. Names may hold slashes, as those of the Hugging Face hub do."""
+    service = service_of(http)
+    service.check_model(model)
+    return JSONResponse(service.card().model_dump())
+
+
+@router.get("/health", response_model=None, responses={200: {}, 503: ERROR_RESPONSES[503]})
+async def health(http: Request) -> Response:
+    """200 while the engine lives."""
+    if not service_of(http).llm.alive:
+        raise ApiError(503, "The engine has stopped; restart the server. Its log says why.", code="engine_dead")
+    return JSONResponse({"status": "ok"})

@@ -1,0 +1,107 @@
+"""How an endpoint answers: whole or as events, with the headers every answer has, and an error of the engine at any point."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from tenfold.engine.request import FinishReason, SamplingParams
+from tenfold.serve.errors import ApiError, from_value_error, invalid
+from tenfold.serve.protocol import Body, ErrorBody, Sampling, Usage
+from tenfold.serve.service import Counts, Service
+from tenfold.serve.stream import DONE, EventStream, event, until_disconnect
+
+FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 500, 503, 504)
+}
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def body_schema(model: type[Body]) -> dict[str, Any]:
+    """The OpenAPI entry of a request body that the route reads itself; `app.describe` adds the schema it points to."""
+    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
+
+
+def checked(
+    params: SamplingParams, body: Sampling, service: Service, renamed: dict[str, str] | None = None
+) -> SamplingParams:
+    """`params` if the engine can do them. Raises ApiError (400) that names the request's field."""
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options needs stream to be true.", "stream_options")
+    try:
+        params.check(service.llm.vocab_size)
+    except ValueError as error:
+        raise from_value_error(error, type(body).model_fields, renamed) from None
+    return params
+
+
+def check_prompt(ids: Any, service: Service, param: str) -> None:
+    """Raises ApiError (400) for a prompt that is empty or leaves no room for an answer."""
+    limit = service.llm.max_model_len
+    if not ids:
+        raise invalid(f"{param} is empty; give at least one token.", param)
+    if len(ids) >= limit:
+        message = (
+            f"{param} has {len(ids)} tokens; this server takes prompts of up to {limit - 1} tokens, since prompt and answer together "
+            f"have {limit}. Send less, or start the server with a larger --max-model-len if the model allows."
+        )
+        raise invalid(message, param, "context_length_exceeded")
+
+
+def ignored_header(body: Body) -> dict[str, str]:
+    names = body.ignored()
+    return {"x-tenfold-ignored": ", ".join(names)} if names else {}
+
+
+async def whole(http: Request, body: Body, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
+    """A JSON response, unless the client leaves first."""
+    return JSONResponse(await until_disconnect(http.receive, work), headers=ignored_header(body))
+
+
+async def events(http: Request, body: Body, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
+    """A stream of events. The first is awaited before the status is sent, so that a refusal still has its own status."""
+    rest = _until_error(chunks)
+    first = await until_disconnect(http.receive, anext(rest))  # type: ignore[arg-type]
+    if isinstance(first, ApiError):
+        raise first
+    return EventStream(first, _bytes(rest), ignored_header(body))
+
+
+async def _until_error(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes | ApiError, None]:
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield event(chunk)
+    except ApiError as error:
+        yield error
+
+
+async def _bytes(items: AsyncGenerator[bytes | ApiError, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(items):
+        async for item in items:
+            yield event(item.payload()) if isinstance(item, ApiError) else item
+    yield DONE
+
+
+def usage(counts: Counts) -> dict[str, Any]:
+    return Usage.of(counts.prompt, counts.completion, sum(counts.cached.values())).model_dump()
+
+
+def head(id: str, kind: str, service: Service) -> dict[str, Any]:
+    """The fields with which every answer and every event of it begins."""
+    return {
+        "id": id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": service.name,
+        "system_fingerprint": service.fingerprint,
+    }

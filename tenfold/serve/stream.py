@@ -1,0 +1,84 @@
+"""Server-sent events written by hand, and the watch for clients that leave.
+
+Invariant: whatever runs for a request is cancelled as soon as its client is gone, and has ended before the response does.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+def event(payload: dict[str, Any]) -> bytes:
+    """One event. JSON is kept to ASCII: some clients split lines at U+2028, which SSE does not."""
+    return b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Returns when the client is gone. The request's body must have been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client leaves first: then raises ClientGone."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _cancel(watch)
+        await _cancel(task)
+
+
+async def _cancel(task: "asyncio.Future[Any]") -> None:
+    """Cancel and wait until its clean-up ran."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # taken note of: it was raised already, or nobody is there to read it
+
+
+class EventStream(Response):
+    """A response whose body is `first` and then what `rest` yields, one network write an event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None) -> None:
+        self.status_code = 200
+        self.background = None
+        self.first = first
+        self.rest = rest
+        self.init_headers(HEADERS | (headers or {}))
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._write(send))
+        except (ClientGone, OSError):
+            await self.rest.aclose()
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.first, "more_body": True})
+        async with aclosing(self.rest) as events:
+            async for chunk in events:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
