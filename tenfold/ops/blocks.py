@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """Decoded blocks. codes [blocks, groups, size] uint8 or int8; scale, minimum [blocks, groups] float32 (None: zero)."""
+    """Decoded blocks. codes [blocks, groups, size] uint8 or int8; scale, minimum [blocks, groups] float32 (or None)."""
 
     codes: Tensor
     scale: Tensor
@@ -69,7 +69,7 @@ def five_bits(high: Tensor, low: Tensor) -> Tensor:
 
 
 def six_bit_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight 6-bit scales and eight 6-bit minimums of Q4_K and Q5_K: uint8 [blocks, 12] -> two of [blocks, 8] float32."""
+    """Eight 6-bit scales and minimums of Q4_K and Q5_K: uint8 [blocks, 12] -> two of [blocks, 8] float32."""
     first, second, mixed = packed.split(4, dim=1)
     scales = torch.cat((first & 63, (mixed & 15) | ((first >> 6) << 4)), dim=1)
     minimums = torch.cat((second & 63, (mixed >> 4) | ((second >> 6) << 4)), dim=1)
@@ -211,7 +211,7 @@ def pair_nibbles(codes: Tensor) -> Tensor:
     return low | (high << 4)
 
 
-def quantize_q8_0(values: Tensor) -> Tensor:
+def encode_q8_0(values: Tensor) -> Tensor:
     """Dense [rows, cols] -> Q8_0 bytes uint8 [rows, cols / 32 * 34]: the largest magnitude of 32 becomes 127."""
     blocks = blocks_of_32(values)
     scale = blocks.abs().amax(dim=1, keepdim=True) / 127
@@ -221,7 +221,7 @@ def quantize_q8_0(values: Tensor) -> Tensor:
     return assemble(values, scale.half(), codes)
 
 
-def quantize_q4_0(values: Tensor) -> Tensor:
+def encode_q4_0(values: Tensor) -> Tensor:
     """Dense [rows, cols] -> Q4_0 bytes uint8 [rows, cols / 32 * 18]: of 32, the largest in magnitude becomes -8."""
     blocks = blocks_of_32(values)
     scale = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)) / -8
@@ -229,7 +229,7 @@ def quantize_q4_0(values: Tensor) -> Tensor:
     return assemble(values, scale.half(), pair_nibbles(codes))
 
 
-def quantize_q4_1(values: Tensor) -> Tensor:
+def encode_q4_1(values: Tensor) -> Tensor:
     """Dense [rows, cols] -> Q4_1 bytes uint8 [rows, cols / 32 * 20]: the smallest of 32 becomes 0, the largest 15."""
     blocks = blocks_of_32(values)
     low = blocks.amin(dim=1, keepdim=True)
@@ -239,16 +239,24 @@ def quantize_q4_1(values: Tensor) -> Tensor:
 
 
 ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q8_0": quantize_q8_0,
-    "Q4_0": quantize_q4_0,
-    "Q4_1": quantize_q4_1,
+    "Q8_0": encode_q8_0,
+    "Q4_0": encode_q4_0,
+    "Q4_1": encode_q4_1,
 }
 
 
-def quantize(name: str, values: Tensor, storage: str) -> RawTensor:
-    """Dense [rows, cols] as a RawTensor in `storage` (F32, F16, BF16, Q8_0, Q4_0 or Q4_1)."""
+def quantize(raw: RawTensor, storage: str) -> RawTensor:
+    """A dense matrix [rows, cols] stored as F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+
+    Raises ValueError for another storage, and for a matrix whose rows are not whole blocks.
+    """
     if storage in DENSE:
-        return RawTensor(name, storage, tuple(values.shape), values.to(DENSE[storage]))
+        return RawTensor(raw.name, storage, raw.shape, dequantize(raw, DENSE[storage]))
     if storage not in ENCODERS:
         raise ValueError(f"Tenfold cannot quantise to {storage!r}; allowed: {', '.join([*DENSE, *ENCODERS])}.")
-    return RawTensor(name, storage, tuple(values.shape), ENCODERS[storage](values))
+    return RawTensor(raw.name, storage, raw.shape, ENCODERS[storage](dequantize(raw)))
+
+
+def quantize_q8_0(raw: RawTensor) -> RawTensor:
+    """A dense matrix [rows, multiple of 32] stored as Q8_0."""
+    return quantize(raw, "Q8_0")

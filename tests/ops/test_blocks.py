@@ -28,10 +28,11 @@ def random_tensor(storage: str, rows: int, cols: int, seed: int = 0) -> RawTenso
     """Random bytes in every field but the scales, which are random finite numbers."""
     rng = np.random.default_rng(seed)
     block = BLOCKS[storage]
-    data = rng.integers(0, 256, (rows * cols // block.elements, block.nbytes), dtype=np.uint8)
+    row = cols // block.elements
+    data = rng.integers(0, 256, (rows * row, block.nbytes), dtype=np.uint8)
     for at in HALVES[storage]:
         data[:, at : at + 2] = rng.normal(size=(len(data), 1)).astype(np.float16).view(np.uint8)
-    return RawTensor("w", storage, (rows, cols), torch.from_numpy(data.reshape(rows, -1)))
+    return RawTensor("w", storage, (rows, cols), torch.from_numpy(data.reshape(rows, row * block.nbytes)))
 
 
 def reference(raw: RawTensor) -> torch.Tensor:
@@ -92,6 +93,10 @@ def test_dense_tensors_are_cast_and_not_copied_needlessly(storage, dtype):
     assert dequantize(raw, dtype).data_ptr() == data.data_ptr()
 
 
+def dense(values: torch.Tensor) -> RawTensor:
+    return RawTensor("w", "F32", tuple(values.shape), values)
+
+
 def hard_values() -> torch.Tensor:
     """Random rows, a row of zeros, one of equal values, one of exact halves, one of large values."""
     values = torch.randn(8, 96, generator=torch.Generator().manual_seed(2))
@@ -107,13 +112,13 @@ def hard_values() -> torch.Tensor:
 def test_encoding_equals_the_reference_byte_for_byte(storage):
     values = hard_values()
     expected = gguf.quantize(values.numpy(), gguf.GGMLQuantizationType[storage])
-    assert np.array_equal(quantize("w", values, storage).data.numpy(), expected)
+    assert np.array_equal(quantize(dense(values), storage).data.numpy(), expected)
 
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("Q8_0", 0.5 / 127), ("Q4_0", 0.5 / 8), ("Q4_1", 0.5 / 7.5)])
 def test_encoding_keeps_values_within_half_a_step(storage, tolerance):
     values = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
-    error = (dequantize(quantize("w", values, storage)) - values).abs().reshape(-1, 32).amax(1)
+    error = (dequantize(quantize(dense(values), storage)) - values).abs().reshape(-1, 32).amax(1)
     largest = values.abs().reshape(-1, 32).amax(1)
     # Q4_0 clips what lies beyond 7 steps on the far side of zero: a whole step instead of half.
     assert (error <= largest * tolerance * (2.01 if storage == "Q4_0" else 1.05)).all()
@@ -122,13 +127,13 @@ def test_encoding_keeps_values_within_half_a_step(storage, tolerance):
 @pytest.mark.parametrize("shape", [(4, 33), (64,), (2, 2, 32)])
 def test_shapes_that_are_not_whole_blocks_are_refused(shape):
     with pytest.raises(ValueError, match="multiple of 32"):
-        quantize("w", torch.zeros(shape), "Q8_0")
+        quantize(dense(torch.zeros(shape)), "Q8_0")
 
 
 def test_unknown_storage_is_refused_with_the_allowed_ones():
     with pytest.raises(ValueError, match=r"IQ2_XS.*Q4_0"):
         row_bytes("IQ2_XS", 256)
     with pytest.raises(ValueError, match=r"Q6_K.*Q8_0"):
-        quantize("w", torch.zeros(1, 256), "Q6_K")
+        quantize(dense(torch.zeros(1, 256)), "Q6_K")
     with pytest.raises(ValueError, match="multiples of 256"):
         row_bytes("Q4_K", 128)
