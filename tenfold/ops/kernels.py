@@ -42,6 +42,7 @@ class Kernels(Protocol):
     """A set of implementations for one device."""
 
     name: str
+    reason: str  # why these kernels were picked, set by `make_kernels`
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         """One Matrix of the parts stacked by rows, in the layout these kernels want."""

@@ -1,0 +1,198 @@
+"""`ModelConfig`: the shape of a decoder, read from a Hugging Face config and checked once, for models to rely on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tenfold.nn.rope import RopeSpec
+
+# Largest believable values: what lies above is a broken or hostile file, not a model.
+LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 28,
+    "sliding_window": 1 << 30,
+}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+class ConfigError(ValueError):
+    """A model config that cannot be used: says which key, what it holds and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder of `layers` equal blocks.
+
+    windows: sliding window of each layer in tokens, 0 for none. rope, local_rope: of layers without and with a window
+    (equal where a family has one). scale multiplies query-key products; attention_softcap, logit_softcap: 0 for none.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    tied: bool
+    rope: RopeSpec
+    local_rope: RopeSpec
+    windows: tuple[int, ...]
+    scale: float
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """A raw config with a family's defaults, read key by key with checks. A key that holds None counts as absent."""
+
+    raw: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            value = self.defaults.get(key)
+        return default if value is None else value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 to the key's limit."""
+        value = self.get(key, default)
+        limit = LIMITS[key]
+        if value is None:
+            raise ConfigError(f"The model config has no {key}; it must hold a whole number from 1 to {limit}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise ConfigError(f"{key} is {value!r} in the model config; allowed: a whole number from 1 to {limit}.")
+        return value
+
+    def number(self, key: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
+        """A number above `low`, up to `high`."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+            raise ConfigError(
+                f"{key} is {value!r} in the model config; allowed: a number above {low:g}, up to {high:g}."
+            )
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key} is {value!r} in the model config; allowed: true or false.")
+        return value
+
+    def cap(self, key: str) -> float:
+        """A soft cap; absent or null is 0, for none."""
+        return 0.0 if self.get(key) is None else self.number(key, 0.0)
+
+    def window(self) -> int:
+        """`sliding_window`; absent or null is 0, for none."""
+        return 0 if self.get("sliding_window") is None else self.count("sliding_window")
+
+    def activation(self, key: str) -> str:
+        name = self.get(key, "silu")
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise ConfigError(f"{key} is {name!r} in the model config; supported: {', '.join(sorted(ACTIVATIONS))}.")
+        return ACTIVATIONS[name]
+
+    def rope(self, head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> RopeSpec:
+        """Rotary embedding with classic `rope_scaling` keys. Phi-3 keeps its original context outside of them."""
+        if scaling is not None and not isinstance(scaling, Mapping):
+            raise ConfigError(f"rope_scaling is {scaling!r} in the model config; allowed: an object or null.")
+        scaling = dict(scaling or {})
+        scaling.setdefault("rope_type", scaling.get("type", "default"))
+        original = self.get("original_max_position_embeddings")
+        if original is not None and scaling["rope_type"] != "default":
+            scaling["original_max_position_embeddings"] = original
+        partial = self.number("partial_rotary_factor", 1.0, high=1.0)
+        try:
+            return RopeSpec(theta, int(head_dim * partial), self.count("max_position_embeddings"), scaling)
+        except ValueError as error:
+            raise ConfigError(f"The model config cannot be used: {error}") from error
+
+    def layer_windows(self, layers: int, slides: "tuple[bool, ...] | bool") -> tuple[int, ...]:
+        """Window of each layer. `layer_types`, where the config has it, decides which layers slide, else `slides`."""
+        types = self.get("layer_types")
+        if types is not None:
+            if not isinstance(types, list) or len(types) != layers or not all(name in LAYER_TYPES for name in types):
+                raise ConfigError(
+                    f"layer_types is {types!r} in the model config; "
+                    f"allowed: a list of {layers} names out of {', '.join(LAYER_TYPES)}."
+                )
+            slides = tuple(name == "sliding_attention" for name in types)
+        elif isinstance(slides, bool):
+            slides = (slides,) * layers
+        window = self.window() if any(slides) else 0
+        return tuple(window if slide else 0 for slide in slides)
+
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def read_config(keys: Keys, architecture: str, activation_key: str = "hidden_act") -> ModelConfig:
+    """What every family has, without windows. Families replace the rest. Raises ConfigError."""
+    if keys.get("quantization_config") is not None:
+        raise ConfigError(
+            "The checkpoint is quantised in a way that is not read yet (its config has quantization_config); "
+            "use the original weights or a GGUF file of this model."
+        )
+    sizes = {key: keys.count(key) for key in REQUIRED}
+    hidden, heads, layers = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_hidden_layers"]
+    kv_heads = keys.count("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"num_attention_heads is {heads} and num_key_value_heads {kv_heads} in the model config; "
+            "the first must be a multiple of the second."
+        )
+    if keys.get("head_dim") is None and hidden % heads:
+        raise ConfigError(
+            f"hidden_size is {hidden} and num_attention_heads {heads} in the model config; "
+            "without head_dim the first must be a multiple of the second."
+        )
+    head_dim = keys.count("head_dim", hidden // heads)
+    rope = keys.rope(head_dim, keys.number("rope_theta", 10000.0, high=1e18), keys.get("rope_scaling"))
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=sizes["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=sizes["intermediate_size"],
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=keys.count("max_position_embeddings"),
+        norm_eps=keys.number("rms_norm_eps", 1e-6, high=1.0),
+        activation=keys.activation(activation_key),
+        tied=keys.flag("tie_word_embeddings"),
+        rope=rope,
+        local_rope=rope,
+        windows=(0,) * layers,
+        scale=head_dim**-0.5,
+    )

@@ -1,0 +1,155 @@
+"""What decoder families share: making layers from checkpoint names, and the way from token ids to logits.
+
+A family file holds its config reading and its block, whose `__call__` is the family's forward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tenfold.models.config import ModelConfig
+from tenfold.nn.attention import Attention
+from tenfold.nn.embed import Embedding, Head
+from tenfold.nn.linear import Linear
+from tenfold.nn.mlp import MLP
+from tenfold.nn.norm import RMSNorm
+from tenfold.nn.rope import rope_table
+from tenfold.nn.step import Step
+from tenfold.ops.kernels import AttentionSpec
+from tenfold.weights.load import Weights
+
+
+class Block(Protocol):
+    def __call__(self, x: Tensor, step: Step) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Where one block's layers come from: the weights under `prefix`, shaped by the config.
+
+    rope: table for this layer. unit: what is added to a norm's stored weight (1 for Gemma).
+    """
+
+    config: ModelConfig
+    weights: Weights
+    layer: int
+    rope: Tensor
+    unit: float = 0.0
+
+    @property
+    def prefix(self) -> str:
+        return f"model.layers.{self.layer}."
+
+    def norm(self, name: str, size: int | None = None) -> RMSNorm:
+        return make_norm(
+            self.weights, self.prefix + name, size or self.config.hidden_size, self.config.norm_eps, self.unit
+        )
+
+    def linear(self, names: Sequence[str], rows: Sequence[int], cols: int, bias: bool = False) -> Linear:
+        """The named projections stacked by rows."""
+        full = [self.prefix + name for name in names]
+        weight = self.weights.matrix(*(name + ".weight" for name in full), rows=rows, cols=cols)
+        offsets = self.weights.vector(*(name + ".bias" for name in full), size=sum(rows)) if bias else None
+        return Linear(self.weights.kernels, weight, offsets)
+
+    def attention(
+        self, qkv: Sequence[str], out: str, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None
+    ) -> Attention:
+        """Self-attention; qkv names either three projections or one that holds all."""
+        c = self.config
+        rows = [c.q_size, c.kv_size, c.kv_size]
+        spec = AttentionSpec(
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            scale=c.scale,
+            window=c.windows[self.layer],
+            softcap=c.attention_softcap,
+            rotary_dim=c.rope.rotary_dim,
+        )
+        return Attention(
+            self.weights.kernels,
+            self.layer,
+            spec,
+            self.linear(qkv, rows if len(qkv) == 3 else [sum(rows)], c.hidden_size, c.qkv_bias),
+            self.linear([out], [c.hidden_size], c.q_size, c.out_bias),
+            self.rope,
+            q_norm,
+            k_norm,
+        )
+
+    def mlp(self, gate_up: Sequence[str], down: str) -> MLP:
+        """Gated feed-forward; gate_up names either two projections or one that holds both."""
+        c = self.config
+        rows = [c.intermediate_size] * 2 if len(gate_up) == 2 else [2 * c.intermediate_size]
+        return MLP(
+            self.linear(gate_up, rows, c.hidden_size, c.mlp_bias),
+            self.linear([down], [c.hidden_size], c.intermediate_size, c.mlp_bias),
+            c.activation,
+        )
+
+
+class Decoder:
+    """Embedding, blocks, final norm, head. Families give `configure` and `block`.
+
+    max_model_len: longest sequence in tokens; positions at or past it must not be run. The KV cache it needs has
+    `config.layers`, `config.kv_heads` and `config.head_dim`.
+    """
+
+    unit = 0.0
+
+    def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
+        if max_model_len < 1:
+            raise ValueError(f"max_model_len is {max_model_len}; allowed: a whole number from 1.")
+        kernels = weights.kernels
+        self.config = config
+        table = weights.matrix("model.embed_tokens.weight", rows=[config.vocab_size], cols=config.hidden_size)
+        self.embed = Embedding(kernels, table, self.embed_scale(config, weights.dtype))
+        rope = rope_table(config.rope, max_model_len, weights.device)
+        local = (
+            rope if config.local_rope == config.rope else rope_table(config.local_rope, max_model_len, weights.device)
+        )
+        self.blocks: list[Block] = [
+            self.block(Source(config, weights, layer, local if window else rope, self.unit))
+            for layer, window in enumerate(config.windows)
+        ]
+        self.norm = make_norm(weights, "model.norm.weight", config.hidden_size, config.norm_eps, self.unit)
+        head = (
+            table
+            if config.tied
+            else weights.matrix("lm_head.weight", rows=[config.vocab_size], cols=config.hidden_size)
+        )
+        self.head = Head(kernels, head, config.logit_softcap)
+
+    @classmethod
+    def configure(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Read and check a Hugging Face config. Raises ConfigError."""
+        raise NotImplementedError
+
+    def block(self, source: Source) -> Block:
+        raise NotImplementedError
+
+    def embed_scale(self, config: ModelConfig, dtype: torch.dtype) -> float:
+        return 1.0
+
+    def forward(self, step: Step) -> Tensor:
+        """Logits [len(step.logits_rows), vocab] float32 of the tokens that ask for them."""
+        return self.head(self._states(step)[step.logits_rows], self.norm)
+
+    def hidden(self, step: Step) -> Tensor:
+        """Final normed states [T, hidden_size] of all tokens (for embeddings)."""
+        return self.norm(self._states(step))
+
+    def _states(self, step: Step) -> Tensor:
+        x = self.embed(step.token_ids)
+        for block in self.blocks:
+            x = block(x, step)
+        return x
+
+
+def make_norm(weights: Weights, name: str, size: int, eps: float, unit: float) -> RMSNorm:
+    weight = weights.vector(name, size=size)
+    return RMSNorm(weights.kernels, weight + unit if unit else weight, eps)

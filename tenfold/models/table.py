@@ -1,0 +1,58 @@
+"""Which model families are known, and the two ways in: `model_config` (sizes, before loading) and `build_model`."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tenfold.base.table import entry
+from tenfold.models.config import ConfigError, ModelConfig
+from tenfold.nn.step import Step
+from tenfold.weights.load import Weights
+
+MODELS = {
+    "Gemma3ForCausalLM": "tenfold.models.gemma3:Gemma3",
+    "LlamaForCausalLM": "tenfold.models.llama:Llama",
+    "MistralForCausalLM": "tenfold.models.mistral:Mistral",
+    "Phi3ForCausalLM": "tenfold.models.phi3:Phi3",
+    "Qwen2ForCausalLM": "tenfold.models.qwen2:Qwen2",
+    "Qwen3ForCausalLM": "tenfold.models.qwen3:Qwen3",
+}
+
+
+class Model(Protocol):
+    """A decoder as the engine sees it. Its KV cache has `config.layers`, `config.kv_heads` and `config.head_dim`."""
+
+    config: ModelConfig
+
+    def forward(self, step: Step) -> Tensor:
+        """Logits [len(step.logits_rows), vocab] float32."""
+        ...
+
+    def hidden(self, step: Step) -> Tensor:
+        """Final normed states [T, hidden_size]."""
+        ...
+
+
+def architecture(raw: Mapping[str, Any]) -> str:
+    """The first known name in the config's `architectures`. Raises ConfigError listing what is supported."""
+    names = raw.get("architectures")
+    names = names if isinstance(names, list) else []
+    for name in names:
+        if isinstance(name, str) and name in MODELS:
+            return name
+    given = ", ".join(str(name)[:80] for name in names[:4]) or "none given"
+    raise ConfigError(f"Architecture ({given}) is not supported; supported: {', '.join(sorted(MODELS))}.")
+
+
+def model_config(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read and check a checkpoint's config. Raises ConfigError with the key, what it holds and what is allowed."""
+    return entry(MODELS, architecture(raw), "architecture").configure(dict(raw))
+
+
+def build_model(raw: Mapping[str, Any], weights: Weights, max_model_len: int) -> Model:
+    """The model of a config, for sequences of up to max_model_len tokens. Raises ConfigError, CheckpointError."""
+    family = entry(MODELS, architecture(raw), "architecture")
+    model: Model = family(family.configure(dict(raw)), weights, max_model_len)
+    weights.finish()
+    return model

@@ -1,0 +1,58 @@
+"""Which set of kernels an engine runs on. Nothing falls back silently: the choice carries its reason."""
+
+from typing import cast
+
+import torch
+
+from tenfold.base.log import logger
+from tenfold.base.table import entry
+from tenfold.ops.kernels import Kernels
+
+KERNELS = {
+    "torch": "tenfold.ops.oracle:Oracle",
+    "native": "tenfold.ops.cpu.native:Native",
+}
+
+
+def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: int = 0) -> Kernels:
+    """The kernels `name` ("auto", "native" or "torch") for a device and compute type; `.reason` says why these.
+
+    "auto" takes the compiled kernels on a CPU in float32 where they can be built, otherwise torch. Raises ValueError
+    for an unknown name, and for "native" where it cannot run.
+    """
+    if name not in ("auto", *KERNELS):
+        raise ValueError(f"kernels is {name!r}; allowed: auto, {', '.join(sorted(KERNELS))}.")
+    if name == "torch":
+        return make_torch(device, dtype, threads, "kernels=torch was asked for")
+    obstacle = native_obstacle(device, dtype)
+    if not obstacle:
+        try:
+            kernels = cast(Kernels, entry(KERNELS, "native", "kernels")(threads))
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            obstacle = f"the compiled kernels are not available: {error}"
+        else:
+            return explained(kernels, "compiled kernels fit a CPU in float32")
+    if name == "native":
+        raise ValueError(f"kernels=native cannot be used, {obstacle} Use kernels=auto or kernels=torch.")
+    return make_torch(device, dtype, threads, obstacle)
+
+
+def native_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the compiled CPU kernels cannot serve this device and type, empty where they can."""
+    if device.type != "cpu":
+        return f"the compiled kernels run on a CPU and the device is {device}."
+    if dtype != torch.float32:
+        return f"the compiled kernels compute in float32 and the compute type is {str(dtype).removeprefix('torch.')}."
+    return ""
+
+
+def make_torch(device: torch.device, dtype: torch.dtype, threads: int, reason: str) -> Kernels:
+    if device.type == "cpu" and threads > 0:
+        torch.set_num_threads(threads)
+    return explained(cast(Kernels, entry(KERNELS, "torch", "kernels")(device, dtype)), reason)
+
+
+def explained(kernels: Kernels, reason: str) -> Kernels:
+    kernels.reason = reason
+    logger.info("kernels: %s (%s)", kernels.name, reason.rstrip("."))
+    return kernels

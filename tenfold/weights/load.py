@@ -1,0 +1,120 @@
+"""From a checkpoint's tensors to what kernels run on. Every tensor is checked against the shape the config promises."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tenfold.base.log import logger
+from tenfold.ops.blocks import DENSE, dequantize, quantize
+from tenfold.ops.kernels import Kernels
+from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.weights.checkpoint import Checkpoint, CheckpointError
+
+MODES = ("auto", "dense", "q8_0")
+Q8_0_COLS = 32  # columns of one block
+
+# Buffers that old exports saved; they are computed, not read.
+COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+
+class Weights:
+    """The tensors of one checkpoint, made into matrices of `kernels` and vectors on `device`.
+
+    mode: "auto" keeps what the file stores, "dense" dequantises first, "q8_0" quantises dense matrices.
+    progress(done, total) is called after each tensor. Raises ValueError for an unknown mode.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        mode: str = "auto",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"weights is {mode!r}; allowed: {', '.join(MODES)}.")
+        self.checkpoint = checkpoint
+        self.kernels = kernels
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.mode = mode
+        self.progress = progress
+        self.prefix = ""
+        self.used: set[str] = set()
+        self._names = frozenset(checkpoint.names())
+
+    def has(self, name: str) -> bool:
+        return self.prefix + name in self._names
+
+    def matrix(self, *names: str, rows: Sequence[int] | None = None, cols: int | None = None) -> Matrix:
+        """The named matrices stacked by rows. rows, cols: the shape each must have. Raises CheckpointError."""
+        parts = [self._take(name) for name in names]
+        for i, part in enumerate(parts):
+            wanted = (part.shape[0] if rows is None else rows[i], part.shape[-1] if cols is None else cols)
+            check_shape(part, wanted)
+        return self.kernels.matrix([self._convert(part) for part in parts])
+
+    def vector(self, *names: str, size: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The named vectors joined, on the device. size: the length of all together. Raises CheckpointError."""
+        parts = [self._take(name) for name in names]
+        for part in parts:
+            if len(part.shape) != 1 or part.storage not in DENSE:
+                raise CheckpointError(
+                    f"Tensor {part.name} has shape {list(part.shape)} and type {part.storage}; "
+                    "a vector of F32, F16 or BF16 was expected. The file is damaged or of another model."
+                )
+        joined = torch.cat([part.data.to(dtype) for part in parts])
+        if size is not None and joined.numel() != size:
+            raise CheckpointError(
+                f"{' and '.join(part.name for part in parts)} hold {joined.numel()} numbers; "
+                f"the config calls for {size}. Config and weights are of different models."
+            )
+        return joined.to(self.device)
+
+    def unused(self) -> list[str]:
+        """Names in the checkpoint that no layer asked for, computed buffers left out."""
+        return sorted(name for name in self._names - self.used if not name.endswith(COMPUTED))
+
+    def finish(self) -> None:
+        """Say in one sentence what was left over. Call when the model is built."""
+        names = self.unused()
+        if names:
+            shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+            logger.warning(
+                "%d of %d tensors in %s are not used by this model: %s",
+                len(names),
+                len(self._names),
+                self.checkpoint.path,
+                shown,
+            )
+
+    def _take(self, name: str) -> RawTensor:
+        name = self.prefix + name
+        if name not in self._names:
+            raise CheckpointError(
+                f"{self.checkpoint.path} has no tensor {name}, which this model needs; "
+                "the file is incomplete or of another architecture."
+            )
+        raw = self.checkpoint.tensor(name)
+        self.used.add(name)
+        if self.progress is not None:
+            self.progress(len(self.used), len(self._names))
+        return raw
+
+    def _convert(self, part: RawTensor) -> RawTensor:
+        if self.mode == "dense" and part.storage not in DENSE:
+            return RawTensor(part.name, "F32", part.shape, dequantize(part))
+        if self.mode == "q8_0" and part.storage in DENSE and part.shape[1] % Q8_0_COLS == 0:
+            return quantize(part, "Q8_0")
+        return part
+
+
+def check_shape(part: RawTensor, wanted: tuple[int, int]) -> None:
+    if len(part.shape) != 2 or tuple(part.shape) != wanted:
+        raise CheckpointError(
+            f"Tensor {part.name} has shape {list(part.shape)}; the config calls for {list(wanted)}. "
+            "Config and weights are of different models, or the file is damaged."
+        )
