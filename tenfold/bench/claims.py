@@ -1,0 +1,74 @@
+"""`bench/results/claims.json`: one object for each number this project claims, met or not."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tenfold.bench.hardware import ROOT, commit, processor, today
+
+CLAIMS = ROOT / "bench" / "results" / "claims.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A measured figure against its target. `value` None: not measured, and `note` says what was tried."""
+
+    id: str
+    what: str
+    target: str
+    value: float | None
+    unit: str
+    met: bool
+    command: str
+    against: str = ""
+    spread: tuple[float, float] | None = None
+    hardware: str = ""
+    date: str = ""
+    commit: str = ""
+    kind: str = "measured"
+    note: str = ""
+
+
+def claim(id: str, what: str, value: float | None, unit: str, command: str, *, at_least: float | None = None, at_most: float | None = None,
+          against: str = "", spread: tuple[float, float] | None = None, hardware: str = "", kind: str = "measured", note: str = "") -> Claim:  # fmt: skip
+    """A claim with its target in words and `met` derived from the value; hardware, date and commit are filled in."""
+    bounds = [f">= {at_least:g} {unit}".strip()] if at_least is not None else []
+    bounds += [f"<= {at_most:g} {unit}".strip()] if at_most is not None else []
+    met = value is not None and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+    digits = None if value is None else float(f"{value:.4g}")
+    rounded = None if spread is None else (float(f"{spread[0]:.4g}"), float(f"{spread[1]:.4g}"))
+    return Claim(
+        id,
+        what,
+        " and ".join(bounds),
+        digits,
+        unit,
+        met,
+        command,
+        against,
+        rounded,
+        hardware or processor(),
+        today(),
+        commit(),
+        kind,
+        note,
+    )
+
+
+def load(path: Path = CLAIMS) -> list[Claim]:
+    if not path.exists():
+        return []
+    return [
+        Claim(**{**row, "spread": tuple(row["spread"]) if row.get("spread") else None})
+        for row in json.loads(path.read_text())
+    ]
+
+
+def record(claims: Iterable[Claim], path: Path = CLAIMS) -> None:
+    """Put claims into the file; one with the same id and `what` is replaced. The order is by id, then by first appearance."""
+    rows = {(c.id, c.what): c for c in load(path)}
+    rows.update({(c.id, c.what): c for c in claims})
+    ordered = sorted(rows.values(), key=lambda c: (c.id[:1], int("".join(filter(str.isdigit, c.id)) or 0)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(c) for c in ordered], indent=1, ensure_ascii=False) + "\n")

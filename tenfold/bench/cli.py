@@ -1,0 +1,137 @@
+"""`tenfold bench`: measure, record as claims, and renew the tables made from them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tenfold.bench import cpu, report, startup
+from tenfold.bench.case import Figure, paired_ratio
+from tenfold.bench.claims import claim, record
+from tenfold.bench.files import requantize
+from tenfold.bench.hardware import busy_cores, commit, processor, today
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine: speed against peers, start-up, quality.")
+
+Model = Annotated[str, typer.Option(help="Model to measure; as for tenfold run.")]
+Against = Annotated[str, typer.Option(help="Peers, comma-separated: llama.cpp, hf. Each must be installed.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median of their ratios counts.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads every engine gets.")]
+Record = Annotated[bool, typer.Option("--record", help="Write the result into bench/results/ (needs a checkout).")]
+
+
+def peers(against: str) -> list[str]:
+    return [name.strip() for name in against.split(",") if name.strip()]
+
+
+def header() -> None:
+    busy = busy_cores()
+    typer.echo(f"{processor()}; commit {commit()}; {today()}; other work on {busy:.1f} cores")
+    if busy > 0.3:
+        typer.echo(
+            "warning: the machine is busy; ratios of interleaved rounds still hold roughly, absolute figures do not",
+            err=True,
+        )
+
+
+def show(speeds: dict[str, dict[str, list[float]]], unit: str) -> None:
+    for case, engines in speeds.items():
+        for name, samples in engines.items():
+            figure = Figure(tuple(samples))
+            low, high = figure.spread
+            line = f"{case:22} {name:10} {figure.median:8.1f} {unit} ({low:.1f} to {high:.1f})"
+            if name != "tenfold" and "tenfold" in engines:
+                line += f"   tenfold/{name} {paired_ratio(engines['tenfold'], samples).median:.2f}"
+            typer.echo(line)
+
+
+@app.command("cpu")
+def cpu_command(
+    model: Model = "default",
+    against: Against = "llama.cpp,hf",
+    rounds: Rounds = 5,
+    threads: Threads = 2,
+    formats: Annotated[
+        str,
+        typer.Option(help="Also decode these quantisations of the model against llama.cpp, made with its quantiser."),
+    ] = "",
+    folder: Annotated[Path, typer.Option(help="Where those files are kept.")] = Path("assets/requantized"),
+    keep: Record = False,
+) -> None:
+    """Decode at batch 1 and 8 and prefill of 512 tokens, against peers, interleaved (A1 to A3)."""
+    from tenfold.weights.find import resolve
+
+    header()
+    source = resolve(model)
+    command = f"tenfold bench cpu --against {against} --threads {threads} --rounds {rounds}" + (
+        f" --formats {formats}" if formats else ""
+    )
+    runs = {}
+    claims = []
+    speeds = cpu.measure(str(source), ["tenfold", *peers(against)], threads, rounds, say=typer.echo)
+    show(speeds, "tokens/s")
+    runs[source.name] = speeds
+    claims += cpu.claims_of(speeds, "SmolLM2-135M-Instruct Q4_1" if model == "default" else model, command, cpu.TARGETS)
+    for kind in peers(formats):
+        path = requantize(source, kind, folder)
+        speeds = cpu.measure(str(path), ["tenfold", "llama.cpp"], threads, rounds, cpu.CASES, typer.echo)
+        typer.echo(kind)
+        show(speeds, "tokens/s")
+        runs[path.name] = speeds
+        claims += cpu.claims_of(
+            speeds, f"SmolLM2-135M-Instruct {kind}", command, {("decode, batch 1", "llama.cpp"): ("A1", 1.0)}
+        )
+    if keep:
+        typer.echo(f"wrote {cpu.save('cpu', runs)}")
+        record(claims)
+
+
+@app.command("startup")
+def startup_command(
+    model: Model = "default",
+    against: Against = "llama.cpp",
+    rounds: Rounds = 5,
+    threads: Threads = 2,
+    keep: Record = False,
+) -> None:
+    """Seconds from process start to the first token of an answer (A4)."""
+    from tenfold.weights.find import resolve
+
+    header()
+    path = str(resolve(model))
+    samples = startup.measure(["tenfold", *peers(against)], path, threads, rounds)
+    show({"first token": samples}, "s")
+    if keep:
+        ours = Figure(tuple(samples["tenfold"]))
+        note = "; ".join(
+            f"{name}: median {Figure(tuple(s)).median:.2f} s" for name, s in samples.items() if name != "tenfold"
+        )
+        command = f"tenfold bench startup --against {against} --rounds {rounds} --threads {threads}"
+        what = "first token after process start, `tenfold run`, files in the page cache"
+        record([claim("A4", what, ours.median, "s", command, at_most=3.0, spread=ours.spread, note=note)])
+        cpu.save("startup", samples)
+
+
+@app.command("quality")
+def quality_command(
+    text: Annotated[Path, typer.Option(help="Text file to judge on.")],
+    model: Model = "default",
+    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    count: Annotated[int, typer.Option(min=1, help="Windows.")] = 8,
+    keep: Record = False,
+) -> None:
+    """Perplexity and KL divergence of the default CPU path and of the float32 path against transformers in float32 (A5)."""
+    from tenfold.bench import quality_run
+
+    header()
+    claims, rows = quality_run.run(model, text, window, count, typer.echo)
+    if keep:
+        record(claims)
+        cpu.save("quality", rows)
+
+
+@app.command("report")
+def report_command() -> None:
+    """Renew the tables of README.md and docs/measured.md from bench/results/claims.json."""
+    changed = report.write()
+    typer.echo("renewed " + ", ".join(str(p) for p in changed) if changed else "nothing to renew")

@@ -1,0 +1,69 @@
+"""Claims: targets decide `met`, files round-trip, and documents are filled from them."""
+
+from pathlib import Path
+
+import pytest
+
+from tenfold.bench import report
+from tenfold.bench.case import Figure, paired_ratio
+from tenfold.bench.claims import CLAIMS, Claim, claim, load, record
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "met"),
+    [
+        (1.6, {"at_least": 1.5}, True),
+        (1.4, {"at_least": 1.5}, False),
+        (2.9, {"at_most": 3.0}, True),
+        (3.1, {"at_most": 3.0}, False),
+        (None, {"at_least": 1.5}, False),
+    ],
+)
+def test_met_compares_value_with_target(value: float | None, bounds: dict[str, float], met: bool) -> None:
+    made = claim("A1", "speed", value, "x", "tenfold bench cpu", **bounds)
+    assert made.met is met
+    assert "1.5" in made.target or "3" in made.target
+
+
+def test_record_replaces_the_same_claim_and_keeps_others(tmp_path: Path) -> None:
+    path = tmp_path / "claims.json"
+    record([claim("A2", "prefill", 1.0, "x", "c"), claim("A1", "decode", 1.0, "x", "c", spread=(0.9, 1.1))], path)
+    record([claim("A1", "decode", 2.0, "x", "c")], path)
+    assert [(c.id, c.value) for c in load(path)] == [("A1", 2.0), ("A2", 1.0)]
+
+
+def test_pairs_divide_round_by_round() -> None:
+    assert paired_ratio([10, 30], [5, 10]) == Figure((2.0, 3.0))
+    with pytest.raises(ValueError, match="do not pair"):
+        paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_fill_replaces_only_what_stands_between_the_markers() -> None:
+    rows = [
+        claim("A1", "decode", 2.0, "x", "cmd", at_least=1.5, note="n."),
+        claim("B1", "other", None, "s", "cmd", at_most=1),
+    ]
+    text = "before\n<!-- claims:A -->\nold\n<!-- /claims -->\nafter\n<!-- claims:B:details --><!-- /claims -->\n"
+    filled = report.fill(text, rows)
+    assert filled.startswith("before\n")
+    assert "old" not in filled
+    assert "after" in filled
+    assert "| A1 | decode | **2** x |" in filled
+    assert "not measured" in filled
+    assert report.fill(filled, rows) == filled
+
+
+def test_documents_agree_with_the_recorded_claims() -> None:
+    """A number in a document that differs from the record is a lie; `tenfold bench report` renews them."""
+    claims = load()
+    for document in report.DOCUMENTS:
+        text = document.read_text()
+        assert report.fill(text, claims) == text, f"run `tenfold bench report`: {document.name} is stale"
+
+
+def test_every_claim_in_the_record_is_complete() -> None:
+    assert CLAIMS.exists()
+    for row in load():
+        assert isinstance(row, Claim)
+        assert row.hardware and row.commit and row.date and row.command, row
+        assert row.value is not None or row.note, f"{row.id} was not measured and does not say why"
