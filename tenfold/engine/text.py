@@ -1,0 +1,363 @@
+"""Text: prompts become token ids, token ids become text while they arrive.
+
+Invariant: however an answer is cut into tokens, the pieces `Detokenizer.feed` and `flush` return join to what `Text.decode` gives
+for all of its tokens at once, up to the stop string; no piece ever ends inside a character.
+
+Speed: pieces are turned into bytes by a table, not by decoding a window of tokens, so a token costs about a microsecond
+whatever the length of the context.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+from tenfold.engine import template
+from tenfold.engine.request import Request
+from tenfold.weights.checkpoint import Checkpoint
+
+REPLACEMENT = "\ufffd"
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+
+
+def _replace_bytewise(error: UnicodeError) -> tuple[str, int]:
+    """One U+FFFD for each undecodable byte, as byte-fallback decoders give; Python's "replace" gives one for several."""
+    assert isinstance(error, UnicodeDecodeError)
+    return REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error("tenfold-bytewise", _replace_bytewise)
+_utf8 = codecs.getincrementaldecoder("utf-8")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 onwards, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+# What a token says: bytes, possibly of a part of a character, or whole text, which ends any unfinished character before it.
+Piece = bytes | str
+
+
+def _byte_level_piece(token: str) -> bytes:
+    try:
+        return bytes([BYTE_OF_CHARACTER[c] for c in token])
+    except KeyError:  # an added token with characters outside the alphabet stands for itself
+        return token.encode()
+
+
+def _sentencepiece_piece(token: str) -> Piece:
+    if BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(token[3:5])
+    return token.replace(SPACE_MARK, " ")
+
+
+class Stream(Protocol):
+    """Tokens in, whole characters out. `end` gives what is left of an unfinished character."""
+
+    def feed(self, token: int) -> str: ...
+
+    def end(self) -> str: ...
+
+
+class Text:
+    """The tokenizer of a checkpoint, and its chat template. Safe to use from several threads.
+
+    special: names such as "bos_token" to strings. eos_ids: tokens that end an answer. template: the Jinja source of chats, or None.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.tokenizer: Tokenizer = checkpoint.tokenizer()
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.special = dict(checkpoint.special)
+        self.eos_ids = tuple(checkpoint.eos_ids)
+        self.template = checkpoint.chat_template
+        self.vocab_size: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        self._skipped = frozenset(i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special)
+        self._pieces: dict[int, Piece] = {}
+        self._read_decoder()
+
+    def _read_decoder(self) -> None:
+        """Which table the tokenizer's decoder amounts to; None keeps to decoding windows of tokens with the decoder itself."""
+        self._make_piece: Callable[[str], Piece] | None = None
+        self._errors = "replace"
+        self._strip = 0  # spaces taken off the start of a text
+        decoder = self.tokenizer.decoder
+        steps: list[dict[str, Any]] = [json.loads(decoder.__getstate__())] if decoder is not None else []
+        if steps and steps[0]["type"] == "Sequence":
+            steps = steps[0]["decoders"]
+        kinds = [s["type"] for s in steps]
+        if kinds == ["ByteLevel"]:
+            self._make_piece = _byte_level_piece
+        elif kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == _REPLACE_SPACE_MARK:
+            rest = steps[3:]
+            if rest and not (
+                len(rest) == 1 and rest[0]["type"] == "Strip" and rest[0]["content"] == " " and rest[0]["stop"] == 0
+            ):
+                return
+            self._make_piece = _sentencepiece_piece
+            self._errors = "tenfold-bytewise"
+            self._strip = rest[0]["start"] if rest else 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; with `add_special_tokens` also those the model expects around every text, such as a begin token.
+
+        Raises ValueError for a text that is not valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text has half of a surrogate pair ({text[error.start]!a}) at character {error.start}; "
+                "send valid Unicode, characters beyond U+FFFF whole."
+            ) from None
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of tokens. Ids the tokenizer does not know give nothing; bytes that are not UTF-8 give U+FFFD.
+
+        This is what the tokenizer's own decoder gives, except in a run of byte-fallback tokens of which only some are valid: that
+        gives U+FFFD for the invalid ones, where the decoder would throw all of the run away.
+        """
+        stream = self._stream(skip_special_tokens, self._strip)
+        return "".join([stream.feed(i) for i in ids]) + stream.end()
+
+    def detokenizer(self, request: Request) -> "Detokenizer":
+        """For one sequence of a request. A leading space is text wherever visible prompt tokens stand before it."""
+        params = request.params
+        inside = any(not (params.skip_special_tokens and i in self._skipped) for i in request.prompt)
+        stream = self._stream(params.skip_special_tokens, 0 if inside else self._strip)
+        return Detokenizer(stream, params.stop, params.include_stop, params.min_tokens)
+
+    def token_text(self, token: int) -> str:
+        """What one token says, for lists of log-probabilities; U+FFFD where it is a part of a character."""
+        piece = self._piece(token)
+        return piece if isinstance(piece, str) else piece.decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for, in UTF-8; those of a text's tokens join to the text's bytes."""
+        piece = self._piece(token)
+        return piece.encode() if isinstance(piece, str) else piece
+
+    def token_id(self, content: str) -> int | None:
+        """The id of a token by its exact content, such as "<|im_end|>"."""
+        found: int | None = self.tokenizer.token_to_id(content)
+        return found
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None, **settings: Any
+    ) -> str:
+        """The prompt of a conversation, by the checkpoint's template. `settings` are those of `template.apply`. Raises TemplateError."""
+        source = self.template or template.default(self.token_id("<|im_start|>") is not None)
+        return template.apply(source, messages, tools=tools, special=self.special, **settings)
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None, **settings: Any
+    ) -> list[int]:
+        """Token ids of a conversation. A checkpoint's template writes the special tokens itself, so none are added to it."""
+        return self.encode(
+            self.render_chat(messages, tools=tools, **settings), add_special_tokens=self.template is None
+        )
+
+    def _piece(self, token: int) -> Piece:
+        piece = self._pieces.get(token)
+        if piece is None:
+            content = self.tokenizer.id_to_token(token) if token >= 0 else None
+            make = self._make_piece or _sentencepiece_piece
+            piece = self._pieces[token] = make(content) if content is not None else b""
+        return piece
+
+    def _stream(self, skip_special_tokens: bool, strip: int) -> Stream:
+        skipped = self._skipped if skip_special_tokens else frozenset()
+        if self._make_piece is None:
+            return _WindowStream(
+                lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False), self._known, skipped
+            )
+        return _PieceStream(self._piece, skipped, self._errors, strip)
+
+    def _known(self, token: int) -> bool:
+        return self.tokenizer.id_to_token(token) is not None
+
+
+_REPLACE_SPACE_MARK = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+
+
+class _PieceStream:
+    """Joins the pieces of tokens into characters."""
+
+    __slots__ = ("_decoder", "_pending", "_piece", "_skipped", "_strip")
+
+    def __init__(self, piece: Callable[[int], Piece], skipped: frozenset[int], errors: str, strip: int) -> None:
+        self._piece = piece
+        self._skipped = skipped
+        self._decoder = _utf8(errors)
+        self._pending = False  # the decoder may hold a part of a character
+        self._strip = strip
+
+    def feed(self, token: int) -> str:
+        if token in self._skipped:
+            return ""
+        piece = self._piece(token)
+        if isinstance(piece, bytes):
+            text = self._decoder.decode(piece)
+            self._pending = True
+        elif self._pending:
+            text = self._decoder.decode(b"", True) + piece
+            self._pending = False
+        else:
+            text = piece
+        return self._stripped(text) if self._strip else text
+
+    def end(self) -> str:
+        text = self._decoder.decode(b"", True)
+        return self._stripped(text) if self._strip else text
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            if text[0] != " ":
+                self._strip = 0
+                break
+            text = text[1:]
+            self._strip -= 1
+        return text
+
+
+class _WindowStream:
+    """For decoders without a table: decodes the last few tokens with and without the new one, and gives the difference."""
+
+    BEFORE = 4  # tokens of context, enough for a character of four byte tokens
+    HELD = 4  # tokens after which an unfinished character is taken to be broken
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], known: Callable[[int], bool], skipped: frozenset[int]
+    ) -> None:
+        self._decode = decode
+        self._known = known
+        self._skipped = skipped
+        self._tokens: list[int] = []  # the window; its first `_shown` tokens have been given out
+        self._shown = 0
+
+    def feed(self, token: int) -> str:
+        if token in self._skipped or not self._known(token):
+            return ""
+        self._tokens.append(token)
+        text = self._new()
+        if text.endswith(REPLACEMENT) and len(self._tokens) - self._shown < self.HELD:
+            return ""
+        self._advance()
+        return text
+
+    def end(self) -> str:
+        text = self._new()
+        self._advance()
+        return text
+
+    def _new(self) -> str:
+        if self._shown == len(self._tokens):
+            return ""
+        return self._decode(self._tokens)[len(self._decode(self._tokens[: self._shown])) :]
+
+    def _advance(self) -> None:
+        del self._tokens[: -self.BEFORE]
+        self._shown = len(self._tokens)
+
+
+class _StopString:
+    """Finds one string in a text that arrives in pieces (Knuth, Morris, Pratt 1977): `state` characters of it have been seen."""
+
+    __slots__ = ("_fail", "pattern", "state")
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self.state = 0
+        self._fail = [0] * len(pattern)
+        for i in range(1, len(pattern)):
+            k = self._fail[i - 1]
+            while k and pattern[k] != pattern[i]:
+                k = self._fail[k - 1]
+            self._fail[i] = k + (pattern[k] == pattern[i])
+
+    def find(self, text: str, passed_over: bool) -> int:
+        """The index in `text` after the first full match, or -1. A match that is to be passed over is no match."""
+        pattern, fail, state = self.pattern, self._fail, self.state
+        if state == 0 and pattern[0] not in text:
+            return -1
+        for i, c in enumerate(text):
+            while state and pattern[state] != c:
+                state = fail[state - 1]
+            if pattern[state] == c:
+                state += 1
+                if state == len(pattern):
+                    if not passed_over:
+                        return i + 1
+                    state = fail[state - 1]
+        self.state = state
+        return -1
+
+
+class Detokenizer:
+    """The text of one sequence while its tokens arrive. Of several stop strings the one that is complete first ends the text (of
+    those complete together, the longest), so the result does not depend on where tokens begin and end.
+
+    Stop strings completed before token number `min_tokens` are text like any other.
+    """
+
+    def __init__(
+        self, stream: Stream, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
+        self.stop: str | None = None  # the stop string that ended the text
+        self._stream = stream
+        self._stops = [_StopString(s) for s in dict.fromkeys(stop)]
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._fed = 0
+        self._held = ""  # could be the beginning of a stop string
+
+    def feed(self, token: int) -> tuple[str, str | None]:
+        """Takes the next token; returns the text that is now safe to show, and the stop string if one is complete. After that
+        there is no more text."""
+        if self.stop is not None:
+            return "", self.stop
+        text = self._stream.feed(token)
+        if not self._stops:
+            return text, None
+        self._fed += 1
+        return self._search(text), self.stop
+
+    def flush(self) -> str:
+        """What is left when the sequence ends: withheld text, and U+FFFD for an unfinished character."""
+        if self.stop is not None:
+            return ""
+        text = self._stream.end()
+        if self._stops:
+            text = self._search(text) + self._held
+            self._held = ""
+        return text
+
+    def _search(self, text: str) -> str:
+        passed_over = self._fed < self._min_tokens
+        end, found = -1, ""
+        for stop in self._stops:
+            at = stop.find(text, passed_over)
+            if at != -1 and (end == -1 or at < end or (at == end and len(stop.pattern) > len(found))):
+                end, found = at, stop.pattern
+        known = self._held + text
+        if end == -1:
+            keep = max(stop.state for stop in self._stops)
+            self._held = known[len(known) - keep :]
+            return known[: len(known) - keep]
+        self.stop = found
+        end += len(self._held)
+        self._held = ""
+        return known[: end if self._include_stop else end - len(found)]
