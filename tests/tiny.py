@@ -1,0 +1,160 @@
+"""Variants of every model family, small enough to make in a test, and how to make one with transformers."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCAB = 320
+
+# Sizes shared by all; a variant overrides some.
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.05 * i for i in range(8)],
+    "long_factor": [1.0 + 0.7 * i for i in range(8)],
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A variant of a family: prefix of its transformers classes, config values, and max_model_len to run it with."""
+
+    family: str
+    values: dict[str, Any] = field(default_factory=dict)
+    positions: int = 256
+
+    @property
+    def architecture(self) -> str:
+        return f"{self.family}ForCausalLM"
+
+
+def rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **values}}
+
+
+TINY: dict[str, Tiny] = {
+    "llama": Tiny("Llama"),
+    "llama-tied": Tiny(
+        "Llama", {"tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 48}
+    ),
+    "llama-mha": Tiny("Llama", {"num_key_value_heads": 4}),
+    "llama-mqa": Tiny("Llama", {"num_key_value_heads": 1}),
+    "llama-head-dim": Tiny("Llama", {"head_dim": 24}),
+    "llama-bias": Tiny("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": Tiny("Llama", rope("linear", factor=4.0)),
+    "llama-dynamic": Tiny("Llama", rope("dynamic", factor=2.0)),
+    "llama-llama3": Tiny(
+        "Llama",
+        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+    ),
+    "llama-yarn": Tiny("Llama", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "llama-yarn-mscale": Tiny(
+        "Llama",
+        rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.4, beta_fast=16.0),
+    ),
+    "mistral": Tiny("Mistral", {"sliding_window": 8}),
+    "mistral-full": Tiny("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "qwen2": Tiny("Qwen2"),
+    "qwen2-sliding": Tiny(
+        "Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "tie_word_embeddings": True}
+    ),
+    "qwen3": Tiny("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-sliding": Tiny(
+        "Qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    ),
+    "gemma3": Tiny(
+        "Gemma3",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 32,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 24,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-softcap": Tiny(
+        "Gemma3",
+        {
+            "num_hidden_layers": 2,
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "phi3": Tiny("Phi3", {"sliding_window": 8}),
+    "phi3-partial": Tiny("Phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
+    "phi3-short": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, positions=128),
+    "phi3-long": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+}
+# One variant a family, for tests that need not see them all.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+
+
+def make_checkpoint(tiny: Tiny, folder: Path) -> Path:
+    """Weights large enough for attention and gates far from uniform; biases and norms differ from their defaults."""
+    import torch
+    import transformers
+
+    prefix = "Gemma3Text" if tiny.family == "Gemma3" else tiny.family
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **json.loads(json.dumps(tiny.values))})
+    generator = torch.Generator().manual_seed(sum(map(ord, folder.name)))
+    model = getattr(transformers, tiny.architecture)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(noise * (1.5 / parameter.shape[1] ** 0.5))
+            else:
+                parameter.add_(0.2 * noise)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of VOCAB tokens: specials, the 256 bytes, a few merges, and unused names."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("an", "d"), ("Ġ", "the"), ("Ġ", "a"), ("l", "l")]
+    names = specials + letters + [a + b for a, b in merges]
+    names += [f"<unused{i}>" for i in range(VOCAB - len(names))]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "chat_template": (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        ),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
