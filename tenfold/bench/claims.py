@@ -30,8 +30,21 @@ class Claim:
     note: str = ""
 
 
-def claim(id: str, what: str, value: float | None, unit: str, command: str, *, at_least: float | None = None, at_most: float | None = None,
-          against: str = "", spread: tuple[float, float] | None = None, hardware: str = "", kind: str = "measured", note: str = "") -> Claim:  # fmt: skip
+def claim(
+    id: str,
+    what: str,
+    value: float | None,
+    unit: str,
+    command: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    against: str = "",
+    spread: tuple[float, float] | None = None,
+    hardware: str = "",
+    kind: str = "measured",
+    note: str = "",
+) -> Claim:
     """A claim with its target in words and `met` derived from the value; hardware, date and commit are filled in."""
     bounds = [f">= {at_least:g} {unit}".strip()] if at_least is not None else []
     bounds += [f"<= {at_most:g} {unit}".strip()] if at_most is not None else []
@@ -66,7 +79,7 @@ def load(path: Path = CLAIMS) -> list[Claim]:
 
 
 def record(claims: Iterable[Claim], path: Path = CLAIMS) -> None:
-    """Put claims into the file; one with the same id and `what` is replaced. The order is by id, then by first appearance."""
+    """Put claims into the file, ordered by id; one with the same id and `what` is replaced."""
     rows = {(c.id, c.what): c for c in load(path)}
     rows.update({(c.id, c.what): c for c in claims})
     ordered = sorted(rows.values(), key=lambda c: (c.id[:1], int("".join(filter(str.isdigit, c.id)) or 0)))

@@ -78,9 +78,7 @@ def cpu_command(
         typer.echo(kind)
         show(speeds, "tokens/s")
         runs[path.name] = speeds
-        claims += cpu.claims_of(
-            speeds, f"SmolLM2-135M-Instruct {kind}", command, {("decode, batch 1", "llama.cpp"): ("A1", 1.0)}
-        )
+        claims += cpu.claims_of(speeds, f"SmolLM2-135M-Instruct {kind}", command, cpu.FORMAT_TARGETS)
     if keep:
         typer.echo(f"wrote {cpu.save('cpu', runs)}")
         record(claims)
@@ -120,7 +118,7 @@ def quality_command(
     count: Annotated[int, typer.Option(min=1, help="Windows.")] = 8,
     keep: Record = False,
 ) -> None:
-    """Perplexity and KL divergence of the default CPU path and of the float32 path against transformers in float32 (A5)."""
+    """Perplexity and KL divergence of our paths against transformers in float32 (A5)."""
     from tenfold.bench import quality_run
 
     header()

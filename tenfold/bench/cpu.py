@@ -1,4 +1,4 @@
-"""The CPU suite: decode, prefill and batch-8 decode of one model, ours and peers in turn on an otherwise idle machine."""
+"""The CPU suite: decode, prefill and batch-8 decode of one model, ours and peers in turn on an idle machine."""
 
 import json
 import random
@@ -42,7 +42,12 @@ TARGETS = {
     ("prefill, 512 tokens", "hf"): ("A2", 1.4),
     ("decode, batch 8", "llama.cpp"): ("A3", 3.0),
 }
+# Other quantisations of the same model are only compared with llama.cpp.
+FORMAT_TARGETS = {("decode, batch 1", "llama.cpp"): ("A1", 1.0)}
 CONTEXT = 1024
+
+Speeds = dict[str, dict[str, list[float]]]
+Targets = dict[tuple[str, str], tuple[str, float]]
 
 
 def prompts_of(case: Case, seed: int, vocabulary: int = 40_000) -> list[list[int]]:
@@ -51,10 +56,16 @@ def prompts_of(case: Case, seed: int, vocabulary: int = 40_000) -> list[list[int
     return [[rng.randrange(1000, vocabulary) for _ in range(case.prompt)] for _ in range(case.batch)]
 
 
-def measure(model: str, engines: Sequence[str], threads: int, rounds: int, cases: Sequence[Case] = CASES,
-            say: Callable[[str], None] = print) -> dict[str, dict[str, list[float]]]:  # fmt: skip
-    """Tokens per second by case and engine, one sample a round, engines in turn. The order of engines turns around each round."""
-    speeds: dict[str, dict[str, list[float]]] = {case.name: {name: [] for name in engines} for case in cases}
+def measure(
+    model: str,
+    engines: Sequence[str],
+    threads: int,
+    rounds: int,
+    cases: Sequence[Case] = CASES,
+    say: Callable[[str], None] = print,
+) -> Speeds:
+    """Tokens per second by case and engine, one sample a round; the order of engines turns around every round."""
+    speeds: Speeds = {case.name: {name: [] for name in engines} for case in cases}
     with ExitStack() as stack:
         workers = []
         for name in engines:
@@ -71,19 +82,12 @@ def measure(model: str, engines: Sequence[str], threads: int, rounds: int, cases
                 for worker in workers if i % 2 == 0 else workers[::-1]:
                     timing = worker.generate(prompts, case.tokens)
                     speeds[case.name][worker.name].append(case.work / getattr(timing, case.phase))
-            say(
-                f"round {i + 1} of {rounds}: "
-                + ", ".join(f"{c.name}: " + " / ".join(f"{speeds[c.name][e][-1]:.0f}" for e in engines) for c in cases)
-            )
+            latest = [f"{c.name}: " + " / ".join(f"{speeds[c.name][e][-1]:.0f}" for e in engines) for c in cases]
+            say(f"round {i + 1} of {rounds}: " + ", ".join(latest))
     return speeds
 
 
-def claims_of(
-    speeds: dict[str, dict[str, list[float]]],
-    label: str,
-    command: str,
-    targets: dict[tuple[str, str], tuple[str, float]],
-) -> list[Claim]:
+def claims_of(speeds: Speeds, label: str, command: str, targets: Targets) -> list[Claim]:
     """Claims of a run: the ratio to each peer that has a target, with both medians in the note."""
     claims = []
     for (case, peer), (id, least) in targets.items():

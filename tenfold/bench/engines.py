@@ -1,8 +1,8 @@
 """Engines under one interface for paired runs: Tenfold, llama.cpp and Hugging Face transformers.
 
-Each answers `generate(prompts, tokens)`: greedy continuation of every prompt by `tokens` tokens, as one batch, returning the seconds until every
-prompt had its first token (prefill) and the seconds of the rest (decode). Every engine is driven at its best: llama.cpp through its C
-interface with its own sampler, transformers with its cache and a bare loop.
+Each answers `generate(prompts, tokens)`: greedy continuation of every prompt by `tokens` tokens, as one batch, and the
+seconds until every prompt had its first token (prefill) and of the rest (decode). Every engine is driven at its best:
+llama.cpp through its C interface with its own sampler, transformers with its cache and a bare loop.
 """
 
 import ctypes
@@ -171,7 +171,7 @@ class HuggingFace:
 
 
 def reference_model(model: str) -> Any:
-    """A transformers model in float32 with the weights of our checkpoint, dequantised; parameters not in the file raise."""
+    """A transformers model in float32 with our checkpoint's weights, dequantised. Raises where one is missing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -201,6 +201,6 @@ ENGINES = {
 
 
 def make_engine(name: str, model: str | Path, threads: int, batch: int, context: int) -> Engine:
-    """Build an engine by name. Raises ValueError for an unknown name and ImportError where the peer is not installed."""
+    """Build an engine by name. Raises ValueError for an unknown name, ImportError for a peer not installed."""
     engine: Engine = entry(ENGINES, name, "engine")(str(model), threads, batch, context)
     return engine

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +52,7 @@ def today() -> str:
 
 
 def busy_cores() -> float:
-    """Cores' worth of work other processes did in the last half second (Linux; 0.0 elsewhere). A measurement wants this near 0."""
-    import time
-
+    """Cores' worth of work all processes do in half a second (Linux; 0.0 elsewhere); near 0 before measuring."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0

@@ -1,4 +1,4 @@
-"""How far a way of computing a model is from dense float32: perplexity, KL divergence and agreement on the same text."""
+"""How far a way of computing a model is from dense float32: perplexity, KL divergence and agreement on one text."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Perplexity of the reference and of the candidate, mean KL(reference || candidate) in nats, share of equal best tokens."""
+    """Perplexities, mean KL(reference || candidate) in nats, and the share of equal best tokens."""
 
     tokens: int
     reference_perplexity: float

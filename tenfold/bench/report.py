@@ -28,7 +28,7 @@ def details(claims: Sequence[Claim]) -> str:
 
 
 def fill(text: str, claims: Sequence[Claim]) -> str:
-    """Replace what stands between `<!-- claims:PREFIX[:details] -->` and `<!-- /claims -->` by the table of ids that start with PREFIX."""
+    """Put the table of ids that start with PREFIX between `<!-- claims:PREFIX[:details] -->` and `<!-- /claims -->`."""
 
     def block(match: re.Match[str]) -> str:
         chosen = [c for c in claims if c.id.startswith(match["prefix"])]

@@ -10,7 +10,8 @@ PEER = """
 import sys
 from llama_cpp import Llama
 model = Llama(sys.argv[1], n_ctx=1024, n_threads=int(sys.argv[2]), verbose=False)
-for piece in model.create_chat_completion([{"role": "user", "content": sys.argv[3]}], stream=True, max_tokens=4, temperature=0):
+messages = [{"role": "user", "content": sys.argv[3]}]
+for piece in model.create_chat_completion(messages, stream=True, max_tokens=4, temperature=0):
     text = piece["choices"][0]["delta"].get("content")
     if text:
         print(text, flush=True)

@@ -1,6 +1,7 @@
-"""One engine in a process of its own, driven line by line: `python -m tenfold.bench.worker ENGINE MODEL THREADS BATCH CONTEXT`.
+"""One engine in a process of its own: `python -m tenfold.bench.worker ENGINE MODEL THREADS BATCH CONTEXT`.
 
-Requests and replies are JSON, one a line. Engines that take turns must not share a process: their thread pools would get in each other's way.
+Requests and replies are JSON, one a line. Engines that take turns must not share a process: their thread pools would
+get in each other's way.
 """
 
 import json
@@ -33,7 +34,7 @@ class Worker:
         command = [sys.executable, "-m", "tenfold.bench.worker", name, model, str(threads), str(batch), str(context)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self.name = name
-        self.log = tempfile.TemporaryFile(mode="w+")
+        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
         )

@@ -65,5 +65,5 @@ def test_every_claim_in_the_record_is_complete() -> None:
     assert CLAIMS.exists()
     for row in load():
         assert isinstance(row, Claim)
-        assert row.hardware and row.commit and row.date and row.command, row
+        assert all((row.hardware, row.commit, row.date, row.command)), row
         assert row.value is not None or row.note, f"{row.id} was not measured and does not say why"
