@@ -73,7 +73,8 @@ def from_value_error(error: ValueError, fields: dict[str, Any], renamed: dict[st
 def from_validation(error: ValidationError) -> ApiError:
     """A 400 that names the first field that is wrong and what is allowed there."""
     details = error.errors(include_url=False, include_input=False)
-    first = details[0]
+    # Of the branches of a union the one that understood most tells best what is wrong.
+    first = max((d for d in details if d["loc"][:1] == details[0]["loc"][:1]), key=lambda d: len(_path(d["loc"])))
     param = _path(first["loc"])
     code = PYDANTIC_CODES.get(first["type"], "invalid_type" if first["type"].endswith("_type") else "invalid_value")
     if first["type"] == "json_invalid":

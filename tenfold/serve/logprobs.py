@@ -1,5 +1,6 @@
 """Log-probabilities in the two shapes that OpenAI's endpoints have."""
 
+import codecs
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,13 +29,15 @@ def _entry(token: int, logprob: float, token_bytes: Bytes) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class TextLogprobs:
-    """`choices[].logprobs` of a text completion: parallel lists. `offset` counts characters of the tokens so far."""
+    """`choices[].logprobs` of a text completion: parallel lists. `offset` counts the whole characters of the tokens so far."""
 
     token_bytes: Bytes
     offset: int = 0
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    _characters: codecs.IncrementalDecoder = field(init=False)
 
     def __post_init__(self) -> None:
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.take()
 
     def take(self) -> dict[str, list[Any]]:
@@ -63,7 +66,7 @@ class TextLogprobs:
         name = self._name(token)
         for column, value in zip(self.columns.values(), (name, logprob, top, self.offset), strict=True):
             column.append(value)
-        self.offset += len(name)
+        self.offset += len(self._characters.decode(self.token_bytes(token)))
 
     def _name(self, token: int) -> str:
         """The token's text; one that is no whole character is named by its bytes, so that two of them stay apart."""

@@ -14,6 +14,7 @@ from tenfold.serve.errors import from_validation, invalid
 
 MAX_PROMPTS = 64
 MAX_MESSAGES = 2048
+MOST = 2**31 - 1  # no count is larger
 
 
 def honoured(default: Any, help: str, **rules: Any) -> Any:
@@ -91,7 +92,7 @@ class Sampling(Body):
     """The fields that chat and text completions share."""
 
     model: str = honoured(..., "a name from /v1/models, or 'default'")
-    max_tokens: int | None = honoured(None, "longest answer in tokens")
+    max_tokens: int | None = honoured(None, "longest answer in tokens", le=MOST)
     temperature: float | None = honoured(None, "0 (greedy) to 100; 1 where absent")
     top_p: float | None = honoured(
         None, "keep the most likely tokens that together have this probability; above 0, up to 1"
@@ -109,14 +110,14 @@ class Sampling(Body):
         None, "token id to a number from -100 to 100 added to its logit; at most 1024"
     )
     user: str | None = honoured(None, "whose share of the machine this counts against", max_length=512)
-    top_k: int | None = honoured(None, "extension: keep this many most likely tokens; 0 keeps all")
+    top_k: int | None = honoured(None, "extension: keep this many most likely tokens; 0 keeps all", le=MOST)
     min_p: float | None = honoured(
         None, "extension: drop tokens less likely than this part of the likeliest one's probability"
     )
     repetition_penalty: float | None = honoured(
         None, "extension: above 0, up to 10; 1 is off; divides the logits of tokens seen"
     )
-    min_tokens: int | None = honoured(None, "extension: no end before this many tokens")
+    min_tokens: int | None = honoured(None, "extension: no end before this many tokens", le=MOST)
     ignore_eos: bool | None = honoured(None, "extension: an end token does not end the answer")
     stop_token_ids: list[int] | None = honoured(None, "extension: tokens that end the answer")
     include_stop_str_in_output: bool | None = honoured(None, "extension: keep the stop string in the text")
@@ -209,7 +210,7 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
     messages: list[Message] = honoured(..., "the conversation; content is text", min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = honoured(None, "the newer name of max_tokens")
+    max_completion_tokens: int | None = honoured(None, "the newer name of max_tokens", le=MOST)
     logprobs: bool | None = honoured(None, "give the log-probability of each token")
     top_logprobs: int | None = honoured(None, "and of up to 20 likeliest tokens at its place; needs logprobs")
     safety_identifier: str | None = honoured(None, "the newer name of user", max_length=512)
@@ -257,7 +258,7 @@ class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]] = honoured(
         ..., f"a text, a list of token ids, or up to {MAX_PROMPTS} of either"
     )
-    max_tokens: int | None = honoured(16, "longest answer in tokens; 16 where absent; 0 computes the prompt only", ge=0)
+    max_tokens: int | None = honoured(16, "longest answer in tokens; 16 where absent; 0 computes the prompt only", le=MOST)
     echo: bool | None = honoured(None, "begin the answer with the prompt; with logprobs, those of the prompt too")
     logprobs: int | None = honoured(
         None, "give the log-probability of each token and of this many likeliest ones, 0 to 20"
@@ -285,7 +286,7 @@ class CompletionRequest(Sampling):
     def params(self) -> SamplingParams:
         """Not yet checked. One token is made even where none is asked for: the prompt has to be computed."""
         prompt_logprobs = self.logprobs if self.echo else None
-        limit = 16 if self.max_tokens is None else max(1, self.max_tokens)
+        limit = 16 if self.max_tokens is None else self.max_tokens or 1
         return self.sampling(max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
 
     def payer(self) -> str:

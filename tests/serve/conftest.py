@@ -19,6 +19,7 @@ class FakeLLM:
     """Answers ANSWER, byte by byte as a byte-level tokenizer would; text of choice i ends in i. What it did is in `calls`,
     what was left early in `cancelled`. `gate`, where set, holds every answer back after its first token."""
 
+    answer = ANSWER
     vocab_size = 256
     max_model_len = 128
 
@@ -148,7 +149,12 @@ def client(make_client: Callable[..., Client]) -> Client:
     return make_client()
 
 
-def read_events(response: httpx.Response) -> list[dict[str, Any]]:
+@pytest.fixture
+def read_events() -> Callable[[httpx.Response], list[dict[str, Any]]]:
+    return events_of
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     """The JSON of each event of a stream that ended properly."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
