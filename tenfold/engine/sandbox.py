@@ -1,12 +1,13 @@
 """Renders chat templates in a process of its own: a script that reads requests from its standard input until that ends.
 
-A template is a program from a model file. Jinja's sandbox keeps it from Python's objects, but not from looping for ever or
-from asking for all memory, and much of that happens inside single C calls that no tracer in the same process can end.
-So the process limits its own memory, and a timer that needs no interpreter lock ends it when a rendering takes too long.
-`template.Renderer` starts it. It imports nothing of the package, so that it starts in about 0.1 s.
+A template is a program from a model file. Jinja's sandbox keeps it from Python's objects, but not from looping for ever
+or from asking for all memory, and much of that happens inside single C calls that no tracer in the same process can
+end. So the process limits its own memory, and a timer that needs no interpreter lock ends it when a rendering takes too
+long. `template.Renderer` starts it. It imports nothing of the package, so that it starts in about 0.1 s.
 
-Messages both ways: 4 bytes of length, big-endian, and that much JSON. Request: {"key", "source" (once for each key), "variables"}.
-Answer: {"text"} or {"error"}; before the first request one empty answer, when ready. Exit code 1 means: out of time.
+Messages both ways: 4 bytes of length, big-endian, and that much JSON. Request: {"key", "source" (once for each key),
+"variables"}. Answer: {"text"} or {"error"}; before the first request one empty answer, when ready. The process ends by
+SIGALRM, or with exit code 1 where there are no such signals, when out of time.
 """
 
 import faulthandler
@@ -15,12 +16,16 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import IO, Any, NoReturn
 
 
 def limit_memory(size: int) -> None:
-    """At most `size` more bytes of address space than the process has now. Where the system has no such limit, the time limit remains."""
+    """At most `size` more bytes of address space than the process has now. Where the system has no such limit, the time
+    limit remains.
+    """
     try:
         import resource  # not on Windows
     except ImportError:
@@ -35,6 +40,20 @@ def limit_memory(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     except (OSError, ValueError):
         pass
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Ends the process when the body takes longer; no part of the interpreter has to cooperate."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM, whose default action is to end the process
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return
+    with open(os.devnull, "w") as nowhere:  # Windows: a thread of C code that ends with exit code 1
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+        yield
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Raised(Exception):
@@ -120,7 +139,8 @@ class Templates:
         except RecursionError:
             return {"error": "it calls itself without end"}
         except Exception as error:
-            where = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+            line = getattr(error, "lineno", None)
+            where = f" (line {line})" if line else ""
             return {"error": f"{type(error).__name__}: {str(error)[:1000]}{where}"}
 
     def _render(self, template: Any, variables: dict[str, Any]) -> str:
@@ -159,13 +179,11 @@ def main(settings: dict[str, Any]) -> None:
     limit_memory(settings["memory"])
     answers.write(pack({}))
     answers.flush()
-    with open(os.devnull, "w") as nowhere:
-        while (request := receive(requests)) is not None:
-            faulthandler.dump_traceback_later(settings["seconds"], exit=True, file=nowhere)
+    while (request := receive(requests)) is not None:
+        with time_limit(settings["seconds"]):
             answer = templates.answer(request)
-            faulthandler.cancel_dump_traceback_later()
-            answers.write(pack(answer))
-            answers.flush()
+        answers.write(pack(answer))
+        answers.flush()
 
 
 if __name__ == "__main__":

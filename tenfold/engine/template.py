@@ -1,19 +1,22 @@
 """Chat templates: a conversation becomes the text a model was trained on.
 
-Invariant: whatever a template does, `apply` returns or raises TemplateError within the time limit, and this process neither hangs
-nor grows. Templates are programs from model files, so they run in Jinja's sandbox inside a child process (`sandbox.py`) with
-limits on time, memory and output. A tracer in this process could not do it: one `'a' * 10**10` or `10**10**8` is a single C call.
-One child serves all threads; it compiles each template once, and a rendering costs about 0.1 ms more than it would here.
+Invariant: whatever a template does, `apply` returns or raises TemplateError within the time limit, and this process
+neither hangs nor grows. Templates are programs from model files, so they run in Jinja's sandbox inside a child process
+(`sandbox.py`) with limits on time, memory and output. A tracer in this process could not do it: one `'a' * 10**10` or
+`10**10**8` is a single C call. One child serves all threads; it compiles each template once, and a rendering costs
+about 0.1 ms more than it would here.
 """
 
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +28,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # What a caller may set beside messages and tools; names that templates of the served families read.
 SETTINGS = frozenset(
-    [
-        "enable_thinking",
-        "thinking",
-        "reasoning_effort",
-        "preserve_thinking",
-        "clear_thinking",
-        "custom_instructions",
-        "documents",
-        "date_string",
-        "model_identity",
-        "builtin_tools",
-        "custom_tools",
-        "tools_in_user_message",
-        "xml_tools",
-        "python_tools",
-    ]
+    {"enable_thinking", "thinking", "reasoning_effort", "preserve_thinking", "clear_thinking", "model_identity"}
+    | {"custom_instructions", "documents", "date_string", "builtin_tools", "custom_tools", "tools_in_user_message"}
+    | {"xml_tools", "python_tools"}
 )
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 PLAIN = (
@@ -57,12 +48,17 @@ PLAIN_STOP = ("\nUser:",)  # where an answer ends that was asked for with PLAIN
 ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL", "LC_TIME")
 
 
+TIMED_OUT = (1, -getattr(signal, "SIGALRM", 0))  # how the child ends when a rendering takes too long
+
+
 class TemplateError(ValueError):
     """A conversation that cannot be rendered: bad messages, or a template that fails or goes beyond its limits."""
 
 
 def default(chatml: bool) -> str:
-    """The template for a checkpoint without one: ChatML where the vocabulary has its `<|im_start|>`, else a plain "User: ... Assistant:" dialogue."""
+    """The template for a checkpoint without one: ChatML where the vocabulary has its `<|im_start|>`, else a plain
+    "User: ... Assistant:" dialogue.
+    """
     return CHATML if chatml else PLAIN
 
 
@@ -78,9 +74,10 @@ def apply(
 ) -> str:
     """The prompt that a template makes of a conversation.
 
-    messages: dicts with "role" (one of ROLES) and "content" (text, or a list of text parts, which are joined by newlines). special: names
-    such as "bos_token" to strings. add_generation_prompt: open the assistant's turn at the end. continue_final_message: leave the last
-    message open instead, to be continued. settings: any of SETTINGS, for templates that know them. Raises TemplateError.
+    messages: dicts with "role" (one of ROLES) and "content" (text, or a list of text parts, which are joined by
+    newlines). special: names such as "bos_token" to strings. add_generation_prompt: open the assistant's turn at the
+    end. continue_final_message: leave the last message open instead, to be continued. settings: any of SETTINGS, for
+    templates that know them. Raises TemplateError.
     """
     unknown = sorted(settings.keys() - SETTINGS)
     if unknown:
@@ -102,10 +99,12 @@ def apply(
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages as templates read them: content a string, the arguments of tool calls a dict. Raises TemplateError."""
+    """Copies of messages as templates read them: content a string, the arguments of tool calls a dict. Raises
+    TemplateError.
+    """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise TemplateError(
-            f'messages is a {type(messages).__name__}; allowed: a list such as [{{"role": "user", "content": "Hello"}}].'
+            f'messages is a {type(messages).__name__}; allowed: a list such as [{{"role": "user", "content": "Hi"}}].'
         )
     if not messages:
         raise TemplateError("messages is empty; give at least one message.")
@@ -156,7 +155,8 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise TemplateError(
-            f'{where} is {_short(call)}; allowed: {{"type": "function", "function": {{"name": ..., "arguments": ...}}}}.'
+            f"{where} is {_short(call)}; "
+            'allowed: {"type": "function", "function": {"name": ..., "arguments": ...}}.'
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -196,7 +196,8 @@ def _cut_at(mark: str, text: str) -> str:
 
 
 class Renderer:
-    """A child process that renders templates, one at a time; started on first use (or by `start`), and again after one had to be ended.
+    """A child process that renders templates, one at a time; started on first use (or by `start`), and again after one
+    had to be ended.
 
     seconds, memory (bytes) and max_output (characters) bound one rendering.
     """
@@ -271,12 +272,9 @@ class Renderer:
         if answer is None:
             code = child.wait()
             self._end()
-            why = (
-                f"it takes longer than {self._limits['seconds']:g} s"
-                if code == 1
-                else f"its process ended with code {code}"
-            )
-            return {"error": why}
+            if code in TIMED_OUT:
+                return {"error": f"it takes longer than {self._limits['seconds']:g} s"}
+            return {"error": f"its process ended with code {code}"}
         return answer
 
     def _end(self) -> None:
@@ -293,18 +291,13 @@ def _pack(request: dict[str, Any]) -> bytes:
 
 
 def _end_child(child: subprocess.Popen[bytes]) -> None:
-    """Closing its input ends the child; one that is busy is killed."""
+    """It has nothing to save, so it need not be asked."""
+    child.kill()
+    child.wait()
     for pipe in (child.stdin, child.stdout):
         assert pipe is not None
-        try:
+        with suppress(OSError):  # what was not yet written has no reader any more
             pipe.close()
-        except OSError:  # what was not yet written has no reader any more
-            pass
-    try:
-        child.wait(0.5)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
 
 
 _renderer = Renderer()

@@ -1,7 +1,7 @@
 """Text: prompts become token ids, token ids become text while they arrive.
 
-Invariant: however an answer is cut into tokens, the pieces `Detokenizer.feed` and `flush` return join to what `Text.decode` gives
-for all of its tokens at once, up to the stop string; no piece ever ends inside a character.
+Invariant: however an answer is cut into tokens, the pieces `Detokenizer.feed` and `flush` return join to what
+`Text.decode` gives for all of its tokens at once, up to the stop string; no piece ever ends inside a character.
 
 Speed: pieces are turned into bytes by a table, not by decoding a window of tokens, so a token costs about a microsecond
 whatever the length of the context.
@@ -24,7 +24,7 @@ SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 
 
 def _replace_bytewise(error: UnicodeError) -> tuple[str, int]:
-    """One U+FFFD for each undecodable byte, as byte-fallback decoders give; Python's "replace" gives one for several."""
+    """One U+FFFD for each undecodable byte, as byte-fallback decoders give; "replace" gives one for several."""
     assert isinstance(error, UnicodeDecodeError)
     return REPLACEMENT * (error.end - error.start), error.end
 
@@ -34,7 +34,7 @@ _utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, the other bytes for U+0100 onwards, in order."""
+    """The alphabet of byte-level BPE: printable Latin-1 stands for itself, other bytes for U+0100 onwards, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -44,7 +44,7 @@ BYTE_OF_CHARACTER = _byte_of_character()
 
 BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
-# What a token says: bytes, possibly of a part of a character, or whole text, which ends any unfinished character before it.
+# What a token says: bytes, perhaps part of a character, or whole text, which ends any unfinished character before it.
 Piece = bytes | str
 
 
@@ -72,7 +72,8 @@ class Stream(Protocol):
 class Text:
     """The tokenizer of a checkpoint, and its chat template. Safe to use from several threads.
 
-    special: names such as "bos_token" to strings. eos_ids: tokens that end an answer. template: the Jinja source of chats, or None.
+    special: names such as "bos_token" to strings. eos_ids: tokens that end an answer. template: the Jinja source of
+    chats, or None.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -88,7 +89,7 @@ class Text:
         self._read_decoder()
 
     def _read_decoder(self) -> None:
-        """Which table the tokenizer's decoder amounts to; None keeps to decoding windows of tokens with the decoder itself."""
+        """Which table the tokenizer's decoder amounts to; with None, windows of tokens go through the decoder."""
         self._make_piece: Callable[[str], Piece] | None = None
         self._errors = "replace"
         self._strip = 0  # spaces taken off the start of a text
@@ -110,7 +111,8 @@ class Text:
             self._strip = rest[0]["start"] if rest else 0
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with `add_special_tokens` also those the model expects around every text, such as a begin token.
+        """Token ids of a text; with `add_special_tokens` also those the model expects around every text, such as a
+        begin token.
 
         Raises ValueError for a text that is not valid Unicode.
         """
@@ -127,8 +129,8 @@ class Text:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of tokens. Ids the tokenizer does not know give nothing; bytes that are not UTF-8 give U+FFFD.
 
-        This is what the tokenizer's own decoder gives, except in a run of byte-fallback tokens of which only some are valid: that
-        gives U+FFFD for the invalid ones, where the decoder would throw all of the run away.
+        This is what the tokenizer's own decoder gives, except in a run of byte-fallback tokens of which only some are
+        valid: that gives U+FFFD for the invalid ones, where the decoder would throw all of the run away.
         """
         stream = self._stream(skip_special_tokens, self._strip)
         return "".join([stream.feed(i) for i in ids]) + stream.end()
@@ -158,14 +160,14 @@ class Text:
     def render_chat(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None, **settings: Any
     ) -> str:
-        """The prompt of a conversation, by the checkpoint's template. `settings` are those of `template.apply`. Raises TemplateError."""
+        """The prompt of a conversation. `settings` are those of `template.apply`. Raises TemplateError."""
         source = self.template or template.default(self.token_id("<|im_start|>") is not None)
         return template.apply(source, messages, tools=tools, special=self.special, **settings)
 
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None, **settings: Any
     ) -> list[int]:
-        """Token ids of a conversation. A checkpoint's template writes the special tokens itself, so none are added to it."""
+        """Token ids of a conversation. A checkpoint's template writes the special tokens, so none are added."""
         return self.encode(
             self.render_chat(messages, tools=tools, **settings), add_special_tokens=self.template is None
         )
@@ -234,7 +236,7 @@ class _PieceStream:
 
 
 class _WindowStream:
-    """For decoders without a table: decodes the last few tokens with and without the new one, and gives the difference."""
+    """For decoders without a table: decodes the last tokens with and without the new one, and gives the difference."""
 
     BEFORE = 4  # tokens of context, enough for a character of four byte tokens
     HELD = 4  # tokens after which an unfinished character is taken to be broken
@@ -274,7 +276,7 @@ class _WindowStream:
 
 
 class _StopString:
-    """Finds one string in a text that arrives in pieces (Knuth, Morris, Pratt 1977): `state` characters of it have been seen."""
+    """Finds a string in a text that arrives in pieces (Knuth, Morris, Pratt 1977). `state`: how much was seen."""
 
     __slots__ = ("_fail", "pattern", "state")
 
@@ -307,8 +309,8 @@ class _StopString:
 
 
 class Detokenizer:
-    """The text of one sequence while its tokens arrive. Of several stop strings the one that is complete first ends the text (of
-    those complete together, the longest), so the result does not depend on where tokens begin and end.
+    """The text of one sequence while its tokens arrive. Of several stop strings the one that is complete first ends the
+    text (of those complete together, the longest), so the result does not depend on where tokens begin and end.
 
     Stop strings completed before token number `min_tokens` are text like any other.
     """
@@ -325,8 +327,8 @@ class Detokenizer:
         self._held = ""  # could be the beginning of a stop string
 
     def feed(self, token: int) -> tuple[str, str | None]:
-        """Takes the next token; returns the text that is now safe to show, and the stop string if one is complete. After that
-        there is no more text."""
+        """Takes the next token; returns the text that is now safe to show, and the stop string if one is complete.
+        After that there is no more text."""
         if self.stop is not None:
             return "", self.stop
         text = self._stream.feed(token)
