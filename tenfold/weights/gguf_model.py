@@ -1,0 +1,375 @@
+"""`GGUFCheckpoint`: a GGUF file spoken of in Hugging Face's names, so that one model code serves both formats.
+
+Invariant: what `tensor` returns equals what the Hugging Face checkpoint holds, up to the file's quantisation: Llama's
+query and key rows are back in half-split order, Gemma's norms have 1 taken off. Source of the facts: llama.cpp's converters.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from tenfold.ops.blocks import DENSE, dequantize
+from tenfold.ops.matrix import RawTensor
+from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.gguf import GGUFFile, open_gguf
+from tenfold.weights.tokenizer_gguf import build_tokenizer, end_tokens, special_tokens
+
+OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+GATED = {
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+LLAMA = {**ATTENTION, **GATED, "ffn_norm": "post_attention_layernorm"}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GEMMA3 = {
+    **ATTENTION,
+    **GATED,
+    **HEAD_NORMS,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+PHI3 = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `general.architecture`. blocks: names inside a block; permuted: query and key rows stand in rotary pairs;
+    unit_norms: 1 was added to the norms; config: what files do not say."""
+
+    model_type: str
+    architecture: str
+    blocks: Mapping[str, str]
+    permuted: bool = False
+    unit_norms: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+SILU = {"hidden_act": "silu"}
+FAMILIES = {
+    "llama": Family("llama", "LlamaForCausalLM", LLAMA, permuted=True, config=SILU),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", LLAMA, config=SILU),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", {**LLAMA, **HEAD_NORMS}, config=SILU),
+    "phi3": Family("phi3", "Phi3ForCausalLM", PHI3, config=SILU),
+    "gemma3": Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        GEMMA3,
+        unit_norms=True,
+        config={"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    ),
+}
+
+# Config keys whose value a file states as it is.
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+}
+OPTIONAL_NUMBERS = {
+    "rope.freq_base": "rope_theta",
+    "rope.freq_base_swa": "rope_local_base_freq",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+BLOCK = re.compile(r"blk\.(?P<layer>\d{1,5})\.(?P<name>\w+)\.(?P<kind>weight|bias)")
+
+
+class GGUFCheckpoint:
+    """A GGUF file, or a split set, as a `Checkpoint`. Raises CheckpointError for damage and unknown architectures."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = open_gguf(path)
+        self.metadata = self.files[0].metadata
+        self.family = family_of(path, self.metadata)
+        self._stored = {name: file for file in self.files for name in file.tensors}
+        self._names = {hf: name for name in self._stored if (hf := self._translate(name))}
+        self.config = GGUFConfig(self).read()
+        template = self.metadata.get("tokenizer.chat_template")
+        self.chat_template = template if isinstance(template, str) and template else None
+        self.special = special_tokens(self.metadata)
+        self.eos_ids = end_tokens(self.metadata)
+        self._tokenizer: Tokenizer | None = None
+
+    def names(self) -> Iterable[str]:
+        return self._names.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def tensor(self, name: str) -> RawTensor:
+        if name not in self._names:
+            raise CheckpointError(f"{self.path} holds no tensor {name}; it is incomplete or of another architecture.")
+        stored = self._names[name]
+        raw = self.stored(stored)
+        data, storage = raw.data, raw.storage
+        if self.family.permuted and ".attn_q." in stored:
+            data = half_split(data, self.config["num_attention_heads"], raw)
+        elif self.family.permuted and ".attn_k." in stored:
+            data = half_split(data, self.config["num_key_value_heads"], raw)
+        elif self.family.unit_norms and stored.endswith("norm.weight"):
+            data, storage = dequantize(raw) - 1.0, "F32"
+        return RawTensor(name, storage, raw.shape, data)
+
+    def stored(self, name: str) -> RawTensor:
+        """A tensor under its own name in the file, untouched."""
+        return self._stored[name].raw(name)
+
+    def storages(self) -> dict[str, int]:
+        """Bytes of each storage type in the file, largest first."""
+        bytes_of: dict[str, int] = {}
+        for name, file in self._stored.items():
+            entry = file.tensors[name]
+            bytes_of[entry.storage] = bytes_of.get(entry.storage, 0) + entry.nbytes
+        return dict(sorted(bytes_of.items(), key=lambda item: -item[1]))
+
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = build_tokenizer(self.path, self.metadata)
+        return self._tokenizer
+
+    def _translate(self, name: str) -> str | None:
+        """Hugging Face's name, None for a tensor that belongs to the config. Raises CheckpointError for an unknown one."""
+        if name in OUTSIDE:
+            return OUTSIDE[name]
+        if name in ROPE_TENSORS:
+            return None
+        block = BLOCK.fullmatch(name)
+        if block is None or block["name"] not in self.family.blocks:
+            raise CheckpointError(
+                f"{self.path} holds the tensor {name}, which {self.family.architecture} does not have; "
+                "it is a variant of this architecture that Tenfold cannot run (mixture of experts, for instance)."
+            )
+        return f"model.layers.{int(block['layer'])}.{self.family.blocks[block['name']]}.{block['kind']}"
+
+
+def family_of(path: Path, metadata: Mapping[str, Any]) -> Family:
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in FAMILIES:
+        given = repr(name[:64]) if isinstance(name, str) else "not given"
+        raise CheckpointError(
+            f"{path}: the architecture of this GGUF file is {given}; Tenfold runs {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[name]
+
+
+def half_split(data: torch.Tensor, heads: int, raw: RawTensor) -> torch.Tensor:
+    """Rows (of a bias, elements) of each head from rotary pairs (2i, 2i + 1) to (i, i + head_dim / 2). A copy."""
+    rows = raw.shape[0]
+    if rows % (2 * heads):
+        raise CheckpointError(f"Tensor {raw.name} has {rows} rows for {heads} heads; the file is damaged.")
+    return data.unflatten(0, (heads, rows // heads // 2, 2)).transpose(1, 2).reshape(data.shape)
+
+
+class GGUFConfig:
+    """Reads metadata into the keys of Hugging Face's config.json, the classic ones: rope_theta and rope_scaling."""
+
+    def __init__(self, checkpoint: GGUFCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.metadata = checkpoint.metadata
+        self.prefix = f"{self.metadata['general.architecture']}."
+
+    def read(self) -> dict[str, Any]:
+        family = self.checkpoint.family
+        config: dict[str, Any] = {
+            "model_type": family.model_type,
+            "architectures": [family.architecture],
+            **family.config,
+        }
+        config |= {key: self.whole(name) for name, key in SIZES.items()}
+        config["num_key_value_heads"] = self.whole("attention.head_count_kv", config["num_attention_heads"])
+        config["head_dim"] = self.head_dim(config)
+        config["vocab_size"] = self.vocabulary()
+        config["rms_norm_eps"] = self.number("attention.layer_norm_rms_epsilon", 1e-6)
+        config.setdefault("rope_theta", 10000.0)
+        config |= {
+            key: self.number(name) for name, key in OPTIONAL_NUMBERS.items() if self.prefix + name in self.metadata
+        }
+        config["rope_scaling"] = self.rope_scaling(config)
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.checkpoint
+        config["attention_bias"] = self.has_bias("self_attn.q_proj") or self.has_bias("self_attn.qkv_proj")
+        config["mlp_bias"] = self.has_bias("mlp.down_proj")
+        config |= self.windows(config)
+        if family.model_type == "gemma3_text":
+            config["query_pre_attn_scalar"] = self.query_scalar(config)
+        config |= self.token_ids()
+        return config
+
+    def fail(self, name: str, value: Any, allowed: str) -> CheckpointError:
+        given = "missing" if value is None else f"{value!r:.60}"
+        return CheckpointError(
+            f"{self.checkpoint.path}: the metadata {self.prefix}{name} is {given}, where {allowed} is needed; "
+            "the file is damaged."
+        )
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.metadata.get(self.prefix + name, default)
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number from 1; a list with one for each layer counts where all are equal."""
+        value = self.get(name, default)
+        if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():
+            value = value.flat[0].item()
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+            raise self.fail(name, value, "a whole number from 1, the same for all layers,")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 3e38:
+            raise self.fail(name, value, "a finite number from 0")
+        return shortest(value)
+
+    def has_bias(self, projection: str) -> bool:
+        return f"model.layers.0.{projection}.bias" in self.checkpoint
+
+    def head_dim(self, config: Mapping[str, Any]) -> int:
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        default = max(1, hidden // heads)
+        size = self.whole("attention.key_length", default)
+        if self.whole("attention.value_length", size) != size:
+            raise self.fail("attention.value_length", self.get("attention.value_length"), f"the key length {size}")
+        return size
+
+    def vocabulary(self) -> int:
+        """Rows of the embedding; the token list may be shorter than it, never longer."""
+        rows = self.shape("token_embd.weight")[0]
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, list) and len(tokens) > rows:
+            raise CheckpointError(
+                f"{self.checkpoint.path} lists {len(tokens)} tokens for {rows} embeddings; the file is damaged."
+            )
+        return rows
+
+    def shape(self, stored: str) -> tuple[int, ...]:
+        file: GGUFFile | None = self.checkpoint._stored.get(stored)
+        if file is None:
+            raise CheckpointError(
+                f"{self.checkpoint.path} holds no tensor {stored}; it is not a language model, or incomplete."
+            )
+        return file.tensors[stored].shape
+
+    def factors(self, stored: str) -> list[float]:
+        """A rope tensor as a list: divisors of the rotary frequencies."""
+        raw = self.checkpoint.stored(stored)
+        if len(raw.shape) != 1 or raw.storage not in DENSE or raw.shape[0] > 1 << 14:
+            raise CheckpointError(f"{self.checkpoint.path}: {stored} is not a list of numbers; the file is damaged.")
+        return [float(value) for value in raw.data.tolist()]
+
+    def rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Hugging Face's rope_scaling. Files made of Llama 3 hold ready factors instead: rope_type "factors"."""
+        stored = self.checkpoint._stored
+        rotary = self.whole("rope.dimension_count", config["head_dim"])
+        if rotary != config["head_dim"]:
+            config["partial_rotary_factor"] = rotary / config["head_dim"]
+        if "rope_freqs.weight" in stored:
+            return {"rope_type": "factors", "factors": self.factors("rope_freqs.weight")}
+        if "rope_factors_long.weight" in stored and "rope_factors_short.weight" in stored:
+            return self.longrope(config)
+        kind = self.get("rope.scaling.type", "none")
+        factor = self.number("rope.scaling.factor", 1.0)
+        if kind == "none" or factor in (0.0, 1.0):
+            return None
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            return scaling | self.yarn(config, factor)
+        if kind == "linear":
+            return scaling
+        raise self.fail("rope.scaling.type", kind, "none, linear, yarn or longrope")
+
+    def yarn(self, config: Mapping[str, Any], factor: float) -> dict[str, Any]:
+        original = self.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
+        scaling: dict[str, Any] = {"original_max_position_embeddings": original}
+        for name in ("beta_fast", "beta_slow"):
+            if f"{self.prefix}rope.scaling.yarn_{name}" in self.metadata:
+                scaling[name] = self.number(f"rope.scaling.yarn_{name}")
+        if self.prefix + "rope.scaling.attn_factor" in self.metadata:
+            # Here the file's factor multiplies YaRN's own; Hugging Face's attention_factor is the product.
+            scaling["attention_factor"] = self.number("rope.scaling.attn_factor") * (0.1 * np.log(factor).item() + 1.0)
+        return scaling
+
+    def longrope(self, config: dict[str, Any]) -> dict[str, Any]:
+        longest = config["max_position_embeddings"]
+        original = self.whole("rope.scaling.original_context_length", longest)
+        config["original_max_position_embeddings"] = original
+        scaling: dict[str, Any] = {
+            "rope_type": "longrope",
+            "long_factor": self.factors("rope_factors_long.weight"),
+            "short_factor": self.factors("rope_factors_short.weight"),
+            "factor": longest / original,
+            "original_max_position_embeddings": original,
+        }
+        if self.prefix + "rope.scaling.attn_factor" in self.metadata:
+            scaling["attention_factor"] = self.number("rope.scaling.attn_factor")
+        return scaling
+
+    def windows(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Sliding window keys; a Llama-family file that has a window holds a Mistral."""
+        if not self.get("attention.sliding_window"):
+            return {"sliding_window": None}
+        found: dict[str, Any] = {"sliding_window": self.whole("attention.sliding_window")}
+        if config["model_type"] == "llama":
+            return found | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        if config["model_type"] == "gemma3_text":
+            layers = config["num_hidden_layers"]
+            slides = self.pattern(layers)
+            found["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
+        return found
+
+    def pattern(self, layers: int) -> list[bool]:
+        """Which layers slide: a truth value for each, or every n-th layer does not (n is 6 where the file is silent)."""
+        value = self.get("attention.sliding_window_pattern", 6)
+        if isinstance(value, np.ndarray) and value.shape == (layers,):
+            return [bool(slide) for slide in value]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.fail(
+                "attention.sliding_window_pattern", value, "a whole number from 1, or one truth value a layer,"
+            )
+        return [bool((layer + 1) % value) for layer in range(layers)]
+
+    def query_scalar(self, config: Mapping[str, Any]) -> float:
+        """Gemma 3 scales by head_dim^-0.5, its 27B model (62 layers) by (hidden / heads)^-0.5; files do not say."""
+        if scale := self.number("attention.scale", 0.0):
+            return scale**-2
+        if config["num_hidden_layers"] == 62:
+            return config["hidden_size"] / config["num_attention_heads"]
+        return config["head_dim"]
+
+    def token_ids(self) -> dict[str, int]:
+        names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        found = {f"{key}_token_id": self.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
+        return {key: value for key, value in found.items() if isinstance(value, int)}
+
+
+def shortest(value: float) -> float:
+    """A float32 of the file as the shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
