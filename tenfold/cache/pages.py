@@ -100,8 +100,12 @@ class PagePool:
         assert len(free) == len(self._free), "a page is free twice"
         assert not free & idle, f"pages both free and idle: {free & idle}"
         for page, count in enumerate(self.references):
-            assert (count == 0) == (page in free or page in idle), f"page {page} has {count} references and a wrong state"
+            assert (count == 0) == (page in free or page in idle), (
+                f"page {page} has {count} references and a wrong state"
+            )
             assert page not in idle or self._kept[page], f"page {page} is idle though nobody keeps it"
             assert page not in free or not self._kept[page], f"page {page} is free though somebody keeps it"
             if references is not None:
-                assert count == references.get(page, 0), f"page {page} counts {count} references, {references.get(page, 0)} held"
+                assert count == references.get(page, 0), (
+                    f"page {page} counts {count} references, {references.get(page, 0)} held"
+                )

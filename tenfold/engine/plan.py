@@ -18,7 +18,8 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Entries in the order of the step's tokens: decodes first, then chunks of prompts.
+    """Entries in the order of the step's tokens: first `decodes` entries of one token each, sampled by an earlier step and
+    perhaps not read yet; then chunks of text that is known.
 
     admitted: sequences that got their row with this plan. copies: (source, target) pages to copy before anything is
     written, all at once. `plan.tokens` is never more than max_step_tokens.
@@ -26,6 +27,7 @@ class StepPlan:
 
     number: int
     entries: tuple[Entry, ...]
+    decodes: int = 0
     admitted: tuple[Sequence, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
 
@@ -34,6 +36,9 @@ class StepPlan:
         return sum(e.count for e in self.entries)
 
     def __str__(self) -> str:
-        rows = ", ".join(f"{e.row}:{e.sequence.request.id}/{e.sequence.index}[{e.start}:{e.start + e.count}]{'*' * e.sample}" for e in self.entries)
+        rows = ", ".join(
+            f"{e.row}:{e.sequence.request.id}/{e.sequence.index}[{e.start}:{e.start + e.count}]{'*' * e.sample}"
+            for e in self.entries
+        )
         copies = f" copy {' '.join(f'{s}>{t}' for s, t in self.copies)}" if self.copies else ""
         return f"step {self.number}: {rows or 'nothing'}{copies}"

@@ -17,7 +17,9 @@ from tenfold.engine.fair import ANSWER_WEIGHT, PROMPT_WEIGHT, FairQueue
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.sequence import Sequence, Status
 
-PROMPT_LOGPROB_CHUNK = 128  # logits are wanted for each of these tokens; a whole chunk of 8192 by a 150k vocabulary would be 5 GB
+PROMPT_LOGPROB_CHUNK = (
+    128  # logits are wanted for each of these tokens; a whole chunk of 8192 by a 150k vocabulary would be 5 GB
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +152,14 @@ class Scheduler:
             if sequence.status is Status.DECODE:
                 self._grow(sequence, copies)
         entries = self._plan_decodes()
+        decodes = len(entries)
         admitted: list[Sequence] = []
         if self.prefilling or (self.queue and not crowded):
             self._plan_prefills(entries, admitted, copies, not crowded)
         if entries:
             self._number += 1
             self._inflight += 1
-        return StepPlan(self._number, tuple(entries), tuple(admitted), tuple(copies))
+        return StepPlan(self._number, tuple(entries), decodes, tuple(admitted), tuple(copies))
 
     def _needs_page(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence must get a page before its next token is computed."""
@@ -218,7 +221,9 @@ class Scheduler:
                 charge(sequence.request.user, ANSWER_WEIGHT)
         return entries
 
-    def _plan_prefills(self, entries: list[Entry], admitted: list[Sequence], copies: list[tuple[int, int]], admit: bool) -> None:
+    def _plan_prefills(
+        self, entries: list[Entry], admitted: list[Sequence], copies: list[tuple[int, int]], admit: bool
+    ) -> None:
         budget = self.limits.max_step_tokens - len(entries)
         candidates = list(self.prefilling)
         while budget > 0:

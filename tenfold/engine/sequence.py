@@ -53,7 +53,9 @@ class Sequence:
         "want_prompt_logprobs",
     )
 
-    def __init__(self, request: Request, index: int, order: int, limit: int, page_size: int, seed: int, stops: frozenset[int]) -> None:
+    def __init__(
+        self, request: Request, index: int, order: int, limit: int, page_size: int, seed: int, stops: frozenset[int]
+    ) -> None:
         self.request = request
         self.index = index
         self.order = order

@@ -1,0 +1,434 @@
+"""`Engine`: requests in, tokens out, one `step` at a time.
+
+Single-threaded by contract: whoever owns the engine calls every method. A step launches at most one plan and reads at most one
+launched before; with lookahead 1 the device is already at work on the next when the tokens of one are read. A fault of one
+request ends that request with FinishReason.ERROR and leaves the others alone.
+"""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.base.log import Timeline, logger
+from tenfold.cache.pages import PagePool
+from tenfold.cache.prefix import PrefixCache
+from tenfold.cache.store import KVStore
+from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec
+from tenfold.engine.opened import Opened
+from tenfold.engine.plan import Entry, StepPlan
+from tenfold.engine.request import FinishReason, Output, Request
+from tenfold.engine.runner import Pending, Runner, Tokens
+from tenfold.engine.scheduler import Limits, Scheduler
+from tenfold.engine.sequence import Sequence, Status
+from tenfold.engine.text import Text
+from tenfold.models.table import Model, build_model
+from tenfold.ops.kernels import Kernels
+from tenfold.weights.load import Weights
+
+POOLS = ("mean", "last")
+
+
+class QueueFull(ValueError):
+    """The engine has as many requests waiting as it may. retry_after: seconds after which another try is worthwhile."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Detokenizes(Protocol):
+    """What the engine needs of the text layer."""
+
+    def detokenizer(self, request: Request) -> Any:
+        """An object for one sequence: `feed(token) -> (new text, stop string or None)`, `flush() -> text`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot. Counts are since the start; times in seconds; pages: used by sequences, cached (idle, reusable), free."""
+
+    running: int
+    waiting: int
+    pages: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    steps: int
+    step_seconds: float  # time inside `step`, all together
+    last_step_seconds: float
+    preemptions: int
+    errors: int
+    prompt_tokens: int  # of accepted requests
+    prefix_hit_tokens: int  # of those, found in the prefix cache
+    computed_tokens: int  # tokens the model was run on
+    generated_tokens: int
+
+
+class Engine:
+    """A model that serves requests.
+
+    config: settings with every size filled in (`Engine.load` sees to that; `memory.resolve` and `memory.fill` do it by hand). pages: of the KV cache.
+    eos_ids: tokens that end an answer unless its request says otherwise. text: gives answers as text too; without it, tokens only.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kernels: Kernels,
+        config: EngineConfig,
+        text: Detokenizes | None = None,
+        *,
+        pages: int,
+        eos_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.model = model
+        self.kernels = kernels
+        self.config = config
+        self.text = text
+        self.eos_ids = eos_ids
+        self.device = torch.device(config.device)
+        self.memory: MemoryPlan | None = None
+        self.timeline: Timeline | None = None
+        self.vocab_size = model.config.vocab_size
+        self.kv = KVStore(kv_spec(model.config, config), pages, self.device)
+        self.max_model_len = min(config.max_model_len or model.config.max_positions, pages * config.page_size)
+        self.pool = PagePool(pages)
+        self.prefix = PrefixCache(self.pool) if config.prefix_cache else None
+        limits = Limits(config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens)
+        self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix)
+        self.runner = Runner(model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead)
+        self._inflight: deque[tuple[StepPlan, Pending | Isolated]] = deque()
+        self._ready: list[Output] = []  # ends that no step brings: aborts, deadlines
+        self._requests: dict[str, list[Sequence]] = {}
+        self._order = 0
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
+        self._steps = self._errors = self._computed = self._generated = self._prompts = 0
+        self._seconds = self._last_seconds = 0.0
+
+    @classmethod
+    def load(
+        cls,
+        config: EngineConfig,
+        timeline: Timeline | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "Engine":
+        """Find, check and load the model `config` names, and run one token through it.
+
+        timeline: receives the phases. progress(done, total) is called while weights load. Raises ValueError, and of its kind
+        CheckpointError, ConfigError and DoesNotFit, each with what to do.
+        """
+        timeline = timeline or Timeline()
+        with timeline.phase("open"):
+            opened = Opened(config)
+        with timeline.phase("kernels"):
+            opened.choose()
+        opened.memory.require()
+        config, plan = opened.config, opened.memory
+        logger.info("memory for %s:\n%s", config.model, plan)
+        with timeline.phase("tokenizer"):
+            text = Text(opened.checkpoint)
+        with timeline.phase("weights"):
+            weights = Weights(
+                opened.checkpoint, opened.kernels, opened.device, DTYPES[config.dtype], config.weights, progress
+            )
+            model = build_model(opened.checkpoint.config, weights, plan.max_model_len)
+        with timeline.phase("warm-up"):
+            engine = cls(model, opened.kernels, config, text, pages=plan.pages, eos_ids=opened.checkpoint.eos_ids)
+            engine.memory, engine.timeline = plan, timeline
+            engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Run one token, so that first-use costs are paid before the first request. Raises what the model raises."""
+        batch = Request(id="warm-up", prompt=(0,), pool="last")
+        self.add(batch)
+        outputs = []
+        while self.has_work:
+            outputs += self.step()
+        if outputs[-1].error:
+            raise RuntimeError(f"The model cannot run: {outputs[-1].error}")
+        if self.prefix is not None:
+            self.prefix.clear()
+        self._reset_counts()
+
+    # Requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for one that can never run, QueueFull for one too many."""
+        self.check(request)
+        self._check_queue(request)
+        params, prompt = request.params, len(request.prompt)
+        limit = self.max_model_len
+        if request.pool is not None:
+            limit = prompt
+        elif params.max_tokens is not None:
+            limit = min(limit, prompt + params.max_tokens)
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.eos_ids))
+        count = 1 if request.pool is not None else params.n
+        sequences = []
+        for index in range(count):
+            seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed + index
+            sequence = Sequence(request, index, self._order, limit, self.config.page_size, seed, stops)
+            if self.text is not None and request.pool is None:
+                sequence.detokenizer = self.text.detokenizer(request)
+            sequences.append(sequence)
+        self._order += 1
+        self._requests[request.id] = sequences
+        self._prompts += prompt
+        self.scheduler.add(sequences)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError, naming the field, for a request that can never run here."""
+        if request.id in self._requests:
+            raise ValueError(f"id is {request.id!r}, which a request in progress has already; use another.")
+        if not request.prompt:
+            raise ValueError("prompt is empty; give at least one token.")
+        request.params.check(self.vocab_size)
+        if request.pool is not None and request.pool not in POOLS:
+            raise ValueError(f"pool is {request.pool!r}; allowed: {', '.join(POOLS)}, or none to generate.")
+        longest = self.max_model_len - (request.pool is None)
+        if len(request.prompt) > longest:
+            raise ValueError(
+                f"prompt is {len(request.prompt)} tokens long; allowed: up to {longest} (a context of {self.max_model_len} tokens, "
+                "prompt and answer together). Shorten it, or start the engine with a larger max_model_len or kv_memory."
+            )
+        low, high = min(request.prompt), max(request.prompt)
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"prompt has token id {wrong}; allowed: 0 to {self.vocab_size - 1}. Was it made by another model's tokenizer?"
+            )
+
+    def _check_queue(self, request: Request) -> None:
+        limits, waiting = self.scheduler.limits, self.scheduler.waiting
+        tokens = self.scheduler.queue.tokens
+        vacant = limits.rows - self.scheduler.running
+        if waiting - vacant >= limits.max_queue:
+            raise QueueFull(
+                f"The queue is full: {waiting} requests wait, {limits.max_queue} may. Try again in {self._retry_after()} s.",
+                self._retry_after(),
+            )
+        if limits.max_queue_tokens and waiting and tokens + len(request.prompt) > limits.max_queue_tokens:
+            raise QueueFull(
+                f"The queue is full: {tokens} tokens wait, {limits.max_queue_tokens} may, this prompt has {len(request.prompt)}. "
+                f"Try again in {self._retry_after()} s.",
+                self._retry_after(),
+            )
+
+    def _retry_after(self) -> int:
+        """Seconds in which the tokens that wait could be computed at the speed so far, 1 to 60."""
+        speed = self._computed / self._seconds if self._seconds else 0.0
+        return max(1, min(60, math.ceil(self.scheduler.queue.tokens / speed))) if speed else 1
+
+    def abort(self, request_id: str) -> bool:
+        """End a request in whatever phase it is; its last outputs come with the next step. False: there is no such request."""
+        sequences = self._requests.get(request_id)
+        if sequences is None:
+            return False
+        for sequence in list(sequences):
+            if sequence.status is not Status.FINISHED:
+                self._ready.append(self._end(sequence, FinishReason.ABORT))
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.scheduler.unfinished or self._inflight or self._ready)
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=self.scheduler.running,
+            waiting=self.scheduler.waiting,
+            pages=self.pool.total,
+            pages_used=self.pool.used,
+            pages_cached=self.pool.idle,
+            pages_free=self.pool.free,
+            steps=self._steps,
+            step_seconds=self._seconds,
+            last_step_seconds=self._last_seconds,
+            preemptions=self.scheduler.preemptions,
+            errors=self._errors,
+            prompt_tokens=self._prompts,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            computed_tokens=self._computed,
+            generated_tokens=self._generated,
+        )
+
+    # Steps
+
+    def step(self) -> list[Output]:
+        """Launch the next step, and return what the oldest one not yet read brought (with lookahead 1, the one before)."""
+        begin = time.perf_counter()
+        for sequence in self.scheduler.expired(time.monotonic()):
+            self._ready.append(self._end(sequence, FinishReason.ABORT, "Its deadline has passed."))
+        outputs, self._ready = self._ready, []
+        plan = self.scheduler.plan()
+        if plan.entries:
+            self._inflight.append((plan, self._launch(plan)))
+        elif not self._inflight and self.scheduler.unfinished:
+            outputs += self._give_up()
+        if len(self._inflight) > self.config.lookahead or (self._inflight and not plan.entries):
+            self._collect(outputs)
+        self._last_seconds = time.perf_counter() - begin
+        self._seconds += self._last_seconds
+        return outputs
+
+    def _launch(self, plan: StepPlan) -> "Pending | Isolated":
+        self._steps += 1
+        try:
+            self.runner.prepare(plan)
+        except Exception as error:
+            logger.exception("%s could not be prepared", plan)
+            return Isolated(plan, [error] * len(plan.entries))
+        try:
+            return self.runner.launch(plan.entries, plan.decodes)
+        except Exception as error:
+            logger.warning("%s failed: %s", plan, error)
+            return self._isolate(plan, error)
+
+    def _isolate(self, plan: StepPlan, error: Exception) -> "Isolated":
+        """Run the entries of a failed step one by one, so that only those at fault end."""
+        if len(plan.entries) == 1:
+            return Isolated(plan, [error])
+        results: list[Pending | Exception] = []
+        for i, entry in enumerate(plan.entries):
+            try:
+                results.append(self.runner.launch((entry,), int(i < plan.decodes)))
+            except Exception as own:
+                results.append(own)
+        return Isolated(plan, results)
+
+    def _collect(self, outputs: list[Output]) -> None:
+        """Read the oldest step in flight."""
+        plan, pending = self._inflight.popleft()
+        try:
+            tokens = pending.result()
+        except Exception as error:
+            tokens = Isolated(plan, [error] * len(plan.entries)).result()
+        self.scheduler.retire_step()
+        for place, entry in enumerate(plan.entries):
+            self._computed += entry.count
+            if not self.scheduler.retire(entry):
+                continue
+            try:
+                output = self._advance(entry, place, tokens)
+            except Exception as error:
+                logger.exception("request %s failed", entry.sequence.request.id)
+                output = self._end(entry.sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+            if output is not None:
+                outputs.append(output)
+
+    def _advance(self, entry: Entry, place: int, tokens: Tokens) -> Output | None:
+        """Take an entry's results into its sequence; an output where it brought a token or the end."""
+        sequence = entry.sequence
+        if place in tokens.errors:
+            return self._end(sequence, FinishReason.ERROR, tokens.errors[place])
+        if sequence.want_prompt_logprobs:
+            sequence.prompt_logprobs += tokens.prompt_logprobs.get(place, ())
+        if not entry.sample:
+            return self._pooled(entry, tokens.pooled[place]) if place in tokens.pooled else None
+        token = tokens.ids[place]
+        sequence.tokens.append(token)
+        self._generated += 1
+        finish: FinishReason | None = None
+        stop: str | int | None = None
+        if token in sequence.stops:
+            finish, stop = FinishReason.STOP, token
+        elif len(sequence.tokens) >= sequence.limit:
+            finish = FinishReason.LENGTH
+        text = ""
+        if sequence.detokenizer is not None:
+            if stop is None or sequence.request.params.include_stop:
+                text, found = sequence.detokenizer.feed(token)
+                if found is not None:
+                    finish, stop = FinishReason.STOP, found
+            if finish is not None:
+                text += sequence.detokenizer.flush()
+        if finish is not None:
+            self._finish(sequence)
+        logprobs = (tokens.logprobs[place],) if tokens.logprobs and place in tokens.logprobs else ()
+        first = len(sequence.tokens) == sequence.prompt_length + 1
+        return Output(
+            sequence.request.id,
+            sequence.index,
+            (token,),
+            text,
+            logprobs,
+            self._prompt_logprobs(sequence) if sequence.want_prompt_logprobs else None,
+            finish,
+            stop,
+            cached_tokens=sequence.cached_tokens if first else 0,
+        )
+
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[Any, ...]:
+        sequence.want_prompt_logprobs = False
+        return (None, *sequence.prompt_logprobs)
+
+    def _pooled(self, entry: Entry, part: torch.Tensor) -> Output | None:
+        """Add one chunk's hidden state; the embedding once all of the prompt is in."""
+        sequence = entry.sequence
+        mean = sequence.request.pool == "mean"
+        sequence.pooled = sequence.pooled + part if mean and sequence.pooled is not None else part
+        if sequence.done < sequence.prompt_length:
+            return None
+        state = sequence.pooled / sequence.prompt_length if mean else sequence.pooled
+        self._finish(sequence)
+        return Output(
+            sequence.request.id,
+            sequence.index,
+            finish=FinishReason.STOP,
+            cached_tokens=sequence.cached_tokens,
+            embedding=tuple(state.tolist()),
+        )
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        siblings = self._requests[sequence.request.id]
+        if all(s.status is Status.FINISHED for s in siblings):
+            del self._requests[sequence.request.id]
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Output:
+        """Finish a sequence from outside; text withheld so far is given out."""
+        self._errors += reason is FinishReason.ERROR
+        self._finish(sequence)
+        text = ""
+        if sequence.detokenizer is not None and reason is not FinishReason.ERROR:
+            text = sequence.detokenizer.flush()
+        return Output(sequence.request.id, sequence.index, text=text, finish=reason, error=error)
+
+    def _give_up(self) -> list[Output]:
+        """Nothing can be planned though nothing runs: the scheduler's invariants exclude it, but better one error than a standstill."""
+        head = self.scheduler.queue.head()
+        if head is None:
+            return []
+        logger.error("%r cannot be scheduled: %s", head, self.stats())
+        return [self._end(head, FinishReason.ERROR, "The request could not be scheduled; please report this.")]
+
+
+class Isolated:
+    """A step whose entries were run one by one, or not at all: a `Pending` that knows which failed."""
+
+    def __init__(self, plan: StepPlan, results: "list[Pending | Exception]") -> None:
+        self.plan = plan
+        self.results = results
+
+    def result(self) -> Tokens:
+        tokens = Tokens([-1] * len(self.results))
+        for place, outcome in enumerate(self.results):
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                tokens.take(place, outcome.result())
+            except Exception as error:
+                tokens.errors[place] = f"{type(error).__name__}: {error}"
+        return tokens

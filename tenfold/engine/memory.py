@@ -1,0 +1,293 @@
+"""The plan of memory: what weights, KV cache and workspace take, worked out before anything is loaded.
+
+`resolve` fills the settings that depend on device and checkpoint, `plan_memory` those that depend on free memory. A plan that does
+not fit carries changes of the settings each of which was checked to make it fit.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.cache.store import KVSpec
+from tenfold.models.config import ModelConfig
+from tenfold.ops.blocks import DENSE
+from tenfold.weights.checkpoint import Checkpoint
+
+GIB = 1 << 30
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU_KV_SHARE = 0.25  # of free memory
+CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
+GPU_SHARE = 0.9  # of free memory, for everything
+LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
+Q8_0_BYTES = 34 / 32  # per weight
+
+
+class DoesNotFit(ValueError):
+    """The engine asked for needs more memory than is free: says what takes how much and which changes would make it fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by use, and the sizes that follow. `changes`: settings that would make it fit, empty where it does."""
+
+    weights: int
+    kv: int
+    workspace: int
+    free: int
+    bytes_per_token: int
+    page_size: int
+    pages: int
+    max_model_len: int
+    max_batch: int
+    kv_dtype: str
+    fits: bool
+    changes: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the KV cache holds."""
+        return self.pages * self.page_size
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.workspace
+
+    def __str__(self) -> str:
+        lines = [
+            f"weights    {size(self.weights):>10}",
+            f"KV cache   {size(self.kv):>10}   {self.tokens} tokens in {self.pages} pages of {self.page_size}, "
+            f"{size(self.bytes_per_token)} a token in {self.kv_dtype}",
+            f"workspace  {size(self.workspace):>10}",
+            f"total      {size(self.total):>10}   of {size(self.free)} free",
+            f"context    {self.max_model_len:>10}   tokens at most in one sequence; {max(1, self.tokens // self.max_model_len)} such at a time",
+        ]
+        if not self.fits:
+            lines += [
+                "It does not fit. Any one of these would make it fit:"
+                if self.changes
+                else "It does not fit, and no setting would make it fit.",
+                *(f"  {c}" for c in self.changes),
+            ]
+        return "\n".join(lines)
+
+    def require(self) -> None:
+        """Raises DoesNotFit unless it fits."""
+        if self.fits:
+            return
+        what = f"weights {size(self.weights)}, KV cache {size(self.kv)}, workspace {size(self.workspace)}: {size(self.total)} in all, and {size(self.free)} are free."
+        way = (
+            "Any one of these would make it fit: " + "; ".join(self.changes)
+            if self.changes
+            else "Use a smaller model or one with fewer bits a weight"
+        )
+        raise DoesNotFit(f"The model does not fit into memory: {what} {way}.")
+
+
+def size(count: int) -> str:
+    """Bytes for people, in binary units."""
+    for unit, factor in (("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised: bool) -> EngineConfig:
+    """Fill what depends on the device and on how weights are stored; sizes that depend on memory stay for `plan_memory`.
+
+    kernels: name of the set in use; quantised: whether matrices run as quantised blocks. Raises ValueError with the setting and what is allowed.
+    """
+    gpu = device.type != "cpu"
+    check_sizes(config)
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if gpu else "float32")
+    if config.kv_dtype != "auto":
+        kv_dtype = config.kv_dtype
+    else:
+        kv_dtype = "float16" if kernels == "native" and quantised and config.dtype == "auto" else dtype
+    for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
+        if value not in DTYPES:
+            raise ValueError(f"{name} is {value!r}; allowed: auto, {', '.join(DTYPES)}.")
+    return replace(
+        config,
+        device=str(device),
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_batch=config.max_batch or (256 if gpu else 64),
+        max_step_tokens=config.max_step_tokens or (8192 if gpu else 512),
+        lookahead=config.lookahead if config.lookahead >= 0 else int(gpu),
+    )
+
+
+def check_sizes(config: EngineConfig) -> None:
+    """Raises ValueError for a setting that is out of range whatever the model."""
+    if not 1 <= config.page_size <= 1024:
+        raise ValueError(f"page_size is {config.page_size}; allowed: 1 to 1024 tokens, 16 is usual.")
+    for name in (
+        "max_model_len",
+        "kv_memory",
+        "max_batch",
+        "max_step_tokens",
+        "max_queue",
+        "max_queue_tokens",
+        "threads",
+    ):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; allowed: a whole number from 0 (derive it).")
+    if config.lookahead not in (-1, 0, 1):
+        raise ValueError(f"lookahead is {config.lookahead}; allowed: 0, 1, or -1 (derive it).")
+
+
+def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
+    """The KV cache's layout for a model under resolved settings."""
+    return KVSpec(model.layers, model.kv_heads, model.head_dim, DTYPES[config.kv_dtype], config.page_size)
+
+
+def plan_memory(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> MemoryPlan:
+    """Lay out `free` bytes for a model whose weights take `weights` bytes, under resolved settings. Never raises for lack of memory."""
+    plan = _lay_out(model, weights, config, free)
+    return plan if plan.fits else replace(plan, changes=tuple(_changes(model, weights, config, free)))
+
+
+def fill(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
+    """Settings with the sizes of a memory plan."""
+    return replace(config, max_model_len=plan.max_model_len, kv_memory=plan.kv)
+
+
+def _lay_out(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> MemoryPlan:
+    spec = kv_spec(model, config)
+    workspace = workspace_bytes(model, config)
+    longest = min(config.max_model_len or model.max_positions, model.max_positions)
+    left = max(0, (free if config.device == "cpu" else int(free * GPU_SHARE)) - weights - workspace)
+    least = longest if config.max_model_len else min(longest, LEAST_TOKENS)
+    budget = config.kv_memory or _kv_budget(config, left, free, least * spec.bytes_per_token)
+    tokens = min(budget // spec.bytes_per_token, config.max_batch * (longest + config.page_size))
+    pages = max(tokens // config.page_size, -(-least // config.page_size))
+    fits = pages * spec.bytes_per_page <= min(left, config.kv_memory or left)
+    return MemoryPlan(
+        weights=weights,
+        kv=pages * spec.bytes_per_page,
+        workspace=workspace,
+        free=free,
+        bytes_per_token=spec.bytes_per_token,
+        page_size=config.page_size,
+        pages=pages,
+        max_model_len=min(longest, pages * config.page_size),
+        max_batch=config.max_batch,
+        kv_dtype=config.kv_dtype,
+        fits=fits,
+    )
+
+
+def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
+    """Bytes for the KV cache: all that is left on a GPU, a modest share of a CPU's memory, unless one sequence needs more."""
+    if config.device != "cpu":
+        return left
+    return max(min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT, left), min(least, left))
+
+
+def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Activations of one step and what sampling takes: an estimate from above."""
+    width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
+    activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
+    logits = min(config.max_batch, config.max_step_tokens) * model.vocab_size * (3 * 4 + 8)
+    return activations + logits + (64 << 20)
+
+
+def _changes(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> Iterator[str]:
+    """Single changes of settings that make it fit, by how little they take away."""
+
+    def fits(changed: EngineConfig, changed_weights: int = weights) -> bool:
+        return _lay_out(model, changed_weights, changed, free).fits
+
+    if DTYPES[config.kv_dtype].itemsize > 2 and fits(replace(config, kv_dtype="float16")):
+        yield "kv_dtype=float16"
+    for batch in _halvings(config.max_batch):
+        if fits(replace(config, max_batch=batch)):
+            yield f"max_batch={batch}"
+            break
+    for tokens in _halvings(config.max_step_tokens):
+        if fits(replace(config, max_step_tokens=tokens)):
+            yield f"max_step_tokens={tokens}"
+            break
+    for length in _halvings(min(config.max_model_len or model.max_positions, model.max_positions)):
+        if length >= LEAST_TOKENS and fits(replace(config, max_model_len=length)):
+            yield f"max_model_len={length}"
+            break
+    if config.kv_memory and fits(replace(config, kv_memory=0)):
+        yield "kv_memory=0 (derived from free memory)"
+    yield from _lighter_weights(model, weights, config, fits)
+
+
+def _halvings(value: int) -> Iterator[int]:
+    while value > 1:
+        value //= 2
+        yield value
+
+
+def _lighter_weights(
+    model: ModelConfig, weights: int, config: EngineConfig, fits: Callable[..., bool]
+) -> Iterator[str]:
+    """Fewer bits a weight, judged by the bytes a weight takes now."""
+    each = weights / max(1, _parameters(model))
+    if config.weights != "q8_0" and each > 1.5 * Q8_0_BYTES and fits(config, int(weights * Q8_0_BYTES / each)):
+        yield "weights=q8_0 (8 bits a weight)"
+    elif each > 0.75 and fits(config, int(weights * 0.6 / each)):
+        yield "a GGUF file of about 4.5 bits a weight, such as Q4_K_M"
+
+
+def _parameters(model: ModelConfig) -> int:
+    block = model.hidden_size * (2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate_size)
+    return model.layers * block + model.vocab_size * model.hidden_size * (1 if model.tied else 2)
+
+
+def weight_bytes(checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels: str) -> tuple[int, bool]:
+    """Bytes the weights will take when loaded in this mode, and whether any run quantised. Reads no weights."""
+    total, quantised = 0, False
+    for name in checkpoint.names():
+        raw = checkpoint.tensor(name)
+        count = math.prod(raw.shape)
+        packed = kernels == "native" and len(raw.shape) == 2
+        if packed and mode != "dense" and raw.storage not in DENSE:
+            total += raw.data.numel() * raw.data.element_size()
+            quantised = True
+        elif packed and mode == "q8_0":
+            total += int(count * Q8_0_BYTES)
+            quantised = True
+        else:
+            total += count * dtype.itemsize
+    return total, quantised
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes this process may still use on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [n for n in (_meminfo(), _cgroup()) if n is not None]
+    if limits:
+        return min(limits)
+    return (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    )  # no measure of what is free: half of what there is
+
+
+def _meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None
+
+
+def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What is left of the container's limit; cached file pages can be had back, so only anonymous memory counts as used."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return None if limit == "max" else max(0, int(limit) - int(stat["anon"]))
+    except (OSError, ValueError, KeyError):
+        return None

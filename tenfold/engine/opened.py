@@ -1,0 +1,58 @@
+"""A model found and checked before any of its weights is read: what it needs and how it will run.
+
+Invariant: opening reads headers only, so `tenfold plan` answers for a model of any size at once.
+"""
+
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.memory import DTYPES, MemoryPlan, fill, free_memory, plan_memory, resolve, weight_bytes
+from tenfold.models.table import model_config
+from tenfold.ops.table import make_kernels
+from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.open import open_checkpoint
+
+
+class Opened:
+    """The checkpoint `config.model` names. `choose()` picks the kernels and plans memory; after it `config` has every size filled in.
+
+    Raises ValueError, and of its kind CheckpointError and ConfigError.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        from tenfold.weights.find import resolve as find_model
+
+        self.config = config
+        self.device = pick_device(config.device)
+        self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model))
+        self.shape = model_config(self.checkpoint.config)
+
+    def choose(self) -> None:
+        config = self.config
+        dtype = DTYPES.get(config.dtype) or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.kernels = make_kernels(config.kernels, self.device, dtype, config.threads)
+        size, quantised = weight_bytes(self.checkpoint, config.weights, dtype, self.kernels.name)
+        resolved = resolve(config, self.device, self.kernels.name, quantised)
+        self.memory = plan_memory(self.shape, size, resolved, free_memory(self.device))
+        self.config = fill(resolved, self.memory)
+
+
+def plan_engine(config: EngineConfig) -> MemoryPlan:
+    """What `Engine.load(config)` would take, without loading. Raises ValueError as that does, except DoesNotFit."""
+    opened = Opened(config)
+    opened.choose()
+    return opened.memory
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a setting names. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise ValueError(f"device is {name!r}; allowed: auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but this PyTorch sees {torch.cuda.device_count()} CUDA devices; use cpu or auto."
+        )
+    return torch.device(name)

@@ -1,0 +1,208 @@
+"""Rows: what the device knows of each running sequence between steps, and how a plan becomes a `Step`.
+
+A sequence owns one row from admission until its last step was read. The inputs of a step live in buffers used in turn, so
+those of a step in flight are never overwritten; their tensors are made anew only when the shape of a step changes, so that a
+steady decode step costs a handful of vector operations on the host.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold.cache.store import KVStore
+from tenfold.engine.plan import Entry
+from tenfold.nn.step import Step
+
+ALIGN = 16  # elements; keeps every input tensor 64-byte aligned
+PAGE_STRIDE = 8  # a step's page table is widened in these strides, so that its shape changes seldom
+
+Shape = tuple[int, int, int, int, int]  # tokens, requests, page columns, logits, sampled
+
+
+class Buffer:
+    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, copies on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.shape: Shape | None = None
+        self._host32 = torch.empty(0, dtype=torch.int32)
+        self._host64 = torch.empty(0, dtype=torch.int64)
+
+    def reshape(self, shape: Shape) -> None:
+        """Arrays and tensors for a step of this shape; the memory grows when it must."""
+        tokens, requests, columns, logits, sampled = shape
+        self._spans32, self._size32 = _spans((tokens, tokens, requests * columns, requests + 1, requests))
+        self._spans64, self._size64 = _spans((tokens, logits, sampled))
+        self._host32 = self._grown(self._host32, self._size32)
+        self._host64 = self._grown(self._host64, self._size64)
+        parts = self._cut(self._host32, self._host64, requests)
+        self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths = (p.numpy() for p in parts[:5])
+        self.token_ids, self.logits_rows, self.rows = (p.numpy() for p in parts[5:])
+        self._parts = parts
+        self.shape = shape
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows."""
+        if self.device.type == "cpu":
+            return self._parts
+        device32 = self._host32[: self._size32].to(self.device, non_blocking=True)
+        device64 = self._host64[: self._size64].to(self.device, non_blocking=True)
+        return self._cut(device32, device64, len(self.kv_lengths))
+
+    def _cut(self, memory32: Tensor, memory64: Tensor, requests: int) -> tuple[Tensor, ...]:
+        positions, slots, table, *rest = (memory32[a:b] for a, b in self._spans32)
+        return (positions, slots, table.view(requests, -1), *rest, *(memory64[a:b] for a, b in self._spans64))
+
+    def _grown(self, host: Tensor, size: int) -> Tensor:
+        if host.numel() >= size:
+            return host
+        return torch.empty(2 * size, dtype=host.dtype, pin_memory=self.device.type == "cuda")
+
+
+def _spans(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
+    """Where parts of these sizes lie one after the other, each aligned; and the size of all."""
+    spans, start = [], 0
+    for size in sizes:
+        spans.append((start, start + size))
+        start += -(-size // ALIGN) * ALIGN
+    return spans, start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A step ready to run. sampled: the entries whose last logits give a token; rows [S] int64, on the device: their rows.
+
+    picks: places of those logits among the step's, None where they are all of them in order.
+    """
+
+    step: Step
+    entries: tuple[Entry, ...]
+    sampled: tuple[Entry, ...]
+    picks: list[int] | None
+    rows: Tensor
+
+
+class Rows:
+    """Page tables and last tokens of up to `max_batch` running sequences of up to `max_pages` pages.
+
+    last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read (lookahead > 0).
+    """
+
+    def __init__(self, max_batch: int, max_pages: int, kv: KVStore, device: torch.device, lookahead: int) -> None:
+        self.kv = kv
+        self.lookahead = lookahead
+        self.max_pages = max_pages
+        self.page_size = kv.spec.page_size
+        self.tables = np.zeros((max_batch, max_pages), dtype=np.int32)
+        self.last_token = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        # A plan is at most two batches (see Runner.launch).
+        self._buffers = [Buffer(device) for _ in range(2 * (lookahead + 1))]
+        self._turn = 0
+        self._count = np.arange(max_batch + 1)
+
+    def gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
+        """Inputs for these entries, of which the first `decodes` are single sampled tokens."""
+        for entry in entries:
+            if entry.sequence.synced != len(entry.sequence.pages):
+                self._sync(entry)
+        self._turn = (self._turn + 1) % len(self._buffers)
+        buffer = self._buffers[self._turn]
+        if decodes == len(entries):
+            return self._gather_decodes(entries, buffer)
+        return self._gather_mixed(entries, decodes, buffer)
+
+    def keep(self, rows: Tensor, tokens: Tensor) -> None:
+        """Remember what rows sampled."""
+        if self.lookahead:
+            self.last_token[rows] = tokens
+
+    def _sync(self, entry: Entry) -> None:
+        """Bring a row's page table up to date with its sequence's pages."""
+        pages, start = entry.sequence.pages, entry.sequence.synced
+        self.tables[entry.row, start : len(pages)] = pages[start:]
+        entry.sequence.synced = len(pages)
+
+    def _gather_decodes(self, entries: tuple[Entry, ...], buffer: Buffer) -> Batch:
+        count = len(entries)
+        starts = [e.start for e in entries]
+        longest = max(starts) + 1
+        shape = (count, count, self._columns(longest), count, count)
+        if buffer.shape != shape:
+            buffer.reshape(shape)
+        rows = buffer.rows
+        rows[:] = [e.row for e in entries]
+        buffer.positions[:] = starts
+        np.add(buffer.positions, 1, out=buffer.kv_lengths)
+        buffer.query_start[:] = self._count[: count + 1]
+        buffer.logits_rows[:] = self._count[:count]
+        if not self.lookahead:
+            buffer.token_ids[:] = [e.sequence.tokens[e.start] for e in entries]
+        self._place(buffer, rows, rows)
+        return self._batch(buffer, entries, entries, None, self.lookahead and count, 1, longest)
+
+    def _gather_mixed(self, entries: tuple[Entry, ...], decodes: int, buffer: Buffer) -> Batch:
+        counts = np.array([e.count for e in entries])
+        ends = np.cumsum(counts)
+        lengths = np.array([e.start + e.count for e in entries])
+        rows = np.array([e.row for e in entries])
+        logits, picks = _wanted(entries, ends)
+        sampled = tuple(e for e in entries if e.sample)
+        longest = int(lengths.max())
+        buffer.reshape((int(ends[-1]), len(entries), self._columns(longest), len(logits), len(sampled)))
+        buffer.rows[:] = [e.row for e in sampled]
+        buffer.positions[:] = np.arange(ends[-1]) + np.repeat(lengths - ends, counts)
+        buffer.kv_lengths[:] = lengths
+        buffer.query_start[0] = 0
+        buffer.query_start[1:] = ends
+        buffer.logits_rows[:] = logits
+        ondevice = decodes if self.lookahead else 0
+        known = chain.from_iterable(e.sequence.tokens[e.start : e.start + e.count] for e in entries[ondevice:])
+        buffer.token_ids[ondevice:] = list(known)
+        self._place(buffer, rows, np.repeat(rows, counts))
+        return self._batch(buffer, entries, sampled, picks, ondevice, int(counts.max()), longest)
+
+    def _place(self, buffer: Buffer, rows: np.ndarray, token_rows: np.ndarray) -> None:
+        """The page tables of the requests' rows, and each token's slot in its row's pages."""
+        np.take(self.tables[:, : buffer.page_table.shape[1]], rows, axis=0, out=buffer.page_table, mode="clip")
+        pages, offsets = np.divmod(buffer.positions, self.page_size)
+        np.multiply(self.tables[token_rows, pages], self.page_size, out=buffer.slots)
+        np.add(buffer.slots, offsets, out=buffer.slots)
+
+    def _batch(
+        self,
+        buffer: Buffer,
+        entries: tuple[Entry, ...],
+        sampled: tuple[Entry, ...],
+        picks: list[int] | None,
+        ondevice: int,
+        max_query: int,
+        max_kv: int,
+    ) -> Batch:
+        positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows = buffer.tensors()
+        if ondevice:
+            token_ids[:ondevice] = self.last_token[rows[:ondevice]]
+        step = Step(
+            token_ids, positions, slots, page_table, query_start, kv_lengths, logits_rows, max_query, max_kv, self.kv
+        )
+        return Batch(step, entries, sampled, picks, rows)
+
+    def _columns(self, longest: int) -> int:
+        pages = -(-longest // self.page_size)
+        return min(-(-pages // PAGE_STRIDE) * PAGE_STRIDE, self.max_pages)
+
+
+def _wanted(entries: tuple[Entry, ...], ends: np.ndarray) -> tuple[list[int], list[int] | None]:
+    """Tokens whose logits are wanted, and the places among them that are sampled (None: all)."""
+    logits: list[int] = []
+    picks: list[int] = []
+    for entry, end in zip(entries, ends.tolist()):
+        if entry.sequence.want_prompt_logprobs:
+            logits += range(end - entry.count, end)
+        elif entry.sample:
+            logits.append(end - 1)
+        if entry.sample:
+            picks.append(len(logits) - 1)
+    return logits, None if len(picks) == len(logits) else picks

@@ -1,0 +1,181 @@
+"""The runner: a plan in, tokens out, on whatever device the model is on.
+
+`launch` queues a step and returns at once where the device works asynchronously; `Pending.result` waits for its tokens.
+Steps run in the order of their launches, and a later one may use tokens of an earlier one that nobody has read yet.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tenfold.cache.store import KVStore
+from tenfold.engine.plan import Entry, StepPlan
+from tenfold.engine.request import Logprob
+from tenfold.engine.rows import Batch, Rows
+from tenfold.engine.sampler import Sampled, SamplePlan, Sampler, logprobs_of
+from tenfold.engine.sequence import Sequence
+from tenfold.models.table import Model
+from tenfold.ops import sample as ops
+
+
+@dataclass(slots=True)
+class Tokens:
+    """What one step brought, by place in its plan: tokens (-1 where none was sampled), and where asked for the token's
+    log-probability, those of the prompt tokens that follow the entry's tokens, and the hidden state pooled over the entry;
+    errors: why an entry has no result."""
+
+    ids: list[int]
+    logprobs: dict[int, Logprob] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[Logprob]] = field(default_factory=dict)
+    pooled: dict[int, Tensor] = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+    def take(self, place: int, other: "Tokens") -> None:
+        """The results of an entry that ran alone."""
+        self.ids[place] = other.ids[0]
+        for mine, its in (
+            (self.logprobs, other.logprobs),
+            (self.prompt_logprobs, other.prompt_logprobs),
+            (self.pooled, other.pooled),
+        ):
+            mine.update({place: value for value in its.values()})  # type: ignore[attr-defined]
+
+
+class Runner:
+    """Owns the model, the KV store and the rows. `max_batch` rows of `max_len` tokens at most."""
+
+    def __init__(
+        self, model: Model, kv: KVStore, max_batch: int, max_len: int, device: torch.device, lookahead: int
+    ) -> None:
+        self.model = model
+        self.kv = kv
+        self.device = device
+        self.rows = Rows(max_batch, -(-max_len // kv.spec.page_size), kv, device, lookahead)
+        self.sampler = Sampler(max_batch, model.config.vocab_size, device)
+        self._sample_plan: SamplePlan | None = None
+        self._planned_for: tuple[Sequence, ...] = ()
+
+    def prepare(self, plan: StepPlan) -> None:
+        """What a plan needs before its entries run: rows of new sequences, and page copies. Done once a plan."""
+        if not (plan.admitted or plan.copies):
+            return
+        self._sample_plan = None  # a row may have changed hands
+        with torch.inference_mode():
+            for sequence in plan.admitted:
+                self.sampler.admit(sequence)
+            if plan.copies:
+                pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
+                self.kv.copy_pages(pairs[:, 0], pairs[:, 1])
+
+    def launch(self, entries: tuple[Entry, ...], decodes: int) -> "Pending":
+        """Run entries of a prepared plan, the first `decodes` of them decodes. Raises what the model raises; then they may be
+        run again, for all they have done is to write K and V where they will again."""
+        with torch.inference_mode():
+            pooling = tuple([e for e in entries if e.sequence.request.pool is not None])
+            if not pooling:
+                return self._generate(entries, entries, decodes)
+            rest = tuple([e for e in entries if e.sequence.request.pool is None])
+            pending = self._generate(entries, rest, decodes) if rest else Pending(entries, self.device)
+            pending.pooled = self._pool(entries, pooling)
+            return pending
+
+    def _generate(self, plan_entries: tuple[Entry, ...], entries: tuple[Entry, ...], decodes: int) -> "Pending":
+        batch = self.rows.gather(entries, decodes)
+        logits = self.model.forward(batch.step)
+        pending = Pending(plan_entries, self.device)
+        if batch.picks is None:
+            sampling = logits
+        else:
+            pending.prompt_logs = self._prompt_logs(batch, logits)
+            sampling = logits[batch.picks]
+        if batch.sampled:
+            plan = self._plan_sampling(batch.sampled)
+            sampled = self.sampler.run(sampling, plan, batch.sampled)
+            self.rows.keep(batch.rows, sampled.tokens)
+            pending.take(batch.sampled, plan, sampled)
+        return pending
+
+    def _plan_sampling(self, entries: tuple[Entry, ...]) -> SamplePlan:
+        """The sampler's plan for these sequences in this order, kept until they change."""
+        sequences = tuple([e.sequence for e in entries])
+        if self._sample_plan is None or sequences != self._planned_for:
+            self._sample_plan = self.sampler.plan(sequences)
+            self._planned_for = sequences
+        return self._sample_plan
+
+    def _prompt_logs(
+        self, batch: Batch, logits: Tensor
+    ) -> list[tuple[Entry, tuple[Tensor, Tensor, Tensor], list[int]]]:
+        """Log-probabilities of the prompt tokens after each token of the entries that want them."""
+        found, start = [], 0
+        for entry in batch.entries:
+            sequence = entry.sequence
+            if not sequence.want_prompt_logprobs:
+                start += entry.sample
+                continue
+            following = sequence.tokens[entry.start + 1 : min(entry.start + entry.count + 1, sequence.prompt_length)]
+            ids = torch.tensor(following, dtype=torch.int64, device=self.device)
+            best = sequence.request.params.prompt_logprobs or 0
+            found.append((entry, ops.log_probabilities(logits[start : start + len(following)], ids, best), following))
+            start += entry.count
+        return found
+
+    def _pool(self, plan_entries: tuple[Entry, ...], entries: tuple[Entry, ...]) -> dict[int, Tensor]:
+        """Sum of the hidden states over each entry, or the last one, as its request asks; float32 [hidden_size] each."""
+        hidden = self.model.hidden(self.rows.gather(entries, 0).step).float()
+        parts = hidden.split([e.count for e in entries])
+        pooled = {
+            id(e): part.sum(0) if e.sequence.request.pool == "mean" else part[-1].clone()
+            for e, part in zip(entries, parts)
+        }
+        return {i: pooled[id(e)] for i, e in enumerate(plan_entries) if id(e) in pooled}
+
+
+class Pending:
+    """A launched step. `result()` waits for the device, once."""
+
+    def __init__(self, entries: tuple[Entry, ...], device: torch.device) -> None:
+        self.entries = entries
+        self.pooled: dict[int, Tensor] = {}
+        self.prompt_logs: list[tuple[Entry, tuple[Tensor, Tensor, Tensor], list[int]]] = []
+        self._cuda = device.type == "cuda"
+        self._sampled: tuple[Entry, ...] = ()
+        self._plan: SamplePlan | None = None
+        self._result: Sampled | None = None
+        self._host: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def take(self, sampled: tuple[Entry, ...], plan: SamplePlan, result: Sampled) -> None:
+        """Start the way of the tokens to the host."""
+        self._sampled, self._plan, self._result = sampled, plan, result
+        self._host = result.tokens
+        if self._cuda:
+            self._host = torch.empty(result.tokens.shape, dtype=torch.int64, pin_memory=True)
+            self._host.copy_(result.tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> Tokens:
+        if self._event is not None:
+            self._event.synchronize()
+        ids = self._host.tolist() if self._host is not None else []
+        if self._sampled is self.entries and self._plan is not None and not self._plan.logprobs:
+            return Tokens(ids)
+        return self._spread(ids)
+
+    def _spread(self, ids: list[int]) -> Tokens:
+        """Results by place in the plan, where not every entry has a token or something else was asked for."""
+        place = {e.sequence: i for i, e in enumerate(self.entries)}
+        tokens = Tokens([-1] * len(self.entries), pooled=self.pooled)
+        for entry, token in zip(self._sampled, ids):
+            tokens.ids[place[entry.sequence]] = token
+        if self._plan is not None and self._result is not None and self._result.logs is not None:
+            curious = [self._sampled[i] for i in self._plan.logprobs]
+            wanted = [e.sequence.request.params.logprobs or 0 for e in curious]
+            records = logprobs_of(self._result.logs, [ids[i] for i in self._plan.logprobs], wanted)
+            tokens.logprobs = {place[e.sequence]: record for e, record in zip(curious, records)}
+        for entry, logs, following in self.prompt_logs:
+            best = entry.sequence.request.params.prompt_logprobs or 0
+            tokens.prompt_logprobs[place[entry.sequence]] = logprobs_of(logs, following, [best] * len(following))
+        return tokens

@@ -1,0 +1,217 @@
+"""The sampler: for each row what its request asks for, in batches of rows that ask for the same kind of thing.
+
+Order of the transforms, per row: penalties (repetition, then frequency and presence), logit bias, tokens not allowed now (end tokens before
+min_tokens; a grammar's mask belongs here too, in `_edit`), temperature, top-k, top-p, min-p. Log-probabilities are the model's own, taken before all of these.
+What a batch needs is worked out when its rows change (`SamplePlan`), not every step.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold.engine.plan import Entry
+from tenfold.engine.request import Logprob, SamplingParams
+from tenfold.engine.sequence import Sequence
+from tenfold.ops import sample as ops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Rows drawn together. index [R] int64: their places in the batch; temperature and the cuts [R, 1]; truncated: whether any
+    cut is on; width: candidates known to suffice, 0 where that depends on the logits."""
+
+    places: tuple[int, ...]
+    index: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    truncated: bool
+    width: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Penalties:
+    """Rows with penalties: places in the batch, rows of the count tables, and [R, 1] factors."""
+
+    index: Tensor
+    rows: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplePlan:
+    """What a batch of rows needs beyond the best token. All empty: greedy, nothing else."""
+
+    groups: tuple[Group, ...]
+    penalties: Penalties | None
+    biased: tuple[tuple[int, Tensor, Tensor], ...]  # place, token ids, values
+    held: tuple[tuple[int, int, Tensor], ...]  # place, min_tokens, token ids not allowed before
+    logprobs: tuple[int, ...]  # places
+    best: int  # how many best tokens the most curious of those wants
+
+    @property
+    def plain(self) -> bool:
+        return not (self.groups or self.logprobs or self.edits)
+
+    @property
+    def edits(self) -> bool:
+        return bool(self.penalties or self.biased or self.held)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """tokens [R] int64; logs: of the rows in `SamplePlan.logprobs`, the token's, the best ones' and their ids."""
+
+    tokens: Tensor
+    logs: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+class Sampler:
+    """Sampling for up to `max_batch` rows. Count tables of penalties are made when a request first asks for one."""
+
+    def __init__(self, max_batch: int, vocab_size: int, device: torch.device) -> None:
+        self.max_batch = max_batch
+        self.vocab_size = vocab_size
+        self.device = device
+        self._counts: Tensor | None = None
+        self._seen: Tensor | None = None
+
+    def admit(self, sequence: Sequence) -> None:
+        """A sequence took over a row: start its penalty counts from what it has so far."""
+        if not penalised(sequence.request.params):
+            return
+        if self._counts is None or self._seen is None:
+            self._counts = torch.zeros(self.max_batch, self.vocab_size, dtype=torch.int32, device=self.device)
+            self._seen = torch.zeros(self.max_batch, self.vocab_size, dtype=torch.bool, device=self.device)
+        prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+        counts = np.bincount(np.array(answer, dtype=np.int64), minlength=self.vocab_size)
+        self._counts[sequence.row] = torch.from_numpy(counts).to(self.device, torch.int32)
+        self._seen[sequence.row] = False
+        self._seen[sequence.row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
+
+    def plan(self, sequences: Seq[Sequence]) -> SamplePlan:
+        """The needs of a batch, in its order."""
+        params = [s.request.params for s in sequences]
+        wanted = tuple(i for i, p in enumerate(params) if p.logprobs is not None)
+        return SamplePlan(
+            groups=self._groups(params),
+            penalties=self._penalties(sequences),
+            biased=tuple(
+                (i, self._tensor(list(p.logit_bias)), self._tensor(list(p.logit_bias.values()), torch.float32))
+                for i, p in enumerate(params)
+                if p.logit_bias
+            ),
+            held=tuple(
+                (i, p.min_tokens, self._tensor(sorted(sequences[i].stops)))
+                for i, p in enumerate(params)
+                if p.min_tokens and sequences[i].stops
+            ),
+            logprobs=wanted,
+            best=max((params[i].logprobs or 0 for i in wanted), default=0),
+        )
+
+    def run(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry]) -> Sampled:
+        """One token for each row of logits [R, V] (whose contents may be overwritten); entries in the same order."""
+        if plan.plain:
+            return Sampled(ops.argmax(logits))
+        raw = logits[list(plan.logprobs)] if plan.logprobs else None
+        if plan.edits:
+            self._edit(logits, plan, entries)
+        tokens = ops.argmax(logits)
+        for group in plan.groups:
+            tokens[group.index] = self._draw(logits, group, entries)
+        if plan.penalties and self._counts is not None:
+            self._counts[plan.penalties.rows, tokens[plan.penalties.index]] += 1
+        if raw is None:
+            return Sampled(tokens)
+        return Sampled(tokens, ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best))
+
+    def _edit(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry]) -> None:
+        p = plan.penalties
+        if p and self._counts is not None and self._seen is not None:
+            logits[p.index] = ops.penalise(
+                logits[p.index], self._counts[p.rows], self._seen[p.rows], p.repetition, p.presence, p.frequency
+            )
+        for place, ids, values in plan.biased:
+            logits[place, ids] += values
+        for place, least, ids in plan.held:
+            if _position(entries[place]) < least:
+                logits[place, ids] = -torch.inf
+
+    def _draw(self, logits: Tensor, group: Group, entries: Seq[Entry]) -> Tensor:
+        drawn = [entries[i] for i in group.places]
+        u = torch.from_numpy(ops.uniforms([e.sequence.seed for e in drawn], [_position(e) for e in drawn])).to(
+            self.device
+        )
+        rows = logits if len(drawn) == len(logits) else logits[group.index]
+        if not group.truncated:
+            return ops.draw(rows, group.temperature, u)
+        return ops.draw_truncated(rows, group.temperature, group.top_k, group.top_p, group.min_p, u, group.width)
+
+    def _groups(self, params: Seq[SamplingParams]) -> tuple[Group, ...]:
+        kinds: dict[tuple[bool, int], list[int]] = {}
+        for i, p in enumerate(params):
+            if p.temperature > 0:
+                truncated = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+                kinds.setdefault((truncated, self._width(p)), []).append(i)
+        return tuple(self._group(places, params, *kind) for kind, places in sorted(kinds.items()))
+
+    def _width(self, p: SamplingParams) -> int:
+        """Candidates to look at: the narrow set where top_k promises that it suffices; on a GPU else all, rather than wait for a flag."""
+        narrow = min(ops.WIDTHS[0], self.vocab_size)
+        if 0 < p.top_k <= narrow:
+            return narrow
+        return 0 if self.device.type == "cpu" else self.vocab_size
+
+    def _group(self, places: list[int], params: Seq[SamplingParams], truncated: bool, width: int) -> Group:
+        chosen = [params[i] for i in places]
+        return Group(
+            places=tuple(places),
+            index=self._tensor(places),
+            temperature=self._column([p.temperature for p in chosen], torch.float32),
+            top_k=self._column([min(p.top_k, self.vocab_size) for p in chosen], torch.int64),
+            top_p=self._column([p.top_p for p in chosen], torch.float64),
+            min_p=self._column([p.min_p for p in chosen], torch.float32),
+            truncated=truncated,
+            width=width,
+        )
+
+    def _penalties(self, sequences: Seq[Sequence]) -> Penalties | None:
+        places = [i for i, s in enumerate(sequences) if penalised(s.request.params)]
+        if not places:
+            return None
+        params = [sequences[i].request.params for i in places]
+        return Penalties(
+            index=self._tensor(places),
+            rows=self._tensor([sequences[i].row for i in places]),
+            repetition=self._column([p.repetition_penalty for p in params], torch.float32),
+            presence=self._column([p.presence_penalty for p in params], torch.float32),
+            frequency=self._column([p.frequency_penalty for p in params], torch.float32),
+        )
+
+    def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _column(self, values: list, dtype: torch.dtype) -> Tensor:
+        return self._tensor(values, dtype)[:, None]
+
+
+def penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _position(entry: Entry) -> int:
+    """How many tokens the answer has before the one sampled by this entry, read or not."""
+    return entry.start + entry.count - entry.sequence.prompt_length
+
+
+def logprobs_of(logs: tuple[Tensor, Tensor, Tensor], tokens: Seq[int], wanted: Seq[int]) -> list[Logprob]:
+    """Host records; row i shows its wanted[i] best tokens."""
+    own, values, ids = (t.tolist() for t in logs)
+    return [Logprob(t, o, tuple(zip(i[:k], v[:k]))) for t, o, v, i, k in zip(tokens, own, values, ids, wanted)]

@@ -1,0 +1,121 @@
+"""From logits to a token, as pure functions on tensors.
+
+Rows are independent: the result of a row never depends on the others, on a CPU not in a single bit. So transcendental
+functions run only inside row kernels (`softmax`, `log_softmax` over the last dimension), never elementwise over a batch, where
+vectorised bodies and scalar tails may round differently; and random numbers are a hash of (seed, count), made on the host.
+Shapes: R rows, V vocabulary entries; logits [R, V] float32.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+WIDTHS = (256, 4096)  # candidate sets tried before a sort of the whole vocabulary
+
+
+def uniform(seed: int, count: int) -> float:
+    """A number in (0, 1), at least 2^-49 from both ends: SplitMix64 (Steele et al. 2014) of the seed, then of that and the count."""
+    bits = _mix((_mix(seed & _MASK) + (count + 1) * _GOLDEN) & _MASK)
+    return ((bits >> 16) + 0.5) * 2.0**-48
+
+
+def _mix(z: int) -> int:
+    z = (z + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The best token of each row, the first of equals -> [R] int64."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(logits.numpy().argmax(-1))  # 10 times faster than torch's for one row of 49k
+    return logits.argmax(-1)
+
+
+def penalise(
+    logits: Tensor, counts: Tensor, seen: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
+    """counts [R, V] int32, how often each token was generated; seen [R, V] bool, tokens of the prompt; the rest [R, 1].
+
+    Repetition divides positive and multiplies negative logits of tokens in prompt or answer; then each generated token
+    loses `presence + frequency * count`."""
+    generated = counts > 0
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits = torch.where(seen | generated, scaled, logits)
+    return logits - frequency * counts - presence * generated
+
+
+def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
+    """Sample from softmax(logits / temperature): the first token, in order of ids, at which the cumulated probability exceeds
+    u of the total. temperature [R, 1], u [R] float64 -> [R] int64."""
+    mass = torch.softmax(logits / temperature, -1).cumsum(-1, dtype=torch.float64)
+    return _locate(mass, u * mass[:, -1])
+
+
+def draw_truncated(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor, width: int = 0
+) -> Tensor:
+    """Sample from softmax(logits / temperature) cut to its best tokens, in order of probability.
+
+    Kept are the top_k best (0: all); of those the fewest whose share reaches top_p; of those the ones with at least min_p times the best
+    one's probability. All three keep a beginning of the sorted order, so the cut is one number a row. All but logits and u are [R, 1].
+    width: how many of the best to look at, where the caller knows that it suffices; 0: found out, which reads a flag back to the host.
+    """
+    probabilities = torch.softmax(logits / temperature, -1)
+    if width:
+        return _draw_best(*probabilities.topk(width, -1), top_k, top_p, min_p, u)[0]
+    size = probabilities.shape[1]
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    left = torch.arange(len(logits), device=logits.device)
+    for width in (*(w for w in WIDTHS if w < size), size):
+        best = (
+            probabilities[left].topk(width, -1)
+            if width < size
+            else probabilities[left].sort(-1, descending=True, stable=True)
+        )
+        drawn, fits = _draw_best(*best, top_k[left], top_p[left], min_p[left], u[left])
+        tokens[left] = drawn
+        if width == size or bool(fits.all()):
+            return tokens
+        left = left[~fits]
+    return tokens
+
+
+def _draw_best(
+    sorted_p: Tensor, ids: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from the best `width` probabilities, and for which rows the cut lies within them."""
+    width = sorted_p.shape[1]
+    mass = sorted_p.cumsum(-1, dtype=torch.float64)
+    k = torch.where((top_k > 0) & (top_k < width), top_k, width)
+    total = torch.where(top_k > 0, mass.gather(1, k - 1), 1.0)
+    in_nucleus = mass - sorted_p < top_p * total
+    kept = (
+        (torch.arange(width, device=mass.device) < k)
+        & (in_nucleus | (top_p >= 1))
+        & (sorted_p >= min_p * sorted_p[:, :1])
+    )
+    count = kept.sum(-1, keepdim=True)
+    fits = (count < width) | ((top_k > 0) & (top_k <= width))
+    index = _locate(mass, u * mass.gather(1, count - 1).squeeze(1))
+    return ids.gather(1, torch.minimum(index[:, None], count - 1)).squeeze(1), fits.squeeze(1)
+
+
+def _locate(mass: Tensor, target: Tensor) -> Tensor:
+    """First index of each row of the non-decreasing mass [R, W] that exceeds target [R]."""
+    return torch.searchsorted(mass, target[:, None], right=True).squeeze(1).clamp_(max=mass.shape[1] - 1)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural logarithms of softmax(logits): of `tokens` [R] -> [R]; the `best` highest -> [R, best], and their ids."""
+    logs = torch.log_softmax(logits, -1)
+    values, ids = logs.topk(min(best, logs.shape[1]), -1)
+    return logs.gather(1, tokens[:, None]).squeeze(1), values, ids
+
+
+def uniforms(seeds: list[int], counts: list[int]) -> np.ndarray:
+    """`uniform` of each pair -> [R] float64."""
+    return np.array([uniform(s, c) for s, c in zip(seeds, counts)], dtype=np.float64)

@@ -1,0 +1,194 @@
+"""A model whose next token is a hash of everything before it, read back through the KV cache.
+
+Wrong pages, leaks, a bad copy-on-write or a page shared too early change what it reads, and so its tokens.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.core import Engine
+from tenfold.engine.request import Output, Request
+from tenfold.nn.step import Step
+
+VOCAB = 97
+EOS = 3
+POISON = -1.0
+
+
+def next_token(history: Sequence[int]) -> int:
+    value = 17
+    for position, token in enumerate(history):
+        value = (value * 31 + token * (position + 7) + 5) % 1_000_003
+    return value % VOCAB
+
+
+def reference(prompt: Sequence[int], limit: int, stops: Sequence[int] = (EOS,)) -> list[int]:
+    """What a request for `prompt` must be answered with, up to a sequence of `limit` tokens."""
+    tokens = list(prompt)
+    while len(tokens) < limit:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+class FakeModel:
+    """Writes each token at its slot; answers from what the page table leads to. Checks every field of the step it is given."""
+
+    def __init__(self, max_positions: int = 4096) -> None:
+        self.config: Any = SimpleNamespace(
+            layers=1, kv_heads=1, head_dim=1, vocab_size=VOCAB, max_positions=max_positions, hidden_size=2
+        )
+        self.fail_on: int | None = None  # a token that makes the whole step fail
+        self.steps: list[list[int]] = []  # tokens of each request of each step
+
+    def forward(self, step: Step) -> Tensor:
+        histories = self._run(step)
+        logits = torch.zeros(len(step.logits_rows), VOCAB)
+        for i, row in enumerate(step.logits_rows.tolist()):
+            logits[i, next_token(histories[row])] = 9.0
+        return logits
+
+    def hidden(self, step: Step) -> Tensor:
+        """[own token, length of the history]."""
+        return torch.tensor([[float(h[-1]), float(len(h))] for h in self._run(step)])
+
+    def _run(self, step: Step) -> list[list[int]]:
+        """The history of each token, itself included."""
+        self._check(step)
+        if self.fail_on is not None and self.fail_on in step.token_ids.tolist():
+            raise RuntimeError(f"token {self.fail_on} is not digestible")
+        keys, size = step.kv.keys[0], step.kv.spec.page_size
+        slots = step.slots.long()
+        keys[slots // size, 0, slots % size, 0] = step.token_ids.float()
+        histories = []
+        starts = step.query_start.tolist()
+        self.steps.append([b - a for a, b in zip(starts, starts[1:])])
+        for r, length in enumerate(step.kv_lengths.tolist()):
+            pages = step.page_table[r, : -(-length // size)].long()
+            history = keys[pages, 0, :, 0].reshape(-1)[:length].to(torch.int64).tolist()
+            for i in range(starts[r + 1] - starts[r]):
+                histories.append(history[: length - (starts[r + 1] - starts[r]) + i + 1])
+        return histories
+
+    def _check(self, step: Step) -> None:
+        starts, size = step.query_start.tolist(), step.kv.spec.page_size
+        assert starts[0] == 0
+        assert starts[-1] == len(step.token_ids) == len(step.positions) == len(step.slots)
+        assert len(set(step.slots.tolist())) == len(step.slots), "two tokens of a step go to one slot"
+        counts = [b - a for a, b in zip(starts, starts[1:])]
+        assert min(counts) > 0
+        assert step.max_query == max(counts)
+        assert step.max_kv == int(step.kv_lengths.max())
+        tensors = (
+            step.token_ids,
+            step.positions,
+            step.slots,
+            step.page_table,
+            step.query_start,
+            step.kv_lengths,
+            step.logits_rows,
+        )
+        assert [t.dtype for t in tensors] == [torch.int64] + [torch.int32] * 5 + [torch.int64]
+        assert all(t.is_contiguous() for t in tensors)
+        for r, length in enumerate(step.kv_lengths.tolist()):
+            positions = step.positions[starts[r] : starts[r + 1]].tolist()
+            assert positions == list(range(length - counts[r], length))
+            pages = step.page_table[r].tolist()
+            assert step.slots[starts[r] : starts[r + 1]].tolist() == [
+                pages[p // size] * size + p % size for p in positions
+            ]
+
+
+class FakeText:
+    """A text layer: token t is the character chr(t + 32); stop strings of one character."""
+
+    def detokenizer(self, request: Request) -> "FakeDetokenizer":
+        return FakeDetokenizer(request)
+
+
+class FakeDetokenizer:
+    def __init__(self, request: Request) -> None:
+        self.stop = request.params.stop
+        self.held = ""
+
+    def feed(self, token: int) -> tuple[str, str | None]:
+        """Each character comes one token late."""
+        text, self.held = self.held, chr(token + 32)
+        if self.held in self.stop:
+            found, self.held = self.held, ""
+            return text, found
+        return text, None
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+def settings(**changes: Any) -> EngineConfig:
+    """Resolved settings of a small engine."""
+    values: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": "float32",
+        "kv_dtype": "float32",
+        "page_size": 4,
+        "max_batch": 4,
+        "max_step_tokens": 16,
+        "lookahead": 0,
+        "max_model_len": 64,
+    }
+    return EngineConfig(**(values | changes))
+
+
+def make_engine(model: Any = None, pages: int = 64, text: Any = None, **changes: Any) -> Engine:
+    kernels: Any = None
+    engine = Engine(model or FakeModel(), kernels, settings(**changes), text, pages=pages, eos_ids=(EOS,))
+    for tensor in (*engine.kv.keys, *engine.kv.values):
+        tensor.fill_(POISON)
+    return engine
+
+
+def check_pages(engine: Engine) -> None:
+    """Every reference is held by a sequence, and what may be written belongs to one sequence alone."""
+    scheduler, pool = engine.scheduler, engine.pool
+    held: dict[int, int] = {}
+    for pages in scheduler.held_pages():
+        assert len(set(pages)) == len(pages)
+        for page in pages:
+            held[page] = held.get(page, 0) + 1
+    pool.check(held)
+    assert pool.free + pool.used + pool.idle == pool.total
+    rows = [s.row for s in [*scheduler.decoding, *scheduler.prefilling, *scheduler._leaving]]
+    assert len(set(rows)) == len(rows)
+    assert not set(rows) & set(scheduler._free_rows)
+    assert len(rows) + len(scheduler._free_rows) == scheduler.limits.rows
+
+
+def drain(engine: Engine, most: int = 10_000) -> list[Output]:
+    """Step until nothing is left to do, checking the pages after every step."""
+    outputs: list[Output] = []
+    for _ in range(most):
+        if not engine.has_work:
+            return outputs
+        outputs += engine.step()
+        check_pages(engine)
+    raise AssertionError(f"still at work after {most} steps: {engine.stats()}")
+
+
+def answers(outputs: Sequence[Output]) -> dict[tuple[str, int], list[int]]:
+    """Tokens of each sequence; each must have come to an end exactly once."""
+    tokens: dict[tuple[str, int], list[int]] = {}
+    ended = set()
+    for output in outputs:
+        key = (output.request_id, output.index)
+        assert key not in ended, f"{key} goes on after its end"
+        tokens.setdefault(key, []).extend(output.tokens)
+        if output.finish is not None:
+            ended.add(key)
+    assert ended == set(tokens)
+    return tokens
