@@ -54,11 +54,9 @@ async def create_chat_completion(http: Request) -> Response:
 
 def _prompt(body: ChatRequest, service: Service) -> list[int]:
     messages = [message.plain(i) for i, message in enumerate(body.messages)]
+    settings = body.template_settings()
     try:
-        kwargs = dict(body.chat_template_kwargs or {})
-        if body.add_generation_prompt is not None:
-            kwargs["add_generation_prompt"] = body.add_generation_prompt
-        ids = service.llm.chat_prompt(messages, **kwargs)
+        ids = service.llm.chat_prompt(messages, **settings)
     except ValueError as error:
         raise invalid(str(error), "messages") from None
     check_prompt(ids, service, "messages")

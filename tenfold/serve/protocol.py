@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tenfold.engine.request import SamplingParams
+from tenfold.engine.template import SETTINGS
 from tenfold.serve.errors import from_validation, invalid
 
 MAX_PROMPTS = 64
@@ -215,6 +216,8 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = honoured(None, "and of up to 20 likeliest tokens at its place; needs logprobs")
     safety_identifier: str | None = honoured(None, "the newer name of user", max_length=512)
     chat_template_kwargs: dict[str, Any] | None = honoured(None, "extension: variables for the model's chat template")
+    reasoning_effort: str | None = honoured(None, "given to the chat template, for models that read it", max_length=64)
+    continue_final_message: bool | None = honoured(None, "extension: continue the last message instead of answering it")
     add_generation_prompt: bool | None = honoured(
         None, "extension: end the prompt with the start of an answer; true where absent"
     )
@@ -235,9 +238,6 @@ class ChatRequest(Sampling):
     prompt_cache_key: str | None = ignored("prompts that start alike share the cache by themselves.")
     prompt_cache_options: Any = ignored("prompts that start alike share the cache by themselves.")
     prompt_cache_retention: Any = ignored("cached prompts stay until their memory is needed.")
-    reasoning_effort: str | None = ignored(
-        "the models served have no such control; some take a variable in chat_template_kwargs."
-    )
     verbosity: str | None = ignored("the models served have no such control; ask for it in a message.")
 
     def params(self) -> SamplingParams:
@@ -246,6 +246,17 @@ class ChatRequest(Sampling):
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self.sampling(max_tokens=limit, logprobs=self.top_logprobs or 0 if self.logprobs else None)
+
+    def template_settings(self) -> dict[str, Any]:
+        """Keywords for the chat template. Raises ApiError for a variable that no template reads."""
+        given = dict(self.chat_template_kwargs or {})
+        if unknown := sorted(given.keys() - SETTINGS):
+            message = f"chat_template_kwargs has {unknown[0][:64]!r}; allowed: {', '.join(sorted(SETTINGS))}."
+            raise invalid(message, "chat_template_kwargs")
+        for name in ("reasoning_effort", "continue_final_message", "add_generation_prompt"):
+            if (value := getattr(self, name)) is not None:
+                given[name] = value
+        return given
 
     def payer(self) -> str:
         """Whose share of the machine the request counts against."""

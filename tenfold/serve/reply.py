@@ -93,7 +93,7 @@ async def _bytes(items: AsyncGenerator[bytes | ApiError, None]) -> AsyncGenerato
 
 
 def usage(counts: Counts) -> dict[str, Any]:
-    return Usage.of(counts.prompt, counts.completion, sum(counts.cached.values())).model_dump()
+    return Usage.of(counts.prompt, counts.completion, counts.cached).model_dump()
 
 
 def head(id: str, kind: str, service: Service) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 import tenfold
+from tenfold.engine.core import QueueFull
 from tenfold.engine.llm import AsyncLLM
 from tenfold.engine.request import FinishReason, Output, SamplingParams
 from tenfold.serve.errors import ApiError, from_value_error, overloaded
@@ -88,12 +89,12 @@ class Counts:
 
     prompt: int
     completion: int = 0
-    cached: dict[int, int] = field(default_factory=dict)
+    cached: int = 0
 
-    def add(self, prompt: int, output: Output) -> None:
+    def add(self, output: Output) -> None:
         self.completion += len(output.tokens)
-        if output.cached_tokens:
-            self.cached[prompt] = max(output.cached_tokens, self.cached.get(prompt, 0))
+        if output.index == 0:  # the other answers share the prompt of the first
+            self.cached += output.cached_tokens
 
 
 async def answers(service: Service, job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output], None]:
@@ -103,7 +104,7 @@ async def answers(service: Service, job: Job, counts: Counts) -> AsyncGenerator[
         async with aclosing(_merged(service, job)) as outputs:
             async for prompt, output in outputs:
                 _raise_failed(output, job)
-                counts.add(prompt, output)
+                counts.add(output)
                 yield prompt * n + output.index, output
     except (ApiError, GeneratorExit, asyncio.CancelledError):
         raise
@@ -113,6 +114,8 @@ async def answers(service: Service, job: Job, counts: Counts) -> AsyncGenerator[
 
 def translate(error: Exception, request_id: str, fields: dict[str, Any] | None = None) -> ApiError:
     """What a client is told about an exception of the engine."""
+    if isinstance(error, QueueFull):
+        return overloaded(str(error), error.retry_after)
     if isinstance(error, ValueError):
         return from_value_error(error, fields or {})
     logger.error("request %s failed", request_id, exc_info=error)

@@ -46,8 +46,8 @@ class FakeLLM:
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> list[int]:
         self.rendered.append((messages, kwargs))
-        if "bad" in kwargs:
-            raise ValueError("bad is not a variable of this template.")
+        if messages[0]["content"] == "bad":
+            raise ValueError("The chat template does not like this.")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
 
     async def generate(

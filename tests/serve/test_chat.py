@@ -86,7 +86,7 @@ def test_messages_become_plain_text_for_the_template(client, llm):
         {"role": "assistant", "content": None, "audio": None, "annotations": [], "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
-    response = client.chat(messages=messages, chat_template_kwargs={"x": 1}, add_generation_prompt=False)
+    response = client.chat(messages=messages, chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low", add_generation_prompt=False)
     assert response.status_code == 200
     rendered, kwargs = llm.rendered[0]
     assert rendered == [
@@ -95,7 +95,7 @@ def test_messages_become_plain_text_for_the_template(client, llm):
         {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
-    assert kwargs == {"x": 1, "add_generation_prompt": False}
+    assert kwargs == {"enable_thinking": False, "reasoning_effort": "low", "add_generation_prompt": False}
 
 
 def test_logprobs(client):

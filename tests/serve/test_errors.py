@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tenfold.engine.core import QueueFull
 from tenfold.engine.request import FinishReason
 
 CHAT = "/v1/chat/completions"
@@ -80,7 +81,8 @@ WRONG_CHAT = [
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]", "invalid_type"),
     ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages", "context_length_exceeded", "127 tokens"),
-    ({"chat_template_kwargs": {"bad": 1}}, "messages", "invalid_value", "bad is not a variable"),
+    ({"messages": [{"role": "user", "content": "bad"}]}, "messages", "invalid_value", "does not like"),
+    ({"chat_template_kwargs": {"special": 1}}, "chat_template_kwargs", "invalid_value", "'special'", "enable_thinking"),
     ({"top_logprobs": 5}, "top_logprobs", "invalid_value", "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "0 to 20"),
     ({"logprobs": 5}, "logprobs", "invalid_type"),
@@ -231,6 +233,14 @@ def test_refusal_of_the_engine_is_a_400(client, llm):
     llm.fail = ValueError("The prompt is not to my taste.")
     check(client.complete(), 400, None, "invalid_value", "taste")
     check(client.complete(stream=True), 400, None, "invalid_value", "taste")
+
+
+def test_full_queue(client, llm):
+    llm.fail = QueueFull("The queue is full: 9 requests wait.", 7)
+    for stream in (False, True):
+        response = client.chat(stream=stream)
+        check(response, 503, None, "overloaded", "queue is full")
+        assert response.headers["retry-after"] == "7"
 
 
 def test_error_of_the_engine_ends_the_request(client, llm):
