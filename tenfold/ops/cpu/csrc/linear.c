@@ -22,15 +22,15 @@ enum {
 typedef struct {
     const tf_matrix *w;
     const struct tf_linear_ops *ops;
-    const float *x, *norm_w, *bias, *residual;
-    float *out;
+    const float *x, *norm_w;
+    tf_epilogue after;
     float eps;
-    int m, act, arm;
-    int out_cols, out_tiles;                       /* of the result; half the matrix where gated */
-    int max_group;                                 /* largest R */
-    int unit_tiles, unit_rows, units_across;       /* a unit, and how many of them cover the tiles */
-    size_t xq_row, xe_row, xf_row;                 /* bytes of a prepared row; 0: not needed */
-    uint8_t *prepared;                             /* NULL: each thread prepares in its scratch */
+    int m, arm;
+    int out_tiles;                           /* of the result; half the matrix where gated */
+    int max_group;                           /* largest R */
+    int unit_tiles, unit_rows, units_across; /* a unit, and how many of them cover the tiles */
+    size_t xq_row, xe_row, xf_row;           /* bytes of a prepared row; 0: not needed */
+    uint8_t *prepared;                       /* NULL: each thread prepares in its scratch */
     uint8_t ready[TF_MAX_THREADS];
 } job;
 
@@ -98,19 +98,14 @@ static void multiply(const job *j, const tf_segment *s, int tile, const uint8_t 
 /* Tile t of the result for a group of rows. Gated: tile t of the gate and the tile of up that has the same place in its half. */
 static void output_tile(const job *j, const tf_segment *s, int t, const uint8_t *buffer, int row, int R) {
     float v[TF_TILE * 16], up[TF_TILE * 16];
-    const int tile = t - s->tile0, col = s->row0 + TF_TILE * tile;
-    int count = TF_MIN(TF_TILE, s->rows - TF_TILE * tile);
+    const int tile = t - s->tile0;
     multiply(j, s, tile, buffer, row, R, v);
-    if (j->act) {
+    if (j->after.act) {
         if (j->w->segments == 1) multiply(j, s, tile + j->out_tiles, buffer, row, R, up);
         else multiply(j, s + 1, tile, buffer, row, R, up);
     }
-    for (int r = 0; r < R; r++) {
-        const size_t at = (size_t)(row + r) * j->out_cols + col;
-        j->ops->finish(v + TF_TILE * r, up + TF_TILE * r, j->bias ? j->bias + col : NULL,
-                       j->bias && j->act ? j->bias + j->out_cols + col : NULL, j->residual ? j->residual + at : NULL, j->act,
-                       count, j->out + at);
-    }
+    const int left = (j->after.act ? j->after.cols : s->rows) - TF_TILE * tile;
+    j->ops->finish(v, up, R, &j->after, row, s->row0 + TF_TILE * tile, TF_MIN(TF_TILE, left));
 }
 
 static const tf_segment *segment_of(const tf_matrix *w, int tile) {
@@ -143,7 +138,7 @@ static void unit_task(void *ctx, int unit, int thread) {
 /* Units large enough to be worth claiming, and enough of them for every thread to get several. */
 static void cut_units(job *j) {
     const int wanted = UNITS_A_THREAD * tf_threads();
-    const int64_t tile_bytes = j->w->segment[0].tile_bytes * (j->act ? 2 : 1);
+    const int64_t tile_bytes = j->w->segment[0].tile_bytes * (j->after.act ? 2 : 1);
     int tiles = (int)TF_MAX(1, UNIT_BYTES / tile_bytes), rows = j->m;
     if (j->arm == TF_ARM_TILED) {
         const int64_t row_bytes = (int64_t)(j->xq_row + j->xe_row + j->xf_row);
@@ -197,45 +192,53 @@ static void run(job *j) {
 }
 
 typedef struct {
-    const float *both, *residual;
-    float *out;
-    int half, act;
+    const float *both;
+    tf_epilogue after;
     const struct tf_linear_ops *ops;
 } gate_job;
 
 static void gate_task(void *ctx, int row, int thread) {
     const gate_job *g = ctx;
     (void)thread;
-    const float *gate = g->both + (size_t)row * 2 * g->half, *up = gate + g->half;
+    const int half = g->after.cols;
+    const float *gate = g->both + (size_t)row * 2 * half, *up = gate + half;
     float v[TF_TILE] = {0}, u[TF_TILE] = {0};
-    for (int i = 0; i < g->half; i += TF_TILE) {
-        const int count = TF_MIN(TF_TILE, g->half - i);
-        const size_t at = (size_t)row * g->half + i;
+    for (int i = 0; i < half; i += TF_TILE) {
+        const int count = TF_MIN(TF_TILE, half - i);
         memcpy(v, gate + i, 4 * (size_t)count);
         memcpy(u, up + i, 4 * (size_t)count);
-        g->ops->finish(v, u, NULL, NULL, g->residual ? g->residual + at : NULL, g->act, count, g->out + at);
+        g->ops->finish(v, u, 1, &g->after, row, i, count);
     }
+}
+
+/* Gate and up whose tiles do not match: all sums first, then the gate. */
+static void run_gate_apart(job *j) {
+    const int half = j->w->rows / 2;
+    float *both = malloc((size_t)j->m * j->w->rows * sizeof *both);
+    if (!both) abort();
+    gate_job g = {both, j->after, j->ops};
+    g.after.bias = NULL;
+    g.after.cols = half;
+    j->after.act = TF_ACT_NONE;
+    j->after.residual = NULL;
+    j->after.out = both;
+    run(j);
+    tf_parallel(j->m, gate_task, &g);
+    free(both);
 }
 
 void tf_linear(const tf_matrix *w, const float *x, int m, const float *norm_w, float norm_eps, const float *bias,
                const float *residual, int act, int arm, float *out) {
     if (m <= 0 || w->rows <= 0) return;
-    job j = {.w = w, .ops = TF_PICK(tf_linear_ops), .x = x, .norm_w = norm_w, .bias = bias, .residual = residual, .out = out,
-             .eps = norm_eps, .m = m, .act = act, .arm = arm, .out_cols = w->rows, .out_tiles = w->tiles};
+    job j = {.w = w, .ops = TF_PICK(tf_linear_ops), .x = x, .norm_w = norm_w, .eps = norm_eps, .m = m, .arm = arm,
+             .out_tiles = w->tiles, .after = {out, bias, NULL, residual, w->rows, act}};
     tf_begin();
     if (act && !gate_matches_up(w)) {
-        float *both = malloc((size_t)m * w->rows * sizeof *both);
-        if (!both) abort();
-        j.act = 0;
-        j.residual = NULL;
-        j.out = both;
-        run(&j);
-        gate_job g = {both, residual, out, w->rows / 2, act, j.ops};
-        tf_parallel(m, gate_task, &g);
-        free(both);
+        run_gate_apart(&j);
     } else {
         if (act) {
-            j.out_cols = w->rows / 2;
+            j.after.cols = w->rows / 2;
+            j.after.up_bias = bias ? bias + w->rows / 2 : NULL;
             j.out_tiles = w->segments == 2 ? w->segment[0].tiles : w->tiles / 2;
         }
         run(&j);

@@ -93,14 +93,20 @@ enum { TF_X_BYTES = 44, TF_E_BYTES = 16, TF_GROUPS = 5 /* R = 1, 2, 4, 8, 16 */ 
 typedef void (*tf_quant_tile)(const uint8_t *w, int blocks, const uint8_t *x, const uint8_t *e, float *out);
 typedef void (*tf_dense_tile)(const uint8_t *w, int cols, const float *x, float *out);
 
+/* What follows the sums. cols: of the result. */
+typedef struct {
+    float *out;
+    const float *bias, *up_bias, *residual;
+    int cols, act;
+} tf_epilogue;
+
 struct tf_linear_ops {
     int max_group; /* the largest R there is a kernel for */
     /* Row `at` of a group of R: normalise (norm_w not NULL) and write where not NULL. tmp: cols floats. */
     void (*prepare)(const float *x, int at, int R, int cols, const float *norm_w, float eps, float *tmp, uint8_t *xq,
                     uint8_t *xe, float *xf);
-    /* 16 results of one row: act, bias, residual; count of them are stored. */
-    void (*finish)(const float *v, const float *up, const float *bias, const float *up_bias, const float *residual,
-                   int act, int count, float *out);
+    /* From the sums of a tile, v (and up) [R][16], to `count` columns of the rows row..row+R-1 of the result. */
+    void (*finish)(const float *v, const float *up, int R, const tf_epilogue *e, int row, int col, int count);
     tf_quant_tile quant[TF_QUANT_COUNT][TF_GROUPS]; /* out: [R][16] */
     tf_dense_tile dense[TF_FORMAT_COUNT - TF_QUANT_COUNT][TF_GROUPS];
 };
@@ -142,8 +148,11 @@ TF_INLINE int64_t tf_block_offset(const tf_format_info *f, int b) {
     return (int64_t)b * block + (int64_t)supers * 32 * mins;
 }
 
+/* y [m][rows] (rows / 2 with act) = act(norm(x) W^T + bias) + residual; x [m][cols]. norm_w, bias, residual may be NULL.
+ * act: the rows of W are gate then up, y = act(gate) * up. arm: TF_ARM_RULE or the one to use. */
 TF_EXPORT void tf_linear(const tf_matrix *w, const float *x, int m, const float *norm_w, float norm_eps, const float *bias,
                          const float *residual, int act, int arm, float *out);
+/* out[i] = scale * row ids[i] of W, [n][cols]. Every id must be in 0..rows-1. */
 TF_EXPORT void tf_matrix_rows(const tf_matrix *w, const int64_t *ids, int n, float scale, float *out);
 
 #endif

@@ -9,6 +9,9 @@ TF_INLINE __m512i bcast32(const void *p) {
     return _mm512_set1_epi32(v);
 }
 
+/* sum += c . the 4 bytes at p, in every row. As text because compilers spend a register on the broadcast otherwise. */
+#define DOT(sum, c, p) __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(c), "m"(*(const int32_t *)(p)))
+
 TF_INLINE __m512 half16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 
 TF_INLINE __m512 scale16(const uint8_t *p) {
@@ -82,31 +85,29 @@ TF_INLINE void quant_tile(const uint8_t *w, int blocks, const uint8_t *x, const 
         w += 64 * bits;
         const float *xd = (const float *)(x + 32 * R), *xs = xd + R, *es = (const float *)e;
         const int32_t *xn = (const int32_t *)(xs + R), *en = (const int32_t *)(es + 2 * R);
-        TF_UNROLL(16) for (int r = 0; r < R; r++) {
-            const uint8_t *q = x + 32 * r;
-            const __m512 dx = _mm512_set1_ps(xd[r]);
-            if (groups == 1) {
-                __m512i i = start512(xn + r, shift);
-                if (R >= 4) {
-                    TF_UNROLL(8) for (int j = 0; j < 8; j++) i = _mm512_dpbusd_epi32(i, c[j], bcast32(q + 4 * j));
-                } else { /* few rows: two chains hide the latency */
-                    __m512i i2 = _mm512_setzero_si512();
-                    TF_UNROLL(4) for (int j = 0; j < 4; j++) {
-                        i = _mm512_dpbusd_epi32(i, c[j], bcast32(q + 4 * j));
-                        i2 = _mm512_dpbusd_epi32(i2, c[j + 4], bcast32(q + 4 * j + 16));
-                    }
-                    i = _mm512_add_epi32(i, i2);
+        /* Four rows at a time, each half a block in its own chain: 8 chains hide the latency of vpdpbusd. */
+        const int S = R < 4 ? R : 4;
+        TF_UNROLL(4) for (int r = 0; r < R; r += S) {
+            __m512i i[2][4];
+            TF_UNROLL(4) for (int q = 0; q < S; q++) {
+                i[0][q] = start512(groups == 1 ? xn + r + q : en + r + q, shift);
+                i[1][q] = groups == 1 ? _mm512_setzero_si512() : start512(en + R + r + q, shift);
+            }
+            TF_UNROLL(4) for (int j = 0; j < 4; j++)
+                TF_UNROLL(4) for (int q = 0; q < S; q++) {
+                    const uint8_t *row = x + 32 * (r + q) + 4 * j;
+                    DOT(i[0][q], c[j], row);
+                    DOT(i[1][q], c[j + 4], row + 16);
                 }
-                acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(d[0], dx), _mm512_cvtepi32_ps(i), acc[r]);
-                if (has_min && k) acc[r] = _mm512_fnmadd_ps(m[0], _mm512_set1_ps(xs[r]), acc[r]);
-                if (has_min && !k) acc[r] = _mm512_fmadd_ps(m[0], _mm512_set1_ps(xs[r]), acc[r]);
-            } else {
-                TF_UNROLL(2) for (int g = 0; g < 2; g++) {
-                    __m512i i = start512(en + g * R + r, shift);
-                    TF_UNROLL(4) for (int j = 0; j < 4; j++)
-                        i = _mm512_dpbusd_epi32(i, c[4 * g + j], bcast32(q + 16 * g + 4 * j));
-                    acc[r] = _mm512_fmadd_ps(_mm512_mul_ps(d[g], dx), _mm512_cvtepi32_ps(i), acc[r]);
-                    if (has_min) acc[r] = _mm512_fnmadd_ps(m[g], _mm512_set1_ps(es[g * R + r]), acc[r]);
+            TF_UNROLL(4) for (int q = 0; q < S; q++) {
+                const __m512 dx = _mm512_set1_ps(xd[r + q]);
+                if (groups == 1) i[0][q] = _mm512_add_epi32(i[0][q], i[1][q]);
+                TF_UNROLL(2) for (int g = 0; g < groups; g++) {
+                    __m512 *a = &acc[r + q];
+                    *a = _mm512_fmadd_ps(_mm512_mul_ps(d[g], dx), _mm512_cvtepi32_ps(i[g][q]), *a);
+                    if (!has_min) continue;
+                    const __m512 sx = _mm512_set1_ps(groups == 1 ? xs[r + q] : es[g * R + r + q]);
+                    *a = k ? _mm512_fnmadd_ps(m[g], sx, *a) : _mm512_fmadd_ps(m[g], sx, *a);
                 }
             }
         }

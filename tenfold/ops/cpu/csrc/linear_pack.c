@@ -312,7 +312,6 @@ static void rows_task(void *ctx, int i, int thread) {
         for (int k = 0; k < cols; k++) out[k] *= j->scale;
 }
 
-/* out[i] = scale * row ids[i], [n][cols]. Every id must be in 0..rows-1. */
 void tf_matrix_rows(const tf_matrix *w, const int64_t *ids, int n, float scale, float *out) {
     rows_job j = {w, ids, scale, out};
     tf_parallel(n, rows_task, &j);

@@ -1,5 +1,6 @@
 /* Kernels of the linear operation for one instruction set: preparing activations, one weight tile, and what follows it. */
 #include "linear.h"
+#include "simd.h"
 
 #if defined(__clang__)
 #define TF_UNROLL(n) _Pragma("unroll")
@@ -18,75 +19,80 @@
 #include "linear_portable.h"
 #endif
 
-#if defined(__FMA__) || defined(__aarch64__)
-#define MADD(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define MADD(a, b, c) ((a) * (b) + (c))
-#endif
-
 /* ---- activations ---- */
 
-/* 1 / rms, from 16 partial sums added in a fixed order. */
+enum { LANES = 16, PER_BLOCK = TF_BLOCK / TF_W };
+
+/* 1 / rms, from 16 partial sums (the same on every instruction set) added halves first. */
 static float inverse_rms(const float *x, int n, float eps) {
-    float sum[16] = {0};
+    vf sum[LANES / TF_W] = {{0}};
+    float last[LANES] = {0}, lane[LANES];
     int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int l = 0; l < 16; l++) sum[l] = MADD(x[i + l], x[i + l], sum[l]);
-    for (int l = 0; i < n; i++, l++) sum[l] = MADD(x[i], x[i], sum[l]);
-    for (int width = 8; width; width /= 2)
-        for (int l = 0; l < width; l++) sum[l] += sum[l + width];
-    return 1.0f / __builtin_sqrtf(sum[0] / (float)n + eps);
-}
-
-TF_INLINE uint32_t float_bits(float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, 4);
-    return bits;
-}
-
-/* Largest |x| of 32, as bits: for floats of one sign the order of the numbers is the order of their bits. */
-TF_INLINE float largest(const float *x) {
-    uint32_t top[16];
-    for (int i = 0; i < 16; i++) {
-        const uint32_t a = float_bits(x[i]) & 0x7fffffff, b = float_bits(x[i + 16]) & 0x7fffffff;
-        top[i] = a > b ? a : b;
+    for (; i + LANES <= n; i += LANES)
+        for (int v = 0; v < LANES / TF_W; v++) {
+            const vf y = vf_load(x + i + TF_W * v);
+            sum[v] = vf_fma(y, y, sum[v]);
+        }
+    memcpy(last, x + i, 4 * (size_t)(n - i));
+    for (int v = 0; v < LANES / TF_W; v++) {
+        const vf y = vf_load(last + TF_W * v);
+        vf_store(lane + TF_W * v, vf_fma(y, y, sum[v]));
     }
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; i++) top[i] = top[i] > top[i + width] ? top[i] : top[i + width];
-    float value;
-    memcpy(&value, top, 4);
-    return value;
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++) lane[l] += lane[l + width];
+    return 1.0f / sqrtf(lane[0] / (float)n + eps);
 }
 
-/* Codes of 32 numbers, rounded to the nearest (ties to even); returns d. */
+static void normalise(const float *x, int n, const float *norm_w, float eps, float *out) {
+    const float inverse = inverse_rms(x, n, eps);
+    int i = 0;
+    for (; i + TF_W <= n; i += TF_W) vf_store(out + i, vf_load(x + i) * vf_set(inverse) * vf_load(norm_w + i));
+    for (; i < n; i++) out[i] = x[i] * inverse * norm_w[i];
+}
+
+TF_INLINE int32_t sum_lanes(vi x) {
+    int32_t t[TF_W];
+    memcpy(t, &x, sizeof t);
+    for (int half = TF_W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) t[i] += t[i + half];
+    return t[0];
+}
+
+typedef int8_t codes_vector __attribute__((vector_size(TF_W), aligned(1), may_alias));
+
+/* Codes of 32 numbers, rounded to the nearest (ties to even), and their sums by halves; returns d. */
 TF_INLINE float quantise32(const float *x, int8_t *q, int32_t sums[2]) {
-    const float top = largest(x), inverse = top > 0 ? 127.0f / top : 0.0f;
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits */
-    int32_t codes[32];
-    for (int i = 0; i < 32; i++) codes[i] = (int32_t)(float_bits(MADD(x[i], inverse, magic)) - 0x4b400000u);
-    for (int i = 0; i < 32; i++) q[i] = (int8_t)codes[i];
-    for (int g = 0; g < 2; g++) {
-        int32_t sum = 0;
-        for (int i = 0; i < 16; i++) sum += codes[16 * g + i];
-        sums[g] = sum;
+    vf y[PER_BLOCK], top = vf_set(0);
+    for (int v = 0; v < PER_BLOCK; v++) {
+        y[v] = vf_load(x + TF_W * v);
+        top = vf_max(top, (vf)((vi)y[v] & 0x7fffffff));
     }
-    return top / 127.0f;
+    const float largest = vf_largest(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits */
+    vi sum[2] = {{0}};
+    for (int v = 0; v < PER_BLOCK; v++) {
+        const vi code = (vi)(y[v] * vf_set(inverse) + magic) - (vi)magic;
+        *(codes_vector *)(q + TF_W * v) = __builtin_convertvector(code, codes_vector);
+        sum[2 * v / PER_BLOCK] += code;
+    }
+    sums[0] = sum_lanes(sum[0]);
+    sums[1] = sum_lanes(sum[1]);
+    return largest * (1.0f / 127.0f);
 }
 
 static void prepare(const float *x, int at, int R, int cols, const float *norm_w, float eps, float *tmp, uint8_t *xq,
                     uint8_t *xe, float *xf) {
     if (norm_w) {
-        const float inverse = inverse_rms(x, cols, eps);
-        for (int i = 0; i < cols; i++) tmp[i] = x[i] * inverse * norm_w[i];
+        normalise(x, cols, norm_w, eps, tmp);
         x = tmp;
     }
     if (xf)
         for (int i = 0; i < cols; i++) xf[(size_t)i * R + at] = x[i];
     if (!xq) return;
-    for (int i = 0; i < cols; i += 32, xq += TF_X_BYTES * R) {
+    for (int i = 0; i < cols; i += TF_BLOCK, xq += TF_X_BYTES * R) {
         int32_t sums[2];
-        float *d = (float *)(xq + 32 * R) + at;
-        d[0] = quantise32(x + i, (int8_t *)xq + 32 * at, sums);
+        float *d = (float *)(xq + TF_BLOCK * R) + at;
+        d[0] = quantise32(x + i, (int8_t *)xq + TF_BLOCK * at, sums);
         d[R] = d[0] * (float)(sums[0] + sums[1]);
         ((int32_t *)d)[2 * R] = -(sums[0] + sums[1]);
         if (!xe) continue;
@@ -100,55 +106,54 @@ static void prepare(const float *x, int at, int R, int cols, const float *norm_w
 
 /* ---- what follows a tile ---- */
 
-/* 1 / (1 + exp(-x)), relative error below 3e-7. exp: Cody and Waite's reduction, minimax polynomial of degree 6 (Cephes). */
-TF_INLINE float sigmoid(float x) {
-    float t = -x;
-    t = t < -87.0f ? -87.0f : t;
-    t = t > 88.0f ? 88.0f : t;
-    const float magic = 12582912.0f, shifted = MADD(t, 1.44269504f, magic), n = shifted - magic;
-    const float r = MADD(n, 2.12194440e-4f, MADD(n, -0.693359375f, t));
-    float p = MADD(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = MADD(p, r, 8.3334519073e-3f);
-    p = MADD(p, r, 4.1665795894e-2f);
-    p = MADD(p, r, 1.6666665459e-1f);
-    p = MADD(p, r, 5.0000001201e-1f);
-    p = MADD(p, r * r, r + 1.0f);
-    const uint32_t bits = float_bits(p) + (float_bits(shifted) << 23);
-    float e;
-    memcpy(&e, &bits, 4);
-    return 1.0f / (1.0f + e);
+TF_INLINE vf activate(vf x, const int act) {
+    const vf u = act == TF_ACT_SILU ? x : vf_set(1.5957691216f) * vf_fma(vf_set(0.044715f) * x * x, x, x);
+    return x / (1.0f + vf_exp(-u)); /* gelu: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) */
 }
 
-TF_INLINE float activate(float x, int act) {
-    if (act == TF_ACT_SILU) return x * sigmoid(x);
-    return x * sigmoid(1.5957691216f * MADD(0.044715f * x * x, x, x)); /* (1 + tanh(u)) / 2 = sigmoid(2u) */
+TF_INLINE vf finish_vector(vf y, vf u, vf bias, vf up_bias, int has_bias, const int act) {
+    if (has_bias) y += bias;
+    if (act == TF_ACT_NONE) return y;
+    return activate(y, act) * (has_bias ? u + up_bias : u);
 }
 
-static void finish(const float *v, const float *up, const float *bias, const float *up_bias, const float *residual, int act,
-                   int count, float *out) {
-    float y[16], add[16] = {0};
-    memcpy(y, v, sizeof y);
-    if (bias) {
-        memcpy(add, bias, 4 * (size_t)count);
-        for (int i = 0; i < 16; i++) y[i] += add[i];
-    }
-    if (act) {
-        float u[16];
-        memcpy(u, up, sizeof u);
-        if (up_bias) {
-            memcpy(add, up_bias, 4 * (size_t)count);
-            for (int i = 0; i < 16; i++) u[i] += add[i];
+TF_INLINE void finish_rows(const float *v, const float *up, int R, const tf_epilogue *e, size_t at, int col, const int act) {
+    for (int i = 0; i < TF_TILE; i += TF_W) {
+        const vf bias = e->bias ? vf_load(e->bias + col + i) : vf_set(0);
+        const vf up_bias = act && e->up_bias ? vf_load(e->up_bias + col + i) : vf_set(0);
+        for (int r = 0; r < R; r++) {
+            const size_t place = at + (size_t)r * e->cols + i;
+            const vf u = act ? vf_load(up + TF_TILE * r + i) : bias;
+            vf y = finish_vector(vf_load(v + TF_TILE * r + i), u, bias, up_bias, e->bias != NULL, act);
+            if (e->residual) y += vf_load(e->residual + place);
+            vf_store(e->out + place, y);
         }
-        if (act == TF_ACT_SILU)
-            for (int i = 0; i < 16; i++) y[i] = activate(y[i], TF_ACT_SILU) * u[i];
-        else
-            for (int i = 0; i < 16; i++) y[i] = activate(y[i], TF_ACT_GELU_TANH) * u[i];
     }
-    if (residual) {
-        memcpy(add, residual, 4 * (size_t)count);
-        for (int i = 0; i < 16; i++) y[i] += add[i];
+}
+
+/* The last tile of a segment: the same on padded copies, so that nothing beyond a row is touched. */
+static void finish_few(const float *v, const float *up, int R, const tf_epilogue *e, size_t at, int col, int count) {
+    const size_t bytes = 4 * (size_t)count;
+    for (int r = 0; r < R; r++) {
+        float bias[TF_TILE] = {0}, up_bias[TF_TILE] = {0}, residual[TF_TILE] = {0}, out[TF_TILE];
+        const size_t place = at + (size_t)r * e->cols;
+        tf_epilogue one = {out, NULL, NULL, NULL, TF_TILE, e->act};
+        if (e->bias) one.bias = memcpy(bias, e->bias + col, bytes);
+        if (e->up_bias) one.up_bias = memcpy(up_bias, e->up_bias + col, bytes);
+        if (e->residual) one.residual = memcpy(residual, e->residual + place, bytes);
+        if (e->act == TF_ACT_NONE) finish_rows(v + TF_TILE * r, up, 1, &one, 0, 0, TF_ACT_NONE);
+        else if (e->act == TF_ACT_SILU) finish_rows(v + TF_TILE * r, up + TF_TILE * r, 1, &one, 0, 0, TF_ACT_SILU);
+        else finish_rows(v + TF_TILE * r, up + TF_TILE * r, 1, &one, 0, 0, TF_ACT_GELU_TANH);
+        memcpy(e->out + place, out, bytes);
     }
-    memcpy(out, y, 4 * (size_t)count);
+}
+
+static void finish(const float *v, const float *up, int R, const tf_epilogue *e, int row, int col, int count) {
+    const size_t at = (size_t)row * e->cols + col;
+    if (count < TF_TILE) finish_few(v, up, R, e, at, col, count);
+    else if (e->act == TF_ACT_NONE) finish_rows(v, up, R, e, at, col, TF_ACT_NONE);
+    else if (e->act == TF_ACT_SILU) finish_rows(v, up, R, e, at, col, TF_ACT_SILU);
+    else finish_rows(v, up, R, e, at, col, TF_ACT_GELU_TANH);
 }
 
 /* ---- the table ---- */
