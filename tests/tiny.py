@@ -30,11 +30,16 @@ LONGROPE = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """A variant of a family: prefix of its transformers classes, config values, and max_model_len to run it with."""
+    """A variant of a family: prefix of its transformers classes, and config values.
+
+    positions: max_model_len to run it with. shortest: sequences below it are not comparable, since transformers picks
+    longrope's factors by the sequence at hand.
+    """
 
     family: str
     values: dict[str, Any] = field(default_factory=dict)
     positions: int = 256
+    shortest: int = 1
 
     @property
     def architecture(self) -> str:
@@ -104,7 +109,7 @@ TINY: dict[str, Tiny] = {
     "phi3": Tiny("Phi3", {"sliding_window": 8}),
     "phi3-partial": Tiny("Phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
     "phi3-short": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, positions=128),
-    "phi3-long": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}),
+    "phi3-long": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}, shortest=17),
 }
 # One variant a family, for tests that need not see them all.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")

@@ -42,12 +42,11 @@ class Weights:
         self.dtype = dtype
         self.mode = mode
         self.progress = progress
-        self.prefix = ""
         self.used: set[str] = set()
         self._names = frozenset(checkpoint.names())
 
     def has(self, name: str) -> bool:
-        return self.prefix + name in self._names
+        return name in self._names
 
     def matrix(self, *names: str, rows: Sequence[int] | None = None, cols: int | None = None) -> Matrix:
         """The named matrices stacked by rows. rows, cols: the shape each must have. Raises CheckpointError."""
@@ -92,7 +91,6 @@ class Weights:
             )
 
     def _take(self, name: str) -> RawTensor:
-        name = self.prefix + name
         if name not in self._names:
             raise CheckpointError(
                 f"{self.checkpoint.path} has no tensor {name}, which this model needs; "

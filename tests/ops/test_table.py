@@ -1,0 +1,76 @@
+"""Which kernels are picked, and that the choice says why."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from tenfold.ops import table
+from tenfold.ops.oracle import Oracle
+from tenfold.ops.table import make_kernels
+
+CPU = torch.device("cpu")
+
+
+class Fake:
+    name = "native"
+    reason = ""
+
+    def __init__(self, threads: int) -> None:
+        if threads > 64:
+            raise RuntimeError("no C compiler was found.")
+        self.threads = threads
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels that need no compiler, and fail to build with more than 64 threads."""
+    module = types.ModuleType("fake_native")
+    module.Native = Fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_native", module)
+    monkeypatch.setitem(table.KERNELS, "native", "fake_native:Native")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "picked", "reason"),
+    [
+        ("auto", "cpu", torch.float32, "native", "fit a CPU"),
+        ("native", "cpu", torch.float32, "native", "fit a CPU"),
+        ("torch", "cpu", torch.float32, "torch", "asked for"),
+        ("auto", "cpu", torch.bfloat16, "torch", "compute type is bfloat16"),
+        ("auto", "meta", torch.float32, "torch", "device is meta"),
+    ],
+)
+def test_choice(name: str, device: str, dtype: torch.dtype, picked: str, reason: str) -> None:
+    kernels = make_kernels(name, torch.device(device), dtype, threads=0)
+    assert kernels.name == picked
+    assert reason in kernels.reason
+
+
+def test_falls_back_when_nothing_compiles() -> None:
+    threads = torch.get_num_threads()
+    try:
+        kernels = make_kernels("auto", CPU, torch.float32, threads=65)
+        assert isinstance(kernels, Oracle)
+        assert "no C compiler was found" in kernels.reason
+        assert torch.get_num_threads() == 65
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_native_is_passed_its_threads() -> None:
+    assert make_kernels("auto", CPU, torch.float32, threads=3).threads == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "threads", "message"),
+    [
+        ("fast", torch.float32, 1, "kernels is 'fast'; allowed: auto, native, torch"),
+        ("native", torch.float16, 1, "kernels=native cannot be used, .*float16.*Use kernels=auto"),
+        ("native", torch.float32, 65, "no C compiler was found"),
+    ],
+)
+def test_refusal(name: str, dtype: torch.dtype, threads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_kernels(name, CPU, dtype, threads)
