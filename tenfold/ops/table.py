@@ -27,7 +27,7 @@ def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: i
     obstacle = native_obstacle(device, dtype)
     if not obstacle:
         try:
-            kernels = cast(Kernels, entry(KERNELS, "native", "kernels")(threads))
+            kernels = make_native(threads)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             obstacle = f"the compiled kernels are not available: {error}"
         else:
@@ -44,6 +44,14 @@ def native_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return f"the compiled kernels compute in float32 and the compute type is {str(dtype).removeprefix('torch.')}."
     return ""
+
+
+def make_native(threads: int) -> Kernels:
+    """Raises ImportError, OSError, RuntimeError or ValueError where there are no compiled kernels."""
+    kernels = cast(Kernels, entry(KERNELS, "native", "kernels")(threads))
+    # The few torch operations left in a step are small, and threads of torch's own would take cores from the pool.
+    torch.set_num_threads(1)
+    return kernels
 
 
 def make_torch(device: torch.device, dtype: torch.dtype, threads: int, reason: str) -> Kernels:

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,12 +25,15 @@ class Fake:
 
 
 @pytest.fixture(autouse=True)
-def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled kernels that need no compiler, and fail to build with more than 64 threads."""
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled kernels that need no compiler, and are not there with more than 64 threads."""
     module = types.ModuleType("fake_native")
     module.Native = Fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_native", module)
     monkeypatch.setitem(table.KERNELS, "native", "fake_native:Native")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -49,18 +53,15 @@ def test_choice(name: str, device: str, dtype: torch.dtype, picked: str, reason:
 
 
 def test_falls_back_when_nothing_compiles() -> None:
-    threads = torch.get_num_threads()
-    try:
-        kernels = make_kernels("auto", CPU, torch.float32, threads=65)
-        assert isinstance(kernels, Oracle)
-        assert "no C compiler was found" in kernels.reason
-        assert torch.get_num_threads() == 65
-    finally:
-        torch.set_num_threads(threads)
+    kernels = make_kernels("auto", CPU, torch.float32, threads=65)
+    assert isinstance(kernels, Oracle)
+    assert "no C compiler was found" in kernels.reason
+    assert torch.get_num_threads() == 65
 
 
-def test_native_is_passed_its_threads() -> None:
-    assert make_kernels("auto", CPU, torch.float32, threads=3).threads == 3  # type: ignore[attr-defined]
+def test_torch_keeps_off_the_cores_of_compiled_kernels() -> None:
+    assert make_kernels("native", CPU, torch.float32, threads=2).threads == 2  # type: ignore[attr-defined]
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(
