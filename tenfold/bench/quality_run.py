@@ -1,0 +1,95 @@
+"""Runs the quality comparison on a model file: our float32 path and our default CPU path against transformers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.base.config import EngineConfig
+from tenfold.bench.claims import Claim, claim
+from tenfold.bench.engines import reference_model
+from tenfold.bench.quality import Quality, compare, windows
+from tenfold.cache.store import KVStore
+from tenfold.engine.core import Engine
+from tenfold.engine.text import Text
+from tenfold.nn.step import Step
+
+# Name of a path and the settings that select it.
+PATHS: dict[str, dict[str, Any]] = {
+    "float32": {"weights": "dense", "dtype": "float32", "kernels": "torch"},
+    "float32, compiled kernels": {"weights": "dense", "dtype": "float32", "kernels": "native"},
+    "default": {},
+}
+
+
+def forward(engine: Engine, ids: Sequence[int]) -> Tensor:
+    """Logits [T, vocabulary] of one sequence in one step, over a KV store of its own."""
+    size = engine.config.page_size
+    pages = -(-len(ids) // size)
+    count = len(ids)
+    step = Step(
+        token_ids=torch.tensor(list(ids)),
+        positions=torch.arange(count, dtype=torch.int32),
+        slots=torch.arange(count, dtype=torch.int32),
+        page_table=torch.arange(pages, dtype=torch.int32)[None],
+        query_start=torch.tensor([0, count], dtype=torch.int32),
+        kv_lengths=torch.tensor([count], dtype=torch.int32),
+        logits_rows=torch.arange(count),
+        max_query=count,
+        max_kv=count,
+        kv=KVStore(engine.kv.spec, pages, engine.device),
+    )
+    return engine.model.forward(step)
+
+
+def run(
+    model: str, text: Path, window: int, count: int, say: Callable[[str], None]
+) -> tuple[list[Claim], dict[str, Any]]:
+    """Judge every path on the first `count` windows of the text. Raises ValueError for a text too short."""
+    reference = reference_model(model)
+
+    def expected(ids: Sequence[int]) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = reference(torch.tensor([list(ids)])).logits[0]
+            return logits
+
+    claims: list[Claim] = []
+    rows: dict[str, Any] = {}
+    pieces: list[Sequence[int]] = []
+    for name, settings in PATHS.items():
+        config = EngineConfig(model=model, max_model_len=max(window, 256), max_batch=1)
+        engine = Engine.load(replace(config, **settings))
+        if not pieces:
+            assert isinstance(engine.text, Text)
+            pieces = list(windows(engine.text.encode(text.read_text(errors="replace")), window, count))
+        with torch.inference_mode():
+            found = compare(expected, lambda ids, engine=engine: forward(engine, ids), pieces)
+        rows[name] = asdict(found)
+        say(describe(name, found))
+        claims += judged(name, found, f"tenfold bench quality --text {text.name} --window {window} --count {count}")
+    return claims, rows
+
+
+def describe(name: str, found: Quality) -> str:
+    perplexity = f"perplexity {found.perplexity:.4f} (transformers {found.reference_perplexity:.4f}"
+    rest = f"KL {found.kl:.3g}, same best token {found.agreement:.4f}, {found.tokens} tokens"
+    return f"{name:26} {perplexity}, {found.perplexity_change:+.4%}), {rest}"
+
+
+def judged(name: str, found: Quality, command: str) -> list[Claim]:
+    """The claims on one path: float32 within 0.1 % of transformers, the default path within 1 % and 0.005 nats."""
+    label = f"SmolLM2-135M-Instruct Q4_1, {name} path against transformers float32"
+    note = f"{found.perplexity:.3f} against {found.reference_perplexity:.3f} over {found.tokens} tokens of news text."
+    change, limit = 100 * abs(found.perplexity_change), 1.0 if name == "default" else 0.1
+    claims = [
+        claim("A5", f"perplexity change, {label}", change, "%", command, at_most=limit, kind="correctness", note=note)
+    ]
+    if name == "default":
+        note = f"Same best token at {found.agreement:.1%} of places."
+        claims.append(
+            claim("A5", f"mean KL, {label}", found.kl, "nats", command, at_most=0.005, kind="correctness", note=note)
+        )
+    return claims
