@@ -12,14 +12,20 @@ from tenfold.nn.step import Step
 
 
 def make_store(
-    config: ModelConfig,
+    config: ModelConfig | None = None,
+    *,
+    layers: int = 1,
+    kv_heads: int = 1,
+    head_dim: int = 16,
     pages: int = 64,
     page_size: int = 16,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> KVStore:
-    """A store full of NaN, so that reading what was never written shows."""
-    spec = KVSpec(config.layers, config.kv_heads, config.head_dim, dtype, page_size)
+    """A store for a model, or of the sizes given, full of NaN, so that reading what was never written shows."""
+    if config is not None:
+        layers, kv_heads, head_dim = config.layers, config.kv_heads, config.head_dim
+    spec = KVSpec(layers, kv_heads, head_dim, dtype, page_size)
     store = KVStore(spec, pages, torch.device(device))
     for tensor in (*store.keys, *store.values):
         tensor.fill_(float("nan"))

@@ -5,6 +5,7 @@ terms, taken in another order, leave about 1e-6 of that. A wrong mask, angle or 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def test_only_wanted_rows_reach_the_head(name: str, tiny: Folder, kernels: Kerne
     last = model.forward(Sequences(make_store(model.config)).step(prompts))
     assert last.dtype == torch.float32
     assert_agree(last, every[[3, 4, 13]])
+    nobody = replace(Sequences(make_store(model.config)).step(prompts), logits_rows=torch.empty(0, dtype=torch.int64))
+    assert model.forward(nobody).shape == (0, VOCAB)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
