@@ -1,7 +1,7 @@
 """`GGUFCheckpoint`: a GGUF file spoken of in Hugging Face's names, so that one model code serves both formats.
 
 Invariant: what `tensor` returns equals what the Hugging Face checkpoint holds, up to the file's quantisation: Llama's
-query and key rows are back in half-split order, Gemma's norms have 1 taken off. Source of the facts: llama.cpp's converters.
+query and key rows are back in half-split order, Gemma's norms have 1 taken off. Source: llama.cpp's converters.
 """
 
 import re
@@ -158,7 +158,7 @@ class GGUFCheckpoint:
         return self._tokenizer
 
     def _translate(self, name: str) -> str | None:
-        """Hugging Face's name, None for a tensor that belongs to the config. Raises CheckpointError for an unknown one."""
+        """Hugging Face's name, None for what belongs to the config. Raises CheckpointError for an unknown one."""
         if name in OUTSIDE:
             return OUTSIDE[name]
         if name in ROPE_TENSORS:
@@ -346,7 +346,7 @@ class GGUFConfig:
         return found
 
     def pattern(self, layers: int) -> list[bool]:
-        """Which layers slide: a truth value for each, or every n-th layer does not (n is 6 where the file is silent)."""
+        """Which layers slide: a truth value for each, or every n-th layer does not (n is 6 in silent files)."""
         value = self.get("attention.sliding_window_pattern", 6)
         if isinstance(value, np.ndarray) and value.shape == (layers,):
             return [bool(slide) for slide in value]

@@ -116,7 +116,7 @@ class HFCheckpoint:
                     continue
                 if name in owners:
                     raise CheckpointError(
-                        f"{file.path} and {owners[name][0].path.name} both hold the tensor {name}; download the model again."
+                        f"{file.path} and {owners[name][0].path.name} both hold the tensor {name}; download it again."
                     )
                 owners[name] = (file, stored)
         return owners

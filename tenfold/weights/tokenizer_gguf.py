@@ -199,7 +199,7 @@ def splitter(split: Split) -> pre_tokenizers.PreTokenizer:
 
 
 def add_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Control tokens are special (left out of decoded text when asked); user-defined ones are text that is never split."""
+    """Control tokens are special (can be left out of decoded text); user-defined ones are text that is never split."""
     control = vocabulary.of_type(CONTROL, UNKNOWN)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     user = vocabulary.of_type(USER_DEFINED)
