@@ -1,0 +1,259 @@
+"""`Native`: the `Kernels` of the CPU, each operation one call into the compiled library with one flat struct of arguments.
+
+Activations are float32 and contiguous; keys and values may be float32, float16 or bfloat16. Ids, positions, slots and page numbers are
+the engine's own and are not checked here: they must lie in range.
+"""
+
+from collections.abc import Sequence
+from ctypes import c_char_p
+from struct import Struct
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.cpu import pack
+from tenfold.ops.cpu.lib import prototype, set_threads
+from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.matrix import Matrix, RawTensor
+
+# The structs of csrc/ops.h, in its order.
+_NORM = Struct("@4P2qf")
+_GATHER = Struct("@3P2qif")
+_ROWS = Struct("@3Pif")
+_LINEAR = Struct("@6Pif2i")
+_ROPE_WRITE = Struct("@9P7i2f")
+_ATTEND = Struct("@8P8i2f")
+_ARGMAX = Struct("@2P2q")
+_MAP = Struct("@2Pqi")
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum tf_type
+_ACTS = {None: 0, "silu": 1, "gelu_tanh": 2}
+_LONGEST_HEAD = 1024  # features; LONGEST_HEAD in csrc/elementwise_simd.c
+_F32 = torch.float32
+
+
+class Native:
+    """Kernels over the compiled library. Raises `lib.Unavailable` where there is none."""
+
+    name = "native"
+
+    def __init__(self, threads: int = 0) -> None:
+        """threads: of the process's one pool; 0 takes `lib.default_threads()`."""
+        self.reason = ""
+        self.threads = set_threads(threads)
+        self._norm = _operation("tf_norm")
+        self._gather = _operation("tf_gather")
+        self._rows = _operation("tf_rows")
+        self._linear = _operation("tf_linear_call")
+        self._rope_write = _operation("tf_rope_write")
+        self._attend = _operation("tf_attend")
+        self._argmax = _operation("tf_argmax")
+        self._map = _operation("tf_map")
+
+    def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
+        return pack.pack(parts)
+
+    def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
+        if ids.dtype is not torch.int64 or not ids.is_contiguous():
+            _refuse("ids", ids, "contiguous int64")
+        rows = ids.numel()
+        out = torch.empty((rows, table.cols))
+        if table.handle:
+            self._rows(_ROWS.pack(table.handle, ids.data_ptr(), out.data_ptr(), rows, scale))
+        else:
+            data = table.data[0]
+            kind = _type_of(data, "table")
+            self._gather(_GATHER.pack(data.data_ptr(), ids.data_ptr(), out.data_ptr(), rows, table.cols, kind, scale))
+        return out
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return self._normed(x, None, norm)
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
+        if x.shape != y.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; they must be equal.")
+        return self._normed(y, x, norm)
+
+    def _normed(self, x: Tensor, add: Tensor | None, norm: Norm) -> Tensor:
+        _check(x, "x")
+        cols = norm.weight.shape[0]
+        if x.shape[-1] != cols:
+            _refuse("x", x, f"[.., {cols}], the width of the norm")
+        if add is not None:
+            _check(add, "x")
+        out = torch.empty(x.shape)
+        to_add = 0 if add is None else add.data_ptr()
+        self._norm(
+            _NORM.pack(
+                x.data_ptr(), norm.weight.data_ptr(), to_add, out.data_ptr(), x.numel() // cols, cols, norm.eps
+            )
+        )
+        return out
+
+    def linear(
+        self,
+        x: Tensor,
+        w: Matrix,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        _check(x, "x")
+        rows, cols = x.shape
+        if cols != w.cols:
+            _refuse("x", x, f"[T, {w.cols}], the columns of the weight")
+        out = torch.empty((rows, w.rows if act is None else w.rows // 2))
+        if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
+            _refuse("residual", residual, f"contiguous {tuple(out.shape)}, as the result")
+        self._linear(
+            _LINEAR.pack(
+                w.handle,
+                x.data_ptr(),
+                0 if norm is None else norm.weight.data_ptr(),
+                0 if bias is None else bias.data_ptr(),
+                0 if residual is None else residual.data_ptr(),
+                out.data_ptr(),
+                rows,
+                0.0 if norm is None else norm.eps,
+                _ACTS[act],
+                w.arms.get(rows, -1),
+            )
+        )
+        return out
+
+    def rope_write(
+        self,
+        qkv: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> Tensor:
+        _check(qkv, "qkv")
+        tokens, width = qkv.shape
+        heads, kv_heads, head_dim = spec.heads, spec.kv_heads, spec.head_dim
+        if width != (heads + 2 * kv_heads) * head_dim:
+            _refuse("qkv", qkv, f"[T, {(heads + 2 * kv_heads) * head_dim}], the heads of q, k and v")
+        page_size = self._pages(keys, values, spec)
+        out = torch.empty((tokens, heads * head_dim))
+        self._rope_write(
+            _ROPE_WRITE.pack(
+                qkv.data_ptr(),
+                table.data_ptr(),
+                positions.data_ptr(),
+                slots.data_ptr(),
+                keys.data_ptr(),
+                values.data_ptr(),
+                0 if q_norm is None else q_norm.weight.data_ptr(),
+                0 if k_norm is None else k_norm.weight.data_ptr(),
+                out.data_ptr(),
+                tokens,
+                heads,
+                kv_heads,
+                head_dim,
+                spec.rotary_dim,
+                page_size,
+                _TYPES[keys.dtype],
+                0.0 if q_norm is None else q_norm.eps,
+                0.0 if k_norm is None else k_norm.eps,
+            )
+        )
+        return out
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lengths: Tensor,
+        spec: AttentionSpec,
+        max_query: int,
+        max_kv: int,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        _check(q, "q")
+        if q.shape[1] != spec.heads * spec.head_dim:
+            _refuse("q", q, f"[T, {spec.heads * spec.head_dim}], the heads of q")
+        if lse is not None and (lse.shape != (q.shape[0], spec.heads) or lse.dtype is not _F32 or not lse.is_contiguous()):
+            _refuse("lse", lse, f"contiguous float32 [{q.shape[0]}, {spec.heads}]")
+        page_size = self._pages(keys, values, spec)
+        requests, table_width = page_table.shape
+        out = torch.empty(q.shape)
+        self._attend(
+            _ATTEND.pack(
+                q.data_ptr(),
+                keys.data_ptr(),
+                values.data_ptr(),
+                page_table.data_ptr(),
+                query_start.data_ptr(),
+                kv_lengths.data_ptr(),
+                out.data_ptr(),
+                0 if lse is None else lse.data_ptr(),
+                requests,
+                table_width,
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
+                page_size,
+                _TYPES[keys.dtype],
+                spec.window,
+                spec.scale,
+                spec.softcap,
+            )
+        )
+        return out
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """Index of the largest of each row, the first where several are: [L, V] float32, V at least 1 -> [L] int64."""
+        _check(logits, "logits")
+        rows, cols = logits.shape
+        if cols < 1:
+            _refuse("logits", logits, "[L, V] with V at least 1")
+        out = torch.empty(rows, dtype=torch.int64)
+        self._argmax(_ARGMAX.pack(logits.data_ptr(), out.data_ptr(), rows, cols))
+        return out
+
+    def map(self, x: Tensor, function: str) -> Tensor:
+        """The "exp" or "tanh" that attention is made of, of each element."""
+        _check(x, "x")
+        out = torch.empty_like(x)
+        self._map(_MAP.pack(x.data_ptr(), out.data_ptr(), x.numel(), ("exp", "tanh").index(function)))
+        return out
+
+    def _pages(self, keys: Tensor, values: Tensor, spec: AttentionSpec) -> int:
+        """The page size, after a look at the shapes of the pages."""
+        _, kv_heads, page_size, head_dim = keys.shape
+        if kv_heads != spec.kv_heads or head_dim != spec.head_dim or keys.dtype not in _TYPES or not keys.is_contiguous():
+            _refuse("keys", keys, f"contiguous [pages, {spec.kv_heads}, page size, {spec.head_dim}] float32, float16 or bfloat16")
+        if values.dtype is not keys.dtype or values.shape != keys.shape or not values.is_contiguous():
+            _refuse("values", values, f"as keys: contiguous {tuple(keys.shape)} {keys.dtype}")
+        return page_size
+
+
+def _operation(name: str) -> Any:
+    """A function of the library that takes one struct. The bytes of the struct live as long as the call."""
+    return prototype(name, None, c_char_p)
+
+
+def _check(x: Tensor, name: str) -> None:
+    if x.dtype is not _F32 or not x.is_contiguous():
+        _refuse(name, x, "contiguous float32")
+
+
+def _type_of(x: Tensor, name: str) -> int:
+    if x.dtype not in _TYPES or not x.is_contiguous():
+        _refuse(name, x, "contiguous float32, float16 or bfloat16")
+    return _TYPES[x.dtype]
+
+
+def _refuse(name: str, x: Tensor, allowed: str) -> NoReturn:
+    layout = "contiguous" if x.is_contiguous() else "not contiguous"
+    raise ValueError(f"{name} is {tuple(x.shape)} {x.dtype}, {layout}; the CPU kernels take {allowed}.")
