@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 
 
 class PagePool:
-    """Reference counts over `total` pages, numbered from 0. `on_evict(page)` is called just before a kept page is given away."""
+    """Reference counts over `total` pages, numbered from 0. `on_evict(page)` is called just before a kept page is
+    given away.
+    """
 
     def __init__(self, total: int) -> None:
         if total < 1:
@@ -58,7 +60,9 @@ class PagePool:
             self.references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:
-        """One reference less to each page. Kept pages turn idle in this order (the first is given away first), others free."""
+        """One reference less to each page. Kept pages turn idle in this order (the first is given away first),
+        others free.
+        """
         for page in pages:
             count = self.references[page] - 1
             if count < 0:
@@ -95,7 +99,9 @@ class PagePool:
         return page
 
     def check(self, references: dict[int, int] | None = None) -> None:
-        """Raises AssertionError unless every page is in exactly one state (and, where given, has just these references)."""
+        """Raises AssertionError unless every page is in exactly one state (and, where given, has just these
+        references).
+        """
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free), "a page is free twice"
         assert not free & idle, f"pages both free and idle: {free & idle}"

@@ -54,7 +54,9 @@ class PrefixCache:
         return pages
 
     def insert(self, key: bytes, page: int) -> None:
-        """Offer a computed, still referenced page. Where the key is known already the older page stays the shared one."""
+        """Offer a computed, still referenced page. Where the key is known already the older page stays the shared
+        one.
+        """
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key

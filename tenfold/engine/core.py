@@ -1,8 +1,8 @@
 """`Engine`: requests in, tokens out, one `step` at a time.
 
-Single-threaded by contract: whoever owns the engine calls every method. A step launches at most one plan and reads at most one
-launched before; with lookahead 1 the device is already at work on the next when the tokens of one are read. A fault of one
-request ends that request with FinishReason.ERROR and leaves the others alone.
+Single-threaded by contract: whoever owns the engine calls every method. A step launches at most one plan and reads at
+most one launched before; with lookahead 1 the device is already at work on the next when the tokens of one are read. A
+fault of one request ends that request with FinishReason.ERROR and leaves the others alone.
 """
 
 import math
@@ -53,7 +53,9 @@ class Detokenizes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot. Counts are since the start; times in seconds; pages: used by sequences, cached (idle, reusable), free."""
+    """A snapshot. Counts are since the start; times in seconds; pages: used by sequences, cached (idle, reusable),
+    free.
+    """
 
     running: int
     waiting: int
@@ -75,8 +77,9 @@ class Stats:
 class Engine:
     """A model that serves requests.
 
-    config: settings with every size filled in (`Engine.load` sees to that; `memory.resolve` and `memory.fill` do it by hand). pages: of the KV cache.
-    eos_ids: tokens that end an answer unless its request says otherwise. text: gives answers as text too; without it, tokens only.
+    config: settings with every size filled in (`Engine.load` sees to that; `memory.resolve` and `memory.fill` do it by
+    hand). pages: of the KV cache. eos_ids: tokens that end an answer unless its request says otherwise. text: gives
+    answers as text too; without it, tokens only.
     """
 
     def __init__(
@@ -124,8 +127,8 @@ class Engine:
     ) -> "Engine":
         """Find, check and load the model `config` names, and run one token through it.
 
-        timeline: receives the phases. progress(done, total) is called while weights load. Raises ValueError, and of its kind
-        CheckpointError, ConfigError and DoesNotFit, each with what to do.
+        timeline: receives the phases. progress(done, total) is called while weights load. Raises ValueError, and of its
+        kind CheckpointError, ConfigError and DoesNotFit, each with what to do.
         """
         timeline = timeline or Timeline()
         with timeline.phase("open"):
@@ -199,14 +202,15 @@ class Engine:
         longest = self.max_model_len - (request.pool is None)
         if len(request.prompt) > longest:
             raise ValueError(
-                f"prompt is {len(request.prompt)} tokens long; allowed: up to {longest} (a context of {self.max_model_len} tokens, "
-                "prompt and answer together). Shorten it, or start the engine with a larger max_model_len or kv_memory."
+                f"prompt is {len(request.prompt)} tokens long; allowed: up to {longest} "
+                f"(a context of {self.max_model_len} tokens, prompt and answer together). Shorten it, or start the engine with a larger max_model_len or kv_memory."
             )
         low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(
-                f"prompt has token id {wrong}; allowed: 0 to {self.vocab_size - 1}. Was it made by another model's tokenizer?"
+                f"prompt has token id {wrong}; allowed: 0 to {self.vocab_size - 1}. "
+                "Was it made by another model's tokenizer?"
             )
 
     def _check_queue(self, request: Request) -> None:
@@ -214,24 +218,22 @@ class Engine:
         tokens = self.scheduler.queue.tokens
         vacant = limits.rows - self.scheduler.running
         if waiting - vacant >= limits.max_queue:
-            raise QueueFull(
-                f"The queue is full: {waiting} requests wait, {limits.max_queue} may. Try again in {self._retry_after()} s.",
-                self._retry_after(),
-            )
+            raise self._queue_full(f"{waiting} requests wait, {limits.max_queue} may")
         if limits.max_queue_tokens and waiting and tokens + len(request.prompt) > limits.max_queue_tokens:
-            raise QueueFull(
-                f"The queue is full: {tokens} tokens wait, {limits.max_queue_tokens} may, this prompt has {len(request.prompt)}. "
-                f"Try again in {self._retry_after()} s.",
-                self._retry_after(),
+            raise self._queue_full(
+                f"{tokens} prompt tokens wait, {limits.max_queue_tokens} may, and this prompt has {len(request.prompt)}"
             )
 
-    def _retry_after(self) -> int:
-        """Seconds in which the tokens that wait could be computed at the speed so far, 1 to 60."""
+    def _queue_full(self, why: str) -> QueueFull:
+        """Another try is worthwhile when the tokens that wait could be computed at the speed so far: in 1 to 60 s."""
         speed = self._computed / self._seconds if self._seconds else 0.0
-        return max(1, min(60, math.ceil(self.scheduler.queue.tokens / speed))) if speed else 1
+        seconds = max(1, min(60, math.ceil(self.scheduler.queue.tokens / speed))) if speed else 1
+        return QueueFull(f"The queue is full: {why}. Try again in {seconds} s.", seconds)
 
     def abort(self, request_id: str) -> bool:
-        """End a request in whatever phase it is; its last outputs come with the next step. False: there is no such request."""
+        """End a request in whatever phase it is; its last outputs come with the next step. False: there is no such
+        request.
+        """
         sequences = self._requests.get(request_id)
         if sequences is None:
             return False
@@ -267,7 +269,9 @@ class Engine:
     # Steps
 
     def step(self) -> list[Output]:
-        """Launch the next step, and return what the oldest one not yet read brought (with lookahead 1, the one before)."""
+        """Launch the next step, and return what the oldest one not yet read brought (with lookahead 1, the one
+        before).
+        """
         begin = time.perf_counter()
         for sequence in self.scheduler.expired(time.monotonic()):
             self._ready.append(self._end(sequence, FinishReason.ABORT, "Its deadline has passed."))
@@ -317,7 +321,7 @@ class Engine:
             tokens = Isolated(plan, [error] * len(plan.entries)).result()
         self.scheduler.retire_step()
         for place, entry in enumerate(plan.entries):
-            self._computed += entry.count
+            self._computed += entry.length
             if not self.scheduler.retire(entry):
                 continue
             try:
@@ -407,7 +411,9 @@ class Engine:
         return Output(sequence.request.id, sequence.index, text=text, finish=reason, error=error)
 
     def _give_up(self) -> list[Output]:
-        """Nothing can be planned though nothing runs: the scheduler's invariants exclude it, but better one error than a standstill."""
+        """Nothing can be planned though nothing runs: the scheduler's invariants exclude it, but better one error
+        than a standstill.
+        """
         head = self.scheduler.queue.head()
         if head is None:
             return []

@@ -66,7 +66,9 @@ class FairQueue:
         self.tokens += len(sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a waiting sequence out. Inside a heap it stays as a stale entry, known by its status, which the caller changes for good."""
+        """Take a waiting sequence out. Inside a heap it stays as a stale entry, known by its status, which the
+        caller changes for good.
+        """
         self._size -= 1
         self.tokens -= len(sequence.tokens)
         heap = self._heaps[sequence.request.user]

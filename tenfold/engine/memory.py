@@ -1,7 +1,7 @@
 """The plan of memory: what weights, KV cache and workspace take, worked out before anything is loaded.
 
-`resolve` fills the settings that depend on device and checkpoint, `plan_memory` those that depend on free memory. A plan that does
-not fit carries changes of the settings each of which was checked to make it fit.
+`resolve` fills the settings that depend on device and checkpoint, `plan_memory` those that depend on free memory. A
+plan that does not fit carries changes of the settings each of which was checked to make it fit.
 """
 
 import math
@@ -28,7 +28,9 @@ Q8_0_BYTES = 34 / 32  # per weight
 
 
 class DoesNotFit(ValueError):
-    """The engine asked for needs more memory than is free: says what takes how much and which changes would make it fit."""
+    """The engine asked for needs more memory than is free: says what takes how much and which changes would make it
+    fit.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ class MemoryPlan:
             f"{size(self.bytes_per_token)} a token in {self.kv_dtype}",
             f"workspace  {size(self.workspace):>10}",
             f"total      {size(self.total):>10}   of {size(self.free)} free",
-            f"context    {self.max_model_len:>10}   tokens at most in one sequence; {max(1, self.tokens // self.max_model_len)} such at a time",
+            f"context    {self.max_model_len:>10}   tokens at most in one sequence; "
+            f"{max(1, self.tokens // self.max_model_len)} such at a time",
         ]
         if not self.fits:
             lines += [
@@ -79,7 +82,10 @@ class MemoryPlan:
         """Raises DoesNotFit unless it fits."""
         if self.fits:
             return
-        what = f"weights {size(self.weights)}, KV cache {size(self.kv)}, workspace {size(self.workspace)}: {size(self.total)} in all, and {size(self.free)} are free."
+        what = (
+            f"weights {size(self.weights)}, KV cache {size(self.kv)}, workspace {size(self.workspace)}: "
+            f"{size(self.total)} in all, and {size(self.free)} are free."
+        )
         way = (
             "Any one of these would make it fit: " + "; ".join(self.changes)
             if self.changes
@@ -97,9 +103,11 @@ def size(count: int) -> str:
 
 
 def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised: bool) -> EngineConfig:
-    """Fill what depends on the device and on how weights are stored; sizes that depend on memory stay for `plan_memory`.
+    """Fill what depends on the device and on how weights are stored; sizes that depend on memory stay for
+    `plan_memory`.
 
-    kernels: name of the set in use; quantised: whether matrices run as quantised blocks. Raises ValueError with the setting and what is allowed.
+    kernels: name of the set in use; quantised: whether matrices run as quantised blocks. Raises ValueError with the
+    setting and what is allowed.
     """
     gpu = device.type != "cpu"
     check_sizes(config)
@@ -147,7 +155,9 @@ def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
 
 
 def plan_memory(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> MemoryPlan:
-    """Lay out `free` bytes for a model whose weights take `weights` bytes, under resolved settings. Never raises for lack of memory."""
+    """Lay out `free` bytes for a model whose weights take `weights` bytes, under resolved settings. Never raises for
+    lack of memory.
+    """
     plan = _lay_out(model, weights, config, free)
     return plan if plan.fits else replace(plan, changes=tuple(_changes(model, weights, config, free)))
 
@@ -183,7 +193,9 @@ def _lay_out(model: ModelConfig, weights: int, config: EngineConfig, free: int) 
 
 
 def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
-    """Bytes for the KV cache: all that is left on a GPU, a modest share of a CPU's memory, unless one sequence needs more."""
+    """Bytes for the KV cache: all that is left on a GPU, a modest share of a CPU's memory, unless one sequence needs
+    more.
+    """
     if config.device != "cpu":
         return left
     return max(min(int(free * CPU_KV_SHARE), CPU_KV_LIMIT, left), min(least, left))
@@ -284,7 +296,9 @@ def _meminfo() -> int | None:
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What is left of the container's limit; cached file pages can be had back, so only anonymous memory counts as used."""
+    """What is left of the container's limit; cached file pages can be had back, so only anonymous memory counts as
+    used.
+    """
     try:
         limit = (root / "memory.max").read_text().strip()
         stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())

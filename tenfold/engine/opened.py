@@ -10,18 +10,18 @@ from tenfold.engine.memory import DTYPES, MemoryPlan, fill, free_memory, plan_me
 from tenfold.models.table import model_config
 from tenfold.ops.table import make_kernels
 from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.find import resolve as find_model
 from tenfold.weights.open import open_checkpoint
 
 
 class Opened:
-    """The checkpoint `config.model` names. `choose()` picks the kernels and plans memory; after it `config` has every size filled in.
+    """The checkpoint `config.model` names. `choose()` picks the kernels and plans memory; after it `config` has every
+    size filled in.
 
     Raises ValueError, and of its kind CheckpointError and ConfigError.
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        from tenfold.weights.find import resolve as find_model
-
         self.config = config
         self.device = pick_device(config.device)
         self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model))

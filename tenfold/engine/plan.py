@@ -7,19 +7,21 @@ from tenfold.engine.sequence import Sequence
 
 
 class Entry(NamedTuple):
-    """Tokens start..start+count-1 of a sequence, in the row it owns; `sample`: the last one's logits give the next token."""
+    """Tokens start..start+length-1 of a sequence, in the row it owns; `sample`: the last one's logits give the next
+    token.
+    """
 
     row: int
     sequence: Sequence
     start: int
-    count: int
+    length: int
     sample: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """Entries in the order of the step's tokens: first `decodes` entries of one token each, sampled by an earlier step and
-    perhaps not read yet; then chunks of text that is known.
+    """Entries in the order of the step's tokens: first `decodes` entries of one token each, sampled by an earlier step
+    and perhaps not read yet; then chunks of text that is known.
 
     admitted: sequences that got their row with this plan. copies: (source, target) pages to copy before anything is
     written, all at once. `plan.tokens` is never more than max_step_tokens.
@@ -33,11 +35,11 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        return sum(e.count for e in self.entries)
+        return sum(e.length for e in self.entries)
 
     def __str__(self) -> str:
         rows = ", ".join(
-            f"{e.row}:{e.sequence.request.id}/{e.sequence.index}[{e.start}:{e.start + e.count}]{'*' * e.sample}"
+            f"{e.row}:{e.sequence.request.id}/{e.sequence.index}[{e.start}:{e.start + e.length}]{'*' * e.sample}"
             for e in self.entries
         )
         copies = f" copy {' '.join(f'{s}>{t}' for s, t in self.copies)}" if self.copies else ""

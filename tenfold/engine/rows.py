@@ -1,8 +1,8 @@
 """Rows: what the device knows of each running sequence between steps, and how a plan becomes a `Step`.
 
-A sequence owns one row from admission until its last step was read. The inputs of a step live in buffers used in turn, so
-those of a step in flight are never overwritten; their tensors are made anew only when the shape of a step changes, so that a
-steady decode step costs a handful of vector operations on the host.
+A sequence owns one row from admission until its last step was read. The inputs of a step live in buffers used in turn,
+so those of a step in flight are never overwritten; their tensors are made anew only when the shape of a step changes,
+so that a steady decode step costs a handful of vector operations on the host.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ Shape = tuple[int, int, int, int, int]  # tokens, requests, page columns, logits
 
 
 class Buffer:
-    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, copies on a device."""
+    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, copies on a
+    device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,7 +75,8 @@ def _spans(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A step ready to run. sampled: the entries whose last logits give a token; rows [S] int64, on the device: their rows.
+    """A step ready to run. sampled: the entries whose last logits give a token; rows [S] int64, on the device: their
+    rows.
 
     picks: places of those logits among the step's, None where they are all of them in order.
     """
@@ -88,7 +91,8 @@ class Batch:
 class Rows:
     """Page tables and last tokens of up to `max_batch` running sequences of up to `max_pages` pages.
 
-    last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read (lookahead > 0).
+    last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read
+    (lookahead > 0).
     """
 
     def __init__(self, max_batch: int, max_pages: int, kv: KVStore, device: torch.device, lookahead: int) -> None:
@@ -144,9 +148,9 @@ class Rows:
         return self._batch(buffer, entries, entries, None, self.lookahead and count, 1, longest)
 
     def _gather_mixed(self, entries: tuple[Entry, ...], decodes: int, buffer: Buffer) -> Batch:
-        counts = np.array([e.count for e in entries])
+        counts = np.array([e.length for e in entries])
         ends = np.cumsum(counts)
-        lengths = np.array([e.start + e.count for e in entries])
+        lengths = np.array([e.start + e.length for e in entries])
         rows = np.array([e.row for e in entries])
         logits, picks = _wanted(entries, ends)
         sampled = tuple(e for e in entries if e.sample)
@@ -159,7 +163,7 @@ class Rows:
         buffer.query_start[1:] = ends
         buffer.logits_rows[:] = logits
         ondevice = decodes if self.lookahead else 0
-        known = chain.from_iterable(e.sequence.tokens[e.start : e.start + e.count] for e in entries[ondevice:])
+        known = chain.from_iterable(e.sequence.tokens[e.start : e.start + e.length] for e in entries[ondevice:])
         buffer.token_ids[ondevice:] = list(known)
         self._place(buffer, rows, np.repeat(rows, counts))
         return self._batch(buffer, entries, sampled, picks, ondevice, int(counts.max()), longest)
@@ -200,7 +204,7 @@ def _wanted(entries: tuple[Entry, ...], ends: np.ndarray) -> tuple[list[int], li
     picks: list[int] = []
     for entry, end in zip(entries, ends.tolist()):
         if entry.sequence.want_prompt_logprobs:
-            logits += range(end - entry.count, end)
+            logits += range(end - entry.length, end)
         elif entry.sample:
             logits.append(end - 1)
         if entry.sample:

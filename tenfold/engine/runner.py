@@ -21,9 +21,10 @@ from tenfold.ops import sample as ops
 
 @dataclass(slots=True)
 class Tokens:
-    """What one step brought, by place in its plan: tokens (-1 where none was sampled), and where asked for the token's
-    log-probability, those of the prompt tokens that follow the entry's tokens, and the hidden state pooled over the entry;
-    errors: why an entry has no result."""
+    """What one step brought, by place in its plan: tokens (-1 where none was sampled), and where asked for the
+    token's log-probability, those of the prompt tokens that follow the entry's tokens, and the hidden state pooled
+    over the entry; errors: why an entry has no result.
+    """
 
     ids: list[int]
     logprobs: dict[int, Logprob] = field(default_factory=dict)
@@ -34,12 +35,9 @@ class Tokens:
     def take(self, place: int, other: "Tokens") -> None:
         """The results of an entry that ran alone."""
         self.ids[place] = other.ids[0]
-        for mine, its in (
-            (self.logprobs, other.logprobs),
-            (self.prompt_logprobs, other.prompt_logprobs),
-            (self.pooled, other.pooled),
-        ):
-            mine.update({place: value for value in its.values()})  # type: ignore[attr-defined]
+        self.logprobs.update((place, record) for record in other.logprobs.values())
+        self.prompt_logprobs.update((place, records) for records in other.prompt_logprobs.values())
+        self.pooled.update((place, state) for state in other.pooled.values())
 
 
 class Runner:
@@ -69,8 +67,9 @@ class Runner:
                 self.kv.copy_pages(pairs[:, 0], pairs[:, 1])
 
     def launch(self, entries: tuple[Entry, ...], decodes: int) -> "Pending":
-        """Run entries of a prepared plan, the first `decodes` of them decodes. Raises what the model raises; then they may be
-        run again, for all they have done is to write K and V where they will again."""
+        """Run entries of a prepared plan, the first `decodes` of them decodes. Raises what the model raises; then
+        they may be run again, for all they have done is to write K and V where they will again.
+        """
         with torch.inference_mode():
             pooling = tuple([e for e in entries if e.sequence.request.pool is not None])
             if not pooling:
@@ -114,17 +113,19 @@ class Runner:
             if not sequence.want_prompt_logprobs:
                 start += entry.sample
                 continue
-            following = sequence.tokens[entry.start + 1 : min(entry.start + entry.count + 1, sequence.prompt_length)]
+            following = sequence.tokens[entry.start + 1 : min(entry.start + entry.length + 1, sequence.prompt_length)]
             ids = torch.tensor(following, dtype=torch.int64, device=self.device)
             best = sequence.request.params.prompt_logprobs or 0
             found.append((entry, ops.log_probabilities(logits[start : start + len(following)], ids, best), following))
-            start += entry.count
+            start += entry.length
         return found
 
     def _pool(self, plan_entries: tuple[Entry, ...], entries: tuple[Entry, ...]) -> dict[int, Tensor]:
-        """Sum of the hidden states over each entry, or the last one, as its request asks; float32 [hidden_size] each."""
+        """Sum of the hidden states over each entry, or the last one, as its request asks; float32 [hidden_size]
+        each.
+        """
         hidden = self.model.hidden(self.rows.gather(entries, 0).step).float()
-        parts = hidden.split([e.count for e in entries])
+        parts = hidden.split([e.length for e in entries])
         pooled = {
             id(e): part.sum(0) if e.sequence.request.pool == "mean" else part[-1].clone()
             for e, part in zip(entries, parts)

@@ -1,8 +1,9 @@
 """The sampler: for each row what its request asks for, in batches of rows that ask for the same kind of thing.
 
-Order of the transforms, per row: penalties (repetition, then frequency and presence), logit bias, tokens not allowed now (end tokens before
-min_tokens; a grammar's mask belongs here too, in `_edit`), temperature, top-k, top-p, min-p. Log-probabilities are the model's own, taken before all of these.
-What a batch needs is worked out when its rows change (`SamplePlan`), not every step.
+Order of the transforms, per row: penalties (repetition, then frequency and presence), logit bias, tokens not allowed
+now (end tokens before min_tokens; a grammar's mask belongs here too, in `_edit`), temperature, top-k, top-p, min-p.
+Log-probabilities are the model's own, taken before all of these. What a batch needs is worked out when its rows change
+(`SamplePlan`), not every step.
 """
 
 from collections.abc import Sequence as Seq
@@ -20,8 +21,9 @@ from tenfold.ops import sample as ops
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Rows drawn together. index [R] int64: their places in the batch; temperature and the cuts [R, 1]; truncated: whether any
-    cut is on; width: candidates known to suffice, 0 where that depends on the logits."""
+    """Rows drawn together. index [R] int64: their places in the batch; temperature and the cuts [R, 1]; truncated:
+    whether any cut is on; width: candidates known to suffice, 0 where that depends on the logits.
+    """
 
     places: tuple[int, ...]
     index: Tensor
@@ -163,7 +165,9 @@ class Sampler:
         return tuple(self._group(places, params, *kind) for kind, places in sorted(kinds.items()))
 
     def _width(self, p: SamplingParams) -> int:
-        """Candidates to look at: the narrow set where top_k promises that it suffices; on a GPU else all, rather than wait for a flag."""
+        """Candidates to look at: the narrow set where top_k promises that it suffices; on a GPU else all, rather
+        than wait for a flag.
+        """
         narrow = min(ops.WIDTHS[0], self.vocab_size)
         if 0 < p.top_k <= narrow:
             return narrow
@@ -208,7 +212,7 @@ def penalised(params: SamplingParams) -> bool:
 
 def _position(entry: Entry) -> int:
     """How many tokens the answer has before the one sampled by this entry, read or not."""
-    return entry.start + entry.count - entry.sequence.prompt_length
+    return entry.start + entry.length - entry.sequence.prompt_length
 
 
 def logprobs_of(logs: tuple[Tensor, Tensor, Tensor], tokens: Seq[int], wanted: Seq[int]) -> list[Logprob]:

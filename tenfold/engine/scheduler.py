@@ -2,8 +2,9 @@
 
 Invariants: pages held = pages counted in the pool, after every call; a plan never writes a page that has another
 reference or that the prefix cache counts on; a sequence's whole known text has its pages from admission on, so only
-decoding can run out of pages, and then the worst rank (priority, then arrival) gives its pages up and is queued again with
-its own tokens kept. Every preemption follows a newly generated token, so the work left shrinks and nothing runs in circles.
+decoding can run out of pages, and then the worst rank (priority, then arrival) gives its pages up and is queued again
+with its own tokens kept. Every preemption follows a newly generated token, so the work left shrinks and nothing runs in
+circles.
 """
 
 import heapq
@@ -38,9 +39,11 @@ class Limits:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill over `pool`, `page_size` tokens a page; `prefix=None` turns the prefix cache off.
+    """Continuous batching with chunked prefill over `pool`, `page_size` tokens a page; `prefix=None` turns the prefix
+    cache off.
 
-    Per step the owner calls `plan`, runs it, then `retire` for each of its entries, in the order in which plans were made.
+    Per step the owner calls `plan`, runs it, then `retire` for each of its entries, in the order in which plans were
+    made.
     """
 
     def __init__(self, pool: PagePool, page_size: int, limits: Limits, prefix: PrefixCache | None = None) -> None:
@@ -100,7 +103,9 @@ class Scheduler:
         return late
 
     def finish(self, sequence: Sequence) -> None:
-        """End a sequence in whatever phase it is. Its pages and row are free at once, or when the last step in flight that uses them is read."""
+        """End a sequence in whatever phase it is. Its pages and row are free at once, or when the last step in
+        flight that uses them is read.
+        """
         status = sequence.status
         if status is Status.FINISHED:
             return
@@ -130,7 +135,9 @@ class Scheduler:
                 self.queue.push(child)
 
     def _vacate(self, sequence: Sequence) -> None:
-        """Give row and pages back; the last page first, so that of a kept chain the end is given away before the beginning."""
+        """Give row and pages back; the last page first, so that of a kept chain the end is given away before the
+        beginning.
+        """
         self.pool.release(reversed(sequence.pages))
         self._free_rows.append(sequence.row)
         sequence.pages = []
@@ -170,7 +177,9 @@ class Scheduler:
         return index == len(pages) or self.pool.references[pages[index]] != 1
 
     def _make_room(self, short: list[Sequence]) -> bool:
-        """Preempt the worst ranks until each sequence still in `short` can get a page; False if steps in flight must be read first."""
+        """Preempt the worst ranks until each sequence still in `short` can get a page; False if steps in flight must
+        be read first.
+        """
         while sum(s.status is Status.DECODE and self._needs_page(s) for s in short) > self.pool.available:
             if self._inflight:
                 return False
@@ -178,7 +187,9 @@ class Scheduler:
         return True
 
     def _make_way(self) -> bool:
-        """Preempt sequences of lower priority for the one that runs next, as far as it needs; False if steps in flight must be read first."""
+        """Preempt sequences of lower priority for the one that runs next, as far as it needs; False if steps in
+        flight must be read first.
+        """
         head = self.queue.head()
         while head is not None:
             lower = [s for s in self.decoding + self.prefilling if s.rank[0] > head.rank[0]]
@@ -241,7 +252,7 @@ class Scheduler:
                 break
             entry = self._chunk(best, budget)
             entries.append(entry)
-            budget -= entry.count
+            budget -= entry.length
 
     def _chunk(self, sequence: Sequence, budget: int) -> Entry:
         """The next piece of a sequence's known text, charged to its user unless it was before."""
@@ -284,7 +295,9 @@ class Scheduler:
         return True
 
     def _shared_pages(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Pages others have computed for this text, and the first position left to compute: at least one, for its logits."""
+        """Pages others have computed for this text, and the first position left to compute: at least one, for its
+        logits.
+        """
         known = len(sequence.tokens) - 1
         source = self._sibling(sequence)
         if source is not None:
@@ -352,7 +365,9 @@ class Scheduler:
     # After a step
 
     def retire(self, entry: Entry) -> bool:
-        """Account for an entry whose step was read (its token, if any, not yet appended). False: its sequence had ended, drop the result."""
+        """Account for an entry whose step was read (its token, if any, not yet appended). False: its sequence had
+        ended, drop the result.
+        """
         sequence = entry.sequence
         sequence.inflight -= 1
         if entry.sample:
@@ -362,7 +377,7 @@ class Scheduler:
                 self._leaving.remove(sequence)
                 self._vacate(sequence)
             return False
-        sequence.done = entry.start + entry.count
+        sequence.done = entry.start + entry.length
         if sequence.done // self.page_size > sequence.registered:
             self._register(sequence)
         if sequence.children and sequence.done >= sequence.prompt_length:

@@ -1,4 +1,5 @@
-"""`Sequence`: one answer in the making, the host state of a request (or of one of its `n` answers) from arrival to finish.
+"""`Sequence`: one answer in the making, the host state of a request (or of one of its `n` answers) from arrival to
+finish.
 
 Positions: tokens[0:computed] have their K and V written by steps already planned, tokens[0:done] by steps already read;
 `done <= computed <= len(tokens) + pending`. Only the scheduler moves a sequence from one status to the next.
@@ -95,4 +96,5 @@ class Sequence:
         return not self.want_prompt_logprobs and self.request.pool != "mean"
 
     def __repr__(self) -> str:
-        return f"<{self.request.id}/{self.index} {self.status.value} {self.computed}/{len(self.tokens)}+{self.pending} row {self.row}>"
+        progress = f"{self.computed}/{len(self.tokens)}+{self.pending}"
+        return f"<{self.request.id}/{self.index} {self.status.value} {progress} row {self.row}>"

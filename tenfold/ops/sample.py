@@ -1,9 +1,9 @@
 """From logits to a token, as pure functions on tensors.
 
 Rows are independent: the result of a row never depends on the others, on a CPU not in a single bit. So transcendental
-functions run only inside row kernels (`softmax`, `log_softmax` over the last dimension), never elementwise over a batch, where
-vectorised bodies and scalar tails may round differently; and random numbers are a hash of (seed, count), made on the host.
-Shapes: R rows, V vocabulary entries; logits [R, V] float32.
+functions run only inside row kernels (`softmax`, `log_softmax` over the last dimension), never elementwise over a
+batch, where vectorised bodies and scalar tails may round differently; and random numbers are a hash of (seed, count),
+made on the host. Shapes: R rows, V vocabulary entries; logits [R, V] float32.
 """
 
 import numpy as np
@@ -16,7 +16,9 @@ WIDTHS = (256, 4096)  # candidate sets tried before a sort of the whole vocabula
 
 
 def uniform(seed: int, count: int) -> float:
-    """A number in (0, 1), at least 2^-49 from both ends: SplitMix64 (Steele et al. 2014) of the seed, then of that and the count."""
+    """A number in (0, 1), at least 2^-49 from both ends: SplitMix64 (Steele et al. 2014) of the seed, then of that
+    and the count.
+    """
     bits = _mix((_mix(seed & _MASK) + (count + 1) * _GOLDEN) & _MASK)
     return ((bits >> 16) + 0.5) * 2.0**-48
 
@@ -49,8 +51,9 @@ def penalise(
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
-    """Sample from softmax(logits / temperature): the first token, in order of ids, at which the cumulated probability exceeds
-    u of the total. temperature [R, 1], u [R] float64 -> [R] int64."""
+    """Sample from softmax(logits / temperature): the first token, in order of ids, at which the cumulated
+    probability exceeds u of the total. temperature [R, 1], u [R] float64 -> [R] int64.
+    """
     mass = torch.softmax(logits / temperature, -1).cumsum(-1, dtype=torch.float64)
     return _locate(mass, u * mass[:, -1])
 
@@ -60,23 +63,22 @@ def draw_truncated(
 ) -> Tensor:
     """Sample from softmax(logits / temperature) cut to its best tokens, in order of probability.
 
-    Kept are the top_k best (0: all); of those the fewest whose share reaches top_p; of those the ones with at least min_p times the best
-    one's probability. All three keep a beginning of the sorted order, so the cut is one number a row. All but logits and u are [R, 1].
-    width: how many of the best to look at, where the caller knows that it suffices; 0: found out, which reads a flag back to the host.
+    Kept are the top_k best (0: all); of those the fewest whose share reaches top_p; of those the ones with at least
+    min_p times the best one's probability. All three keep a beginning of the sorted order, so the cut is one number a
+    row. All but logits and u are [R, 1]. width: how many of the best to look at, where the caller knows that it
+    suffices; 0: found out, which reads a flag back to the host.
     """
     probabilities = torch.softmax(logits / temperature, -1)
     if width:
-        return _draw_best(*probabilities.topk(width, -1), top_k, top_p, min_p, u)[0]
+        best, ids = probabilities.topk(width, -1)
+        return _draw_best(best, ids, top_k, top_p, min_p, u)[0]
     size = probabilities.shape[1]
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     left = torch.arange(len(logits), device=logits.device)
     for width in (*(w for w in WIDTHS if w < size), size):
-        best = (
-            probabilities[left].topk(width, -1)
-            if width < size
-            else probabilities[left].sort(-1, descending=True, stable=True)
-        )
-        drawn, fits = _draw_best(*best, top_k[left], top_p[left], min_p[left], u[left])
+        rows = probabilities[left]
+        best, ids = rows.topk(width, -1) if width < size else rows.sort(dim=-1, descending=True, stable=True)
+        drawn, fits = _draw_best(best, ids, top_k[left], top_p[left], min_p[left], u[left])
         tokens[left] = drawn
         if width == size or bool(fits.all()):
             return tokens

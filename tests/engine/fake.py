@@ -4,6 +4,7 @@ Wrong pages, leaks, a bad copy-on-write or a page shared too early change what i
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,9 @@ def reference(prompt: Sequence[int], limit: int, stops: Sequence[int] = (EOS,)) 
 
 
 class FakeModel:
-    """Writes each token at its slot; answers from what the page table leads to. Checks every field of the step it is given."""
+    """Writes each token at its slot; answers from what the page table leads to. Checks every field of the step it is
+    given.
+    """
 
     def __init__(self, max_positions: int = 4096) -> None:
         self.config: Any = SimpleNamespace(
@@ -68,7 +71,7 @@ class FakeModel:
         keys[slots // size, 0, slots % size, 0] = step.token_ids.float()
         histories = []
         starts = step.query_start.tolist()
-        self.steps.append([b - a for a, b in zip(starts, starts[1:])])
+        self.steps.append([b - a for a, b in pairwise(starts)])
         for r, length in enumerate(step.kv_lengths.tolist()):
             pages = step.page_table[r, : -(-length // size)].long()
             history = keys[pages, 0, :, 0].reshape(-1)[:length].to(torch.int64).tolist()
@@ -81,7 +84,7 @@ class FakeModel:
         assert starts[0] == 0
         assert starts[-1] == len(step.token_ids) == len(step.positions) == len(step.slots)
         assert len(set(step.slots.tolist())) == len(step.slots), "two tokens of a step go to one slot"
-        counts = [b - a for a, b in zip(starts, starts[1:])]
+        counts = [b - a for a, b in pairwise(starts)]
         assert min(counts) > 0
         assert step.max_query == max(counts)
         assert step.max_kv == int(step.kv_lengths.max())
