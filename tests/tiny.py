@@ -116,14 +116,22 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
 
 
 def make_checkpoint(tiny: Tiny, folder: Path) -> Path:
-    """Weights large enough for attention and gates far from uniform; biases and norms differ from their defaults."""
-    import torch
     import transformers
 
     prefix = "Gemma3Text" if tiny.family == "Gemma3" else tiny.family
     config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **json.loads(json.dumps(tiny.values))})
-    generator = torch.Generator().manual_seed(sum(map(ord, folder.name)))
     model = getattr(transformers, tiny.architecture)(config)
+    fill(model, seed=sum(map(ord, folder.name)))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def fill(model: Any, seed: int) -> None:
+    """Weights large enough for attention and gates far from uniform; biases and norms differ from their defaults."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -131,9 +139,6 @@ def make_checkpoint(tiny: Tiny, folder: Path) -> Path:
                 parameter.copy_(noise * (1.5 / parameter.shape[1] ** 0.5))
             else:
                 parameter.add_(0.2 * noise)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -20,7 +20,7 @@ from tenfold.ops.oracle import Oracle
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 from tests.steps import Sequences, make_store
-from tests.tiny import FAMILIES, TINY, VOCAB
+from tests.tiny import FAMILIES, SIZES, TINY, VOCAB, fill, write_tokenizer
 
 TOLERANCE = 1e-5
 DECODES = 5
@@ -161,3 +161,25 @@ def test_cuda(name: str, tiny: Folder) -> None:
     model = build_model(checkpoint.config, Weights(checkpoint, Oracle("cuda"), device="cuda"), 64)
     store = make_store(model.config, page_size=4, device="cuda")
     assert_agree(model.forward(Sequences(store).step(prompts, "all")).cpu(), want)
+
+
+@torch.inference_mode()
+def test_text_part_of_a_vision_language_model(tmp_path: Path) -> None:
+    """Gemma 3 from 4b up is published with a vision tower; its text part runs by itself."""
+    import transformers
+
+    text = {**SIZES, **TINY["gemma3"].values}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    hf = transformers.Gemma3ForConditionalGeneration(config)
+    fill(hf, seed=5)
+    hf.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+
+    prompts = random_tokens([24], seed=6)
+    checkpoint = open_checkpoint(tmp_path)
+    model = build_model(checkpoint.config, Weights(checkpoint, Oracle()), 64)
+    ours = model.forward(Sequences(make_store(model.config, page_size=4)).step(prompts, "all"))
+    assert_agree(ours, hf(input_ids=torch.tensor([prompts[0]])).logits[0])
