@@ -41,6 +41,9 @@ TF_INLINE __m256i codes8(const uint8_t *p, const int bits, const int j) {
     return v;
 }
 
+/* Stops the compiler from re-ordering a chain of integer sums into a tree, which takes more registers than there are. */
+#define KEEP(v) __asm__("" : "+x"(v))
+
 /* sums[r] += dot of vectors from..to of the block with row r of x, exact in int32.
  * Products of codes below 2^bits and int8 are gathered in int16 as long as they fit: 4-bit codes 8 vectors, 5-bit 4, 6-bit 2. */
 TF_INLINE void dot8(const uint8_t *p, const int bits, const int from, const int to, const uint8_t *x, const int R,
@@ -58,6 +61,7 @@ TF_INLINE void dot8(const uint8_t *p, const int bits, const int from, const int 
             TF_UNROLL(4) for (int r = 0; r < R; r++) {
                 const __m256i t = _mm256_maddubs_epi16(a, _mm256_sign_epi8(bcast32(x + 32 * r + 4 * j), c));
                 sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(t, ones));
+                KEEP(sums[r]);
             }
         }
         return;
@@ -72,6 +76,7 @@ TF_INLINE void dot8(const uint8_t *p, const int bits, const int from, const int 
         TF_UNROLL(4) for (int r = 0; r < R; r++) {
             const __m256i t = _mm256_maddubs_epi16(c, bcast32(x + 32 * r + 4 * v));
             part[r] = first ? t : _mm256_add_epi16(part[r], t);
+            KEEP(part[r]);
             if (last) sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(part[r], ones));
         }
     }
@@ -136,26 +141,39 @@ TF_INLINE __m256 dense8(const uint8_t *w, const int format) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
 }
 
-/* x: [cols][R] floats. Sums of TF_DENSE_CHUNK columns are added up: the error grows with their number, not with cols. */
-TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out, const int R, const int format) {
+/* x: [cols][R] floats. Sums of TF_DENSE_CHUNK columns are added up: the error grows with their number, not with cols.
+ * A few rows alone wait for each addition, so two chunks run side by side; each sum is still the same. */
+TF_INLINE void dense_chunks(const uint8_t *w, int cols, const float *x, __m256 *total, const int R, const int chunks,
+                            const int format) {
     const int bytes = format == TF_FORMAT_F32 ? 64 : 32;
-    __m256 total[8];
-    TF_UNROLL(8) for (int r = 0; r < 2 * R; r++) total[r] = _mm256_setzero_ps();
-    for (int k0 = 0; k0 < cols; k0 += TF_DENSE_CHUNK) {
-        const int k1 = cols - k0 < TF_DENSE_CHUNK ? cols : k0 + TF_DENSE_CHUNK;
-        __m256 acc[8];
-        TF_UNROLL(8) for (int r = 0; r < 2 * R; r++) acc[r] = _mm256_setzero_ps();
-        for (int k = k0; k < k1; k++) {
-            const __m256 v0 = dense8(w, format), v1 = dense8(w + bytes / 2, format);
+    __m256 acc[2][8];
+    TF_UNROLL(2) for (int c = 0; c < chunks; c++)
+        TF_UNROLL(8) for (int i = 0; i < 2 * R; i++) acc[c][i] = _mm256_setzero_ps();
+    for (int k = 0; k < cols; k++)
+        TF_UNROLL(2) for (int c = 0; c < chunks; c++) {
+            const uint8_t *p = w + (c * TF_DENSE_CHUNK + k) * bytes;
+            const __m256 v0 = dense8(p, format), v1 = dense8(p + bytes / 2, format);
+            const float *at = x + (c * TF_DENSE_CHUNK + k) * R;
             TF_UNROLL(4) for (int r = 0; r < R; r++) {
-                const __m256 b = _mm256_set1_ps(x[r]);
-                acc[2 * r] = _mm256_fmadd_ps(v0, b, acc[2 * r]);
-                acc[2 * r + 1] = _mm256_fmadd_ps(v1, b, acc[2 * r + 1]);
+                const __m256 b = _mm256_set1_ps(at[r]);
+                acc[c][2 * r] = _mm256_fmadd_ps(v0, b, acc[c][2 * r]);
+                acc[c][2 * r + 1] = _mm256_fmadd_ps(v1, b, acc[c][2 * r + 1]);
             }
-            w += bytes;
-            x += R;
         }
-        TF_UNROLL(8) for (int r = 0; r < 2 * R; r++) total[r] = _mm256_add_ps(total[r], acc[r]);
+    TF_UNROLL(2) for (int c = 0; c < chunks; c++)
+        TF_UNROLL(8) for (int i = 0; i < 2 * R; i++) total[i] = _mm256_add_ps(total[i], acc[c][i]);
+}
+
+TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out, const int R, const int format) {
+    const int bytes = format == TF_FORMAT_F32 ? 64 : 32, together = R <= 2 ? 2 : 1;
+    __m256 total[8];
+    TF_UNROLL(8) for (int i = 0; i < 2 * R; i++) total[i] = _mm256_setzero_ps();
+    for (; cols >= together * TF_DENSE_CHUNK; cols -= together * TF_DENSE_CHUNK) {
+        dense_chunks(w, TF_DENSE_CHUNK, x, total, R, together, format);
+        w += together * TF_DENSE_CHUNK * bytes;
+        x += together * TF_DENSE_CHUNK * R;
     }
-    TF_UNROLL(8) for (int r = 0; r < 2 * R; r++) _mm256_storeu_ps(out + 8 * r, total[r]);
+    for (int n; (n = TF_MIN(cols, TF_DENSE_CHUNK)) > 0; cols -= n, w += n * bytes, x += n * R)
+        dense_chunks(w, n, x, total, R, 1, format);
+    TF_UNROLL(8) for (int i = 0; i < 2 * R; i++) _mm256_storeu_ps(out + 8 * i, total[i]);
 }

@@ -124,22 +124,34 @@ TF_INLINE __m512 dense16(const uint8_t *w, const int format) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
-/* x: [cols][R] floats. Sums of TF_DENSE_CHUNK columns are added up: the error grows with their number, not with cols. */
-TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out, const int R, const int format) {
+/* x: [cols][R] floats. Sums of TF_DENSE_CHUNK columns are added up: the error grows with their number, not with cols.
+ * A few rows alone wait for each addition, so two chunks run side by side; each sum is still the same. */
+TF_INLINE void dense_chunks(const uint8_t *w, int cols, const float *x, __m512 *total, const int R, const int chunks,
+                            const int format) {
     const int bytes = format == TF_FORMAT_F32 ? 64 : 32;
+    __m512 acc[2][16];
+    TF_UNROLL(2) for (int c = 0; c < chunks; c++)
+        TF_UNROLL(16) for (int r = 0; r < R; r++) acc[c][r] = _mm512_setzero_ps();
+    for (int k = 0; k < cols; k++)
+        TF_UNROLL(2) for (int c = 0; c < chunks; c++) {
+            const __m512 v = dense16(w + (c * TF_DENSE_CHUNK + k) * bytes, format);
+            const float *at = x + (c * TF_DENSE_CHUNK + k) * R;
+            TF_UNROLL(16) for (int r = 0; r < R; r++) acc[c][r] = _mm512_fmadd_ps(v, _mm512_set1_ps(at[r]), acc[c][r]);
+        }
+    TF_UNROLL(2) for (int c = 0; c < chunks; c++)
+        TF_UNROLL(16) for (int r = 0; r < R; r++) total[r] = _mm512_add_ps(total[r], acc[c][r]);
+}
+
+TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out, const int R, const int format) {
+    const int bytes = format == TF_FORMAT_F32 ? 64 : 32, together = R <= 2 ? 2 : 1;
     __m512 total[16];
     TF_UNROLL(16) for (int r = 0; r < R; r++) total[r] = _mm512_setzero_ps();
-    for (int k0 = 0; k0 < cols; k0 += TF_DENSE_CHUNK) {
-        const int k1 = cols - k0 < TF_DENSE_CHUNK ? cols : k0 + TF_DENSE_CHUNK;
-        __m512 acc[16];
-        TF_UNROLL(16) for (int r = 0; r < R; r++) acc[r] = _mm512_setzero_ps();
-        for (int k = k0; k < k1; k++) {
-            const __m512 v = dense16(w, format);
-            TF_UNROLL(16) for (int r = 0; r < R; r++) acc[r] = _mm512_fmadd_ps(v, _mm512_set1_ps(x[r]), acc[r]);
-            w += bytes;
-            x += R;
-        }
-        TF_UNROLL(16) for (int r = 0; r < R; r++) total[r] = _mm512_add_ps(total[r], acc[r]);
+    for (; cols >= together * TF_DENSE_CHUNK; cols -= together * TF_DENSE_CHUNK) {
+        dense_chunks(w, TF_DENSE_CHUNK, x, total, R, together, format);
+        w += together * TF_DENSE_CHUNK * bytes;
+        x += together * TF_DENSE_CHUNK * R;
     }
+    for (int n; (n = TF_MIN(cols, TF_DENSE_CHUNK)) > 0; cols -= n, w += n * bytes, x += n * R)
+        dense_chunks(w, n, x, total, R, 1, format);
     TF_UNROLL(16) for (int r = 0; r < R; r++) _mm512_storeu_ps(out + 16 * r, total[r]);
 }
