@@ -10,12 +10,12 @@ whatever the length of the context.
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from tenfold.engine import template
+from tenfold.engine import defaults, template
 from tenfold.engine.request import Request
 from tenfold.weights.checkpoint import Checkpoint
 
@@ -73,7 +73,7 @@ class Text:
     """The tokenizer of a checkpoint, and its chat template. Safe to use from several threads.
 
     special: names such as "bos_token" to strings. eos_ids: tokens that end an answer. template: the Jinja source of
-    chats, or None.
+    chats, or None. recommended: sampling parameters the model comes with.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -83,6 +83,7 @@ class Text:
         self.special = dict(checkpoint.special)
         self.eos_ids = tuple(checkpoint.eos_ids)
         self.template = checkpoint.chat_template
+        self.recommended = defaults.recommended(checkpoint.path)
         self.vocab_size: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self._skipped = frozenset(i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special)
         self._pieces: dict[int, Piece] = {}
@@ -158,19 +159,36 @@ class Text:
         return found
 
     def render_chat(
-        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None, **settings: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
     ) -> str:
         """The prompt of a conversation. `settings` are those of `template.apply`. Raises TemplateError."""
-        source = self.template or template.default(self.token_id("<|im_start|>") is not None)
+        source = self.template or self._default_template()
         return template.apply(source, messages, tools=tools, special=self.special, **settings)
 
     def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None, **settings: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
     ) -> list[int]:
         """Token ids of a conversation. A checkpoint's template writes the special tokens, so none are added."""
         return self.encode(
             self.render_chat(messages, tools=tools, **settings), add_special_tokens=self.template is None
         )
+
+    @property
+    def chat_stop(self) -> tuple[str, ...]:
+        """Stop strings that answers in a chat need: none where the template ends them with a token."""
+        plain = self.template is None and self._default_template() == template.PLAIN
+        return template.PLAIN_STOP if plain else ()
+
+    def _default_template(self) -> str:
+        return template.default(self.token_id("<|im_start|>") is not None)
 
     def _piece(self, token: int) -> Piece:
         piece = self._pieces.get(token)

@@ -1,5 +1,6 @@
 """Text: pieces join to the full decode, characters stay whole, stop strings cut where they are complete first."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ WORDS = ["Hello", " world", " stop", "END", "\n\n", "naïve", "日本", "👩‍
 
 def make_text(tokenizer: Tokenizer, template: str | None = None) -> Text:
     checkpoint = SimpleNamespace(
-        tokenizer=lambda: tokenizer, special={"eos_token": "<|end|>"}, eos_ids=(0,), chat_template=template
+        path=Path("none"), tokenizer=lambda: tokenizer, special={"eos_token": "<|end|>"}, eos_ids=(0,), chat_template=template
     )
     return Text(checkpoint)
 

@@ -1,0 +1,419 @@
+"""The Python API: `LLM` for scripts, `AsyncLLM` for servers. Both put requests to an engine on a thread of its own.
+
+Invariant: a request whose iterator is closed, dropped or cancelled is aborted; Ctrl-C interrupts the caller, never a
+step.
+
+Where no parameters are given, the model's generation_config.json counts, as in vLLM: `default_params` says what that
+is.
+"""
+
+import asyncio
+import itertools
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tenfold.base.config import EngineConfig
+from tenfold.base.log import Timeline
+from tenfold.engine import defaults, template
+from tenfold.engine.completion import Collector, Completion
+from tenfold.engine.core import Engine, QueueFull, Stats
+from tenfold.engine.loop import Batch, EngineDead, EngineLoop
+from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
+from tenfold.engine.stream import Bar, Job, RequestFailed, Run, Stream
+from tenfold.engine.text import Text
+
+__all__ = ["LLM", "AsyncLLM", "Completion", "EngineDead", "QueueFull", "RequestFailed", "Stream"]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+Front = TypeVar("Front", bound="_Front")
+
+LONG_TEXT = 4096  # characters from which a text is encoded off the event loop; shorter takes well under a millisecond
+
+
+class _Front:
+    """What `LLM` and `AsyncLLM` share: the engine's loop, its text layer, and how requests are made.
+
+    model and settings: fields of EngineConfig; or give all of them as `config`; or a ready `engine`, which then
+    belongs to this object. timeline receives the phases of loading, `loading(done, total)` is called while weights
+    load. Raises ValueError for unknown settings and for whatever `Engine.load` refuses.
+    """
+
+    def __init__(
+        self,
+        model: str = "default",
+        *,
+        config: EngineConfig | None = None,
+        engine: Engine | None = None,
+        timeline: Timeline | None = None,
+        loading: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        asked = _config(model, config, settings)
+        self._loop = EngineLoop(lambda: engine or Engine.load(asked, timeline=timeline, progress=loading))
+        self._finalizer = weakref.finalize(self, self._loop.close)
+        loaded: Any = self._loop.engine
+        self.config: EngineConfig = loaded.config
+        self.text: Text = loaded.text
+        self.vocab_size: int = loaded.vocab_size
+        self.max_model_len: int = loaded.max_model_len
+        self.timeline: Timeline | None = loaded.timeline
+        self._ids = itertools.count(1)
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine failed or was closed."""
+        return self._loop.alive
+
+    def stats(self) -> Stats:
+        """The engine's numbers, at most a step or 0.2 s old."""
+        stats: Stats = self._loop.stats()
+        return stats
+
+    def close(self) -> None:
+        """Stops the engine after the step under way; open requests end with reason "abort". Idempotent."""
+        self._finalizer()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model expects around it."""
+        return self.text.encode(text)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return self.text.decode(ids, skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes one token stands for."""
+        return self.text.token_bytes(token)
+
+    def chat_prompt(self, messages: Sequence[Message], **settings: Any) -> list[int]:
+        """Token ids of a conversation by the model's chat template. settings: as in `template.apply`."""
+        return self.text.encode_chat(messages, **settings)
+
+    def default_params(self, chat: bool = False) -> SamplingParams:
+        """The parameters of requests that come without: what generation_config.json recommends, others at their
+        defaults. An answer in a chat goes on until the model ends it, a completion for 16 tokens, unless the model says
+        otherwise.
+        """
+        recommended = self.text.recommended
+        return replace(recommended, stop=self.text.chat_stop) if chat else defaults.completion(recommended)
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None, **rest: Any) -> Request:
+        params = self.default_params() if params is None else checked_params(params)
+        id = rest.pop("request_id", None) or f"request-{next(self._ids)}"
+        return Request(id, self._tokens(prompt), params, **rest)
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.text.encode(prompt))
+        if isinstance(prompt, (bytes, Mapping)) or not all(isinstance(t, (int, np.integer)) for t in prompt):
+            raise ValueError(f"prompt is a {type(prompt).__name__}; allowed: a text or a list of token ids.")
+        return tuple(int(t) for t in prompt)
+
+    def _embed_requests(self, texts: str | Sequence[Prompt], pool: str) -> list[Request]:
+        return [self._request(text, None, pool=pool) for text in _prompts(texts)]
+
+
+def _config(model: str, config: EngineConfig | None, settings: Mapping[str, Any]) -> EngineConfig:
+    if config is not None:
+        if settings or model != "default":
+            raise ValueError("Give either config or single settings, not both.")
+        return config
+    known = {f.name for f in fields(EngineConfig)}
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{name} is not a setting of the engine; allowed: {', '.join(sorted(known))}.")
+    return EngineConfig(model=model, **settings)
+
+
+def checked_params(params: Any) -> SamplingParams:
+    """Sampling parameters with the sequences they may hold as tuples. Raises ValueError for anything else."""
+    if not isinstance(params, SamplingParams):
+        raise ValueError(
+            f"params is a {type(params).__name__}; allowed: SamplingParams, a list of one per prompt, or None."
+        )
+    stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop)
+    return replace(params, stop=stop, stop_token_ids=tuple(params.stop_token_ids))
+
+
+def _prompts(prompts: str | Sequence[Any]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Sequence):
+        raise ValueError(
+            f"prompts is a {type(prompts).__name__}; allowed: a text, a list of texts, or lists of token ids."
+        )
+    return [prompts] if prompts and all(isinstance(p, (int, np.integer)) for p in prompts) else list(prompts)
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams | None]:
+    """Parameters for each of `count` prompts."""
+    if params is None or not isinstance(params, Sequence):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"params has {len(params)} entries for {count} prompts; give one for each, or one for all.")
+    return list(params)
+
+
+def _vectors(embeddings: Sequence[Sequence[float]], normalize: bool) -> np.ndarray:
+    vectors = np.asarray(embeddings, dtype=np.float32)
+    if normalize and len(vectors):
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
+
+
+class LLM(_Front):
+    """A model to call from a script or a notebook; may be used from several threads.
+
+    >>> with LLM() as llm:
+    ...     print(llm.generate("The capital of France is")[0].text)
+    """
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        priority: int = 0,
+        user: str = "",
+        salt: str = "",
+        deadline: float | None = None,
+    ) -> list[Completion]:
+        """Continue one prompt or many, each a text or a list of token ids; one Completion for each, in their order.
+
+        params: for all, or one for each. progress: show a bar. priority, user, salt, deadline: as in Request.
+        Raises ValueError for what the engine refuses, RequestFailed and EngineDead.
+        """
+        given = _prompts(prompts)
+        rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline}
+        each = _each(params, len(given))
+        jobs = (self._job(p, own, rest) for p, own in zip(given, each))
+        return [c.completion() for c in self._collect(jobs, len(given), progress)]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        **settings: Any,
+    ) -> list[Completion]:
+        """Answer one conversation or many: lists of {"role", "content"}; one Completion for each.
+
+        settings: as in `template.apply`, such as tools or enable_thinking. Raises TemplateError, and what `generate`
+        raises.
+        """
+        conversations = [messages] if _is_conversation(messages) else list(messages)
+        prompts = [self.chat_prompt(c, **settings) for c in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, self.default_params(chat=True) if params is None else params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **rest: Any) -> Stream:
+        """Outputs of one request as they come; `rest` as in Request. What the engine refuses is raised by the first
+        `next`.
+        """
+        return Stream(self._loop, self._request(prompt, params, **rest))
+
+    def chat_stream(self, messages: Sequence[Message], params: SamplingParams | None = None, **settings: Any) -> Stream:
+        """Outputs of the answer to one conversation as they come."""
+        prompt = self.chat_prompt(messages, **settings)
+        return self.stream(prompt, self.default_params(chat=True) if params is None else params)
+
+    def embed(self, texts: str | Sequence[Prompt], pool: str = "mean", normalize: bool = True) -> np.ndarray:
+        """Float32 [texts, hidden size]: the final hidden states of each text, pooled ("mean" or "last"), of length 1 if
+        `normalize`."""
+        requests = self._embed_requests(texts, pool)
+        collected = self._collect(((None, request) for request in requests), len(requests), False)
+        return _vectors([c.embedding or () for c in collected], normalize)
+
+    def _job(self, prompt: Prompt, params: SamplingParams | None, rest: dict[str, Any]) -> Job:
+        return prompt if isinstance(prompt, str) else None, self._request(prompt, params, **rest)
+
+    def _collect(self, jobs: Iterator[Job], count: int, progress: bool) -> list[Collector]:
+        """Run requests, never more at a time than may wait, and give their outputs in order."""
+        run = Run(self._loop, max(1, self.config.max_queue))
+        bar = Bar(count) if progress else None
+        try:
+            return run.all(jobs, count, bar.advance if bar else None)
+        finally:
+            run.close()
+            if bar:
+                bar.close()
+
+
+def _is_conversation(messages: Any) -> bool:
+    """One conversation rather than several; what is neither is left to the template's checks."""
+    return (
+        not isinstance(messages, Sequence)
+        or isinstance(messages, str)
+        or not messages
+        or isinstance(messages[0], Mapping)
+    )
+
+
+class _Inbox:
+    """Outputs of one request that its consumer has not taken yet. Lives on the event loop."""
+
+    __slots__ = ("_items", "_waiter")
+
+    def __init__(self) -> None:
+        self._items: deque[Output | Exception] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: Output | Exception) -> None:
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> Output | Exception:
+        while not self._items:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._items.popleft()
+
+
+class _Port:
+    """The receiver of all requests of one event loop: a step's outputs cross over in one call."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.inboxes: dict[str, _Inbox] = {}
+
+    def send(self, batch: Batch) -> bool:
+        try:
+            self.loop.call_soon_threadsafe(self._dispatch, batch)
+        except RuntimeError:  # the event loop is closed
+            return False
+        return True
+
+    def _dispatch(self, batch: Batch) -> None:
+        for id, item in batch:
+            inbox = self.inboxes.get(id)
+            if inbox is not None:
+                inbox.put(item)
+
+
+class AsyncLLM(_Front):
+    """A model for an asyncio program. The constructor blocks while the model loads; `await AsyncLLM.load(...)` does
+    not.
+
+    An iterator that is closed, or whose task is cancelled, aborts its request in whatever phase that is.
+    """
+
+    def __init__(self, model: str = "default", **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._port: _Port | None = None
+        if getattr(self.text, "template", None):
+            template.start()
+
+    @classmethod
+    async def load(cls, model: str = "default", **settings: Any) -> "AsyncLLM":
+        """The constructor, off the event loop."""
+        return await asyncio.to_thread(cls, model, **settings)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        user: str = "",
+        salt: str = "",
+        deadline: float | None = None,
+    ) -> AsyncGenerator[Output, None]:
+        """Outputs of one request as they come, of all n answers mixed; each answer's last has a finish reason.
+
+        prompt: text or token ids. Other arguments as in Request. Raises ValueError for what the engine refuses and
+        EngineDead. When the engine fails under way, the last outputs have reason "error".
+        """
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            prompt = await asyncio.to_thread(self._tokens, prompt)
+        rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline}
+        request = self._request(prompt, params, request_id=request_id, **rest)
+        async with aclosing(self._run(request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        template_settings: Mapping[str, Any] | None = None,
+        **rest: Any,
+    ) -> AsyncGenerator[Output, None]:
+        """Outputs of the answer to a conversation. template_settings: as in `template.apply`; rest: as in
+        `generate`.
+        """
+        prompt = await asyncio.to_thread(self.chat_prompt, messages, **(template_settings or {}))
+        params = self.default_params(chat=True) if params is None else params
+        async with aclosing(self.generate(prompt, params, **rest)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def embed(self, texts: str | Sequence[Prompt], pool: str = "mean", normalize: bool = True) -> np.ndarray:
+        """As `LLM.embed`."""
+        requests = await asyncio.to_thread(self._embed_requests, texts, pool)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._embedding(request)) for request in requests]
+        return _vectors([task.result() for task in tasks], normalize)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its iterator gets outputs with reason "abort". Nothing happens if there is no such request."""
+        self._loop.abort(request_id)
+
+    async def _embedding(self, request: Request) -> tuple[float, ...]:
+        async with aclosing(self._run(request)) as outputs:
+            async for output in outputs:
+                if output.embedding is not None:
+                    return output.embedding
+                if output.finish is FinishReason.ERROR:
+                    raise RequestFailed(str(output.error))
+        raise RequestFailed("The request was aborted.")
+
+    async def _run(self, request: Request) -> AsyncGenerator[Output, None]:
+        port = self._open_port()
+        if request.id in port.inboxes:
+            raise ValueError(f"request_id is {request.id!r}; a request with this id is under way, choose another.")
+        inbox = port.inboxes[request.id] = _Inbox()
+        missing = 0
+        try:
+            self._loop.submit(request, port)
+            missing = 1 if request.pool is not None else request.params.n
+            while missing:
+                item = await inbox.get()
+                if isinstance(item, Exception):
+                    missing = 0
+                    raise item
+                missing -= item.finish is not None
+                yield item
+        finally:
+            del port.inboxes[request.id]
+            if missing:
+                self._loop.abort(request.id)
+
+    def _open_port(self) -> _Port:
+        loop = asyncio.get_running_loop()
+        if self._port is None or self._port.loop is not loop:
+            self._port = _Port(loop)  # requests of another loop keep theirs
+        return self._port
