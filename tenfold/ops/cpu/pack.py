@@ -1,7 +1,7 @@
 """Pack weights for the CPU kernels: what a file stores (`RawTensor`) becomes tiles of 16 rows (layout: csrc/linear.h).
 
-Nothing is requantised: a packed matrix holds exactly the values of its file. Parts are stacked by rows and keep their own format,
-so query, key and value may differ in format.
+Nothing is requantised: a packed matrix holds exactly the values of its file. Parts are stacked by rows and keep their
+own format, so query, key and value may differ in format.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.lib import prototype
 from tenfold.ops.matrix import Matrix, RawTensor
 
@@ -64,10 +65,10 @@ def _rows_function() -> Any:
 
 
 def pack(parts: Sequence[RawTensor]) -> Matrix:
-    """One Matrix of the parts stacked by rows; its handle is the address of a tf_matrix, which lives as long as the Matrix.
+    """One Matrix of the parts stacked by rows; its handle is the address of a tf_matrix that lives as long as it.
 
-    Matrix.format joins the formats with "+", e.g. "q4_1" or "q4_k+q6_k". Raises ValueError for a storage that cannot be packed, parts of
-    different width, and data that does not have the size its shape asks for.
+    Matrix.format joins the formats with "+", e.g. "q4_1" or "q4_k+q6_k". Raises ValueError for a storage that cannot
+    be packed, parts of different width, and data that does not have the size its shape asks for.
     """
     if not parts:
         raise ValueError("A matrix needs at least one tensor; none was given.")
@@ -85,7 +86,21 @@ def pack(parts: Sequence[RawTensor]) -> Matrix:
         _functions()[2](FORMATS.index(part.storage), source.data_ptr(), stride, part.shape[0], cols, target)
         offset += size
     formats = "+".join(dict.fromkeys(part.storage.lower() for part in parts))
-    return Matrix(formats, sum(rows), cols, (data, description), handle=description.data_ptr())
+    matrix = Matrix(formats, sum(rows), cols, (data, description), handle=description.data_ptr())
+    arms.apply(matrix)
+    return matrix
+
+
+def copy(matrix: Matrix) -> Matrix:
+    """The same matrix in memory of its own."""
+    data, description = (t.clone() for t in matrix.data)
+    moved = data.data_ptr() - matrix.data[0].data_ptr()
+    first = description.data_ptr() + sizeof(Description)
+    header = Description.from_address(description.data_ptr())
+    header.segment = first
+    for i in range(header.segments):
+        Segment.from_address(first + i * sizeof(Segment)).data += moved
+    return Matrix(matrix.format, matrix.rows, matrix.cols, (data, description), description.data_ptr(), matrix.arms)
 
 
 def _checked(part: RawTensor, cols: int) -> Tensor:

@@ -153,7 +153,7 @@ static void cut_units(job *j) {
     j->units_across = TF_CEIL(j->out_tiles, tiles);
 }
 
-static int pick_arm(int m) { return m <= 4 ? TF_ARM_GEMV : m <= 8 ? TF_ARM_FLAT : TF_ARM_TILED; }
+int tf_linear_rule(int m) { return m <= 4 ? TF_ARM_GEMV : m <= 8 ? TF_ARM_FLAT : TF_ARM_TILED; }
 
 static void plan(job *j) {
     static const int group_of_arm[TF_ARM_COUNT] = {4, 8, 16};
@@ -170,7 +170,7 @@ static void plan(job *j) {
     j->xq_row = quant ? cols / TF_BLOCK * TF_X_BYTES : 0;
     j->xe_row = two_scales ? cols / TF_BLOCK * TF_E_BYTES : 0;
     j->xf_row = dense ? cols * 4 : 0;
-    if (j->arm < 0 || j->arm >= TF_ARM_COUNT) j->arm = pick_arm(j->m);
+    if (j->arm < 0 || j->arm >= TF_ARM_COUNT) j->arm = tf_linear_rule(j->m);
     j->max_group = TF_MIN(group_of_arm[j->arm], j->ops->max_group);
     cut_units(j);
 }

@@ -152,6 +152,8 @@ TF_INLINE int64_t tf_block_offset(const tf_format_info *f, int b) {
  * act: the rows of W are gate then up, y = act(gate) * up. arm: TF_ARM_RULE or the one to use. */
 TF_EXPORT void tf_linear(const tf_matrix *w, const float *x, int m, const float *norm_w, float norm_eps, const float *bias,
                          const float *residual, int act, int arm, float *out);
+/* The arm for m rows of x where nothing was measured. */
+TF_EXPORT int tf_linear_rule(int m);
 /* out[i] = scale * row ids[i] of W, [n][cols]. Every id must be in 0..rows-1. */
 TF_EXPORT void tf_matrix_rows(const tf_matrix *w, const int64_t *ids, int n, float scale, float *out);
 
