@@ -1,8 +1,8 @@
-"""Compile the C kernels into one shared object, once per machine: the file is found again by a hash of everything that went into it.
+"""Compile the C kernels into one shared object, once per machine; found again by a hash of all that went into it.
 
-A cached file carries the hash of its own content in its name, so a damaged one is noticed and built anew. Files appear by
-rename, so any number of processes may build at once without locks. Nothing here raises for a machine without a compiler: the
-`Build` says why there is no library.
+A cached file carries the hash of its own content in its name, so a damaged one is noticed and built anew. Files
+appear by rename, so any number of processes may build at once without locks. Nothing here raises for a machine
+without a compiler: the `Build` says why there is no library.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,37 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).with_name("csrc")
-COMMON_FLAGS = [
-    "-std=gnu11",
-    "-O3",
-    "-fPIC",
-    "-pthread",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-strict-aliasing",
-    "-Wall",
-]
-VARIANTS: dict[str, dict[str, list[str]]] = {
+COMMON_FLAGS = (
+    *("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "portable": [],
-        "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mtune=haswell"],
-        "avx512": [
-            "-mavx2",
-            "-mfma",
-            "-mf16c",
-            "-mbmi2",
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512vl",
-            "-mavx512dq",
-            "-mavx512vnni",
-            "-mprefer-vector-width=512",
-            "-mtune=icelake-server",
-        ],
+        "portable": (),
+        "avx2": (*_AVX2, "-mtune=haswell"),
+        "avx512": (*_AVX512, "-mtune=icelake-server"),
     },
-    "aarch64": {"portable": [], "neon": ["-march=armv8.2-a+dotprod+fp16"]},
+    "aarch64": {"portable": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)},
 }
 COMPILE_TIMEOUT = 300  # seconds for one compiler run
 
@@ -102,8 +85,8 @@ def find_compiler() -> Compiler | None:
 
 def _identity(program: str) -> str:
     real = os.path.realpath(program)
-    stat = os.stat(real)
-    return f"{real} {stat.st_size} {stat.st_mtime_ns}"
+    info = os.stat(real)
+    return f"{real} {info.st_size} {info.st_mtime_ns}"
 
 
 def cache_folder() -> Path:
@@ -115,27 +98,49 @@ def cache_folder() -> Path:
 def build(sources: Path = SOURCES, folder: Path | None = None) -> Build:
     """The library for the C files in `sources`, from the cache in `folder` or freshly compiled."""
     start = time.perf_counter()
-    folder = folder or cache_folder()
+    folders = [folder or cache_folder(), _spare_folder()]
     compiler = find_compiler()
     content = _content_hash(sources)
     # Without a compiler any library made from these sources will do, e.g. one compiled when an image was built.
     key = f"{content}-{_hash(str(compiler), compiler.identity)}" if compiler else f"{content}-*"
-    found = _cached(folder, key)
-    if found:
-        return Build(found, str(compiler or ""), cached=True, seconds=time.perf_counter() - start)
+    for place in folders:
+        found = _cached(place, key)
+        if found:
+            return Build(found, str(compiler or ""), cached=True, seconds=time.perf_counter() - start)
     if compiler is None:
-        given = os.environ.get("CC", "").strip()
-        what = (
-            f"the C compiler named by CC ({given}) was not found"
-            if given
-            else "no C compiler was found (cc, gcc, clang)"
-        )
-        return Build(None, reason=f"{what}; install one, or `pip install ziglang`.")
+        return Build(None, reason=_no_compiler())
     try:
-        path = _store(compile_library(compiler, sources), folder, key)
+        path = _store(compile_library(compiler, sources), folders, key)
     except (BuildError, OSError) as error:
         return Build(None, str(compiler), f"the C kernels could not be compiled with {compiler}: {error}")
     return Build(path, str(compiler), seconds=time.perf_counter() - start)
+
+
+def _no_compiler() -> str:
+    given = os.environ.get("CC", "").strip()
+    what = (
+        f"the C compiler named by CC ({given}) was not found" if given else "no C compiler (cc, gcc, clang) was found"
+    )
+    return f"{what} was not found; install one, or `pip install ziglang`."
+
+
+def _spare_folder() -> Path:
+    """A folder of this user alone under the system's temporary one, for when the cache cannot be written."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"tenfold-kernels-{user}"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether nobody else can have put a file there: code is loaded from it."""
+    try:
+        info = folder.lstat()
+    except OSError:
+        return False
+    return (
+        stat.S_ISDIR(info.st_mode)
+        and not info.st_mode & 0o022
+        and (not hasattr(os, "getuid") or info.st_uid == os.getuid())
+    )
 
 
 def _hash(*parts: str | bytes) -> str:
@@ -156,6 +161,8 @@ def _content_hash(sources: Path) -> str:
 
 def _cached(folder: Path, key: str) -> Path | None:
     """A whole file of that key. Damaged ones are removed."""
+    if folder == _spare_folder() and not _is_private(folder):
+        return None
     try:
         candidates = sorted(folder.glob(f"{key}-*.so"))
     except OSError:
@@ -170,14 +177,17 @@ def _cached(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _store(library: bytes, folder: Path, key: str) -> Path:
-    """Put the library into the cache, or into a private temporary folder where the cache cannot be written."""
+def _store(library: bytes, folders: Sequence[Path], key: str) -> Path:
+    """Put the library into the first of the folders (the cache, the spare one) that can be written."""
     name = f"{key}-{_hash(library)}.so"
+    cache, spare = folders
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return _write(library, folder / name)
+        cache.mkdir(parents=True, exist_ok=True)
+        return _write(library, cache / name)
     except OSError:
-        return _write(library, Path(tempfile.mkdtemp(prefix="tenfold-kernels-")) / name)
+        spare.mkdir(mode=0o700, exist_ok=True)
+        folder = spare if _is_private(spare) else Path(tempfile.mkdtemp(prefix="tenfold-kernels-"))
+        return _write(library, folder / name)
 
 
 def _write(library: bytes, path: Path) -> Path:
@@ -194,8 +204,8 @@ def _write(library: bytes, path: Path) -> Path:
 
 
 def compile_library(compiler: Compiler, sources: Path = SOURCES) -> bytes:
-    """Compile and link. An instruction set that this compiler does not know is left out; raises BuildError when none is left."""
-    variants = dict(VARIANTS.get(machine(), {"portable": []}))
+    """Compile and link. An instruction set that this compiler does not know is left out. Raises BuildError."""
+    variants = dict(VARIANTS.get(machine(), {"portable": ()}))
     with tempfile.TemporaryDirectory(prefix="tenfold-build-") as folder:
         target = Path(folder)
         for name in list(variants)[1:]:
@@ -218,12 +228,14 @@ def _understands(compiler: Compiler, flags: Sequence[str], folder: Path) -> bool
     return True
 
 
-def _compile_objects(compiler: Compiler, variants: dict[str, list[str]], sources: Path, folder: Path) -> list[Path]:
+def _compile_objects(
+    compiler: Compiler, variants: dict[str, tuple[str, ...]], sources: Path, folder: Path
+) -> list[Path]:
     have = [f"-DTF_HAVE_{name.upper()}=1" for name in variants]
     commands, objects = [], []
     # The largest sources first: the parallel jobs then end at about the same time.
     for source in sorted(sources.glob("*.c"), key=lambda p: -p.stat().st_size):
-        versions = variants if source.stem.endswith("_simd") else {"": []}
+        versions = variants if source.stem.endswith("_simd") else {"": ()}
         for name, flags in versions.items():
             output = folder / f"{source.stem}.{name}.o"
             isa = [f"-DTF_ISA={name}"] if name else []
@@ -237,7 +249,8 @@ def _compile_objects(compiler: Compiler, variants: dict[str, list[str]], sources
 
 def _run_all(commands: Sequence[list[str]]) -> None:
     """Run commands, as many at a time as there are processors. Raises BuildError with the first complaint."""
-    waiting, running = list(commands), []
+    waiting = list(commands)
+    running: list[subprocess.Popen[bytes]] = []
     try:
         while waiting or running:
             while waiting and len(running) < max(1, os.cpu_count() or 1):

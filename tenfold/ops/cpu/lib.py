@@ -78,6 +78,10 @@ def _isas(library: CDLL) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(ISA_NAMES) if mask >> i & 1)
 
 
+def _allowed(library: CDLL) -> str:
+    return f"this machine and compiler allow: {', '.join(_isas(library))}."
+
+
 def load() -> CDLL:
     """The library, built and opened on the first call. Raises Unavailable with the reason where there is none."""
     library, result = _open()
@@ -103,7 +107,7 @@ def isas() -> tuple[str, ...]:
 
 
 def set_isa(name: str = "") -> str:
-    """Use an instruction set ("" for the best) and return its name. Matrices packed before may have another layout: for tests."""
+    """Use an instruction set ("" for the best) and return its name. Not to be called while a kernel runs."""
     library = load()
     index = library.tf_init(_isa_index(name))
     if index < 0:
@@ -173,7 +177,7 @@ def _cgroup_folders(root: Path, own: Path) -> list[Path]:
     except OSError:
         return folders
     for line in lines:
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = root / "cpu" if controllers else root

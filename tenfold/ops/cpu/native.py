@@ -1,7 +1,7 @@
-"""`Native`: the `Kernels` of the CPU, each operation one call into the compiled library with one flat struct of arguments.
+"""`Native`: the `Kernels` of the CPU. Each operation is one call into the compiled library with one struct of arguments.
 
-Activations are float32 and contiguous; keys and values may be float32, float16 or bfloat16. Ids, positions, slots and page numbers are
-the engine's own and are not checked here: they must lie in range.
+Activations are float32 and contiguous; keys and values may be float32, float16 or bfloat16. Ids, positions, slots and
+page numbers are the engine's own and are not checked here: they must lie in range.
 """
 
 from collections.abc import Sequence
@@ -84,9 +84,7 @@ class Native:
         out = torch.empty(x.shape)
         to_add = 0 if add is None else add.data_ptr()
         self._norm(
-            _NORM.pack(
-                x.data_ptr(), norm.weight.data_ptr(), to_add, out.data_ptr(), x.numel() // cols, cols, norm.eps
-            )
+            _NORM.pack(x.data_ptr(), norm.weight.data_ptr(), to_add, out.data_ptr(), x.numel() // cols, cols, norm.eps)
         )
         return out
 
@@ -182,7 +180,9 @@ class Native:
         _check(q, "q")
         if q.shape[1] != spec.heads * spec.head_dim:
             _refuse("q", q, f"[T, {spec.heads * spec.head_dim}], the heads of q")
-        if lse is not None and (lse.shape != (q.shape[0], spec.heads) or lse.dtype is not _F32 or not lse.is_contiguous()):
+        if lse is not None and (
+            lse.shape != (q.shape[0], spec.heads) or lse.dtype is not _F32 or not lse.is_contiguous()
+        ):
             _refuse("lse", lse, f"contiguous float32 [{q.shape[0]}, {spec.heads}]")
         page_size = self._pages(keys, values, spec)
         requests, table_width = page_table.shape
@@ -231,8 +231,10 @@ class Native:
     def _pages(self, keys: Tensor, values: Tensor, spec: AttentionSpec) -> int:
         """The page size, after a look at the shapes of the pages."""
         _, kv_heads, page_size, head_dim = keys.shape
-        if kv_heads != spec.kv_heads or head_dim != spec.head_dim or keys.dtype not in _TYPES or not keys.is_contiguous():
-            _refuse("keys", keys, f"contiguous [pages, {spec.kv_heads}, page size, {spec.head_dim}] float32, float16 or bfloat16")
+        if kv_heads != spec.kv_heads or head_dim != spec.head_dim:
+            _refuse("keys", keys, f"[pages, {spec.kv_heads}, page size, {spec.head_dim}]")
+        if keys.dtype not in _TYPES or not keys.is_contiguous():
+            _refuse("keys", keys, "contiguous float32, float16 or bfloat16")
         if values.dtype is not keys.dtype or values.shape != keys.shape or not values.is_contiguous():
             _refuse("values", values, f"as keys: contiguous {tuple(keys.shape)} {keys.dtype}")
         return page_size

@@ -1,5 +1,5 @@
-"""Attention over pages, and the rotary write into them, against float64 torch; and the promise that a row's bits depend on
-its own query, keys and position only."""
+"""Attention over pages, and the rotary write into them, against float64 torch; and the promise that a row's bits
+depend on its own query, keys and position only."""
 
 import math
 from dataclasses import dataclass, replace
@@ -181,14 +181,18 @@ def test_any_batch_has_the_bits_of_each_alone(data):
     lib.set_isa(data.draw(st.sampled_from(lib.isas())))
     lengths = data.draw(st.lists(st.integers(1, 400), min_size=1, max_size=5))
     queries = [data.draw(st.integers(1, min(n, 80))) for n in lengths]
-    spec = replace(SPEC, window=data.draw(st.sampled_from([0, 30, 129])), kv_heads=data.draw(st.sampled_from([1, 2, 6])))
+    spec = replace(
+        SPEC, window=data.draw(st.sampled_from([0, 30, 129])), kv_heads=data.draw(st.sampled_from([1, 2, 6]))
+    )
     pages = make_pages(lengths, spec, data.draw(st.sampled_from([5, 16])), seed=len(lengths))
     q = torch.randn(sum(queries), spec.heads * spec.head_dim)
     together = attend(native, q, pages, spec, queries, lengths)
     row = 0
     for r, n in enumerate(queries):
         alone = replace(pages, table=pages.table[r : r + 1])
-        assert torch.equal(together[row : row + n], attend(native, q[row : row + n], alone, spec, [n], lengths[r : r + 1]))
+        assert torch.equal(
+            together[row : row + n], attend(native, q[row : row + n], alone, spec, [n], lengths[r : r + 1])
+        )
         row += n
     lib.set_isa()
     lib.set_threads()
@@ -247,7 +251,22 @@ def test_a_negative_slot_is_not_written(native):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_narrowing_rounds_like_torch(isa, native, dtype):
     """Every kind of float32: subnormal, halfway, overflowing, infinite, NaN."""
-    special = [0.0, -0.0, 1e-8, 6e-8, 3e-8, 65504.0, 65519.9, 65520.0, 1e30, math.inf, -math.inf, math.nan, 1 + 2**-11, 1 + 3 * 2**-11]
+    special = [
+        0.0,
+        -0.0,
+        1e-8,
+        6e-8,
+        3e-8,
+        65504.0,
+        65519.9,
+        65520.0,
+        1e30,
+        math.inf,
+        -math.inf,
+        math.nan,
+        1 + 2**-11,
+        1 + 3 * 2**-11,
+    ]
     bits = torch.randint(-(2**31), 2**31 - 1, (4096 - len(special),)).to(torch.int32).view(torch.float32)
     v = torch.cat((torch.tensor(special), bits)).view(64, 64)
     spec = AttentionSpec(heads=1, kv_heads=1, head_dim=64, scale=1.0)
@@ -272,6 +291,6 @@ def test_wrong_inputs_are_refused(native):
         attend(native, q, pages, replace(SPEC, head_dim=16, heads=12), [1], [4])
     with pytest.raises(ValueError, match="lse"):
         attend(native, q, pages, SPEC, [1], [4], torch.empty(2, 6))
+    slots = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="qkv"):
-        slots = torch.zeros(1, dtype=torch.int32)
         native.rope_write(q, torch.zeros(1, 0), slots, slots, pages.keys, pages.values, SPEC)

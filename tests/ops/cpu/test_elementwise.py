@@ -97,7 +97,13 @@ def test_tanh_is_accurate(isa, native):
     x = torch.cat((torch.linspace(-12, 12, 200001), torch.linspace(-1e-3, 1e-3, 1001)))
     want = x.double().tanh()
     assert ((native.map(x, "tanh").double() - want).abs() <= 3e-7 * want.abs()).all()
-    assert native.map(torch.tensor([-math.inf, -90.0, 0.0, 90.0, math.inf]), "tanh").tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0]
+    assert native.map(torch.tensor([-math.inf, -90.0, 0.0, 90.0, math.inf]), "tanh").tolist() == [
+        -1.0,
+        -1.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_wrong_inputs_are_refused(native):
