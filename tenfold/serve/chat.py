@@ -44,7 +44,7 @@ async def create_chat_completion(http: Request) -> Response:
     renamed = {"logprobs": "top_logprobs"}
     if body.max_completion_tokens is not None:
         renamed["max_tokens"] = "max_completion_tokens"
-    params = checked(body.params(), body, service, renamed)
+    params = checked(body.params(service.llm.default_params(chat=True)), body, service, renamed)
     prompt = await asyncio.to_thread(_prompt, body, service)  # long texts must not hold up the other streams
     job = Job.of(new_id("chatcmpl"), body, body.payer(), [prompt], params, http)
     if body.stream:

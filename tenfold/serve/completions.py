@@ -42,7 +42,7 @@ async def create_completion(http: Request) -> Response:
     body = parse(CompletionRequest, await http.body())
     service = service_of(http)
     service.check_model(body.model)
-    params = checked(body.params(), body, service)
+    params = checked(body.params(service.llm.default_params()), body, service)
     prompts = await asyncio.to_thread(_encode_all, body, service)  # long texts must not hold up the other streams
     job = Job.of(new_id("cmpl"), body, body.payer(), prompts, params, http)
     if body.stream:
@@ -66,7 +66,9 @@ def _encode(prompt: str | list[int], service: Service) -> list[int]:
 
 @dataclass(slots=True)
 class Choice:
-    """One continuation while it grows: turns outputs into text, log-probabilities and finish reason as the request wants them."""
+    """One continuation while it grows: turns outputs into text, log-probabilities and finish reason as the request
+    wants them.
+    """
 
     index: int
     echo: str  # the prompt's text where it is to be repeated

@@ -55,6 +55,11 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
     return ApiError(400, message, param=param, code=code)
 
 
+def engine_dead() -> ApiError:
+    """A 503 that time does not heal."""
+    return ApiError(503, "The engine has stopped; restart the server. Its log says why.", code="engine_dead")
+
+
 def overloaded(message: str, retry_after: int = 1) -> ApiError:
     """A 503 that tells the client when to come back."""
     return ApiError(503, message, code="overloaded", headers={"retry-after": str(retry_after)})

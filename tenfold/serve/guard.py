@@ -1,6 +1,8 @@
-"""What every request passes before any route sees it: request id, API key, size of the body; and the last net under errors.
+"""What every request passes before any route sees it: request id, API key, size of the body; and the last net under
+errors.
 
-Plain ASGI: a middleware with a queue in between (Starlette's BaseHTTPMiddleware) would hide disconnects from the routes.
+Plain ASGI: a middleware with a queue in between (Starlette's BaseHTTPMiddleware) would hide disconnects from the
+routes.
 """
 
 import hashlib
@@ -91,7 +93,8 @@ class Guard:
         return capped
 
     def _too_large(self) -> ApiError:
-        message = f"The request body is larger than {self.max_body} bytes. Send less, or start the server with a larger --max-body."
+        way = "Send less, or start the server with a larger --max-body."
+        message = f"The request body is larger than {self.max_body} bytes. {way}"
         return ApiError(413, message, code="request_too_large", headers={"connection": "close"})
 
 

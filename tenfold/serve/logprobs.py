@@ -29,7 +29,9 @@ def _entry(token: int, logprob: float, token_bytes: Bytes) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class TextLogprobs:
-    """`choices[].logprobs` of a text completion: parallel lists. `offset` counts the whole characters of the tokens so far."""
+    """`choices[].logprobs` of a text completion: parallel lists. `offset` counts the whole characters of the tokens
+    so far.
+    """
 
     token_bytes: Bytes
     offset: int = 0

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tenfold.serve.errors import ApiError
+from tenfold.serve.errors import engine_dead
 from tenfold.serve.protocol import ModelCard, ModelList
 from tenfold.serve.reply import ERROR_RESPONSES
 from tenfold.serve.service import service_of
@@ -30,5 +30,5 @@ async def get_model(http: Request, model: str) -> Response:
 async def health(http: Request) -> Response:
     """200 while the engine lives."""
     if not service_of(http).llm.alive:
-        raise ApiError(503, "The engine has stopped; restart the server. Its log says why.", code="engine_dead")
+        raise engine_dead()
     return JSONResponse({"status": "ok"})

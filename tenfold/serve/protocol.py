@@ -1,10 +1,12 @@
 """What goes over the wire: requests as OpenAI's API has them, the common extensions, and the responses.
 
-Invariant: every request field says what becomes of it, `honoured`, `ignored` or `refused` with a reason; `docs/api.md` is checked
-against these models. A name that is not here is refused, so a misspelt field never silently does nothing.
+Invariant: every request field says what becomes of it, `honoured`, `ignored` or `refused` with a reason;
+`docs/api.md` is checked against these models. A name that is not here is refused, so a misspelt field never silently
+does nothing.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -24,7 +26,9 @@ def honoured(default: Any, help: str, **rules: Any) -> Any:
 
 
 def ignored(why: str) -> Any:
-    """A field that is accepted and changes nothing; a response names the ignored fields of its request in `x-tenfold-ignored`."""
+    """A field that is accepted and changes nothing; a response names the ignored fields of its request in
+    `x-tenfold-ignored`.
+    """
     return Field(None, description=why, json_schema_extra={"x-tenfold": "ignored"})
 
 
@@ -89,12 +93,19 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+# Fields that the engine calls by the same name.
+SAME = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "logit_bias"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "skip_special_tokens"),
+)
+
+
 class Sampling(Body):
     """The fields that chat and text completions share."""
 
     model: str = honoured(..., "a name from /v1/models, or 'default'")
     max_tokens: int | None = honoured(None, "longest answer in tokens", le=MOST)
-    temperature: float | None = honoured(None, "0 (greedy) to 100; 1 where absent")
+    temperature: float | None = honoured(None, "0 (greedy) to 100; the model's own where absent, else 1")
     top_p: float | None = honoured(
         None, "keep the most likely tokens that together have this probability; above 0, up to 1"
     )
@@ -130,28 +141,16 @@ class Sampling(Body):
         None, "extension: requests with different salts never share cached prefixes", max_length=512
     )
 
-    def sampling(self, **derived: Any) -> SamplingParams:
-        """The engine's parameters; `derived` are those whose name or meaning differs between the endpoints. Not yet checked."""
-        same = [
-            "max_tokens",
-            "temperature",
-            "top_p",
-            "n",
-            "seed",
-            "presence_penalty",
-            "frequency_penalty",
-            "logit_bias",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "min_tokens",
-            "ignore_eos",
-            "skip_special_tokens",
-        ]
-        given = {name: value for name in same if (value := getattr(self, name)) is not None}
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or ()
-        given |= {"stop": tuple(stop), "stop_token_ids": tuple(self.stop_token_ids or ())}
-        return SamplingParams(**given | {"include_stop": bool(self.include_stop_str_in_output)} | derived)
+    def sampling(self, base: SamplingParams, **derived: Any) -> SamplingParams:
+        """The engine's parameters: `base` with what was given, and `derived`, whose name or meaning differs between the
+        endpoints. Not yet checked.
+        """
+        given = {name: value for name in SAME if (value := getattr(self, name)) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given["stop"] = (*stop, *(text for text in base.stop if text not in stop))
+        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        given["include_stop"] = bool(self.include_stop_str_in_output)
+        return replace(base, **given | {name: value for name, value in derived.items() if value is not None})
 
 
 NO_TOOLS = "tool calls are not parsed yet, so a tool could never be called."
@@ -159,7 +158,9 @@ TEXT_ONLY = "the answer is text."
 
 
 class Message(BaseModel):
-    """One turn of a chat. Unknown keys are dropped: clients send back messages with whatever a server once put there."""
+    """One turn of a chat. Unknown keys are dropped: clients send back messages with whatever a server once put
+    there.
+    """
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -171,7 +172,8 @@ class Message(BaseModel):
     reasoning_content: str | None = None
 
     def plain(self, place: int) -> dict[str, Any]:
-        """The message for a chat template: text parts joined by newlines, "developer" as "system", "function" as "tool".
+        """The message for a chat template: text parts joined by newlines, "developer" as "system", "function" as
+        "tool".
 
         Raises ApiError for a part that is not text, or a message without any content."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
@@ -240,12 +242,12 @@ class ChatRequest(Sampling):
     prompt_cache_retention: Any = ignored("cached prompts stay until their memory is needed.")
     verbosity: str | None = ignored("the models served have no such control; ask for it in a message.")
 
-    def params(self) -> SamplingParams:
-        """Not yet checked. Raises ApiError for fields that contradict each other."""
+    def params(self, base: SamplingParams) -> SamplingParams:
+        """`base` with what was given. Not yet checked. Raises ApiError for fields that contradict each other."""
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return self.sampling(max_tokens=limit, logprobs=self.top_logprobs or 0 if self.logprobs else None)
+        logprobs = self.top_logprobs or 0 if self.logprobs else None
+        return self.sampling(base, max_tokens=self.max_completion_tokens, logprobs=logprobs)
 
     def template_settings(self) -> dict[str, Any]:
         """Keywords for the chat template. Raises ApiError for a variable that no template reads."""
@@ -269,7 +271,9 @@ class CompletionRequest(Sampling):
     prompt: str | list[str] | list[int] | list[list[int]] = honoured(
         ..., f"a text, a list of token ids, or up to {MAX_PROMPTS} of either"
     )
-    max_tokens: int | None = honoured(16, "longest answer in tokens; 16 where absent; 0 computes the prompt only", le=MOST)
+    max_tokens: int | None = honoured(
+        16, "longest answer in tokens; 16 where absent; 0 computes the prompt only", le=MOST
+    )
     echo: bool | None = honoured(None, "begin the answer with the prompt; with logprobs, those of the prompt too")
     logprobs: int | None = honoured(
         None, "give the log-probability of each token and of this many likeliest ones, 0 to 20"
@@ -294,11 +298,11 @@ class CompletionRequest(Sampling):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)  # type: ignore[arg-type]
 
-    def params(self) -> SamplingParams:
-        """Not yet checked. One token is made even where none is asked for: the prompt has to be computed."""
+    def params(self, base: SamplingParams) -> SamplingParams:
+        """`base` with what was given. Not yet checked. One token is made even where none is asked for: the prompt has to be computed."""
         prompt_logprobs = self.logprobs if self.echo else None
-        limit = 16 if self.max_tokens is None else self.max_tokens or 1
-        return self.sampling(max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
+        limit = 1 if self.max_tokens == 0 else None
+        return self.sampling(base, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)
 
     def payer(self) -> str:
         """Whose share of the machine the request counts against."""

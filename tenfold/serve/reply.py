@@ -1,4 +1,6 @@
-"""How an endpoint answers: whole or as events, with the headers every answer has, and an error of the engine at any point."""
+"""How an endpoint answers: whole or as events, with the headers every answer has, and an error of the engine at any
+point.
+"""
 
 import time
 import uuid
@@ -51,8 +53,8 @@ def check_prompt(ids: Any, service: Service, param: str) -> None:
         raise invalid(f"{param} is empty; give at least one token.", param)
     if len(ids) >= limit:
         message = (
-            f"{param} has {len(ids)} tokens; this server takes prompts of up to {limit - 1} tokens, since prompt and answer together "
-            f"have {limit}. Send less, or start the server with a larger --max-model-len if the model allows."
+            f"{param} has {len(ids)} tokens; this server takes prompts of up to {limit - 1} tokens, since prompt and "
+            f"answer together have {limit}. Send less, or start the server with a larger --max-model-len if the model allows."
         )
         raise invalid(message, param, "context_length_exceeded")
 
@@ -68,7 +70,9 @@ async def whole(http: Request, body: Body, work: Coroutine[Any, Any, dict[str, A
 
 
 async def events(http: Request, body: Body, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
-    """A stream of events. The first is awaited before the status is sent, so that a refusal still has its own status."""
+    """A stream of events. The first is awaited before the status is sent, so that a refusal still has its own
+    status.
+    """
     rest = _until_error(chunks)
     first = await until_disconnect(http.receive, anext(rest))  # type: ignore[arg-type]
     if isinstance(first, ApiError):

@@ -16,8 +16,9 @@ from starlette.requests import Request as HttpRequest
 import tenfold
 from tenfold.engine.core import QueueFull
 from tenfold.engine.llm import AsyncLLM
+from tenfold.engine.loop import EngineDead
 from tenfold.engine.request import FinishReason, Output, SamplingParams
-from tenfold.serve.errors import ApiError, from_value_error, overloaded
+from tenfold.serve.errors import ApiError, engine_dead, from_value_error, overloaded
 from tenfold.serve.guard import internal_error, logger
 from tenfold.serve.protocol import ModelCard, Sampling
 from tenfold.serve.settings import ServeConfig
@@ -114,6 +115,8 @@ async def answers(service: Service, job: Job, counts: Counts) -> AsyncGenerator[
 
 def translate(error: Exception, request_id: str, fields: dict[str, Any] | None = None) -> ApiError:
     """What a client is told about an exception of the engine."""
+    if isinstance(error, EngineDead):
+        return engine_dead()
     if isinstance(error, QueueFull):
         return overloaded(str(error), error.retry_after)
     if isinstance(error, ValueError):

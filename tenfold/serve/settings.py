@@ -1,4 +1,6 @@
-"""What a user can set about a server. The command line makes its flags from this dataclass as it does from `EngineConfig`."""
+"""What a user can set about a server. The command line makes its flags from this dataclass as it does from
+`EngineConfig`.
+"""
 
 import ipaddress
 from dataclasses import dataclass
@@ -29,8 +31,8 @@ class ServeConfig:
             raise ValueError("request_timeout and drain_timeout are seconds from 0.")
         if not self.api_key and not self.insecure and not is_loopback(self.host):
             raise ValueError(
-                f"host is {self.host!r}, which others can reach, and there is no API key. Set --api-key or TENFOLD_API_KEY, "
-                "listen on 127.0.0.1, or pass --insecure to let anyone use this server."
+                f"host is {self.host!r}, which others can reach, and there is no API key. Set --api-key or "
+                "TENFOLD_API_KEY, listen on 127.0.0.1, or pass --insecure to let anyone use this server."
             )
 
 

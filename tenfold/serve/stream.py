@@ -1,6 +1,7 @@
 """Server-sent events written by hand, and the watch for clients that leave.
 
-Invariant: whatever runs for a request is cancelled as soon as its client is gone, and has ended before the response does.
+Invariant: whatever runs for a request is cancelled as soon as its client is gone, and has ended before the response
+does.
 """
 
 import asyncio

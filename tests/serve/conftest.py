@@ -16,7 +16,8 @@ ANSWER = "Hä, ok."
 
 
 class FakeLLM:
-    """Answers ANSWER, byte by byte as a byte-level tokenizer would; text of choice i ends in i. What it did is in `calls`,
+    """Answers ANSWER, byte by byte as a byte-level tokenizer would; text of choice i ends in i. What it did is in
+    `calls`,
     what was left early in `cancelled`. `gate`, where set, holds every answer back after its first token."""
 
     answer = ANSWER
@@ -34,6 +35,9 @@ class FakeLLM:
         self.finish = FinishReason.STOP
         self.alive = True
         self.rendered: list[tuple[Any, dict[str, Any]]] = []
+
+    def default_params(self, chat: bool = False) -> SamplingParams:
+        return SamplingParams(top_k=50) if chat else SamplingParams(top_k=50, max_tokens=16)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -44,7 +44,20 @@ def test_openapi_describes_bodies_and_has_no_dangling_references(client):
     assert defined["ChatRequest"]["additionalProperties"] is False
 
 
-@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("", False), ("10.0.0.1", False), ("example.org", False)])
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
 def test_public_addresses_need_a_key(host, loopback):
     assert is_loopback(host) is loopback
     ServeConfig(host=host, api_key="k").check()
@@ -56,7 +69,9 @@ def test_public_addresses_need_a_key(host, loopback):
             ServeConfig(host=host).check()
 
 
-@pytest.mark.parametrize("wrong", [{"port": -1}, {"port": 70000}, {"max_body": 3}, {"request_timeout": -1.0}, {"drain_timeout": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"port": -1}, {"port": 70000}, {"max_body": 3}, {"request_timeout": -1.0}, {"drain_timeout": -1}]
+)
 def test_wrong_settings(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ServeConfig(**wrong).check()

@@ -74,9 +74,15 @@ def test_every_sampling_field_reaches_the_engine(client, llm):
     assert (call["priority"], call["user"], call["salt"], call["deadline"]) == (-5, "ann", ":s", None)
 
 
-def test_absent_and_null_fields_are_the_engines_defaults(client, llm):
+def test_absent_and_null_fields_are_the_models_defaults(client, llm):
     client.chat(temperature=None, stop=None, n=None, logit_bias=None, stream=None, max_tokens=None)
-    assert llm.calls[0]["params"] == SamplingParams()
+    assert llm.calls[0]["params"] == SamplingParams(top_k=50)
+
+
+def test_stop_strings_of_the_models_template_are_kept(client, llm, monkeypatch):
+    monkeypatch.setattr(llm, "default_params", lambda chat: SamplingParams(stop=("User:", "x")))
+    client.chat(stop=["x", "y"])
+    assert llm.calls[0]["params"].stop == ("x", "y", "User:")
 
 
 def test_messages_become_plain_text_for_the_template(client, llm):
@@ -86,7 +92,12 @@ def test_messages_become_plain_text_for_the_template(client, llm):
         {"role": "assistant", "content": None, "audio": None, "annotations": [], "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "42", "tool_call_id": "1"},
     ]
-    response = client.chat(messages=messages, chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low", add_generation_prompt=False)
+    response = client.chat(
+        messages=messages,
+        chat_template_kwargs={"enable_thinking": False},
+        reasoning_effort="low",
+        add_generation_prompt=False,
+    )
     assert response.status_code == 200
     rendered, kwargs = llm.rendered[0]
     assert rendered == [

@@ -9,7 +9,7 @@ def test_text(client, llm):
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": llm.answer, "logprobs": None, "finish_reason": "stop"}]
     assert body["usage"]["prompt_tokens"] == 2
-    assert llm.calls[0]["params"] == SamplingParams(max_tokens=16)  # OpenAI's default for this endpoint
+    assert llm.calls[0]["params"] == SamplingParams(max_tokens=16, top_k=50)  # OpenAI's default for this endpoint
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tenfold.engine.core import QueueFull
+from tenfold.engine.loop import EngineDead
 from tenfold.engine.request import FinishReason
 
 CHAT = "/v1/chat/completions"
@@ -233,6 +234,13 @@ def test_refusal_of_the_engine_is_a_400(client, llm):
     llm.fail = ValueError("The prompt is not to my taste.")
     check(client.complete(), 400, None, "invalid_value", "taste")
     check(client.complete(stream=True), 400, None, "invalid_value", "taste")
+
+
+def test_dead_engine(client, llm):
+    llm.fail = EngineDead("The engine failed: secret")
+    for stream in (False, True):
+        message = check(client.chat(stream=stream), 503, None, "engine_dead", "restart")
+        assert "secret" not in message
 
 
 def test_full_queue(client, llm):

@@ -5,7 +5,9 @@ PATHS = [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/open
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
-@pytest.mark.parametrize("header", [{}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"x-api-key": "wrong"}])
+@pytest.mark.parametrize(
+    "header", [{}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"x-api-key": "wrong"}]
+)
 def test_every_path_needs_the_key(make_client, method, path, header):
     response = make_client(header, api_key=KEY).request(method, path)
     assert response.status_code == 401
@@ -14,7 +16,9 @@ def test_every_path_needs_the_key(make_client, method, path, header):
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("header", [{"authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY}])
+@pytest.mark.parametrize(
+    "header", [{"authorization": f"Bearer {KEY}"}, {"authorization": f"bearer  {KEY}"}, {"x-api-key": KEY}]
+)
 def test_the_key_opens(make_client, header):
     client = make_client(header, api_key=KEY)
     assert client.get("/v1/models").status_code == 200

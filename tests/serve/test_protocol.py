@@ -26,7 +26,9 @@ def test_every_field_of_openais_client_is_known():
     assert set(text.CompletionCreateParamsBase.__annotations__) - {"stream"} <= set(CompletionRequest.model_fields)
 
 
-@pytest.mark.parametrize(("model", "heading"), [(ChatRequest, "## Chat completions"), (CompletionRequest, "## Completions")])
+@pytest.mark.parametrize(
+    ("model", "heading"), [(ChatRequest, "## Chat completions"), (CompletionRequest, "## Completions")]
+)
 def test_docs_list_every_field(model, heading):
     section = DOCS.read_text().split(heading + "\n")[1].split("\n## ")[0]
     documented = {name: (treatment, text) for name, treatment, text in ROW.findall(section)}

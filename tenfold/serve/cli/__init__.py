@@ -1,4 +1,5 @@
-"""The command line. Invariant: `tenfold --help` and a wrong option answer without importing PyTorch; a mistake of the user gets
+"""The command line. Invariant: `tenfold --help` and a wrong option answer without importing PyTorch; a mistake of
+the user gets
 one line on standard error and exit status 2, never a trace."""
 
 import os
@@ -11,4 +12,6 @@ def main() -> None:
     from tenfold.serve.cli.commands import app
     from tenfold.serve.cli.failures import run_reporting
 
-    sys.exit(run_reporting(app, debug="--debug" in sys.argv[1:] or os.environ.get("TENFOLD_DEBUG", "") not in ("", "0")))
+    sys.exit(
+        run_reporting(app, debug="--debug" in sys.argv[1:] or os.environ.get("TENFOLD_DEBUG", "") not in ("", "0"))
+    )

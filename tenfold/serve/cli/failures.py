@@ -1,6 +1,7 @@
 """How a command fails: what is printed and with which exit status.
 
-0 done · 1 the machine or the engine failed · 2 what was asked for cannot be · 130 Ctrl-C · 141 nobody reads the output any more.
+0 done · 1 the machine or the engine failed · 2 what was asked for cannot be · 130 Ctrl-C · 141 nobody reads the
+output any more.
 """
 
 import os

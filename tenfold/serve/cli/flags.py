@@ -1,4 +1,6 @@
-"""Command line options made from a settings dataclass: one option a field, its name in kebab case, also read from TENFOLD_<FIELD>."""
+"""Command line options made from a settings dataclass: one option a field, its name in kebab case, also read from
+TENFOLD_<FIELD>.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -19,14 +21,16 @@ def parse_size(text: str | int) -> int:
     try:
         return int(float(number.removesuffix(unit)) * UNITS[unit])
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not a size; allowed: a number of bytes, also with K, M, G or T.") from None
+        raise typer.BadParameter(
+            f"{text!r} is not a size; allowed: a number of bytes, also with K, M, G or T."
+        ) from None
 
 
-def settings(panel: str = "Engine", hide: tuple[str, ...] = (), **kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the parameter `name` of each `name=Dataclass` is filled from options, one for each field that is not in `hide`."""
+def settings(**kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the parameter `name` of each `name=Dataclass` is filled from options, one for each field."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options = {name: _options(kind, panel if i == 0 else name.title(), hide) for i, (name, kind) in enumerate(kinds.items())}
+        options = {name: _options(kind) for name, kind in kinds.items()}
 
         @wraps(function)
         def with_settings(**given: Any) -> Any:
@@ -46,8 +50,9 @@ def settings(panel: str = "Engine", hide: tuple[str, ...] = (), **kinds: type) -
     return decorate
 
 
-def _options(kind: type, panel: str, hide: tuple[str, ...]) -> dict[str, inspect.Parameter]:
-    return {f.name: _option(f, panel) for f in fields(kind) if f.name not in hide}
+def _options(kind: type) -> dict[str, inspect.Parameter]:
+    panel = kind.__name__.removesuffix("Config")
+    return {f.name: _option(f, panel) for f in fields(kind)}
 
 
 def _option(field: Field[Any], panel: str) -> inspect.Parameter:

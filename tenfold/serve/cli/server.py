@@ -1,4 +1,6 @@
-"""`tenfold serve`: the socket first (a taken port should not take a model load to be noticed), then the model, then HTTP."""
+"""`tenfold serve`: the socket first (a taken port should not take a model load to be noticed), then the model, then
+HTTP.
+"""
 
 import logging
 import signal
@@ -10,7 +12,8 @@ import uvicorn
 
 from tenfold.base.config import EngineConfig
 from tenfold.serve.app import create_app
-from tenfold.serve.cli.load import load_async
+from tenfold.engine.llm import AsyncLLM
+from tenfold.serve.cli.load import display_name, load
 from tenfold.serve.settings import ServeConfig
 
 KEEP_ALIVE = 75  # seconds; longer than the 5 s of common clients, so that they and not we end an idle connection
@@ -19,12 +22,15 @@ KEEP_ALIVE = 75  # seconds; longer than the 5 s of common clients, so that they 
 def serve(config: EngineConfig, settings: ServeConfig) -> None:
     """Serve until a signal says to stop; a second Ctrl-C does not wait for running requests."""
     settings.check()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr
+    )
     listener = bind(settings.host, settings.port)
-    llm, name = load_async(config)
+    name = settings.served_name or display_name(config.model)
+    llm = load(AsyncLLM, config)
     try:
-        app = create_app(llm, settings.served_name or name, settings)
-        server = Server(uvicorn_config(app, settings), f"{settings.served_name or name} on {address(listener)}")
+        app = create_app(llm, name, settings)
+        server = Server(uvicorn_config(app, settings), f"{name} on {address(listener)}")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _ignore)  # uvicorn raises the signal again when it is done; by then all is well
         server.run(sockets=[listener])
@@ -39,7 +45,9 @@ def _ignore(number: int, frame: Any) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound but not yet listening. Raises OSError with a sentence."""
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)

@@ -1,0 +1,69 @@
+"""`tenfold run`: one prompt, one answer. The text alone goes to standard output, so that it can be piped on."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.llm import LLM
+from tenfold.engine.request import FinishReason, SamplingParams
+from tenfold.engine.stream import RequestFailed
+from tenfold.serve.cli.load import load
+from tenfold.serve.cli.terminal import Stopwatch, safe
+
+
+def run(
+    config: EngineConfig, prompt: str | None, *, raw: bool, system: str, sampling: dict[str, Any], quiet: bool
+) -> None:
+    """Print the answer as it is made, then its times to standard error. Raises ValueError for what cannot be asked."""
+    text = read_prompt(prompt)
+    if raw and system:
+        raise ValueError("--raw continues the prompt as it stands, so there is no place for --system; leave one out.")
+    with load(LLM, config, quiet) as llm:
+        ids = llm.encode(text) if raw else llm.chat_prompt(conversation(system, text))
+        watch = answer(llm, ids, with_defaults(llm, sampling, chat=not raw))
+    if not quiet:
+        print(watch, file=sys.stderr)
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt, from standard input for "-" or where none was given."""
+    if given is None and sys.stdin.isatty():
+        raise ValueError('There is no prompt: tenfold run "Why is the sky blue?", or pipe one in.')
+    text = sys.stdin.read() if given in (None, "-") else given
+    assert text is not None
+    if not text.strip():
+        raise ValueError("The prompt is empty; give some text.")
+    return text
+
+
+def conversation(system: str, text: str) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def with_defaults(llm: LLM, sampling: dict[str, Any], chat: bool) -> SamplingParams:
+    """The model's own parameters with those of the command line. Raises ValueError for one that is out of range."""
+    base = llm.default_params(chat)
+    given = {name: value for name, value in sampling.items() if value is not None}
+    given["stop"] = (*given.get("stop", ()), *base.stop)
+    params = replace(base, **given)
+    params.check(llm.vocab_size)
+    return params
+
+
+def answer(llm: LLM, ids: list[int], params: SamplingParams, said: list[str] | None = None) -> Stopwatch:
+    """Print an answer as it comes, and gather its pieces in `said`. Raises RequestFailed when the engine cannot go on."""
+    is_terminal = sys.stdout.isatty()
+    watch = Stopwatch(len(ids))
+    with llm.stream(ids, params) as outputs:
+        for output in outputs:
+            if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+                raise RequestFailed(output.error or "The engine ended the request.")
+            watch.take(output)
+            if said is not None:
+                said.append(output.text)
+            sys.stdout.write(safe(output.text, is_terminal))
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    return watch

@@ -1,0 +1,126 @@
+"""What commands write to a terminal: progress while a model loads, model text made safe, and the line of times after
+an answer.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tenfold.engine.request import Output
+
+PATIENCE = 0.7  # seconds of loading after which a progress bar is worth its flicker
+CONTROL = dict.fromkeys(c for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
+
+
+def safe(text: str, is_terminal: bool) -> str:
+    """`text` without control characters where a terminal would obey them: model output must not move the cursor or
+    set titles.
+    """
+    return text.translate(CONTROL) if is_terminal else text
+
+
+def process_age() -> float:
+    """Seconds since this process started: what a user has waited for. 0 where the system does not tell."""
+    try:
+        start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
+@contextmanager
+def loading(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A callback `(done, total)` in bytes that draws a bar on a terminal once loading has taken a while."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    bar = Bar()
+    try:
+        yield bar.update
+    finally:
+        bar.stop()
+
+
+class Bar:
+    """A progress bar that appears late or never."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.progress = None
+
+    def update(self, done: int, total: int) -> None:
+        if self.progress is None:
+            if time.monotonic() - self.start < PATIENCE:
+                return
+            self._show(total)
+        self.progress.update(self.task, completed=done, total=total)
+
+    def _show(self, total: int) -> None:
+        # Here and not at the top: a model that loads quickly never needs it.
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task("loading", total=total)
+        self.progress.start()
+
+    def stop(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Times of one answer, from the moment it was asked for."""
+
+    prompt: int
+    start: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    cached: int = 0
+
+    def take(self, output: Output) -> None:
+        self.last = time.perf_counter()
+        if not self.tokens:
+            self.first = self.last
+            self.cached = output.cached_tokens
+        self.tokens += len(output.tokens)
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return f"prompt {self.prompt} tokens · no answer"
+        wait = self.first - self.start
+        parts = [f"first token {wait:.2f} s", f"prompt {_speed(self.prompt - self.cached, wait)}"]
+        if self.cached:
+            parts.append(f"{self.cached} cached")
+        if self.tokens > 1:
+            parts.append(
+                f"answer {self.tokens} tokens, {(self.tokens - 1) / max(1e-9, self.last - self.first):.1f} tokens/s"
+            )
+        return " · ".join(parts)
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens, {tokens / max(1e-9, seconds):.0f} tokens/s"
+
+
+def size(count: int) -> str:
+    """Bytes for people, in the units that file listings use."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1000:.0f} kB"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns. Plain, so that it reads the same in a pipe and a narrow terminal wraps instead of
+    cutting.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,0 +1,184 @@
+"""The command line as a program: quick help, options from the settings, failures a user understands."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import typer
+
+from tenfold.base.config import EngineConfig
+from tenfold.serve.cli import commands, failures
+from tenfold.serve.cli.flags import parse_size
+from tenfold.serve.cli.plan import as_flags
+from tenfold.serve.cli.terminal import Stopwatch, columns, safe, size
+from tenfold.serve.settings import ServeConfig
+
+
+def tenfold(*arguments, **kwargs):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_")} | {"COLUMNS": "200"}
+    environment |= kwargs.pop("env", {})
+    command = [sys.executable, "-m", "tenfold.serve.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **kwargs)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """`ran("serve", "--port", "1")` is what the body of the command was given."""
+    calls = []
+    monkeypatch.setattr(commands, "body", lambda name: lambda *a, **k: calls.append((name, a, k)))
+    for name in [name for name in os.environ if name.startswith("TENFOLD_")]:
+        monkeypatch.delenv(name)
+
+    def run(*arguments):
+        typer.main.get_command(commands.app).main(list(arguments), standalone_mode=False)
+        return calls.pop()
+
+    return run
+
+
+def test_help_and_usage_errors_do_not_import_heavy_modules():
+    code = (
+        "import sys\n"
+        "from tenfold.serve.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code)\n"
+        "print([m for m in ('torch', 'numpy', 'fastapi', 'uvicorn', 'tokenizers', 'jinja2') if m in sys.modules])"
+    )
+    for arguments, status in ((["--help"], "0"), (["serve", "--help"], "0"), (["run", "--nonsense"], "2")):
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        assert result.stdout.splitlines()[-2:] == [status, "[]"], result.stderr
+
+
+def test_every_command_has_a_body_and_help():
+    command = typer.main.get_command(commands.app)
+    assert set(command.commands) == set(commands.BODIES)
+    for name in command.commands:
+        assert command.commands[name].help
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "plan"])
+def test_flags_are_the_fields_of_the_settings(command):
+    parameters = {p.name: p for p in typer.main.get_command(commands.app).commands[command].params}
+    kinds = [EngineConfig, ServeConfig] if command == "serve" else [EngineConfig]
+    for field in [f for kind in kinds for f in fields(kind)]:
+        parameter = parameters[field.name]
+        assert f"--{field.name.replace('_', '-')}" in parameter.opts
+        assert parameter.default == field.default
+        assert parameter.help == field.metadata["help"]
+        assert parameter.envvar == f"TENFOLD_{field.name.upper()}"
+
+
+def test_flags_reach_the_settings(ran):
+    name, (config, server), _ = ran("serve", "x.gguf", "--max-batch", "3", "--no-prefix-cache", "--kv-memory", "2G", "--port", "9")
+    assert name == "serve"
+    assert config == EngineConfig(model="x.gguf", max_batch=3, prefix_cache=False, kv_memory=2 << 30)
+    assert server == ServeConfig(port=9)
+
+
+def test_environment_reaches_the_settings(ran, monkeypatch):
+    for name, value in {"MODEL": "y", "MAX_BATCH": "4", "PREFIX_CACHE": "0", "API_KEY": "k", "MAX_BODY": "1M"}.items():
+        monkeypatch.setenv(f"TENFOLD_{name}", value)
+    _, (config, server), _ = ran("serve", "--max-batch", "5")
+    assert config == EngineConfig(model="y", max_batch=5, prefix_cache=False)
+    assert server == ServeConfig(api_key="k", max_body=1 << 20)
+
+
+def test_run_takes_a_prompt_and_sampling(ran):
+    _, (config, prompt), rest = ran("run", "Hi", "--temperature", "0.5", "--stop", "a", "--stop", "b", "--seed", "3", "-q")
+    assert (config, prompt) == (EngineConfig(), "Hi")
+    assert rest["sampling"]["temperature"] == 0.5
+    assert rest["sampling"]["stop"] == ("a", "b")
+    assert rest["sampling"]["seed"] == 3
+    assert rest["quiet"]
+
+
+@pytest.mark.parametrize(("text", "count"), [("0", 0), ("17", 17), ("2k", 2048), ("1.5GiB", 3 << 29), ("3 MB", 3 << 20), ("1t", 1 << 40)])
+def test_sizes(text, count):
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["x", "1Q", "-", "1e999", "G"])
+def test_wrong_sizes(text):
+    with pytest.raises(typer.BadParameter, match="bytes"):
+        parse_size(text)
+
+
+def test_version():
+    result = tenfold("--version")
+    assert result.returncode == 0
+    assert result.stdout.startswith("tenfold 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], "run"),
+        (["run", "--max-tokens", "0", "x"], "--max-tokens"),
+        (["run", "--max-batch", "many", "x"], "--max-batch"),
+        (["serve", "--kv-memory", "3Q"], "--kv-memory"),
+        (["serve", "--host", "0.0.0.0"], "--api-key"),
+        (["serve", "--port", "70000"], "port is 70000"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments, words):
+    result = tenfold(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ValueError("x is 3; allowed: 4."), 2, "error: x is 3; allowed: 4.\n"),
+        (OSError("cannot listen"), 1, "error: cannot listen\n"),
+        (RuntimeError("engine"), 1, "error: engine\n"),
+        (typer.Abort(), 130, ""),
+    ],
+)
+def test_failures(capsys, error, status, said):
+    assert failures.report(error, debug=False) == status
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("error", "debug"), [(ValueError("x"), True), (KeyError("a mistake of ours"), False)])
+def test_failures_with_a_trace(error, debug):
+    with pytest.raises(type(error)):
+        failures.report(error, debug)
+
+
+def test_a_reader_that_leaves_is_no_failure_to_talk_about():
+    command = f"{sys.executable} -m tenfold.serve.cli --help | head -c 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert result.stderr == ""
+
+
+def test_settings_in_sentences_become_flags():
+    assert as_flags("Any of these: max_batch=8; kv_dtype=float16.") == "Any of these: --max-batch 8; --kv-dtype float16."
+
+
+def test_control_characters_do_not_reach_a_terminal():
+    text = "a\x1b[2Jb\x07\x9b\tc\nd"
+    assert safe(text, True) == "a[2Jb\tc\nd"
+    assert safe(text, False) == text
+
+
+def test_columns():
+    assert columns([("A", "B"), ("long", "x")]) == "A     B\nlong  x"
+
+
+def test_sizes_for_people():
+    assert [size(n) for n in (999, 98_362_432, 2 * 10**9)] == ["1 kB", "98.4 MB", "2.0 GB"]
+
+
+def test_stopwatch():
+    from tenfold.engine.request import Output
+
+    watch = Stopwatch(30, start=0.0)
+    assert "no answer" in str(watch)
+    watch.take(Output("r", 0, (1,), cached_tokens=16))
+    watch.take(Output("r", 0, (2, 3)))
+    watch.first, watch.last = 0.5, 1.5
+    assert str(watch) == "first token 0.50 s · prompt 14 tokens, 28 tokens/s · 16 cached · answer 3 tokens, 2.0 tokens/s"
