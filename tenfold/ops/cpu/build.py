@@ -118,9 +118,7 @@ def build(sources: Path = SOURCES, folder: Path | None = None) -> Build:
 
 def _no_compiler() -> str:
     given = os.environ.get("CC", "").strip()
-    what = (
-        f"the C compiler named by CC ({given}) was not found" if given else "no C compiler (cc, gcc, clang) was found"
-    )
+    what = f"the C compiler named by CC ({given})" if given else "a C compiler (cc, gcc, clang)"
     return f"{what} was not found; install one, or `pip install ziglang`."
 
 

@@ -1,4 +1,4 @@
-"""`Native`: the `Kernels` of the CPU. Each operation is one call into the compiled library with one struct of arguments.
+"""`Native`: the `Kernels` of the CPU. Each operation is one call into the compiled library with a struct of arguments.
 
 Activations are float32 and contiguous; keys and values may be float32, float16 or bfloat16. Ids, positions, slots and
 page numbers are the engine's own and are not checked here: they must lie in range.
