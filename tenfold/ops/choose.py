@@ -1,9 +1,9 @@
 """The table of choices: which implementation ("arm") of an operation runs for a shape, measured on this machine.
 
-A key says what is computed and with what (operation, shape, format, batch bucket, budget of threads or SMs); a row holds
-the time of every arm that was measured. Where nothing was measured an analytic rule of the operation's own decides. The
-table can only change speed: arms of one operation give the same result, or say in their documentation by how much they
-differ.
+A key says what is computed and with what (operation, shape, format, batch bucket, budget of threads or SMs); a row
+holds the time of every arm that was measured. Where nothing was measured an analytic rule of the operation decides.
+The table can only change speed: arms of one operation give the same result, or say in their documentation by how much
+they differ.
 
 One JSON file a device, in `folder()`. A file that is broken, of another device or of another version of the kernels is
 ignored with one line in the log, and replaced by the next measurement.
