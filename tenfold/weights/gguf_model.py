@@ -237,8 +237,8 @@ class GGUFConfig:
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number from 1; a list with one for each layer counts where all are equal."""
         value = self.get(name, default)
-        if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():
-            value = value.flat[0].item()
+        if isinstance(value, list) and value and all(layer == value[0] for layer in value):
+            value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
             raise self.fail(name, value, "a whole number from 1, the same for all layers,")
         return value
@@ -348,8 +348,8 @@ class GGUFConfig:
     def pattern(self, layers: int) -> list[bool]:
         """Which layers slide: a truth value for each, or every n-th layer does not (n is 6 in silent files)."""
         value = self.get("attention.sliding_window_pattern", 6)
-        if isinstance(value, np.ndarray) and value.shape == (layers,):
-            return [bool(slide) for slide in value]
+        if isinstance(value, list) and len(value) == layers and all(isinstance(slide, bool) for slide in value):
+            return value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.fail(
                 "attention.sliding_window_pattern", value, "a whole number from 1, or one truth value a layer,"

@@ -42,12 +42,15 @@ def text_part(config: dict[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{source} describes a {config['model_type']} model without its text_config; it is damaged."
         )
-    outer = {
+    inherited = {
         key: config[key]
-        for key in ("eos_token_id", "tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
+        for key in ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
         if key in config
     }
-    return {**outer, **text, "architectures": [TEXT_MODELS[config["model_type"]][0]], "composite": config["model_type"]}
+    # The whole model's end tokens: the text part's own default knows nothing of turns.
+    ends = {key: config[key] for key in ("eos_token_id",) if key in config}
+    names = {"architectures": [TEXT_MODELS[config["model_type"]][0]], "composite": config["model_type"]}
+    return {**inherited, **text, **ends, **names}
 
 
 def text_prefixes(config: Mapping[str, Any]) -> Mapping[str, str]:

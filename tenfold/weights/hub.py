@@ -119,7 +119,7 @@ def download(name: HubName) -> Path:
 
 
 def choose_files(name: HubName, files: list[str]) -> list[str]:
-    """What to fetch of a repository: a model folder's files, or a GGUF file with all its parts, the one to open first."""
+    """What to fetch of a repository: a model folder's files, or a GGUF file and its other parts, the first first."""
     folder = [file for file in files if FOLDER_FILE.fullmatch(file)]
     if not name.file and "config.json" in folder and any(file.endswith(".safetensors") for file in folder):
         return folder

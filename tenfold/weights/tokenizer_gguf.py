@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tenfold.weights.checkpoint import CheckpointError
@@ -108,7 +107,7 @@ class Vocabulary:
 
     def strings(self, name: str) -> list[str]:
         value = self.get(name)
-        if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
             raise self.fail(f"tokenizer.ggml.{name} is not a list of strings")
         return value
 
@@ -117,9 +116,11 @@ class Vocabulary:
         value = self.get(name)
         if value is None:
             return [default] * len(self.tokens)
-        if not isinstance(value, np.ndarray) or value.shape != (len(self.tokens),):
+        kinds = (int, float) if isinstance(default, float) else int
+        right = isinstance(value, list) and len(value) == len(self.tokens)
+        if not right or not all(isinstance(number, kinds) for number in value):
             raise self.fail(f"tokenizer.ggml.{name} does not hold one number for each of {len(self.tokens)} tokens")
-        return value.tolist()
+        return list(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
@@ -247,6 +248,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
         return ()
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = {number for number in named if isinstance(number, int) and 0 <= number < len(tokens)}
-    if isinstance(types, np.ndarray) and types.shape == (len(tokens),):
-        ends |= {int(number) for number in np.flatnonzero(types == CONTROL) if tokens[number] in END_OF_TURN}
+    if isinstance(types, list) and len(types) == len(tokens):
+        control = (number for number, kind in enumerate(types) if kind == CONTROL)
+        ends |= {number for number in control if tokens[number] in END_OF_TURN}
     return tuple(sorted(ends))

@@ -1,0 +1,172 @@
+"""Making GGUF files for tests: a writer of the container, and a converter with llama.cpp's names and layouts."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tenfold.ops.blocks import quantize
+from tenfold.ops.matrix import RawTensor
+from tenfold.weights.gguf import STORAGES
+from tenfold.weights.hf import HFCheckpoint
+
+NUMBERS = {storage: number for number, storage in STORAGES.items()}
+ARRAY_KINDS = {"uint32": 4, "int32": 5, "float32": 6, "bool": 7, "uint64": 10, "int64": 11, "float64": 12}
+
+
+def string(text: str | bytes) -> bytes:
+    data = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(data)) + data
+
+
+def typed(value: Any) -> tuple[int, bytes]:
+    """A metadata value -> (its type's number, its bytes). Whole numbers become uint32, floats float32."""
+    if isinstance(value, bool):
+        return 7, struct.pack("<B", value)
+    if isinstance(value, int):
+        return 4, struct.pack("<I", value)
+    if isinstance(value, float):
+        return 6, struct.pack("<f", value)
+    if isinstance(value, (str, bytes)):
+        return 8, string(value)
+    if isinstance(value, np.ndarray):
+        return 9, struct.pack("<IQ", ARRAY_KINDS[value.dtype.name], len(value)) + value.tobytes()
+    items = [typed(item) for item in value]
+    return 9, struct.pack("<IQ", items[0][0] if items else 8, len(items)) + b"".join(data for _, data in items)
+
+
+def gguf_bytes(
+    metadata: Mapping[str, Any], tensors: list[RawTensor], version: int = 3, alignment: int = 32, tail: int = 0
+) -> bytes:
+    """A whole file; `tail` bytes are left out at its end."""
+    out = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        kind, data = typed(value)
+        out += string(key) + struct.pack("<I", kind) + data
+    blobs, offset = [], 0
+    for raw in tensors:
+        blob = raw.data.contiguous().view(torch.uint8).numpy().tobytes()
+        shape = raw.shape[::-1]
+        out += string(raw.name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        out += struct.pack("<IQ", NUMBERS[raw.storage], offset)
+        blobs.append(blob + bytes(-len(blob) % alignment))
+        offset += len(blobs[-1])
+    whole = out + bytes(-len(out) % alignment) + b"".join(blobs)
+    return whole[: len(whole) - tail]
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: list[RawTensor], **options: Any) -> Path:
+    path.write_bytes(gguf_bytes(metadata, tensors, **options))
+    return path
+
+
+NAMES = {
+    "model.embed_tokens.": "token_embd.",
+    "model.norm.": "output_norm.",
+    "lm_head.": "output.",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "model.layers.": "blk.",
+}
+
+
+def gguf_name(name: str, arch: str) -> str:
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name.replace("post_attention_layernorm", "post_attention_norm" if arch == "gemma3" else "ffn_norm")
+
+
+def interleaved(data: torch.Tensor, heads: int) -> torch.Tensor:
+    """Half-split rows of each head as rotary pairs, what llama.cpp's converter does to Llama's queries and keys."""
+    split = data.reshape(heads, 2, data.shape[0] // heads // 2, *data.shape[1:])
+    return split.transpose(1, 2).reshape(data.shape)
+
+
+def converted(hf: HFCheckpoint, arch: str, storage: str) -> list[RawTensor]:
+    tensors = []
+    for name in hf.names():
+        raw = hf.tensor(name)
+        data = raw.data.float()
+        if arch == "llama" and "q_proj" in name:
+            data = interleaved(data, hf.config["num_attention_heads"])
+        if arch == "llama" and "k_proj" in name:
+            data = interleaved(data, hf.config["num_key_value_heads"])
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            data = data + 1
+        own = RawTensor(gguf_name(name, arch), "F32", raw.shape, data)
+        tensors.append(quantize(own, storage) if data.dim() == 2 else own)
+    return tensors
+
+
+def metadata_of(hf: HFCheckpoint, arch: str) -> dict[str, Any]:
+    config = hf.config
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    partial = config.get("partial_rotary_factor", 1.0)
+    found = {
+        "general.architecture": arch,
+        f"{arch}.context_length": config["max_position_embeddings"],
+        f"{arch}.embedding_length": config["hidden_size"],
+        f"{arch}.block_count": config["num_hidden_layers"],
+        f"{arch}.feed_forward_length": config["intermediate_size"],
+        f"{arch}.attention.head_count": config["num_attention_heads"],
+        f"{arch}.attention.head_count_kv": config["num_key_value_heads"],
+        f"{arch}.attention.key_length": head_dim,
+        f"{arch}.attention.value_length": head_dim,
+        f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{arch}.rope.freq_base": config["rope_theta"],
+        f"{arch}.rope.dimension_count": int(head_dim * partial),
+    }
+    if config.get("sliding_window"):
+        found[f"{arch}.attention.sliding_window"] = config["sliding_window"]
+    if config.get("final_logit_softcapping"):
+        found[f"{arch}.final_logit_softcapping"] = float(config["final_logit_softcapping"])
+    return found | tokenizer_metadata(hf.path)
+
+
+def tokenizer_metadata(folder: Path) -> dict[str, Any]:
+    """The byte-level tokenizer of a folder as GGUF metadata."""
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    vocab = saved["model"]["vocab"]
+    special = {token["id"] for token in saved["added_tokens"]}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": sorted(vocab, key=vocab.get),
+        "tokenizer.ggml.token_type": [3 if i in special else 1 for i in range(len(vocab))],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in saved["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
+def to_gguf(
+    folder: Path,
+    path: Path,
+    arch: str,
+    storage: str = "F32",
+    extra: Mapping[str, Any] | None = None,
+    more: list[RawTensor] | None = None,
+) -> Path:
+    """A Hugging Face folder as a GGUF file: matrices in `storage`, vectors in F32."""
+    hf = HFCheckpoint(folder)
+    metadata = {**metadata_of(hf, arch), **(extra or {})}
+    return write_gguf(path, metadata, [*converted(hf, arch, storage), *(more or [])])
