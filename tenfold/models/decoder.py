@@ -123,6 +123,7 @@ class Decoder:
             else weights.matrix("lm_head.weight", rows=[config.vocab_size], cols=config.hidden_size)
         )
         self.head = Head(kernels, head, config.logit_softcap)
+        self._replay = kernels.replay()
 
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -144,6 +145,9 @@ class Decoder:
         return self.norm(self._states(step))
 
     def _states(self, step: Step) -> Tensor:
+        return self._replay(self._run_blocks, step)
+
+    def _run_blocks(self, step: Step) -> Tensor:
         x = self.embed(step.token_ids)
         for block in self.blocks:
             x = block(x, step)

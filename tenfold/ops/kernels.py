@@ -4,9 +4,9 @@ Layers get the object when they are built and call it with tensors only; nothing
 T tokens, R requests, D features. Activations are [T, D], contiguous, in the compute type (float32 for the CPU kernels).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,11 +38,22 @@ class AttentionSpec:
     rotary_dim: int = 0
 
 
+class Replay(Protocol):
+    """See `Kernels.replay`."""
+
+    def __call__(self, forward: Callable[[Any], Tensor], step: Any, /) -> Tensor: ...
+
+
 class Kernels(Protocol):
     """A set of implementations for one device."""
 
     name: str
     reason: str  # why these kernels were picked, set by `make_kernels`
+
+    def replay(self) -> "Replay":
+        """A way to run the forwards of one model: `replay(forward, step)` is `forward(step)`, and may record the
+        operations of one step to run them again for later ones."""
+        ...
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         """One Matrix of the parts stacked by rows, in the layout these kernels want."""

@@ -5,14 +5,14 @@ whatever the compute type. Other implementations are tested against this one; it
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.ops.blocks import dequantize
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Norm, Replay
 from tenfold.ops.matrix import Matrix, RawTensor
 
 # Elements of the largest float32 temporary of one attention block: 64 MiB on a CPU, 512 MiB on a GPU.
@@ -37,6 +37,9 @@ class Oracle:
             raise ValueError(f"The compute type is {dtype}; allowed: float32, bfloat16 or float16.")
         self.device = torch.device(device)
         self.dtype = dtype
+
+    def replay(self) -> Replay:
+        return run
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         """Dense [rows, cols] on the device; a single part already there in the compute type is not copied."""
@@ -128,6 +131,10 @@ class Oracle:
             if lse is not None and sums is not None:
                 lse[rows] = sums.view(-1, spec.heads)
         return out.view(q.shape)
+
+
+def run(forward: Callable[[Any], Tensor], step: Any) -> Tensor:
+    return forward(step)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ Activations are float32 and contiguous; keys and values may be float32, float16 
 page numbers are the engine's own and are not checked here: they must lie in range.
 """
 
-from collections.abc import Sequence
-from ctypes import c_char_p
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_char_p, c_void_p, cast
 from struct import Struct
+from threading import get_ident
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from tenfold.ops.cpu import pack
 from tenfold.ops.cpu.lib import prototype, set_threads
+from tenfold.ops.cpu.replay import Recorder, Replay
 from tenfold.ops.kernels import AttentionSpec, Norm
 from tenfold.ops.matrix import Matrix, RawTensor
 
@@ -29,6 +33,7 @@ _MAP = Struct("@2Pqi")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum tf_type
 _ACTS = {None: 0, "silu": 1, "gelu_tanh": 2}
 _LONGEST_HEAD = 1024  # features; LONGEST_HEAD in csrc/elementwise_simd.c
+_OPERATIONS = ("_norm", "_gather", "_rows", "_linear", "_rope_write", "_attend", "_argmax", "_map")
 _F32 = torch.float32
 
 
@@ -41,6 +46,7 @@ class Native:
         """threads: of the process's one pool; 0 takes `lib.default_threads()`."""
         self.reason = ""
         self.threads = set_threads(threads)
+        self._recording = threading.Lock()
         self._norm = _operation("tf_norm")
         self._gather = _operation("tf_gather")
         self._rows = _operation("tf_rows")
@@ -49,6 +55,24 @@ class Native:
         self._attend = _operation("tf_attend")
         self._argmax = _operation("tf_argmax")
         self._map = _operation("tf_map")
+        self._empty: Any = torch.empty
+
+    def replay(self) -> Replay:
+        return Replay(self._recorded)
+
+    @contextmanager
+    def _recorded(self, recorder: Recorder) -> Iterator[None]:
+        """Report the calls of the recorder's thread to it, and take the memory of results from it."""
+        with self._recording:
+            usual = {name: getattr(self, name) for name in (*_OPERATIONS, "_empty")}
+            try:
+                for name in _OPERATIONS:
+                    setattr(self, name, _reporting(usual[name], recorder))
+                self._empty = _lending(recorder)
+                yield
+            finally:
+                for name, function in usual.items():
+                    setattr(self, name, function)
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         return pack.pack(parts)
@@ -57,7 +81,7 @@ class Native:
         if ids.dtype is not torch.int64 or not ids.is_contiguous():
             _refuse("ids", ids, "contiguous int64")
         rows = ids.numel()
-        out = torch.empty((rows, table.cols))
+        out = self._empty((rows, table.cols))
         if table.handle:
             self._rows(_ROWS.pack(table.handle, ids.data_ptr(), out.data_ptr(), rows, scale))
         else:
@@ -81,7 +105,7 @@ class Native:
             _refuse("x", x, f"[.., {cols}], the width of the norm")
         if add is not None:
             _check(add, "x")
-        out = torch.empty(x.shape)
+        out = self._empty(x.shape)
         to_add = 0 if add is None else add.data_ptr()
         self._norm(
             _NORM.pack(x.data_ptr(), norm.weight.data_ptr(), to_add, out.data_ptr(), x.numel() // cols, cols, norm.eps)
@@ -102,7 +126,7 @@ class Native:
         rows, cols = x.shape
         if cols != w.cols:
             _refuse("x", x, f"[T, {w.cols}], the columns of the weight")
-        out = torch.empty((rows, w.rows if act is None else w.rows // 2))
+        out = self._empty((rows, w.rows if act is None else w.rows // 2))
         if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
             _refuse("residual", residual, f"contiguous {tuple(out.shape)}, as the result")
         self._linear(
@@ -139,7 +163,7 @@ class Native:
         if width != (heads + 2 * kv_heads) * head_dim:
             _refuse("qkv", qkv, f"[T, {(heads + 2 * kv_heads) * head_dim}], the heads of q, k and v")
         page_size = self._pages(keys, values, spec)
-        out = torch.empty((tokens, heads * head_dim))
+        out = self._empty((tokens, heads * head_dim))
         self._rope_write(
             _ROPE_WRITE.pack(
                 qkv.data_ptr(),
@@ -186,7 +210,7 @@ class Native:
             _refuse("lse", lse, f"contiguous float32 [{q.shape[0]}, {spec.heads}]")
         page_size = self._pages(keys, values, spec)
         requests, table_width = page_table.shape
-        out = torch.empty(q.shape)
+        out = self._empty(q.shape)
         self._attend(
             _ATTEND.pack(
                 q.data_ptr(),
@@ -217,14 +241,14 @@ class Native:
         rows, cols = logits.shape
         if cols < 1:
             _refuse("logits", logits, "[L, V] with V at least 1")
-        out = torch.empty(rows, dtype=torch.int64)
+        out = self._empty((rows,), dtype=torch.int64)
         self._argmax(_ARGMAX.pack(logits.data_ptr(), out.data_ptr(), rows, cols))
         return out
 
     def map(self, x: Tensor, function: str) -> Tensor:
         """The "exp" or "tanh" that attention is made of, of each element."""
         _check(x, "x")
-        out = torch.empty_like(x)
+        out = self._empty(x.shape)
         self._map(_MAP.pack(x.data_ptr(), out.data_ptr(), x.numel(), ("exp", "tanh").index(function)))
         return out
 
@@ -243,6 +267,24 @@ class Native:
 def _operation(name: str) -> Any:
     """A function of the library that takes one struct. The bytes of the struct live as long as the call."""
     return prototype(name, None, c_char_p)
+
+
+def _reporting(operation: Any, recorder: Recorder) -> Callable[[bytes], None]:
+    address = cast(operation, c_void_p).value or 0
+
+    def call(args: bytes) -> None:
+        operation(args)
+        if get_ident() == recorder.thread:
+            recorder.calls.append((address, args))
+
+    return call
+
+
+def _lending(recorder: Recorder) -> Callable[..., Tensor]:
+    def empty(shape: tuple[int, ...], dtype: torch.dtype = _F32) -> Tensor:
+        return (recorder.empty if get_ident() == recorder.thread else torch.empty)(shape, dtype=dtype)
+
+    return empty
 
 
 def _check(x: Tensor, name: str) -> None:
