@@ -23,7 +23,7 @@ from tenfold.cache.store import KVStore
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec
 from tenfold.engine.opened import Opened
 from tenfold.engine.plan import Entry, StepPlan
-from tenfold.engine.request import FinishReason, Output, Request
+from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
 from tenfold.engine.runner import Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
@@ -91,12 +91,14 @@ class Engine:
         *,
         pages: int,
         eos_ids: tuple[int, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.kernels = kernels
         self.config = config
         self.text = text
         self.eos_ids = eos_ids
+        self.clock = clock
         self.device = torch.device(config.device)
         self.memory: MemoryPlan | None = None
         self.timeline: Timeline | None = None
@@ -153,9 +155,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run one token, so that first-use costs are paid before the first request. Raises what the model raises."""
-        batch = Request(id="warm-up", prompt=(0,), pool="last")
-        self.add(batch)
-        outputs = []
+        self.add(Request("warm-up", (0,), SamplingParams(max_tokens=1, temperature=0.0)))
+        outputs: list[Output] = []
         while self.has_work:
             outputs += self.step()
         if outputs[-1].error:
@@ -203,7 +204,8 @@ class Engine:
         if len(request.prompt) > longest:
             raise ValueError(
                 f"prompt is {len(request.prompt)} tokens long; allowed: up to {longest} "
-                f"(a context of {self.max_model_len} tokens, prompt and answer together). Shorten it, or start the engine with a larger max_model_len or kv_memory."
+                f"(a context of {self.max_model_len} tokens, prompt and answer together). "
+                "Shorten it, or start the engine with a larger max_model_len or kv_memory."
             )
         low, high = min(request.prompt), max(request.prompt)
         if low < 0 or high >= self.vocab_size:
@@ -273,7 +275,7 @@ class Engine:
         before).
         """
         begin = time.perf_counter()
-        for sequence in self.scheduler.expired(time.monotonic()):
+        for sequence in self.scheduler.expired(self.clock()):
             self._ready.append(self._end(sequence, FinishReason.ABORT, "Its deadline has passed."))
         outputs, self._ready = self._ready, []
         plan = self.scheduler.plan()
@@ -322,7 +324,7 @@ class Engine:
         self.scheduler.retire_step()
         for place, entry in enumerate(plan.entries):
             self._computed += entry.length
-            if not self.scheduler.retire(entry):
+            if not self.scheduler.retire(entry, computed=place not in tokens.errors):
                 continue
             try:
                 output = self._advance(entry, place, tokens)

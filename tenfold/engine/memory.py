@@ -145,6 +145,8 @@ def check_sizes(config: EngineConfig) -> None:
     ):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: a whole number from 0 (derive it).")
+    if config.max_model_len == 1:
+        raise ValueError("max_model_len is 1; allowed: 0 (derive it) or from 2, a token of prompt and one of answer.")
     if config.lookahead not in (-1, 0, 1):
         raise ValueError(f"lookahead is {config.lookahead}; allowed: 0, 1, or -1 (derive it).")
 

@@ -75,8 +75,10 @@ class Runner:
             if not pooling:
                 return self._generate(entries, entries, decodes)
             rest = tuple([e for e in entries if e.sequence.request.pool is None])
+            pooled = self._pool(entries, pooling)
+            # Last, as it changes what the next run would start from: the rows' last tokens and penalty counts.
             pending = self._generate(entries, rest, decodes) if rest else Pending(entries, self.device)
-            pending.pooled = self._pool(entries, pooling)
+            pending.pooled = pooled
             return pending
 
     def _generate(self, plan_entries: tuple[Entry, ...], entries: tuple[Entry, ...], decodes: int) -> "Pending":

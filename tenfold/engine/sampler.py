@@ -128,11 +128,10 @@ class Sampler:
         tokens = ops.argmax(logits)
         for group in plan.groups:
             tokens[group.index] = self._draw(logits, group, entries)
+        logs = None if raw is None else ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best)
         if plan.penalties and self._counts is not None:
             self._counts[plan.penalties.rows, tokens[plan.penalties.index]] += 1
-        if raw is None:
-            return Sampled(tokens)
-        return Sampled(tokens, ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best))
+        return Sampled(tokens, logs)
 
     def _edit(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry]) -> None:
         p = plan.penalties

@@ -364,9 +364,9 @@ class Scheduler:
 
     # After a step
 
-    def retire(self, entry: Entry) -> bool:
+    def retire(self, entry: Entry, computed: bool = True) -> bool:
         """Account for an entry whose step was read (its token, if any, not yet appended). False: its sequence had
-        ended, drop the result.
+        ended, drop the result. computed: whether it went well, so that its pages hold what they should.
         """
         sequence = entry.sequence
         sequence.inflight -= 1
@@ -377,6 +377,8 @@ class Scheduler:
                 self._leaving.remove(sequence)
                 self._vacate(sequence)
             return False
+        if not computed:
+            return True
         sequence.done = entry.start + entry.length
         if sequence.done // self.page_size > sequence.registered:
             self._register(sequence)

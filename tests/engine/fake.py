@@ -24,7 +24,7 @@ POISON = -1.0
 def next_token(history: Sequence[int]) -> int:
     value = 17
     for position, token in enumerate(history):
-        value = (value * 31 + token * (position + 7) + 5) % 1_000_003
+        value = (value * 48271 + token * (position + 7) * 7919 + 11) % 2147483647
     return value % VOCAB
 
 
@@ -148,9 +148,24 @@ def settings(**changes: Any) -> EngineConfig:
     return EngineConfig(**(values | changes))
 
 
-def make_engine(model: Any = None, pages: int = 64, text: Any = None, **changes: Any) -> Engine:
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_engine(
+    model: Any = None, pages: int = 64, text: Any = None, clock: Clock | None = None, **changes: Any
+) -> Engine:
+    """An engine over the fake model, its KV cache full of POISON."""
     kernels: Any = None
-    engine = Engine(model or FakeModel(), kernels, settings(**changes), text, pages=pages, eos_ids=(EOS,))
+    engine = Engine(
+        model or FakeModel(), kernels, settings(**changes), text, pages=pages, eos_ids=(EOS,), clock=clock or Clock()
+    )
     for tensor in (*engine.kv.keys, *engine.kv.values):
         tensor.fill_(POISON)
     return engine
@@ -165,6 +180,10 @@ def check_pages(engine: Engine) -> None:
         for page in pages:
             held[page] = held.get(page, 0) + 1
     pool.check(held)
+    for plan, _ in engine._inflight:
+        for entry in plan.entries:
+            assert entry.sequence.row == entry.row, "a row was given away though a step in flight uses it"
+            assert len(entry.sequence.pages) * engine.config.page_size >= entry.start + entry.length
     assert pool.free + pool.used + pool.idle == pool.total
     rows = [s.row for s in [*scheduler.decoding, *scheduler.prefilling, *scheduler._leaving]]
     assert len(set(rows)) == len(rows)
