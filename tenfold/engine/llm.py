@@ -34,6 +34,7 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Front = TypeVar("Front", bound="_Front")
 
+PATIENCE = 10.0  # seconds that the end of the program waits for a step under way
 LONG_TEXT = 4096  # characters from which a text is encoded off the event loop; shorter takes well under a millisecond
 
 
@@ -57,7 +58,7 @@ class _Front:
     ) -> None:
         asked = _config(model, config, settings)
         self._loop = EngineLoop(lambda: engine or Engine.load(asked, timeline=timeline, progress=loading))
-        self._finalizer = weakref.finalize(self, self._loop.close)
+        self._finalizer = weakref.finalize(self, self._loop.close, PATIENCE)
         loaded: Any = self._loop.engine
         self.config: EngineConfig = loaded.config
         self.text: Text = loaded.text
@@ -72,13 +73,14 @@ class _Front:
         return self._loop.alive
 
     def stats(self) -> Stats:
-        """The engine's numbers, at most a step or 0.2 s old."""
+        """The engine's numbers after its latest step."""
         stats: Stats = self._loop.stats()
         return stats
 
     def close(self) -> None:
         """Stops the engine after the step under way; open requests end with reason "abort". Idempotent."""
-        self._finalizer()
+        self._finalizer.detach()
+        self._loop.close()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""
@@ -112,9 +114,10 @@ class _Front:
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.text.encode(prompt))
-        if isinstance(prompt, (bytes, Mapping)) or not all(isinstance(t, (int, np.integer)) for t in prompt):
+        prompt = _plain(prompt)
+        if not _is_tokens(prompt):
             raise ValueError(f"prompt is a {type(prompt).__name__}; allowed: a text or a list of token ids.")
-        return tuple(int(t) for t in prompt)
+        return tuple(prompt)
 
     def _embed_requests(self, texts: str | Sequence[Prompt], pool: str) -> list[Request]:
         return [self._request(text, None, pool=pool) for text in _prompts(texts)]
@@ -142,15 +145,25 @@ def checked_params(params: Any) -> SamplingParams:
     return replace(params, stop=stop, stop_token_ids=tuple(params.stop_token_ids))
 
 
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_tokens(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(isinstance(t, int) for t in prompt)
+
+
 def _prompts(prompts: str | Sequence[Any]) -> list[Prompt]:
     """One prompt or several, as a list."""
     if isinstance(prompts, str):
         return [prompts]
+    prompts = _plain(prompts)
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Sequence):
         raise ValueError(
             f"prompts is a {type(prompts).__name__}; allowed: a text, a list of texts, or lists of token ids."
         )
-    return [prompts] if prompts and all(isinstance(p, (int, np.integer)) for p in prompts) else list(prompts)
+    return [prompts] if prompts and _is_tokens(prompts) else list(prompts)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams | None]:

@@ -9,7 +9,6 @@ Between threads goes one batch per step and receiver, not one message per token.
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +17,6 @@ from typing import Any, Protocol
 from tenfold.engine.request import FinishReason, Output, Request
 
 logger = logging.getLogger(__name__)
-
-STATS_AGE = 0.2  # seconds after which a busy loop takes the engine's numbers again
 
 Batch = list[tuple[str, Output | Exception]]
 
@@ -78,7 +75,6 @@ class EngineLoop:
         self._dead: str | None = None
         self._failure: BaseException | None = None
         self._stats: Any = None
-        self._stats_time = 0.0
         self._loaded = threading.Event()
         self.engine: Engine | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -98,7 +94,7 @@ class EngineLoop:
         return len(self._open)
 
     def stats(self) -> Any:
-        """The engine's numbers, at most a step or `STATS_AGE` old."""
+        """The engine's numbers after its latest step."""
         return self._stats
 
     def submit(self, request: Request, receiver: Receiver) -> None:
@@ -112,13 +108,15 @@ class EngineLoop:
         with suppress(EngineDead):  # then it has ended already
             self._post(lambda engine: self._end(engine, id))
 
-    def close(self) -> None:
-        """Ends the loop after the step under way; open requests end with reason "abort". Idempotent."""
+    def close(self, patience: float | None = None) -> None:
+        """Ends the loop after the step under way, for which it waits `patience` seconds (None: as long as it takes);
+        open requests end with reason "abort". Idempotent.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:  # the garbage collector may call this on any thread
-            self._thread.join()
+            self._thread.join(patience)
 
     def _post(self, command: Callable[[Engine], None]) -> None:
         with self._changed:
@@ -147,7 +145,9 @@ class EngineLoop:
                 while self._commands:
                     self._commands.popleft()(engine)
                 if engine.has_work:
-                    self._deliver(engine, engine.step())
+                    outputs = engine.step()
+                    self._stats = engine.stats()  # first, so that who has an output sees numbers that include it
+                    self._deliver(engine, outputs)
             self._end_all(FinishReason.ABORT, "The engine was closed.")
             close = getattr(engine, "close", None)
             if close is not None:
@@ -159,14 +159,9 @@ class EngineLoop:
 
     def _wait_for_work(self, engine: Engine) -> bool:
         """Returns at once while there is work; False when the loop is to end."""
-        if engine.has_work:
-            now = time.monotonic()
-            if now - self._stats_time > STATS_AGE:
-                self._stats, self._stats_time = engine.stats(), now
-            return not self._closing
-        self._stats, self._stats_time = engine.stats(), time.monotonic()
-        with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._closing)
+        if not engine.has_work:
+            with self._changed:
+                self._changed.wait_for(lambda: self._commands or self._closing)
         return not self._closing
 
     def _add(self, engine: Engine, request: Request, receiver: Receiver) -> None:

@@ -17,7 +17,11 @@ WORDS = ["Hello", " world", " stop", "END", "\n\n", "naïve", "日本", "👩‍
 
 def make_text(tokenizer: Tokenizer, template: str | None = None) -> Text:
     checkpoint = SimpleNamespace(
-        path=Path("none"), tokenizer=lambda: tokenizer, special={"eos_token": "<|end|>"}, eos_ids=(0,), chat_template=template
+        path=Path("none"),
+        tokenizer=lambda: tokenizer,
+        special={"eos_token": "<|end|>"},
+        eos_ids=(0,),
+        chat_template=template,
     )
     return Text(checkpoint)
 
