@@ -295,11 +295,13 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
     def params(self, base: SamplingParams) -> SamplingParams:
-        """`base` with what was given. Not yet checked. One token is made even where none is asked for: the prompt has to be computed."""
+        """`base` with what was given. Not yet checked. One token is made even where none is asked for, since the prompt
+        has to be computed.
+        """
         prompt_logprobs = self.logprobs if self.echo else None
         limit = 1 if self.max_tokens == 0 else None
         return self.sampling(base, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs)

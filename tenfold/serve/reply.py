@@ -54,7 +54,7 @@ def check_prompt(ids: Any, service: Service, param: str) -> None:
     if len(ids) >= limit:
         message = (
             f"{param} has {len(ids)} tokens; this server takes prompts of up to {limit - 1} tokens, since prompt and "
-            f"answer together have {limit}. Send less, or start the server with a larger --max-model-len if the model allows."
+            f"answer together have {limit}. Send less, or start the server with a larger --max-model-len."
         )
         raise invalid(message, param, "context_length_exceeded")
 
@@ -74,7 +74,7 @@ async def events(http: Request, body: Body, chunks: AsyncGenerator[dict[str, Any
     status.
     """
     rest = _until_error(chunks)
-    first = await until_disconnect(http.receive, anext(rest))  # type: ignore[arg-type]
+    first = await until_disconnect(http.receive, anext(rest))
     if isinstance(first, ApiError):
         raise first
     return EventStream(first, _bytes(rest), ignored_header(body))

@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from tenfold.base.config import EngineConfig
+from tenfold.engine.request import Output
 from tenfold.serve.cli import commands, failures
 from tenfold.serve.cli.flags import parse_size
 from tenfold.serve.cli.plan import as_flags
@@ -70,7 +71,9 @@ def test_flags_are_the_fields_of_the_settings(command):
 
 
 def test_flags_reach_the_settings(ran):
-    name, (config, server), _ = ran("serve", "x.gguf", "--max-batch", "3", "--no-prefix-cache", "--kv-memory", "2G", "--port", "9")
+    name, (config, server), _ = ran(
+        "serve", "x.gguf", "--max-batch", "3", "--no-prefix-cache", "--kv-memory", "2G", "--port", "9"
+    )
     assert name == "serve"
     assert config == EngineConfig(model="x.gguf", max_batch=3, prefix_cache=False, kv_memory=2 << 30)
     assert server == ServeConfig(port=9)
@@ -85,7 +88,9 @@ def test_environment_reaches_the_settings(ran, monkeypatch):
 
 
 def test_run_takes_a_prompt_and_sampling(ran):
-    _, (config, prompt), rest = ran("run", "Hi", "--temperature", "0.5", "--stop", "a", "--stop", "b", "--seed", "3", "-q")
+    _, (config, prompt), rest = ran(
+        "run", "Hi", "--temperature", "0.5", "--stop", "a", "--stop", "b", "--seed", "3", "-q"
+    )
     assert (config, prompt) == (EngineConfig(), "Hi")
     assert rest["sampling"]["temperature"] == 0.5
     assert rest["sampling"]["stop"] == ("a", "b")
@@ -93,7 +98,9 @@ def test_run_takes_a_prompt_and_sampling(ran):
     assert rest["quiet"]
 
 
-@pytest.mark.parametrize(("text", "count"), [("0", 0), ("17", 17), ("2k", 2048), ("1.5GiB", 3 << 29), ("3 MB", 3 << 20), ("1t", 1 << 40)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("0", 0), ("17", 17), ("2k", 2048), ("1.5GiB", 3 << 29), ("3 MB", 3 << 20), ("1t", 1 << 40)]
+)
 def test_sizes(text, count):
     assert parse_size(text) == count
 
@@ -156,7 +163,9 @@ def test_a_reader_that_leaves_is_no_failure_to_talk_about():
 
 
 def test_settings_in_sentences_become_flags():
-    assert as_flags("Any of these: max_batch=8; kv_dtype=float16.") == "Any of these: --max-batch 8; --kv-dtype float16."
+    assert (
+        as_flags("Any of these: max_batch=8; kv_dtype=float16.") == "Any of these: --max-batch 8; --kv-dtype float16."
+    )
 
 
 def test_control_characters_do_not_reach_a_terminal():
@@ -174,11 +183,11 @@ def test_sizes_for_people():
 
 
 def test_stopwatch():
-    from tenfold.engine.request import Output
-
     watch = Stopwatch(30, start=0.0)
     assert "no answer" in str(watch)
     watch.take(Output("r", 0, (1,), cached_tokens=16))
     watch.take(Output("r", 0, (2, 3)))
     watch.first, watch.last = 0.5, 1.5
-    assert str(watch) == "first token 0.50 s · prompt 14 tokens, 28 tokens/s · 16 cached · answer 3 tokens, 2.0 tokens/s"
+    assert (
+        str(watch) == "first token 0.50 s · prompt 14 tokens, 28 tokens/s · 16 cached · answer 3 tokens, 2.0 tokens/s"
+    )

@@ -1,4 +1,4 @@
-"""`tenfold chat`: a conversation in the terminal. Ctrl-C stops an answer, never the program; what was said of it stays said."""
+"""`tenfold chat`: a conversation in the terminal. Ctrl-C stops an answer, never the program."""
 
 import sys
 from contextlib import suppress
@@ -102,7 +102,7 @@ def reply(llm: LLM, params: SamplingParams, talk: Conversation, line: str, quiet
 
 
 def prompt_that_fits(llm: LLM, talk: Conversation) -> list[int]:
-    """Token ids of the conversation; its oldest turns are forgotten where it has outgrown three quarters of the context."""
+    """Token ids of the conversation. Beyond three quarters of the context its oldest turns are forgotten."""
     ids = llm.chat_prompt(talk.messages())
     while len(ids) > llm.max_model_len * 3 // 4 and talk.drop_oldest():
         print("(the oldest turn is forgotten: the context is full)", file=sys.stderr)

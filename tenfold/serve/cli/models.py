@@ -15,7 +15,7 @@ def models(as_json: bool) -> None:
         print(json.dumps([asdict(model) | {"path": str(model.path)} for model in found], indent=2))
         return
     if not found:
-        print(f"no models on this machine; put .gguf files or model folders into {models_folder()}, or name one of the hub")
+        print(f"no models here; put .gguf files or model folders into {models_folder()}, or name one of the hub")
         return
     rows = [(m.name, m.family, m.quantisation, size(m.bytes), str(m.path)) for m in found]
     print(columns([("NAME", "FAMILY", "WEIGHTS", "SIZE", "PATH"), *rows]))

@@ -53,7 +53,7 @@ def with_defaults(llm: LLM, sampling: dict[str, Any], chat: bool) -> SamplingPar
 
 
 def answer(llm: LLM, ids: list[int], params: SamplingParams, said: list[str] | None = None) -> Stopwatch:
-    """Print an answer as it comes, and gather its pieces in `said`. Raises RequestFailed when the engine cannot go on."""
+    """Print an answer as it comes, its pieces also into `said`. Raises RequestFailed when the engine cannot go on."""
     is_terminal = sys.stdout.isatty()
     watch = Stopwatch(len(ids))
     with llm.stream(ids, params) as outputs:

@@ -11,8 +11,8 @@ from typing import Any
 import uvicorn
 
 from tenfold.base.config import EngineConfig
-from tenfold.serve.app import create_app
 from tenfold.engine.llm import AsyncLLM
+from tenfold.serve.app import create_app
 from tenfold.serve.cli.load import display_name, load
 from tenfold.serve.settings import ServeConfig
 
@@ -44,14 +44,16 @@ def _ignore(number: int, frame: Any) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound but not yet listening. Raises OSError with a sentence."""
+    listener = None
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, where = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = error.strerror or error
         raise OSError(f"cannot listen on {host} port {port}: {reason}. Choose another with --host or --port.") from None
     return listener

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tenfold.engine.request import Output
 
@@ -34,7 +35,7 @@ def process_age() -> float:
 
 @contextmanager
 def loading(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A callback `(done, total)` in bytes that draws a bar on a terminal once loading has taken a while."""
+    """A callback `(done, total)` that draws a bar on a terminal once loading has taken a while."""
     if quiet or not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -50,21 +51,20 @@ class Bar:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
-        self.progress = None
+        self.progress: Any = None
 
     def update(self, done: int, total: int) -> None:
-        if self.progress is None:
-            if time.monotonic() - self.start < PATIENCE:
-                return
+        if self.progress is None and time.monotonic() - self.start > PATIENCE:
             self._show(total)
-        self.progress.update(self.task, completed=done, total=total)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, total=total)
 
     def _show(self, total: int) -> None:
         # Here and not at the top: a model that loads quickly never needs it.
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
+        columns = TextColumn("loading"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
         self.task = self.progress.add_task("loading", total=total)
         self.progress.start()

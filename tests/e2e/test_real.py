@@ -1,0 +1,99 @@
+"""SmolLM2 as users meet it: the answer of `tenfold run`, a server under several clients, and Ctrl-C in a chat."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from tests.e2e.conftest import command, environment
+
+pytestmark = pytest.mark.real_model
+QUESTION = "What is 2 + 2? Answer with one number."
+PATIENCE = 60  # seconds
+
+
+def test_run(tenfold, smollm2):
+    result = tenfold("run", "--model", str(smollm2), "--max-tokens", "40", "--raw", "The capital of France is")
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+
+
+def test_serve(serve, smollm2):
+    with serve("--model", str(smollm2), "--max-model-len", "512") as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+
+            def ask(question, **fields):
+                messages = [{"role": "user", "content": question}]
+                given = {"model": "default", "messages": messages, "max_tokens": 24, "temperature": 0} | fields
+                return client.chat.completions.create(**given)
+
+            whole = ask(QUESTION).choices[0].message.content
+            streamed = "".join(e.choices[0].delta.content or "" for e in ask(QUESTION, stream=True))
+            assert streamed == whole
+            completion = client.completions.create(
+                model="default", prompt="1, 2, 3, 4, 5,", max_tokens=4, temperature=0
+            )
+            assert completion.choices[0].text.startswith(" 6")
+            questions = [f"What is {i} + {i}?" for i in range(6)]
+            with ThreadPoolExecutor(len(questions)) as pool:
+                answers = list(pool.map(ask, questions))
+            assert all(a.choices[0].message.content for a in answers)
+        assert server.stop() == 0
+
+
+class Terminal:
+    """A program that believes to be in a terminal."""
+
+    def __init__(self, *arguments):
+        self.fd, theirs = pty.openpty()
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        self.process = subprocess.Popen(command(*arguments), env=environment(), start_new_session=True, **streams)
+        os.close(theirs)
+        self.unread = b""
+
+    def until(self, text):
+        end = time.monotonic() + PATIENCE
+        while text not in self.unread:
+            assert time.monotonic() < end, self.unread
+            if select.select([self.fd], [], [], 0.1)[0]:
+                self.unread += os.read(self.fd, 4096)
+        seen, _, self.unread = self.unread.partition(text)
+        return seen
+
+    def type(self, text):
+        os.write(self.fd, text)
+
+    def interrupt(self):
+        """What Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(smollm2):
+    terminal = Terminal("chat", str(smollm2), "--max-tokens", "4000", "--temperature", "1.5")
+    try:
+        terminal.until(b"> ")
+        terminal.interrupt()
+        terminal.type(b"\n")  # in case the signal came before input() waited for keys, which then does not see it
+        terminal.until(b"Ctrl-D to leave")
+        terminal.until(b"> ")
+        terminal.type(b"Write a very long story about a dragon.\n")
+        terminal.until(b"story about a dragon.\r\n")
+        terminal.until(b" ")  # the answer has begun
+        terminal.interrupt()
+        terminal.until(b"(stopped)")
+        terminal.until(b"> ")
+        terminal.type(b"/exit\n")
+        assert terminal.process.wait(PATIENCE) == 0
+    finally:
+        terminal.close()
