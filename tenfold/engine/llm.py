@@ -114,10 +114,10 @@ class _Front:
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.text.encode(prompt))
-        prompt = _plain(prompt)
-        if not _is_tokens(prompt):
+        ids = _plain(prompt)
+        if not _is_tokens(ids):
             raise ValueError(f"prompt is a {type(prompt).__name__}; allowed: a text or a list of token ids.")
-        return tuple(prompt)
+        return tuple(ids)
 
     def _embed_requests(self, texts: str | Sequence[Prompt], pool: str) -> list[Request]:
         return [self._request(text, None, pool=pool) for text in _prompts(texts)]

@@ -203,7 +203,7 @@ def test_bad_requests_are_refused_and_leave_nothing_behind(llm, prompts, params,
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="max_bach is not a setting of the engine; allowed: .*max_batch"):
+    with pytest.raises(ValueError, match=r"max_bach is not a setting of the engine; allowed: .*max_batch"):
         LLM(max_bach=3)
     with pytest.raises(ValueError, match="either config or single settings"):
         LLM(config=EngineConfig(), max_batch=3)
