@@ -261,7 +261,7 @@ def test_what_can_never_run_is_refused(request_: Request, message: str) -> None:
 
 
 def test_a_prompt_larger_than_the_kv_cache_is_refused() -> None:
-    with pytest.raises(ValueError, match="allowed: up to 11 .*kv_memory"):
+    with pytest.raises(ValueError, match=r"allowed: up to 11 .*kv_memory"):
         make_engine(pages=3).add(ask(prompt=(1,) * 12))
 
 
@@ -278,7 +278,7 @@ def test_a_full_queue_says_when_to_try_again() -> None:
     engine = make_engine(max_batch=1, max_queue=2)
     for i in range(3):
         engine.add(ask(str(i)))
-    with pytest.raises(QueueFull, match="3 requests wait, 2 may. Try again in 1 s") as caught:
+    with pytest.raises(QueueFull, match=r"3 requests wait, 2 may\. Try again in 1 s") as caught:
         engine.add(ask("late"))
     assert caught.value.retry_after == 1
     engine.step()

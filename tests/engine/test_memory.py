@@ -1,0 +1,252 @@
+"""The plan of memory: what is counted, what is derived, and that each advice of a refusal works."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.memory import (
+    CPU_KV_LIMIT,
+    GIB,
+    DoesNotFit,
+    MemoryPlan,
+    _cgroup,
+    fill,
+    free_memory,
+    plan_memory,
+    resolve,
+    size,
+    weight_bytes,
+)
+from tenfold.models.table import model_config
+from tenfold.ops.matrix import RawTensor
+
+CPU = torch.device("cpu")
+LLAMA_8B = model_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+)
+SMALL = replace(LLAMA_8B, vocab_size=49152, hidden_size=576, intermediate_size=1536, layers=30, heads=9, kv_heads=3)
+SMALL = replace(SMALL, head_dim=64, max_positions=8192)
+
+
+def settle(**values: Any) -> EngineConfig:
+    return resolve(EngineConfig(**values), CPU, "native", quantised=True)
+
+
+def gpu(**values: Any) -> EngineConfig:
+    return resolve(EngineConfig(**values), torch.device("cuda"), "torch", quantised=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "kernels", "quantised", "expected"),
+    [
+        ({}, "native", True, ("float32", "float16")),
+        ({}, "native", False, ("float32", "float32")),
+        ({"dtype": "float32"}, "native", True, ("float32", "float32")),
+        ({}, "torch", True, ("float32", "float32")),
+        ({"dtype": "bfloat16"}, "torch", False, ("bfloat16", "bfloat16")),
+        ({"kv_dtype": "float16"}, "torch", False, ("float32", "float16")),
+    ],
+)
+def test_types_follow_the_kernels(
+    config: dict[str, str], kernels: str, quantised: bool, expected: tuple[str, str]
+) -> None:
+    got = resolve(EngineConfig(**config), CPU, kernels, quantised)
+    assert (got.dtype, got.kv_dtype) == expected
+
+
+def test_sizes_follow_the_device_unless_they_are_given() -> None:
+    assert (settle().max_batch, settle().max_step_tokens, settle().lookahead) == (64, 512, 0)
+    assert (gpu().max_batch, gpu().max_step_tokens, gpu().lookahead, gpu().dtype) == (256, 8192, 1, "bfloat16")
+    assert settle(max_batch=3, max_step_tokens=5, lookahead=1).max_batch == 3
+    assert settle(lookahead=1).lookahead == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"page_size": 0}, "page_size is 0; allowed: 1 to 1024"),
+        ({"max_batch": -1}, "max_batch is -1"),
+        ({"max_model_len": -5}, "max_model_len is -5"),
+        ({"max_model_len": 1}, "max_model_len is 1"),
+        ({"lookahead": 2}, "lookahead is 2; allowed: 0, 1"),
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed: auto, float32"),
+        ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settle(**values)
+
+
+def test_a_small_model_on_a_cpu_stays_modest() -> None:
+    plan = plan_memory(SMALL, 100 << 20, settle(), 16 * GIB)
+    assert plan.fits
+    assert plan.bytes_per_token == 2 * 30 * 3 * 64 * 2
+    assert plan.kv <= CPU_KV_LIMIT
+    assert plan.max_model_len == 8192
+    assert plan.total == plan.weights + plan.kv + plan.workspace
+
+
+def test_a_cpu_gives_a_quarter_of_what_is_free() -> None:
+    plan = plan_memory(SMALL, 100 << 20, settle(), 2 * GIB)
+    assert plan.fits
+    assert GIB // 2 - plan.bytes_per_token * 16 < plan.kv <= GIB // 2
+
+
+def test_no_more_is_taken_than_can_be_used() -> None:
+    plan = plan_memory(SMALL, 100 << 20, settle(max_batch=2, max_model_len=100), 16 * GIB)
+    assert plan.tokens <= 2 * (100 + 16)
+    assert plan.max_model_len == 100
+
+
+def test_a_context_asked_for_is_given_beyond_the_usual_share() -> None:
+    plan = plan_memory(LLAMA_8B, 5 * GIB, settle(max_model_len=65536), 16 * GIB)
+    assert plan.fits
+    assert plan.tokens >= 65536
+    assert plan.kv > CPU_KV_LIMIT
+
+
+def test_a_context_not_asked_for_is_what_memory_holds() -> None:
+    plan = plan_memory(LLAMA_8B, 5 * GIB, settle(), 16 * GIB)
+    assert plan.fits
+    assert plan.max_model_len == plan.tokens == CPU_KV_LIMIT // (2 * 32 * 8 * 128 * 2)
+
+
+def test_a_gpu_gives_what_is_left() -> None:
+    plan = plan_memory(LLAMA_8B, 16 * GIB, gpu(), 80 * GIB)
+    assert plan.fits
+    assert 0.85 * 80 * GIB < plan.total <= 0.9 * 80 * GIB
+    assert plan.max_model_len == 131072
+
+
+def test_kv_memory_is_kept_to() -> None:
+    plan = plan_memory(SMALL, 100 << 20, settle(kv_memory=1 << 28), 16 * GIB)
+    assert (1 << 28) - 16 * plan.bytes_per_token < plan.kv <= 1 << 28
+
+
+def test_a_plan_that_fits_says_so_and_can_be_printed() -> None:
+    plan = plan_memory(SMALL, 100 << 20, settle(), 16 * GIB)
+    plan.require()
+    assert "weights    100.00 MiB" in str(plan)
+    assert f"{plan.tokens} tokens in {plan.pages} pages of 16, 22.50 KiB a token in float16" in str(plan)
+    assert "not fit" not in str(plan)
+    config = fill(settle(), plan)
+    assert (config.max_model_len, config.kv_memory) == (8192, plan.kv)
+    again = plan_memory(SMALL, 100 << 20, config, 16 * GIB)
+    assert (again.pages, again.fits) == (plan.pages, True)
+
+
+def apply(config: EngineConfig, weights: int, change: str) -> tuple[EngineConfig, int]:
+    name, _, value = change.split(" ")[0].partition("=")
+    if name == "weights":
+        return config, weights // 2 if config.dtype == "bfloat16" else weights // 4 + (weights >> 6)
+    return replace(config, **{name: value if name == "kv_dtype" else int(value)}), weights
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "config", "free", "expected"),
+    [
+        (LLAMA_8B, 5 * GIB, settle(max_model_len=131072), 16 * GIB, {"max_model_len"}),
+        (LLAMA_8B, 5 * GIB, settle(max_model_len=65536, kv_dtype="float32"), 16 * GIB, {"kv_dtype", "max_model_len"}),
+        (SMALL, 540 << 20, settle(weights="dense"), 500 << 20, {"weights"}),
+        (SMALL, 100 << 20, settle(max_batch=1024, max_step_tokens=2048), GIB, {"max_batch", "max_step_tokens"}),
+        (LLAMA_8B, 16 * GIB, gpu(), 16 * GIB, {"weights"}),
+    ],
+)
+def test_each_change_a_refusal_names_makes_it_fit(
+    model: Any, weights: int, config: EngineConfig, free: int, expected: set[str]
+) -> None:
+    plan = plan_memory(model, weights, config, free)
+    assert not plan.fits
+    with pytest.raises(DoesNotFit, match="Any one of these would make it fit"):
+        plan.require()
+    settings = [c for c in plan.changes if "GGUF" not in c]
+    assert expected <= {c.partition("=")[0] for c in settings}
+    for change in settings:
+        changed, lighter = apply(config, weights, change)
+        assert plan_memory(model, lighter, changed, free).fits, change
+        assert change in str(plan)
+
+
+def test_a_model_far_too_large_is_refused_without_false_hope() -> None:
+    plan = plan_memory(LLAMA_8B, 16 * GIB, settle(), GIB)
+    assert not plan.fits
+    assert plan.changes == ()
+    with pytest.raises(DoesNotFit, match="Use a smaller model"):
+        plan.require()
+
+
+class Files:
+    """A checkpoint of two matrices and a vector."""
+
+    def __init__(self, storage: str) -> None:
+        quantised = storage not in ("F16", "F32")
+        data = torch.zeros(64, 40, dtype=torch.uint8) if quantised else torch.zeros(64, 64, dtype=torch.float16)
+        self.tensors = {
+            "a": RawTensor("a", storage, (64, 64), data),
+            "b": RawTensor("b", "F16", (10, 64), torch.zeros(10, 64, dtype=torch.float16)),
+            "norm": RawTensor("norm", "F32", (64,), torch.zeros(64)),
+        }
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def tensor(self, name: str) -> RawTensor:
+        return self.tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("storage", "mode", "kernels", "expected", "quantised"),
+    [
+        ("Q4_1", "auto", "native", 64 * 40 + 640 * 4 + 256, True),
+        ("Q4_1", "dense", "native", (4096 + 640 + 64) * 4, False),
+        ("Q4_1", "auto", "torch", (4096 + 640 + 64) * 4, False),
+        ("F16", "auto", "native", (4096 + 640 + 64) * 4, False),
+        ("F16", "q8_0", "native", 4096 * 34 // 32 + 640 * 34 // 32 + 256, True),
+    ],
+)
+def test_weights_are_counted_as_they_will_be_loaded(
+    storage: str, mode: str, kernels: str, expected: int, quantised: bool
+) -> None:
+    checkpoint: Any = Files(storage)
+    assert weight_bytes(checkpoint, mode, torch.float32, kernels) == (expected, quantised)
+
+
+def test_free_memory_is_something() -> None:
+    assert 1 << 20 < free_memory(CPU) < 1 << 50
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 500\n")
+    assert _cgroup(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _cgroup(tmp_path) is None
+    assert _cgroup(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 << 29, "1.50 GiB"), (5 << 20, "5.00 MiB")]
+)
+def test_bytes_are_said_in_binary_units(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_a_plan_is_frozen() -> None:
+    plan = plan_memory(SMALL, 1 << 20, settle(), 16 * GIB)
+    with pytest.raises(AttributeError):
+        plan.pages = 1  # type: ignore[misc]
+    assert isinstance(plan, MemoryPlan)

@@ -1,0 +1,177 @@
+"""The sampler in the engine: what each parameter does to an answer, alone and next to other requests."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.nn.step import Step
+from tests.engine.fake import EOS, VOCAB, FakeModel, answers, drain, make_engine, next_token
+
+
+class Fixed(FakeModel):
+    """The same logits at every place, or logits made from the history."""
+
+    def __init__(self, logits: Tensor | None = None) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, step: Step) -> Tensor:
+        histories = self._run(step)
+        return torch.stack([self.row(histories[i]) for i in step.logits_rows.tolist()])
+
+    def row(self, history: list[int]) -> Tensor:
+        if self.logits is not None:
+            return self.logits
+        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(next_token(history))) * 2
+
+
+def peaks(*tokens: int) -> Tensor:
+    """Logits that fall from the first token named to the last, 1 a step, others far below."""
+    logits = torch.full((VOCAB,), -20.0)
+    for i, token in enumerate(tokens):
+        logits[token] = 5.0 - i
+    return logits
+
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+PROMPT = (40, 41, 42)
+
+
+def generate(params: SamplingParams, model: Any = None, prompt: tuple[int, ...] = PROMPT, **sizes: Any) -> list[int]:
+    engine = make_engine(model or Fixed(), **sizes)
+    engine.add(Request("r", prompt, params))
+    return answers(drain(engine))["r", 0]
+
+
+KINDS = [
+    PARAMS,
+    replace(PARAMS, temperature=0.9, seed=1),
+    replace(PARAMS, temperature=1.5, seed=2, top_k=7),
+    replace(PARAMS, temperature=0.8, seed=3, top_p=0.8, min_p=0.01),
+    replace(PARAMS, temperature=0.0, repetition_penalty=1.7, frequency_penalty=0.3),
+    replace(PARAMS, temperature=1.0, seed=4, presence_penalty=1.1, logit_bias={5: 4.0, 6: -100.0}),
+    replace(PARAMS, temperature=1.0, seed=5, logprobs=3, stop_token_ids=(9, 10), min_tokens=4),
+    replace(PARAMS, temperature=2.0, seed=6, top_p=0.9999),
+]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("pages", [64, 9])
+def test_every_kind_of_request_answers_as_it_does_alone(lookahead: int, pages: int) -> None:
+    """Together in changing batches, in chunks, preempted, one step ahead."""
+    alone = [generate(p) for p in KINDS]
+    engine = make_engine(Fixed(), pages, lookahead=lookahead, max_batch=6, max_step_tokens=7)
+    outputs = []
+    for i, params in enumerate(KINDS * 2):
+        engine.add(Request(str(i), PROMPT, params))
+        outputs += engine.step()
+    outputs += drain(engine)
+    got = answers(outputs)
+    assert [got[str(i), 0] for i in range(len(KINDS) * 2)] == alone * 2
+    assert (engine.stats().preemptions > 0) == (pages == 9)
+
+
+def test_zero_temperature_takes_the_best() -> None:
+    assert generate(PARAMS, Fixed(peaks(7, 8))) == [7] * 6
+
+
+def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
+    hot = replace(PARAMS, temperature=5.0, seed=1, max_tokens=40)
+    model = Fixed(peaks(7, 8, 9, 10))
+    assert set(generate(hot, model)) > {7, 8, 9}
+    assert set(generate(replace(hot, top_k=2), model)) == {7, 8}
+    assert set(generate(replace(hot, top_k=1), model)) == {7}
+    assert set(generate(replace(hot, top_p=0.05), model)) == {7}
+    assert set(generate(replace(hot, min_p=0.75), model)) == {7, 8}  # e^-0.2 = 0.82, e^-0.4 = 0.67
+
+
+def test_seeds_repeat_and_differ() -> None:
+    hot = replace(PARAMS, temperature=1.0, max_tokens=20)
+    assert generate(replace(hot, seed=1)) == generate(replace(hot, seed=1))
+    assert generate(replace(hot, seed=1)) != generate(replace(hot, seed=2))
+    assert generate(hot) != generate(hot)
+    assert len(generate(replace(hot, seed=-(2**63)))) == 20
+
+
+def test_an_answer_does_not_use_one_random_number_twice() -> None:
+    flat = Fixed(torch.zeros(VOCAB))
+    assert len(set(generate(replace(PARAMS, temperature=1.0, seed=1, max_tokens=40), flat))) > 20
+
+
+def test_presence_penalty_is_for_what_was_answered_not_asked() -> None:
+    model = Fixed(peaks(40, 8, 9))
+    assert generate(replace(PARAMS, presence_penalty=1.5), model) == [40, 8, 40, 40, 40, 40]
+
+
+def test_frequency_penalty_grows_with_each_use() -> None:
+    model = Fixed(peaks(7, 8))
+    assert generate(replace(PARAMS, frequency_penalty=0.6), model) == [7, 7, 8, 7, 8, 7]
+
+
+def test_repetition_penalty_is_for_prompt_and_answer() -> None:
+    model = Fixed(peaks(40, 8, 9))
+    assert generate(replace(PARAMS, repetition_penalty=2.0), model)[:3] == [8, 9, 40]
+
+
+def test_penalties_survive_preemption() -> None:
+    params = replace(PARAMS, frequency_penalty=0.6, max_tokens=12)
+    alone = generate(params, Fixed(peaks(7, 8)))
+    engine = make_engine(Fixed(peaks(7, 8)), pages=4, prefix_cache=False)
+    for name in "ab":
+        engine.add(Request(name, PROMPT, replace(params, max_tokens=12)))
+    got = answers(drain(engine))
+    assert engine.stats().preemptions > 0
+    assert got == {("a", 0): alone, ("b", 0): alone}
+
+
+def test_a_row_forgets_the_request_before() -> None:
+    engine = make_engine(Fixed(peaks(7, 8)), max_batch=1)
+    params = replace(PARAMS, frequency_penalty=0.6)
+    for name in "ab":
+        engine.add(Request(name, PROMPT, params))
+    got = answers(drain(engine))
+    assert got["a", 0] == got["b", 0]
+
+
+def test_logit_bias_lifts_and_bans() -> None:
+    model = Fixed(peaks(7, 8))
+    assert generate(replace(PARAMS, logit_bias={8: 2.0}), model) == [8] * 6
+    assert generate(replace(PARAMS, logit_bias={7: -100.0}), model) == [8] * 6
+
+
+def test_nothing_ends_an_answer_before_min_tokens() -> None:
+    model = Fixed(peaks(EOS, 8, 9))
+    params = SamplingParams(temperature=0.0, max_tokens=6, min_tokens=3, stop_token_ids=(8,))
+    assert generate(params, model) == [9, 9, 9, EOS]
+    assert generate(replace(params, min_tokens=0), model) == [EOS]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logprobs_are_taken_before_every_transform(temperature: float) -> None:
+    logits = peaks(7, 8, 9)
+    engine = make_engine(Fixed(logits))
+    params = replace(PARAMS, temperature=temperature, top_k=1, logprobs=2, logit_bias={9: 50.0}, presence_penalty=2.0)
+    engine.add(Request("r", PROMPT, params))
+    outputs = drain(engine)
+    logs = torch.log_softmax(logits, -1)
+    assert [t for o in outputs for t in o.tokens] == [9] * 6
+    for output in outputs:
+        (record,) = output.logprobs
+        assert record.token == 9
+        assert record.logprob == pytest.approx(float(logs[9]))
+        assert [t for t, _ in record.top] == [7, 8]
+        assert [v for _, v in record.top] == pytest.approx([float(logs[7]), float(logs[8])])
+
+
+def test_each_request_gets_as_many_best_tokens_as_it_asks_for() -> None:
+    engine = make_engine(Fixed())
+    for name, wanted in (("none", None), ("own", 0), ("five", 5)):
+        engine.add(Request(name, PROMPT, replace(PARAMS, logprobs=wanted)))
+    outputs = drain(engine)
+    assert {len(o.logprobs) for o in outputs if o.request_id == "none"} == {0}
+    assert {len(o.logprobs[0].top) for o in outputs if o.request_id == "own"} == {0}
+    assert {len(o.logprobs[0].top) for o in outputs if o.request_id == "five"} == {5}
