@@ -103,6 +103,7 @@ TF_INLINE void quant_half(const uint8_t *w, int blocks, const uint8_t *x, const 
             w += has_min ? 64 : 32;
         }
         const uint8_t *scales = w;
+        if (half == 0) fetch_ahead(w + AHEAD, bits + 1);
         w += (k ? 16 * groups : 32) * (has_min ? 2 : 1);
         const float *xd = (const float *)(x + 32 * R), *xs = xd + R, *es = (const float *)e;
         const int32_t *xn = (const int32_t *)(xs + R), *en = (const int32_t *)(es + 2 * R);
@@ -152,6 +153,7 @@ TF_INLINE void dense_chunks(const uint8_t *w, int cols, const float *x, __m256 *
     for (int k = 0; k < cols; k++)
         TF_UNROLL(2) for (int c = 0; c < chunks; c++) {
             const uint8_t *p = w + (c * TF_DENSE_CHUNK + k) * bytes;
+            fetch_ahead(p + (chunks > 1 ? chunks * TF_DENSE_CHUNK * bytes : AHEAD), 1);
             const __m256 v0 = dense8(p, format), v1 = dense8(p + bytes / 2, format);
             const float *at = x + (c * TF_DENSE_CHUNK + k) * R;
             TF_UNROLL(4) for (int r = 0; r < R; r++) {

@@ -65,6 +65,7 @@ TF_INLINE void quant_tile(const uint8_t *w, int blocks, const uint8_t *x, const 
     for (int b = 0; b < blocks; b++) {
         __m512 d[2], m[2];
         __m512i c[8];
+        fetch_ahead(w + AHEAD, bits + 1);
         if (k) {
             if (b % TF_SUPER == 0) {
                 super_d = half16(w);
@@ -134,7 +135,9 @@ TF_INLINE void dense_chunks(const uint8_t *w, int cols, const float *x, __m512 *
         TF_UNROLL(16) for (int r = 0; r < R; r++) acc[c][r] = _mm512_setzero_ps();
     for (int k = 0; k < cols; k++)
         TF_UNROLL(2) for (int c = 0; c < chunks; c++) {
-            const __m512 v = dense16(w + (c * TF_DENSE_CHUNK + k) * bytes, format);
+            const uint8_t *p = w + (c * TF_DENSE_CHUNK + k) * bytes;
+            const __m512 v = dense16(p, format);
+            fetch_ahead(p + (chunks > 1 ? chunks * TF_DENSE_CHUNK * bytes : AHEAD), 1);
             const float *at = x + (c * TF_DENSE_CHUNK + k) * R;
             TF_UNROLL(16) for (int r = 0; r < R; r++) acc[c][r] = _mm512_fmadd_ps(v, _mm512_set1_ps(at[r]), acc[c][r]);
         }

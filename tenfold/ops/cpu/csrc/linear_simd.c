@@ -9,6 +9,14 @@
 #define TF_UNROLL(n) TF_PRAGMA(GCC unroll n)
 #endif
 
+/* Weights are read once, front to back; the processor's own prefetching alone leaves 10 to 25 % of the time at batch 2 to 16
+ * (Zen 5, November 2026; 4096 and 16384 bytes ahead were worse than 8192). */
+enum { AHEAD = 8192 };
+
+TF_INLINE void fetch_ahead(const uint8_t *p, const int lines) {
+    TF_UNROLL(9) for (int i = 0; i < lines; i++) __builtin_prefetch(p + 64 * i, 0, 3);
+}
+
 #if defined(__AVX512VNNI__)
 #include "linear_avx512.h"
 #elif defined(__AVX2__)
@@ -108,7 +116,8 @@ static void prepare(const float *x, int at, int R, int cols, const float *norm_w
 
 TF_INLINE vf activate(vf x, const int act) {
     const vf u = act == TF_ACT_SILU ? x : vf_set(1.5957691216f) * vf_fma(vf_set(0.044715f) * x * x, x, x);
-    return x / (1.0f + vf_exp(-u)); /* gelu: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)) */
+    /* gelu: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)); exp(88) is near the largest float */
+    return x / (1.0f + vf_exp(-vf_max(u, vf_set(-88.0f))));
 }
 
 TF_INLINE vf finish_vector(vf y, vf u, vf bias, vf up_bias, int has_bias, const int act) {
