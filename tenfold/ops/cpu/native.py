@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tenfold.ops.cpu import pack
+from tenfold.ops.cpu import memory, pack
 from tenfold.ops.cpu.lib import prototype, set_threads
 from tenfold.ops.cpu.replay import Recorder, Replay
 from tenfold.ops.kernels import AttentionSpec, Norm
@@ -46,6 +46,7 @@ class Native:
         """threads: of the process's one pool; 0 takes `lib.default_threads()`."""
         self.reason = ""
         self.threads = set_threads(threads)
+        memory.keep_memory()
         self._recording = threading.Lock()
         self._norm = _operation("tf_norm")
         self._gather = _operation("tf_gather")

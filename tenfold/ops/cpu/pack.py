@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.ops.cpu import arms
+from tenfold.ops.cpu import arms, memory
 from tenfold.ops.cpu.lib import prototype
 from tenfold.ops.matrix import Matrix, RawTensor
 
@@ -77,7 +77,7 @@ def pack(parts: Sequence[RawTensor]) -> Matrix:
     rows = [part.shape[0] for part in parts]
     tile_bytes = [_functions()[0](FORMATS.index(part.storage), cols) for part in parts]
     sizes = [-(-n // TILE) * size for n, size in zip(rows, tile_bytes)]
-    data = torch.empty(max(1, sum(sizes)), dtype=torch.uint8)
+    data = memory.weights.empty(max(1, sum(sizes)))
     description = _describe(parts, rows, cols, tile_bytes, data.data_ptr())
     offset = 0
     for part, source, size in zip(parts, sources, sizes):

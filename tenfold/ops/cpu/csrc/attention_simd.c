@@ -136,27 +136,33 @@ static void score_tile(const unit_state *s, const int64_t *at, int first, int la
     }
 }
 
+/* Scaled and capped scores of one row, in whole vectors begin..end-1, and their maximum. Keys outside from..to count as -infinity. */
+TF_INLINE float scale_scores(const tf_attend_args *a, float *x, int begin, int end, int masked, int from, int to) {
+    vf largest = vf_set(-INFINITY);
+    const vf inverse_cap = vf_set(a->softcap > 0 ? 1.0f / a->softcap : 0.0f);
+    vi lanes;
+    for (int i = 0; i < TF_W; i++) lanes[i] = i;
+    for (int j = begin; j < end; j += TF_W) {
+        vf v = vf_load(x + j) * a->scale;
+        if (a->softcap > 0) v = vf_tanh(v * inverse_cap) * a->softcap;
+        if (masked) v = vf_select((lanes + j >= from) & (lanes + j <= to), v, vf_set(-INFINITY));
+        largest = vf_max(largest, v);
+        vf_store(x + j, v);
+    }
+    return vf_largest(largest);
+}
+
 /* Scores to exp(s - m), with m and l of each row. A row sees keys from..to of the tile; outside, up to whole vectors, it gets 0. */
 static void soften(const unit_state *s, int start, int first, int last) {
     const tf_attend_args *a = s->a;
-    vi lanes;
-    for (int i = 0; i < TF_W; i++) lanes[i] = i;
-    const int begin = first / TF_W * TF_W, end = last + 1;
-    const float inverse_cap = a->softcap > 0 ? 1.0f / a->softcap : 0.0f;
+    const int begin = first / TF_W * TF_W, end = (int)tf_padded(last + 1, TF_W);
     for (int row = 0; row < s->rows; row++) {
-        const int position = s->u->position + row / s->u->heads, to = position - start;
-        const int from = a->window > 0 ? position - a->window + 1 - start : 0;
+        const int position = s->u->position + row / s->u->heads, to = TF_MIN(last, position - start);
+        const int from = a->window > 0 ? TF_MAX(first, position - a->window + 1 - start) : first;
         float *x = s->scores + row * TF_KV_TILE;
-        vf largest = vf_set(-INFINITY);
-        for (int j = begin; j < end; j += TF_W) {
-            vf v = vf_load(x + j) * a->scale;
-            if (a->softcap > 0) v = vf_tanh(v * inverse_cap) * a->softcap;
-            vi place = lanes + j;
-            v = vf_select((place >= from) & (place <= to) & (place >= first), v, vf_set(-INFINITY));
-            largest = vf_max(largest, v);
-            vf_store(x + j, v);
-        }
-        const float m = vf_largest(largest), shift = m == -INFINITY ? 0.0f : m;
+        const float m = from <= begin && to >= end - 1 ? scale_scores(a, x, begin, end, 0, 0, 0)
+                                                       : scale_scores(a, x, begin, end, 1, from, to);
+        const vf shift = vf_set(m == -INFINITY ? 0.0f : m);
         vf sum = vf_set(0.0f);
         for (int j = begin; j < end; j += TF_W) {
             vf p = vf_exp(vf_load(x + j) - shift);

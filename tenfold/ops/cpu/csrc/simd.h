@@ -60,21 +60,37 @@ TF_INLINE vf vf_max(vf a, vf b) {
 #endif
 }
 
-/* Sum and maximum of all lanes. The order is that of vf_sum_4: halves, quarters, ... */
+/* Sum of all lanes: halves, then quarters, ... */
 TF_INLINE float vf_sum(vf x) {
-    float t[TF_W];
-    memcpy(t, &x, sizeof t);
-    for (int half = TF_W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) t[i] += t[i + half];
-    return t[0];
+#if TF_W == 4
+    return (x[0] + x[2]) + (x[1] + x[3]);
+#else
+#if TF_W == 16
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+#else
+    __m256 h = (__m256)x;
+#endif
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+#endif
 }
 
+/* The largest lane. */
 TF_INLINE float vf_largest(vf x) {
-    float t[TF_W];
-    memcpy(t, &x, sizeof t);
-    for (int half = TF_W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
-    return t[0];
+#if TF_W == 4
+    float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+    return a > b ? a : b;
+#else
+#if TF_W == 16
+    __m256 h = _mm256_max_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+#else
+    __m256 h = (__m256)x;
+#endif
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+#endif
 }
 
 /* out[k] = sum of the lanes of x[k], k < 4, always added as ((l + l+W/2) + (l+W/4 ...)) ...: halves first. */
@@ -132,29 +148,28 @@ TF_INLINE void vf_sum_4x4(const vf x[4][4], float *out, size_t stride) {
 #endif
 }
 
-/* e^x within 2 units in the last place for results that are normal numbers; 0 below (x < -87.33), infinity above 88.72. */
+/* e^x within 2 units in the last place, for x up to 88; 0 where that is not a normal number (x < -87.33). */
 TF_INLINE vf vf_exp(vf x) {
-    const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it rounds to a whole number */
+    const vf magic = vf_set(12582912.0f), least = vf_set(-87.33f); /* 1.5 * 2^23: adding it rounds to a whole number */
     vf z = vf_fma(x, vf_set(1.44269504088896341f), magic);
     vf n = z - magic;
     vf r = vf_fma(n, vf_set(-0.693145751953125f), x); /* ln 2 in two pieces */
     r = vf_fma(n, vf_set(-1.42860682030941723e-6f), r);
-    vf p = vf_set(1.989103069e-4f); /* (e^r - 1 - r) / r^2 at Chebyshev nodes, |r| <= ln 2 / 2 */
-    p = vf_fma(p, r, vf_set(1.393368586e-3f));
-    p = vf_fma(p, r, vf_set(8.333310890e-3f));
-    p = vf_fma(p, r, vf_set(4.166646460e-2f));
-    p = vf_fma(p, r, vf_set(1.666666668e-1f));
+    vf p = vf_set(1.392621347e-3f); /* (e^r - 1 - r) / r^2 at Chebyshev nodes, |r| <= ln 2 / 2 */
+    p = vf_fma(p, r, vf_set(8.363202972e-3f));
+    p = vf_fma(p, r, vf_set(4.166655444e-2f));
+    p = vf_fma(p, r, vf_set(1.666657685e-1f));
     p = vf_fma(p, r, vf_set(0.5f));
     p = vf_fma(p, r, vf_set(1.0f));
     p = vf_fma(p, r, vf_set(1.0f));
-    /* 2^n in two factors, since n reaches 128 */
-    vi whole = (vi)z - (vi)magic, half = whole >> 1;
-    vf result = p * (vf)((half + 127) << 23) * (vf)((whole - half + 127) << 23);
-    result = vf_select(x < -87.3365f, vf_set(0.0f), result);
-    return vf_select(x > 88.7228f, vf_set(INFINITY), result);
+#if TF_W == 16
+    __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ);
+    return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+    vi power = ((vi)z - (vi)magic + 127) << 23;
+    return (vf)((vi)(p * (vf)power) & ~(x < least));
+#endif
 }
-
-TF_INLINE float exp_1(float x) { return vf_exp(vf_set(x))[0]; }
 
 /* tanh: a polynomial near 0, 1 - 2 / (e^2x + 1) elsewhere. */
 TF_INLINE vf vf_tanh(vf x) {
@@ -164,7 +179,8 @@ TF_INLINE vf vf_tanh(vf x) {
     p = vf_fma(p, z, vf_set(1.33314422036e-1f));
     p = vf_fma(p, z, vf_set(-3.33332819422e-1f));
     vf small = vf_fma(p * z, x, x);
-    vf large = 1.0f - 2.0f / (vf_exp(x + x) + 1.0f);
+    vf bounded = vf_select(x > 10.0f, vf_set(10.0f), vf_select(x < -10.0f, vf_set(-10.0f), x));
+    vf large = 1.0f - 2.0f / (vf_exp(bounded + bounded) + 1.0f);
     return vf_select((x < 0.625f) & (x > -0.625f), small, large);
 }
 
