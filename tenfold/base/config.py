@@ -13,19 +13,33 @@ def setting(default: Any, help: str) -> Any:
 class EngineConfig:
     """Settings of one engine. `0`, `None` and "auto" mean: derive it from the checkpoint and the hardware."""
 
-    model: str = setting("default", "folder, .gguf file, Hugging Face cache entry or hub name; 'default' is SmolLM2-135M-Instruct")
+    model: str = setting(
+        "default", "folder, .gguf file, Hugging Face cache entry or hub name; 'default' is SmolLM2-135M-Instruct"
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "compute type: auto, float32, bfloat16 or float16")
-    kernels: str = setting("auto", "auto, native (compiled CPU kernels, GPU kernels) or torch (the plain PyTorch meaning of every operation)")
-    weights: str = setting("auto", "auto (as stored: quantised files run quantised), dense (dequantise when loading) or q8_0 (quantise dense weights when loading)")
-    max_model_len: int = setting(0, "longest sequence in tokens, prompt and answer together (0: what the model allows and memory holds)")
+    kernels: str = setting(
+        "auto",
+        "auto, native (compiled CPU kernels, GPU kernels) or torch (the plain PyTorch meaning of every operation)",
+    )
+    weights: str = setting(
+        "auto",
+        "auto (as stored), dense (dequantise when loading) or q8_0 (quantise dense weights when loading)",
+    )
+    max_model_len: int = setting(
+        0, "longest sequence in tokens, prompt and answer together (0: what the model allows and memory holds)"
+    )
     page_size: int = setting(16, "tokens in one page of the KV cache")
     kv_dtype: str = setting("auto", "type of cached keys and values: auto, float32, float16 or bfloat16")
     kv_memory: int = setting(0, "bytes for the KV cache (0: derived from free memory)")
     max_batch: int = setting(0, "requests computed together at most (0: 64 on CPU, 256 on a GPU)")
-    max_step_tokens: int = setting(0, "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 on a GPU)")
+    max_step_tokens: int = setting(
+        0, "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 on a GPU)"
+    )
     prefix_cache: bool = setting(True, "reuse the KV pages of prompts that start alike")
-    lookahead: int = setting(-1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)")
+    lookahead: int = setting(
+        -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
+    )
     threads: int = setting(0, "CPU threads (0: the physical cores this process may use)")
     max_queue: int = setting(1024, "requests that may wait; more are refused")
     max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)")

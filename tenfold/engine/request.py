@@ -1,12 +1,14 @@
-"""The vocabulary of the engine: what a user asks (`Request`), how to sample (`SamplingParams`), what comes back (`Output`)."""
+"""The vocabulary of the engine: what a user asks (`Request`), how to sample (`SamplingParams`), what comes back
+(`Output`).
+"""
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context is used up
     ABORT = "abort"  # cancelled by the user, or past its deadline
@@ -41,41 +43,59 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def check(self, vocab_size: int | None = None) -> None:
-        def need(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
+        for name, allowed, holds in RULES:
+            if not holds(self):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+        for name in ("logit_bias", "stop_token_ids") if vocab_size is not None else ():
+            wrong = [token for token in getattr(self, name) if not 0 <= token < vocab_size]
+            if wrong:
+                raise ValueError(f"{name} has token id {wrong[0]!r}; allowed: 0 to {vocab_size - 1}.")
 
-        def finite(x: float) -> bool:
-            return isinstance(x, (int, float)) and math.isfinite(x)
 
-        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "a whole number from 1, or none for the rest of the context")
-        need(self.min_tokens >= 0 and (self.max_tokens is None or self.min_tokens <= self.max_tokens), "min_tokens", "0 to max_tokens")
-        need(finite(self.temperature) and 0 <= self.temperature <= 100, "temperature", "a number from 0 (greedy) to 100")
-        need(self.top_k >= 0, "top_k", "a whole number; 0 keeps all tokens")
-        need(finite(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0, up to 1")
-        need(finite(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1")
-        need(finite(self.repetition_penalty) and 0 < self.repetition_penalty <= 10, "repetition_penalty", "a number above 0, up to 10; 1 is off")
-        need(finite(self.presence_penalty) and -2 <= self.presence_penalty <= 2, "presence_penalty", "a number from -2 to 2")
-        need(finite(self.frequency_penalty) and -2 <= self.frequency_penalty <= 2, "frequency_penalty", "a number from -2 to 2")
-        need(all(finite(v) and -100 <= v <= 100 for v in self.logit_bias.values()), "logit_bias", "values from -100 to 100")
-        need(len(self.logit_bias) <= 1024, "logit_bias", "at most 1024 tokens")
-        need(1 <= self.n <= 16, "n", "1 to 16")
-        need(self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs", "0 to 20")
-        need(self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20, "prompt_logprobs", "0 to 20")
-        need(len(self.stop) <= 16 and all(self.stop), "stop", "up to 16 non-empty strings")
-        need(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit whole number")
-        if vocab_size is not None:
-            need(all(0 <= t < vocab_size for t in self.logit_bias), "logit_bias", f"token ids from 0 to {vocab_size - 1}")
-            need(all(0 <= t < vocab_size for t in self.stop_token_ids), "stop_token_ids", f"token ids from 0 to {vocab_size - 1}")
+def within(value: float, low: float, high: float) -> bool:
+    """Whether value is a number from low to high; NaN is not."""
+    return isinstance(value, int | float) and low <= value <= high
+
+
+# Field, what it may be, and the test for it.
+RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
+    (
+        "max_tokens",
+        "a whole number from 1, or none for the rest of the context",
+        lambda p: p.max_tokens is None or p.max_tokens >= 1,
+    ),
+    ("min_tokens", "0 to max_tokens", lambda p: 0 <= p.min_tokens and p.min_tokens <= (p.max_tokens or p.min_tokens)),
+    ("temperature", "a number from 0 (greedy) to 100", lambda p: within(p.temperature, 0, 100)),
+    ("top_k", "a whole number; 0 keeps all tokens", lambda p: p.top_k >= 0),
+    ("top_p", "a number above 0, up to 1", lambda p: within(p.top_p, 0, 1) and p.top_p > 0),
+    ("min_p", "a number from 0 to 1", lambda p: within(p.min_p, 0, 1)),
+    (
+        "repetition_penalty",
+        "a number above 0, up to 10; 1 is off",
+        lambda p: within(p.repetition_penalty, 0, 10) and p.repetition_penalty > 0,
+    ),
+    ("presence_penalty", "a number from -2 to 2", lambda p: within(p.presence_penalty, -2, 2)),
+    ("frequency_penalty", "a number from -2 to 2", lambda p: within(p.frequency_penalty, -2, 2)),
+    (
+        "logit_bias",
+        "at most 1024 tokens, each with a number from -100 to 100",
+        lambda p: len(p.logit_bias) <= 1024 and all(within(v, -100, 100) for v in p.logit_bias.values()),
+    ),
+    ("n", "1 to 16", lambda p: 1 <= p.n <= 16),
+    ("logprobs", "0 to 20, or none", lambda p: p.logprobs is None or 0 <= p.logprobs <= 20),
+    ("prompt_logprobs", "0 to 20, or none", lambda p: p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= 20),
+    ("stop", "up to 16 non-empty strings", lambda p: len(p.stop) <= 16 and all(p.stop)),
+    ("seed", "a 64-bit whole number, or none", lambda p: p.seed is None or -(2**63) <= p.seed < 2**63),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to continue. A request with `params.n > 1` becomes n sequences that share the prompt's pages.
 
-    priority: smaller runs first. user: whose share of tokens this is counted against. salt: requests with different salts never
-    share prefix pages. deadline: `time.monotonic()` seconds after which it ends with finish reason "abort". pool: instead of generating, return the pooled
-    final hidden state ("mean" or "last").
+    priority: smaller runs first. user: whose share of tokens this is counted against. salt: requests with different
+    salts never share prefix pages. deadline: `time.monotonic()` seconds after which it ends with finish reason
+    "abort". pool: instead of generating, return the pooled final hidden state ("mean" or "last").
     """
 
     id: str
@@ -102,7 +122,8 @@ class Logprob:
 class Output:
     """What one step brought for one sequence (`index` of `n`) of a request. The last has a finish reason.
 
-    tokens: new token ids. text: new text, whole characters only, stop strings already withheld (filled by the text layer).
+    tokens: new token ids. text: new text, whole characters only, stop strings already withheld (filled by the text
+    layer).
     """
 
     request_id: str

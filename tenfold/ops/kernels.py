@@ -1,4 +1,5 @@
-"""`Kernels`: the operations every forward is made of. One meaning (`oracle.py`), several implementations, one object per engine.
+"""`Kernels`: the operations every forward is made of. One meaning (`oracle.py`), several implementations, one object
+per engine.
 
 Layers get the object when they are built and call it with tensors only; nothing here knows of requests or models.
 T tokens, R requests, D features. Activations are [T, D], contiguous, in the compute type (float32 for the CPU kernels).
@@ -15,7 +16,9 @@ from tenfold.ops.matrix import Matrix, RawTensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
-    """RMS norm: `x / sqrt(mean(x^2) + eps) * weight`, computed in float32; weight float32 [D] (Gemma's +1 already added)."""
+    """RMS norm: `x / sqrt(mean(x^2) + eps) * weight`, computed in float32; weight float32 [D] (Gemma's +1 already
+    added).
+    """
 
     weight: Tensor
     eps: float
@@ -26,7 +29,8 @@ class AttentionSpec:
     """Shape and rules of one attention layer.
 
     scale multiplies q.k; window > 0 lets a query at position p see keys p-window+1..p only; softcap > 0 replaces
-    score s by softcap * tanh(s / softcap); rotary_dim: leading features of each head that rotate (half-split pairs i, i + rotary_dim/2).
+    score s by softcap * tanh(s / softcap); rotary_dim: leading features of each head that rotate (half-split pairs i,
+    i + rotary_dim/2).
     """
 
     heads: int
@@ -81,8 +85,10 @@ class Kernels(Protocol):
         act: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """`y = (rms_norm(x) if norm else x) @ w.T + bias`; act "silu" or "gelu_tanh": the rows of w are gate then up and
-        `y = act(gate) * up`; then `y + residual`. x [T, cols], bias [rows] float32, residual as the result -> [T, rows] (rows / 2 with act)."""
+        """`y = (rms_norm(x) if norm else x) @ w.T + bias`; act "silu" or "gelu_tanh": the rows of w are gate then up
+        and `y = act(gate) * up`; then `y + residual`. x [T, cols], bias [rows] float32, residual as the result -> [T,
+        rows] (rows / 2 with act).
+        """
         ...
 
     def rope_write(
@@ -97,8 +103,10 @@ class Kernels(Protocol):
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
     ) -> Tensor:
-        """Split qkv [T, (heads + 2 kv_heads) * head_dim]; norm each head of q and k (where norms are given); rotate both by
-        table[position] ([P, rotary_dim]: cosines then sines, rotary_dim/2 each, float32); write k and v into the pages at slots; return q [T, heads * head_dim]."""
+        """Split qkv [T, (heads + 2 kv_heads) * head_dim]; norm each head of q and k (where norms are given); rotate
+        both by table[position] ([P, rotary_dim]: cosines then sines, rotary_dim/2 each, float32); write k and v into
+        the pages at slots; return q [T, heads * head_dim].
+        """
         ...
 
     def attend(
@@ -114,6 +122,8 @@ class Kernels(Protocol):
         max_kv: int,
         lse: Tensor | None = None,
     ) -> Tensor:
-        """Causal attention over pages. The queries of request r are its last tokens: query i of n stands at kv_lengths[r] - n + i.
-        keys, values [pages, kv_heads, page_size, head_dim]; lse, where given, [T, heads] float32, receives log-sum-exp of the scores -> [T, heads * head_dim]."""
+        """Causal attention over pages. The queries of request r are its last tokens: query i of n stands at
+        kv_lengths[r] - n + i. keys, values [pages, kv_heads, page_size, head_dim]; lse, where given, [T, heads]
+        float32, receives log-sum-exp of the scores -> [T, heads * head_dim].
+        """
         ...

@@ -12,11 +12,13 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(Protocol):
-    """config has the keys of Hugging Face's config.json and tensors its names, also for GGUF files (translated, with the
-    query and key rows of Llama-family files back in Hugging Face's order and 1 taken off Gemma's norms).
+    """config has the keys of Hugging Face's config.json and tensors its names, also for GGUF files (translated, with
+    the query and key rows of Llama-family files back in Hugging Face's order and 1 taken off Gemma's norms).
 
-    tokenizer: a `tokenizers.Tokenizer` that encodes without adding special tokens unless asked (`add_special_tokens=True` then adds what the model's own post-processor adds).
-    chat_template: Jinja source or None. special: names ("bos_token", "eos_token", "pad_token", "unk_token") to strings. eos_ids: tokens that end an answer.
+    tokenizer: a `tokenizers.Tokenizer` that encodes without adding special tokens unless asked
+    (`add_special_tokens=True` then adds what the model's own post-processor adds). chat_template: Jinja source or
+    None. special: names ("bos_token", "eos_token", "pad_token", "unk_token") to strings. eos_ids: tokens that end an
+    answer.
     """
 
     path: Path
