@@ -64,7 +64,7 @@ RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
         "a whole number from 1, or none for the rest of the context",
         lambda p: p.max_tokens is None or p.max_tokens >= 1,
     ),
-    ("min_tokens", "0 to max_tokens", lambda p: 0 <= p.min_tokens and p.min_tokens <= (p.max_tokens or p.min_tokens)),
+    ("min_tokens", "0 to max_tokens", lambda p: 0 <= p.min_tokens <= (p.max_tokens or p.min_tokens)),
     ("temperature", "a number from 0 (greedy) to 100", lambda p: within(p.temperature, 0, 100)),
     ("top_k", "a whole number; 0 keeps all tokens", lambda p: p.top_k >= 0),
     ("top_p", "a number above 0, up to 1", lambda p: within(p.top_p, 0, 1) and p.top_p > 0),
