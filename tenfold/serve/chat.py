@@ -46,7 +46,7 @@ async def create_chat_completion(http: Request) -> Response:
         renamed["max_tokens"] = "max_completion_tokens"
     params = checked(body.params(service.llm.default_params(chat=True)), body, service, renamed)
     prompt = await asyncio.to_thread(_prompt, body, service)  # long texts must not hold up the other streams
-    job = Job.of(new_id("chatcmpl"), body, body.payer(), [prompt], params, http)
+    job = Job.of(new_id("chatcmpl", http), body, body.payer(), [prompt], params, http)
     if body.stream:
         return await events(http, body, _chunks(service, job, body))
     return await whole(http, body, _answer(service, job))

@@ -44,7 +44,7 @@ async def create_completion(http: Request) -> Response:
     service.check_model(body.model)
     params = checked(body.params(service.llm.default_params()), body, service)
     prompts = await asyncio.to_thread(_encode_all, body, service)  # long texts must not hold up the other streams
-    job = Job.of(new_id("cmpl"), body, body.payer(), prompts, params, http)
+    job = Job.of(new_id("cmpl", http), body, body.payer(), prompts, params, http)
     if body.stream:
         return await events(http, body, _chunks(service, job, body))
     return await whole(http, body, _answer(service, job, body))
@@ -55,7 +55,10 @@ def _encode_all(body: CompletionRequest, service: Service) -> list[list[int]]:
 
 
 def _encode(prompt: str | list[int], service: Service) -> list[int]:
-    ids = service.llm.encode(prompt) if isinstance(prompt, str) else prompt
+    try:
+        ids = service.llm.encode(prompt) if isinstance(prompt, str) else prompt
+    except ValueError as error:
+        raise invalid(str(error), "prompt") from None
     vocab = service.llm.vocab_size
     wrong = next((token for token in ids if not 0 <= token < vocab), None)
     if wrong is not None:

@@ -3,7 +3,6 @@ point.
 """
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -23,8 +22,9 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+def new_id(prefix: str, http: Request) -> str:
+    """An id for an answer; the same as `x-request-id` but for the prefix, so that either finds the other in a log."""
+    return f"{prefix}-{http.scope['state']['request_id'].removeprefix('req-')}"
 
 
 def body_schema(model: type[Body]) -> dict[str, Any]:

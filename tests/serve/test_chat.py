@@ -19,7 +19,7 @@ def test_answer(client, llm):
         "total_tokens": prompt + length,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-    assert response.headers["x-request-id"].startswith("req-")
+    assert response.headers["x-request-id"] == body["id"].replace("chatcmpl-", "req-")
     assert llm.finished == [body["id"]]
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import typer
@@ -16,12 +17,16 @@ from tenfold.serve.cli.plan import as_flags
 from tenfold.serve.cli.terminal import Stopwatch, columns, safe, size
 from tenfold.serve.settings import ServeConfig
 
+DOCS = Path(__file__).parents[2] / "docs"
+
 
 def tenfold(*arguments, **kwargs):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_")} | {"COLUMNS": "200"}
     environment |= kwargs.pop("env", {})
     command = [sys.executable, "-m", "tenfold.serve.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, **kwargs)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=environment, stdin=subprocess.DEVNULL, **kwargs
+    )
 
 
 @pytest.fixture
@@ -53,7 +58,7 @@ def test_help_and_usage_errors_do_not_import_heavy_modules():
 
 def test_every_command_has_a_body_and_help():
     command = typer.main.get_command(commands.app)
-    assert set(command.commands) == set(commands.BODIES)
+    assert set(command.commands) == set(commands.BODIES) - {"start templates"}
     for name in command.commands:
         assert command.commands[name].help
 
@@ -111,6 +116,21 @@ def test_wrong_sizes(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize(
+    ("kind", "heading"), [(EngineConfig, "## Engine settings"), (ServeConfig, "## Server settings")]
+)
+def test_docs_list_every_setting(kind, heading):
+    section = (DOCS / "cli.md").read_text().split(heading + "\n")[1].split("\n## ")[0]
+    rows = [f"| `--{f.name.replace('_', '-')}` | {f.default!r} | {f.metadata['help']} |" for f in fields(kind)]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == rows
+
+
+def test_docs_name_every_command():
+    text = (DOCS / "cli.md").read_text()
+    for name in typer.main.get_command(commands.app).commands:
+        assert f"\ntenfold {name} " in text
+
+
 def test_version():
     result = tenfold("--version")
     assert result.returncode == 0
@@ -126,6 +146,8 @@ def test_version():
         (["serve", "--kv-memory", "3Q"], "--kv-memory"),
         (["serve", "--host", "0.0.0.0"], "--api-key"),
         (["serve", "--port", "70000"], "port is 70000"),
+        (["run", "-"], "The prompt is empty"),
+        (["run", "x", "--raw", "--system", "y"], "--system"),
     ],
 )
 def test_mistakes_get_a_sentence(arguments, words):

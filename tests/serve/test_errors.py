@@ -251,6 +251,14 @@ def test_full_queue(client, llm):
         assert response.headers["retry-after"] == "7"
 
 
+def test_refusal_of_the_tokenizer_is_a_400(client, llm, monkeypatch):
+    def encode(text):
+        raise ValueError("The text is not to be encoded.")
+
+    monkeypatch.setattr(llm, "encode", encode)
+    check(client.complete(), 400, "prompt", "invalid_value", "encoded")
+
+
 def test_error_of_the_engine_ends_the_request(client, llm):
     llm.finish = FinishReason.ERROR
     check(client.complete(), 500, None, "internal_error")

@@ -12,29 +12,13 @@ from tenfold.serve.cli.load import load
 from tenfold.serve.cli.terminal import Stopwatch, safe
 
 
-def run(
-    config: EngineConfig, prompt: str | None, *, raw: bool, system: str, sampling: dict[str, Any], quiet: bool
-) -> None:
-    """Print the answer as it is made, then its times to standard error. Raises ValueError for what cannot be asked."""
-    text = read_prompt(prompt)
-    if raw and system:
-        raise ValueError("--raw continues the prompt as it stands, so there is no place for --system; leave one out.")
+def run(config: EngineConfig, prompt: str, *, raw: bool, system: str, sampling: dict[str, Any], quiet: bool) -> None:
+    """Print the answer as it is made, then its times. Raises ValueError for what the engine refuses."""
     with load(LLM, config, quiet) as llm:
-        ids = llm.encode(text) if raw else llm.chat_prompt(conversation(system, text))
+        ids = llm.encode(prompt) if raw else llm.chat_prompt(conversation(system, prompt))
         watch = answer(llm, ids, with_defaults(llm, sampling, chat=not raw))
     if not quiet:
         print(watch, file=sys.stderr)
-
-
-def read_prompt(given: str | None) -> str:
-    """The prompt, from standard input for "-" or where none was given."""
-    if given is None and sys.stdin.isatty():
-        raise ValueError('There is no prompt: tenfold run "Why is the sky blue?", or pipe one in.')
-    text = sys.stdin.read() if given in (None, "-") else given
-    assert text is not None
-    if not text.strip():
-        raise ValueError("The prompt is empty; give some text.")
-    return text
 
 
 def conversation(system: str, text: str) -> list[dict[str, str]]:

@@ -24,6 +24,17 @@ def safe(text: str, is_terminal: bool) -> str:
     return text.translate(CONTROL) if is_terminal else text
 
 
+def read_prompt(given: str | None) -> str:
+    """The prompt; from standard input for "-" or where none was given."""
+    if given is None and sys.stdin.isatty():
+        raise ValueError('There is no prompt: tenfold run "Why is the sky blue?", or pipe one in.')
+    text = sys.stdin.read() if given in (None, "-") else given
+    assert text is not None
+    if not text.strip():
+        raise ValueError("The prompt is empty; give some text.")
+    return text
+
+
 def process_age() -> float:
     """Seconds since this process started: what a user has waited for. 0 where the system does not tell."""
     try:

@@ -1,0 +1,60 @@
+"""Whatever JSON a client sends, it gets an answer or OpenAI's error shape with a 4xx, never a 5xx."""
+
+import json
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tenfold.serve.protocol import ChatRequest, CompletionRequest
+
+WORDS = ["user", "assistant", "tool", "text", "type", "content", "role", "tiny", "none", "low"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-2, 20),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from(WORDS),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), v, max_size=3),
+)
+
+
+def bodies(model):
+    names = sorted(model.model_fields)
+    base = st.sampled_from(
+        [{"model": "tiny", "messages": [{"role": "user", "content": "x"}]}, {"model": "tiny", "prompt": "x"}, {}]
+    )
+    changes = st.dictionaries(st.sampled_from(names) | st.text(max_size=4), VALUES, max_size=3)
+    return st.builds(lambda b, c: {k: v for k, v in b.items() if k in names} | c, base, changes)
+
+
+FUZZ = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def check(client, path, body):
+    response = client.request("POST", path, content=json.dumps(body).encode())
+    if response.status_code == 200:
+        return
+    assert 400 <= response.status_code < 500, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert len(error["message"]) < 2000
+
+
+@FUZZ
+@given(bodies(ChatRequest))
+def test_chat(client, body):
+    check(client, "/v1/chat/completions", body)
+
+
+@FUZZ
+@given(bodies(CompletionRequest))
+def test_completions(client, body):
+    check(client, "/v1/completions", body)
