@@ -35,6 +35,7 @@ TF_INLINE void quant_tile(const uint8_t *w, int blocks, const uint8_t *x, const 
             w += has_min ? 64 : 32;
         }
         float d[2][16], m[2][16];
+        fetch_ahead(w + AHEAD, bits + 1);
         for (int g = 0; g < groups; g++)
             for (int i = 0; i < 16; i++) {
                 d[g][i] = k ? super_d[i] * (float)(int8_t)w[16 * g + i] : half_float(w + 2 * i);
