@@ -213,53 +213,59 @@ def test_the_sandbox_holds(source):
 
 
 @pytest.fixture(scope="module")
+def hasty():
+    """A renderer with little time."""
+    renderer = Renderer(seconds=0.3)
+    yield renderer
+    renderer.close()
+
+
+@pytest.fixture(scope="module")
 def strict():
-    """A renderer with short limits."""
-    renderer = Renderer(seconds=0.3, memory=1 << 26, max_output=10000)
+    """A renderer with little memory and room for output, and so much time that a crowded machine has enough, too."""
+    renderer = Renderer(seconds=8, memory=1 << 26, max_output=10000)
     yield renderer
     renderer.close()
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 BOMBS = {
-    "a loop in a loop": (
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "longer than",
-    ),
+    "a loop in a loop": (LOOPS, "takes longer than"),
     "a huge range": ("{% for a in range(10**12) %}{% endfor %}", "Range too big"),
     "a string times a number": ("{{ 'a' * 10**10 }}", "more memory"),
-    "a power": ("{{ (10 ** (10 ** 8)) > 1 }}", "longer than|more memory"),
+    "a power": ("{{ (10 ** (10 ** 8)) > 1 }}", "takes longer than|more memory"),
     "a doubling string": (
         "{% set ns = namespace(a='aa') %}{% for i in range(99) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}",
         "more memory",
     ),
     "a list of itself twice": (
         "{% set ns = namespace(a=[1]) %}{% for i in range(99) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
-        "longer than|more memory",
+        "takes longer than|more memory",
     ),
     "a format width": ("{{ '%9999999999d' % 1 }}{{ '{:>9999999999}'.format(1) }}", "more memory|OverflowError|too big"),
     "a macro that calls itself": ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "calls itself without end"),
     "a macro that calls itself twice": (
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "longer than",
+        "takes longer than",
     ),
     "much output": ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}", "output is longer than 10000"),
     "deep nesting": ("{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}", "calls itself without end"),
     "a slow comparison": (
         "{% set s = 'a' * 1000000 %}{% for i in range(99999) %}{% if (s ~ 'b') in s %}{% endif %}{% endfor %}",
-        "longer than",
+        "takes longer than",
     ),
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_refused_in_time(name, strict):
+def test_bombs_are_refused_in_time(name, hasty, strict):
     source, reason = BOMBS[name]
+    renderer = hasty if reason.startswith("takes") else strict
     start = time.monotonic()
     with pytest.raises(TemplateError, match=reason):
-        strict.render(source, {"messages": USER})
-    assert time.monotonic() - start < 10, "the limit is 0.3 s; the rest is for a crowded machine"
-    assert strict.render("{{ messages | length }}", {"messages": USER}) == "1", "the next one works"
+        renderer.render(source, {"messages": USER})
+    assert time.monotonic() - start < 20, "that is the limit, and the rest for a crowded machine"
+    assert renderer.render("{{ messages | length }}", {"messages": USER}) == "1", "the next one works"
 
 
 @given(st.text("{%}|()[]'~*+. \nabfor inset=if1_#-", max_size=60))
