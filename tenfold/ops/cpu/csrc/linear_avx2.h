@@ -179,3 +179,23 @@ TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out
         dense_chunks(w, n, x, total, R, 1, format);
     TF_UNROLL(8) for (int i = 0; i < 2 * R; i++) _mm256_storeu_ps(out + 8 * i, total[i]);
 }
+
+TF_INLINE float largest_lane(vf x) {
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+
+/* The codes of a block as bytes, and the sums of its halves. */
+TF_INLINE void store_codes(const vi *codes, int8_t *q, int32_t sums[2]) {
+    const __m256i low = _mm256_packs_epi32((__m256i)codes[0], (__m256i)codes[1]);  /* 0-3 8-11 | 4-7 12-15 */
+    const __m256i high = _mm256_packs_epi32((__m256i)codes[2], (__m256i)codes[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i both = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256((__m256i *)q, both);
+    __m256i sum = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), both), _mm256_set1_epi16(1));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+    sums[0] = _mm256_cvtsi256_si32(sum);
+    sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
+}

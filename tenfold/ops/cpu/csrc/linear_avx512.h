@@ -158,3 +158,17 @@ TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out
         dense_chunks(w, n, x, total, R, 1, format);
     TF_UNROLL(16) for (int r = 0; r < R; r++) _mm512_storeu_ps(out + 16 * r, total[r]);
 }
+
+TF_INLINE float largest_lane(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+
+/* The codes of a block as bytes, and the sums of its halves. */
+TF_INLINE void store_codes(const vi *codes, int8_t *q, int32_t sums[2]) {
+    const __m128i low = _mm512_cvtepi32_epi8((__m512i)codes[0]), high = _mm512_cvtepi32_epi8((__m512i)codes[1]);
+    const __m256i both = _mm256_set_m128i(high, low);
+    _mm256_storeu_si256((__m256i *)q, both);
+    __m256i sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), both);
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0x4e));
+    sum = _mm256_add_epi32(sum, _mm256_shuffle_epi32(sum, 0xb1));
+    sums[0] = _mm256_cvtsi256_si32(sum);
+    sums[1] = _mm_cvtsi128_si32(_mm256_extracti128_si256(sum, 1));
+}

@@ -138,3 +138,16 @@ TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out
     TF_UNROLL(4) for (int r = 0; r < R; r++)
         TF_UNROLL(4) for (int v = 0; v < 4; v++) vst1q_f32(out + 16 * r + 4 * v, total[r][v]);
 }
+
+TF_INLINE float largest_lane(vf x) { return vmaxvq_f32((float32x4_t)x); }
+
+/* The codes of a block as bytes, and the sums of its halves. */
+TF_INLINE void store_codes(const vi *codes, int8_t *q, int32_t sums[2]) {
+    TF_UNROLL(2) for (int h = 0; h < 2; h++) {
+        const vi *c = codes + 4 * h;
+        const int16x8_t low = vcombine_s16(vmovn_s32((int32x4_t)c[0]), vmovn_s32((int32x4_t)c[1]));
+        const int16x8_t high = vcombine_s16(vmovn_s32((int32x4_t)c[2]), vmovn_s32((int32x4_t)c[3]));
+        vst1q_s8(q + 16 * h, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+        sums[h] = vaddlvq_s16(vaddq_s16(low, high));
+    }
+}

@@ -85,3 +85,16 @@ TF_INLINE void dense_tile(const uint8_t *w, int cols, const float *x, float *out
     }
     for (int r = 0; r < R; r++) memcpy(out + 16 * r, total[r], sizeof total[r]);
 }
+
+TF_INLINE float largest_lane(vf x) { return vf_largest(x); }
+
+/* The codes of a block as bytes, and the sums of its halves. */
+TF_INLINE void store_codes(const vi *codes, int8_t *q, int32_t sums[2]) {
+    int32_t c[TF_BLOCK];
+    memcpy(c, codes, sizeof c);
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < TF_BLOCK; i++) {
+        q[i] = (int8_t)c[i];
+        sums[i / 16] += c[i];
+    }
+}

@@ -17,6 +17,8 @@ TF_INLINE void fetch_ahead(const uint8_t *p, const int lines) {
     TF_UNROLL(9) for (int i = 0; i < lines; i++) __builtin_prefetch(p + 64 * i, 0, 3);
 }
 
+enum { PER_BLOCK = TF_BLOCK / TF_W }; /* vectors */
+
 #if defined(__AVX512VNNI__)
 #include "linear_avx512.h"
 #elif defined(__AVX2__)
@@ -29,9 +31,9 @@ TF_INLINE void fetch_ahead(const uint8_t *p, const int lines) {
 
 /* ---- activations ---- */
 
-enum { LANES = 16, PER_BLOCK = TF_BLOCK / TF_W };
+enum { LANES = 64 };
 
-/* 1 / rms, from 16 partial sums (the same on every instruction set) added halves first. */
+/* 1 / rms, from 64 partial sums (the same on every instruction set) added halves first. */
 static float inverse_rms(const float *x, int n, float eps) {
     vf sum[LANES / TF_W] = {{0}};
     float last[LANES] = {0}, lane[LANES];
@@ -58,16 +60,6 @@ static void normalise(const float *x, int n, const float *norm_w, float eps, flo
     for (; i < n; i++) out[i] = x[i] * inverse * norm_w[i];
 }
 
-TF_INLINE int32_t sum_lanes(vi x) {
-    int32_t t[TF_W];
-    memcpy(t, &x, sizeof t);
-    for (int half = TF_W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) t[i] += t[i + half];
-    return t[0];
-}
-
-typedef int8_t codes_vector __attribute__((vector_size(TF_W), aligned(1), may_alias));
-
 /* Codes of 32 numbers, rounded to the nearest (ties to even), and their sums by halves; returns d. */
 TF_INLINE float quantise32(const float *x, int8_t *q, int32_t sums[2]) {
     vf y[PER_BLOCK], top = vf_set(0);
@@ -75,16 +67,11 @@ TF_INLINE float quantise32(const float *x, int8_t *q, int32_t sums[2]) {
         y[v] = vf_load(x + TF_W * v);
         top = vf_max(top, (vf)((vi)y[v] & 0x7fffffff));
     }
-    const float largest = vf_largest(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    const float largest = largest_lane(top), inverse = largest > 0 ? 127.0f / largest : 0.0f;
     const vf magic = vf_set(12582912.0f); /* 1.5 * 2^23: adding it leaves the rounded integer in the low bits */
-    vi sum[2] = {{0}};
-    for (int v = 0; v < PER_BLOCK; v++) {
-        const vi code = (vi)(y[v] * vf_set(inverse) + magic) - (vi)magic;
-        *(codes_vector *)(q + TF_W * v) = __builtin_convertvector(code, codes_vector);
-        sum[2 * v / PER_BLOCK] += code;
-    }
-    sums[0] = sum_lanes(sum[0]);
-    sums[1] = sum_lanes(sum[1]);
+    vi codes[PER_BLOCK];
+    for (int v = 0; v < PER_BLOCK; v++) codes[v] = (vi)(y[v] * vf_set(inverse) + magic) - (vi)magic;
+    store_codes(codes, q, sums);
     return largest * (1.0f / 127.0f);
 }
 
