@@ -1,14 +1,9 @@
 """The models of the API against OpenAI's own client, and against docs/api.md."""
 
-import re
-from pathlib import Path
-
 import pytest
 
+from tenfold.serve import describe
 from tenfold.serve.protocol import ChatRequest, CompletionRequest
-
-DOCS = Path(__file__).parents[2] / "docs" / "api.md"
-ROW = re.compile(r"^\| `(\w+)` \| (honoured|ignored|refused) \| (.*) \|$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
@@ -26,11 +21,14 @@ def test_every_field_of_openais_client_is_known():
     assert set(text.CompletionCreateParamsBase.__annotations__) - {"stream"} <= set(CompletionRequest.model_fields)
 
 
-@pytest.mark.parametrize(
-    ("model", "heading"), [(ChatRequest, "## Chat completions"), (CompletionRequest, "## Completions")]
-)
-def test_docs_list_every_field(model, heading):
-    section = DOCS.read_text().split(heading + "\n")[1].split("\n## ")[0]
-    documented = {name: (treatment, text) for name, treatment, text in ROW.findall(section)}
-    fields = {name: (model.treatment(name), f.description) for name, f in model.model_fields.items()}
-    assert documented == fields
+@pytest.mark.parametrize("page", describe.TABLES)
+def test_docs_are_up_to_date(page):
+    text = (describe.DOCS / page).read_text(encoding="utf-8")
+    assert describe.renewed(page, text) == text, "run: python -m tenfold.serve.describe"
+
+
+def test_docs_list_every_field():
+    text = (describe.DOCS / "api.md").read_text(encoding="utf-8")
+    for model in (ChatRequest, CompletionRequest):
+        for name in model.model_fields:
+            assert f"| `{name}` | {model.treatment(name)} |" in text

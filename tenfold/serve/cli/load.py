@@ -1,5 +1,6 @@
 """Loading a model for a command: progress while it takes long, then one line that says where the time went."""
 
+import gc
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ def load(kind: type[Front], config: EngineConfig, quiet: bool = False) -> Front:
     timeline.phases.append(("start and imports", process_age()))
     with loading(quiet) as progress:
         llm = kind(config=config, timeline=timeline, loading=progress)
+    gc.freeze()  # a model and its tokenizer stay; a collection that walks them would show as a pause between tokens
     if not quiet:
         print(f"{display_name(config.model)} ready: {timeline}", file=sys.stderr, flush=True)
     return llm

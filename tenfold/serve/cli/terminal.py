@@ -14,6 +14,7 @@ from typing import Any
 from tenfold.engine.request import Output
 
 PATIENCE = 0.7  # seconds of loading after which a progress bar is worth its flicker
+IMPORTED = time.perf_counter()
 CONTROL = dict.fromkeys(c for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t")
 
 
@@ -36,12 +37,14 @@ def read_prompt(given: str | None) -> str:
 
 
 def process_age() -> float:
-    """Seconds since this process started: what a user has waited for. 0 where the system does not tell."""
+    """Seconds since this process started: what a user has waited for. Where the system does not tell, since this module
+    was imported, which commands do first.
+    """
     try:
         start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0
+        return time.perf_counter() - IMPORTED
 
 
 @contextmanager

@@ -1,0 +1,57 @@
+"""The tables of docs/api.md and docs/cli.md, made from the models and settings they describe.
+
+`python -m tenfold.serve.describe` in a checkout renews them; a test fails where that was forgotten.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tenfold.base.config import EngineConfig
+from tenfold.serve.protocol import Body, ChatRequest, CompletionRequest
+from tenfold.serve.settings import ServeConfig
+
+DOCS = Path(__file__).parents[2] / "docs"
+TREATMENTS = ("honoured", "refused", "ignored")  # order of a table
+
+
+def field_table(model: type[Body]) -> Iterator[str]:
+    """One row a request field: what becomes of it, and what it means or why not."""
+    yield "| field | | |"
+    yield "|---|---|---|"
+    for name in sorted(model.model_fields, key=lambda name: TREATMENTS.index(model.treatment(name))):
+        yield f"| `{name}` | {model.treatment(name)} | {model.model_fields[name].description} |"
+
+
+def settings_table(kind: type) -> Iterator[str]:
+    """One row a setting, as the command line spells it."""
+    yield "| option | default | |"
+    yield "|---|---|---|"
+    for f in fields(kind):
+        yield f"| `--{f.name.replace('_', '-')}` | {f.default!r} | {f.metadata['help']} |"
+
+
+TABLES: dict[str, dict[str, tuple[Any, Any]]] = {
+    "api.md": {"Chat completions": (field_table, ChatRequest), "Completions": (field_table, CompletionRequest)},
+    "cli.md": {"Engine settings": (settings_table, EngineConfig), "Server settings": (settings_table, ServeConfig)},
+}
+
+
+def renewed(name: str, text: str) -> str:
+    """A page with the first table under each of its headings in TABLES made anew."""
+    for heading, (make, of) in TABLES[name].items():
+        start = text.index("\n|", text.index(f"\n## {heading}\n")) + 1
+        end = text.index("\n\n", start)
+        text = text[:start] + "\n".join(make(of)) + text[end:]
+    return text
+
+
+def main() -> None:
+    for name in TABLES:
+        page = DOCS / name
+        page.write_text(renewed(name, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
