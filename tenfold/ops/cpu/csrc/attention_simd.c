@@ -8,20 +8,27 @@ enum { ROWS = 4 }; /* 32 registers */
 #else
 enum { ROWS = 2 };
 #endif
-enum { KEYS = 4, CHUNKS = 4, WIDENED = 16 /* values widened at a time */ };
+enum {
+    KEYS = 4,     /* scored together */
+    CHUNKS = 4,   /* vectors of a sum held in registers */
+    WIDENED = 16, /* values widened at a time */
+    FEW = 8,      /* rows up to which keys and values are read once, where they lie, and waiting for memory is what counts */
+};
 
 typedef struct {
     const tf_attend_args *a;
     const tf_unit *u;
     int rows, padded;  /* padded: head_dim in whole vectors, as floats */
     int direct;        /* keys and values are read where they lie, not through `wide` */
+    int fetch;         /* ask for keys and values ahead of their use */
     float *q, *sum, *total, *scores, *wide;
     float *m, *l, *all_m, *all_l, *keep, *add;
 } unit_state;
 
 static unit_state state_of(const tf_attend_args *a, const tf_unit *u, float *scratch) {
     unit_state s = {.a = a, .u = u, .rows = u->queries * u->heads, .padded = (int)tf_padded(a->head_dim, TF_W)};
-    s.direct = s.padded == a->head_dim && (a->type == TF_F32 || s.rows <= ROWS);
+    s.direct = s.padded == a->head_dim && (a->type == TF_F32 || s.rows <= FEW);
+    s.fetch = s.direct && s.rows > 1 && s.rows <= FEW; /* for one row the processor is quick enough by itself */
     const int64_t block = (int64_t)s.padded * TF_UNIT_ROWS;
     s.q = scratch;
     s.sum = s.q + block;
@@ -48,15 +55,26 @@ static void load_queries(const unit_state *s) {
     }
 }
 
-/* Where in keys and values, in elements, the keys first..last of a tile that begins at position `start` lie. */
-static void locate(const unit_state *s, int start, int first, int last, int64_t *at) {
+/* Keys first..last of a tile that begins at position `start` are seen by some row of the unit; at[j]: where key j and its value
+ * begin in keys and values, in elements. */
+typedef struct {
+    int start, first, last;
+    int64_t at[TF_KV_TILE];
+} tile_keys;
+
+/* Tile number `tile` of the unit; past the last one it has no keys. */
+static void locate(const unit_state *s, int tile, tile_keys *keys) {
     const tf_attend_args *a = s->a;
     const int32_t *pages = a->page_table + (int64_t)s->u->request * a->table_width;
-    for (int j = first; j <= last;) {
+    const int start = (s->u->first_tile + tile) * TF_KV_TILE;
+    keys->start = start;
+    keys->first = a->window > 0 ? TF_MAX(0, s->u->position - a->window + 1 - start) : 0;
+    keys->last = tile < s->u->tiles ? TF_MIN(TF_KV_TILE - 1, s->u->position + s->u->queries - 1 - start) : -1;
+    for (int j = keys->first; j <= keys->last;) {
         int page = (start + j) / a->page_size, offset = (start + j) % a->page_size;
         int64_t place = (((int64_t)pages[page] * a->kv_heads + s->u->kv_head) * a->page_size + offset) * a->head_dim;
-        int end = TF_MIN(last, j + a->page_size - 1 - offset);
-        for (; j <= end; j++, place += a->head_dim) at[j] = place;
+        int end = TF_MIN(keys->last, j + a->page_size - 1 - offset);
+        for (; j <= end; j++, place += a->head_dim) keys->at[j] = place;
     }
 }
 
@@ -107,31 +125,41 @@ TF_INLINE void score_rows(const unit_state *s, int type, const void *const key[K
         score_block(ROWS, type, s->q + row * s->padded, key, s->padded, s->scores + row * TF_KV_TILE + j);
 }
 
-TF_INLINE void score_direct(const unit_state *s, int type, const int64_t *at, int first, int last) {
-    const char *keys = s->a->keys;
+/* Ask for one row of keys or values before it is needed: pages lie scattered, so the processor cannot guess the next one. */
+TF_INLINE void prefetch_row(const char *row, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
+TF_INLINE void score_direct(const unit_state *s, int type, const tile_keys *tile) {
+    const char *keys = s->a->keys, *values = s->a->values;
     const size_t size = tf_type_size(type);
-    for (int j = first; j <= last; j += KEYS) {
+    for (int j = tile->first; j <= tile->last; j += KEYS) {
         const void *key[KEYS];
-        for (int k = 0; k < KEYS; k++) key[k] = keys + at[TF_MIN(j + k, last)] * size;
+        for (int k = 0; k < KEYS; k++) {
+            const int64_t place = tile->at[TF_MIN(j + k, tile->last)];
+            key[k] = keys + place * size;
+            if (s->fetch) prefetch_row(values + place * size, s->a->head_dim * size);
+        }
         score_rows(s, type, key, j);
     }
 }
 
-/* Scores of all rows against keys first..last; up to 3 scores after the last are written too. */
-static void score_tile(const unit_state *s, const int64_t *at, int first, int last) {
+/* Scores of all rows against the keys of a tile; up to 3 scores after the last are written too. */
+static void score_tile(const unit_state *s, const tile_keys *tile) {
     if (s->direct) {
         if (s->a->type == TF_F32)
-            score_direct(s, TF_F32, at, first, last);
+            score_direct(s, TF_F32, tile);
         else if (s->a->type == TF_F16)
-            score_direct(s, TF_F16, at, first, last);
+            score_direct(s, TF_F16, tile);
         else
-            score_direct(s, TF_BF16, at, first, last);
+            score_direct(s, TF_BF16, tile);
         return;
     }
     const void *key[KEYS];
     for (int k = 0; k < KEYS; k++) key[k] = s->wide + k * s->padded;
-    for (int j = first; j <= last; j += KEYS) {
-        for (int k = 0; k < KEYS; k++) widen_row(s, s->a->keys, at[TF_MIN(j + k, last)], s->wide + k * s->padded);
+    for (int j = tile->first; j <= tile->last; j += KEYS) {
+        for (int k = 0; k < KEYS; k++)
+            widen_row(s, s->a->keys, tile->at[TF_MIN(j + k, tile->last)], s->wide + k * s->padded);
         score_rows(s, TF_F32, key, j);
     }
 }
@@ -153,8 +181,9 @@ TF_INLINE float scale_scores(const tf_attend_args *a, float *x, int begin, int e
 }
 
 /* Scores to exp(s - m), with m and l of each row. A row sees keys from..to of the tile; outside, up to whole vectors, it gets 0. */
-static void soften(const unit_state *s, int start, int first, int last) {
+static void soften(const unit_state *s, const tile_keys *tile) {
     const tf_attend_args *a = s->a;
+    const int start = tile->start, first = tile->first, last = tile->last;
     const int begin = first / TF_W * TF_W, end = (int)tf_padded(last + 1, TF_W);
     for (int row = 0; row < s->rows; row++) {
         const int position = s->u->position + row / s->u->heads, to = TF_MIN(last, position - start);
@@ -210,47 +239,47 @@ TF_INLINE void value_rows(const unit_state *s, int type, const void *const *valu
         value_columns(ROWS, type, p + row * TF_KV_TILE, value, count, s->sum + row * s->padded, s->padded);
 }
 
-TF_INLINE void value_direct(const unit_state *s, int type, const int64_t *at, int first, int last) {
+TF_INLINE void value_direct(const unit_state *s, int type, const tile_keys *tile, const tile_keys *next) {
     const void *value[TF_KV_TILE];
-    const char *values = s->a->values;
+    const char *keys = s->a->keys, *values = s->a->values;
     const size_t size = tf_type_size(type);
-    /* Few rows: the sums stay in registers through the tile. Many: 16 values stay in the cache for all rows. */
-    const int step = s->rows <= ROWS ? TF_KV_TILE : WIDENED;
-    for (int j = first; j <= last; j++) value[j] = values + at[j] * size;
-    for (int j = first; j <= last; j += step) value_rows(s, type, value + j, j, TF_MIN(step, last + 1 - j));
+    const int step = s->fetch || s->rows > FEW ? WIDENED : TF_KV_TILE; /* sums stay in registers for a step */
+    int fetched = next->first;
+    for (int j = tile->first; j <= tile->last; j++) value[j] = values + tile->at[j] * size;
+    for (int j = tile->first; j <= tile->last; j += step) {
+        if (s->fetch)
+            for (int k = 0; k < WIDENED && fetched <= next->last; k++, fetched++)
+                prefetch_row(keys + next->at[fetched] * size, s->a->head_dim * size);
+        value_rows(s, type, value + j, j, TF_MIN(step, tile->last + 1 - j));
+    }
 }
 
-static void sum_values(const unit_state *s, const int64_t *at, int first, int last) {
+static void sum_values(const unit_state *s, const tile_keys *tile, const tile_keys *next) {
     memset(s->sum, 0, (size_t)tf_padded(s->rows, ROWS) * s->padded * 4);
     if (s->direct) {
         if (s->a->type == TF_F32)
-            value_direct(s, TF_F32, at, first, last);
+            value_direct(s, TF_F32, tile, next);
         else if (s->a->type == TF_F16)
-            value_direct(s, TF_F16, at, first, last);
+            value_direct(s, TF_F16, tile, next);
         else
-            value_direct(s, TF_BF16, at, first, last);
+            value_direct(s, TF_BF16, tile, next);
         return;
     }
     const void *value[WIDENED];
     for (int k = 0; k < WIDENED; k++) value[k] = s->wide + k * s->padded;
-    for (int j = first; j <= last; j += WIDENED) {
-        const int count = TF_MIN(WIDENED, last + 1 - j);
-        for (int k = 0; k < count; k++) widen_row(s, s->a->values, at[j + k], s->wide + k * s->padded);
+    for (int j = tile->first; j <= tile->last; j += WIDENED) {
+        const int count = TF_MIN(WIDENED, tile->last + 1 - j);
+        for (int k = 0; k < count; k++) widen_row(s, s->a->values, tile->at[j + k], s->wide + k * s->padded);
         value_rows(s, TF_F32, value, j, count);
     }
 }
 
-/* m, l and sum of one tile, for all rows. */
-static void run_tile(const unit_state *s, int tile) {
-    const tf_attend_args *a = s->a;
-    const int start = (s->u->first_tile + tile) * TF_KV_TILE;
-    const int last = TF_MIN(TF_KV_TILE - 1, s->u->position + s->u->queries - 1 - start);
-    const int first = a->window > 0 ? TF_MAX(0, s->u->position - a->window + 1 - start) : 0;
-    int64_t at[TF_KV_TILE];
-    locate(s, start, first, last, at);
-    score_tile(s, at, first, last);
-    soften(s, start, first, last);
-    sum_values(s, at, first, last);
+/* m, l and sum of one tile, for all rows. keys: this tile's, already located, and room to locate the next one's. */
+static void run_tile(const unit_state *s, int tile, tile_keys *keys, tile_keys *next) {
+    score_tile(s, keys);
+    locate(s, tile + 1, next);
+    soften(s, keys);
+    sum_values(s, keys, next);
 }
 
 static void clear_total(const unit_state *s) {
@@ -293,10 +322,12 @@ static void write_out(const unit_state *s) {
 
 static void whole(const tf_attend_args *a, const tf_unit *u, float *scratch) {
     const unit_state s = state_of(a, u, scratch);
+    tile_keys keys[2];
     load_queries(&s);
     clear_total(&s);
+    locate(&s, 0, &keys[0]);
     for (int tile = 0; tile < u->tiles; tile++) {
-        run_tile(&s, tile);
+        run_tile(&s, tile, &keys[tile & 1], &keys[~tile & 1]);
         fold_tile(&s, s.sum, s.padded);
     }
     write_out(&s);
@@ -305,9 +336,11 @@ static void whole(const tf_attend_args *a, const tf_unit *u, float *scratch) {
 static void part(const tf_attend_args *a, const tf_unit *u, int begin, int end, float *scratch) {
     const unit_state s = state_of(a, u, scratch);
     const int64_t stride = tf_partial_floats(a, TF_W);
+    tile_keys keys[2];
     load_queries(&s);
+    locate(&s, begin, &keys[begin & 1]);
     for (int tile = begin; tile < end; tile++) {
-        run_tile(&s, tile);
+        run_tile(&s, tile, &keys[tile & 1], &keys[~tile & 1]);
         for (int row = 0; row < s.rows; row++) {
             float *to = u->partials + ((int64_t)tile * s.rows + row) * stride;
             memcpy(to, s.sum + row * s.padded, (size_t)s.padded * 4);
