@@ -46,7 +46,9 @@ class SamplingParams:
         for name, allowed, holds in RULES:
             if not holds(self):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
-        for name in ("logit_bias", "stop_token_ids") if vocab_size is not None else ():
+        if vocab_size is None:
+            return
+        for name in ("logit_bias", "stop_token_ids"):
             wrong = [token for token in getattr(self, name) if not 0 <= token < vocab_size]
             if wrong:
                 raise ValueError(f"{name} has token id {wrong[0]!r}; allowed: 0 to {vocab_size - 1}.")
