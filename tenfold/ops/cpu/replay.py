@@ -90,9 +90,15 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.recorder.saw(str(func))
-        return func(*args, **(kwargs or {}))
+
+def _report(self: _Watch, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    self.recorder.saw(str(func))
+    return func(*args, **(kwargs or {}))
+
+
+# Set from outside: in the class body torch would wrap it in a guard whose import, the whole compiler, takes 1.3 s in
+# the middle of the first answer.
+_Watch.__torch_dispatch__ = _report  # type: ignore[assignment,method-assign]
 
 
 class Recording:
