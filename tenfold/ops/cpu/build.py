@@ -27,13 +27,17 @@ COMMON_FLAGS = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512")
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+# Flags of each instruction set; where there are several spellings, the first that the compiler understands.
+VARIANTS: dict[str, dict[str, list[tuple[str, ...]]]] = {
     "x86_64": {
-        "portable": (),
-        "avx2": (*_AVX2, "-mtune=haswell"),
-        "avx512": (*_AVX512, "-mtune=icelake-server"),
+        "portable": [()],
+        "avx2": [(*_AVX2, "-mtune=haswell")],
+        "avx512": [(*_AVX512, "-mtune=icelake-server")],
     },
-    "aarch64": {"portable": (), "neon": ("-march=armv8.2-a+dotprod+fp16",)},
+    "aarch64": {
+        "portable": [()],
+        "neon": [("-march=armv8.2-a+dotprod+fp16",), ("-mcpu=generic+v8_2a+dotprod+fullfp16",)],
+    },
 }
 COMPILE_TIMEOUT = 300  # seconds for one compiler run
 
@@ -203,17 +207,24 @@ def _write(library: bytes, path: Path) -> Path:
 
 def compile_library(compiler: Compiler, sources: Path = SOURCES) -> bytes:
     """Compile and link. An instruction set that this compiler does not know is left out. Raises BuildError."""
-    variants = dict(VARIANTS.get(machine(), {"portable": ()}))
     with tempfile.TemporaryDirectory(prefix="tenfold-build-") as folder:
         target = Path(folder)
-        for name in list(variants)[1:]:
-            if not _understands(compiler, variants[name], target):
-                del variants[name]
+        variants = _known_variants(compiler, target)
         objects = _compile_objects(compiler, variants, sources, target)
         library = target / "tenfold.so"
         link = [*compiler.command, "-shared", "-pthread", *map(str, objects), "-lm", "-o", str(library)]
         _run_all([link])
         return library.read_bytes()
+
+
+def _known_variants(compiler: Compiler, folder: Path) -> dict[str, tuple[str, ...]]:
+    """Flags of the instruction sets that this compiler can make."""
+    known: dict[str, tuple[str, ...]] = {}
+    for name, spellings in VARIANTS.get(machine(), {"portable": [()]}).items():
+        flags = next((f for f in spellings if not f or _understands(compiler, f, folder)), None)
+        if flags is not None:
+            known[name] = flags
+    return known
 
 
 def _understands(compiler: Compiler, flags: Sequence[str], folder: Path) -> bool:
