@@ -17,6 +17,7 @@ enum {
     UNIT_BYTES = 16384,  /* weights of a unit, at least, where there are units enough */
     UNITS_A_THREAD = 4,  /* at least, so that a slow thread can be helped */
     GROUP_BYTES = 262144, /* activations of a unit, at most: they stay in the second-level cache */
+    GATED_TILES = 4, /* of gate, then of up: longer runs of memory than by turns, 10 % at batch 1 */
 };
 
 typedef struct {
@@ -95,17 +96,24 @@ static void multiply(const job *j, const tf_segment *s, int tile, const uint8_t 
     }
 }
 
-/* Tile t of the result for a group of rows. Gated: tile t of the gate and the tile of up that has the same place in its half. */
 static void output_tile(const job *j, const tf_segment *s, int t, const uint8_t *buffer, int row, int R) {
-    float v[TF_TILE * 16], up[TF_TILE * 16];
-    const int tile = t - s->tile0;
+    float v[TF_TILE * 16];
+    const int tile = t - s->tile0, left = s->rows - TF_TILE * tile;
     multiply(j, s, tile, buffer, row, R, v);
-    if (j->after.act) {
-        if (j->w->segments == 1) multiply(j, s, tile + j->out_tiles, buffer, row, R, up);
-        else multiply(j, s + 1, tile, buffer, row, R, up);
+    j->ops->finish(v, NULL, R, &j->after, row, s->row0 + TF_TILE * tile, TF_MIN(TF_TILE, left));
+}
+
+/* Tiles t..end-1 of a gated result: all of the gate, then all of up, which lies at the same places of its half. Memory
+ * is read in longer runs than by turns. */
+static void gated_tiles(const job *j, int t, int end, const uint8_t *buffer, int row, int R) {
+    float v[GATED_TILES][TF_TILE * 16], up[TF_TILE * 16];
+    const tf_segment *gate = j->w->segment, *other = j->w->segments == 1 ? gate : gate + 1;
+    const int up_tile = j->w->segments == 1 ? j->out_tiles : 0;
+    for (int i = t; i < end; i++) multiply(j, gate, i, buffer, row, R, v[i - t]);
+    for (int i = t; i < end; i++) {
+        multiply(j, other, up_tile + i, buffer, row, R, up);
+        j->ops->finish(v[i - t], up, R, &j->after, row, TF_TILE * i, TF_MIN(TF_TILE, j->after.cols - TF_TILE * i));
     }
-    const int left = (j->after.act ? j->after.cols : s->rows) - TF_TILE * tile;
-    j->ops->finish(v, up, R, &j->after, row, s->row0 + TF_TILE * tile, TF_MIN(TF_TILE, left));
 }
 
 static const tf_segment *segment_of(const tf_matrix *w, int tile) {
@@ -114,32 +122,32 @@ static const tf_segment *segment_of(const tf_matrix *w, int tile) {
     return s;
 }
 
+/* Tiles t..end-1 of the result for a group of rows. */
+static void output_tiles(const job *j, int t, int end, const uint8_t *buffer, int row, int R) {
+    if (j->after.act)
+        for (; t < end; t += GATED_TILES) gated_tiles(j, t, TF_MIN(t + GATED_TILES, end), buffer, row, R);
+    else
+        for (; t < end; t++) output_tile(j, segment_of(j->w, t), t, buffer, row, R);
+}
+
 static void unit_task(void *ctx, int unit, int thread) {
     job *j = ctx;
     const uint8_t *buffer = prepared_rows(j, thread);
     const int tile = unit % j->units_across * j->unit_tiles, tile_end = TF_MIN(tile + j->unit_tiles, j->out_tiles);
     const int row = unit / j->units_across * j->unit_rows, row_end = TF_MIN(row + j->unit_rows, j->m);
-    if (j->arm == TF_ARM_TILED) {
+    const int together = j->arm == TF_ARM_TILED ? tile_end - tile : j->after.act ? GATED_TILES : 1;
+    for (int t = tile; t < tile_end; t += together)
         for (int r = row, R; r < row_end; r += R) {
             R = group_at(j, r);
-            for (int t = tile; t < tile_end; t++) output_tile(j, segment_of(j->w, t), t, buffer, r, R);
+            output_tiles(j, t, TF_MIN(t + together, tile_end), buffer, r, R);
         }
-    } else {
-        for (int t = tile; t < tile_end; t++) {
-            const tf_segment *s = segment_of(j->w, t);
-            for (int r = row, R; r < row_end; r += R) {
-                R = group_at(j, r);
-                output_tile(j, s, t, buffer, r, R);
-            }
-        }
-    }
 }
 
 /* Units large enough to be worth claiming, and enough of them for every thread to get several. */
 static void cut_units(job *j) {
     const int wanted = UNITS_A_THREAD * tf_threads();
     const int64_t tile_bytes = j->w->segment[0].tile_bytes * (j->after.act ? 2 : 1);
-    int tiles = (int)TF_MAX(1, UNIT_BYTES / tile_bytes), rows = j->m;
+    int tiles = (int)TF_MAX(j->after.act ? GATED_TILES : 1, UNIT_BYTES / tile_bytes), rows = j->m;
     if (j->arm == TF_ARM_TILED) {
         const int64_t row_bytes = (int64_t)(j->xq_row + j->xe_row + j->xf_row);
         rows = (int)TF_MAX(1, GROUP_BYTES / row_bytes / j->max_group) * j->max_group;
