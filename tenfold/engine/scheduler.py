@@ -154,13 +154,13 @@ class Scheduler:
         crowded = self.preemptions != before  # then nobody is admitted now: what was freed is for those who run
         if self.queue and not crowded and not self._make_way():
             return StepPlan(self._number, ())
-        copies: list[tuple[int, int]] = []
         for sequence in short:
             if sequence.status is Status.DECODE:
-                self._grow(sequence, copies)
+                sequence.pages += self.pool.allocate()
         entries = self._plan_decodes()
         decodes = len(entries)
         admitted: list[Sequence] = []
+        copies: list[tuple[int, int]] = []
         if self.prefilling or (self.queue and not crowded):
             self._plan_prefills(entries, admitted, copies, not crowded)
         if entries:
@@ -169,18 +169,17 @@ class Scheduler:
         return StepPlan(self._number, tuple(entries), decodes, tuple(admitted), tuple(copies))
 
     def _needs_page(self, sequence: Sequence) -> bool:
-        """Whether a decoding sequence must get a page before its next token is computed."""
-        position, pages = sequence.computed, sequence.pages
-        if position >= sequence.limit - 1:
-            return False  # the token in flight is its last
-        index = position // self.page_size
-        return index == len(pages) or self.pool.references[pages[index]] != 1
+        """Whether a decoding sequence must get a page before its next token is computed. The page it writes to is its
+        own since admission; one whose last token is in flight needs nothing.
+        """
+        position = sequence.computed
+        return position == len(sequence.pages) * self.page_size and position < sequence.limit - 1
 
     def _make_room(self, short: list[Sequence]) -> bool:
         """Preempt the worst ranks until each sequence still in `short` can get a page; False if steps in flight must
         be read first.
         """
-        while sum(s.status is Status.DECODE and self._needs_page(s) for s in short) > self.pool.available:
+        while sum(s.status is Status.DECODE for s in short) > self.pool.available:
             if self._inflight:
                 return False
             self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.rank))
@@ -202,22 +201,6 @@ class Scheduler:
                 return False
             self._preempt(max(lower, key=lambda s: s.rank))
         return True
-
-    def _grow(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
-        """A page for the position computed next: a new one at the end, or a copy of one that others read too."""
-        index = sequence.computed // self.page_size
-        if index == len(sequence.pages):
-            sequence.pages += self.pool.allocate()
-        elif not self.pool.writable(sequence.pages[index]):
-            self._own(sequence, index, copies)
-
-    def _own(self, sequence: Sequence, index: int, copies: list[tuple[int, int]]) -> None:
-        source = sequence.pages[index]
-        (target,) = self.pool.allocate()
-        self.pool.release((source,))
-        sequence.pages[index] = target
-        sequence.synced = min(sequence.synced, index)
-        copies.append((source, target))
 
     def _plan_decodes(self) -> list[Entry]:
         entries = []
@@ -336,10 +319,19 @@ class Scheduler:
         if sequence.want_prompt_logprobs:
             sequence.prompt_logprobs = []
         if start < len(shared) * size:
-            self._own(sequence, start // size, copies)
+            copies.append(self._own(sequence, start // size))
+            sequence.done -= start % size  # what is copied cannot be shared before the copy was made
         self.prefilling.append(sequence)
         if sequence.charged == 0:
             self._count_hit(sequence, start)
+
+    def _own(self, sequence: Sequence, index: int) -> tuple[int, int]:
+        """Put a page of its own where a sequence will write into a shared one; (source, target) to copy."""
+        source = sequence.pages[index]
+        (target,) = self.pool.allocate()
+        self.pool.release((source,))
+        sequence.pages[index] = target
+        return source, target
 
     def _count_hit(self, sequence: Sequence, start: int) -> None:
         """Account for the prompt tokens that a first admission found cached; they cost the user nothing."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
+from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output, Request
 from tenfold.nn.step import Step
 
@@ -168,6 +169,15 @@ def make_engine(
     )
     for tensor in (*engine.kv.keys, *engine.kv.values):
         tensor.fill_(POISON)
+    prepare = engine.runner.prepare
+
+    def checked(plan: StepPlan) -> None:
+        sources, targets = {s for s, _ in plan.copies}, [t for _, t in plan.copies]
+        assert not sources & set(targets), "a page is copied that is itself being made"
+        assert len(set(targets)) == len(targets)
+        prepare(plan)
+
+    engine.runner.prepare = checked  # type: ignore[method-assign]
     return engine
 
 
@@ -180,6 +190,9 @@ def check_pages(engine: Engine) -> None:
         for page in pages:
             held[page] = held.get(page, 0) + 1
     pool.check(held)
+    for sequence in [*scheduler.decoding, *scheduler.prefilling]:
+        index = sequence.computed // engine.config.page_size
+        assert all(pool.references[p] == 1 for p in sequence.pages[index:]), "a page to be written has another owner"
     for plan, _ in engine._inflight:
         for entry in plan.entries:
             assert entry.sequence.row == entry.row, "a row was given away though a step in flight uses it"

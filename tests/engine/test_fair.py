@@ -146,7 +146,7 @@ def test_chunks_of_long_prompts_take_turns_between_users() -> None:
     assert [o.request_id for o in outputs if o.finish] == ["short"]
 
 
-def test_tokens_found_in_the_cache_and_work_repeated_cost_nothing() -> None:
+def test_tokens_found_in_the_cache_cost_nothing() -> None:
     engine = make_engine(max_step_tokens=64)
     params = SamplingParams(temperature=0.0, max_tokens=1)
     engine.add(Request("keep", (9,), SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), user="keeper"))
@@ -157,3 +157,15 @@ def test_tokens_found_in_the_cache_and_work_repeated_cost_nothing() -> None:
             engine.step()
         cost = engine.scheduler.queue.served("a") - before
         assert cost == {"first": 14, "again": 2}[name] * PROMPT_WEIGHT + ANSWER_WEIGHT
+
+
+def test_work_repeated_after_preemption_costs_nothing() -> None:
+    engine = make_engine(pages=5, prefix_cache=False)
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    engine.add(Request("keep", (9,), SamplingParams(temperature=0.0, max_tokens=19, ignore_eos=True), user="keeper"))
+    engine.add(Request("long", (1, 2, 3, 4, 5), params, user="a"))
+    before = engine.scheduler.queue.served("a")
+    while "long" in engine._requests:
+        engine.step()
+    assert engine.stats().preemptions > 0
+    assert engine.scheduler.queue.served("a") - before == 5 * PROMPT_WEIGHT + 9 * ANSWER_WEIGHT

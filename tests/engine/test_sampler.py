@@ -129,12 +129,25 @@ def test_penalties_survive_preemption() -> None:
 
 
 def test_a_row_forgets_the_request_before() -> None:
-    engine = make_engine(Fixed(peaks(7, 8)), max_batch=1)
-    params = replace(PARAMS, frequency_penalty=0.6)
-    for name in "ab":
-        engine.add(Request(name, PROMPT, params))
-    got = answers(drain(engine))
-    assert got["a", 0] == got["b", 0]
+    engine = make_engine(Fixed(peaks(7, 8, 40)), max_batch=1)
+    params = replace(PARAMS, frequency_penalty=0.6, repetition_penalty=1.5)
+    for name, prompt in (("a", (7, 8, 9)), ("b", PROMPT)):
+        engine.add(Request(name, prompt, params))
+    assert answers(drain(engine))["b", 0] == generate(params, Fixed(peaks(7, 8, 40)))
+
+
+def test_penalties_follow_a_sequence_to_another_row() -> None:
+    params = replace(PARAMS, frequency_penalty=0.6, max_tokens=12)
+    engine = make_engine(Fixed(peaks(7, 8)))
+    engine.add(Request("a", PROMPT, params))
+    outputs = [o for _ in range(5) for o in engine.step()]
+    (sequence,) = engine.scheduler.decoding
+    row = sequence.row
+    engine.scheduler._preempt(sequence)
+    engine.scheduler._free_rows.reverse()
+    outputs += engine.step()
+    assert sequence.row != row
+    assert answers([*outputs, *drain(engine)])["a", 0] == generate(params, Fixed(peaks(7, 8)))
 
 
 def test_logit_bias_lifts_and_bans() -> None:

@@ -209,6 +209,19 @@ def test_answers_wait_for_the_prompt_then_share_its_pages() -> None:
     assert plan.copies == ((first.pages[2], second.pages[2]), (first.pages[2], third.pages[2]))
 
 
+def test_a_page_made_by_a_copy_is_not_copied_on_in_the_same_plan() -> None:
+    host = Host(prefix=True)
+    first, second, third = host.add("a", 6, n=3, answer=6)
+    host.steps(3)
+    for sequence in (first, second, third):
+        host.scheduler._preempt(sequence)
+    host.scheduler.finish(first)
+    plan = host.scheduler.plan()  # the second finds two pages cached, and must make the last its own
+    assert [(e.sequence, e.start) for e in plan.entries] == [(second, 7), (third, 7)]
+    assert [source for source, _ in plan.copies] == [plan.copies[0][0]] * 2
+    assert not {s for s, _ in plan.copies} & {t for _, t in plan.copies}
+
+
 def test_answers_are_released_when_their_first_ends_early() -> None:
     host = Host(max_step_tokens=4)
     first, second = host.add("a", 10, n=2)
