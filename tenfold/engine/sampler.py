@@ -37,13 +37,15 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Penalties:
-    """Rows with penalties: places in the batch, rows of the count tables, and [R, 1] factors."""
+    """Rows with penalties: places in the batch, rows of the count tables, and [R, 1] factors, None where all are
+    neutral.
+    """
 
     index: Tensor
     rows: Tensor
-    repetition: Tensor
+    repetition: Tensor | None
     presence: Tensor
-    frequency: Tensor
+    frequency: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +53,7 @@ class SamplePlan:
     """What a batch of rows needs beyond the best token. All empty: greedy, nothing else."""
 
     groups: tuple[Group, ...]
-    penalties: Penalties | None
+    penalties: tuple[Penalties, ...]
     biased: tuple[tuple[int, Tensor, Tensor], ...]  # place, token ids, values
     held: tuple[tuple[int, int, Tensor], ...]  # place, min_tokens, token ids not allowed before
     logprobs: tuple[int, ...]  # places
@@ -89,21 +91,22 @@ class Sampler:
         if not penalised(sequence.request.params):
             return
         if self._counts is None or self._seen is None:
-            self._counts = torch.zeros(self.max_batch, self.vocab_size, dtype=torch.int32, device=self.device)
+            self._counts = torch.zeros(self.max_batch, self.vocab_size, device=self.device)
             self._seen = torch.zeros(self.max_batch, self.vocab_size, dtype=torch.bool, device=self.device)
-        prompt, answer = sequence.tokens[: sequence.prompt_length], sequence.tokens[sequence.prompt_length :]
+        answer = sequence.tokens[sequence.prompt_length :]
         counts = np.bincount(np.array(answer, dtype=np.int64), minlength=self.vocab_size)
-        self._counts[sequence.row] = torch.from_numpy(counts).to(self.device, torch.int32)
+        self._counts[sequence.row] = torch.from_numpy(counts).to(self.device, torch.float32)
         self._seen[sequence.row] = False
-        self._seen[sequence.row, torch.tensor(prompt, dtype=torch.int64, device=self.device)] = True
+        self._seen[sequence.row, self._tensor(sequence.tokens)] = True
 
     def plan(self, sequences: Seq[Sequence]) -> SamplePlan:
         """The needs of a batch, in its order."""
         params = [s.request.params for s in sequences]
+        bent = [i for i, p in enumerate(params) if penalised(p)]
         wanted = tuple(i for i, p in enumerate(params) if p.logprobs is not None)
         return SamplePlan(
             groups=self._groups(params),
-            penalties=self._penalties(sequences),
+            penalties=tuple(self._penalties(sequences, b) for b in self._batches(bent)),
             biased=tuple(
                 (i, self._tensor(list(p.logit_bias)), self._tensor(list(p.logit_bias.values()), torch.float32))
                 for i, p in enumerate(params)
@@ -129,16 +132,22 @@ class Sampler:
         for group in plan.groups:
             tokens[group.index] = self._draw(logits, group, entries)
         logs = None if raw is None else ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best)
-        if plan.penalties and self._counts is not None:
-            self._counts[plan.penalties.rows, tokens[plan.penalties.index]] += 1
+        if self._counts is not None and self._seen is not None:
+            for p in plan.penalties:
+                self._counts[p.rows, tokens[p.index]] += 1
+                self._seen[p.rows, tokens[p.index]] = True
         return Sampled(tokens, logs)
 
     def _edit(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry]) -> None:
-        p = plan.penalties
-        if p and self._counts is not None and self._seen is not None:
-            logits[p.index] = ops.penalise(
-                logits[p.index], self._counts[p.rows], self._seen[p.rows], p.repetition, p.presence, p.frequency
-            )
+        """Change logits in place, row by row as each request asks."""
+        if self._counts is not None and self._seen is not None:
+            for p in plan.penalties:
+                rows = logits[p.index]
+                if p.repetition is not None:
+                    rows = ops.penalise_repetition(rows, self._seen[p.rows], p.repetition)
+                if p.frequency is not None:
+                    rows = ops.penalise_use(rows, self._counts[p.rows], p.presence, p.frequency)
+                logits[p.index] = rows
         for place, ids, values in plan.biased:
             logits[place, ids] += values
         for place, least, ids in plan.held:
@@ -150,10 +159,17 @@ class Sampler:
         u = torch.from_numpy(ops.uniforms([e.sequence.seed for e in drawn], [_position(e) for e in drawn])).to(
             self.device
         )
-        rows = logits if len(drawn) == len(logits) else logits[group.index]
+        place = group.places[0]
+        rows = logits[place : place + 1] if len(drawn) == 1 else logits[group.index]
         if not group.truncated:
             return ops.draw(rows, group.temperature, u)
         return ops.draw_truncated(rows, group.temperature, group.top_k, group.top_p, group.min_p, u, group.width)
+
+    def _batches(self, places: list[int]) -> list[list[int]]:
+        """How rows go through an operation: all together, on a CPU one by one, since one row of a large vocabulary
+        stays in the cache there and several do not.
+        """
+        return [[i] for i in places] if self.device.type == "cpu" else [places] * bool(places)
 
     def _groups(self, params: Seq[SamplingParams]) -> tuple[Group, ...]:
         kinds: dict[tuple[bool, int], list[int]] = {}
@@ -161,7 +177,9 @@ class Sampler:
             if p.temperature > 0:
                 truncated = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
                 kinds.setdefault((truncated, self._width(p)), []).append(i)
-        return tuple(self._group(places, params, *kind) for kind, places in sorted(kinds.items()))
+        return tuple(
+            self._group(batch, params, *kind) for kind, places in kinds.items() for batch in self._batches(places)
+        )
 
     def _width(self, p: SamplingParams) -> int:
         """Candidates to look at: the narrow set where top_k promises that it suffices; on a GPU else all, rather
@@ -185,17 +203,16 @@ class Sampler:
             width=width,
         )
 
-    def _penalties(self, sequences: Seq[Sequence]) -> Penalties | None:
-        places = [i for i, s in enumerate(sequences) if penalised(s.request.params)]
-        if not places:
-            return None
+    def _penalties(self, sequences: Seq[Sequence], places: list[int]) -> Penalties:
         params = [sequences[i].request.params for i in places]
+        repeats = any(p.repetition_penalty != 1 for p in params)
+        uses = any(p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params)
         return Penalties(
             index=self._tensor(places),
             rows=self._tensor([sequences[i].row for i in places]),
-            repetition=self._column([p.repetition_penalty for p in params], torch.float32),
+            repetition=self._column([p.repetition_penalty for p in params], torch.float32) if repeats else None,
             presence=self._column([p.presence_penalty for p in params], torch.float32),
-            frequency=self._column([p.frequency_penalty for p in params], torch.float32),
+            frequency=self._column([p.frequency_penalty for p in params], torch.float32) if uses else None,
         )
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-WIDTHS = (256, 4096)  # candidate sets tried before a sort of the whole vocabulary
+WIDTHS = (1024, 8192)  # how many candidates are looked at before the whole vocabulary is sorted
 
 
 def uniform(seed: int, count: int) -> float:
@@ -37,17 +37,16 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def penalise(
-    logits: Tensor, counts: Tensor, seen: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
-) -> Tensor:
-    """counts [R, V] int32, how often each token was generated; seen [R, V] bool, tokens of the prompt; the rest [R, 1].
+def penalise_repetition(logits: Tensor, seen: Tensor, repetition: Tensor) -> Tensor:
+    """Tokens of prompt or answer, seen [R, V] bool: their logits are divided where positive and multiplied where
+    negative by repetition [R, 1].
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
 
-    Repetition divides positive and multiplies negative logits of tokens in prompt or answer; then each generated token
-    loses `presence + frequency * count`."""
-    generated = counts > 0
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    logits = torch.where(seen | generated, scaled, logits)
-    return logits - frequency * counts - presence * generated
+
+def penalise_use(logits: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
+    """Each token generated counts [R, V] float32 times loses `presence + frequency * count` (both [R, 1])."""
+    return logits - frequency * counts - presence * counts.sign()
 
 
 def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
@@ -70,20 +69,33 @@ def draw_truncated(
     """
     probabilities = torch.softmax(logits / temperature, -1)
     if width:
-        best, ids = probabilities.topk(width, -1)
-        return _draw_best(best, ids, top_k, top_p, min_p, u)[0]
+        return _draw_best(*_best(probabilities, width), top_k, top_p, min_p, u)[0]
     size = probabilities.shape[1]
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    left = torch.arange(len(logits), device=logits.device)
+    left = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     for width in (*(w for w in WIDTHS if w < size), size):
-        rows = probabilities[left]
-        best, ids = rows.topk(width, -1) if width < size else rows.sort(dim=-1, descending=True, stable=True)
-        drawn, fits = _draw_best(best, ids, top_k[left], top_p[left], min_p[left], u[left])
+        drawn, fits = _draw_best(*_best(probabilities[left], width), top_k[left], top_p[left], min_p[left], u[left])
         tokens[left] = drawn
         if width == size or bool(fits.all()):
-            return tokens
-        left = left[~fits]
+            break
+        left[left.clone()] = ~fits
     return tokens
+
+
+def _best(probabilities: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` highest of each row, best first, and their ids."""
+    if probabilities.device.type != "cpu":
+        values, ids = probabilities.topk(width, -1)
+        return values, ids
+    # NumPy selects and sorts with vectors: for one row of 49k, 0.06 ms for the best 1024 where torch.topk takes 0.8 ms,
+    # and 0.5 ms for all where torch.sort takes 8 ms (AVX2, 2026-11).
+    if width == probabilities.shape[1]:
+        ids = torch.from_numpy(np.argsort(-probabilities.numpy(), axis=-1))
+        return probabilities.gather(1, ids), ids
+    ids = torch.from_numpy(np.argpartition(probabilities.numpy(), -width, axis=-1)[:, -width:])
+    values = probabilities.gather(1, ids)
+    order = torch.from_numpy(np.argsort(-values.numpy(), axis=-1))
+    return values.gather(1, order), ids.gather(1, order)
 
 
 def _draw_best(

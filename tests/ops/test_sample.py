@@ -79,10 +79,12 @@ def test_argmax_is_the_first_of_the_best() -> None:
 def test_penalties_follow_their_definitions() -> None:
     logits = logits_of(2)
     rng = np.random.default_rng(1)
-    counts = torch.from_numpy(rng.integers(0, 3, (2, VOCAB)).astype(np.int32))
+    counts = torch.from_numpy(rng.integers(0, 3, (2, VOCAB)).astype(np.float32))
     seen = torch.from_numpy(rng.random((2, VOCAB)) < 0.3)
     factors = [(1.5, 0.2, 0.7), (1.0, -0.5, 0.0)]
-    got = ops.penalise(logits, counts, seen, *(column(*f) for f in zip(*factors)))
+    repetition, presence, frequency = (column(*f) for f in zip(*factors))
+    got = ops.penalise_repetition(logits, seen | (counts > 0), repetition)
+    got = ops.penalise_use(got, counts, presence, frequency)
     for r, (repetition, presence, frequency) in enumerate(factors):
         for t in range(VOCAB):
             x, count = float(logits[r, t]), int(counts[r, t])
@@ -163,8 +165,8 @@ def test_draws_by_seed_have_the_right_distribution(values: tuple[float, int, flo
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 0.9999])
 def test_a_nucleus_wider_than_the_first_candidates_is_exact(top_p: float) -> None:
-    """Flat logits over 6000 tokens: 0.5 and up do not fit into 256, 0.9 not into 4096 candidates."""
-    vocab, n = 6000, 64
+    """Flat logits over 12000 tokens: a half fits into 8192 candidates but not into 1024, 0.9 not even into those."""
+    vocab, n = 12000, 64
     logits = logits_of(1, vocab=vocab, spread=0.05)
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     cuts = column(1.0), column(0, dtype=torch.int64), column(top_p, dtype=torch.float64), column(0.0)
@@ -177,9 +179,9 @@ def test_a_nucleus_wider_than_the_first_candidates_is_exact(top_p: float) -> Non
         assert mass[place] - expected[token] - 1e-4 <= value <= mass[place] + 1e-4
 
 
-@pytest.mark.parametrize("top_k", [300, 5000])
+@pytest.mark.parametrize("top_k", [1024, 1025, 8193])
 def test_a_top_k_larger_than_the_first_candidates_is_exact(top_k: int) -> None:
-    logits = logits_of(1, vocab=6000, spread=0.01)
+    logits = logits_of(1, vocab=12000, spread=0.01)
     u = torch.tensor([0.5, 1 - 2.0**-49])
     cuts = column(1.0), column(top_k, dtype=torch.int64), column(1.0, dtype=torch.float64), column(0.0)
     drawn = ops.draw_truncated(logits.expand(2, -1), *(c.expand(2, 1) for c in cuts), u.double())
@@ -200,7 +202,7 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     assert torch.isfinite(logits[0, drawn]).all()
 
 
-@pytest.mark.parametrize("vocab", [50, 331, 4099])
+@pytest.mark.parametrize("vocab", [50, 331, 9001])
 def test_a_row_does_not_depend_on_its_batch_in_a_single_bit(vocab: int) -> None:
     """Each function on many rows gives exactly what it gives on each row alone."""
     rows = 9
@@ -216,7 +218,8 @@ def test_a_row_does_not_depend_on_its_batch_in_a_single_bit(vocab: int) -> None:
     functions = [
         (ops.draw, (logits, temperature, u)),
         (ops.draw_truncated, (logits, temperature, top_k, top_p, min_p, u)),
-        (ops.penalise, (logits, counts, counts > 1, temperature, temperature, min_p)),
+        (ops.penalise_repetition, (logits, counts > 1, temperature)),
+        (ops.penalise_use, (logits, counts.float(), temperature, min_p)),
         (lambda x, t: ops.log_probabilities(x, t, 5)[0], (logits, tokens)),
         (lambda x, t: ops.log_probabilities(x, t, 5)[1], (logits, tokens)),
     ]

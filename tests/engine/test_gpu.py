@@ -1,0 +1,52 @@
+"""The same engine on a CUDA device, one step ahead: answers equal the CPU's in float32."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold.engine.core import Engine
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.models.table import build_model
+from tenfold.ops.table import make_kernels
+from tenfold.weights.load import Weights
+from tenfold.weights.open import open_checkpoint
+from tests.engine import fake
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+KINDS = [
+    SamplingParams(temperature=0.0, max_tokens=12),
+    SamplingParams(temperature=0.0, max_tokens=9, n=2, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=0.5, repetition_penalty=1.3, logit_bias={5: 2.0}),
+    SamplingParams(temperature=0.9, max_tokens=12, seed=1),
+    SamplingParams(temperature=0.9, max_tokens=12, seed=2, top_k=20, top_p=0.9, min_p=0.01),
+    SamplingParams(temperature=0.9, max_tokens=12, seed=3, top_p=0.7, min_tokens=3, stop_token_ids=(9,)),
+]
+
+
+def run(path: Path, device: str, lookahead: int) -> tuple[dict[tuple[str, int], list[int]], list[float]]:
+    """Tokens of all kinds of requests in one batch of a crowded engine, and an embedding."""
+    kernels = make_kernels("torch", torch.device(device), torch.float32)
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint.config, Weights(checkpoint, kernels, device), 128)
+    config = fake.settings(device=device, lookahead=lookahead, page_size=8, max_model_len=128, max_step_tokens=24)
+    engine = Engine(model, kernels, config, pages=14)
+    for i, params in enumerate(KINDS):
+        engine.add(Request(str(i), tuple(range(10 + i, 30 + 2 * i)), params))
+    engine.add(Request("pool", tuple(range(10, 60)), pool="mean"))
+    outputs = fake.drain(engine)
+    (embedding,) = [o.embedding for o in outputs if o.embedding]
+    return fake.answers(outputs), list(embedding)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[[str], Path], lookahead: int) -> None:
+    expected, state = run(tiny("llama"), "cpu", 0)
+    got, embedding = run(tiny("llama"), "cuda", lookahead)
+    assert got == expected
+    assert embedding == pytest.approx(state, abs=1e-4)
