@@ -21,6 +21,7 @@ _PROTOTYPES: dict[str, tuple[object, tuple[object, ...]]] = {
     "tf_threads": (c_int, ()),
     "tf_pool_start": (None, (c_int,)),
     "tf_pool_stop": (None, ()),
+    "tf_pool_bench": (None, (c_int,)),
     "tf_parallel": (None, (c_int, c_void_p, c_void_p)),
     "tf_run": (None, (c_void_p, c_int64)),
 }

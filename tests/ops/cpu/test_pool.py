@@ -20,9 +20,15 @@ if not lib.available():
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
 
 
+CROWDED, STALLED = 1, 2  # TF_BENCH_*
+
+
 @pytest.fixture(autouse=True)
-def restore_threads():
+def no_benching():
+    """Tests that need workers to take part should not depend on what else this machine does."""
+    lib.load().tf_pool_bench(0)
     yield
+    lib.load().tf_pool_bench(CROWDED | STALLED)
     lib.set_threads()
 
 
@@ -49,21 +55,68 @@ def test_one_tile_runs_in_the_caller():
     assert where == [(0, threading.get_ident())]
 
 
+def slow_worker_job(seconds):
+    """Two tiles, of which the one a worker gets takes `seconds`; returns the threads that ran."""
+    seen = []
+
+    def tile_function(tile, thread):
+        seen.append(thread)
+        time.sleep(seconds if thread else 0.0002)  # the caller is slow, so that an awake worker gets a tile
+
+    parallel(2, tile_function)
+    return set(seen)
+
+
 def test_a_stuck_worker_holds_up_one_tile_only():
     """While one thread is inside a tile, the other runs all that is left, including the rest of its share."""
     lib.set_threads(2)
     others_done, ran = threading.Event(), []
 
     def tile_function(tile, thread):
-        if tile == 4:  # the first of the second thread's share
+        if thread == 1 and not others_done.is_set():
             assert others_done.wait(20)
-        ran.append(tile)
+        ran.append((tile, thread))
         if len(ran) == 7:
             others_done.set()
+        time.sleep(0.001)
 
     parallel(8, tile_function)
-    assert sorted(ran) == list(range(8))
-    assert ran[-1] == 4
+    assert sorted(tile for tile, _ in ran) == list(range(8))
+    assert [thread for _, thread in ran] in ([0] * 7 + [1], [0] * 8)
+
+
+def test_a_worker_that_stalls_is_benched_and_comes_back():
+    lib.set_threads(2)
+    lib.load().tf_pool_bench(STALLED)
+    deadline = time.monotonic() + 20
+    while slow_worker_job(0.004) == {0}:
+        assert time.monotonic() < deadline
+    assert slow_worker_job(0) == {0}
+    while slow_worker_job(0) == {0}:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to put threads on one processor here")
+def test_workers_step_aside_on_a_single_processor():
+    """With one processor for all threads, the workers must not take time from the caller."""
+    allowed = os.sched_getaffinity(0)
+    lib.set_threads(1)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        lib.set_threads(4)
+        lib.load().tf_pool_bench(CROWDED)
+        ran = [0, 0, 0, 0]
+
+        def tile_function(tile, thread):
+            ran[thread] += 1
+
+        for _ in range(300):
+            parallel(50, tile_function)
+    finally:
+        lib.set_threads(1)
+        os.sched_setaffinity(0, allowed)
+    assert sum(ran) == 15000
+    assert ran[0] > 14900
 
 
 def test_nested_jobs_run_inline():

@@ -92,6 +92,11 @@ TF_EXPORT int tf_threads(void);
 TF_EXPORT void tf_pool_start(int threads);
 TF_EXPORT void tf_pool_stop(void);
 
+/* Why a worker may be sent to sleep for a while (pool.c): it ran on the caller's processor, it was held off its own in the middle of a tile.
+ * Both are in use unless this says otherwise, for tests and measurements. */
+enum { TF_BENCH_CROWDED = 1, TF_BENCH_STALLED = 2 };
+TF_EXPORT void tf_pool_bench(int reasons);
+
 /* An operation that uses the shared scratch holds the pool from tf_begin to tf_end (they nest; other callers wait).
  * tf_parallel takes and returns the pool by itself when the operation did not. */
 TF_EXPORT void tf_begin(void);
