@@ -1,9 +1,11 @@
 """Fixtures shared by all tests: tiny random checkpoints, made on first use and kept for the session."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -11,6 +13,11 @@ from tenfold.ops.cpu.build import find_compiler
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.table import make_kernels
 from tests.tiny import TINY, make_checkpoint
+
+# The same examples on every run of CI, new ones on every run elsewhere.
+hypothesis.settings.register_profile("ci", derandomize=True, database=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,7 @@ OPTIONAL_NUMBERS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+MOST_LAYERS = 99_999  # that BLOCK can tell apart
 BLOCK = re.compile(r"blk\.(?P<layer>\d{1,5})\.(?P<name>\w+)\.(?P<kind>weight|bias)")
 
 
@@ -206,6 +207,8 @@ class GGUFConfig:
             **family.config,
         }
         config |= {key: self.whole(name) for name, key in SIZES.items()}
+        if config["num_hidden_layers"] > MOST_LAYERS:  # before anything is made for each layer
+            raise self.fail("block_count", config["num_hidden_layers"], f"at most {MOST_LAYERS}")
         config["num_key_value_heads"] = self.whole("attention.head_count_kv", config["num_attention_heads"])
         config["head_dim"] = self.head_dim(config)
         config["vocab_size"] = self.vocabulary()

@@ -225,6 +225,13 @@ def test_any_metadata_gives_a_model_or_a_sentence(tiny, tmp_path, name, data):
         pass
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_more_layers_than_tensors_are_refused_before_lists_of_them_are_made(tiny, tmp_path, name):
+    path = to_gguf(tiny(name), tmp_path / "m.gguf", name, extra={f"{name}.block_count": 2**31 - 1})
+    with pytest.raises(CheckpointError, match=r"block_count is 2147483647"):
+        GGUFCheckpoint(path)
+
+
 @pytest.mark.real_model
 def test_the_real_default_model(smollm2):
     file = open_checkpoint(smollm2)
