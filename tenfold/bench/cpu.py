@@ -53,7 +53,7 @@ Targets = dict[tuple[str, str], tuple[str, float]]
 def prompts_of(case: Case, seed: int, vocabulary: int = 40_000) -> list[list[int]]:
     """Random token ids: speed does not depend on their meaning, and no prefix repeats between rounds."""
     rng = random.Random(seed)
-    return [[rng.randrange(1000, vocabulary) for _ in range(case.prompt)] for _ in range(case.batch)]
+    return [[rng.randrange(vocabulary // 40, vocabulary) for _ in range(case.prompt)] for _ in range(case.batch)]
 
 
 def measure(
@@ -63,6 +63,7 @@ def measure(
     rounds: int,
     cases: Sequence[Case] = CASES,
     say: Callable[[str], None] = print,
+    vocabulary: int = 40_000,
 ) -> Speeds:
     """Tokens per second by case and engine, one sample a round; the order of engines turns around every round."""
     speeds: Speeds = {case.name: {name: [] for name in engines} for case in cases}
@@ -75,10 +76,10 @@ def measure(
             workers.append(worker)
         for worker in workers:  # first calls allocate and warm caches
             for case in cases:
-                worker.generate(prompts_of(case, 0), min(case.tokens, 8))
+                worker.generate(prompts_of(case, 0, vocabulary), min(case.tokens, 8))
         for i in range(rounds):
             for case in cases:
-                prompts = prompts_of(case, i + 1)
+                prompts = prompts_of(case, i + 1, vocabulary)
                 for worker in workers if i % 2 == 0 else workers[::-1]:
                     timing = worker.generate(prompts, case.tokens)
                     speeds[case.name][worker.name].append(case.work / getattr(timing, case.phase))
