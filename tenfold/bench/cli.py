@@ -128,6 +128,17 @@ def quality_command(
         cpu.save("quality", rows)
 
 
+@app.command("correctness")
+def correctness_command(model: Model = "default", keep: Record = False) -> None:
+    """Greedy tokens against transformers, and independence of the schedule (A5, A6). Needs a checkout with tests."""
+    from tenfold.bench import correctness
+
+    header()
+    claims = correctness.real_model(model, typer.echo) + correctness.tests(typer.echo)
+    if keep:
+        record(claims)
+
+
 @app.command("report")
 def report_command() -> None:
     """Renew the tables of README.md and docs/measured.md from bench/results/claims.json."""

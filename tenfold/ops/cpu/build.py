@@ -31,8 +31,8 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx
 VARIANTS: dict[str, dict[str, list[tuple[str, ...]]]] = {
     "x86_64": {
         "portable": [()],
-        "avx2": [(*_AVX2, "-mtune=haswell")],
-        "avx512": [(*_AVX512, "-mtune=icelake-server")],
+        "avx2": [(*_AVX2, "-mtune=haswell"), _AVX2],
+        "avx512": [(*_AVX512, "-mtune=icelake-server"), _AVX512],  # zig does not know the tuning
     },
     "aarch64": {
         "portable": [()],

@@ -256,6 +256,8 @@ class Native:
     def _pages(self, keys: Tensor, values: Tensor, spec: AttentionSpec) -> int:
         """The page size, after a look at the shapes of the pages."""
         _, kv_heads, page_size, head_dim = keys.shape
+        if head_dim > _LONGEST_HEAD:
+            raise ValueError(f"head_dim is {head_dim}; the CPU kernels take up to {_LONGEST_HEAD}. Use kernels=torch.")
         if kv_heads != spec.kv_heads or head_dim != spec.head_dim:
             _refuse("keys", keys, f"[pages, {spec.kv_heads}, page size, {spec.head_dim}]")
         if keys.dtype not in _TYPES or not keys.is_contiguous():

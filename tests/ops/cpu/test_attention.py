@@ -294,3 +294,13 @@ def test_wrong_inputs_are_refused(native):
     slots = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="qkv"):
         native.rope_write(q, torch.zeros(1, 0), slots, slots, pages.keys, pages.values, SPEC)
+
+
+def test_a_head_longer_than_the_kernels_take_is_refused(native):
+    spec = AttentionSpec(heads=1, kv_heads=1, head_dim=1032, scale=1.0)
+    pages = torch.zeros(1, 1, 16, spec.head_dim)
+    with pytest.raises(ValueError, match="up to 1024"):
+        native.rope_write(
+            torch.zeros(1, 3 * spec.head_dim), torch.zeros(1, 0), torch.zeros(1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32), pages, pages.clone(), spec,
+        )  # fmt: skip
