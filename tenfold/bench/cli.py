@@ -112,7 +112,7 @@ def startup_command(
 
 @app.command("quality")
 def quality_command(
-    text: Annotated[Path, typer.Option(help="Text file to judge on.")],
+    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Text file to judge on.")],
     model: Model = "default",
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     count: Annotated[int, typer.Option(min=1, help="Windows.")] = 8,

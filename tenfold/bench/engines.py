@@ -85,7 +85,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.api = api = llama_cpp
-        api.llama_log_set(_silent, ctypes.c_void_p(0))
+        silence(api)
         api.llama_backend_init()
         settings = api.llama_model_default_params()
         self.model = api.llama_model_load_from_file(model.encode(), settings)
@@ -137,6 +137,11 @@ class LlamaCpp:
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _silent(level: int, text: bytes, data: Any) -> None:
     """A log function for llama.cpp that says nothing."""
+
+
+def silence(api: Any) -> None:
+    """Keep llama.cpp's log off the terminal."""
+    api.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
 class HuggingFace:

@@ -28,6 +28,9 @@ def requantize(source: Path, kind: str, folder: Path) -> Path:
         raise ValueError(f"file type is {kind!r}; allowed: {', '.join(FILE_TYPES)}.")
     import llama_cpp
 
+    from tenfold.bench.engines import silence
+
+    silence(llama_cpp)
     target = folder / f"{source.name.split('.')[0]}.{kind}.gguf"
     if target.exists():
         return target

@@ -82,7 +82,7 @@ def describe(name: str, found: Quality) -> str:
 def judged(name: str, found: Quality, command: str) -> list[Claim]:
     """The claims on one path: float32 within 0.1 % of transformers, the default path within 1 % and 0.005 nats."""
     label = f"SmolLM2-135M-Instruct Q4_1, {name} path against transformers float32"
-    note = f"{found.perplexity:.3f} against {found.reference_perplexity:.3f} over {found.tokens} tokens of news text."
+    note = f"{found.perplexity:.3f} against {found.reference_perplexity:.3f} over {found.tokens} tokens of the text."
     change, limit = 100 * abs(found.perplexity_change), 1.0 if name == "default" else 0.1
     claims = [
         claim("A5", f"perplexity change, {label}", change, "%", command, at_most=limit, kind="correctness", note=note)
