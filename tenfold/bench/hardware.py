@@ -36,13 +36,17 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with "+" when tracked files differ from it; "unknown" outside one."""
+    """Short hash of the checkout, with "+" when tracked files other than results and documents differ from it;
+    "unknown" outside one.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno", "--", "tenfold", "tests", "pyproject.toml") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
