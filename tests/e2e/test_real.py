@@ -54,7 +54,14 @@ class Terminal:
     def __init__(self, *arguments):
         self.fd, theirs = pty.openpty()
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        self.process = subprocess.Popen(command(*arguments), env=environment(), start_new_session=True, **streams)
+        # A shell starts background jobs with SIGINT ignored, and children would inherit that; a terminal's do not.
+        self.process = subprocess.Popen(
+            command(*arguments),
+            env=environment(),
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **streams,
+        )
         os.close(theirs)
         self.unread = b""
 
