@@ -1,5 +1,6 @@
 """`tenfold bench`: measure, record as claims, and renew the tables made from them."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def cpu_command(
     speeds = cpu.measure(str(source), ["tenfold", *peers(against)], threads, rounds, say=typer.echo)
     show(speeds, "tokens/s")
     runs[source.name] = speeds
-    claims += cpu.claims_of(speeds, "SmolLM2-135M-Instruct Q4_1" if model == "default" else model, command, cpu.TARGETS)
+    claims += cpu.claims_of(speeds, label, command, cpu.TARGETS)
     for kind in peers(formats):
         path = requantize(source, kind, folder)
         speeds = cpu.measure(str(path), ["tenfold", "llama.cpp"], threads, rounds, cpu.CASES, typer.echo)
@@ -80,7 +81,7 @@ def cpu_command(
         runs[path.name] = speeds
         claims += cpu.claims_of(speeds, f"SmolLM2-135M-Instruct {kind}", command, cpu.FORMAT_TARGETS)
     if keep:
-        typer.echo(f"wrote {cpu.save('cpu', runs)}")
+        typer.echo(f"wrote {cpu.save('-'.join(filter(None, ('cpu', isa))), runs)}")
         record(claims)
 
 
