@@ -64,9 +64,12 @@ def cpu_command(
 
     header()
     source = resolve(model)
-    command = f"tenfold bench cpu --against {against} --threads {threads} --rounds {rounds}" + (
-        f" --formats {formats}" if formats else ""
-    )
+    command = f"tenfold bench cpu --against {against} --threads {threads} --rounds {rounds}"
+    command += f" --formats {formats}" if formats else ""
+    label = "SmolLM2-135M-Instruct Q4_1" if model == "default" else model
+    isa = os.environ.get("TENFOLD_CPU_ISA", "")  # ours held back to an older instruction set; peers use their best
+    if isa:
+        command, label = f"TENFOLD_CPU_ISA={isa} {command}", f"{label} with {isa} kernels"
     runs = {}
     claims = []
     speeds = cpu.measure(str(source), ["tenfold", *peers(against)], threads, rounds, say=typer.echo)
