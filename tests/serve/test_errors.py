@@ -219,7 +219,7 @@ class Boom(Exception):
 
 
 def test_failing_engine_does_not_tell_its_secrets(client, llm):
-    llm.fail = Boom("secret path /root/x")
+    llm.fail = Boom("secret path /srv/x")
     message = check(client.complete(), 500, None, "internal_error", "log")
     assert "secret" not in message
 
