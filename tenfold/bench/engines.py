@@ -17,12 +17,10 @@ from tenfold.base.table import entry
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of wall clock and of processor time (all threads) for both phases, and the tokens produced."""
+    """Seconds of wall clock for both phases, and the tokens produced."""
 
     prefill: float
     decode: float
-    cpu_prefill: float
-    cpu_decode: float
     tokens: list[list[int]]
 
 
@@ -32,14 +30,14 @@ class Engine(Protocol):
 
 class _Stopwatch:
     def __init__(self) -> None:
-        self.marks = [(time.perf_counter(), time.process_time())]
+        self.marks = [time.perf_counter()]
 
     def mark(self) -> None:
-        self.marks.append((time.perf_counter(), time.process_time()))
+        self.marks.append(time.perf_counter())
 
     def timing(self, tokens: list[list[int]]) -> Timing:
-        (a, ca), (b, cb), (c, cc) = self.marks
-        return Timing(b - a, c - b, cb - ca, cc - cb, tokens)
+        begin, first, end = self.marks
+        return Timing(first - begin, end - first, tokens)
 
 
 class Tenfold:

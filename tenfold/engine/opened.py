@@ -6,7 +6,7 @@ Invariant: opening reads headers only, so `tenfold plan` answers for a model of 
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.memory import DTYPES, MemoryPlan, fill, free_memory, plan_memory, resolve, weight_bytes
+from tenfold.engine.memory import DTYPES, fill, free_memory, plan_memory, resolve, weight_bytes
 from tenfold.models.table import model_config
 from tenfold.ops.table import make_kernels
 from tenfold.weights.checkpoint import Checkpoint
@@ -35,13 +35,6 @@ class Opened:
         resolved = resolve(config, self.device, self.kernels.name, quantised)
         self.memory = plan_memory(self.shape, size, resolved, free_memory(self.device))
         self.config = fill(resolved, self.memory)
-
-
-def plan_engine(config: EngineConfig) -> MemoryPlan:
-    """What `Engine.load(config)` would take, without loading. Raises ValueError as that does, except DoesNotFit."""
-    opened = Opened(config)
-    opened.choose()
-    return opened.memory
 
 
 def pick_device(name: str) -> torch.device:

@@ -57,7 +57,6 @@ class Scheduler:
         self.unfinished = 0
         self.preemptions = 0
         self.prefix_hit_tokens = 0
-        self.prompt_tokens_seen = 0
         self._held = 0  # answers 1..n-1 whose prompt is not computed yet
         self._leaving: set[Sequence] = set()  # finished, but a step in flight still uses their pages
         self._free_rows = list(range(limits.rows - 1, -1, -1))
@@ -341,7 +340,6 @@ class Scheduler:
             return
         sequence.cached_tokens = start
         self.prefix_hit_tokens += start
-        self.prompt_tokens_seen += sequence.prompt_length
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue: pages and row go, tokens stay and are computed again later."""

@@ -255,8 +255,3 @@ def quantize(raw: RawTensor, storage: str) -> RawTensor:
     if storage not in ENCODERS:
         raise ValueError(f"Tenfold cannot quantise to {storage!r}; allowed: {', '.join([*DENSE, *ENCODERS])}.")
     return RawTensor(raw.name, storage, raw.shape, ENCODERS[storage](dequantize(raw)))
-
-
-def quantize_q8_0(raw: RawTensor) -> RawTensor:
-    """A dense matrix [rows, multiple of 32] stored as Q8_0."""
-    return quantize(raw, "Q8_0")

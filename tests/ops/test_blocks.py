@@ -8,20 +8,7 @@ import torch
 from tenfold.ops import blocks
 from tenfold.ops.blocks import BLOCKS, dequantize, groups_of, quantize, row_bytes
 from tenfold.ops.matrix import RawTensor
-
-# Byte offsets of the float16 scales of each type: random bytes there would be infinities and NaNs.
-HALVES = {
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "Q8_0": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}
+from tests.ops.cpu.weights import SCALES
 
 
 def random_tensor(storage: str, rows: int, cols: int, seed: int = 0) -> RawTensor:
@@ -30,7 +17,7 @@ def random_tensor(storage: str, rows: int, cols: int, seed: int = 0) -> RawTenso
     block = BLOCKS[storage]
     row = cols // block.elements
     data = rng.integers(0, 256, (rows * row, block.nbytes), dtype=np.uint8)
-    for at in HALVES[storage]:
+    for at in SCALES[storage]:
         data[:, at : at + 2] = rng.normal(size=(len(data), 1)).astype(np.float16).view(np.uint8)
     return RawTensor("w", storage, (rows, cols), torch.from_numpy(data.reshape(rows, row * block.nbytes)))
 

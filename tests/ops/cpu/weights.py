@@ -6,7 +6,7 @@ from torch import Tensor
 from tenfold.ops.blocks import BLOCKS, dequantize, row_bytes
 from tenfold.ops.matrix import RawTensor
 
-SCALES = {  # where the float16 scales stand in a block
+SCALES = {  # byte offsets of a block's float16 scales: random bytes there would be infinities and NaNs
     "Q4_0": (0,),
     "Q4_1": (0, 2),
     "Q5_0": (0,),
