@@ -102,6 +102,7 @@ class Engine:
         self.device = torch.device(config.device)
         self.memory: MemoryPlan | None = None
         self.timeline: Timeline | None = None
+        self.on_start: Callable[[list[str]], None] | None = None  # told request ids before their first step
         self.vocab_size = model.config.vocab_size
         self.kv = KVStore(kv_spec(model.config, config), pages, self.device)
         self.max_model_len = min(config.max_model_len or model.config.max_positions, pages * config.page_size)
@@ -279,6 +280,8 @@ class Engine:
             self._ready.append(self._end(sequence, FinishReason.ABORT, "Its deadline has passed."))
         outputs, self._ready = self._ready, []
         plan = self.scheduler.plan()
+        if plan.admitted:
+            self._start(plan.admitted)
         if plan.entries:
             self._inflight.append((plan, self._launch(plan)))
         elif not self._inflight and self.scheduler.unfinished:
@@ -288,6 +291,15 @@ class Engine:
         self._last_seconds = time.perf_counter() - begin
         self._seconds += self._last_seconds
         return outputs
+
+    def _start(self, admitted: tuple[Sequence, ...]) -> None:
+        """Sequences got their row; those that had one before, until they were preempted, have started already."""
+        now = self.clock()
+        new = [s for s in admitted if not s.started]
+        for sequence in new:
+            sequence.started = now
+        if new and self.on_start is not None:
+            self.on_start(list(dict.fromkeys(s.request.id for s in new)))
 
     def _launch(self, plan: StepPlan) -> "Pending | Isolated":
         self._steps += 1
@@ -373,6 +385,7 @@ class Engine:
             self._prompt_logprobs(sequence) if sequence.want_prompt_logprobs else None,
             finish,
             stop,
+            queue_seconds=max(0.0, sequence.started - sequence.request.arrival) if first else 0.0,
             cached_tokens=sequence.cached_tokens if first else 0,
         )
 

@@ -353,6 +353,7 @@ class AsyncLLM(_Front):
         user: str = "",
         salt: str = "",
         deadline: float | None = None,
+        pool: str | None = None,
     ) -> AsyncGenerator[Output, None]:
         """Outputs of one request as they come, of all n answers mixed; each answer's last has a finish reason.
 
@@ -361,7 +362,7 @@ class AsyncLLM(_Front):
         """
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
             prompt = await asyncio.to_thread(self._tokens, prompt)
-        rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline}
+        rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline, "pool": pool}
         request = self._request(prompt, params, request_id=request_id, **rest)
         async with aclosing(self._run(request)) as outputs:
             async for output in outputs:

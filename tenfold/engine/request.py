@@ -16,6 +16,16 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer is held to. kind: "json_schema" (source: the schema as JSON), "json_object" (source unused),
+    "regex", "choice" (source: a JSON list of strings) or "lark" (source: a grammar in llguidance's Lark dialect).
+    """
+
+    kind: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to turn logits into tokens. Field names and meanings are those of the OpenAI API and of vLLM.
 
@@ -41,6 +51,8 @@ class SamplingParams:
     include_stop: bool = False  # keep the stop string in the text
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
+    logprob_token_ids: tuple[int, ...] = ()  # whose log-probabilities are given at every place
 
     def check(self, vocab_size: int | None = None) -> None:
         for name, allowed, holds in RULES:
@@ -48,7 +60,7 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
         if vocab_size is None:
             return
-        for name in ("logit_bias", "stop_token_ids"):
+        for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
             wrong = [token for token in getattr(self, name) if not 0 <= token < vocab_size]
             if wrong:
                 raise ValueError(f"{name} has token id {wrong[0]!r}; allowed: 0 to {vocab_size - 1}.")
@@ -113,11 +125,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """A token's natural-log probability, and the most likely tokens at its place, best first."""
+    """A token's natural-log probability, and the most likely tokens at its place, best first. asked: those of
+    `logprob_token_ids`, in their order.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    asked: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,5 +152,6 @@ class Output:
     finish: FinishReason | None = None
     stop: str | int | None = None  # the stop string or token that ended it
     error: str | None = None
+    queue_seconds: float = 0.0  # from arrival to the first step with it; set on the first output
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first output
     embedding: tuple[float, ...] | None = None

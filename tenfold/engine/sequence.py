@@ -47,6 +47,7 @@ class Sequence:
         "request",
         "row",
         "seed",
+        "started",
         "status",
         "stops",
         "synced",
@@ -78,6 +79,7 @@ class Sequence:
         self.registered = 0  # leading full pages offered to the prefix cache
         self.keys = PageKeys(request.salt, page_size)
         self.cached_tokens = 0
+        self.started = 0.0  # when its first step was planned; 0 before
         self.parent: Sequence | None = None
         self.children: list[Sequence] = []  # answers 1..n-1, waiting until the prompt is computed
         self.want_prompt_logprobs = request.params.prompt_logprobs is not None and index == 0

@@ -1,5 +1,6 @@
 """The application: routes, error handlers and the guard before them, around one engine."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,10 +11,11 @@ from starlette.responses import Response
 
 import tenfold
 from tenfold.engine.llm import AsyncLLM
-from tenfold.serve import chat, completions, models
 from tenfold.serve.errors import ApiError, on_api_error, on_http_exception
 from tenfold.serve.guard import Guard, digest
-from tenfold.serve.protocol import ChatRequest, CompletionRequest
+from tenfold.serve.protocol.chat import ChatRequest
+from tenfold.serve.protocol.completions import CompletionRequest
+from tenfold.serve.routes import chat, completions, models
 from tenfold.serve.service import Service
 from tenfold.serve.settings import ServeConfig
 from tenfold.serve.stream import ClientGone
@@ -31,19 +33,23 @@ class App(FastAPI):
         described = self.openapi_schema is not None
         schema = super().openapi()
         if not described:
-            bodies = [(model, "validation") for model in (ChatRequest, CompletionRequest)]
+            bodies = [(model, "validation") for model in BODIES]
             _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             schema["components"]["schemas"] |= found["$defs"]
         return schema
 
 
-def create_app(llm: AsyncLLM, name: str, settings: ServeConfig | None = None) -> App:
-    """An ASGI application that serves `llm` under `name`. It does not own `llm`: who made it closes it."""
+ROUTES = (chat, completions, models)
+BODIES = (ChatRequest, CompletionRequest)
+
+
+def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = None) -> App:
+    """An ASGI application that serves models under their names, the first by default. Who made them closes them."""
     settings = settings or ServeConfig()
 
     app = App(title="Tenfold", version=tenfold.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.service = Service(llm, name, settings)
-    for module in (chat, completions, models):
+    app.state.service = Service(models, settings)
+    for module in ROUTES:
         app.include_router(module.router)
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.base.config import EngineConfig
-from tenfold.serve.protocol import Body, ChatRequest, CompletionRequest
+from tenfold.serve.protocol.body import Body
+from tenfold.serve.protocol.chat import ChatRequest
+from tenfold.serve.protocol.completions import CompletionRequest
 from tenfold.serve.settings import ServeConfig
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -4,13 +4,17 @@ Invariant: every response of the server with a status of 400 or more has this sh
 the server's insides than the request id under which the log has the details.
 """
 
+import logging
 import re
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+
+logger = logging.getLogger("tenfold.serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {404: "not_found", 405: "method_not_allowed"}
@@ -65,7 +69,14 @@ def overloaded(message: str, retry_after: int = 1) -> ApiError:
     return ApiError(503, message, code="overloaded", headers={"retry-after": str(retry_after)})
 
 
-def from_value_error(error: ValueError, fields: dict[str, Any], renamed: dict[str, str] | None = None) -> ApiError:
+def internal_error(request_id: str) -> ApiError:
+    """A 500 that tells where to look."""
+    return ApiError(
+        500, f"Something went wrong in the server. Its log has the details under {request_id}.", code="internal_error"
+    )
+
+
+def from_value_error(error: ValueError, fields: Collection[str], renamed: dict[str, str] | None = None) -> ApiError:
     """A 400 from a sentence of the engine. Such sentences begin with the name of the field where one field is wrong;
     `renamed` maps the engine's names to the request's."""
     name, _, rest = str(error).partition(" ")

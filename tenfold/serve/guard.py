@@ -7,16 +7,13 @@ routes.
 
 import hashlib
 import hmac
-import logging
 import uuid
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tenfold.serve.errors import ApiError
-
-logger = logging.getLogger("tenfold.serve")
+from tenfold.serve.errors import ApiError, internal_error, logger
 
 OPEN_PATHS = frozenset({"/health"})
 
@@ -51,7 +48,7 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
-            scope["state"]["salt"] = self._authorise(scope["path"], headers)
+            scope["state"] |= self._authorise(scope["path"], headers)
             await self.app(scope, self._capped(headers, receive), send_marked)
         except ApiError as error:
             await error.response()(scope, receive, send_marked)
@@ -61,17 +58,17 @@ class Guard:
                 raise
             await internal_error(request_id).response()(scope, receive, send_marked)
 
-    def _authorise(self, path: str, headers: Headers) -> str:
-        """A salt for the prefix cache made of the key. Raises ApiError (401) where a key is needed and wrong."""
+    def _authorise(self, path: str, headers: Headers) -> dict[str, str]:
+        """The name of the key, and a salt for the prefix cache made of it. Raises ApiError (401) for a wrong key."""
         if not self.keys or path in OPEN_PATHS:
-            return ""
+            return {"key": "", "salt": ""}
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = digest(key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
         # Every key is compared, so that the time does not tell which one was close.
         if not sum(hmac.compare_digest(given, known) for known in self.keys):
             message = "The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'."
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return hashlib.sha256(b"salt" + given).hexdigest()
+        return {"key": given.hex()[:8], "salt": hashlib.sha256(b"salt" + given).hexdigest()}
 
     def _capped(self, headers: Headers, receive: Receive) -> Receive:
         """`receive` that raises ApiError (413) instead of handing on more than the cap."""
@@ -96,10 +93,3 @@ class Guard:
         way = "Send less, or start the server with a larger --max-body."
         message = f"The request body is larger than {self.max_body} bytes. {way}"
         return ApiError(413, message, code="request_too_large", headers={"connection": "close"})
-
-
-def internal_error(request_id: str) -> ApiError:
-    """A 500 that tells where to look."""
-    return ApiError(
-        500, f"Something went wrong in the server. Its log has the details under {request_id}.", code="internal_error"
-    )

@@ -12,19 +12,15 @@ from starlette.responses import JSONResponse, Response
 
 from tenfold.engine.request import FinishReason, SamplingParams
 from tenfold.serve.errors import ApiError, from_value_error, invalid
-from tenfold.serve.protocol import Body, ErrorBody, Sampling, Usage
-from tenfold.serve.service import Counts, Service
+from tenfold.serve.protocol.body import Body, ErrorBody
+from tenfold.serve.protocol.sampling import Sampling, Usage
+from tenfold.serve.service import Counts, Served
 from tenfold.serve.stream import DONE, EventStream, event, until_disconnect
 
 FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 413, 500, 503, 504)
 }
-
-
-def new_id(prefix: str, http: Request) -> str:
-    """An id for an answer; the same as `x-request-id` but for the prefix, so that either finds the other in a log."""
-    return f"{prefix}-{http.scope['state']['request_id'].removeprefix('req-')}"
 
 
 def body_schema(model: type[Body]) -> dict[str, Any]:
@@ -34,21 +30,25 @@ def body_schema(model: type[Body]) -> dict[str, Any]:
 
 
 def checked(
-    params: SamplingParams, body: Sampling, service: Service, renamed: dict[str, str] | None = None
+    params: SamplingParams, body: Sampling, served: Served, renamed: dict[str, str] | None = None
 ) -> SamplingParams:
     """`params` if the engine can do them. Raises ApiError (400) that names the request's field."""
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options needs stream to be true.", "stream_options")
     try:
-        params.check(service.llm.vocab_size)
+        params.check(served.llm.vocab_size)
     except ValueError as error:
         raise from_value_error(error, type(body).model_fields, renamed) from None
     return params
 
 
-def check_prompt(ids: Any, service: Service, param: str) -> None:
+def check_stream(body: Sampling) -> None:
+    """Raises ApiError (400) for stream options of an answer that is no stream."""
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options needs stream to be true.", "stream_options")
+
+
+def check_prompt(ids: Any, served: Served, param: str) -> None:
     """Raises ApiError (400) for a prompt that is empty or leaves no room for an answer."""
-    limit = service.llm.max_model_len
+    limit = served.llm.max_model_len
     if not ids:
         raise invalid(f"{param} is empty; give at least one token.", param)
     if len(ids) >= limit:
@@ -100,12 +100,12 @@ def usage(counts: Counts) -> dict[str, Any]:
     return Usage.of(counts.prompt, counts.completion, counts.cached).model_dump()
 
 
-def head(id: str, kind: str, service: Service) -> dict[str, Any]:
+def head(id: str, kind: str, served: Served) -> dict[str, Any]:
     """The fields with which every answer and every event of it begins."""
     return {
         "id": id,
         "object": kind,
         "created": int(time.time()),
-        "model": service.name,
-        "system_fingerprint": service.fingerprint,
+        "model": served.name,
+        "system_fingerprint": served.fingerprint,
     }

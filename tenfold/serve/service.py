@@ -1,12 +1,13 @@
-"""`Service`: what the routes of one server share, and `answers`, through which every route asks the engine.
+"""`Service`: what the routes of one server share, and `answers`, through which every route asks an engine.
 
-Invariant: whatever goes wrong in the engine leaves `answers` as an ApiError, and no engine work outlives the iteration.
+Invariant: whatever goes wrong in an engine leaves `answers` as an ApiError, no engine work outlives the iteration, and
+every request is observed from its beginning to its one end.
 """
 
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,20 +19,21 @@ from tenfold.engine.core import QueueFull
 from tenfold.engine.llm import AsyncLLM
 from tenfold.engine.loop import EngineDead
 from tenfold.engine.request import FinishReason, Output, SamplingParams
-from tenfold.serve.errors import ApiError, engine_dead, from_value_error, overloaded
-from tenfold.serve.guard import internal_error, logger
-from tenfold.serve.protocol import ModelCard, Sampling
+from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
+from tenfold.serve.metrics import Metrics
+from tenfold.serve.protocol.body import Terms
+from tenfold.serve.protocol.models import ModelCard
 from tenfold.serve.settings import ServeConfig
 
 DEFAULT_NAME = "default"  # always understood, so that a first try needs no look at /v1/models
 
 
 @dataclass(slots=True)
-class Service:
-    """One engine under one name, with the server's settings."""
+class Served:
+    """One model under its name."""
 
-    llm: AsyncLLM
     name: str
+    llm: AsyncLLM
     settings: ServeConfig
     created: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = ""
@@ -43,11 +45,25 @@ class Service:
     def card(self) -> ModelCard:
         return ModelCard(id=self.name, created=self.created, max_model_len=self.llm.max_model_len)
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError (404) unless `name` is served."""
-        if name not in (self.name, DEFAULT_NAME):
-            message = f"The model {name[:128]!r} is not served here; there is {self.name!r}."
-            raise ApiError(404, message, param="model", code="model_not_found")
+
+class Service:
+    """The models of one server, the first of which is the default, and what all requests share."""
+
+    def __init__(self, models: Mapping[str, AsyncLLM], settings: ServeConfig) -> None:
+        self.settings = settings
+        self.models = {name: Served(name, llm, settings) for name, llm in models.items()}
+        self.metrics = Metrics(self.models, settings)
+        self.draining = False
+
+    def served(self, name: str) -> Served:
+        """The model of that name. Raises ApiError (404)."""
+        if name in self.models:
+            return self.models[name]
+        if name == DEFAULT_NAME:
+            return next(iter(self.models.values()))
+        known = ", ".join(repr(known) for known in self.models)
+        message = f"The model {name[:128]!r} is not served here; there is {known}."
+        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def service_of(request: HttpRequest) -> Service:
@@ -57,31 +73,58 @@ def service_of(request: HttpRequest) -> Service:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a route asks of the engine: `params.n` answers to each prompt. Choice number = prompt * n + answer."""
+    """What a route asks of an engine: `params.n` answers to each prompt. Choice number = prompt * n + answer.
+
+    key: name of the API key it came with. payer: whose share of the machine it counts against. pool: as in Request.
+    """
 
     id: str
+    served: Served
+    metrics: Metrics
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams
     priority: int
-    user: str
+    key: str
+    payer: str
     salt: str
     deadline: float | None
+    endpoint: str
+    pool: str | None = None
 
     @classmethod
     def of(
         cls,
-        id: str,
-        body: Sampling,
-        payer: str,
+        http: HttpRequest,
+        served: Served,
+        prefix: str,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
-        http: HttpRequest,
+        terms: Terms | None = None,
+        pool: str | None = None,
     ) -> "Job":
-        timeout = service_of(http).settings.request_timeout
-        salt = http.scope["state"]["salt"] + (f":{body.cache_salt}" if body.cache_salt else "")
-        deadline = time.monotonic() + timeout if timeout else None
-        ids = tuple(tuple(p) for p in prompts)
-        return cls(id, ids, params, body.priority or 0, payer, salt, deadline)
+        """prefix: of the id, which is otherwise that of the HTTP request, so that either finds the other in a log."""
+        terms = terms or Terms()
+        state = http.scope["state"]
+        timeout = served.settings.request_timeout
+        return cls(
+            id=new_id(prefix, http),
+            served=served,
+            metrics=service_of(http).metrics,
+            prompts=tuple(tuple(p) for p in prompts),
+            params=params,
+            priority=terms.priority,
+            key=state["key"],
+            payer=state["key"] or terms.user,  # of one key only one share, whatever users it names
+            salt=state["salt"] + (f":{terms.cache_salt}" if terms.cache_salt else ""),
+            deadline=time.monotonic() + timeout if timeout else None,
+            endpoint=http.scope["path"],
+            pool=pool,
+        )
+
+
+def new_id(prefix: str, http: HttpRequest) -> str:
+    """An id for an answer; the same as `x-request-id` but for the prefix, so that either finds the other in a log."""
+    return f"{prefix}-{http.scope['state']['request_id'].removeprefix('req-')}"
 
 
 @dataclass(slots=True)
@@ -98,19 +141,28 @@ class Counts:
             self.cached += output.cached_tokens
 
 
-async def answers(service: Service, job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output], None]:
+async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output], None]:
     """(choice number, output) for all choices as they come. Raises ApiError for whatever goes wrong."""
     n = job.params.n
+    watch = job.metrics.watch(job)
     try:
-        async with aclosing(_merged(service, job)) as outputs:
+        async with aclosing(_merged(job)) as outputs:
             async for prompt, output in outputs:
                 _raise_failed(output, job)
                 counts.add(output)
+                watch.output(output)
                 yield prompt * n + output.index, output
-    except (ApiError, GeneratorExit, asyncio.CancelledError):
+        watch.end("ok", counts)
+    except ApiError as error:
+        watch.end(error.code or "error", counts)
+        raise
+    except (GeneratorExit, asyncio.CancelledError):
+        watch.end("cancelled", counts)
         raise
     except Exception as error:
-        raise translate(error, job.id) from error
+        told = translate(error, job.id)
+        watch.end(told.code or "error", counts)
+        raise told from error
 
 
 def translate(error: Exception, request_id: str, fields: dict[str, Any] | None = None) -> ApiError:
@@ -135,10 +187,10 @@ def _raise_failed(output: Output, job: Job) -> None:
         raise overloaded("The request was cancelled by the server. Send it again.")
 
 
-async def _merged(service: Service, job: Job) -> AsyncGenerator[tuple[int, Output], None]:
+async def _merged(job: Job) -> AsyncGenerator[tuple[int, Output], None]:
     """(prompt number, output) of all prompts, computed together."""
     if len(job.prompts) == 1:
-        async with aclosing(_generate(service, job, 0)) as outputs:
+        async with aclosing(_generate(job, 0)) as outputs:
             async for output in outputs:
                 yield 0, output
         return
@@ -146,7 +198,7 @@ async def _merged(service: Service, job: Job) -> AsyncGenerator[tuple[int, Outpu
 
     async def follow(prompt: int) -> None:
         try:
-            async with aclosing(_generate(service, job, prompt)) as outputs:
+            async with aclosing(_generate(job, prompt)) as outputs:
                 async for output in outputs:
                     queue.put_nowait((prompt, output))
             queue.put_nowait((prompt, None))
@@ -170,14 +222,15 @@ async def _merged(service: Service, job: Job) -> AsyncGenerator[tuple[int, Outpu
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _generate(service: Service, job: Job, prompt: int) -> Any:
+def _generate(job: Job, prompt: int) -> Any:
     suffix = f"-{prompt}" if len(job.prompts) > 1 else ""
-    return service.llm.generate(
+    return job.served.llm.generate(
         job.prompts[prompt],
         job.params,
         request_id=job.id + suffix,
         priority=job.priority,
-        user=job.user,
+        user=job.payer,
         salt=job.salt,
         deadline=job.deadline,
+        pool=job.pool,
     )

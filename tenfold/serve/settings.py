@@ -1,8 +1,11 @@
-"""What a user can set about a server. The command line makes its flags from this dataclass as it does from
-`EngineConfig`.
+"""What a user can set about a server. Flags, TENFOLD_* variables and the configuration file are all made from this
+dataclass, as they are from `EngineConfig`.
+
+Invariant: every bound a client can run into is a field here, so `docs/serving.md` can list them all.
 """
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tenfold.base.config import setting
@@ -10,30 +13,84 @@ from tenfold.base.config import setting
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """Settings of one server. Raises ValueError from `check()`."""
+    """Settings of one server. Raises ValueError from `check()`. Times are seconds, sizes bytes."""
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on (0: any free one)")
-    api_key: str = setting("", "key that clients must send as 'Authorization: Bearer KEY' (empty: none needed)")
-    insecure: bool = setting(False, "allow listening on a public address without an API key")
     served_name: str = setting("", "model name that clients use (empty: the model's own)")
+
+    api_key: str = setting("", "key that clients must send, or several separated by commas (empty: none needed)")
+    api_key_file: str = setting("", "file with one key a line, after it optionally a name for metrics and logs")
+    admin_key: str = setting("", "key for /admin; it opens everything else too (empty: /admin is off)")
+    insecure: bool = setting(False, "allow listening on a public address without an API key")
+    allowed_hosts: str = setting("", "names clients may call this server by, separated by commas ('*': any)")
+    cors_origins: str = setting("", "web origins whose pages may call this server, separated by commas (empty: none)")
+
     max_body: int = setting(8 << 20, "largest request body in bytes")
+    max_json_depth: int = setting(64, "deepest nesting of a request body")
+    max_n: int = setting(16, "most answers to one prompt")
+    max_logprobs: int = setting(20, "most top_logprobs")
+    max_stop: int = setting(16, "most stop strings")
+    max_prompts: int = setting(64, "most prompts or inputs in one request")
+    max_messages: int = setting(2048, "most messages in one conversation")
+    max_tools: int = setting(128, "most tools in one request")
+    max_images: int = setting(16, "most images in one request")
+    max_schema_bytes: int = setting(64 << 10, "largest JSON schema, pattern or grammar of a request in bytes")
+    max_schema_depth: int = setting(32, "deepest nesting of a JSON schema")
+    max_questions: int = setting(400, "most questions in one request to /v1/decisions")
     request_timeout: float = setting(0.0, "seconds after which a request is ended with an error (0: never)")
+    stall_timeout: float = setting(60.0, "seconds a client may leave a stream unread before it is closed (0: no limit)")
+
+    key_concurrency: int = setting(0, "requests one key may have under way (0: no limit)")
+    key_requests_per_minute: int = setting(0, "requests one key may send a minute (0: no limit)")
+    key_tokens_per_minute: int = setting(0, "prompt and answer tokens one key may use a minute (0: no limit)")
+
+    max_stored_responses: int = setting(1000, "answers of /v1/responses kept for previous_response_id (0: none)")
+    stored_response_bytes: int = setting(64 << 20, "memory those answers may take")
+    stored_response_ttl: float = setting(3600.0, "seconds after which a stored answer is forgotten")
+
+    isolate: bool = setting(True, "run each engine in a process of its own, which is restarted when it fails")
+    watchdog: float = setting(60.0, "seconds without progress after which an engine is dumped and restarted (0: never)")
     drain_timeout: int = setting(30, "seconds that running requests get to finish when the server is told to stop")
+
+    log_format: str = setting("text", "text or json")
+    log_level: str = setting("warning", "debug, info, warning or error")
     access_log: bool = setting(False, "log every request")
+    metrics_aliases: bool = setting(False, "offer metrics under vLLM's names, too, for dashboards made for it")
+    traces: str = setting("", "OTLP/HTTP endpoint for OpenTelemetry traces (empty: none)")
 
     def check(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}; allowed: 0 (any free one) to 65535.")
-        if self.max_body < 1024:
-            raise ValueError(f"max_body is {self.max_body}; allowed: at least 1024 bytes.")
-        if self.request_timeout < 0 or self.drain_timeout < 0:
-            raise ValueError("request_timeout and drain_timeout are seconds from 0.")
-        if not self.api_key and not self.insecure and not is_loopback(self.host):
+        for name, allowed, holds in RULES:
+            if not holds(self):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+        if not (self.api_key or self.api_key_file or self.insecure or is_loopback(self.host)):
             raise ValueError(
                 f"host is {self.host!r}, which others can reach, and there is no API key. Set --api-key or "
                 "TENFOLD_API_KEY, listen on 127.0.0.1, or pass --insecure to let anyone use this server."
             )
+
+
+LEVELS = ("debug", "info", "warning", "error")
+COUNTS = ("key_concurrency", "key_requests_per_minute", "key_tokens_per_minute", "max_stored_responses")
+SECONDS = ("request_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
+CAPS = (
+    *("max_json_depth", "max_n", "max_logprobs", "max_stop", "max_prompts", "max_messages", "max_tools"),
+    *("max_images", "max_schema_bytes", "max_schema_depth", "max_questions"),
+)
+
+
+def _from_zero(name: str) -> Callable[[ServeConfig], bool]:
+    return lambda c: bool(getattr(c, name) >= 0)
+
+
+# Field, what it may be, and the test for it.
+RULES: tuple[tuple[str, str, Callable[[ServeConfig], bool]], ...] = (
+    ("port", "0 (any free one) to 65535", lambda c: 0 <= c.port <= 65535),
+    ("max_body", "at least 1024 bytes", lambda c: c.max_body >= 1024),
+    *((name, "a number from 0", _from_zero(name)) for name in (*COUNTS, *SECONDS, *CAPS, "stored_response_bytes")),
+    ("log_format", "text or json", lambda c: c.log_format in ("text", "json")),
+    ("log_level", ", ".join(LEVELS), lambda c: c.log_level in LEVELS),
+)
 
 
 def is_loopback(host: str) -> bool:

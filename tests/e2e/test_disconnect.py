@@ -36,7 +36,7 @@ def llm(tiny):
 def port(llm):
     settings = ServeConfig()
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn_config(create_app(llm, "tiny", settings), settings))
+    server = uvicorn.Server(uvicorn_config(create_app({"tiny": llm}, settings), settings))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     until(lambda: server.started)

@@ -143,7 +143,7 @@ class Client:
 @pytest.fixture
 def make_client(llm: FakeLLM) -> Callable[..., Client]:
     def make(headers: dict[str, str] | None = None, **settings: Any) -> Client:
-        return Client(create_app(llm, "tiny", ServeConfig(**settings)), headers)  # type: ignore[arg-type]
+        return Client(create_app({"tiny": llm}, ServeConfig(**settings)), headers)  # type: ignore[arg-type]
 
     return make
 

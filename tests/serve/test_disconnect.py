@@ -54,7 +54,7 @@ def test_leaving_while_tokens_come(llm, path, body, stream):
     async def scenario():
         llm.gate = asyncio.Event()
         connection = Connection(path, body | {"stream": stream})
-        served = asyncio.ensure_future(create_app(llm, "tiny")(connection.scope, connection.receive, connection.send))
+        served = asyncio.ensure_future(create_app({"tiny": llm})(connection.scope, connection.receive, connection.send))
         await asyncio.wait_for((connection.answered if stream else llm.started).wait(), 5)
         assert llm.cancelled == []
         connection.left.set()
@@ -81,7 +81,7 @@ def test_leaving_before_the_first_token(llm, stream):
 
         llm.generate = stuck
         connection = Connection("/v1/completions", {"prompt": "Hi", "stream": stream})
-        served = asyncio.ensure_future(create_app(llm, "tiny")(connection.scope, connection.receive, connection.send))
+        served = asyncio.ensure_future(create_app({"tiny": llm})(connection.scope, connection.receive, connection.send))
         await asyncio.wait_for(entered.wait(), 5)
         connection.left.set()
         await asyncio.wait_for(served, 5)
@@ -99,7 +99,7 @@ def test_a_broken_pipe_while_writing(llm):
             if message["type"] == "http.response.body":
                 raise OSError("broken pipe")
 
-        await asyncio.wait_for(create_app(llm, "tiny")(connection.scope, connection.receive, send), 5)
+        await asyncio.wait_for(create_app({"tiny": llm})(connection.scope, connection.receive, send), 5)
         assert len(llm.cancelled) == 1
 
     asyncio.run(scenario())
@@ -108,7 +108,7 @@ def test_a_broken_pipe_while_writing(llm):
 def test_staying_gets_everything(llm):
     async def scenario():
         connection = Connection("/v1/completions", {"prompt": "Hi", "stream": True})
-        await asyncio.wait_for(create_app(llm, "tiny")(connection.scope, connection.receive, connection.send), 5)
+        await asyncio.wait_for(create_app({"tiny": llm})(connection.scope, connection.receive, connection.send), 5)
         assert connection.sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
         assert connection.sent[-2]["body"] == b"data: [DONE]\n\n"
         assert llm.cancelled == []

@@ -5,7 +5,8 @@ import json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tenfold.serve.protocol import ChatRequest, CompletionRequest
+from tenfold.serve.protocol.chat import ChatRequest
+from tenfold.serve.protocol.completions import CompletionRequest
 
 WORDS = ["user", "assistant", "tool", "text", "type", "content", "role", "tiny", "none", "low"]
 SCALARS = st.one_of(

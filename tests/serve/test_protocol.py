@@ -3,7 +3,8 @@
 import pytest
 
 from tenfold.serve import describe
-from tenfold.serve.protocol import ChatRequest, CompletionRequest
+from tenfold.serve.protocol.chat import ChatRequest
+from tenfold.serve.protocol.completions import CompletionRequest
 
 
 @pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])

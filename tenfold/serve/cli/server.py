@@ -29,7 +29,7 @@ def serve(config: EngineConfig, settings: ServeConfig) -> None:
     name = settings.served_name or display_name(config.model)
     llm = load(AsyncLLM, config)
     try:
-        app = create_app(llm, name, settings)
+        app = create_app({name: llm}, settings)
         server = Server(uvicorn_config(app, settings), f"{name} on {address(listener)}")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _ignore)  # uvicorn raises the signal again when it is done; by then all is well

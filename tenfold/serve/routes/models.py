@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tenfold.serve.errors import engine_dead
-from tenfold.serve.protocol import ModelCard, ModelList
+from tenfold.serve.protocol.models import ModelCard, ModelList
 from tenfold.serve.reply import ERROR_RESPONSES
 from tenfold.serve.service import service_of
 
@@ -15,20 +15,18 @@ router = APIRouter()
 @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **ERROR_RESPONSES})
 async def list_models(http: Request) -> Response:
     """The models served."""
-    return JSONResponse(ModelList.of([service_of(http).card()]).model_dump())
+    return JSONResponse(ModelList.of([served.card() for served in service_of(http).models.values()]).model_dump())
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelCard}, **ERROR_RESPONSES})
 async def get_model(http: Request, model: str) -> Response:
     """One of them. Names may hold slashes, as those of the Hugging Face hub do."""
-    service = service_of(http)
-    service.check_model(model)
-    return JSONResponse(service.card().model_dump())
+    return JSONResponse(service_of(http).served(model).card().model_dump())
 
 
 @router.get("/health", response_model=None, responses={200: {}, 503: ERROR_RESPONSES[503]})
 async def health(http: Request) -> Response:
     """200 while the engine lives."""
-    if not service_of(http).llm.alive:
+    if not any(served.llm.alive for served in service_of(http).models.values()):
         raise engine_dead()
     return JSONResponse({"status": "ok"})

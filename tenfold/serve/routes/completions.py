@@ -13,20 +13,21 @@ from starlette.responses import Response
 from tenfold.engine.request import Output
 from tenfold.serve.errors import invalid
 from tenfold.serve.logprobs import TextLogprobs
-from tenfold.serve.protocol import Completion, CompletionRequest, parse
+from tenfold.serve.protocol.body import parse
+from tenfold.serve.protocol.completions import Completion, CompletionRequest
 from tenfold.serve.reply import (
     ERROR_RESPONSES,
     FINISH,
     body_schema,
     check_prompt,
+    check_stream,
     checked,
     events,
     head,
-    new_id,
     usage,
     whole,
 )
-from tenfold.serve.service import Counts, Job, Service, answers, service_of
+from tenfold.serve.service import Counts, Job, Served, answers, service_of
 
 router = APIRouter()
 
@@ -40,30 +41,30 @@ router = APIRouter()
 async def create_completion(http: Request) -> Response:
     """What follows the prompt."""
     body = parse(CompletionRequest, await http.body())
-    service = service_of(http)
-    service.check_model(body.model)
-    params = checked(body.params(service.llm.default_params()), body, service)
-    prompts = await asyncio.to_thread(_encode_all, body, service)  # long texts must not hold up the other streams
-    job = Job.of(new_id("cmpl", http), body, body.payer(), prompts, params, http)
+    served = service_of(http).served(body.model)
+    check_stream(body)
+    params = checked(body.params(served.llm.default_params()), body, served)
+    prompts = await asyncio.to_thread(_encode_all, body, served)  # long texts must not hold up the other streams
+    job = Job.of(http, served, "cmpl", prompts, params, body.terms())
     if body.stream:
-        return await events(http, body, _chunks(service, job, body))
-    return await whole(http, body, _answer(service, job, body))
+        return await events(http, body, _chunks(job, body))
+    return await whole(http, body, _answer(job, body))
 
 
-def _encode_all(body: CompletionRequest, service: Service) -> list[list[int]]:
-    return [_encode(prompt, service) for prompt in body.prompts()]
+def _encode_all(body: CompletionRequest, served: Served) -> list[list[int]]:
+    return [_encode(prompt, served) for prompt in body.prompts()]
 
 
-def _encode(prompt: str | list[int], service: Service) -> list[int]:
+def _encode(prompt: str | list[int], served: Served) -> list[int]:
     try:
-        ids = service.llm.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = served.llm.encode(prompt) if isinstance(prompt, str) else prompt
     except ValueError as error:
         raise invalid(str(error), "prompt") from None
-    vocab = service.llm.vocab_size
+    vocab = served.llm.vocab_size
     wrong = next((token for token in ids if not 0 <= token < vocab), None)
     if wrong is not None:
         raise invalid(f"prompt has the token {wrong}; allowed: 0 to {vocab - 1}.", "prompt")
-    check_prompt(ids, service, "prompt")
+    check_prompt(ids, served, "prompt")
     return ids
 
 
@@ -96,14 +97,14 @@ class Choice:
         return {"index": self.index, "text": text, "logprobs": taken, "finish_reason": finish}
 
 
-def _choices(service: Service, job: Job, body: CompletionRequest) -> list[Choice]:
+def _choices(job: Job, body: CompletionRequest) -> list[Choice]:
     silent = body.max_tokens == 0
     given = body.prompts()
     choices = []
     for i in range(len(job.prompts) * job.params.n):
         prompt = given[i // job.params.n]
-        echo = "" if not body.echo else prompt if isinstance(prompt, str) else service.llm.decode(prompt)
-        logprobs = None if job.params.logprobs is None else TextLogprobs(service.llm.token_bytes)
+        echo = "" if not body.echo else prompt if isinstance(prompt, str) else job.served.llm.decode(prompt)
+        logprobs = None if job.params.logprobs is None else TextLogprobs(job.served.llm.token_bytes)
         choices.append(Choice(i, echo, job.prompts[i // job.params.n], silent, logprobs))
     return choices
 
@@ -117,11 +118,11 @@ def _merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:
             whole["logprobs"][name].extend(column)
 
 
-async def _answer(service: Service, job: Job, body: CompletionRequest) -> dict[str, Any]:
+async def _answer(job: Job, body: CompletionRequest) -> dict[str, Any]:
     counts = Counts(sum(map(len, job.prompts)))
-    choices = _choices(service, job, body)
+    choices = _choices(job, body)
     entries: list[dict[str, Any]] = [{} for _ in choices]
-    async with aclosing(answers(service, job, counts)) as outputs:
+    async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
             piece = choices[i].piece(output)
             if entries[i]:
@@ -130,17 +131,17 @@ async def _answer(service: Service, job: Job, body: CompletionRequest) -> dict[s
                 entries[i] = piece
     if body.max_tokens == 0:
         counts.completion = 0
-    return head(job.id, "text_completion", service) | {"choices": entries, "usage": usage(counts)}
+    return head(job.id, "text_completion", job.served) | {"choices": entries, "usage": usage(counts)}
 
 
-async def _chunks(service: Service, job: Job, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+async def _chunks(job: Job, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
     counts = Counts(sum(map(len, job.prompts)))
-    common = head(job.id, "text_completion", service)
+    common = head(job.id, "text_completion", job.served)
     options = body.stream_options
     running = bool(options and options.continuous_usage_stats)
     with_usage = running or bool(options and options.include_usage)
-    choices = _choices(service, job, body)
-    async with aclosing(answers(service, job, counts)) as outputs:
+    choices = _choices(job, body)
+    async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
             piece = choices[i].piece(output)
             if not (piece["text"] or piece["finish_reason"] or (piece["logprobs"] and piece["logprobs"]["tokens"])):

@@ -1,0 +1,1 @@
+"""Answers of models taken apart while they stream: text, reasoning, tool calls."""

@@ -1,0 +1,106 @@
+"""The fields that text is sampled by, shared by chat and text completions, and the token counts of an answer."""
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from tenfold.engine.request import SamplingParams
+from tenfold.serve.protocol.body import MOST, Body, Terms, honoured
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+# Fields that the engine calls by the same name.
+SAME = (
+    *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "logit_bias"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos", "skip_special_tokens"),
+)
+
+
+class Sampling(Body):
+    """The fields that chat and text completions share."""
+
+    model: str = honoured(..., "a name from /v1/models, or 'default'")
+    max_tokens: int | None = honoured(None, "longest answer in tokens", le=MOST)
+    temperature: float | None = honoured(None, "0 (greedy) to 100; the model's own where absent, else 1")
+    top_p: float | None = honoured(
+        None, "keep the most likely tokens that together have this probability; above 0, up to 1"
+    )
+    n: int | None = honoured(None, "answers to one prompt, 1 to 16")
+    stop: str | list[str] | None = honoured(None, "a string or up to 16 that end the answer and are not part of it")
+    seed: int | None = honoured(None, "makes sampling reproducible, whatever else the server computes at the same time")
+    stream: bool | None = honoured(None, "send the answer as server-sent events while it is made")
+    stream_options: StreamOptions | None = honoured(
+        None, "include_usage: a last event with the token counts; continuous_usage_stats: counts in every event"
+    )
+    presence_penalty: float | None = honoured(None, "-2 to 2, taken off the logits of tokens already in the answer")
+    frequency_penalty: float | None = honoured(None, "-2 to 2, taken off as often as the token is in the answer")
+    logit_bias: dict[int, float] | None = honoured(
+        None, "token id to a number from -100 to 100 added to its logit; at most 1024"
+    )
+    user: str | None = honoured(None, "whose share of the machine this counts against", max_length=512)
+    top_k: int | None = honoured(None, "extension: keep this many most likely tokens; 0 keeps all", le=MOST)
+    min_p: float | None = honoured(
+        None, "extension: drop tokens less likely than this part of the likeliest one's probability"
+    )
+    repetition_penalty: float | None = honoured(
+        None, "extension: above 0, up to 10; 1 is off; divides the logits of tokens seen"
+    )
+    min_tokens: int | None = honoured(None, "extension: no end before this many tokens", le=MOST)
+    ignore_eos: bool | None = honoured(None, "extension: an end token does not end the answer")
+    stop_token_ids: list[int] | None = honoured(None, "extension: tokens that end the answer")
+    include_stop_str_in_output: bool | None = honoured(None, "extension: keep the stop string in the text")
+    skip_special_tokens: bool | None = honoured(
+        None, "extension: leave special tokens out of the text; true where absent"
+    )
+    priority: int | None = honoured(None, "extension: smaller runs first; 0 where absent", ge=-(2**31), lt=2**31)
+    cache_salt: str | None = honoured(
+        None, "extension: requests with different salts never share cached prefixes", max_length=512
+    )
+
+    def terms(self) -> Terms:
+        """On what terms it runs."""
+        return Terms(self.priority or 0, self.payer(), self.cache_salt or "")
+
+    def payer(self) -> str:
+        """For whom it is, as far as the client says."""
+        return self.user or ""
+
+    def sampling(self, base: SamplingParams, **derived: Any) -> SamplingParams:
+        """The engine's parameters: `base` with what was given, and `derived`, whose name or meaning differs between the
+        endpoints. Not yet checked.
+        """
+        given = {name: value for name in SAME if (value := getattr(self, name)) is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given["stop"] = (*stop, *(text for text in base.stop if text not in stop))
+        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        given["include_stop"] = bool(self.include_stop_str_in_output)
+        return replace(base, **given | {name: value for name, value in derived.items() if value is not None})
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = 0
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, cached: int) -> "Usage":
+        details = PromptTokensDetails(cached_tokens=cached)
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=details,
+        )
