@@ -95,10 +95,10 @@ RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
         "at most 1024 tokens, each with a number from -100 to 100",
         lambda p: len(p.logit_bias) <= 1024 and all(within(v, -100, 100) for v in p.logit_bias.values()),
     ),
-    ("n", "1 to 16", lambda p: 1 <= p.n <= 16),
-    ("logprobs", "0 to 20, or none", lambda p: p.logprobs is None or 0 <= p.logprobs <= 20),
-    ("prompt_logprobs", "0 to 20, or none", lambda p: p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= 20),
-    ("stop", "up to 16 non-empty strings", lambda p: len(p.stop) <= 16 and all(p.stop)),
+    ("n", "1 to 128", lambda p: 1 <= p.n <= 128),
+    ("logprobs", "0 to 100, or none", lambda p: p.logprobs is None or 0 <= p.logprobs <= 100),
+    ("prompt_logprobs", "0 to 100, or none", lambda p: p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= 100),
+    ("stop", "up to 128 non-empty strings", lambda p: len(p.stop) <= 128 and all(p.stop)),
     ("seed", "a 64-bit whole number, or none", lambda p: p.seed is None or -(2**63) <= p.seed < 2**63),
 )
 
