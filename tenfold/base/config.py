@@ -1,12 +1,37 @@
 """What a user can set about an engine. `resolve` steps elsewhere fill the zeros ("derive it") once and log them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose help text the command line shows."""
-    return field(default=default, metadata={"help": help})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[str, ...] = (),
+    group: str = "",
+    secret: bool = False,
+) -> Any:
+    """A dataclass field as the command line, the environment and the configuration file offer it.
+
+    unit: what a number counts; of "bytes" people may write 2G. choices: all that is allowed, where that is a short
+    list. group: heading of this field and those after it, up to the next that names one. secret: never printed.
+    """
+    metadata = {"help": help, "unit": unit, "choices": choices, "group": group, "secret": secret}
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+def groups(kind: type) -> dict[str, str]:
+    """The heading of each field of a dataclass made of settings."""
+    found, heading = {}, ""
+    for f in fields(kind):
+        heading = f.metadata.get("group") or heading
+        found[f.name] = heading
+    return found
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,32 +39,43 @@ class EngineConfig:
     """Settings of one engine. `0`, `None` and "auto" mean: derive it from the checkpoint and the hardware."""
 
     model: str = setting(
-        "default", "folder, .gguf file, Hugging Face cache entry or hub name; 'default' is SmolLM2-135M-Instruct"
+        "default",
+        "folder, .gguf file, Hugging Face cache entry or hub name; 'default' is SmolLM2-135M-Instruct",
+        group="Model",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = setting("auto", "compute type: auto, float32, bfloat16 or float16")
+    dtype: str = setting("auto", "compute type: auto, float32, bfloat16 or float16", choices=DTYPES)
     kernels: str = setting(
         "auto",
         "auto, native (compiled CPU kernels, GPU kernels) or torch (the plain PyTorch meaning of every operation)",
+        choices=("auto", "native", "torch"),
     )
     weights: str = setting(
         "auto",
         "auto (as stored), dense (dequantise when loading) or q8_0 (quantise dense weights when loading)",
+        choices=("auto", "dense", "q8_0"),
     )
     max_model_len: int = setting(
-        0, "longest sequence in tokens, prompt and answer together (0: what the model allows and memory holds)"
+        0,
+        "longest sequence in tokens, prompt and answer together (0: what the model allows and memory holds)",
+        unit="tokens",
+        group="Memory",
     )
-    page_size: int = setting(16, "tokens in one page of the KV cache")
-    kv_dtype: str = setting("auto", "type of cached keys and values: auto, float32, float16 or bfloat16")
-    kv_memory: int = setting(0, "bytes for the KV cache (0: derived from free memory)")
-    max_batch: int = setting(0, "requests computed together at most (0: 64 on CPU, 256 on a GPU)")
+    page_size: int = setting(16, "tokens in one page of the KV cache", unit="tokens")
+    kv_dtype: str = setting(
+        "auto", "type of cached keys and values: auto, float32, float16 or bfloat16", choices=DTYPES
+    )
+    kv_memory: int = setting(0, "bytes for the KV cache (0: derived from free memory)", unit="bytes")
+    max_batch: int = setting(
+        0, "requests computed together at most (0: 64 on CPU, 256 on a GPU)", unit="requests", group="Speed"
+    )
     max_step_tokens: int = setting(
-        0, "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 on a GPU)"
+        0, "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 on a GPU)", unit="tokens"
     )
     prefix_cache: bool = setting(True, "reuse the KV pages of prompts that start alike")
     lookahead: int = setting(
         -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
     )
     threads: int = setting(0, "CPU threads (0: the physical cores this process may use)")
-    max_queue: int = setting(1024, "requests that may wait; more are refused")
-    max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)")
+    max_queue: int = setting(1024, "requests that may wait; more are refused", unit="requests", group="Queue")
+    max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)", unit="tokens")

@@ -6,27 +6,33 @@ Invariant: every bound a client can run into is a field here, so `docs/serving.m
 
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from tenfold.base.config import setting
+from tenfold.base.log import LOG_FORMATS, LOG_LEVELS
 
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
     """Settings of one server. Raises ValueError from `check()`. Times are seconds, sizes bytes."""
 
-    host: str = setting("127.0.0.1", "address to listen on")
+    host: str = setting("127.0.0.1", "address to listen on", group="Address")
     port: int = setting(8000, "port to listen on (0: any free one)")
     served_name: str = setting("", "model name that clients use (empty: the model's own)")
 
-    api_key: str = setting("", "key that clients must send, or several separated by commas (empty: none needed)")
+    api_key: str = setting(
+        "",
+        "key that clients must send, or several separated by commas (empty: none needed)",
+        group="Access",
+        secret=True,
+    )
     api_key_file: str = setting("", "file with one key a line, after it optionally a name for metrics and logs")
-    admin_key: str = setting("", "key for /admin; it opens everything else too (empty: /admin is off)")
+    admin_key: str = setting("", "key for /admin; it opens everything else too (empty: /admin is off)", secret=True)
     insecure: bool = setting(False, "allow listening on a public address without an API key")
     allowed_hosts: str = setting("", "names clients may call this server by, separated by commas ('*': any)")
     cors_origins: str = setting("", "web origins whose pages may call this server, separated by commas (empty: none)")
 
-    max_body: int = setting(8 << 20, "largest request body in bytes")
+    max_body: int = setting(8 << 20, "largest request body in bytes", unit="bytes", group="Limits of one request")
     max_json_depth: int = setting(64, "deepest nesting of a request body")
     max_n: int = setting(16, "most answers to one prompt")
     max_logprobs: int = setting(20, "most top_logprobs")
@@ -35,26 +41,45 @@ class ServeConfig:
     max_messages: int = setting(2048, "most messages in one conversation")
     max_tools: int = setting(128, "most tools in one request")
     max_images: int = setting(16, "most images in one request")
-    max_schema_bytes: int = setting(64 << 10, "largest JSON schema, pattern or grammar of a request in bytes")
+    max_schema_bytes: int = setting(
+        64 << 10, "largest JSON schema, pattern or grammar of a request in bytes", unit="bytes"
+    )
     max_schema_depth: int = setting(32, "deepest nesting of a JSON schema")
     max_questions: int = setting(400, "most questions in one request to /v1/decisions")
-    request_timeout: float = setting(0.0, "seconds after which a request is ended with an error (0: never)")
-    stall_timeout: float = setting(60.0, "seconds a client may leave a stream unread before it is closed (0: no limit)")
+    request_timeout: float = setting(
+        0.0,
+        "seconds after which a request is ended with an error (0: never)",
+        unit="seconds",
+        group="Time limits of one request",
+    )
+    stall_timeout: float = setting(
+        60.0, "seconds a client may leave a stream unread before it is closed (0: no limit)", unit="seconds"
+    )
 
-    key_concurrency: int = setting(0, "requests one key may have under way (0: no limit)")
+    key_concurrency: int = setting(
+        0, "requests one key may have under way (0: no limit)", group="Limits of one API key"
+    )
     key_requests_per_minute: int = setting(0, "requests one key may send a minute (0: no limit)")
     key_tokens_per_minute: int = setting(0, "prompt and answer tokens one key may use a minute (0: no limit)")
 
-    max_stored_responses: int = setting(1000, "answers of /v1/responses kept for previous_response_id (0: none)")
-    stored_response_bytes: int = setting(64 << 20, "memory those answers may take")
-    stored_response_ttl: float = setting(3600.0, "seconds after which a stored answer is forgotten")
+    max_stored_responses: int = setting(
+        1000, "answers of /v1/responses kept for previous_response_id (0: none)", group="Stored answers"
+    )
+    stored_response_bytes: int = setting(64 << 20, "memory those answers may take", unit="bytes")
+    stored_response_ttl: float = setting(3600.0, "seconds after which a stored answer is forgotten", unit="seconds")
 
-    isolate: bool = setting(True, "run each engine in a process of its own, which is restarted when it fails")
-    watchdog: float = setting(60.0, "seconds without progress after which an engine is dumped and restarted (0: never)")
-    drain_timeout: int = setting(30, "seconds that running requests get to finish when the server is told to stop")
+    isolate: bool = setting(
+        True, "run each engine in a process of its own, which is restarted when it fails", group="Failure and stopping"
+    )
+    watchdog: float = setting(
+        60.0, "seconds without progress after which an engine is dumped and restarted (0: never)", unit="seconds"
+    )
+    drain_timeout: int = setting(
+        30, "seconds that running requests get to finish when the server is told to stop", unit="seconds"
+    )
 
-    log_format: str = setting("text", "text or json")
-    log_level: str = setting("warning", "debug, info, warning or error")
+    log_format: str = setting("text", "text or json", choices=LOG_FORMATS, group="Logs, metrics and traces")
+    log_level: str = setting("warning", "debug, info, warning or error", choices=LOG_LEVELS)
     access_log: bool = setting(False, "log every request")
     metrics_aliases: bool = setting(False, "offer metrics under vLLM's names, too, for dashboards made for it")
     traces: str = setting("", "OTLP/HTTP endpoint for OpenTelemetry traces (empty: none)")
@@ -70,7 +95,6 @@ class ServeConfig:
             )
 
 
-LEVELS = ("debug", "info", "warning", "error")
 COUNTS = ("key_concurrency", "key_requests_per_minute", "key_tokens_per_minute", "max_stored_responses")
 SECONDS = ("request_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
 CAPS = (
@@ -83,13 +107,18 @@ def _from_zero(name: str) -> Callable[[ServeConfig], bool]:
     return lambda c: bool(getattr(c, name) >= 0)
 
 
+def _one_of(name: str, choices: tuple[str, ...]) -> Callable[[ServeConfig], bool]:
+    return lambda c: getattr(c, name) in choices
+
+
+CHOICES = [(f.name, f.metadata["choices"]) for f in fields(ServeConfig) if f.metadata["choices"]]
+
 # Field, what it may be, and the test for it.
 RULES: tuple[tuple[str, str, Callable[[ServeConfig], bool]], ...] = (
     ("port", "0 (any free one) to 65535", lambda c: 0 <= c.port <= 65535),
     ("max_body", "at least 1024 bytes", lambda c: c.max_body >= 1024),
     *((name, "a number from 0", _from_zero(name)) for name in (*COUNTS, *SECONDS, *CAPS, "stored_response_bytes")),
-    ("log_format", "text or json", lambda c: c.log_format in ("text", "json")),
-    ("log_level", ", ".join(LEVELS), lambda c: c.log_level in LEVELS),
+    *((name, " or ".join(choices), _one_of(name, choices)) for name, choices in CHOICES),
 )
 
 
