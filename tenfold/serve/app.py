@@ -13,9 +13,10 @@ import tenfold
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.errors import ApiError, on_api_error, on_http_exception
 from tenfold.serve.guard import Guard, digest
+from tenfold.serve.observe import Observer
 from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
-from tenfold.serve.routes import chat, completions, models
+from tenfold.serve.routes import chat, completions, metrics, models
 from tenfold.serve.service import Service
 from tenfold.serve.settings import ServeConfig
 from tenfold.serve.stream import ClientGone
@@ -39,7 +40,7 @@ class App(FastAPI):
         return schema
 
 
-ROUTES = (chat, completions, models)
+ROUTES = (chat, completions, models, metrics)
 BODIES = (ChatRequest, CompletionRequest)
 
 
@@ -57,4 +58,5 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
     app.add_exception_handler(ClientDisconnect, on_client_gone)
     keys = (digest(settings.api_key),) if settings.api_key else ()
     app.add_middleware(Guard, keys=keys, max_body=settings.max_body)
+    app.add_middleware(Observer, metrics=app.state.service.metrics)  # last, so that it stands before all others
     return app

@@ -21,6 +21,7 @@ from tenfold.engine.loop import EngineDead
 from tenfold.engine.request import FinishReason, Output, SamplingParams
 from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
 from tenfold.serve.metrics import Metrics
+from tenfold.serve.observe import Seen
 from tenfold.serve.protocol.body import Terms
 from tenfold.serve.protocol.models import ModelCard
 from tenfold.serve.settings import ServeConfig
@@ -52,8 +53,8 @@ class Service:
     def __init__(self, models: Mapping[str, AsyncLLM], settings: ServeConfig) -> None:
         self.settings = settings
         self.models = {name: Served(name, llm, settings) for name, llm in models.items()}
-        self.metrics = Metrics(self.models, settings)
         self.draining = False
+        self.metrics = Metrics(self.models, settings, lambda: self.draining)
 
     def served(self, name: str) -> Served:
         """The model of that name. Raises ApiError (404)."""
@@ -90,6 +91,7 @@ class Job:
     deadline: float | None
     endpoint: str
     pool: str | None = None
+    seen: Seen = field(default_factory=Seen)
 
     @classmethod
     def of(
@@ -119,6 +121,7 @@ class Job:
             deadline=time.monotonic() + timeout if timeout else None,
             endpoint=http.scope["path"],
             pool=pool,
+            seen=state.get("seen") or Seen(),
         )
 
 
