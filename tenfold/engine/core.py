@@ -10,7 +10,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,27 +20,22 @@ from tenfold.base.log import Timeline, logger
 from tenfold.cache.pages import PagePool
 from tenfold.cache.prefix import PrefixCache
 from tenfold.cache.store import KVStore
+from tenfold.engine import inspect
+from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec
 from tenfold.engine.opened import Opened
 from tenfold.engine.plan import Entry, StepPlan
-from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
+from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.runner import Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
 from tenfold.engine.text import Text
 from tenfold.models.table import Model, build_model
 from tenfold.ops.kernels import Kernels
+from tenfold.ops.matrix import Matrix
 from tenfold.weights.load import Weights
 
 POOLS = ("mean", "last")
-
-
-class QueueFull(ValueError):
-    """The engine has as many requests waiting as it may. retry_after: seconds after which another try is worthwhile."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class Detokenizes(Protocol):
@@ -49,29 +44,6 @@ class Detokenizes(Protocol):
     def detokenizer(self, request: Request) -> Any:
         """An object for one sequence: `feed(token) -> (new text, stop string or None)`, `flush() -> text`."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """A snapshot. Counts are since the start; times in seconds; pages: used by sequences, cached (idle, reusable),
-    free.
-    """
-
-    running: int
-    waiting: int
-    pages: int
-    pages_used: int
-    pages_cached: int
-    pages_free: int
-    steps: int
-    step_seconds: float  # time inside `step`, all together
-    last_step_seconds: float
-    preemptions: int
-    errors: int
-    prompt_tokens: int  # of accepted requests
-    prefix_hit_tokens: int  # of those, found in the prefix cache
-    computed_tokens: int  # tokens the model was run on
-    generated_tokens: int
 
 
 class Engine:
@@ -102,6 +74,8 @@ class Engine:
         self.device = torch.device(config.device)
         self.memory: MemoryPlan | None = None
         self.timeline: Timeline | None = None
+        self.path: Path | None = None  # of the checkpoint
+        self.matrices: tuple[Matrix, ...] = ()  # of the model, as the kernels hold them
         self.on_start: Callable[[list[str]], None] | None = None  # told request ids before their first step
         self.vocab_size = model.config.vocab_size
         self.kv = KVStore(kv_spec(model.config, config), pages, self.device)
@@ -151,6 +125,7 @@ class Engine:
         with timeline.phase("warm-up"):
             engine = cls(model, opened.kernels, config, text, pages=plan.pages, eos_ids=opened.checkpoint.eos_ids)
             engine.memory, engine.timeline = plan, timeline
+            engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
             engine.warm_up()
         return engine
 
@@ -268,6 +243,13 @@ class Engine:
             computed_tokens=self._computed,
             generated_tokens=self._generated,
         )
+
+    def facts(self) -> Facts:
+        return inspect.facts(self)
+
+    def describe(self) -> str:
+        """Who runs and who waits, for people who look for a fault; may be called from any thread."""
+        return inspect.describe(self)
 
     # Steps
 

@@ -123,6 +123,14 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
 
 
+class QueueFull(ValueError):
+    """The engine has as many requests waiting as it may. retry_after: seconds after which another try is worthwhile."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """A token's natural-log probability, and the most likely tokens at its place, best first. asked: those of

@@ -43,6 +43,7 @@ class Weights:
         self.mode = mode
         self.progress = progress
         self.used: set[str] = set()
+        self.matrices: list[Matrix] = []  # all that were made
         self._names = frozenset(checkpoint.names())
 
     def has(self, name: str) -> bool:
@@ -54,7 +55,8 @@ class Weights:
         for i, part in enumerate(parts):
             wanted = (part.shape[0] if rows is None else rows[i], part.shape[-1] if cols is None else cols)
             check_shape(part, wanted)
-        return self.kernels.matrix([self._convert(part) for part in parts])
+        self.matrices.append(self.kernels.matrix([self._convert(part) for part in parts]))
+        return self.matrices[-1]
 
     def vector(self, *names: str, size: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The named vectors joined, on the device. size: the length of all together. Raises CheckpointError."""

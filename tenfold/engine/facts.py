@@ -1,0 +1,57 @@
+"""What an engine says of itself: `Facts` once it is loaded, `Stats` after every step.
+
+Invariant: plain data that crosses between processes as it is; importing this needs no PyTorch.
+"""
+
+from dataclasses import dataclass, field
+
+from tenfold.base.config import EngineConfig
+
+Choice = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot. Counts are since the start; times in seconds; pages: used by sequences, cached (idle, reusable),
+    free.
+    """
+
+    running: int
+    waiting: int
+    pages: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    steps: int
+    step_seconds: float  # time inside `step`, all together
+    last_step_seconds: float
+    preemptions: int
+    errors: int
+    prompt_tokens: int  # of accepted requests
+    prefix_hit_tokens: int  # of those, found in the prefix cache
+    computed_tokens: int  # tokens the model was run on
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What does not change while an engine runs.
+
+    config: with every size filled in. path: of the checkpoint, "" for a model made in memory. family: the model's
+    class. memory: the plan, for people. timeline: phases of loading with their seconds. choices: one dict for each
+    operation, shape and batch size with operation, shape, format, batch, budget, arm, microseconds (None: not
+    measured), runner_up, runner_up_microseconds, source ("measured", "rule" or "only") and why.
+    """
+
+    config: EngineConfig
+    vocab_size: int
+    max_model_len: int
+    pages: int
+    path: str = ""
+    family: str = ""
+    device: str = ""
+    kernels: str = ""
+    kernels_reason: str = ""
+    memory: str = ""
+    timeline: tuple[tuple[str, float], ...] = ()
+    choices: tuple[Choice, ...] = field(default=(), repr=False)
