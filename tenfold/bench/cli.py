@@ -1,6 +1,7 @@
 """`tenfold bench`: measure, record as claims, and renew the tables made from them."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -141,6 +142,65 @@ def correctness_command(model: Model = "default", keep: Record = False) -> None:
     claims = correctness.real_model(model, typer.echo) + correctness.tests(typer.echo)
     if keep:
         record(claims)
+
+
+@app.command("server")
+def server_command(
+    model: Model = "default",
+    rounds: Rounds = 7,
+    threads: Threads = 2,
+    arguments: Annotated[str, typer.Option("--serve", help="More options for tenfold serve, in one string.")] = "",
+    keep: Record = False,
+) -> None:
+    """What serving costs over the bare engine: throughput of 1 and 32 streams, time to first token (S3)."""
+    from tenfold.bench import overhead
+    from tenfold.weights.find import resolve
+
+    header()
+    samples = overhead.measure(str(resolve(model)), threads, rounds, typer.echo, *arguments.split())
+    command = f"tenfold bench server --threads {threads} --rounds {rounds}"
+    claims = overhead.claims_of(samples, "SmolLM2-135M-Instruct Q4_1" if model == "default" else model, command)
+    for made in claims:
+        typer.echo(f"{made.what}: {made.value} {made.unit} ({made.target})")
+    if keep:
+        record(claims)
+        cpu.save("server", asdict(samples))
+
+
+@app.command("cancel")
+def cancel_command(model: Model = "default", rounds: Rounds = 10, keep: Record = False) -> None:
+    """How soon a disconnect frees the KV pages of its request (S5)."""
+    from tenfold.bench import cancel
+
+    header()
+    found = {isolate: cancel.measure(model, rounds, isolate) for isolate in (False, True)}
+    claims = cancel.claims_of(found, f"tenfold bench cancel --rounds {rounds}")
+    for made in claims:
+        typer.echo(f"{made.what}: {made.value} {made.unit} ({made.target}); {made.note}")
+    if keep:
+        record(claims)
+        cpu.save("cancel", {str(isolate): [asdict(c) for c in cases] for isolate, cases in found.items()})
+
+
+@app.command("chaos")
+def chaos_command(
+    model: Model = "default",
+    soak: Annotated[float, typer.Option(min=0, help="Minutes of mixed load at the end, for memory over time.")] = 0.0,
+    only: Annotated[str, typer.Option(help="Scenarios, comma-separated; empty: all.")] = "",
+    keep: Record = False,
+) -> None:
+    """What a server does on bad days: killed, stopped, flooded, starved of disk, its clock moved (S4)."""
+    from tenfold.bench import chaos
+
+    header()
+    rows, slope = chaos.run(model, peers(only), 60 * soak, lambda row: typer.echo(chaos.line(row)))
+    if slope is not None:
+        typer.echo(chaos.soak_line(slope, soak))
+    if keep:
+        record(chaos.claims_of(rows, slope, soak))
+        cpu.save("chaos", {"rows": [asdict(row) for row in rows], "soak": asdict(slope) if slope else None})
+    if not all(row.passed for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command("report")
