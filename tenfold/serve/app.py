@@ -12,7 +12,9 @@ from starlette.responses import Response
 import tenfold
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.errors import ApiError, on_api_error, on_http_exception
-from tenfold.serve.guard import Guard, digest
+from tenfold.serve.guard import Guard
+from tenfold.serve.keys import Keys
+from tenfold.serve.limits import Limits
 from tenfold.serve.observe import Observer
 from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
@@ -56,7 +58,8 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientGone, on_client_gone)
     app.add_exception_handler(ClientDisconnect, on_client_gone)
-    keys = (digest(settings.api_key),) if settings.api_key else ()
-    app.add_middleware(Guard, keys=keys, max_body=settings.max_body)
+    service, keys, limits = app.state.service, Keys.of(settings), Limits.of(settings)
+    app.state.keys, app.state.limits = keys, limits
+    app.add_middleware(Guard, settings=settings, service=service, keys=keys, limits=limits)
     app.add_middleware(Observer, metrics=app.state.service.metrics)  # last, so that it stands before all others
     return app

@@ -20,6 +20,7 @@ from tenfold.engine.llm import AsyncLLM
 from tenfold.engine.loop import EngineDead
 from tenfold.engine.request import FinishReason, Output, SamplingParams
 from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
+from tenfold.serve.limits import Ticket
 from tenfold.serve.metrics import Metrics
 from tenfold.serve.observe import Seen
 from tenfold.serve.protocol.body import Terms
@@ -77,6 +78,7 @@ class Job:
     """What a route asks of an engine: `params.n` answers to each prompt. Choice number = prompt * n + answer.
 
     key: name of the API key it came with. payer: whose share of the machine it counts against. pool: as in Request.
+    ticket: by which it counts against the limits of its key.
     """
 
     id: str
@@ -92,6 +94,7 @@ class Job:
     endpoint: str
     pool: str | None = None
     seen: Seen = field(default_factory=Seen)
+    ticket: Ticket | None = None
 
     @classmethod
     def of(
@@ -122,6 +125,7 @@ class Job:
             endpoint=http.scope["path"],
             pool=pool,
             seen=state.get("seen") or Seen(),
+            ticket=state.get("ticket"),
         )
 
 
@@ -148,9 +152,13 @@ async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output]
     """(choice number, output) for all choices as they come. Raises ApiError for whatever goes wrong."""
     n = job.params.n
     watch = job.metrics.watch(job)
+    begun = False
+    if job.ticket:
+        job.ticket.hold()
     try:
         async with aclosing(_merged(job)) as outputs:
             async for prompt, output in outputs:
+                begun = True
                 _raise_failed(output, job)
                 counts.add(output)
                 watch.output(output)
@@ -166,6 +174,9 @@ async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output]
         told = translate(error, job.id)
         watch.end(told.code or "error", counts)
         raise told from error
+    finally:
+        if job.ticket:
+            job.ticket.close(counts.prompt + counts.completion if begun else 0)
 
 
 def translate(error: Exception, request_id: str, fields: dict[str, Any] | None = None) -> ApiError:

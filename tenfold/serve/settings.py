@@ -29,11 +29,19 @@ class ServeConfig:
     api_key_file: str = setting("", "file with one key a line, after it optionally a name for metrics and logs")
     admin_key: str = setting("", "key for /admin; it opens everything else too (empty: /admin is off)", secret=True)
     insecure: bool = setting(False, "allow listening on a public address without an API key")
-    allowed_hosts: str = setting("", "names clients may call this server by, separated by commas ('*': any)")
-    cors_origins: str = setting("", "web origins whose pages may call this server, separated by commas (empty: none)")
+    allowed_hosts: str = setting(
+        "", "names clients may call this server by, separated by commas ('*': any)", unit="list"
+    )
+    cors_origins: str = setting(
+        "", "web origins whose pages may call this server, separated by commas (empty: none)", unit="list"
+    )
 
     max_body: int = setting(8 << 20, "largest request body in bytes", unit="bytes", group="Limits of one request")
-    max_json_depth: int = setting(64, "deepest nesting of a request body")
+    max_head: int = setting(
+        64 << 10, "largest head of a request, its first line and headers together, in bytes", unit="bytes"
+    )
+    max_headers: int = setting(100, "most headers in one request")
+    max_json_depth: int = setting(64, "deepest nesting of a request body (0: no limit)")
     max_n: int = setting(16, "most answers to one prompt")
     max_logprobs: int = setting(20, "most top_logprobs")
     max_stop: int = setting(16, "most stop strings")
@@ -51,6 +59,11 @@ class ServeConfig:
         "seconds after which a request is ended with an error (0: never)",
         unit="seconds",
         group="Time limits of one request",
+    )
+    read_timeout: float = setting(
+        30.0,
+        "seconds a client may take to send the head of a request, and each further part of its body (0: no limit)",
+        unit="seconds",
     )
     stall_timeout: float = setting(
         60.0, "seconds a client may leave a stream unread before it is closed (0: no limit)", unit="seconds"
@@ -83,6 +96,7 @@ class ServeConfig:
     access_log: bool = setting(False, "log every request")
     metrics_aliases: bool = setting(False, "offer metrics under vLLM's names, too, for dashboards made for it")
     traces: str = setting("", "OTLP/HTTP endpoint for OpenTelemetry traces (empty: none)")
+    status_page: bool = setting(True, "offer a page at / that shows how the server does, with a playground")
 
     def check(self) -> None:
         for name, allowed, holds in RULES:
@@ -96,7 +110,7 @@ class ServeConfig:
 
 
 COUNTS = ("key_concurrency", "key_requests_per_minute", "key_tokens_per_minute", "max_stored_responses")
-SECONDS = ("request_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
+SECONDS = ("request_timeout", "read_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
 CAPS = (
     *("max_json_depth", "max_n", "max_logprobs", "max_stop", "max_prompts", "max_messages", "max_tools"),
     *("max_images", "max_schema_bytes", "max_schema_depth", "max_questions"),
@@ -117,6 +131,8 @@ CHOICES = [(f.name, f.metadata["choices"]) for f in fields(ServeConfig) if f.met
 RULES: tuple[tuple[str, str, Callable[[ServeConfig], bool]], ...] = (
     ("port", "0 (any free one) to 65535", lambda c: 0 <= c.port <= 65535),
     ("max_body", "at least 1024 bytes", lambda c: c.max_body >= 1024),
+    ("max_head", "at least 1024 bytes", lambda c: c.max_head >= 1024),
+    ("max_headers", "at least 16", lambda c: c.max_headers >= 16),
     *((name, "a number from 0", _from_zero(name)) for name in (*COUNTS, *SECONDS, *CAPS, "stored_response_bytes")),
     *((name, " or ".join(choices), _one_of(name, choices)) for name, choices in CHOICES),
 )

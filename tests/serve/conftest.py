@@ -122,7 +122,7 @@ class Client:
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://t", headers=self.headers) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=self.headers) as client:
                 return await client.request(method, path, **kwargs)
 
         return asyncio.run(send())

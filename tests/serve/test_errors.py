@@ -161,16 +161,28 @@ BROKEN = [
     b'{"model": "tiny", "prompt": "a",}',
     b'{"model": "tiny", "prompt": "\xff"}',
     b'{"model": "tiny", "prompt": "\\ud800"}',
-    b'{"a":' * 5000,
-    b"[" * 100_000,
+    b'{"model": "tiny", "prompt": "\\ud83d \\ude00"}',
+    b'{"model": "tiny", "prompt": "\xed\xa0\x80"}',
+    b'{"model": "tiny", "prompt": "a\x00b"}',
+    b'{"model": "tiny", "prompt": "\\x41"}',
+    b'{"model": "tiny", "prompt": "\\u12"}',
+    b"\xef\xbb\xbf{}",
+    "{}".encode("utf-16"),
     b"\x00\x01\x02",
 ]
+DEEP = [b"[" * 65, b'{"a":' * 5000, b"[" * 1_000_000, b'{"model": "tiny", "prompt": ' + b"[" * 64 + b"]" * 64 + b"}"]
 
 
 @pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_broken_json(client, path, body):
     check(client.request("POST", path, content=body), 400, None, "invalid_json", "not valid JSON")
+
+
+@pytest.mark.parametrize("body", DEEP, ids=range(len(DEEP)))
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_deep_nesting(client, path, body):
+    check(client.request("POST", path, content=body), 400, None, "json_too_deep", "64 levels", "--max-json-depth")
 
 
 @pytest.mark.parametrize("body", [b"[]", b"null", b"3", b'"x"'])
@@ -211,7 +223,7 @@ def test_body_too_large(make_client, llm):
 
 def test_wrong_content_length(client):
     headers = {"content-length": "many"}
-    check(client.request("POST", TEXT, content=b"{}", headers=headers), 400, None, None, "Content-Length")
+    check(client.request("POST", TEXT, content=b"{}", headers=headers), 400, None, "invalid_header", "Content-Length")
 
 
 class Boom(Exception):
