@@ -15,7 +15,8 @@ def setting(
 ) -> Any:
     """A dataclass field as the command line, the environment and the configuration file offer it.
 
-    unit: what a number counts; of "bytes" people may write 2G. choices: all that is allowed, where that is a short
+    unit: what a number counts; of "bytes" people may write 2G, and a "list" is
+    separated by commas. choices: all that is allowed, where that is a short
     list. group: heading of this field and those after it, up to the next that names one. secret: never printed.
     """
     metadata = {"help": help, "unit": unit, "choices": choices, "group": group, "secret": secret}

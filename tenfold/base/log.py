@@ -30,7 +30,7 @@ def configure(level: str, format: str, *, process: str = "", fields: Fields | No
     """Send the log of this process to a file descriptor. Calling it again replaces what was set before.
 
     level: of our own loggers; others speak from warning (at debug from info). format: as in LOG_FORMATS. process: what
-    to call this one, where there are several. fields: asked at every line for more to say about it, such as the request.
+    to call this one, where there are several. fields: asked at every line for more to say, such as the request.
     """
     handler = LogHandler(file, JsonFormat(process) if format == "json" else TextFormat(process))
     if fields is not None:

@@ -54,6 +54,10 @@ class ServeConfig:
     )
     max_schema_depth: int = setting(32, "deepest nesting of a JSON schema")
     max_questions: int = setting(400, "most questions in one request to /v1/decisions")
+    max_decision_reads: int = setting(1024, "most prompts that the questions of one such request may take")
+    decision_temperatures: str = setting(
+        "", "JSON file of temperatures for /v1/decisions by model, as `tenfold bench decisions --fit` writes it"
+    )
     request_timeout: float = setting(
         0.0,
         "seconds after which a request is ended with an error (0: never)",
@@ -80,6 +84,7 @@ class ServeConfig:
     )
     stored_response_bytes: int = setting(64 << 20, "memory those answers may take", unit="bytes")
     stored_response_ttl: float = setting(3600.0, "seconds after which a stored answer is forgotten", unit="seconds")
+    max_background: int = setting(16, "answers of /v1/responses made in the background at one time (0: none)")
 
     isolate: bool = setting(
         True, "run each engine in a process of its own, which is restarted when it fails", group="Failure and stopping"
@@ -109,11 +114,11 @@ class ServeConfig:
             )
 
 
-COUNTS = ("key_concurrency", "key_requests_per_minute", "key_tokens_per_minute", "max_stored_responses")
+COUNTS = ("key_concurrency", "key_requests_per_minute", "key_tokens_per_minute", "max_stored_responses", "max_background")
 SECONDS = ("request_timeout", "read_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
 CAPS = (
     *("max_json_depth", "max_n", "max_logprobs", "max_stop", "max_prompts", "max_messages", "max_tools"),
-    *("max_images", "max_schema_bytes", "max_schema_depth", "max_questions"),
+    *("max_images", "max_schema_bytes", "max_schema_depth", "max_questions", "max_decision_reads"),
 )
 
 

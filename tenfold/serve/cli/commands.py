@@ -3,7 +3,6 @@ completion stay quick.
 """
 
 import gc
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,8 @@ from typer import Argument, Option
 import tenfold
 from tenfold.base.config import EngineConfig
 from tenfold.base.table import entry
-from tenfold.serve.cli.flags import parse_size, settings
+from tenfold.serve.cli.flags import ARGUMENT, SEVERAL, parse_size, settings
+from tenfold.serve.cli.sources import Settled
 from tenfold.serve.cli.terminal import read_prompt
 from tenfold.serve.settings import ServeConfig
 
@@ -22,6 +22,9 @@ BODIES = {
     "serve": "tenfold.serve.cli.server:serve",
     "models": "tenfold.serve.cli.models:models",
     "plan": "tenfold.serve.cli.plan:plan",
+    "config show": "tenfold.serve.cli.config:show",
+    "config path": "tenfold.serve.cli.config:path",
+    "config init": "tenfold.serve.cli.config:init",
     "doctor": "tenfold.serve.cli.doctor:doctor",
     "explain": "tenfold.serve.cli.choices:explain",
     "tune": "tenfold.serve.cli.choices:tune",
@@ -29,13 +32,30 @@ BODIES = {
     "start templates": "tenfold.engine.template:start",
 }
 
+EPILOG = (
+    "Every option of engine and server is also read from the environment (--max-batch from TENFOLD_MAX_BATCH) and from "
+    "a configuration file (max_batch = 8). A flag comes before the environment, the environment before the file."
+)
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text: what settings are read from, and commands to copy."""
+    return "\n\n".join([EPILOG, "[bold]Examples[/bold]", *lines])
+
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help='Run large language models. Start with: tenfold run "Why is the sky blue?"',
-    epilog="Options of engine and server are also read from the environment: --max-batch from TENFOLD_MAX_BATCH.",
+    epilog=EPILOG,
 )
+config_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Show where settings come from, and write a file to keep them in.",
+)
+app.add_typer(config_app, name="config")
 
 
 def body(name: str) -> Any:
@@ -48,11 +68,6 @@ def body(name: str) -> Any:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def named(config: EngineConfig, model: str | None) -> EngineConfig:
-    """`config` for a model given as an argument, where one was."""
-    return replace(config, model=model) if model else config
 
 
 def show_version(wanted: bool) -> None:
@@ -73,21 +88,33 @@ def options(
     """What holds for every command."""
 
 
-Model = Annotated[str | None, Argument(metavar="[MODEL]", show_default=False, help="The model; the same as --model.")]
-MaxTokens = Annotated[int, Option(min=1, help="Longest answer in tokens.")]
-Temperature = Annotated[float, Option(help="0 takes the likeliest token; higher is more varied.")]
-TopP = Annotated[float, Option(help="Keep the likeliest tokens that together have this probability.")]
-TopK = Annotated[int, Option(help="Keep this many likeliest tokens; 0 keeps all.")]
-RepetitionPenalty = Annotated[float, Option(help="Above 1 makes repeating less likely.")]
-Seed = Annotated[int | None, Option(help="Makes sampling reproducible.")]
-System = Annotated[str, Option(help="System message.")]
+def _answer(text: str, **rest: Any) -> Any:
+    """An option that says what to generate."""
+    return Option(help=text, rich_help_panel="Answer", **rest)
+
+
+MaxTokens = Annotated[int, _answer("Longest answer in tokens.", min=1)]
+Temperature = Annotated[float, _answer("0 takes the likeliest token; higher is more varied.")]
+TopP = Annotated[float, _answer("Keep the likeliest tokens that together have this probability.")]
+TopK = Annotated[int, _answer("Keep this many likeliest tokens; 0 keeps all.")]
+RepetitionPenalty = Annotated[float, _answer("Above 1 makes repeating less likely.")]
+Seed = Annotated[int | None, _answer("Makes sampling reproducible.")]
+System = Annotated[str, _answer("System message.")]
+Stop = Annotated[list[str] | None, _answer("A text that ends the answer; may be given several times.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print the answer only.")]
 
 
-@app.command("run")
-@settings(config=EngineConfig)
+@app.command(
+    "run",
+    epilog=examples(
+        'tenfold run "Why is the sky blue?"',
+        "git diff | tenfold run --max-tokens 200 -",
+        'tenfold run -m ./model.gguf --raw --temperature 0.8 "Once upon a time"',
+    ),
+)
+@settings(EngineConfig)
 def run_command(
-    config: EngineConfig,
+    settled: Settled,
     prompt: Annotated[str | None, Argument(help="The prompt; '-' or nothing reads it from standard input.")] = None,
     raw: Annotated[
         bool, Option("--raw", help="Continue the text as it stands, without the model's chat template.")
@@ -99,7 +126,7 @@ def run_command(
     top_k: TopK = 0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, Option(help="A text that ends the answer; may be given several times.")] = None,
+    stop: Stop = None,
     quiet: Quiet = False,
 ) -> None:
     """Answer one prompt: the text on standard output, times on standard error."""
@@ -110,14 +137,19 @@ def run_command(
         body("start templates")()  # their process starts while this one imports PyTorch
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     sampling = given | {"repetition_penalty": repetition_penalty, "stop": tuple(stop or ())}
-    body("run")(config, text, raw=raw, system=system, sampling=sampling, quiet=quiet)
+    body("run")(settled.config, text, raw=raw, system=system, sampling=sampling, quiet=quiet)
 
 
-@app.command("chat")
-@settings(config=EngineConfig)
+@app.command(
+    "chat",
+    epilog=examples(
+        "tenfold chat",
+        'tenfold chat ./model.gguf --system "Answer in one sentence." --temperature 0',
+    ),
+)
+@settings(EngineConfig, models=ARGUMENT)
 def chat_command(
-    config: EngineConfig,
-    model_name: Model = None,
+    settled: Settled,
     system: System = "",
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
@@ -131,19 +163,53 @@ def chat_command(
     body("start templates")()  # their process starts while this one imports PyTorch
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     body("chat")(
-        named(config, model_name),
+        settled.config,
         system=system,
         sampling=given | {"repetition_penalty": repetition_penalty},
         quiet=quiet,
     )
 
 
-@app.command("serve")
-@settings(config=EngineConfig, server=ServeConfig)
-def serve_command(config: EngineConfig, server: ServeConfig, model_name: Model = None) -> None:
-    """Serve the model over HTTP, as OpenAI's API."""
-    server.check()  # before PyTorch is imported: a wrong option should not take seconds to be told
-    body("serve")(named(config, model_name), server)
+@app.command(
+    "serve",
+    epilog=examples(
+        "tenfold serve",
+        "tenfold serve ./model.gguf --port 8001 --max-queue 64",
+        "tenfold serve --model small=default --model big=./model.gguf",
+        "TENFOLD_API_KEY=... tenfold serve --host 0.0.0.0 --log-format json --access-log",
+    ),
+)
+@settings(ServeConfig, EngineConfig, models=SEVERAL)
+def serve_command(settled: Settled) -> None:
+    """Serve models over HTTP, as OpenAI's and Anthropic's APIs."""
+    settled.server.check()  # before PyTorch is imported: a wrong option should not take seconds to be told
+    body("serve")(settled)
+
+
+@config_app.command(
+    "show",
+    epilog=examples("tenfold config show --origin", "TENFOLD_PORT=8001 tenfold config show --json --max-batch 8"),
+)
+@settings(ServeConfig, EngineConfig, models=SEVERAL)
+def config_show_command(
+    settled: Settled,
+    origin: Annotated[bool, Option("--origin", help="Say for each setting where it comes from.")] = False,
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show all settings as `tenfold serve` with the same options would use them. Keys are never shown."""
+    body("config show")(settled, origin, as_json)
+
+
+@config_app.command("path")
+def config_path_command() -> None:
+    """Show which file is read where none is given. Exit status 1: there is none; the place for it is shown."""
+    body("config path")()
+
+
+@config_app.command("init")
+def config_init_command() -> None:
+    """Write a file with every setting, its default and its meaning, for you to change."""
+    body("config init")()
 
 
 @app.command("models")
@@ -154,11 +220,17 @@ def models_command(
     body("models")(as_json)
 
 
-@app.command("plan")
-@settings(config=EngineConfig)
+@app.command(
+    "plan",
+    epilog=examples(
+        "tenfold plan ./model.gguf --max-model-len 8192",
+        "tenfold plan ./model.gguf --memory 8G",
+        "tenfold plan small.gguf big.gguf",
+    ),
+)
+@settings(EngineConfig, models=SEVERAL)
 def plan_command(
-    config: EngineConfig,
-    model_name: Model = None,
+    settled: Settled,
     memory: Annotated[
         int,
         Option(
@@ -169,7 +241,7 @@ def plan_command(
     """Show what a model needs of memory, before loading it. Exit status 3: it does not fit; the plan says what
     would.
     """
-    body("plan")(named(config, model_name), memory)
+    body("plan")(settled, memory)
 
 
 @app.command("doctor")
@@ -181,18 +253,28 @@ def doctor_command(
     body("doctor")(build, as_json)
 
 
-@app.command("explain")
-@settings(config=EngineConfig)
-def explain_command(config: EngineConfig) -> None:
+@app.command(
+    "explain",
+    epilog=examples(
+        "tenfold explain ./model.gguf",
+    ),
+)
+@settings(EngineConfig, models=ARGUMENT)
+def explain_command(settled: Settled) -> None:
     """Show what runs each linear operation of a model, and why."""
-    body("explain")(config)
+    body("explain")(settled.config)
 
 
-@app.command("tune")
-@settings(config=EngineConfig)
-def tune_command(config: EngineConfig) -> None:
+@app.command(
+    "tune",
+    epilog=examples(
+        "tenfold tune ./model.gguf --threads 4",
+    ),
+)
+@settings(EngineConfig, models=ARGUMENT)
+def tune_command(settled: Settled) -> None:
     """Measure the ways to run each linear operation of a model on this machine, and remember the fastest."""
-    body("tune")(config)
+    body("tune")(settled.config)
 
 
 @app.command(
