@@ -1,0 +1,1 @@
+"""/v1/responses: its items, its events, and the answers it keeps."""
