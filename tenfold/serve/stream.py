@@ -28,6 +28,11 @@ def event(payload: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
+def named_event(payload: dict[str, Any]) -> bytes:
+    """One event of an API whose clients tell events apart by their SSE name, which is the payload's type."""
+    return b"event: " + payload["type"].encode("ascii") + b"\n" + event(payload)
+
+
 async def wait_for_disconnect(receive: Receive) -> None:
     """Returns when the client is gone. The request's body must have been read before."""
     while (await receive())["type"] != "http.disconnect":
