@@ -4,21 +4,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 import tenfold
 from tenfold.engine.llm import AsyncLLM
+from tenfold.serve.decide.calibrate import read_temperatures
+from tenfold.serve.drain import OpenRequests
 from tenfold.serve.errors import ApiError, on_api_error, on_http_exception
 from tenfold.serve.guard import Guard
 from tenfold.serve.keys import Keys
 from tenfold.serve.limits import Limits
+from tenfold.serve.logs import RequestLog
 from tenfold.serve.observe import Observer
+from tenfold.serve.openapi import complete
 from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
-from tenfold.serve.routes import chat, completions, metrics, models
+from tenfold.serve.protocol.decisions import ClassifyRequest, DecisionRequest
+from tenfold.serve.protocol.embeddings import EmbeddingRequest
+from tenfold.serve.protocol.responses import InputTokensRequest, ResponsesRequest
+from tenfold.serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from tenfold.serve.responses.store import Store
+from tenfold.serve.routes import (
+    admin,
+    chat,
+    classify,
+    completions,
+    decisions,
+    embeddings,
+    health,
+    metrics,
+    models,
+    responses,
+    status,
+    tokens,
+)
 from tenfold.serve.service import Service
 from tenfold.serve.settings import ServeConfig
 from tenfold.serve.stream import ClientGone
@@ -30,20 +51,21 @@ async def on_client_gone(request: Request, error: Exception) -> Response:
 
 
 class App(FastAPI):
-    """Describes the request bodies too, which the routes read themselves: that way every error has OpenAI's shape."""
+    """Describes itself wholly: what `openapi.complete` adds, FastAPI cannot know."""
 
     def openapi(self) -> dict[str, Any]:
-        described = self.openapi_schema is not None
-        schema = super().openapi()
-        if not described:
-            bodies = [(model, "validation") for model in BODIES]
-            _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            schema["components"]["schemas"] |= found["$defs"]
-        return schema
+        if self.openapi_schema is None:
+            settings = self.state.service.settings
+            keyed = bool(settings.api_key or settings.api_key_file or settings.admin_key)
+            self.openapi_schema = complete(super().openapi(), BODIES, keyed)
+        return self.openapi_schema
 
 
-ROUTES = (chat, completions, models, metrics)
-BODIES = (ChatRequest, CompletionRequest)
+ROUTES = (chat, completions, responses, models, health, metrics, status, embeddings, decisions, classify, tokens, admin)
+BODIES = (
+    *(ChatRequest, CompletionRequest, ResponsesRequest, InputTokensRequest),
+    *(EmbeddingRequest, DecisionRequest, ClassifyRequest, TokenizeRequest, DetokenizeRequest),
+)
 
 
 def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = None) -> App:
@@ -52,6 +74,9 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
 
     app = App(title="Tenfold", version=tenfold.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = Service(models, settings)
+    app.state.deciders = {}
+    app.state.temperatures = read_temperatures(settings.decision_temperatures)
+    app.state.responses = Store.of(settings)
     for module in ROUTES:
         app.include_router(module.router)
     app.add_exception_handler(ApiError, on_api_error)
@@ -60,6 +85,8 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
     app.add_exception_handler(ClientDisconnect, on_client_gone)
     service, keys, limits = app.state.service, Keys.of(settings), Limits.of(settings)
     app.state.keys, app.state.limits = keys, limits
+    app.add_middleware(OpenRequests, service=service)
     app.add_middleware(Guard, settings=settings, service=service, keys=keys, limits=limits)
+    app.add_middleware(RequestLog, each=settings.access_log)
     app.add_middleware(Observer, metrics=app.state.service.metrics)  # last, so that it stands before all others
     return app

@@ -3,7 +3,7 @@ point.
 """
 
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -13,13 +13,13 @@ from starlette.responses import JSONResponse, Response
 from tenfold.engine.request import FinishReason, SamplingParams
 from tenfold.serve.errors import ApiError, from_value_error, invalid
 from tenfold.serve.protocol.body import Body, ErrorBody
-from tenfold.serve.protocol.sampling import Sampling, Usage
+from tenfold.serve.protocol.sampling import Sampling, Usage, check_caps
 from tenfold.serve.service import Counts, Served
 from tenfold.serve.stream import DONE, EventStream, event, until_disconnect
 
 FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503, 504)
 }
 
 
@@ -32,8 +32,11 @@ def body_schema(model: type[Body]) -> dict[str, Any]:
 def checked(
     params: SamplingParams, body: Sampling, served: Served, renamed: dict[str, str] | None = None
 ) -> SamplingParams:
-    """`params` if the engine can do them. Raises ApiError (400) that names the request's field."""
+    """`params` if the engine can do them and the server allows them. Raises ApiError (400) that names the request's
+    field.
+    """
     try:
+        check_caps(params, served.settings)
         params.check(served.llm.vocab_size)
     except ValueError as error:
         raise from_value_error(error, type(body).model_fields, renamed) from None
@@ -46,15 +49,16 @@ def check_stream(body: Sampling) -> None:
         raise invalid("stream_options needs stream to be true.", "stream_options")
 
 
-def check_prompt(ids: Any, served: Served, param: str) -> None:
-    """Raises ApiError (400) for a prompt that is empty or leaves no room for an answer."""
-    limit = served.llm.max_model_len
+def check_prompt(ids: Any, served: Served, param: str, answer: bool = True) -> None:
+    """Raises ApiError (400) for a prompt that is empty, too long, or leaves no room where an `answer` is wanted."""
+    limit = served.llm.max_model_len - answer
     if not ids:
         raise invalid(f"{param} is empty; give at least one token.", param)
-    if len(ids) >= limit:
+    if len(ids) > limit:
+        why = f", since prompt and answer together have {limit + 1}" if answer else ""
         message = (
-            f"{param} has {len(ids)} tokens; this server takes prompts of up to {limit - 1} tokens, since prompt and "
-            f"answer together have {limit}. Send less, or start the server with a larger --max-model-len."
+            f"{param} has {len(ids)} tokens; this server takes prompts of up to {limit} tokens{why}. Send less, or "
+            "start the server with a larger --max-model-len."
         )
         raise invalid(message, param, "context_length_exceeded")
 
@@ -69,31 +73,39 @@ async def whole(http: Request, body: Body, work: Coroutine[Any, Any, dict[str, A
     return JSONResponse(await until_disconnect(http.receive, work), headers=ignored_header(body))
 
 
-async def events(http: Request, body: Body, chunks: AsyncGenerator[dict[str, Any], None]) -> Response:
+async def events(
+    http: Request,
+    body: Body,
+    chunks: AsyncGenerator[dict[str, Any], None],
+    encode: Callable[[dict[str, Any]], bytes] = event,
+    end: bytes = DONE,
+) -> Response:
     """A stream of events. The first is awaited before the status is sent, so that a refusal still has its own
     status.
     """
-    rest = _until_error(chunks)
+    rest = _until_error(chunks, encode)
     first = await until_disconnect(http.receive, anext(rest))
     if isinstance(first, ApiError):
         raise first
-    return EventStream(first, _bytes(rest), ignored_header(body))
+    return EventStream(first, _bytes(rest, end), ignored_header(body))
 
 
-async def _until_error(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes | ApiError, None]:
+async def _until_error(
+    chunks: AsyncGenerator[dict[str, Any], None], encode: Callable[[dict[str, Any]], bytes]
+) -> AsyncGenerator[bytes | ApiError, None]:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield event(chunk)
+                yield encode(chunk)
     except ApiError as error:
         yield error
 
 
-async def _bytes(items: AsyncGenerator[bytes | ApiError, None]) -> AsyncGenerator[bytes, None]:
+async def _bytes(items: AsyncGenerator[bytes | ApiError, None], end: bytes) -> AsyncGenerator[bytes, None]:
     async with aclosing(items):
         async for item in items:
             yield event(item.payload()) if isinstance(item, ApiError) else item
-    yield DONE
+    yield end
 
 
 def usage(counts: Counts) -> dict[str, Any]:

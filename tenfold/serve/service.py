@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
 
@@ -21,12 +21,17 @@ from tenfold.engine.loop import EngineDead
 from tenfold.engine.request import FinishReason, Output, SamplingParams
 from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
 from tenfold.serve.limits import Ticket
+from tenfold.serve.logs import note_tokens
 from tenfold.serve.metrics import Metrics
 from tenfold.serve.observe import Seen
 from tenfold.serve.protocol.body import Terms
 from tenfold.serve.protocol.models import ModelCard
 from tenfold.serve.settings import ServeConfig
 
+if TYPE_CHECKING:  # classifiers are asked through the service, and may ask it in turn
+    from tenfold.serve.decide.classify import Classifier
+
+WIDTH = 64  # prompts of one job that the engine has at a time; more would fill its queue for everybody
 DEFAULT_NAME = "default"  # always understood, so that a first try needs no look at /v1/models
 
 
@@ -54,7 +59,10 @@ class Service:
     def __init__(self, models: Mapping[str, AsyncLLM], settings: ServeConfig) -> None:
         self.settings = settings
         self.models = {name: Served(name, llm, settings) for name, llm in models.items()}
-        self.draining = False
+        self.classifiers: dict[str, Classifier] = {}  # models made for /v1/classify, by name
+        self.open_requests = 0  # let in by the guard and not answered to the end; those that only look are not counted
+        self.draining = False  # no new work is taken
+        self.stopping = False  # and that is for good
         self.metrics = Metrics(self.models, settings, lambda: self.draining)
 
     def served(self, name: str) -> Served:
@@ -78,7 +86,8 @@ class Job:
     """What a route asks of an engine: `params.n` answers to each prompt. Choice number = prompt * n + answer.
 
     key: name of the API key it came with. payer: whose share of the machine it counts against. pool: as in Request.
-    ticket: by which it counts against the limits of its key.
+    ticket: by which it counts against the limits of its key. lead: the first prompt is computed before the others,
+    which find their common beginning in the prefix cache.
     """
 
     id: str
@@ -94,6 +103,7 @@ class Job:
     endpoint: str
     pool: str | None = None
     seen: Seen = field(default_factory=Seen)
+    lead: bool = False
     ticket: Ticket | None = None
 
     @classmethod
@@ -106,6 +116,7 @@ class Job:
         params: SamplingParams,
         terms: Terms | None = None,
         pool: str | None = None,
+        lead: bool = False,
     ) -> "Job":
         """prefix: of the id, which is otherwise that of the HTTP request, so that either finds the other in a log."""
         terms = terms or Terms()
@@ -125,6 +136,7 @@ class Job:
             endpoint=http.scope["path"],
             pool=pool,
             seen=state.get("seen") or Seen(),
+            lead=lead,
             ticket=state.get("ticket"),
         )
 
@@ -177,6 +189,7 @@ async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output]
     finally:
         if job.ticket:
             job.ticket.close(counts.prompt + counts.completion if begun else 0)
+        note_tokens(counts.prompt, counts.completion, counts.cached)
 
 
 def translate(error: Exception, request_id: str, fields: dict[str, Any] | None = None) -> ApiError:
@@ -209,13 +222,20 @@ async def _merged(job: Job) -> AsyncGenerator[tuple[int, Output], None]:
                 yield 0, output
         return
     queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
+    room = asyncio.Semaphore(WIDTH)
+    led = asyncio.Event()
+    if not job.lead:
+        led.set()
 
     async def follow(prompt: int) -> None:
         try:
-            async with aclosing(_generate(job, prompt)) as outputs:
+            if prompt:
+                await led.wait()
+            async with room, aclosing(_generate(job, prompt)) as outputs:
                 async for output in outputs:
                     queue.put_nowait((prompt, output))
             queue.put_nowait((prompt, None))
+            led.set()
         except Exception as error:
             queue.put_nowait((prompt, error))
 

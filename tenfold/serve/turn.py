@@ -16,6 +16,7 @@ from tenfold.engine.request import FinishReason, Grammar, Output, SamplingParams
 from tenfold.serve.errors import from_value_error, invalid
 from tenfold.serve.parse.pieces import Piece, Text
 from tenfold.serve.protocol.body import Terms
+from tenfold.serve.protocol.sampling import check_caps
 from tenfold.serve.reply import check_prompt
 from tenfold.serve.service import Counts, Job, Served, answers
 
@@ -87,6 +88,7 @@ class Turn:
 async def open_turn(http: HttpRequest, served: Served, ask: Ask, prefix: str, terms: Terms) -> Turn:
     """A turn for `ask`. prefix: of the answer's id. Raises ApiError (400) for what cannot be done."""
     try:
+        check_caps(ask.params, served.settings)
         ask.params.check(served.llm.vocab_size)
     except ValueError as error:
         raise from_value_error(error, ask.fields, ask.renamed) from None

@@ -1,48 +1,29 @@
 """POST /v1/completions: its request and its response."""
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel
 
 from tenfold.engine.request import SamplingParams
 from tenfold.serve.protocol.body import MOST, honoured, refused
 from tenfold.serve.protocol.sampling import Sampling, Usage
-
-MAX_PROMPTS = 64
 
 
 class CompletionRequest(Sampling):
     """POST /v1/completions"""
 
     prompt: str | list[str] | list[int] | list[list[int]] = honoured(
-        ..., f"a text, a list of token ids, or up to {MAX_PROMPTS} of either"
+        ..., "a text, a list of token ids, or up to --max-prompts (64) of either"
     )
     max_tokens: int | None = honoured(
         16, "longest answer in tokens; 16 where absent; 0 computes the prompt only", le=MOST
     )
     echo: bool | None = honoured(None, "begin the answer with the prompt; with logprobs, those of the prompt too")
     logprobs: int | None = honoured(
-        None, "give the log-probability of each token and of this many likeliest ones, 0 to 20"
+        None, "give the log-probability of each token and of this many likeliest ones, 0 to --max-logprobs (20)"
     )
     best_of: int | None = refused("of several answers only all are given; ask with n.", 1)
     suffix: str | None = refused("the models served continue text; they cannot fill a gap before a suffix.", "")
-
-    @field_validator("prompt")
-    @classmethod
-    def few_prompts(cls, prompt: Any) -> Any:
-        if isinstance(prompt, list) and not prompt:
-            raise ValueError("is an empty list; give a text or at least one token")
-        if isinstance(prompt, list) and not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:
-            raise ValueError(f"has {len(prompt)} entries; allowed: up to {MAX_PROMPTS} in one request")
-        return prompt
-
-    def prompts(self) -> list[str | list[int]]:
-        """Each prompt by itself."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
 
     def params(self, base: SamplingParams) -> SamplingParams:
         """`base` with what was given. Not yet checked. One token is made even where none is asked for, since the prompt

@@ -1,5 +1,8 @@
-"""The fields that text is sampled by, shared by chat and text completions, and the token counts of an answer."""
+"""The fields that text is sampled by, shared by chat and text completions, their caps, and the token counts of an
+answer.
+"""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tenfold.engine.request import SamplingParams
 from tenfold.serve.protocol.body import MOST, Body, Terms, honoured
+from tenfold.serve.settings import ServeConfig
 
 
 class StreamOptions(BaseModel):
@@ -24,6 +28,30 @@ SAME = (
 )
 
 
+# Engine parameter, the setting that caps it, what is allowed, and the test for it. The engine's own bounds are wider.
+CAPS: tuple[tuple[str, str, str, Callable[[SamplingParams, int], bool]], ...] = (
+    ("n", "max_n", "1 to {}", lambda p, most: 1 <= p.n <= most),
+    ("logprobs", "max_logprobs", "0 to {}, or none", lambda p, most: p.logprobs is None or 0 <= p.logprobs <= most),
+    (
+        "prompt_logprobs",
+        "max_logprobs",
+        "0 to {}, or none",
+        lambda p, most: p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= most,
+    ),
+    ("stop", "max_stop", "up to {} non-empty strings", lambda p, most: len(p.stop) <= most and all(p.stop)),
+)
+
+
+def check_caps(params: SamplingParams, settings: ServeConfig) -> None:
+    """Raises ValueError, beginning with the parameter, for more than this server allows."""
+    for name, cap, allowed, holds in CAPS:
+        most = getattr(settings, cap)
+        if not holds(params, most):
+            given = repr(getattr(params, name))
+            shown = given if len(given) <= 200 else given[:197] + "..."
+            raise ValueError(f"{name} is {shown}; allowed: {allowed.format(most)} (--{cap.replace('_', '-')}).")
+
+
 class Sampling(Body):
     """The fields that chat and text completions share."""
 
@@ -33,8 +61,10 @@ class Sampling(Body):
     top_p: float | None = honoured(
         None, "keep the most likely tokens that together have this probability; above 0, up to 1"
     )
-    n: int | None = honoured(None, "answers to one prompt, 1 to 16")
-    stop: str | list[str] | None = honoured(None, "a string or up to 16 that end the answer and are not part of it")
+    n: int | None = honoured(None, "answers to one prompt, from 1 to --max-n (16)")
+    stop: str | list[str] | None = honoured(
+        None, "a string, or up to --max-stop (16), that end the answer and are not part of it"
+    )
     seed: int | None = honoured(None, "makes sampling reproducible, whatever else the server computes at the same time")
     stream: bool | None = honoured(None, "send the answer as server-sent events while it is made")
     stream_options: StreamOptions | None = honoured(

@@ -1,7 +1,7 @@
 """POST /v1/completions: text or tokens in, their continuation out; several prompts are computed together."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tenfold.engine.request import Output
-from tenfold.serve.errors import invalid
 from tenfold.serve.logprobs import TextLogprobs
+from tenfold.serve.prompts import Prompt, each, encode_all
 from tenfold.serve.protocol.body import parse
 from tenfold.serve.protocol.completions import Completion, CompletionRequest
 from tenfold.serve.reply import (
     ERROR_RESPONSES,
     FINISH,
     body_schema,
-    check_prompt,
     check_stream,
     checked,
     events,
@@ -27,7 +26,7 @@ from tenfold.serve.reply import (
     usage,
     whole,
 )
-from tenfold.serve.service import Counts, Job, Served, answers, service_of
+from tenfold.serve.service import Counts, Job, answers, service_of
 
 router = APIRouter()
 
@@ -44,28 +43,13 @@ async def create_completion(http: Request) -> Response:
     served = service_of(http).served(body.model)
     check_stream(body)
     params = checked(body.params(served.llm.default_params()), body, served)
-    prompts = await asyncio.to_thread(_encode_all, body, served)  # long texts must not hold up the other streams
+    given = each(body.prompt, served, "prompt")
+    prompts = await asyncio.to_thread(encode_all, given, served, "prompt")  # long texts must not hold up other streams
     job = Job.of(http, served, "cmpl", prompts, params, body.terms())
+    choices = _choices(job, body, given)
     if body.stream:
-        return await events(http, body, _chunks(job, body))
-    return await whole(http, body, _answer(job, body))
-
-
-def _encode_all(body: CompletionRequest, served: Served) -> list[list[int]]:
-    return [_encode(prompt, served) for prompt in body.prompts()]
-
-
-def _encode(prompt: str | list[int], served: Served) -> list[int]:
-    try:
-        ids = served.llm.encode(prompt) if isinstance(prompt, str) else prompt
-    except ValueError as error:
-        raise invalid(str(error), "prompt") from None
-    vocab = served.llm.vocab_size
-    wrong = next((token for token in ids if not 0 <= token < vocab), None)
-    if wrong is not None:
-        raise invalid(f"prompt has the token {wrong}; allowed: 0 to {vocab - 1}.", "prompt")
-    check_prompt(ids, served, "prompt")
-    return ids
+        return await events(http, body, _chunks(job, body, choices))
+    return await whole(http, body, _answer(job, body, choices))
 
 
 @dataclass(slots=True)
@@ -97,9 +81,8 @@ class Choice:
         return {"index": self.index, "text": text, "logprobs": taken, "finish_reason": finish}
 
 
-def _choices(job: Job, body: CompletionRequest) -> list[Choice]:
+def _choices(job: Job, body: CompletionRequest, given: Sequence[Prompt]) -> list[Choice]:
     silent = body.max_tokens == 0
-    given = body.prompts()
     choices = []
     for i in range(len(job.prompts) * job.params.n):
         prompt = given[i // job.params.n]
@@ -118,9 +101,8 @@ def _merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:
             whole["logprobs"][name].extend(column)
 
 
-async def _answer(job: Job, body: CompletionRequest) -> dict[str, Any]:
+async def _answer(job: Job, body: CompletionRequest, choices: Sequence[Choice]) -> dict[str, Any]:
     counts = Counts(sum(map(len, job.prompts)))
-    choices = _choices(job, body)
     entries: list[dict[str, Any]] = [{} for _ in choices]
     async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
@@ -134,13 +116,12 @@ async def _answer(job: Job, body: CompletionRequest) -> dict[str, Any]:
     return head(job.id, "text_completion", job.served) | {"choices": entries, "usage": usage(counts)}
 
 
-async def _chunks(job: Job, body: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+async def _chunks(job: Job, body: CompletionRequest, choices: Sequence[Choice]) -> AsyncGenerator[dict[str, Any], None]:
     counts = Counts(sum(map(len, job.prompts)))
     common = head(job.id, "text_completion", job.served)
     options = body.stream_options
     running = bool(options and options.continuous_usage_stats)
     with_usage = running or bool(options and options.include_usage)
-    choices = _choices(job, body)
     async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
             piece = choices[i].piece(output)
