@@ -1,4 +1,5 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` with a fitting HTTP status.
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` with a fitting HTTP status;
+under /v1/messages as Anthropic's do.
 
 Invariant: every response of the server with a status of 400 or more has this shape, and none tells a client more about
 the server's insides than the request id under which the log has the details.
@@ -13,10 +14,20 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger("tenfold.serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 CODES = {404: "not_found", 405: "method_not_allowed"}
 PYDANTIC_CODES = {
     "missing": "missing_required_parameter",
@@ -50,8 +61,35 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.payload(), self.status, headers=self.headers)
+    def response(self) -> "ErrorResponse":
+        return ErrorResponse(self)
+
+
+class ErrorResponse(JSONResponse):
+    """An error in the shape of the API that was asked, which the path of the request tells when it is sent."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.payload(), error.status, headers=error.headers)
+        self.error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if is_anthropic(scope["path"]):
+            request_id = scope["state"]["request_id"]
+            headers = (self.error.headers or {}) | {"request-id": request_id}
+            response = JSONResponse(anthropic_payload(self.error, request_id), self.error.status, headers=headers)
+            await response(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def is_anthropic(path: str) -> bool:
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def anthropic_payload(error: ApiError, request_id: str) -> dict[str, Any]:
+    """The JSON body as Anthropic's clients expect it."""
+    kind = ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
