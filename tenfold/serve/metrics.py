@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -17,7 +18,7 @@ import tenfold
 from tenfold.base.table import entry
 from tenfold.engine.request import FinishReason, Output
 from tenfold.serve.aliases import aliases
-from tenfold.serve.engines import Engines
+from tenfold.serve.engines import Engines, stats_of
 from tenfold.serve.observe import REFUSED, Seen
 from tenfold.serve.settings import ServeConfig
 from tenfold.serve.window import Recent
@@ -64,7 +65,8 @@ class Metrics:
         self.settings = settings
         self.draining = draining
         self.registry = CollectorRegistry()
-        self.recent = {name: Recent() for name in models}
+        self.began = time.monotonic()
+        self.recent = {name: Recent(partial(stats_of, served.llm)) for name, served in models.items()}
         self.tracer = make_tracer(settings.traces)
         self._meters: dict[tuple[str, str, str], Meters] = {}
         self._make()
@@ -126,6 +128,15 @@ class Metrics:
         self.responses.labels(endpoint, str(status or 499)).inc()
         if status in REFUSED:
             self.rejections.labels(model, code or "other").inc()
+
+    def totals(self, counter: Counter, label: str, model: str | None = None) -> dict[str, int]:
+        """What a counter has for each value of `label`, of one model or of all."""
+        found: dict[str, int] = {}
+        for family in counter.collect():
+            for sample in family.samples:
+                if model in (None, sample.labels["model"]) and sample.name.endswith("_total"):
+                    found[sample.labels[label]] = found.get(sample.labels[label], 0) + int(sample.value)
+        return found
 
     def close(self) -> None:
         """Sends the traces that are still here."""
@@ -207,7 +218,7 @@ class Watch:
             pace.last = now
             pace.tokens += count
         self.meters.generated.inc(count)
-        self.recent.generated.add(now, count)
+        self.recent.tokens(now, count)
 
     def _start(self, output: Output, now: float) -> None:
         """The engine works on it."""

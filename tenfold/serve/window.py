@@ -4,9 +4,12 @@ Invariant: adding costs under a microsecond whatever was added before; memory do
 """
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 SPAN = 300  # seconds that are kept
 MOST = 2048  # times kept of one kind; under more traffic the window is shorter
+LEVELS = ("running", "waiting")  # numbers of the engine's `Stats` that are kept
 
 
 class Series:
@@ -55,11 +58,55 @@ class Window:
         return {"count": count, **ranks}
 
 
-class Recent:
-    """What one model did lately. generated, prompt: tokens; ttft, tpot: seconds."""
+class Levels:
+    """The latest value of each of the last SPAN seconds, in a ring; a second without one has that of the one before."""
 
-    __slots__ = ("generated", "prompt", "tpot", "ttft")
+    __slots__ = ("second", "values")
 
     def __init__(self) -> None:
+        self.values = [0.0] * SPAN
+        self.second = 0
+
+    def put(self, now: float, value: float) -> None:
+        self._advance(int(now))
+        self.values[self.second % SPAN] = value
+
+    def last(self, now: float, seconds: int = SPAN - 1) -> list[float]:
+        """Values up to this second, oldest first."""
+        self._advance(int(now))
+        return [self.values[second % SPAN] for second in range(self.second - seconds + 1, self.second + 1)]
+
+    def _advance(self, second: int) -> None:
+        before = self.values[self.second % SPAN]
+        for later in range(max(self.second + 1, second - SPAN + 1), second + 1):
+            self.values[later % SPAN] = before
+        self.second = max(self.second, second)
+
+
+class Recent:
+    """What one model did lately. generated, prompt: tokens; ttft, tpot: seconds; levels: numbers of `Stats`.
+
+    `stats` is asked at most once a second, while there are tokens or someone looks.
+    """
+
+    __slots__ = ("generated", "levels", "prompt", "second", "stats", "tpot", "ttft")
+
+    def __init__(self, stats: Callable[[], Any] = lambda: None) -> None:
+        self.stats = stats
+        self.second = 0
         self.generated, self.prompt = Series(), Series()
         self.ttft, self.tpot = Window(), Window()
+        self.levels = {name: Levels() for name in LEVELS}
+
+    def tokens(self, now: float, count: int) -> None:
+        """`count` were generated."""
+        self.generated.add(now, count)
+        if int(now) != self.second:
+            self.look(now)
+
+    def look(self, now: float) -> None:
+        """Take the engine's numbers down."""
+        self.second = int(now)
+        stats = self.stats()
+        for name, levels in self.levels.items():
+            levels.put(now, getattr(stats, name, 0))
