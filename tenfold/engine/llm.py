@@ -22,13 +22,18 @@ from tenfold.base.config import EngineConfig
 from tenfold.base.log import Timeline
 from tenfold.engine import defaults, template
 from tenfold.engine.completion import Collector, Completion
-from tenfold.engine.core import Engine, QueueFull, Stats
-from tenfold.engine.loop import Batch, EngineDead, EngineLoop
-from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
+from tenfold.engine.core import Engine
+from tenfold.engine.facts import Facts, Stats
+from tenfold.engine.loop import Batch, EngineDead, EngineLoop, EngineRestarted, Loop
+from tenfold.engine.remote import RemoteLoop
+from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.stream import Bar, Job, RequestFailed, Run, Stream
 from tenfold.engine.text import Text
+from tenfold.models.table import model_config
+from tenfold.weights.find import resolve as find_model
+from tenfold.weights.open import open_checkpoint
 
-__all__ = ["LLM", "AsyncLLM", "Completion", "EngineDead", "QueueFull", "RequestFailed", "Stream"]
+__all__ = ["LLM", "AsyncLLM", "Completion", "EngineDead", "EngineRestarted", "QueueFull", "RequestFailed", "Stream"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -43,7 +48,9 @@ class _Front:
 
     model and settings: fields of EngineConfig; or give all of them as `config`; or a ready `engine`, which then
     belongs to this object. timeline receives the phases of loading, `loading(done, total)` is called while weights
-    load. Raises ValueError for unknown settings and for whatever `Engine.load` refuses.
+    load into this process. isolate: run the engine in a process of its own, which is started again when it ends or
+    hangs. watchdog: seconds without progress after which an engine is dumped into the log and, if isolated, restarted
+    (0: never). Raises ValueError for unknown settings and for whatever `Engine.load` refuses.
     """
 
     def __init__(
@@ -54,28 +61,79 @@ class _Front:
         engine: Engine | None = None,
         timeline: Timeline | None = None,
         loading: Callable[[int, int], None] | None = None,
+        isolate: bool = False,
+        watchdog: float = 60.0,
         **settings: Any,
     ) -> None:
         asked = _config(model, config, settings)
-        self._loop = EngineLoop(lambda: engine or Engine.load(asked, timeline=timeline, progress=loading))
+        self._loop: Loop
+        if isolate:
+            if engine is not None:
+                raise ValueError("engine is in this process already; isolate=True needs a model or a config.")
+            self._loop, self.text, self.timeline = _isolated(asked, watchdog, timeline)
+        else:
+            loop = EngineLoop(
+                lambda: engine or Engine.load(asked, timeline=timeline, progress=loading), watchdog=watchdog
+            )
+            loaded: Any = loop.engine
+            self._loop, self.text, self.timeline = loop, loaded.text, loaded.timeline
         self._finalizer = weakref.finalize(self, self._loop.close, PATIENCE)
-        loaded: Any = self._loop.engine
-        self.config: EngineConfig = loaded.config
-        self.text: Text = loaded.text
-        self.vocab_size: int = loaded.vocab_size
-        self.max_model_len: int = loaded.max_model_len
-        self.timeline: Timeline | None = loaded.timeline
         self._ids = itertools.count(1)
 
     @property
+    def facts(self) -> Facts:
+        """What does not change while the engine runs; an isolated one may come back from a restart with others."""
+        assert self._loop.facts is not None
+        return self._loop.facts
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings, every size filled in."""
+        return self.facts.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.facts.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence, prompt and answer together."""
+        return self.facts.max_model_len
+
+    @property
+    def state(self) -> str:
+        """ "loading", "ready", "restarting", "failed" or "closed"."""
+        return self._loop.state
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be computed now; while an isolated engine restarts, requests wait for it."""
+        return self._loop.ready
+
+    @property
     def alive(self) -> bool:
-        """False once the engine failed or was closed."""
+        """False once the engine failed for good or was closed."""
         return self._loop.alive
 
-    def stats(self) -> Stats:
-        """The engine's numbers after its latest step."""
-        stats: Stats = self._loop.stats()
+    @property
+    def restarts(self) -> int:
+        """Times an isolated engine was started again."""
+        return self._loop.restarts
+
+    def stats(self) -> Stats | None:
+        """The engine's numbers after its latest step; None while there is no engine."""
+        stats: Stats | None = self._loop.stats()
         return stats
+
+    def dump(self) -> None:
+        """Write what all threads of the engine do, and its scheduler's state, to the log."""
+        self._loop.dump()
+
+    def restart(self) -> None:
+        """End an isolated engine at once and start another; requests it had begun end with EngineRestarted. Raises
+        ValueError for an engine inside this process, EngineDead.
+        """
+        self._loop.restart()
 
     def close(self) -> None:
         """Stops the engine after the step under way; open requests end with reason "abort". Idempotent."""
@@ -121,6 +179,24 @@ class _Front:
 
     def _embed_requests(self, texts: str | Sequence[Prompt], pool: str) -> list[Request]:
         return [self._request(text, None, pool=pool) for text in _prompts(texts)]
+
+
+def _isolated(config: EngineConfig, watchdog: float, timeline: Timeline | None) -> tuple[Loop, Text, Timeline]:
+    """An engine process, and what this process needs of its model: headers and tokenizer, read while it loads."""
+    path = find_model(config.model)  # before, for this may fetch the model, and two need not do that
+    loop = RemoteLoop(config, watchdog=watchdog)
+    try:
+        checkpoint = open_checkpoint(path)
+        model_config(checkpoint.config)  # so that a model that is not supported is refused as such
+        text = Text(checkpoint)
+        loop.wait()
+    except BaseException:
+        loop.close(0)
+        raise
+    assert loop.facts is not None
+    timeline = timeline or Timeline()
+    timeline.phases += loop.facts.timeline
+    return loop, text, timeline
 
 
 def _config(model: str, config: EngineConfig | None, settings: Mapping[str, Any]) -> EngineConfig:
@@ -357,8 +433,9 @@ class AsyncLLM(_Front):
     ) -> AsyncGenerator[Output, None]:
         """Outputs of one request as they come, of all n answers mixed; each answer's last has a finish reason.
 
-        prompt: text or token ids. Other arguments as in Request. Raises ValueError for what the engine refuses and
-        EngineDead. When the engine fails under way, the last outputs have reason "error".
+        prompt: text or token ids. Other arguments as in Request. Raises ValueError for what the engine refuses,
+        EngineDead, and EngineRestarted. When an engine in this process fails under way, the last outputs have reason
+        "error".
         """
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
             prompt = await asyncio.to_thread(self._tokens, prompt)

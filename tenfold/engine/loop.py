@@ -1,23 +1,28 @@
 """`EngineLoop`: the thread that owns an engine, and the only one that touches it.
 
 Invariant: every request that was submitted gets exactly one end: outputs until each of its answers has a finish
-reason, or a refusal; also when it is aborted, when the engine fails, and when the loop is closed. A failure of the
-engine is final.
+reason, or an exception; also when it is aborted, when the engine fails, and when the loop is closed. A failure of the
+engine is final here; `remote.RemoteLoop`, which has the same methods, survives it.
 
 Between threads goes one batch per step and receiver, not one message per token.
 """
 
 import logging
+import sys
 import threading
+import time
+import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
+from tenfold.engine.facts import Facts
 from tenfold.engine.request import FinishReason, Output, Request
 
 logger = logging.getLogger(__name__)
 
+CLOSED = "The engine was closed."
 Batch = list[tuple[str, Output | Exception]]
 
 
@@ -25,10 +30,20 @@ class EngineDead(RuntimeError):
     """The engine failed or was closed; make a new one."""
 
 
+class EngineRestarted(RuntimeError):
+    """The engine failed while it computed this request, which may be sent again: retry_after is the number of seconds
+    until the engine should be back.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class Engine(Protocol):
     """What the loop needs of an engine. `add` raises ValueError for a request that is refused; the last outputs of
-    one that was aborted come with the next step, whatever phase it was in. `close`, where there is one, is called at
-    the end.
+    one that was aborted come with the next step, whatever phase it was in. Where there are such methods, `close` is
+    called at the end, `facts` after loading, and `describe`, from any thread, to look for a fault.
     """
 
     @property
@@ -44,31 +59,98 @@ class Engine(Protocol):
 
 
 class Receiver(Protocol):
-    """Where outputs go. `send` is called on the loop's thread with (request id, output, or why the request was
-    refused); it returns False when nobody will ever read what it sends.
+    """Where outputs go. `send` is called on the loop's thread with (request id, output, or the exception that ends
+    the request); it returns False when nobody will ever read what it sends.
     """
 
     def send(self, batch: Batch) -> bool: ...
 
 
-class _Open:
+class Loop(Protocol):
+    """What `LLM` and `AsyncLLM` need of the thread or process that runs their engine."""
+
+    facts: Facts | None
+    restarts: int
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    @property
+    def open_requests(self) -> int: ...
+
+    def stats(self) -> Any: ...
+
+    def submit(self, request: Request, receiver: Receiver) -> None: ...
+
+    def abort(self, id: str) -> None: ...
+
+    def dump(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def close(self, patience: float | None = None) -> None: ...
+
+
+class Open:
     """A request under way: its receiver and the answers without a finish reason."""
 
     __slots__ = ("missing", "receiver")
 
-    def __init__(self, receiver: Receiver, n: int) -> None:
+    def __init__(self, request: Request, receiver: Receiver) -> None:
         self.receiver = receiver
-        self.missing = set(range(n))
+        self.missing = set(range(1 if request.pool is not None else request.params.n))
+
+    def end(self, id: str, reason: FinishReason, why: str) -> None:
+        """Tell the receiver that all that is missing ends like this."""
+        self.receiver.send([(id, Output(id, i, finish=reason, error=why)) for i in sorted(self.missing)])
+
+
+def batches(requests: dict[str, Any], outputs: Iterable[Output]) -> dict[Receiver, Batch]:
+    """Outputs by receiver. Requests that end with them are taken out of `requests`; outputs of others are left out."""
+    found: dict[Receiver, Batch] = {}
+    for output in outputs:
+        entry = requests.get(output.request_id)
+        if entry is None:  # of a request that was aborted
+            continue
+        if output.finish is not None:
+            entry.missing.discard(output.index)
+            if not entry.missing:
+                del requests[output.request_id]
+        found.setdefault(entry.receiver, []).append((output.request_id, output))
+    return found
+
+
+def taken(id: str) -> ValueError:
+    """Why a second request of the same id is refused."""
+    return ValueError(f"request_id is {id!r}; a request with this id is under way, choose another.")
 
 
 class EngineLoop:
     """Makes an engine with `load` on a thread of its own and runs it there. Returns from the constructor when it is
     loaded, or raises what `load` raised. Methods may be called from any thread.
+
+    watchdog: seconds without progress after which stacks and the scheduler's state go to the log (0: never).
+    on_failure: called on the loop's thread when the engine fails, in place of ending the requests; must not return.
     """
 
-    def __init__(self, load: Callable[[], Engine], name: str = "tenfold-engine") -> None:
+    restarts = 0
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        name: str = "tenfold-engine",
+        watchdog: float = 0.0,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self._load = load
-        self._open: dict[str, _Open] = {}
+        self._on_failure = on_failure
+        self._open: dict[str, Open] = {}
         self._commands: deque[Callable[[Engine], None]] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -76,13 +158,32 @@ class EngineLoop:
         self._failure: BaseException | None = None
         self._stats: Any = None
         self._loaded = threading.Event()
+        self._ended = threading.Event()
+        self._since = 0.0  # of the latest progress, or since when there is work again
+        self.turns = 0  # steps that got something done
+        self.busy = False
         self.engine: Engine | None = None
+        self.facts: Facts | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
         self._loaded.wait()
         if self.engine is None:
             assert self._failure is not None
             raise self._failure
+        if watchdog:
+            threading.Thread(target=self._watch, args=(watchdog,), name=f"{name}-watchdog", daemon=True).start()
+
+    @property
+    def state(self) -> str:
+        """ "ready", "failed" or "closed"."""
+        if self._dead is None:
+            return "ready"
+        return "closed" if self._dead == CLOSED else "failed"
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self._dead is None
 
     @property
     def alive(self) -> bool:
@@ -92,6 +193,11 @@ class EngineLoop:
     def open_requests(self) -> int:
         """Requests that were submitted and have not ended."""
         return len(self._open)
+
+    @property
+    def age(self) -> float:
+        """Seconds that a step, or a command before it, has taken so far; 0 where there is nothing to do."""
+        return time.monotonic() - self._since if self.busy else 0.0
 
     def stats(self) -> Any:
         """The engine's numbers after its latest step."""
@@ -108,6 +214,22 @@ class EngineLoop:
         with suppress(EngineDead):  # then it has ended already
             self._post(lambda engine: self._end(engine, id))
 
+    def describe(self) -> str:
+        """Who runs and who waits, as far as the engine can tell; from any thread."""
+        describe = getattr(self.engine, "describe", None)
+        try:
+            return str(describe()) if describe is not None else str(self._stats)
+        except Exception as error:  # what it reads changes while it reads
+            return f"{self._stats} (in the middle of a change: {error!r})"
+
+    def dump(self) -> None:
+        """Write what all threads do and the scheduler's state to the log."""
+        logger.warning("%d requests are open\n%s\n%s", len(self._open), self.describe(), stacks())
+
+    def restart(self) -> None:
+        """Raises ValueError: only an engine process can be restarted."""
+        raise ValueError("This engine runs inside this process and cannot be restarted alone; use isolate=True.")
+
     def close(self, patience: float | None = None) -> None:
         """Ends the loop after the step under way, for which it waits `patience` seconds (None: as long as it takes);
         open requests end with reason "abort". Idempotent.
@@ -121,7 +243,7 @@ class EngineLoop:
     def _post(self, command: Callable[[Engine], None]) -> None:
         with self._changed:
             if self._dead is not None or self._closing:
-                raise EngineDead(self._dead or "The engine was closed.")
+                raise EngineDead(self._dead or CLOSED)
             self._commands.append(command)
             self._changed.notify()
 
@@ -130,6 +252,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             engine = self._load()
+            self.facts = engine.facts() if hasattr(engine, "facts") else None
         except BaseException as error:
             self._failure = error
             self._dead = "The engine could not be loaded."
@@ -141,57 +264,61 @@ class EngineLoop:
         self.engine = engine
         self._loaded.set()
         try:
-            while self._wait_for_work(engine):
-                while self._commands:
-                    self._commands.popleft()(engine)
-                if engine.has_work:
-                    outputs = engine.step()
-                    self._stats = engine.stats()  # first, so that who has an output sees numbers that include it
-                    self._deliver(engine, outputs)
-            self._end_all(FinishReason.ABORT, "The engine was closed.")
+            self._turn(engine)
+            self._end_all(FinishReason.ABORT, CLOSED)
             close = getattr(engine, "close", None)
             if close is not None:
                 close()
         except BaseException as error:
+            if self._on_failure is not None:
+                self._on_failure(error)
             logger.exception("the engine failed")
             self._end_all(FinishReason.ERROR, f"The engine failed: {type(error).__name__}: {error}")
         self.engine = None
+        self._ended.set()
+
+    def _turn(self, engine: Engine) -> None:
+        """Commands and steps by turns, until the loop is to end."""
+        while self._wait_for_work(engine):
+            if not self.busy:
+                self._since = time.monotonic()
+                self.busy = True
+            while self._commands:
+                self._commands.popleft()(engine)
+            if engine.has_work:
+                outputs = engine.step()
+                before, self._stats = self._stats, engine.stats()
+                # The numbers first, so that who has an output sees numbers that include it.
+                self._deliver(engine, outputs)
+                if outputs or getattr(self._stats, "steps", 0) != getattr(before, "steps", 0):
+                    self.turns += 1
+                    self._since = time.monotonic()
 
     def _wait_for_work(self, engine: Engine) -> bool:
         """Returns at once while there is work; False when the loop is to end."""
         if not engine.has_work:
             with self._changed:
+                self.busy = bool(self._commands)
                 self._changed.wait_for(lambda: self._commands or self._closing)
         return not self._closing
 
     def _add(self, engine: Engine, request: Request, receiver: Receiver) -> None:
         if request.id in self._open:
-            error = ValueError(f"request_id is {request.id!r}; a request with this id is under way, choose another.")
-            receiver.send([(request.id, error)])
+            receiver.send([(request.id, taken(request.id))])
             return
         try:
             engine.add(request)
         except (ValueError, EngineDead) as error:
             receiver.send([(request.id, error)])
             return
-        self._open[request.id] = _Open(receiver, 1 if request.pool is not None else request.params.n)
+        self._open[request.id] = Open(request, receiver)
 
     def _end(self, engine: Engine, id: str) -> None:
         if id in self._open:
             engine.abort(id)  # its last outputs come with the next step
 
     def _deliver(self, engine: Engine, outputs: list[Output]) -> None:
-        batches: dict[Receiver, Batch] = {}
-        for output in outputs:
-            entry = self._open.get(output.request_id)
-            if entry is None:  # of a request that was aborted
-                continue
-            if output.finish is not None:
-                entry.missing.discard(output.index)
-                if not entry.missing:
-                    del self._open[output.request_id]
-            batches.setdefault(entry.receiver, []).append((output.request_id, output))
-        for receiver, batch in batches.items():
+        for receiver, batch in batches(self._open, outputs).items():
             if not receiver.send(batch):
                 self._drop(engine, receiver)
 
@@ -209,8 +336,21 @@ class EngineLoop:
         for command in commands:
             command(refusing)
         for id, entry in self._open.items():
-            entry.receiver.send([(id, Output(id, i, finish=reason, error=why)) for i in sorted(entry.missing)])
+            entry.end(id, reason, why)
         self._open.clear()
+        self.busy = False
+
+    # On the watchdog's thread
+
+    def _watch(self, patience: float) -> None:
+        reported = -1
+        while not self._ended.wait(patience / 4):
+            if self.age > patience and self.turns != reported:
+                reported = self.turns
+                logger.error(
+                    "no progress for %.0f s; an engine inside this process cannot be restarted without it", self.age
+                )
+                self.dump()
 
 
 class _Refusing:
@@ -232,3 +372,12 @@ class _Refusing:
 
     def stats(self) -> Any:
         return None
+
+
+def stacks() -> str:
+    """What every thread of this process does."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"Thread {names.get(id, '?')}:\n{''.join(traceback.format_stack(frame)).rstrip()}"
+        for id, frame in sys._current_frames().items()
+    )

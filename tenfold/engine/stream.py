@@ -8,9 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from tenfold.engine.completion import Collector
-from tenfold.engine.core import QueueFull
-from tenfold.engine.loop import Batch, EngineDead, EngineLoop
-from tenfold.engine.request import FinishReason, Output, Request
+from tenfold.engine.loop import Batch, EngineDead, Loop
+from tenfold.engine.request import FinishReason, Output, QueueFull, Request
 
 Job = tuple[str | None, Request]  # the prompt as text, if it was one
 
@@ -37,7 +36,7 @@ class _Mailbox:
 class Stream(Iterator[Output]):
     """Outputs of one request as they come. Closing it, leaving its `with` block or dropping it aborts the request."""
 
-    def __init__(self, loop: EngineLoop, request: Request) -> None:
+    def __init__(self, loop: Loop, request: Request) -> None:
         self.request = request
         self._loop = loop
         self._mailbox = _Mailbox()
@@ -81,7 +80,7 @@ class Stream(Iterator[Output]):
 class Run:
     """Many requests of one call. `window`: sequences under way at most."""
 
-    def __init__(self, loop: EngineLoop, window: int) -> None:
+    def __init__(self, loop: Loop, window: int) -> None:
         self._loop = loop
         self._window = window
         self._mailbox = _Mailbox()

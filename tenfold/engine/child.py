@@ -1,0 +1,194 @@
+"""`Child`: one engine process as its parent sees it.
+
+Invariant: `end` leaves no process, no file descriptor and no file of it behind, and may be called at any moment.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import zmq
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine import wire
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 90  # characters of a socket's path; systems allow about 104
+BATCH = 256  # messages that are read before anything else is looked at
+LAST = 100  # milliseconds in which what a process sent before its end has come through
+DYING = 10.0  # seconds a killed process may take to be gone; only the kernel can delay it
+DUMPING = 0.5  # seconds to write the stacks before it is killed
+
+
+class Child:
+    """Starts `process` with an engine made by `factory` ("module:class"). beat: seconds between its heartbeats.
+
+    Messages go through two sockets in a folder that only this user can open. Raises OSError where the process cannot
+    be started.
+    """
+
+    def __init__(self, factory: str, config: EngineConfig, beat: float) -> None:
+        self._lock = threading.Lock()
+        self._cleanup = ExitStack()
+        try:
+            self._open(factory, config, beat)
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def _open(self, factory: str, config: EngineConfig, beat: float) -> None:
+        folder = private_folder()
+        self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+        events, commands = (f"ipc://{folder}/{name}" for name in ("events", "commands"))
+        context = zmq.Context()
+        self._cleanup.callback(context.term)
+        self._events = context.socket(zmq.PULL)
+        self._commands = context.socket(zmq.PUSH)
+        for socket in (self._events, self._commands):
+            self._cleanup.callback(socket.close, 0)
+            socket.sndhwm = socket.rcvhwm = 0
+        self._events.bind(events)
+        self._commands.connect(commands)  # messages wait here until it listens
+        self._process = self._start()
+        self._cleanup.callback(self._reap)
+        self._pidfd = self._watch_process()
+        level = logging.getLogger("tenfold").getEffectiveLevel()
+        self._introduce(wire.Start(factory, config, events, commands, beat, level))
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        # -P and PYTHONPATH: it imports from where this process does, and never from the current folder by accident.
+        path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "tenfold.engine.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # ours may carry an answer
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def _watch_process(self) -> int:
+        """A descriptor that tells of its end, or -1 where the system has none and `ended` must be asked."""
+        with suppress(AttributeError, OSError):
+            pidfd = os.pidfd_open(self._process.pid)
+            self._cleanup.callback(os.close, pidfd)
+            return pidfd
+        return -1
+
+    def _introduce(self, start: wire.Start) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already, which `ended` will say
+            wire.write_start(self._process.stdin, start)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def ended(self) -> str:
+        """How the process ended; empty while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return ""
+        if code >= 0:
+            return f"ended with code {code}"
+        known = {s.value: s.name for s in signal.Signals}
+        return f"was ended by {known.get(-code, f'signal {-code}')}"
+
+    def send(self, message: bytes) -> None:
+        """From any thread; never waits. Goes nowhere once the process has ended."""
+        with self._lock:
+            if not self._commands.closed:
+                self._commands.send(message, zmq.NOBLOCK)
+
+    def receive(self, seconds: float, wake: int) -> list[wire.Event]:
+        """What has come, after waiting for something: an event, the end of the process, or `wake` to be readable.
+        Of a process that has ended: the rest of what it sent, in one or several calls.
+        """
+        ended = bool(self.ended)
+        poller = zmq.Poller()
+        for readable in (self._events,) if ended else (self._events, wake, self._pidfd):
+            if readable != -1:
+                poller.register(readable, zmq.POLLIN)
+        poller.poll(LAST if ended else int(seconds * 1000))
+        events: list[wire.Event] = []
+        with suppress(zmq.Again):
+            while len(events) < BATCH:
+                events.append(wire.decode_event(self._events.recv(zmq.NOBLOCK)))
+        return events
+
+    def dump(self) -> None:
+        """Have it write the stacks of its threads to standard error, even if it is stuck."""
+        if hasattr(signal, "SIGUSR1"):
+            self._process.send_signal(signal.SIGUSR1)
+
+    def dump_and_kill(self) -> None:
+        """A stopped process is let go on for a moment, for only then can it show where it is."""
+        self.dump()
+        if hasattr(signal, "SIGCONT"):
+            self._process.send_signal(signal.SIGCONT)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(DUMPING)
+        self._process.kill()
+
+    def end(self) -> None:
+        """Kill it if it still runs, and clean up. Idempotent."""
+        with self._lock:
+            self._commands.close(0)
+        self._cleanup.close()
+
+    def _reap(self) -> None:
+        process = self._process
+        process.kill()
+        assert process.stdin is not None
+        with suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(DYING)
+        except subprocess.TimeoutExpired:
+            logger.error("engine process %d was killed and is still there", process.pid)
+
+
+def private_folder() -> Path:
+    """A new folder for sockets, whose paths must be short."""
+    place = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="tenfold-", dir=place if len(place) < LONGEST - 32 else "/tmp"))
+
+
+class Wake:
+    """Ends another thread's `Child.receive`; `fd` is readable from `set` to `wait`."""
+
+    def __init__(self) -> None:
+        self.fd, self._write = os.pipe()
+        self._lock = threading.Lock()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self._write, False)
+
+    def set(self) -> None:
+        with self._lock, suppress(BlockingIOError):
+            if self._write != -1:
+                os.write(self._write, b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Until it is set, or the time is up; then it is not set any more."""
+        poller = zmq.Poller()
+        poller.register(self.fd, zmq.POLLIN)
+        poller.poll(int(seconds * 1000))
+        self.clear()
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            while os.read(self.fd, 4096):
+                pass
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in (self.fd, self._write):
+                os.close(fd)
+            self.fd = self._write = -1
