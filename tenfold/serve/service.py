@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request as HttpRequest
 
 import tenfold
-from tenfold.engine.core import QueueFull
 from tenfold.engine.llm import AsyncLLM
-from tenfold.engine.loop import EngineDead
-from tenfold.engine.request import FinishReason, Output, SamplingParams
+from tenfold.engine.loop import EngineDead, EngineRestarted
+from tenfold.engine.request import FinishReason, Output, QueueFull, SamplingParams
 from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
 from tenfold.serve.limits import Ticket
 from tenfold.serve.logs import note_tokens
@@ -196,6 +195,8 @@ def translate(error: Exception, request_id: str, fields: dict[str, Any] | None =
     """What a client is told about an exception of the engine."""
     if isinstance(error, EngineDead):
         return engine_dead()
+    if isinstance(error, EngineRestarted):
+        return ApiError(503, str(error), code="engine_restarted", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, QueueFull):
         return overloaded(str(error), error.retry_after)
     if isinstance(error, ValueError):
