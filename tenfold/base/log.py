@@ -26,13 +26,13 @@ CONTROL = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c
 Fields = Callable[[], Mapping[str, Any]]
 
 
-def configure(level: str, format: str, *, process: str = "", fields: Fields | None = None, file: int = 2) -> None:
+def configure(level: str, format: str, fields: Fields | None = None, file: int = 2) -> None:
     """Send the log of this process to a file descriptor. Calling it again replaces what was set before.
 
-    level: of our own loggers; others speak from warning (at debug from info). format: as in LOG_FORMATS. process: what
-    to call this one, where there are several. fields: asked at every line for more to say, such as the request.
+    level: of our own loggers; others speak from warning (at debug from info). format: as in LOG_FORMATS. fields: asked
+    at every line for more to say, such as the request.
     """
-    handler = LogHandler(file, JsonFormat(process) if format == "json" else TextFormat(process))
+    handler = LogHandler(file, JsonFormat() if format == "json" else TextFormat())
     if fields is not None:
         handler.addFilter(_add(fields))
     root = logging.getLogger()
@@ -43,17 +43,6 @@ def configure(level: str, format: str, *, process: str = "", fields: Fields | No
     own = logging.getLevelName(level.upper())
     root.setLevel(logging.INFO if own < logging.INFO else max(own, logging.WARNING))
     logger.setLevel(own)
-
-
-def configure_from_environment(process: str) -> None:
-    """As `configure`, in a process that the server started: it hands its settings on through the environment."""
-    level, format = (os.environ.get(f"TENFOLD_LOG_{name}", "") for name in ("LEVEL", "FORMAT"))
-    configure(level if level in LOG_LEVELS else "warning", format if format in LOG_FORMATS else "text", process=process)
-
-
-def hand_on(level: str, format: str) -> None:
-    """Make processes that this one starts log as it does."""
-    os.environ |= {"TENFOLD_LOG_LEVEL": level, "TENFOLD_LOG_FORMAT": format}
 
 
 def _add(fields: Fields) -> Callable[[logging.LogRecord], bool]:
@@ -69,9 +58,8 @@ class TextFormat(logging.Formatter):
     lines or move a terminal's cursor.
     """
 
-    def __init__(self, process: str = "") -> None:
-        place = f" [{process}]" if process else ""
-        super().__init__(f"%(asctime)s %(levelname)s{place} %(name)s: %(message)s")
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = record.message.replace("\n", "\\n")
@@ -90,10 +78,6 @@ class TextFormat(logging.Formatter):
 class JsonFormat(logging.Formatter):
     """One JSON object a line: time, level, logger, message, exception where there is one, and what else is known."""
 
-    def __init__(self, process: str = "") -> None:
-        super().__init__()
-        self.always = {"process": process} if process else {}
-
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
@@ -101,7 +85,6 @@ class JsonFormat(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **self.always,
             **record.__dict__.get("fields", {}),
         }
         if record.exc_info:

@@ -114,7 +114,13 @@ class ServeConfig:
             )
 
 
-COUNTS = ("key_concurrency", "key_requests_per_minute", "key_tokens_per_minute", "max_stored_responses", "max_background")
+COUNTS = (
+    "key_concurrency",
+    "key_requests_per_minute",
+    "key_tokens_per_minute",
+    "max_stored_responses",
+    "max_background",
+)
 SECONDS = ("request_timeout", "read_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
 CAPS = (
     *("max_json_depth", "max_n", "max_logprobs", "max_stop", "max_prompts", "max_messages", "max_tools"),

@@ -180,10 +180,14 @@ def chat_command(
     ),
 )
 @settings(ServeConfig, EngineConfig, models=SEVERAL)
-def serve_command(settled: Settled) -> None:
-    """Serve models over HTTP, as OpenAI's and Anthropic's APIs."""
+def serve_command(settled: Settled) -> int:
+    """Serve models over HTTP, as OpenAI's and Anthropic's APIs.
+
+    The first SIGTERM or Ctrl-C lets running requests end, the second does not.
+    """
     settled.server.check()  # before PyTorch is imported: a wrong option should not take seconds to be told
-    body("serve")(settled)
+    status: int = body("serve")(settled)
+    return status
 
 
 @config_app.command(

@@ -1,36 +1,29 @@
 """Loading a model for a command: progress while it takes long, then one line that says where the time went."""
 
 import gc
-import sys
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tenfold.base.config import EngineConfig
-from tenfold.base.log import Timeline
+from tenfold.base.log import Timeline, announce
 from tenfold.engine.llm import LLM, AsyncLLM
+from tenfold.serve.cli.names import display_name
 from tenfold.serve.cli.terminal import loading, process_age
-from tenfold.weights import default_model
 
 Front = TypeVar("Front", LLM, AsyncLLM)
 
 
-def load(kind: type[Front], config: EngineConfig, quiet: bool = False) -> Front:
-    """The model that `config` names. Its start-up times, from the start of the process, go to standard error."""
+def load(
+    kind: type[Front], config: EngineConfig, quiet: bool = False, name: str = "", first: bool = True, **rest: Any
+) -> Front:
+    """The model that `config` names, called `name`. Its start-up times go to standard error, those of the `first` from
+    the start of the process. rest: for `kind`.
+    """
     timeline = Timeline()
-    timeline.phases.append(("start and imports", process_age()))
+    if first:
+        timeline.phases.append(("start and imports", process_age()))
     with loading(quiet) as progress:
-        llm = kind(config=config, timeline=timeline, loading=progress)
+        llm = kind(config=config, timeline=timeline, loading=progress, **rest)
     gc.freeze()  # a model and its tokenizer stay; a collection that walks them would show as a pause between tokens
     if not quiet:
-        print(f"{display_name(config.model)} ready: {timeline}", file=sys.stderr, flush=True)
+        announce(f"{name or display_name(config.model)} ready: {timeline}")
     return llm
-
-
-def display_name(model: str) -> str:
-    """What to call a model that a user named by `model`."""
-    if model in default_model.NAMES:
-        return default_model.TITLE
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return path.stem
-    return path.resolve().name if path.is_dir() else model

@@ -1,45 +1,108 @@
-"""`tenfold serve`: the socket first (a taken port should not take a model load to be noticed), then the model, then
-HTTP.
+"""`tenfold serve`: the socket first (a taken port should not take a model load to be noticed), then HTTP that answers
+/health and says that it is not ready, then the models.
+
+Invariant: told to stop, the server stops: at the first signal when its requests have ended or their time is up, at the
+second at once; and whichever way it ends, no engine outlives it.
 """
 
+import asyncio
 import logging
+import os
 import signal
 import socket
-import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tenfold.base import log
 from tenfold.base.config import EngineConfig
+from tenfold.base.log import announce
 from tenfold.engine.llm import AsyncLLM
-from tenfold.serve.app import create_app
-from tenfold.serve.cli.load import display_name, load
+from tenfold.serve.app import App, create_app
+from tenfold.serve.cli.load import load
+from tenfold.serve.cli.names import served_names
+from tenfold.serve.cli.sources import Settled
+from tenfold.serve.connection import bounded
+from tenfold.serve.logs import request_fields
+from tenfold.serve.routes.health import WhileLoading
+from tenfold.serve.service import Service
 from tenfold.serve.settings import ServeConfig
 
+logger = logging.getLogger(__name__)
+
 KEEP_ALIVE = 75  # seconds; longer than the 5 s of common clients, so that they and not we end an idle connection
+BACKLOG = 2048  # connections that may wait to be accepted; the system may allow fewer
+LAST_WORDS = 5.0  # seconds in which requests that were ended must have told their clients so
+CLOSING = 10.0  # seconds that engines get to end, of which a step under way takes most
+AT_ONCE = 2.0  # and at the second signal
+
+Models = dict[str, AsyncLLM]
 
 
-def serve(config: EngineConfig, settings: ServeConfig) -> None:
-    """Serve until a signal says to stop; a second Ctrl-C does not wait for running requests."""
+def serve(settled: Settled) -> int:
+    """Serve until a signal says to stop. Returns the exit status: 0, or 128 and the number of a second signal."""
+    settings = settled.server
     settings.check()
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stderr
-    )
+    names = served_names(settled.models, settings.served_name)
+    log.configure(settings.log_level, settings.log_format, request_fields)
+    for key in settled.file.exposed_secrets:
+        logger.warning("%s holds %s and others may read it: chmod 600", settled.file.path, key)
+    raise_file_limit()
     listener = bind(settings.host, settings.port)
-    name = settings.served_name or display_name(config.model)
-    llm = load(AsyncLLM, config)
+    models: Models = {}
+    server = Server(listener, settings, models, names, lambda: start_all(models, names, settled))
+    server.hold_signals()
     try:
-        app = create_app({name: llm}, settings)
-        server = Server(uvicorn_config(app, settings), f"{name} on {address(listener)}")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _ignore)  # uvicorn raises the signal again when it is done; by then all is well
         server.run(sockets=[listener])
     finally:
+        server.finished = True
+        close_all(models, AT_ONCE if server.forced else CLOSING)
+    if server.failure is not None:
+        raise server.failure
+    return 128 + server.forced if server.forced else 0
+
+
+def start_all(models: Models, names: list[str], settled: Settled) -> None:
+    """Load the models into `models`, one after the other: loading takes more memory than running does. Raises
+    ValueError before anything is loaded where they do not fit together.
+    """
+    settings = settled.server
+    for name, config in planned(names, [model.config for model in settled.models]).items():
+        first = not models
+        models[name] = load(
+            AsyncLLM, config, name=name, first=first, isolate=settings.isolate, watchdog=settings.watchdog
+        )
+
+
+def planned(names: list[str], configs: list[EngineConfig]) -> Mapping[str, EngineConfig]:
+    """The settings of each model; of several with their shares of memory. One engine plans for itself."""
+    if len(names) == 1:
+        return {names[0]: configs[0]}
+    from tenfold.serve.cli.plan import as_flags, joint_plan, lines  # needs PyTorch, which one model's server does not
+
+    together = joint_plan(names, configs)
+    announce(as_flags("\n".join(lines(together))))
+    together.require()
+    return together.configs
+
+
+def close_all(models: Models, seconds: float) -> None:
+    """End all engines at the same time. Those that take longer end with this process."""
+
+    def close(llm: AsyncLLM) -> None:
         llm.close()
 
-
-def _ignore(number: int, frame: Any) -> None:
-    pass
+    threads = [threading.Thread(target=close, args=(llm,), daemon=True) for llm in list(models.values())]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -65,28 +128,136 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def raise_file_limit() -> None:
+    """As many connections as the system allows this process, not as many as a shell usually does."""
+    try:
+        import resource  # not on Windows, which has no such limit
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def uvicorn_config(app: Any, settings: ServeConfig) -> uvicorn.Config:
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
     return uvicorn.Config(
         app,
+        http=bounded(settings),
+        ws="none",
         log_config=None,
-        access_log=settings.access_log,
+        access_log=False,  # `logs.RequestLog` writes ours
         lifespan="off",
         server_header=False,
+        backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=settings.drain_timeout,
+        timeout_graceful_shutdown=int(LAST_WORDS),
     )
 
 
 class Server(uvicorn.Server):
-    """Says when it is ready, in one line that scripts can wait for."""
+    """Loads the models once it answers, says when it is ready in a line that scripts can wait for, and drains.
 
-    def __init__(self, config: uvicorn.Config, what: str) -> None:
-        super().__init__(config)
-        self.what = what
+    start: loads `models`, called on a thread. failure: why it could not. forced: number of the second signal, 0 without
+    one. finished: nothing is served any more, only engines are to be closed.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        settings: ServeConfig,
+        models: Models,
+        names: list[str],
+        start: Callable[[], None],
+    ) -> None:
+        super().__init__(uvicorn_config(self._answer, settings))
+        self.what = f"{', '.join(names)} on {address(listener)}/v1"
+        self.settings = settings
+        self.models = models
+        self.failure: BaseException | None = None
+        self.forced = 0
+        self.finished = False
+        self._start = start
+        self._app: ASGIApp = WhileLoading(names)
+        self._service: Service | None = None
+        self._drain: Drain | None = None
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    def hold_signals(self) -> None:
+        """Handle signals before and after uvicorn does, too, so that none ends this process half-way."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """The first signal begins to drain, the second ends that."""
+        if self._drain is None:
+            self._drain = Drain(self._service, self.models, self.settings.drain_timeout)
+            announce(f"stopping: {self._drain} Ctrl-C or SIGTERM again stops at once.")
+        elif self.finished:
+            os._exit(128 + sig)  # engine processes notice and end, too
+        elif not self.forced:
+            self.forced = sig
+            self.should_exit = self.force_exit = True
+            self.config.timeout_graceful_shutdown = 0
+            timer = threading.Timer(2 * AT_ONCE, os._exit, (128 + sig,))  # whatever may still hold it up
+            timer.daemon = True
+            timer.start()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if not self.should_exit:
-            print(f"serving {self.what}/v1 · stop with Ctrl-C", file=sys.stderr, flush=True)
+        loop = asyncio.get_running_loop()
+        # A thread of our own: one of the event loop's would keep the process from ending while a model loads.
+        threading.Thread(target=self._load, args=(loop,), name="tenfold-load", daemon=True).start()
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            self._start()
+            app = create_app(self.models, self.settings)
+            loop.call_soon_threadsafe(self._open, app)
+        except BaseException as error:
+            self.failure = error
+            self.should_exit = True
+
+    def _open(self, app: App) -> None:
+        if self._drain is None:
+            self._app, self._service = app, app.state.service
+            announce(f"serving {self.what} · stop with Ctrl-C")
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._drain is not None and self._drain.over:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+class Drain:
+    """The end of a server: no new work from now on; what runs has `seconds`, then its engines are closed, which ends it
+    with an error that its clients are told. `service` is None while models load.
+    """
+
+    def __init__(self, service: Service | None, models: Models, seconds: float) -> None:
+        self._service = service
+        self._models = models
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._told_by = 0.0
+        if service is not None:
+            service.draining = service.stopping = True
+
+    def __str__(self) -> str:
+        if self._service is None:
+            return "no model is loaded yet."
+        running = self._service.open_requests
+        return f"{running} requests are running and get {self._seconds} s to end." if running else "nothing is running."
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to wait for. Asked for again and again, it moves things on."""
+        now = time.monotonic()
+        if self._service is None or not self._service.open_requests:
+            return True
+        if not self._told_by and now >= self._until:
+            logger.warning("%d requests still run and are ended", self._service.open_requests)
+            self._told_by = now + LAST_WORDS
+            threading.Thread(target=close_all, args=(self._models, LAST_WORDS), daemon=True).start()
+        return bool(self._told_by) and now >= self._told_by

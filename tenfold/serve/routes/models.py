@@ -1,10 +1,9 @@
-"""GET /v1/models and /health: what is served, and whether it lives."""
+"""GET /v1/models: what is served."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tenfold.serve.errors import engine_dead
 from tenfold.serve.protocol.models import ModelCard, ModelList
 from tenfold.serve.reply import ERROR_RESPONSES
 from tenfold.serve.service import service_of
@@ -22,11 +21,3 @@ async def list_models(http: Request) -> Response:
 async def get_model(http: Request, model: str) -> Response:
     """One of them. Names may hold slashes, as those of the Hugging Face hub do."""
     return JSONResponse(service_of(http).served(model).card().model_dump())
-
-
-@router.get("/health", response_model=None, responses={200: {}, 503: ERROR_RESPONSES[503]})
-async def health(http: Request) -> Response:
-    """200 while the engine lives."""
-    if not any(served.llm.alive for served in service_of(http).models.values()):
-        raise engine_dead()
-    return JSONResponse({"status": "ok"})
