@@ -23,6 +23,7 @@ from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
 from tenfold.serve.protocol.decisions import ClassifyRequest, DecisionRequest
 from tenfold.serve.protocol.embeddings import EmbeddingRequest
+from tenfold.serve.protocol.messages import CountTokensRequest, MessagesRequest
 from tenfold.serve.protocol.responses import InputTokensRequest, ResponsesRequest
 from tenfold.serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from tenfold.serve.responses.store import Store
@@ -34,6 +35,7 @@ from tenfold.serve.routes import (
     decisions,
     embeddings,
     health,
+    messages,
     metrics,
     models,
     responses,
@@ -61,9 +63,12 @@ class App(FastAPI):
         return self.openapi_schema
 
 
-ROUTES = (chat, completions, responses, models, health, metrics, status, embeddings, decisions, classify, tokens, admin)
+ROUTES = (
+    *(chat, completions, responses, messages, embeddings, decisions, classify, tokens, models),
+    *(health, metrics, status, admin),
+)
 BODIES = (
-    *(ChatRequest, CompletionRequest, ResponsesRequest, InputTokensRequest),
+    *(ChatRequest, CompletionRequest, ResponsesRequest, InputTokensRequest, MessagesRequest, CountTokensRequest),
     *(EmbeddingRequest, DecisionRequest, ClassifyRequest, TokenizeRequest, DetokenizeRequest),
 )
 

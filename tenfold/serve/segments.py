@@ -78,9 +78,9 @@ class Segments:
             closed, self.open = self.open, None
             yield End(closed)
 
-    def finish(self) -> Iterator[Change]:
-        """The answer has ended. An answer of nothing still has a text, which is empty."""
-        if not self.all:
+    def finish(self, blank: bool = False) -> Iterator[Change]:
+        """The answer has ended. blank: one of nothing still has a text, which is empty."""
+        if blank and not self.all:
             yield Begin(self._begin(Text("")))
         if self.open is not None and self.open.kind == "text" and self._held:
             yield self._more("")

@@ -108,7 +108,7 @@ class Answer:
             reason = self.turn.finish(choice, output) or "stop"
             self.status = FINISHED.get(reason, "completed")
             self._completed_at = int(time.time()) if self.status == "completed" else None
-            yield from self._segments.finish()
+            yield from self._segments.finish(blank=True)
 
     def item(self, segment: Segment) -> dict[str, Any]:
         """A segment as an item of the output."""

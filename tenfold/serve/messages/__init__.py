@@ -1,0 +1,1 @@
+"""/v1/messages: its content blocks and its events."""
