@@ -24,6 +24,11 @@ class Sheet:
     def of(cls, question: Question, order: Order, labels: Labels) -> "Sheet":
         return cls(question, order, _names(question, order, labels))
 
+    @property
+    def _coded(self) -> bool:
+        """Whether labels are two tokens each, a letter and a digit."""
+        return self.labels[0] not in WORDS and len(self.labels[0]) == 2
+
     def text(self, given: str) -> str:
         """What the model is told about the input `given`."""
         return f"<input>\n{given}\n</input>\n\n{self._question()}"
@@ -41,23 +46,20 @@ class Sheet:
             f"{label}: {option.name}" + (f" - {option.description}" if option.description else "")
             for label, option in zip(self.labels, shown)
         ]
-        what = "code" if len(self.labels[0]) > 1 else "letter"
+        what = "code" if self._coded else "letter"
         return f"{question.instructions}\n\n" + "\n".join(lines) + f"\n\nAnswer with the {what} of one option only."
 
     def prompts(self, given: str, render: Render, labels: Labels) -> list[list[int]]:
         """The prompts whose next token has to be read: one, and where labels have two characters, one after each
         first."""
         prompt = render(self.text(given))
-        firsts = self._firsts()
-        return [prompt, *([*prompt, labels.token(first)] for first in firsts if len(self.labels[0]) == 2)]
+        firsts = self._firsts() if self._coded else []
+        return [prompt, *([*prompt, labels.token(first)] for first in firsts)]
 
     def read(self, asked: Sequence[Sequence[float]], labels: Labels) -> list[float]:
         """Natural-log probability of each option, in the question's own order. asked: of each of `prompts`, the
         log-probability of every token of `labels`."""
-        if self.labels[0] in WORDS or len(self.labels[0]) == 1:
-            shown = labels.read(asked[0], self.labels)
-        else:
-            shown = self._read_codes(asked, labels)
+        shown = self._read_codes(asked, labels) if self._coded else labels.read(asked[0], self.labels)
         logs = [0.0] * len(shown)
         for place, option in enumerate(self.order):
             logs[option] = shown[place]

@@ -66,7 +66,7 @@ def _spellings() -> dict[bytes, str]:
 def add(logs: Sequence[float]) -> float:
     """The logarithm of a sum of probabilities, never under LOWEST."""
     most = max(logs)
-    if most <= LOWEST:
+    if most == -math.inf:
         return LOWEST
     return max(LOWEST, most + math.log(sum(math.exp(value - most) for value in logs)))
 
