@@ -10,6 +10,8 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +24,13 @@ from tenfold.cache.prefix import PrefixCache
 from tenfold.cache.store import KVStore
 from tenfold.engine import inspect
 from tenfold.engine.facts import Facts, Stats
+from tenfold.engine.grammar import Grammars, Matcher
+from tenfold.engine.masks import Mask, Masks
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec
 from tenfold.engine.opened import Opened
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
-from tenfold.engine.runner import Pending, Runner, Tokens
+from tenfold.engine.runner import Forward, Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
 from tenfold.engine.text import Text
@@ -36,6 +40,7 @@ from tenfold.ops.matrix import Matrix
 from tenfold.weights.load import Weights
 
 POOLS = ("mean", "last")
+COMPILE_WAIT = 0.005  # seconds a step with nothing else to do waits for a grammar
 
 
 class Detokenizes(Protocol):
@@ -85,6 +90,9 @@ class Engine:
         limits = Limits(config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens)
         self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix)
         self.runner = Runner(model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead)
+        self.grammars: Grammars | None = None  # made when a request first asks for one
+        self.masks = Masks(self.vocab_size)
+        self._compiling: dict[str, Compiling] = {}  # by request id
         self._inflight: deque[tuple[StepPlan, Pending | Isolated]] = deque()
         self._ready: list[Output] = []  # ends that no step brings: aborts, deadlines
         self._requests: dict[str, list[Sequence]] = {}
@@ -147,13 +155,16 @@ class Engine:
         """Queue a request. Raises ValueError for one that can never run, QueueFull for one too many."""
         self.check(request)
         self._check_queue(request)
+        compiling = self._compile(request)
         params, prompt = request.params, len(request.prompt)
         limit = self.max_model_len
         if request.pool is not None:
             limit = prompt
         elif params.max_tokens is not None:
             limit = min(limit, prompt + params.max_tokens)
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.eos_ids))
+        stops = frozenset(params.stop_token_ids)
+        if compiling is not None or not params.ignore_eos:  # where a grammar allows an end token, it means the end
+            stops |= frozenset(self.eos_ids)
         count = 1 if request.pool is not None else params.n
         sequences = []
         for index in range(count):
@@ -165,7 +176,40 @@ class Engine:
         self._order += 1
         self._requests[request.id] = sequences
         self._prompts += prompt
-        self.scheduler.add(sequences)
+        self.scheduler.add(sequences, blocked=compiling is not None)
+        if compiling is not None:
+            self._compiling[request.id] = compiling
+            self._release_compiled()
+
+    def _compile(self, request: Request) -> "Compiling | None":
+        """Begin to compile a request's grammar. Raises ValueError for one that is over the limits."""
+        grammar = request.params.grammar
+        if grammar is None or request.pool is not None:
+            return None
+        if self.grammars is None:
+            vocabulary: Any = self.text
+            if vocabulary is None:
+                raise ValueError("grammar is set, but this engine has no tokenizer; give it one, or leave it out.")
+            self.grammars = Grammars(vocabulary, self.vocab_size, self.eos_ids)
+        until = self.clock() + self.grammars.limits.compile_seconds
+        return Compiling(self.grammars.prepare(grammar), until, self.grammars.too_slow(grammar))
+
+    def _release_compiled(self) -> None:
+        """Let requests run whose grammar is compiled, and end those whose grammar cannot be."""
+        now = self.clock()
+        for id, compiling in list(self._compiling.items()):
+            if compiling.matcher.done() or now >= compiling.until:
+                del self._compiling[id]
+                self._begin_grammar(self._requests[id], compiling)
+
+    def _begin_grammar(self, sequences: list[Sequence], compiling: "Compiling") -> None:
+        reason = compiling.failure
+        for sequence in list(sequences):
+            if reason is None:
+                sequence.matcher = compiling.matcher.result().copy()
+            elif sequence.status is not Status.FINISHED:
+                self._ready.append(self._end(sequence, FinishReason.ERROR, reason))
+        self.scheduler.release(sequences)
 
     def check(self, request: Request) -> None:
         """Raises ValueError, naming the field, for a request that can never run here."""
@@ -260,14 +304,19 @@ class Engine:
         begin = time.perf_counter()
         for sequence in self.scheduler.expired(self.clock()):
             self._ready.append(self._end(sequence, FinishReason.ABORT, "Its deadline has passed."))
+        if self._compiling:
+            self._release_compiled()
         outputs, self._ready = self._ready, []
         plan = self.scheduler.plan()
         if plan.admitted:
             self._start(plan.admitted)
         if plan.entries:
-            self._inflight.append((plan, self._launch(plan)))
+            launched = self._launch(plan, outputs)
+            self._inflight.append((plan, launched))
         elif not self._inflight and self.scheduler.unfinished:
             outputs += self._give_up()
+            if self._compiling and not outputs:
+                wait([c.matcher for c in self._compiling.values()], COMPILE_WAIT, "FIRST_COMPLETED")
         if len(self._inflight) > self.config.lookahead or (self._inflight and not plan.entries):
             self._collect(outputs)
         self._last_seconds = time.perf_counter() - begin
@@ -283,27 +332,56 @@ class Engine:
         if new and self.on_start is not None:
             self.on_start(list(dict.fromkeys(s.request.id for s in new)))
 
-    def _launch(self, plan: StepPlan) -> "Pending | Isolated":
+    def _launch(self, plan: StepPlan, outputs: list[Output]) -> "Pending | Isolated":
+        """Queue a step. Where grammars decide what may be sampled, the steps before it are read in between: after its
+        model was launched, before its tokens are drawn.
+        """
         self._steps += 1
         try:
             self.runner.prepare(plan)
         except Exception as error:
             logger.exception("%s could not be prepared", plan)
             return Isolated(plan, [error] * len(plan.entries))
+        held = [e.sequence for e in plan.entries if e.sample and e.sequence.matcher is not None]
+        filling = self.masks.start(held) if held and not self._inflight else None
+        forward: Forward | Exception
         try:
-            return self.runner.launch(plan.entries, plan.decodes)
+            forward = self.runner.forward(plan.entries, plan.decodes)
+        except Exception as error:
+            forward = error
+        if filling is not None:
+            wait([filling])
+        while held and self._inflight:
+            self._collect(outputs)
+        try:
+            if isinstance(forward, Exception):
+                raise forward
+            mask = self._mask(held, filling, outputs)
+            return self.runner.sample(forward, mask)
         except Exception as error:
             logger.warning("%s failed: %s", plan, error)
-            return self._isolate(plan, error)
+            return self._isolate(plan, error, outputs)
 
-    def _isolate(self, plan: StepPlan, error: Exception) -> "Isolated":
+    def _mask(self, held: list[Sequence], filling: "Future[Mask] | None", outputs: list[Output]) -> Mask | None:
+        """What these sequences may sample next; those whose grammar broke down end."""
+        going = [s for s in held if s.status is not Status.FINISHED]
+        if not going:
+            return None
+        mask = self.masks.fill(going) if filling is None else filling.result()
+        for sequence, reason in mask.errors.items():
+            outputs.append(self._end(sequence, FinishReason.ERROR, f"The grammar cannot be followed further: {reason}"))
+        return mask
+
+    def _isolate(self, plan: StepPlan, error: Exception, outputs: list[Output]) -> "Isolated":
         """Run the entries of a failed step one by one, so that only those at fault end."""
         if len(plan.entries) == 1:
             return Isolated(plan, [error])
         results: list[Pending | Exception] = []
         for i, entry in enumerate(plan.entries):
+            held = [entry.sequence] if entry.sample and entry.sequence.matcher is not None else []
             try:
-                results.append(self.runner.launch((entry,), int(i < plan.decodes)))
+                forward = self.runner.forward((entry,), int(i < plan.decodes))
+                results.append(self.runner.sample(forward, self._mask(held, None, outputs)))
             except Exception as own:
                 results.append(own)
         return Isolated(plan, results)
@@ -344,6 +422,11 @@ class Engine:
         stop: str | int | None = None
         if token in sequence.stops:
             finish, stop = FinishReason.STOP, token
+        elif sequence.matcher is not None and not sequence.matcher.advance(token):
+            reason = f"The grammar cannot be followed further: {sequence.matcher.error}"
+            return self._end(sequence, FinishReason.ERROR, reason)
+        elif sequence.matcher is not None and sequence.matcher.stopped:
+            finish = FinishReason.STOP
         elif len(sequence.tokens) >= sequence.limit:
             finish = FinishReason.LENGTH
         text = ""
@@ -397,6 +480,7 @@ class Engine:
         siblings = self._requests[sequence.request.id]
         if all(s.status is Status.FINISHED for s in siblings):
             del self._requests[sequence.request.id]
+            self._compiling.pop(sequence.request.id, None)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Output:
         """Finish a sequence from outside; text withheld so far is given out."""
@@ -416,6 +500,23 @@ class Engine:
             return []
         logger.error("%r cannot be scheduled: %s", head, self.stats())
         return [self._end(head, FinishReason.ERROR, "The request could not be scheduled; please report this.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiling:
+    """A request that waits for its grammar until the clock shows `until`."""
+
+    matcher: "Future[Matcher]"
+    until: float
+    too_slow: str
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no matcher."""
+        if not self.matcher.done():
+            return self.too_slow
+        error = self.matcher.exception()
+        return None if error is None else str(error)
 
 
 class Isolated:

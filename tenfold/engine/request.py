@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    STOP = "stop"  # an end token, a stop token or a stop string
+    STOP = "stop"  # an end token, a stop token or a stop string, or the grammar is complete
     LENGTH = "length"  # max_tokens or the context is used up
     ABORT = "abort"  # cancelled by the user, or past its deadline
     ERROR = "error"
@@ -19,10 +19,16 @@ class FinishReason(StrEnum):
 class Grammar:
     """What an answer is held to. kind: "json_schema" (source: the schema as JSON), "json_object" (source unused),
     "regex", "choice" (source: a JSON list of strings) or "lark" (source: a grammar in llguidance's Lark dialect).
+
+    End tokens are sampled only where the grammar is complete, and end the answer even with ignore_eos; min_tokens and
+    ignore_eos put them off as long as the grammar can go on. Stop strings and stop tokens still cut an answer short.
     """
 
     kind: str
     source: str = ""
+
+
+MOST_ASKED = 4096  # ids in logprob_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,12 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
-    logprob_token_ids: tuple[int, ...] = ()  # whose log-probabilities are given at every place
+    logprob_token_ids: tuple[int, ...] = ()  # whose log-probabilities come with every token of the answer
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token of the answer comes with a Logprob; logprob_token_ids without logprobs mean logprobs=0."""
+        return self.logprobs is not None or bool(self.logprob_token_ids)
 
     def check(self, vocab_size: int | None = None) -> None:
         for name, allowed, holds in RULES:
@@ -98,6 +109,7 @@ RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
     ("n", "1 to 128", lambda p: 1 <= p.n <= 128),
     ("logprobs", "0 to 100, or none", lambda p: p.logprobs is None or 0 <= p.logprobs <= 100),
     ("prompt_logprobs", "0 to 100, or none", lambda p: p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= 100),
+    ("logprob_token_ids", f"up to {MOST_ASKED} token ids", lambda p: len(p.logprob_token_ids) <= MOST_ASKED),
     ("stop", "up to 128 non-empty strings", lambda p: len(p.stop) <= 128 and all(p.stop)),
     ("seed", "a 64-bit whole number, or none", lambda p: p.seed is None or -(2**63) <= p.seed < 2**63),
 )
@@ -134,7 +146,7 @@ class QueueFull(ValueError):
 @dataclass(frozen=True, slots=True)
 class Logprob:
     """A token's natural-log probability, and the most likely tokens at its place, best first. asked: those of
-    `logprob_token_ids`, in their order.
+    `logprob_token_ids`, in their order. All are the model's own, before penalties, temperature and grammar.
     """
 
     token: int

@@ -1,6 +1,7 @@
 """The runner: a plan in, tokens out, on whatever device the model is on.
 
-`launch` queues a step and returns at once where the device works asynchronously; `Pending.result` waits for its tokens.
+`forward` queues a step's model and `sample` its tokens; both return at once where the device works asynchronously, and
+what grammars allow is needed only by the second. `Pending.result` waits for the tokens.
 Steps run in the order of their launches, and a later one may use tokens of an earlier one that nobody has read yet.
 """
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.cache.store import KVStore
+from tenfold.engine.masks import Mask
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import Logprob
 from tenfold.engine.rows import Batch, Rows
@@ -66,35 +68,38 @@ class Runner:
                 pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
                 self.kv.copy_pages(pairs[:, 0], pairs[:, 1])
 
-    def launch(self, entries: tuple[Entry, ...], decodes: int) -> "Pending":
-        """Run entries of a prepared plan, the first `decodes` of them decodes. Raises what the model raises; then
-        they may be run again, for all they have done is to write K and V where they will again.
+    def forward(self, entries: tuple[Entry, ...], decodes: int) -> "Forward":
+        """Run the model on entries of a prepared plan, the first `decodes` of them decodes. Raises what the model
+        raises; then they may be run again, for all they have done is to write K and V where they will again.
         """
         with torch.inference_mode():
+            pending = Pending(entries, self.device)
             pooling = tuple([e for e in entries if e.sequence.request.pool is not None])
-            if not pooling:
-                return self._generate(entries, entries, decodes)
-            rest = tuple([e for e in entries if e.sequence.request.pool is None])
-            pooled = self._pool(entries, pooling)
-            # Last, as it changes what the next run would start from: the rows' last tokens and penalty counts.
-            pending = self._generate(entries, rest, decodes) if rest else Pending(entries, self.device)
-            pending.pooled = pooled
-            return pending
+            rest = entries
+            if pooling:
+                rest = tuple([e for e in entries if e.sequence.request.pool is None])
+                pending.pooled = self._pool(entries, pooling)
+            if not rest:
+                return Forward(pending)
+            batch = self.rows.gather(rest, decodes)
+            return Forward(pending, batch, self.model.forward(batch.step))
 
-    def _generate(self, plan_entries: tuple[Entry, ...], entries: tuple[Entry, ...], decodes: int) -> "Pending":
-        batch = self.rows.gather(entries, decodes)
-        logits = self.model.forward(batch.step)
-        pending = Pending(plan_entries, self.device)
-        if batch.picks is None:
-            sampling = logits
-        else:
-            pending.prompt_logs = self._prompt_logs(batch, logits)
-            sampling = logits[batch.picks]
-        if batch.sampled:
-            plan = self._plan_sampling(batch.sampled)
-            sampled = self.sampler.run(sampling, plan, batch.sampled)
-            self.rows.keep(batch.rows, sampled.tokens)
-            pending.take(batch.sampled, plan, sampled)
+    def sample(self, forward: "Forward", mask: Mask | None = None) -> "Pending":
+        """The tokens of a step whose model has run; mask: for its rows with a grammar. Changes what the next step
+        starts from, the rows' last tokens and penalty counts, so it comes last and once.
+        """
+        pending, batch, logits = forward.pending, forward.batch, forward.logits
+        if batch is None or logits is None:
+            return pending
+        with torch.inference_mode():
+            if batch.picks is not None:
+                pending.prompt_logs = self._prompt_logs(batch, logits)
+                logits = logits[batch.picks]
+            if batch.sampled:
+                plan = self._plan_sampling(batch.sampled)
+                sampled = self.sampler.run(logits, plan, batch.sampled, mask)
+                self.rows.keep(batch.rows, sampled.tokens)
+                pending.take(batch.sampled, plan, sampled)
         return pending
 
     def _plan_sampling(self, entries: tuple[Entry, ...]) -> SamplePlan:
@@ -133,6 +138,15 @@ class Runner:
             for e, part in zip(entries, parts)
         }
         return {i: pooled[id(e)] for i, e in enumerate(plan_entries) if id(e) in pooled}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forward:
+    """A step whose model was launched. batch and logits: of its entries that do not pool, None where all do."""
+
+    pending: "Pending"
+    batch: Batch | None = None
+    logits: Tensor | None = None
 
 
 class Pending:
@@ -176,7 +190,10 @@ class Pending:
         if self._plan is not None and self._result is not None and self._result.logs is not None:
             curious = [self._sampled[i] for i in self._plan.logprobs]
             wanted = [e.sequence.request.params.logprobs or 0 for e in curious]
-            records = logprobs_of(self._result.logs, [ids[i] for i in self._plan.logprobs], wanted)
+            asked = None if self._result.asked is None else self._result.asked.tolist()
+            if asked is not None:
+                asked = [row[: len(e.sequence.request.params.logprob_token_ids)] for row, e in zip(asked, curious)]
+            records = logprobs_of(self._result.logs, [ids[i] for i in self._plan.logprobs], wanted, asked)
             tokens.logprobs = {place[e.sequence]: record for e, record in zip(curious, records)}
         for entry, logs, following in self.prompt_logs:
             best = entry.sequence.request.params.prompt_logprobs or 0

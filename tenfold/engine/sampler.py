@@ -1,7 +1,8 @@
 """The sampler: for each row what its request asks for, in batches of rows that ask for the same kind of thing.
 
 Order of the transforms, per row: penalties (repetition, then frequency and presence), logit bias, tokens not allowed
-now (end tokens before min_tokens; a grammar's mask belongs here too, in `_edit`), temperature, top-k, top-p, min-p.
+now (by the row's grammar, whose mask leaves out ends before min_tokens where it can; else end tokens before
+min_tokens), temperature, top-k, top-p, min-p. Whatever is lifted or lowered, a token that is not allowed stays out.
 Log-probabilities are the model's own, taken before all of these. What a batch needs is worked out when its rows change
 (`SamplePlan`), not every step.
 """
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenfold.engine.masks import Mask
 from tenfold.engine.plan import Entry
 from tenfold.engine.request import Logprob, SamplingParams
 from tenfold.engine.sequence import Sequence
@@ -56,8 +58,10 @@ class SamplePlan:
     penalties: tuple[Penalties, ...]
     biased: tuple[tuple[int, Tensor, Tensor], ...]  # place, token ids, values
     held: tuple[tuple[int, int, Tensor], ...]  # place, min_tokens, token ids not allowed before
+    masked: tuple[int, ...]  # places whose answers follow a grammar
     logprobs: tuple[int, ...]  # places
     best: int  # how many best tokens the most curious of those wants
+    asked: Tensor | None  # [len(logprobs), A] token ids whose log-probabilities are wanted, padded with 0
 
     @property
     def plain(self) -> bool:
@@ -65,15 +69,18 @@ class SamplePlan:
 
     @property
     def edits(self) -> bool:
-        return bool(self.penalties or self.biased or self.held)
+        return bool(self.penalties or self.biased or self.held or self.masked)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """tokens [R] int64; logs: of the rows in `SamplePlan.logprobs`, the token's, the best ones' and their ids."""
+    """tokens [R] int64; logs: of the rows in `SamplePlan.logprobs`, the token's, the best ones' and their ids; asked:
+    of the same rows, those of the ids in `SamplePlan.asked`.
+    """
 
     tokens: Tensor
     logs: tuple[Tensor, Tensor, Tensor] | None = None
+    asked: Tensor | None = None
 
 
 class Sampler:
@@ -103,7 +110,7 @@ class Sampler:
         """The needs of a batch, in its order."""
         params = [s.request.params for s in sequences]
         bent = [i for i, p in enumerate(params) if penalised(p)]
-        wanted = tuple(i for i, p in enumerate(params) if p.logprobs is not None)
+        wanted = tuple(i for i, p in enumerate(params) if p.wants_logprobs)
         return SamplePlan(
             groups=self._groups(params),
             penalties=tuple(self._penalties(sequences, b) for b in self._batches(bent)),
@@ -115,30 +122,39 @@ class Sampler:
             held=tuple(
                 (i, p.min_tokens, self._tensor(sorted(sequences[i].stops)))
                 for i, p in enumerate(params)
-                if p.min_tokens and sequences[i].stops
+                if p.min_tokens and sequences[i].stops and p.grammar is None
             ),
+            masked=tuple(i for i, p in enumerate(params) if p.grammar is not None),
             logprobs=wanted,
             best=max((params[i].logprobs or 0 for i in wanted), default=0),
+            asked=self._asked([params[i].logprob_token_ids for i in wanted]),
         )
 
-    def run(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry]) -> Sampled:
-        """One token for each row of logits [R, V] (whose contents may be overwritten); entries in the same order."""
+    def _asked(self, ids: list[tuple[int, ...]]) -> Tensor | None:
+        width = max(map(len, ids), default=0)
+        return self._tensor([[*own, *[0] * (width - len(own))] for own in ids]) if width else None
+
+    def run(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None = None) -> Sampled:
+        """One token for each row of logits [R, V] (whose contents may be overwritten); entries in the same order.
+        mask: what the rows with a grammar may sample; one that is not in it has ended, and its token is not read.
+        """
         if plan.plain:
             return Sampled(ops.argmax(logits))
         raw = logits[list(plan.logprobs)] if plan.logprobs else None
         if plan.edits:
-            self._edit(logits, plan, entries)
+            self._edit(logits, plan, entries, mask)
         tokens = ops.argmax(logits)
         for group in plan.groups:
             tokens[group.index] = self._draw(logits, group, entries)
         logs = None if raw is None else ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best)
+        asked = None if raw is None or plan.asked is None else ops.asked_probabilities(raw, plan.asked)
         if self._counts is not None and self._seen is not None:
             for p in plan.penalties:
                 self._counts[p.rows, tokens[p.index]] += 1
                 self._seen[p.rows, tokens[p.index]] = True
-        return Sampled(tokens, logs)
+        return Sampled(tokens, logs, asked)
 
-    def _edit(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry]) -> None:
+    def _edit(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None) -> None:
         """Change logits in place, row by row as each request asks."""
         if self._counts is not None and self._seen is not None:
             for p in plan.penalties:
@@ -153,6 +169,9 @@ class Sampler:
         for place, least, ids in plan.held:
             if _position(entries[place]) < least:
                 logits[place, ids] = -torch.inf
+        if mask is not None:
+            places = [i for i in plan.masked if entries[i].sequence in mask.rows]
+            ops.allow_only(logits, places, mask.bits[[mask.rows[entries[i].sequence] for i in places]])
 
     def _draw(self, logits: Tensor, group: Group, entries: Seq[Entry]) -> Tensor:
         drawn = [entries[i] for i in group.places]
@@ -231,7 +250,12 @@ def _position(entry: Entry) -> int:
     return entry.start + entry.length - entry.sequence.prompt_length
 
 
-def logprobs_of(logs: tuple[Tensor, Tensor, Tensor], tokens: Seq[int], wanted: Seq[int]) -> list[Logprob]:
-    """Host records; row i shows its wanted[i] best tokens."""
+def logprobs_of(
+    logs: tuple[Tensor, Tensor, Tensor], tokens: Seq[int], wanted: Seq[int], asked: Seq[Seq[float]] | None = None
+) -> list[Logprob]:
+    """Host records; row i shows its wanted[i] best tokens, and asked[i]."""
     own, values, ids = (t.tolist() for t in logs)
-    return [Logprob(t, o, tuple(zip(i[:k], v[:k]))) for t, o, v, i, k in zip(tokens, own, values, ids, wanted)]
+    return [
+        Logprob(t, o, tuple(zip(i[:k], v[:k])), tuple(a))
+        for t, o, v, i, k, a in zip(tokens, own, values, ids, wanted, asked or [()] * len(own))
+    ]

@@ -42,8 +42,8 @@ class Scheduler:
     """Continuous batching with chunked prefill over `pool`, `page_size` tokens a page; `prefix=None` turns the prefix
     cache off.
 
-    Per step the owner calls `plan`, runs it, then `retire` for each of its entries, in the order in which plans were
-    made.
+    Requests may be added before they can run, and are released later. Per step the owner calls `plan`, runs it, then
+    `retire` for each of its entries, in the order in which plans were made.
     """
 
     def __init__(self, pool: PagePool, page_size: int, limits: Limits, prefix: PrefixCache | None = None) -> None:
@@ -58,6 +58,7 @@ class Scheduler:
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self._held = 0  # answers 1..n-1 whose prompt is not computed yet
+        self._blocked: dict[Sequence, None] = {}  # added, not to run yet
         self._leaving: set[Sequence] = set()  # finished, but a step in flight still uses their pages
         self._free_rows = list(range(limits.rows - 1, -1, -1))
         self._inflight = 0
@@ -73,10 +74,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self.queue) + self._held
+        return len(self.queue) + self._held + len(self._blocked)
 
-    def add(self, sequences: list[Sequence]) -> None:
-        """The n sequences of one request; all but the first wait until the first has computed the prompt they share."""
+    def add(self, sequences: list[Sequence], blocked: bool = False) -> None:
+        """The n sequences of one request; all but the first wait until the first has computed the prompt they share.
+        blocked: none runs before `release`.
+        """
         first, children = sequences[0], sequences[1:]
         first.children = children
         if len(self._deadlines) > 2 * self.unfinished + 64:
@@ -90,7 +93,17 @@ class Scheduler:
         for child in children:
             child.parent = first
         self._held += len(children)
-        self.queue.push(first)
+        if blocked:
+            self._blocked[first] = None
+        else:
+            self.queue.push(first)
+
+    def release(self, sequences: list[Sequence]) -> None:
+        """Let those of a blocked request run that have not ended."""
+        for sequence in sequences:
+            if sequence in self._blocked:
+                del self._blocked[sequence]
+                self.queue.push(sequence)
 
     def expired(self, now: float) -> list[Sequence]:
         """Unfinished sequences whose deadline has passed, each named once."""
@@ -118,9 +131,10 @@ class Scheduler:
                 self._vacate(sequence)
         elif self._is_held(sequence):
             self._held -= 1
-        else:
+        elif sequence not in self._blocked:
             self.queue.remove(sequence)
         self._let_children_go(sequence)
+        self._blocked.pop(sequence, None)
         self.queue.leave(sequence.request.user)
 
     def _is_held(self, sequence: Sequence) -> bool:
@@ -131,7 +145,10 @@ class Scheduler:
         for child in children:
             if child.status is Status.WAITING:
                 self._held -= 1
-                self.queue.push(child)
+                if parent in self._blocked:
+                    self._blocked[child] = None
+                else:
+                    self.queue.push(child)
 
     def _vacate(self, sequence: Sequence) -> None:
         """Give row and pages back; the last page first, so that of a kept chain the end is given away before the

@@ -35,6 +35,7 @@ class Sequence:
         "inflight",
         "keys",
         "limit",
+        "matcher",
         "order",
         "pages",
         "parent",
@@ -86,6 +87,7 @@ class Sequence:
         self.prompt_logprobs: list[Logprob | None] = []
         self.pooled: Any = None  # sum (or last) of the hidden states so far
         self.detokenizer: Any = None
+        self.matcher: Any = None  # of the request's grammar (grammar.Matcher), at the end of `tokens`
 
     @property
     def generated(self) -> int:

@@ -11,6 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -139,7 +140,10 @@ class Text:
     def detokenizer(self, request: Request) -> "Detokenizer":
         """For one sequence of a request. A leading space is text wherever visible prompt tokens stand before it."""
         params = request.params
-        inside = any(not (params.skip_special_tokens and i in self._skipped) for i in request.prompt)
+        # A grammar speaks of every character; without one, a text does not begin with the space of its first word.
+        inside = params.grammar is not None or any(
+            not (params.skip_special_tokens and i in self._skipped) for i in request.prompt
+        )
         stream = self._stream(params.skip_special_tokens, 0 if inside else self._strip)
         return Detokenizer(stream, params.stop, params.include_stop, params.min_tokens)
 
@@ -152,6 +156,30 @@ class Text:
         """The bytes one token stands for, in UTF-8; those of a text's tokens join to the text's bytes."""
         piece = self._piece(token)
         return piece.encode() if isinstance(piece, str) else piece
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are not text, such as an end token."""
+        return self._skipped
+
+    def certain_bytes(self, token: int) -> bytes:
+        """As `token_bytes`, but b"" for a token whose text depends on those around it, or is only part of a character
+        in a way that this decoder does not tell.
+        """
+        if self._make_piece is not None:
+            return self.token_bytes(token)
+        if not self._known(token):
+            return b""
+        before = self._before
+        text = self.tokenizer.decode([*before, token], skip_special_tokens=False)
+        start = self.tokenizer.decode(before, skip_special_tokens=False)
+        text = text[len(start) :] if text.startswith(start) else REPLACEMENT
+        return b"" if REPLACEMENT in text else text.encode()
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """Some text, for tokens to stand after."""
+        return self.encode("a", add_special_tokens=False)
 
     def token_id(self, content: str) -> int | None:
         """The id of a token by its exact content, such as "<|im_end|>"."""
