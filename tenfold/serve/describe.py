@@ -8,34 +8,49 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tenfold.base.config import EngineConfig
+from tenfold.base.config import EngineConfig, groups
 from tenfold.serve.protocol.body import Body
 from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
+from tenfold.serve.protocol.decisions import ClassifyRequest, DecisionRequest
+from tenfold.serve.protocol.embeddings import EmbeddingRequest
+from tenfold.serve.protocol.tokens import TokenizeRequest
 from tenfold.serve.settings import ServeConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 TREATMENTS = ("honoured", "refused", "ignored")  # order of a table
+EXTENSION = "extension: "  # how fields begin that OpenAI's API does not have; they come after the others
 
 
 def field_table(model: type[Body]) -> Iterator[str]:
     """One row a request field: what becomes of it, and what it means or why not."""
     yield "| field | | |"
     yield "|---|---|---|"
-    for name in sorted(model.model_fields, key=lambda name: TREATMENTS.index(model.treatment(name))):
-        yield f"| `{name}` | {model.treatment(name)} | {model.model_fields[name].description} |"
+    rows = [(name, model.treatment(name), str(field.description)) for name, field in model.model_fields.items()]
+    for name, treatment, help in sorted(rows, key=lambda row: (TREATMENTS.index(row[1]), row[2].startswith(EXTENSION))):
+        yield f"| `{name}` | {treatment} | {help} |"
 
 
 def settings_table(kind: type) -> Iterator[str]:
-    """One row a setting, as the command line spells it."""
+    """One row a setting, as the command line spells it, under the headings its help has."""
+    headings = groups(kind)
     yield "| option | default | |"
     yield "|---|---|---|"
     for f in fields(kind):
+        if f.metadata["group"]:
+            yield f"| **{headings[f.name]}** | | |"
         yield f"| `--{f.name.replace('_', '-')}` | {f.default!r} | {f.metadata['help']} |"
 
 
 TABLES: dict[str, dict[str, tuple[Any, Any]]] = {
-    "api.md": {"Chat completions": (field_table, ChatRequest), "Completions": (field_table, CompletionRequest)},
+    "api.md": {
+        "Chat completions": (field_table, ChatRequest),
+        "Completions": (field_table, CompletionRequest),
+        "Embeddings": (field_table, EmbeddingRequest),
+        "Decisions": (field_table, DecisionRequest),
+        "Classes": (field_table, ClassifyRequest),
+        "Tokens": (field_table, TokenizeRequest),
+    },
     "cli.md": {"Engine settings": (settings_table, EngineConfig), "Server settings": (settings_table, ServeConfig)},
 }
 

@@ -8,11 +8,13 @@ from tests.serve.conftest import FakeLLM
 class Words:
     """A text layer with one token a byte and <s> (token 1) in front."""
 
-    special = {"bos_token": "<s>"}
     eos_ids = (2,)
     vocab_size = 256
     template = "{{ messages }}"
     tokenizer = SimpleNamespace(model=SimpleNamespace(), id_to_token=lambda token: f"<{token}>")
+
+    def __init__(self):
+        self.special = {"bos_token": "<s>"}
 
     def encode(self, text, add_special_tokens=True):
         if text == "\udc00" or text == "bad":

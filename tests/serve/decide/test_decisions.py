@@ -69,7 +69,10 @@ def test_score_is_the_mean_of_the_levels(ask):
     assert [(p["label"], p["value"]) for p in answer["probabilities"]] == [("bad", 0), ("fair", 1), ("good", 2)]
     assert [p["probability"] for p in answer["probabilities"]] == pytest.approx([0.2, 0.3, 0.5])
     assert answer["confidence"] == pytest.approx(0.5)
-    assert sorted(list(shown(text).values()) for text in llm.texts) == [["bad", "fair", "good"], ["good", "fair", "bad"]]
+    assert sorted(list(shown(text).values()) for text in llm.texts) == [
+        ["bad", "fair", "good"],
+        ["good", "fair", "bad"],
+    ]
 
 
 def test_all_rotations_take_out_a_preferred_place(ask):
@@ -128,8 +131,10 @@ def test_many_choices(ask, count):
     def opinion(text):
         labels = shown(text)
         if re.fullmatch(r"[A-Z]", text[-1]) and text[-2] == ".":  # behind the first character of a code
-            return {digit: 5.0 if (label := labels.get(text[-1] + digit)) == "o7" else bool(label) * 1.0 or 1e-20
-                    for digit in "0123456789"}
+            return {
+                digit: 5.0 if (label := labels.get(text[-1] + digit)) == "o7" else bool(label) * 1.0 or 1e-20
+                for digit in "0123456789"
+            }
         home = next(label[0] for label, name in labels.items() if name == "o7")
         return {letter: 4.0 if letter == home else 1.0 for letter in {label[0] for label in labels}}
 
