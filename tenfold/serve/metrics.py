@@ -191,7 +191,7 @@ class Watch:
         self.reasons: list[str] = []
         self.single = len(job.prompts) == 1
         self.started = False
-        self.span = metrics.tracer.start(job) if metrics.tracer is not None else None
+        self.span = metrics.tracer.start(job, self.begin) if metrics.tracer is not None else None
         self.meters.open.inc()
 
     def output(self, output: Output) -> None:

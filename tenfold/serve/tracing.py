@@ -68,9 +68,9 @@ class Tracer:
         exporter = OTLPSpanExporter(address(endpoint), timeout=TIMEOUT)
         return cls(BatchSpanProcessor(exporter, QUEUE, DELAY, BATCH))
 
-    def start(self, job: Job) -> Span:
-        """The span of a job, which is part of the trace its client names."""
-        return Span(self, job)
+    def start(self, job: Job, queued: float) -> Span:
+        """The span of a job, which is part of the trace its client names. queued: when it went to the engine."""
+        return Span(self, job, queued)
 
     def close(self) -> None:
         """Sends what waits. Idempotent."""
@@ -82,7 +82,7 @@ class Span:
 
     __slots__ = ("offset", "span")
 
-    def __init__(self, tracer: Tracer, job: Job) -> None:
+    def __init__(self, tracer: Tracer, job: Job, queued: float) -> None:
         self.offset = time.time_ns() - time.monotonic_ns()
         operation = OPERATIONS.get(job.endpoint, job.endpoint.rpartition("/")[2])
         given = {name: value for name in PARENT if (value := job.seen.header(name))}
@@ -93,7 +93,7 @@ class Span:
             attributes=_asked(job, operation),
             start_time=self._at(job.seen.arrival),
         )
-        self.span.add_event("queued", timestamp=time.time_ns())
+        self.span.add_event("queued", timestamp=self._at(queued))
 
     def _at(self, moment: float) -> int:
         return self.offset + int(moment * 1e9)
@@ -119,7 +119,7 @@ class Span:
             self.span.set_attribute("error.type", outcome)
         if outcome not in ("ok", "cancelled"):
             self.span.set_status(Status(StatusCode.ERROR))
-        self.span.end()
+        self.span.end(self._at(time.monotonic()))
 
 
 def _asked(job: Job, operation: str) -> dict[str, Any]:

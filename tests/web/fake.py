@@ -91,6 +91,7 @@ class PagedLLM(FakeLLM):
         self, prompt: Sequence[int], params: SamplingParams, *, request_id: str, **rest: Any
     ) -> AsyncIterator[Output]:
         words = (WORDS * self.repeat)[: params.max_tokens]
+        self.calls.append({"prompt": tuple(prompt), "params": params, "request_id": request_id} | rest)
         self.prompts += len(prompt)
         self.hits += len(prompt) // 2
         self.running += 1
