@@ -66,12 +66,14 @@ class TextFormat(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = record.__dict__.get("fields", {})
-        request = fields.get("request_id", "")
         text = super().format(record)
-        if request and request not in text:
-            first, newline, rest = text.partition("\n")
-            text = f"{first} ({request}){newline}{rest}"
+        more = record.__dict__.get("more", "")  # what `fields` holds, where it was put into words already
+        request = record.__dict__.get("fields", {}).get("request_id", "")
+        if not more and request and request not in text:
+            more = f"({request})"
+        if more:
+            first, newline, trace = text.partition("\n")
+            text = f"{first} {more}{newline}{trace}"
         return text.translate(CONTROL)
 
 
@@ -105,7 +107,8 @@ class LogHandler(logging.Handler):
         self._busy = False
         self._closing = False
         self._torn = ""  # what ends a line of which only the beginning could be written
-        threading.Thread(target=self._write_all, name="tenfold-log", daemon=True).start()
+        self.thread = threading.Thread(target=self._write_all, name="tenfold-log", daemon=True)
+        self.thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 access = logging.getLogger("tenfold.access")
 
 LONGEST_PATH = 200  # characters
+FIRST = ("method", "path", "status", "ms")  # fields with which a line begins
 TOKENS = ("prompt_tokens", "completion_tokens", "cached_tokens")
 _current: ContextVar[Scope | None] = ContextVar("current", default=None)
 
@@ -79,11 +80,8 @@ def write_line(scope: Scope, status: int, seconds: float) -> None:
         **state.get("tokens", {}),
     }
     fields = {name: value for name, value in fields.items() if value != ""}
-    rest = " ".join(
-        f"{name}={value}" for name, value in fields.items() if name not in ("method", "path", "status", "ms")
-    )
-    words = "%(method)s %(path)s %(status)d %(ms).1f ms"
-    access.info(words + (" %(rest)s" if rest else ""), fields | {"rest": rest}, extra={"fields": fields})
+    more = " ".join(f"{name}={value}" for name, value in fields.items() if name not in FIRST)
+    access.info("%(method)s %(path)s %(status)d %(ms).1f ms", fields, extra={"fields": fields, "more": more})
 
 
 def note_tokens(prompt: int, completion: int, cached: int) -> None:

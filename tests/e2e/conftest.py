@@ -22,7 +22,7 @@ READY = 60  # seconds until a server must be ready
 def environment() -> dict[str, str]:
     """Ours, without settings of whoever runs the tests."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_") or k == "TENFOLD_HOME"}
-    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error"}
+    return kept | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error", "TENFOLD_CONFIG": ""}
 
 
 def command(*arguments: str) -> list[str]:
@@ -64,6 +64,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
 
     for name in [name for name in os.environ if name.startswith("TENFOLD_") and name != "TENFOLD_HOME"]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("TENFOLD_CONFIG", "")
     return run
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from tenfold.base.config import EngineConfig
+from tenfold.base.config import EngineConfig, groups
 from tenfold.engine.request import Output
 from tenfold.serve.cli import commands, failures
 from tenfold.serve.cli.flags import parse_size
+from tenfold.serve.cli.names import served_names
 from tenfold.serve.cli.plan import as_flags
+from tenfold.serve.cli.sizes import format_size
+from tenfold.serve.cli.sources import ChosenModel, split_name
 from tenfold.serve.cli.terminal import Stopwatch, columns, safe, size
 from tenfold.serve.settings import ServeConfig
 
@@ -22,7 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def tenfold(*arguments, **kwargs):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_")} | {"COLUMNS": "200"}
-    environment |= kwargs.pop("env", {})
+    environment |= {"TENFOLD_CONFIG": ""} | kwargs.pop("env", {})
     command = [sys.executable, "-m", "tenfold.serve.cli", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, stdin=subprocess.DEVNULL, **kwargs
@@ -36,6 +39,7 @@ def ran(monkeypatch):
     monkeypatch.setattr(commands, "body", lambda name: lambda *a, **k: calls.append((name, a, k)))
     for name in [name for name in os.environ if name.startswith("TENFOLD_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("TENFOLD_CONFIG", "")
 
     def run(*arguments):
         typer.main.get_command(commands.app).main(list(arguments), standalone_mode=False)
@@ -57,39 +61,93 @@ def test_help_and_usage_errors_do_not_import_heavy_modules():
 
 
 def test_every_command_has_a_body_and_help():
-    command = typer.main.get_command(commands.app)
-    assert set(command.commands) == set(commands.BODIES) - {"start templates"}
-    for name in command.commands:
-        assert command.commands[name].help
+    found = leaves(typer.main.get_command(commands.app))
+    assert set(found) == set(commands.BODIES) - {"start templates"}
+    assert all(command.help for command in found.values())
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "serve", "plan"])
+def leaves(group, before=""):
+    """Commands by name, those of groups by both names."""
+    found = {}
+    for name, command in group.commands.items():
+        found |= leaves(command, f"{name} ") if hasattr(command, "commands") else {before + name: command}
+    return found
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "plan", "config show", "explain", "tune"])
 def test_flags_are_the_fields_of_the_settings(command):
-    parameters = {p.name: p for p in typer.main.get_command(commands.app).commands[command].params}
-    kinds = [EngineConfig, ServeConfig] if command == "serve" else [EngineConfig]
+    parameters = {p.name: p for p in leaves(typer.main.get_command(commands.app))[command].params}
+    kinds = [EngineConfig, ServeConfig] if command in ("serve", "config show") else [EngineConfig]
     for field in [f for kind in kinds for f in fields(kind)]:
         parameter = parameters[field.name]
         assert f"--{field.name.replace('_', '-')}" in parameter.opts
-        assert parameter.default == field.default
-        assert parameter.help == field.metadata["help"]
-        assert parameter.envvar == f"TENFOLD_{field.name.upper()}"
+        assert parameter.help.startswith(field.metadata["help"])
+        assert parameter.rich_help_panel == (groups(EngineConfig) | groups(ServeConfig))[field.name]
+        if field.name != "model":
+            assert parse(field, parameter.default) == field.default
+            assert parameter.envvar == f"TENFOLD_{field.name.upper()}"
+
+
+def parse(field, default):
+    return parse_size(default) if field.metadata["unit"] == "bytes" else default
 
 
 def test_flags_reach_the_settings(ran):
-    name, (config, server), _ = ran(
+    name, (settled,), _ = ran(
         "serve", "x.gguf", "--max-batch", "3", "--no-prefix-cache", "--kv-memory", "2G", "--port", "9"
     )
     assert name == "serve"
-    assert config == EngineConfig(model="x.gguf", max_batch=3, prefix_cache=False, kv_memory=2 << 30)
-    assert server == ServeConfig(port=9)
+    assert settled.config == EngineConfig(model="x.gguf", max_batch=3, prefix_cache=False, kv_memory=2 << 30)
+    assert settled.server == ServeConfig(port=9)
 
 
 def test_environment_reaches_the_settings(ran, monkeypatch):
-    for name, value in {"MODEL": "y", "MAX_BATCH": "4", "PREFIX_CACHE": "0", "API_KEY": "k", "MAX_BODY": "1M"}.items():
+    for name, value in {
+        "MODEL": "a b",
+        "MAX_BATCH": "4",
+        "PREFIX_CACHE": "0",
+        "API_KEY": "k",
+        "MAX_BODY": "1M",
+    }.items():
         monkeypatch.setenv(f"TENFOLD_{name}", value)
-    _, (config, server), _ = ran("serve", "--max-batch", "5")
-    assert config == EngineConfig(model="y", max_batch=5, prefix_cache=False)
-    assert server == ServeConfig(api_key="k", max_body=1 << 20)
+    _, (settled,), _ = ran("serve", "--max-batch", "5")
+    assert settled.config == EngineConfig(model="a b", max_batch=5, prefix_cache=False)
+    assert settled.server == ServeConfig(api_key="k", max_body=1 << 20)
+    _, (config,), _ = ran("explain")
+    assert config.model == "a b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "models"),
+    [
+        ([], [("", "default")]),
+        (["a.gguf"], [("", "a.gguf")]),
+        (["-m", "a.gguf", "--model", "small=b"], [("", "a.gguf"), ("small", "b")]),
+        (["a", "b", "--model", "c"], [("", "a"), ("", "b"), ("", "c")]),
+        (["org/name:Q4_K_M"], [("", "org/name:Q4_K_M")]),
+        (["x=hub/a=b"], [("x", "hub/a=b")]),
+        (["dir with blank/a=b"], [("", "dir with blank/a=b")]),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "plan"])
+def test_several_models(ran, command, arguments, models):
+    _, (settled, *_), _ = ran(command, *arguments)
+    assert [(m.name, m.config.model) for m in settled.models] == models
+
+
+def test_one_model_as_an_argument_or_an_option(ran, monkeypatch):
+    monkeypatch.setenv("TENFOLD_MODEL", "from the environment")
+    assert ran("chat")[1][0].model == "from the environment"
+    assert ran("chat", "--model", "b")[1][0].model == "b"
+    assert ran("chat", "a", "--model", "b")[1][0].model == "a"
+    assert ran("chat", "a")[1][0].model == "a"
+
+
+def test_an_existing_path_is_no_name(tmp_path):
+    file = tmp_path / "a=b.gguf"
+    file.touch()
+    assert split_name(str(file)) == ("", str(file))
+    assert split_name(f"x={file}") == ("x", str(file))
 
 
 def test_run_takes_a_prompt_and_sampling(ran):
@@ -108,6 +166,20 @@ def test_run_takes_a_prompt_and_sampling(ran):
 )
 def test_sizes(text, count):
     assert parse_size(text) == count
+    assert parse_size(format_size(count)) == count
+
+
+def test_names_of_models():
+    def models(*chosen):
+        return [ChosenModel(name, EngineConfig(model=model), {}) for name, model in chosen]
+
+    assert served_names(models(("", "default"))) == ["SmolLM2-135M-Instruct"]
+    assert served_names(models(("", "default")), "mine") == ["mine"]
+    assert served_names(models(("a", "default"), ("", "org/b"))) == ["a", "org/b"]
+    with pytest.raises(ValueError, match="Two models are called 'org/b'"):
+        served_names(models(("", "org/b"), ("", "org/b")))
+    with pytest.raises(ValueError, match="NAME=MODEL"):
+        served_names(models(("a", "default"), ("b", "default")), "mine")
 
 
 @pytest.mark.parametrize("text", ["x", "1Q", "-", "1e999", "G"])
@@ -118,8 +190,47 @@ def test_wrong_sizes(text):
 
 def test_docs_name_every_command():
     text = (DOCS / "cli.md").read_text()
-    for name in typer.main.get_command(commands.app).commands:
+    for name in leaves(typer.main.get_command(commands.app)):
         assert f"\ntenfold {name} " in text
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("tenfold serve --ho", "--host"),
+        ("tenfold config sh", "show"),
+        ("tenfold serve --log-format j", "json"),
+        ("tenfold chat --kv-dt", "--kv-dtype"),
+    ],
+)
+def test_completion_offers_without_heavy_imports(line, offered):
+    words = line.split()
+    code = (
+        "import sys\n"
+        "from tenfold.serve.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'numpy', 'fastapi', 'uvicorn', 'tokenizers', 'jinja2') if m in sys.modules])"
+    )
+    asked = {"_TENFOLD_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=dict(os.environ) | asked
+    )
+    *offers, heavy = result.stdout.splitlines()
+    assert offered in offers, result.stderr
+    assert heavy == "[]"
+
+
+def test_help_shows_groups_units_environment_and_examples():
+    text = tenfold("serve", "--help").stdout
+    for word in (
+        "Limits of one request",
+        "SECONDS",
+        "SIZE",
+        "TENFOLD_MAX_BATCH",
+        "--model small=default",
+        "[default: 8M]",
+    ):
+        assert word in text
 
 
 def test_version():

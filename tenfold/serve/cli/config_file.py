@@ -158,8 +158,8 @@ def _value(path: Path, where: str, field: Field[Any], value: Any) -> Any:
         raise ValueError(f"{path}: {where} is {shown}; allowed: {KINDS[kind]}{MORE_KINDS.get(meta['unit'], '')}.")
     if meta["choices"] and value not in meta["choices"]:
         raise ValueError(f"{path}: {where} is {shown}; allowed: {', '.join(meta['choices'])}.")
-    if field.name in PATHS and value.startswith(("./", "../")):
-        return str(path.parent / value)
+    if field.name in PATHS and str(value).startswith(("./", "../")):
+        return str(path.parent / str(value))
     return kind(value)
 
 

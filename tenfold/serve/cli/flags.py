@@ -122,9 +122,10 @@ def _option(field: Field[Any], panel: str, repeated: bool) -> inspect.Parameter:
     """repeated: may be given several times; then the environment is read elsewhere, as it would be split at blanks."""
     name = field.name.replace("_", "-")
     spelling = f"--{name}/--no-{name}" if isinstance(field.default, bool) else f"--{name}"
+    default: Any = field.default
     is_size = field.metadata["unit"] == "bytes"
     option = typer.Option(
-        [field.default] if repeated else sizes.format_size(field.default) if is_size else field.default,
+        [default] if repeated else sizes.format_size(default) if is_size else default,
         *([spelling, "-m"] if name == "model" else [spelling]),
         help=field.metadata["help"] + ("; may be repeated, also as NAME=MODEL" if repeated else ""),
         metavar=_metavar(field),

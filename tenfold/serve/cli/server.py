@@ -28,6 +28,7 @@ from tenfold.serve.cli.load import load
 from tenfold.serve.cli.names import served_names
 from tenfold.serve.cli.sources import Settled
 from tenfold.serve.connection import bounded
+from tenfold.serve.keys import Keys
 from tenfold.serve.logs import request_fields
 from tenfold.serve.routes.health import WhileLoading
 from tenfold.serve.service import Service
@@ -48,12 +49,13 @@ def serve(settled: Settled) -> int:
     """Serve until a signal says to stop. Returns the exit status: 0, or 128 and the number of a second signal."""
     settings = settled.server
     settings.check()
+    Keys.of(settings)  # a file of keys that is of no use should not take a model load to be noticed
     names = served_names(settled.models, settings.served_name)
+    listener = bind(settings.host, settings.port)
+    raise_file_limit()
     log.configure(settings.log_level, settings.log_format, request_fields)
     for key in settled.file.exposed_secrets:
         logger.warning("%s holds %s and others may read it: chmod 600", settled.file.path, key)
-    raise_file_limit()
-    listener = bind(settings.host, settings.port)
     models: Models = {}
     server = Server(listener, settings, models, names, lambda: start_all(models, names, settled))
     server.hold_signals()
@@ -144,6 +146,8 @@ def uvicorn_config(app: Any, settings: ServeConfig) -> uvicorn.Config:
         app,
         http=bounded(settings),
         ws="none",
+        interface="asgi3",
+        proxy_headers=False,  # nobody can tell us that he is somebody else
         log_config=None,
         access_log=False,  # `logs.RequestLog` writes ours
         lifespan="off",
@@ -248,7 +252,9 @@ class Drain:
         if self._service is None:
             return "no model is loaded yet."
         running = self._service.open_requests
-        return f"{running} requests are running and get {self._seconds} s to end." if running else "nothing is running."
+        return (
+            f"requests under way: {running}; they get {self._seconds} s to end." if running else "nothing is running."
+        )
 
     @property
     def over(self) -> bool:
@@ -257,7 +263,7 @@ class Drain:
         if self._service is None or not self._service.open_requests:
             return True
         if not self._told_by and now >= self._until:
-            logger.warning("%d requests still run and are ended", self._service.open_requests)
+            logger.warning("the time to drain is over; requests that are ended: %d", self._service.open_requests)
             self._told_by = now + LAST_WORDS
             threading.Thread(target=close_all, args=(self._models, LAST_WORDS), daemon=True).start()
         return bool(self._told_by) and now >= self._told_by
