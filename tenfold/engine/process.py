@@ -156,8 +156,8 @@ class EngineProcess:
 
     def _beat(self, loop: EngineLoop) -> None:
         while True:
-            time.sleep(self._start.beat)
             self._events.send(wire.Beat(loop.stats(), loop.busy, loop.turns, loop.age, loop.describe()))
+            time.sleep(self._start.beat)
 
     def _fail(self, error: BaseException) -> NoReturn:
         told = failure(error)

@@ -26,6 +26,7 @@ FACTORY = "tenfold.engine.core:Engine"
 BEAT = 0.5  # seconds between two heartbeats, if the watchdog is patient enough
 LIVES = 3  # engines a request that has not begun is given to
 CLOSING = 10.0  # seconds a step under way gets when the loop is closed
+SHOWN = 64  # requests in a description
 LATE = "Its deadline has passed."
 ABORTED = "The request was aborted."
 GRACE = 1.0  # seconds the engine has for ending a request before it is ended here
@@ -208,11 +209,12 @@ class RemoteLoop:
         of life, to standard error.
         """
         with self._lock:
-            if self._child is not None and self.ready:
-                self._child.send(wire.encode(wire.Dump()))
+            logger.warning("the engine is %s\n%s", self.state, self._describe())
+            if self._child is None:
                 return
-            logger.warning("%d requests are open, the engine is %s\n%s", len(self._open), self.state, self._last_state)
-            if self._child is not None:
+            if self.ready:
+                self._child.send(wire.encode(wire.Dump()))
+            else:
                 self._child.dump()
 
     def restart(self) -> None:
@@ -273,6 +275,14 @@ class RemoteLoop:
         entry.lives += 1
         self._child.send(message)
         return None
+
+    def _describe(self) -> str:
+        """What this process knows of the engine's work."""
+        begun = [id for id, entry in self._open.items() if entry.started]
+        return (
+            f"begun: {', '.join(begun[:SHOWN]) or 'nothing'}; open requests: {len(self._open)}; "
+            f"its latest heartbeat says:\n{self._last_state}"
+        )
 
     def _retry_after(self, delay: float) -> int:
         return max(1, min(60, math.ceil(delay + self._load_seconds)))
@@ -393,7 +403,7 @@ class RemoteLoop:
                 return ended
             wrong = patience.look(events, bool(self._open))
             if wrong:
-                logger.error("the engine hangs: %s; what it last did:\n%s", wrong, self._last_state)
+                logger.error("the engine hangs: %s\n%s", wrong, self._describe())
                 child.dump_and_kill()
                 return f"was killed because {wrong}"
             self._silent = patience.silent

@@ -153,8 +153,9 @@ def request_of(command: Submit) -> Request:
     try:
         return _request.decode(command.request)
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        raise ValueError(f"{where.rstrip('`') or 'The request'} has the wrong type: {what}.") from None
+        what, _, where = str(error).partition(" - at ")  # `$.params.stop[...]`
+        name = where.rpartition("$.")[2].rstrip("`")
+        raise ValueError(f"{name or 'The request'} has the wrong type: {what}.") from None
 
 
 def write_start(file: IO[bytes], start: Start) -> None:
