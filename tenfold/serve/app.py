@@ -57,9 +57,7 @@ class App(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            settings = self.state.service.settings
-            keyed = bool(settings.api_key or settings.api_key_file or settings.admin_key)
-            self.openapi_schema = complete(super().openapi(), BODIES, keyed)
+            self.openapi_schema = complete(super().openapi(), BODIES, self.state.service)
         return self.openapi_schema
 
 
@@ -90,6 +88,7 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
     app.add_exception_handler(ClientDisconnect, on_client_gone)
     service, keys, limits = app.state.service, Keys.of(settings), Limits.of(settings)
     app.state.keys, app.state.limits = keys, limits
+    keys.warn()
     app.add_middleware(OpenRequests, service=service)
     app.add_middleware(Guard, settings=settings, service=service, keys=keys, limits=limits)
     app.add_middleware(RequestLog, each=settings.access_log)

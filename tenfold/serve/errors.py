@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 logger = logging.getLogger("tenfold.serve")
@@ -74,7 +75,7 @@ class ErrorResponse(JSONResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if is_anthropic(scope["path"]):
-            request_id = scope["state"]["request_id"]
+            request_id = scope.get("state", {}).get("request_id", "")  # none while the models load
             headers = (self.error.headers or {}) | {"request-id": request_id}
             response = JSONResponse(anthropic_payload(self.error, request_id), self.error.status, headers=headers)
             await response(scope, receive, send)
@@ -179,5 +180,13 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
         405: f"{request.url.path} does not take {request.method}.",
     }
     headers = dict(error.headers) if error.headers else None
+    if status == 405:
+        headers = {"allow": ", ".join(sorted(_methods(request)))}
     message = messages.get(status, str(error.detail))
     return ApiError(status, message, code=CODES.get(status), headers=headers).response()
+
+
+def _methods(request: Request) -> set[str]:
+    """What a path takes; the router itself names only the methods of the first route that has it."""
+    matching = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}

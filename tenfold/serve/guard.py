@@ -30,6 +30,7 @@ Head = dict[bytes, bytes]
 OPEN_PATHS = frozenset({"/health", "/ready"})
 ONCE = frozenset({b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"origin"})
 CLIENT_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+CANCEL = re.compile(r"/v1/responses/[^/]*/cancel")  # ends work instead of beginning it
 DRAIN_RETRY = 5  # seconds; about what it takes another server to take over
 # Where a response says nothing else. The page has a policy of its own.
 SECURITY_HEADERS = (
@@ -132,7 +133,7 @@ class Guard:
         if key:
             scope["state"] |= {"key": key.name, "salt": key.salt, "admin": key.admin}
         method, path = scope["method"], scope["path"]
-        if method != "POST" or is_admin(path) or path.endswith("/cancel"):
+        if method != "POST" or is_admin(path) or CANCEL.fullmatch(path):
             return None
         if self.service.draining and path.startswith("/v1/"):
             told = overloaded("This server is being stopped and takes no new work.", DRAIN_RETRY)

@@ -31,25 +31,28 @@ ADVICE = "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """name: public, for metrics and logs. salt: of the prefix cache, so that keys never share pages."""
+    """name: public, for metrics and logs. salt: of the prefix cache, so that keys never share pages. weak: short enough
+    to be guessed."""
 
     name: str
     digest: bytes
     salt: str
     admin: bool = False
+    weak: bool = False
 
     @classmethod
     def of(cls, secret: str, name: str = "", admin: bool = False) -> "Key":
         """The key for a secret; without a name it is called by the first digits of its digest."""
         digest = hashlib.sha256(secret.encode()).digest()
-        return cls(name or digest.hex()[:8], digest, hashlib.sha256(b"salt" + digest).hexdigest(), admin)
+        salt = hashlib.sha256(b"salt" + digest).hexdigest()
+        return cls(name or digest.hex()[:8], digest, salt, admin, len(secret) < SHORT)
 
 
 class Keys:
     """All keys of a server. Without `--api-key` and `--api-key-file` the API is open; /admin never is."""
 
     def __init__(self, given: Iterable[Key], file: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """file: of more keys, read now and again when it changes. Raises ValueError, OSError for a file of no use."""
+        """file: of more keys, read now and again when it changes. Raises ValueError for a file of no use."""
         self._given = tuple(given)
         self._file = Path(file) if file else None
         self._clock = clock
@@ -59,8 +62,8 @@ class Keys:
 
     @classmethod
     def of(cls, settings: ServeConfig) -> "Keys":
-        """The keys a server is set up with. Raises ValueError for one that no client could send, and where keys are
-        asked for and none is there; OSError for a file that cannot be read."""
+        """The keys a server is set up with. Raises ValueError for one that no client could send, for a file that cannot
+        be read, and where keys are asked for and none is there."""
         texts = [text.strip() for text in settings.api_key.split(",")] if settings.api_key else []
         given = [Key.of(_usable(text, "--api-key")) for text in texts if text]
         if texts and not given:
@@ -81,6 +84,13 @@ class Keys:
     @property
     def has_admin(self) -> bool:
         return any(key.admin for key in self._all)
+
+    def warn(self) -> None:
+        """Say in the log where keys are handled carelessly."""
+        if weak := [key.name for key in self._all if key.weak]:
+            logger.warning("keys of fewer than %d characters can be guessed: %s. %s", SHORT, ", ".join(weak), ADVICE)
+        if self._file is not None and stat.S_IMODE(os.stat(self._file).st_mode) & stat.S_IROTH:
+            logger.warning("%s can be read by every user of this machine; chmod 600 it.", self._file)
 
     def names(self) -> list[str]:
         """The public names, in the order given. Several keys may share one: a tenant that changes its key."""
@@ -109,7 +119,7 @@ class Keys:
         try:
             self._all = self._given + self._from_file()
             logger.warning("%s was read again: %d keys", self._file, len(self._all) - len(self._given))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             logger.error("the API keys stay as they were: %s", error)
 
     def _stamp(self) -> tuple[int, int, int] | None:
@@ -124,9 +134,11 @@ class Keys:
     def _from_file(self) -> tuple[Key, ...]:
         if self._file is None:
             return ()
-        if stat.S_IMODE(os.stat(self._file).st_mode) & stat.S_IROTH:
-            logger.warning("%s can be read by every user of this machine; chmod 600 it.", self._file)
-        keys = tuple(read_keys(self._file.read_text("utf-8", "replace"), str(self._file)))
+        try:
+            text = self._file.read_text("utf-8", "replace")
+        except OSError as error:
+            raise ValueError(f"api_key_file {self._file} cannot be read: {error.strerror or error}.") from None
+        keys = tuple(read_keys(text, str(self._file)))
         if not keys:
             raise ValueError(f"api_key_file {self._file} has no key in it. Write one a line. {ADVICE}")
         return keys
@@ -154,6 +166,4 @@ def _usable(secret: str, where: str) -> str:
         raise ValueError(
             f"{where} has a key with spaces or characters outside ASCII, which no header carries. {ADVICE}"
         )
-    if len(secret) < SHORT:
-        logger.warning("%s has a key of %d characters, which can be guessed. %s", where, len(secret), ADVICE)
     return secret

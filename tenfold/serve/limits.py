@@ -68,6 +68,9 @@ class Ticket:
         self.key = key
 
     def hold(self) -> None:
+        """One more holder; also of a ticket that all others have closed, for work in the background."""
+        if self._holders == 0:
+            self._limits.enter(self.key)
         self._holders += 1
 
     def close(self, tokens: int = 0) -> None:
@@ -103,9 +106,9 @@ class Limits:
             self._check(account, now)
         account.turn(now)
         account.sent += 1
-        account.running += 1
         if account.requests:
             account.requests.take(1, now)
+        self.enter(key)
         return Ticket(self, key)
 
     def charge(self, key: str, tokens: int) -> None:
@@ -116,6 +119,9 @@ class Limits:
         account.used += tokens
         if account.tokens:
             account.tokens.take(tokens, now)
+
+    def enter(self, key: str) -> None:
+        self._accounts[key].running += 1
 
     def leave(self, key: str) -> None:
         self._accounts[key].running -= 1

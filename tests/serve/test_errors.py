@@ -87,9 +87,9 @@ WRONG_CHAT = [
     ({"top_logprobs": 5}, "top_logprobs", "invalid_value", "logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value", "0 to 20"),
     ({"logprobs": 5}, "logprobs", "invalid_type"),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tool"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "invalid_value", "object"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value", "no tools"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value", "json_schema"),
     ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"prompt": "x"}, "prompt", "unknown_parameter"),
 ]

@@ -59,6 +59,9 @@ def test_a_ticket_is_under_way_until_the_last_who_holds_it_closes(clock):
     assert refused(limits) == 1
     ticket.close(tokens=7)
     assert limits.usage("a") == {"under_way": 0, "requests_this_minute": 1, "tokens_this_minute": 7}
+    ticket.hold()  # work in the background that begins after the response has ended
+    assert refused(limits) == 1
+    ticket.close()
     limits.admit("a")
 
 
