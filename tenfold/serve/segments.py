@@ -54,17 +54,17 @@ Change = Begin | More | End
 
 
 class Segments:
-    """One answer as it grows. `reasoning_tokens` counts the tokens that were no part of the answer itself."""
+    """One answer as it grows."""
 
     def __init__(self) -> None:
         self.all: list[Segment] = []
         self.open: Segment | None = None
-        self.reasoning_tokens = 0
         self._held: list[Logprob] = []  # of tokens whose text is not out yet, such as half a character
 
     def add(self, pieces: Sequence[Piece], output: Output) -> Iterator[Change]:
         """What an output of the engine changes. Calls come one after the other, as the text they are parsed from."""
-        self._count(pieces, output)
+        if output.logprobs:
+            self._hold(pieces, output)
         for piece in pieces:
             if self._starts(piece):
                 yield from self.end()
@@ -106,12 +106,12 @@ class Segments:
             self.open.logprobs += logprobs
         return More(self.open, text, logprobs)
 
-    def _count(self, pieces: Sequence[Piece], output: Output) -> None:
-        """To whom the tokens belong. Those without a piece belong to what is open: markup, or text still held back."""
+    def _hold(self, pieces: Sequence[Piece], output: Output) -> None:
+        """Keep log-probabilities until the text they belong to is out. Tokens without a piece belong to what is open:
+        they are markup, or text still held back.
+        """
         kinds = {KINDS[type(piece)] for piece in pieces} or {self.open.kind if self.open else "text"}
-        if "reasoning" in kinds:
-            self.reasoning_tokens += len(output.tokens)
-        if output.logprobs and "text" in kinds:
+        if "text" in kinds:
             self._held += output.logprobs
-        elif kinds.isdisjoint({"text"}):
+        else:
             self._held = []

@@ -140,7 +140,7 @@ class Answer:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": counts.cached,
             "output_tokens": counts.completion,
-            "output_tokens_details": {"thinking_tokens": self._segments.reasoning_tokens},
+            "output_tokens_details": {"thinking_tokens": counts.reasoning},
         }
 
 

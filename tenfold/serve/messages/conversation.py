@@ -6,11 +6,13 @@ Invariant: what a message gave out can be sent back as it is; keys that mean not
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tenfold.engine.request import SamplingParams
+from tenfold.engine.request import Grammar, SamplingParams
 from tenfold.serve.errors import invalid
 from tenfold.serve.protocol.messages import RENAMED, Blocks, ClientTool, ConversationFields, InputMessage
 from tenfold.serve.protocol.nested import check_type, read
 from tenfold.serve.service import Served
+from tenfold.serve.settings import ServeConfig
+from tenfold.serve.structured import check_tools, checked_tool, schema_grammar
 from tenfold.serve.turn import Ask, Choose, Tool
 
 Message = dict[str, Any]
@@ -25,7 +27,8 @@ def ask_of(body: ConversationFields, served: Served, params: SamplingParams) -> 
     if len(body.messages) > served.settings.max_messages:
         most = served.settings.max_messages
         raise invalid(f"messages has {len(body.messages)} entries; allowed: up to {most} (--max-messages).", "messages")
-    tools = _tools(body.tools or [], served.settings.max_tools)
+    tools = tuple(_tool(tool, served.settings, f"tools[{i}]") for i, tool in enumerate(body.tools or ()))
+    check_tools(tools, served.settings, "tools")
     conversation = read_messages(body.system, body.messages)
     template = body.template_settings()
     if conversation[-1]["role"] == "assistant":
@@ -36,10 +39,12 @@ def ask_of(body: ConversationFields, served: Served, params: SamplingParams) -> 
         params,
         tools=tools,
         choose=_choose(body, [tool.name for tool in tools]),
+        grammar=_format(body, served.settings),
         template=template,
         where="messages",
         fields=type(body).model_fields,
         renamed=RENAMED,
+        held_by="output_config.format",
     )
 
 
@@ -50,22 +55,21 @@ def _check_prefill(last: Message) -> None:
         raise invalid("messages ends with an assistant message without text; leave it out.", "messages")
 
 
-def _tools(given: Blocks, most: int) -> tuple[Tool, ...]:
-    if len(given) > most:
-        raise invalid(f"tools has {len(given)} entries; allowed: up to {most} (--max-tools).", "tools")
-    tools = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(given))
-    names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise invalid(f"tools[{i}].name is {name!r}, as an earlier one; give each a name of its own.", "tools")
-    return tools
-
-
-def _tool(given: dict[str, Any], path: str) -> Tool:
+def _tool(given: dict[str, Any], settings: ServeConfig, path: str) -> Tool:
     if given.get("type") is not None:
         check_type(given, path, ("custom",), "This server has no tools of its own; describe yours with input_schema.")
     tool = read(ClientTool, given, path)
-    return Tool(tool.name, tool.description or "", tool.input_schema, bool(tool.strict))
+    schema_grammar(tool.input_schema, settings, f"{path}.input_schema")
+    return checked_tool(tool.name, tool.description, tool.input_schema, tool.strict, settings, path)
+
+
+def _format(body: ConversationFields, settings: ServeConfig) -> Grammar | None:
+    """What `output_config.format` holds the answer to."""
+    if body.output_config is None or body.output_config.format is None:
+        return None
+    given = body.output_config.format
+    check_type(given, "output_config.format", ("json_schema",), "")
+    return schema_grammar(given.get("schema"), settings, "output_config.format.schema")
 
 
 def _choose(body: ConversationFields, names: Sequence[str]) -> Choose:

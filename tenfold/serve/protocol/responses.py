@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator
 
 from tenfold.engine.request import SamplingParams
+from tenfold.engine.template import SETTINGS
 from tenfold.serve.errors import invalid
 from tenfold.serve.protocol.body import MOST, Body, Terms, honoured, ignored, refused
-from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.nested import check_refused
 
 Items = list[dict[str, Any]]
@@ -50,13 +50,23 @@ class ReasoningOptions(Body):
         """Variables for the chat template."""
         effort: dict[str, Any] = {"reasoning_effort": self.effort} if self.effort else {}
         if self.effort == "none":
-            effort = {"enable_thinking": False}
+            effort["enable_thinking"] = False
         return effort | CONTEXT[self.context or "auto"]
 
 
 class TextOptions(Body):
     format: dict[str, Any] | None = honoured(None, "text, json_object or json_schema")
     verbosity: str | None = ignored("the models served have no such control; ask for it in a message.")
+
+
+class FormatOptions(Body):
+    type: Literal["json_schema"] = honoured(..., "json_schema")
+    name: str = honoured(..., "what the schema is called")
+    schema_: dict[str, Any] = Field(
+        alias="schema", description="a JSON schema of the answer", json_schema_extra={"x-tenfold": "honoured"}
+    )
+    strict: bool | None = ignored("an answer is always held to the schema.")
+    description: str | None = ignored("the model is not told of the schema; say in instructions what to write.")
 
 
 class FunctionTool(Body):
@@ -197,8 +207,11 @@ class ResponsesRequest(AskFields):
 
     def template_settings(self) -> dict[str, Any]:
         """Variables for the chat template. Raises ApiError for one that no template reads."""
-        chosen = ChatRequest.model_construct(chat_template_kwargs=self.chat_template_kwargs).template_settings()
-        return chosen | super().template_settings()
+        given = self.chat_template_kwargs or {}
+        if unknown := sorted(given.keys() - SETTINGS):
+            message = f"chat_template_kwargs has {unknown[0][:64]!r}; allowed: {', '.join(sorted(SETTINGS))}."
+            raise invalid(message, "chat_template_kwargs")
+        return given | super().template_settings()
 
     def terms(self) -> Terms:
         """On what terms it runs."""

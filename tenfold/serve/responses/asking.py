@@ -6,13 +6,15 @@ from typing import Any
 
 from starlette.requests import Request
 
-from tenfold.engine.request import SamplingParams
+from tenfold.engine.request import Grammar, SamplingParams
 from tenfold.serve.errors import ApiError, invalid
 from tenfold.serve.protocol.body import Terms
 from tenfold.serve.protocol.nested import check_type, read
-from tenfold.serve.protocol.responses import RENAMED, AskFields, FunctionTool, Items
+from tenfold.serve.protocol.responses import RENAMED, AskFields, FormatOptions, FunctionTool, Items
 from tenfold.serve.responses.items import messages, turn_starts, without_oldest
 from tenfold.serve.service import Served
+from tenfold.serve.settings import ServeConfig
+from tenfold.serve.structured import check_name, check_tools, checked_tool, response_format, schema_grammar
 from tenfold.serve.turn import Ask, Choose, Tool, Turn, open_turn
 
 NO_BUILT_IN = "This server has no tools of its own; functions are called by whoever sent the request."
@@ -21,37 +23,45 @@ MODES = ("auto", "none", "required")
 
 def ask_of(body: AskFields, served: Served, items: Items, params: SamplingParams) -> Ask:
     """Raises ApiError (400) for tools and formats that cannot be."""
-    tools = read_tools(body.tools or [], served.settings.max_tools)
+    tools = read_tools(body.tools or [], served.settings)
     choose, allowed = _choose(body, [tool.name for tool in tools])
     return Ask(
         messages(body.instructions, items),
         params,
         tools=tuple(tool for tool in tools if tool.name in allowed),
         choose=choose,
-        grammar=None,
+        grammar=_format(body, served.settings),
         template=body.template_settings(),
         where="input",
         fields=type(body).model_fields,
         renamed=RENAMED,
+        held_by="text.format",
     )
 
 
-def read_tools(given: Items, most: int) -> list[Tool]:
+def read_tools(given: Items, settings: ServeConfig) -> list[Tool]:
     """Functions, as the client described them. Raises ApiError (400)."""
-    if len(given) > most:
-        raise invalid(f"tools has {len(given)} entries; allowed: up to {most} (--max-tools).", "tools")
-    tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(given)]
-    names = [tool.name for tool in tools]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise invalid(f"tools[{i}].name is {name!r}, as an earlier one; give each a name of its own.", "tools")
+    tools = [_tool(tool, settings, f"tools[{i}]") for i, tool in enumerate(given)]
+    check_tools(tools, settings, "tools")
     return tools
 
 
-def _tool(given: dict[str, Any], path: str) -> Tool:
+def _tool(given: dict[str, Any], settings: ServeConfig, path: str) -> Tool:
     check_type(given, path, ("function",), NO_BUILT_IN)
     tool = read(FunctionTool, given, path)
-    return Tool(tool.name, tool.description or "", tool.parameters or {}, bool(tool.strict))
+    return checked_tool(tool.name, tool.description, tool.parameters, tool.strict, settings, path)
+
+
+def _format(body: AskFields, settings: ServeConfig) -> Grammar | None:
+    """What `text.format` holds the answer to."""
+    given = body.text and body.text.format
+    if not given:
+        return None
+    if check_type(given, "text.format", ("text", "json_object", "json_schema"), "") != "json_schema":
+        return response_format(given, settings, "text.format")
+    wanted = read(FormatOptions, given, "text.format")
+    check_name(wanted.name, "text.format.name")
+    return schema_grammar(wanted.schema_, settings, "text.format.schema")
 
 
 def _choose(body: AskFields, names: Sequence[str]) -> tuple[Choose, Sequence[str]]:
