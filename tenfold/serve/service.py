@@ -43,6 +43,7 @@ class Served:
     settings: ServeConfig
     created: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = ""
+    manner: Any = None  # how its model writes: see `turn.manner_of`, which finds out once
 
     def __post_init__(self) -> None:
         described = f"{tenfold.__version__} {self.name} {getattr(self.llm, 'config', '')}"
@@ -152,6 +153,7 @@ class Counts:
     prompt: int
     completion: int = 0
     cached: int = 0
+    reasoning: int = 0  # of the completion, told apart by a turn
 
     def add(self, output: Output) -> None:
         self.completion += len(output.tokens)

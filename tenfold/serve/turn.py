@@ -2,42 +2,32 @@
 answers as pieces: text, reasoning and tool calls.
 
 Invariant: chat completions, responses and messages differ only in how they are spelt; what they mean is decided here.
+A turn without tools and reasoning costs its tokens next to nothing: there is no parser in it.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
 from tenfold.engine.request import FinishReason, Grammar, Output, SamplingParams
-from tenfold.serve.errors import from_value_error, invalid
-from tenfold.serve.parse.pieces import Piece, Text
+from tenfold.serve.conversation import Choose, Tool, shaped
+from tenfold.serve.errors import ApiError, from_value_error, invalid
+from tenfold.serve.parse.dialect import Dialect, dialect_for
+from tenfold.serve.parse.parser import Parser
+from tenfold.serve.parse.pieces import Piece, Reasoning, Text
 from tenfold.serve.protocol.body import Terms
 from tenfold.serve.protocol.sampling import check_caps
 from tenfold.serve.reply import check_prompt
 from tenfold.serve.service import Counts, Job, Served, answers
+from tenfold.serve.structured import Held
 
+__all__ = ["Ask", "Choose", "Tool", "Turn", "manner_of", "open_turn"]
 
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function the model may call. parameters: a JSON schema. strict: arguments are held to it."""
-
-    name: str
-    description: str
-    parameters: dict[str, Any]
-    strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Choose:
-    """Whether tools are called. mode: "auto", "none", "required" or "named" (`name`). parallel: several."""
-
-    mode: str = "auto"
-    name: str = ""
-    parallel: bool = True
+TAIL = 16  # tokens at the end of a prompt that tell whether it opens the reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,36 +35,84 @@ class Ask:
     """A conversation to go on with.
 
     messages: as chat templates read them, content already text. params: not yet checked. template: keywords of
-    `AsyncLLM.chat_prompt`. grammar: what the answer is held to. For error messages: where, the request's field with the
-    conversation; fields, all its fields; renamed, engine names of parameters to the request's.
+    `AsyncLLM.chat_prompt`. grammar: what the answer is held to. reasoning: "split" from the text, "drop", or "keep" in
+    the text as the model wrote it. For error messages: where, the request's field with the conversation; fields, all
+    its fields; renamed, engine names of parameters to the request's; held_by, the field that `grammar` comes from.
     """
 
     messages: list[dict[str, Any]]
     params: SamplingParams
     tools: tuple[Tool, ...] = ()
-    choose: Choose = Choose()
+    choose: Choose = field(default_factory=Choose)
     grammar: Grammar | None = None
+    reasoning: str = "split"
     template: dict[str, Any] = field(default_factory=dict)
     where: str = "messages"
     fields: Collection[str] = ()
     renamed: dict[str, str] = field(default_factory=dict)
+    held_by: str = "response_format"
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model is told of."""
+        return () if self.choose.mode == "none" else self.tools
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a model writes. specials: its special tokens, text to id."""
+
+    dialect: Dialect
+    specials: Mapping[str, int]
+
+
+def manner_of(served: Served) -> Manner:
+    """Found out once for each model."""
+    if served.manner is None:
+        text = getattr(served.llm, "text", None)
+        tokenizer = getattr(text, "tokenizer", None)
+        added = tokenizer.get_added_tokens_decoder() if tokenizer is not None else {}
+        family = getattr(getattr(served.llm, "facts", None), "family", "")
+        dialect = dialect_for(str(family), getattr(text, "template", None) or "", {t.content for t in added.values()})
+        specials = {token.content: id for id, token in added.items() if token.special}
+        served.manner = Manner(dialect, specials)
+    manner: Manner = served.manner
+    return manner
 
 
 class Turn:
-    """A conversation ready to run: `job` as the engine wants it, and a parser for each answer."""
+    """A conversation ready to run: `job` as the engine wants it, and a parser for each answer that needs one."""
 
-    def __init__(self, served: Served, ask: Ask, job: Job) -> None:
+    def __init__(self, served: Served, ask: Ask, job: Job, parsers: list[Parser] | None = None) -> None:
         self.served = served
         self.ask = ask
         self.job = job
         self.counts = Counts(len(job.prompts[0]))
+        self._parsers = parsers
         self._called: set[int] = set()  # answers with a tool call in them
 
     async def pieces(self) -> AsyncGenerator[tuple[int, list[Piece], Output], None]:
         """(choice, what the output adds to it, the output) as the answers are made. Raises ApiError."""
+        parsers = self._parsers
         async with aclosing(answers(self.job, self.counts)) as outputs:
             async for i, output in outputs:
-                yield i, [Text(output.text)] if output.text else [], output
+                if parsers is None:
+                    yield i, [Text(output.text)] if output.text else [], output
+                else:
+                    yield i, self._parsed(i, parsers[i], output), output
+
+    def _parsed(self, choice: int, parser: Parser, output: Output) -> list[Piece]:
+        thinking, calls = parser.reasoning, parser.calls
+        pieces = parser.feed(output.text)
+        if output.finish is not None:
+            pieces = pieces + parser.end()
+        if thinking or parser.reasoning:
+            self.counts.reasoning += len(output.tokens)
+        if parser.calls != calls:
+            self._called.add(choice)
+        if self.ask.reasoning == "drop" and pieces:
+            return [piece for piece in pieces if not isinstance(piece, Reasoning)]
+        return pieces
 
     def finish(self, choice: int, output: Output) -> str | None:
         """OpenAI's finish_reason of a choice's last output: "stop", "length" or "tool_calls"; None before."""
@@ -92,14 +130,87 @@ async def open_turn(http: HttpRequest, served: Served, ask: Ask, prefix: str, te
         ask.params.check(served.llm.vocab_size)
     except ValueError as error:
         raise from_value_error(error, ask.fields, ask.renamed) from None
-    prompt = await asyncio.to_thread(_prompt, served, ask)  # long texts must not hold up the other streams
-    return Turn(served, ask, Job.of(http, served, prefix, [prompt], ask.params, terms))
+    # Long texts and large grammars must not hold up the other streams.
+    prompt, params, parsers = await asyncio.to_thread(_prepared, served, ask)
+    return Turn(served, ask, Job.of(http, served, prefix, [prompt], params, terms), parsers)
 
 
-def _prompt(served: Served, ask: Ask) -> list[int]:
+def _prepared(served: Served, ask: Ask) -> tuple[list[int], SamplingParams, list[Parser] | None]:
+    manner = manner_of(served)
+    dialect = manner.dialect if ask.reasoning != "keep" else replace(manner.dialect, think=None)
+    prompt = _prompt(served, ask, dialect)
+    thinking = _thinking(served, manner.dialect, prompt)
+    params = replace(ask.params, grammar=_grammar(served, ask, Held(manner.dialect, manner.specials, thinking)))
+    if not ask.offered and dialect.think is None:
+        return prompt, params, None
+    dropped: Collection[str] = ()
+    if params.skip_special_tokens and any(marker in manner.specials for marker in _read(dialect, ask)):
+        params = replace(params, skip_special_tokens=False)
+        dropped = manner.specials
+    return prompt, params, [_parser(ask, dialect, thinking == "open", tuple(dropped)) for _ in range(params.n)]
+
+
+def _read(dialect: Dialect, ask: Ask) -> tuple[str, ...]:
+    """The markers that the parser has to see."""
+    return dialect.markers if ask.offered else dialect.think or ()
+
+
+def _parser(ask: Ask, dialect: Dialect, thinking: bool, dropped: tuple[str, ...]) -> Parser:
+    tools = {tool.name: tool.parameters for tool in ask.offered}
+    one = not ask.choose.parallel
+    return Parser(dialect, tools, thinking=thinking and dialect.think is not None, one=one, dropped=dropped)
+
+
+def _prompt(served: Served, ask: Ask, dialect: Dialect) -> list[int]:
+    messages, more = shaped(ask.messages, ask.offered, dialect)
     try:
-        ids = served.llm.chat_prompt(ask.messages, **ask.template)
+        ids = served.llm.chat_prompt(messages, **ask.template, **more)
     except ValueError as error:
         raise invalid(str(error), ask.where) from None
     check_prompt(ids, served, ask.where)
     return ids
+
+
+def _thinking(served: Served, dialect: Dialect, prompt: list[int]) -> str:
+    """ "open" where the prompt ends in an open reasoning, "may" where the model may open one, else ""."""
+    if dialect.think is None:
+        return ""
+    tail = served.llm.decode(prompt[-TAIL:], False).rstrip()
+    if tail.endswith(dialect.think[0]):
+        return "open"
+    return "" if tail.endswith(dialect.think[1]) else "may"
+
+
+def _grammar(served: Served, ask: Ask, held: Held) -> Grammar | None:
+    """What the answer is held to, checked. Raises ApiError (400) with the reason for what cannot be held."""
+    parallel = ask.choose.parallel
+    if ask.offered and ask.choose.mode in ("required", "named"):
+        tools = [tool for tool in ask.tools if ask.choose.mode == "required" or tool.name == ask.choose.name]
+        parallel = parallel and ask.choose.mode == "required"
+        grammar = held.must_call(tools, parallel)
+        try:
+            return _checked(served, grammar, "tools")
+        except ApiError:
+            if any(tool.strict for tool in tools):
+                raise
+        return _checked(served, held.must_call(tools, parallel, loose=True), "tools")
+    if ask.grammar is not None:
+        _checked(served, ask.grammar, ask.held_by)  # by itself first, for its own message
+        if not ask.offered:
+            answer = held.answer(ask.grammar)
+            return answer if answer is ask.grammar else _checked(served, answer, ask.held_by)
+        return _checked(served, held.may_call(ask.offered, parallel, ask.grammar), "tools")
+    if any(tool.strict for tool in ask.offered):
+        return _checked(served, held.may_call(ask.offered, parallel), "tools")
+    return None
+
+
+def _checked(served: Served, grammar: Grammar | None, param: str) -> Grammar | None:
+    check = getattr(served.llm, "check_grammar", None)
+    if grammar is None or check is None:
+        return grammar
+    try:
+        check(grammar)
+    except ValueError as error:
+        raise invalid(str(error), param) from None
+    return grammar

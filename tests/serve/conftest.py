@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tenfold.engine.request import FinishReason, Logprob, Output, SamplingParams
+from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, SamplingParams
 from tenfold.serve.app import create_app
 from tenfold.serve.settings import ServeConfig
 
@@ -35,6 +35,8 @@ class FakeLLM:
         self.finish = FinishReason.STOP
         self.alive = True
         self.rendered: list[tuple[Any, dict[str, Any]]] = []
+        self.checked: list[Grammar] = []
+        self.refused_grammar = ""  # why the next grammars are refused
 
     def default_params(self, chat: bool = False) -> SamplingParams:
         return SamplingParams(top_k=50) if chat else SamplingParams(top_k=50, max_tokens=16)
@@ -42,11 +44,16 @@ class FakeLLM:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        self.checked.append(grammar)
+        if self.refused_grammar and self.refused_grammar in grammar.source:
+            raise ValueError(f"The grammar has {self.refused_grammar}.")
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> list[int]:
         self.rendered.append((messages, kwargs))
@@ -75,7 +82,7 @@ class FakeLLM:
     def _outputs(self, prompt: tuple[int, ...], params: SamplingParams, request_id: str) -> list[Output]:
         outputs = []
         for index in range(params.n):
-            tokens = list((ANSWER + (str(index) if params.n > 1 else "")).encode())[: params.max_tokens]
+            tokens = list((self.answer + (str(index) if params.n > 1 else "")).encode())[: params.max_tokens]
             held = b""
             for i, token in enumerate(tokens):
                 held += bytes([token])
@@ -122,7 +129,9 @@ class Client:
     def request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=self.headers) as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost", headers=self.headers
+            ) as client:
                 return await client.request(method, path, **kwargs)
 
         return asyncio.run(send())

@@ -18,6 +18,7 @@ def test_answer(client, llm):
         "completion_tokens": length,
         "total_tokens": prompt + length,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert response.headers["x-request-id"] == body["id"].replace("chatcmpl-", "req-")
     assert llm.finished == [body["id"]]
@@ -89,8 +90,8 @@ def test_messages_become_plain_text_for_the_template(client, llm):
     messages = [
         {"role": "developer", "content": "Be kind."},
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "ann"},
-        {"role": "assistant", "content": None, "audio": None, "annotations": [], "tool_calls": [{"id": "1"}]},
-        {"role": "tool", "content": "42", "tool_call_id": "1"},
+        {"role": "assistant", "content": None, "refusal": "No.", "audio": None, "annotations": []},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "Never."}], "reasoning_content": "Hm."},
     ]
     response = client.chat(
         messages=messages,
@@ -103,8 +104,8 @@ def test_messages_become_plain_text_for_the_template(client, llm):
     assert rendered == [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "a\nb", "name": "ann"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
-        {"role": "tool", "content": "42", "tool_call_id": "1"},
+        {"role": "assistant", "content": "No."},
+        {"role": "assistant", "content": "Never.", "reasoning_content": "Hm."},
     ]
     assert kwargs == {"enable_thinking": False, "reasoning_effort": "low", "add_generation_prompt": False}
 
