@@ -204,6 +204,7 @@ class Server(uvicorn.Server):
             self.forced = sig
             self.should_exit = self.force_exit = True
             self.config.timeout_graceful_shutdown = 0
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a trace of each task that is cancelled
             timer = threading.Timer(2 * AT_ONCE, os._exit, (128 + sig,))  # whatever may still hold it up
             timer.daemon = True
             timer.start()
