@@ -42,14 +42,8 @@ BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/detokenize", {"tokens": [1, 2, 3]}),
 )
 LENGTHS = frozenset({"max_tokens", "max_output_tokens"})  # stay as they are, or every answer would be a long one
-NAMES = sorted({name for _, body in BODIES for name in body} - LENGTHS) + [
-    "top_p",
-    "top_k",
-    "user",
-    "priority",
-    "é",
-    "",
-]
+OTHERS = ("top_p", "top_k", "user", "priority", "é", "")
+NAMES = (*sorted({name for _, body in BODIES for name in body} - LENGTHS), *OTHERS)
 # As they stand in JSON, or where JSON should.
 VALUES = (
     *("null", "true", "[]", "{}", '""', "0", "-1", "-0", "1e999", "-1e999", "1e-999", "NaN", "Infinity", "-Infinity"),
