@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tenfold.engine.grammar import KINDS
 from tenfold.engine.request import Grammar
+from tenfold.engine.schema import JSON_OPTIONS, json_schema
 from tenfold.serve.conversation import Tool, written
 from tenfold.serve.errors import ApiError, invalid
 from tenfold.serve.parse.dialect import Dialect, Form
@@ -18,12 +20,16 @@ from tenfold.serve.parse.values import parameter_types
 from tenfold.serve.settings import ServeConfig
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-KINDS = ("json", "json_object", "regex", "choice", "grammar")  # as vLLM calls them
+FORMATS = ("json", "json_object", "regex", "choice", "grammar")  # as vLLM calls them
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 FIELDS = ("response_format", "structured_outputs", *GUIDED)
 ANY_OBJECT = {"type": "object"}
 # JSON in calls is spaced as models were trained to write it.
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SPACING = {key: value for key, value in JSON_OPTIONS.items() if key != "whitespace_pattern"} | {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 def asked_format(fields: Mapping[str, Any], settings: ServeConfig) -> tuple[Grammar | None, str]:
@@ -112,11 +118,11 @@ def check_tools(tools: Sequence[Tool], settings: ServeConfig, where: str) -> Non
 
 def _structured_outputs(value: Any, settings: ServeConfig, where: str) -> Grammar:
     if not isinstance(value, dict):
-        raise invalid(f"{where} must be an object with one of {', '.join(KINDS)}.", where)
+        raise invalid(f"{where} must be an object with one of {', '.join(FORMATS)}.", where)
     given = {kind: v for kind, v in value.items() if v is not None and v is not False}
-    if len(given) != 1 or next(iter(given)) not in KINDS:
+    if len(given) != 1 or next(iter(given)) not in FORMATS:
         names = ", ".join(str(kind)[:32] for kind in given) or "nothing"
-        raise invalid(f"{where} has {names}; allowed: exactly one of {', '.join(KINDS)}.", where)
+        raise invalid(f"{where} has {names}; allowed: exactly one of {', '.join(FORMATS)}.", where)
     ((kind, v),) = given.items()
     return _of_kind(kind, v, settings, f"{where}.{kind}")
 
@@ -256,7 +262,7 @@ class _Rules:
         xml = Form.XML in held.dialect.forms
         for i, tool in enumerate(tools):
             schema: Mapping[str, Any] = ANY_OBJECT if loose else tool.parameters
-            self.lines.append(f"arguments_{i}: {self._parameters(i, schema) if xml else _json(schema, spaced=True)}")
+            self.lines.append(f"arguments_{i}: {self._parameters(i, schema) if xml else _arguments(schema)}")
         self.openings = [written(self.writing, tool.name) for tool in tools]
 
     def section(self, parallel: bool) -> str:
@@ -315,29 +321,22 @@ class _Rules:
             self.lines.append(rf"{rule}_text[lazy]: /(.|\n)*\n<\/parameter>\n/")
             return f"{rule}_text"
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        return f"{_json({**definitions, **part}, spaced=True)} {_quoted(ending)}"
+        return f"{_arguments({**definitions, **part})} {_quoted(ending)}"
 
 
 def _embedded(grammar: Grammar) -> str:
-    """A grammar as part of another."""
-    if grammar.kind == "json_object":
-        return _json(ANY_OBJECT)
-    if grammar.kind == "json_schema":
-        return _json(json.loads(grammar.source))
-    if grammar.kind == "choice":
-        return " | ".join(map(_quoted, json.loads(grammar.source)))
-    if grammar.kind == "regex":
-        return (
-            "/"
-            + re.sub(r"(\\.)|/", lambda m: m[1] or r"\/", grammar.source, flags=re.DOTALL).replace("\n", r"\n")
-            + "/"
-        )
-    return "%lark {\n" + re.sub(r"^\s*%llguidance\s*\{[^}]*\}", "", grammar.source) + "\n}"
+    """A grammar as part of another. Raises ValueError for one that cannot be used."""
+    made = KINDS[grammar.kind](grammar.source)
+    whole = json.loads(made)["grammars"][0] if made.startswith('{"grammars"') else {"lark_grammar": made}
+    if whole.get("json_schema") is not None:
+        return "%json " + json.dumps(whole["json_schema"], ensure_ascii=False)
+    return "%lark {\n" + re.sub(r"^\s*%llguidance\s*\{[^}]*\}", "", whole["lark_grammar"]) + "\n}"
 
 
-def _json(schema: Mapping[str, Any], spaced: bool = False) -> str:
-    options = {"x-guidance": SPACING} if spaced else {}
-    return "%json " + json.dumps({**schema, **options}, ensure_ascii=False)
+def _arguments(schema: Mapping[str, Any]) -> str:
+    """JSON by a schema, as part of a grammar. Raises ValueError for a schema that cannot be used."""
+    checked = json.loads(json_schema(json.dumps(schema)))
+    return "%json " + json.dumps({**checked, "x-guidance": SPACING}, ensure_ascii=False)
 
 
 def _quoted(text: str) -> str:

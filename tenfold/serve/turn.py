@@ -6,7 +6,7 @@ A turn without tools and reasoning costs its tokens next to nothing: there is no
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -185,32 +185,37 @@ def _grammar(served: Served, ask: Ask, held: Held) -> Grammar | None:
     """What the answer is held to, checked. Raises ApiError (400) with the reason for what cannot be held."""
     parallel = ask.choose.parallel
     if ask.offered and ask.choose.mode in ("required", "named"):
-        tools = [tool for tool in ask.tools if ask.choose.mode == "required" or tool.name == ask.choose.name]
-        parallel = parallel and ask.choose.mode == "required"
-        grammar = held.must_call(tools, parallel)
-        try:
-            return _checked(served, grammar, "tools")
-        except ApiError:
-            if any(tool.strict for tool in tools):
-                raise
-        return _checked(served, held.must_call(tools, parallel, loose=True), "tools")
+        return _forced(served, ask, held)
     if ask.grammar is not None:
-        _checked(served, ask.grammar, ask.held_by)  # by itself first, for its own message
-        if not ask.offered:
-            answer = held.answer(ask.grammar)
-            return answer if answer is ask.grammar else _checked(served, answer, ask.held_by)
-        return _checked(served, held.may_call(ask.offered, parallel, ask.grammar), "tools")
+        given = ask.grammar
+        _checked(served, lambda: given, ask.held_by)  # by itself first, for its own message
+        if ask.offered:
+            return _checked(served, lambda: held.may_call(ask.offered, parallel, given), "tools")
+        return _checked(served, lambda: held.answer(given), ask.held_by) if held.thinking else given
     if any(tool.strict for tool in ask.offered):
-        return _checked(served, held.may_call(ask.offered, parallel), "tools")
+        return _checked(served, lambda: held.may_call(ask.offered, parallel), "tools")
     return None
 
 
-def _checked(served: Served, grammar: Grammar | None, param: str) -> Grammar | None:
-    check = getattr(served.llm, "check_grammar", None)
-    if grammar is None or check is None:
-        return grammar
+def _forced(served: Served, ask: Ask, held: Held) -> Grammar | None:
+    """Calls and nothing else. A schema that cannot be held to is an error where it was promised, by strict."""
+    named = ask.choose.mode == "named"
+    tools = [tool for tool in ask.tools if not named or tool.name == ask.choose.name]
+    parallel = ask.choose.parallel and not named
     try:
-        check(grammar)
+        return _checked(served, lambda: held.must_call(tools, parallel), "tools")
+    except ApiError:
+        if held.dialect.writing is None or any(tool.strict for tool in tools):
+            raise
+    return _checked(served, lambda: held.must_call(tools, parallel, loose=True), "tools")
+
+
+def _checked(served: Served, make: Callable[[], Grammar | None], param: str) -> Grammar | None:
+    check = getattr(served.llm, "check_grammar", None)
+    try:
+        grammar = make()
+        if grammar is not None and check is not None:
+            check(grammar)
     except ValueError as error:
         raise invalid(str(error), param) from None
     return grammar
