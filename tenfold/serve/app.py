@@ -80,6 +80,7 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
     app.state.deciders = {}
     app.state.temperatures = read_temperatures(settings.decision_temperatures)
     app.state.responses = Store.of(settings)
+    app.state.routes = [*app.routes, *(route for module in ROUTES for route in module.router.routes)]
     for module in ROUTES:
         app.include_router(module.router)
     app.add_exception_handler(ApiError, on_api_error)

@@ -11,7 +11,9 @@ class Words:
     eos_ids = (2,)
     vocab_size = 256
     template = "{{ messages }}"
-    tokenizer = SimpleNamespace(model=SimpleNamespace(), id_to_token=lambda token: f"<{token}>")
+    tokenizer = SimpleNamespace(
+        model=SimpleNamespace(), id_to_token=lambda token: f"<{token}>", get_added_tokens_decoder=dict
+    )
 
     def __init__(self):
         self.special = {"bos_token": "<s>"}

@@ -15,9 +15,11 @@ from tenfold.serve.errors import from_validation, invalid
 MOST = 2**31 - 1  # no count is larger
 
 
-def honoured(default: Any, help: str, **rules: Any) -> Any:
-    """A field that does what the API says."""
-    return Field(default, description=help, json_schema_extra={"x-tenfold": "honoured"}, **rules)
+def honoured(default: Any, help: str, shows: dict[str, Any] | None = None, **rules: Any) -> Any:
+    """A field that does what the API says. rules: what pydantic checks; shows: what is checked elsewhere, for the
+    description of the API.
+    """
+    return Field(default, description=help, json_schema_extra={"x-tenfold": "honoured"} | (shows or {}), **rules)
 
 
 def ignored(why: str) -> Any:

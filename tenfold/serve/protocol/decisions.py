@@ -447,7 +447,7 @@ class ClassifyRequest(Careful):
     model: str = honoured(..., "a name from /v1/models, or 'default'")
     input: str | list[str] = honoured(..., "a text, or up to --max-prompts (64)")
     labels: Annotated[list[str], Field(min_length=2, max_length=MAX_OPTIONS)] | None = honoured(
-        None, "extension: the classes; needed unless the model has its own"
+        None, "extension: the classes; needed unless the model has its own", shows={"uniqueItems": True}
     )
     instructions: str | None = honoured(None, "extension: what to decide, in words")
     user: str | None = honoured(None, "whose share of the machine this counts against", max_length=512)

@@ -21,6 +21,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+TOKEN = "^[0-9]{1,9}$"  # how a token is spelt where JSON wants a string
 # Fields that the engine calls by the same name.
 SAME = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "seed", "logit_bias"),
@@ -56,34 +57,54 @@ class Sampling(Body):
     """The fields that chat and text completions share."""
 
     model: str = honoured(..., "a name from /v1/models, or 'default'")
-    max_tokens: int | None = honoured(None, "longest answer in tokens", le=MOST)
-    temperature: float | None = honoured(None, "0 (greedy) to 100; the model's own where absent, else 1")
-    top_p: float | None = honoured(
-        None, "keep the most likely tokens that together have this probability; above 0, up to 1"
+    max_tokens: int | None = honoured(None, "longest answer in tokens", le=MOST, shows={"minimum": 1})
+    temperature: float | None = honoured(
+        None, "0 (greedy) to 100; the model's own where absent, else 1", shows={"minimum": 0, "maximum": 100}
     )
-    n: int | None = honoured(None, "answers to one prompt, from 1 to --max-n (16)")
+    top_p: float | None = honoured(
+        None,
+        "keep the most likely tokens that together have this probability; above 0, up to 1",
+        shows={"exclusiveMinimum": 0, "maximum": 1},
+    )
+    n: int | None = honoured(None, "answers to one prompt, from 1 to --max-n (16)", shows={"minimum": 1})
     stop: str | list[str] | None = honoured(
         None, "a string, or up to --max-stop (16), that end the answer and are not part of it"
     )
-    seed: int | None = honoured(None, "makes sampling reproducible, whatever else the server computes at the same time")
+    seed: int | None = honoured(
+        None,
+        "makes sampling reproducible, whatever else the server computes at the same time",
+        shows={"minimum": -(2**63), "maximum": 2**63 - 1},
+    )
     stream: bool | None = honoured(None, "send the answer as server-sent events while it is made")
     stream_options: StreamOptions | None = honoured(
         None, "include_usage: a last event with the token counts; continuous_usage_stats: counts in every event"
     )
-    presence_penalty: float | None = honoured(None, "-2 to 2, taken off the logits of tokens already in the answer")
-    frequency_penalty: float | None = honoured(None, "-2 to 2, taken off as often as the token is in the answer")
+    presence_penalty: float | None = honoured(
+        None, "-2 to 2, taken off the logits of tokens already in the answer", shows={"minimum": -2, "maximum": 2}
+    )
+    frequency_penalty: float | None = honoured(
+        None, "-2 to 2, taken off as often as the token is in the answer", shows={"minimum": -2, "maximum": 2}
+    )
     logit_bias: dict[int, float] | None = honoured(
-        None, "token id to a number from -100 to 100 added to its logit; at most 1024"
+        None,
+        "token id to a number from -100 to 100 added to its logit; at most 1024",
+        shows={"maxProperties": 1024, "propertyNames": {"pattern": TOKEN}},
     )
     user: str | None = honoured(None, "whose share of the machine this counts against", max_length=512)
-    top_k: int | None = honoured(None, "extension: keep this many most likely tokens; 0 keeps all", le=MOST)
+    top_k: int | None = honoured(
+        None, "extension: keep this many most likely tokens; 0 keeps all", le=MOST, shows={"minimum": 0}
+    )
     min_p: float | None = honoured(
-        None, "extension: drop tokens less likely than this part of the likeliest one's probability"
+        None,
+        "extension: drop tokens less likely than this part of the likeliest one's probability",
+        shows={"minimum": 0, "maximum": 1},
     )
     repetition_penalty: float | None = honoured(
-        None, "extension: above 0, up to 10; 1 is off; divides the logits of tokens seen"
+        None,
+        "extension: above 0, up to 10; 1 is off; divides the logits of tokens seen",
+        shows={"exclusiveMinimum": 0, "maximum": 10},
     )
-    min_tokens: int | None = honoured(None, "extension: no end before this many tokens", le=MOST)
+    min_tokens: int | None = honoured(None, "extension: no end before this many tokens", le=MOST, shows={"minimum": 0})
     ignore_eos: bool | None = honoured(None, "extension: an end token does not end the answer")
     stop_token_ids: list[int] | None = honoured(None, "extension: tokens that end the answer")
     include_stop_str_in_output: bool | None = honoured(None, "extension: keep the stop string in the text")

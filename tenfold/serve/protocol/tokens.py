@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tenfold.serve.errors import invalid
-from tenfold.serve.protocol.body import Body, honoured, refused
+from tenfold.serve.protocol.body import MOST, Body, honoured, refused
 from tenfold.serve.protocol.chat import Message
 
 MODEL = "a name from /v1/models; 'default' where absent"
@@ -56,7 +56,7 @@ class DetokenizeRequest(Body):
     """POST /detokenize"""
 
     model: str | None = honoured(None, MODEL)
-    tokens: list[int] = honoured(..., "token ids")
+    tokens: list[int] = honoured(..., "token ids", shows={"items": {"type": "integer", "minimum": 0, "maximum": MOST}})
 
 
 class DetokenizeResponse(BaseModel):
