@@ -31,10 +31,11 @@ class Nesting:
         if not len(told):
             return self._depth
         within = np.logical_xor.accumulate(told == QUOTE) ^ self._within
-        depths = self._depth + np.cumsum(np.where(within, 0, STEPS[told]), dtype=np.int64)
+        before = self._depth
+        depths = before + np.cumsum(np.where(within, 0, STEPS[told]), dtype=np.int64)
         self._within = bool(within[-1])
         self._depth = int(depths[-1])
-        return int(depths.max())
+        return max(before, int(depths.max()))
 
 
 def brackets(text: bytes) -> int:

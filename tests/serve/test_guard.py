@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from tenfold.serve.app import create_app
+from tenfold.serve.routes.health import WhileLoading
 from tenfold.serve.settings import ServeConfig
 
 KEY = "sk-tenfold-0123456789"
@@ -530,3 +531,10 @@ def test_logs_hold_no_key_and_no_text(make_client, llm, caplog):
     lines = [caplog.handler.format(r) for r in caplog.records if r.name != "httpx"]  # which is the test's client
     for word in ("zebra", "quagga", "walrus", "okapi"):
         assert not [line for line in lines if word in line]
+
+
+def test_the_server_answers_while_its_models_load():
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        exchange = Exchange(WhileLoading(["tiny"]), [b"{}"], path=path)
+        exchange.scope["state"] = {}
+        assert exchange.run()[0] == 503
