@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.engine.request import SamplingParams
-from tenfold.weights.hf import optional_object
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +27,8 @@ def recommended(path: Path) -> SamplingParams:
     """The parameters a checkpoint recommends, others at their defaults. A value out of range is left out with a
     warning.
     """
+    from tenfold.weights.hf import optional_object  # PyTorch comes with it, and `completion` is asked for without
+
     config: Mapping[str, Any] = optional_object(path / "generation_config.json") if path.is_dir() else {}
     params = SamplingParams()
     for name, (field, kind) in FIELDS.items():

@@ -7,37 +7,43 @@ Where no parameters are given, the model's generation_config.json counts, as in 
 is.
 """
 
+from __future__ import annotations
+
 import asyncio
+import atexit
 import itertools
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from tenfold.base.config import EngineConfig
 from tenfold.base.log import Timeline
+from tenfold.base.table import entry
 from tenfold.engine import defaults, template
 from tenfold.engine.completion import Collector, Completion
-from tenfold.engine.core import Engine
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.loop import Batch, EngineDead, EngineLoop, EngineRestarted, Loop
 from tenfold.engine.remote import RemoteLoop
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.stream import Bar, Job, RequestFailed, Run, Stream
-from tenfold.engine.text import Text
-from tenfold.models.table import model_config
-from tenfold.weights.find import resolve as find_model
-from tenfold.weights.open import open_checkpoint
+
+if TYPE_CHECKING:  # PyTorch comes with these
+    from tenfold.engine.core import Engine
+    from tenfold.engine.text import Text
 
 __all__ = ["LLM", "AsyncLLM", "Completion", "EngineDead", "EngineRestarted", "QueueFull", "RequestFailed", "Stream"]
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Front = TypeVar("Front", bound="_Front")
+
+# Imported when a model is loaded, which takes PyTorch a second or two: an engine process imports it meanwhile, too.
+HEAVY = {"engine": "tenfold.engine.core:Engine", "text": "tenfold.engine.opened:open_text"}
 
 PATIENCE = 10.0  # seconds that the end of the program waits for a step under way
 LONG_TEXT = 4096  # characters from which a text is encoded off the event loop; shorter takes well under a millisecond
@@ -72,9 +78,7 @@ class _Front:
                 raise ValueError("engine is in this process already; isolate=True needs a model or a config.")
             self._loop, self.text, self.timeline = _isolated(asked, watchdog, timeline)
         else:
-            loop = EngineLoop(
-                lambda: engine or Engine.load(asked, timeline=timeline, progress=loading), watchdog=watchdog
-            )
+            loop = EngineLoop(lambda: engine or _load(asked, timeline, loading), watchdog=watchdog)
             loaded: Any = loop.engine
             self._loop, self.text, self.timeline = loop, loaded.text, loaded.timeline
         self._finalizer = weakref.finalize(self, self._loop.close, PATIENCE)
@@ -135,10 +139,12 @@ class _Front:
         """
         self._loop.restart()
 
-    def close(self) -> None:
-        """Stops the engine after the step under way; open requests end with reason "abort". Idempotent."""
+    def close(self, patience: float | None = None) -> None:
+        """Stops the engine after the step under way, or after `patience` seconds; open requests end with reason
+        "abort". Idempotent.
+        """
         self._finalizer.detach()
-        self._loop.close()
+        self._loop.close(patience)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""
@@ -181,18 +187,23 @@ class _Front:
         return [self._request(text, None, pool=pool) for text in _prompts(texts)]
 
 
+def _load(config: EngineConfig, timeline: Timeline | None, loading: Callable[[int, int], None] | None) -> Engine:
+    engine: Engine = entry(HEAVY, "engine", "part").load(config, timeline=timeline, progress=loading)
+    return engine
+
+
 def _isolated(config: EngineConfig, watchdog: float, timeline: Timeline | None) -> tuple[Loop, Text, Timeline]:
     """An engine process, and what this process needs of its model: headers and tokenizer, read while it loads."""
-    path = find_model(config.model)  # before, for this may fetch the model, and two need not do that
     loop = RemoteLoop(config, watchdog=watchdog)
+    atexit.register(loop.close, 0)  # this may be a thread that the end of the program does not wait for
     try:
-        checkpoint = open_checkpoint(path)
-        model_config(checkpoint.config)  # so that a model that is not supported is refused as such
-        text = Text(checkpoint)
+        text: Text = entry(HEAVY, "text", "part")(config.model, loop.wait)
         loop.wait()
     except BaseException:
         loop.close(0)
         raise
+    finally:
+        atexit.unregister(loop.close)
     assert loop.facts is not None
     timeline = timeline or Timeline()
     timeline.phases += loop.facts.timeline
@@ -265,7 +276,7 @@ class LLM(_Front):
     ...     print(llm.generate("The capital of France is")[0].text)
     """
 
-    def __enter__(self) -> "LLM":
+    def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -409,11 +420,11 @@ class AsyncLLM(_Front):
             template.start()
 
     @classmethod
-    async def load(cls, model: str = "default", **settings: Any) -> "AsyncLLM":
+    async def load(cls, model: str = "default", **settings: Any) -> AsyncLLM:
         """The constructor, off the event loop."""
         return await asyncio.to_thread(cls, model, **settings)
 
-    async def __aenter__(self) -> "AsyncLLM":
+    async def __aenter__(self) -> AsyncLLM:
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -137,6 +137,7 @@ class EngineLoop:
 
     watchdog: seconds without progress after which stacks and the scheduler's state go to the log (0: never).
     on_failure: called on the loop's thread when the engine fails, in place of ending the requests; must not return.
+    on_step: called there after each step.
     """
 
     restarts = 0
@@ -147,8 +148,10 @@ class EngineLoop:
         name: str = "tenfold-engine",
         watchdog: float = 0.0,
         on_failure: Callable[[BaseException], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
         self._load = load
+        self._on_step = on_step
         self._on_failure = on_failure
         self._open: dict[str, Open] = {}
         self._commands: deque[Callable[[Engine], None]] = deque()
@@ -290,6 +293,8 @@ class EngineLoop:
                 before, self._stats = self._stats, engine.stats()
                 # The numbers first, so that who has an output sees numbers that include it.
                 self._deliver(engine, outputs)
+                if self._on_step is not None:
+                    self._on_step()
                 if outputs or getattr(self._stats, "steps", 0) != getattr(before, "steps", 0):
                     self.turns += 1
                     self._since = time.monotonic()

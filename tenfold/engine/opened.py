@@ -3,13 +3,17 @@
 Invariant: opening reads headers only, so `tenfold plan` answers for a model of any size at once.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.memory import DTYPES, fill, free_memory, plan_memory, resolve, weight_bytes
+from tenfold.engine.text import Text
 from tenfold.models.table import model_config
 from tenfold.ops.table import make_kernels
 from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.find import UnknownModel
 from tenfold.weights.find import resolve as find_model
 from tenfold.weights.open import open_checkpoint
 
@@ -35,6 +39,20 @@ class Opened:
         resolved = resolve(config, self.device, self.kernels.name, quantised)
         self.memory = plan_memory(self.shape, size, resolved, free_memory(self.device))
         self.config = fill(resolved, self.memory)
+
+
+def open_text(model: str, fetched: Callable[[], None]) -> Text:
+    """The tokenizer and chat template of a model that another process loads. fetched: returns when that process has
+    the model, or raises why it has not; called where the model is not on this machine yet.
+    """
+    try:
+        path = find_model(model, allow_download=False)
+    except UnknownModel:
+        fetched()
+        path = find_model(model)
+    checkpoint = open_checkpoint(path)
+    model_config(checkpoint.config)  # an unsupported model is refused as such, not for what its tokenizer lacks
+    return Text(checkpoint)
 
 
 def pick_device(name: str) -> torch.device:

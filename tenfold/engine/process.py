@@ -74,21 +74,33 @@ class Relay(logging.Handler):
 
 
 class Answers:
-    """The receiver of all requests: a step's outputs leave as one message."""
+    """The receiver of all requests. A step's outputs leave as one message; a step without any still tells its numbers,
+    so that the parent's are never older than a step.
+    """
 
     def __init__(self, events: Events) -> None:
         self._events = events
+        self._told = False
         self.loop: EngineLoop | None = None
 
     def send(self, batch: Batch) -> bool:
         outputs = [item for _, item in batch if isinstance(item, Output)]
         if outputs:
-            assert self.loop is not None
-            self._events.send(wire.Outputs(outputs, self.loop.stats()))
+            self._tell(outputs)
         for id, item in batch:
             if isinstance(item, Exception):
                 self._events.send(refusal(id, item))
         return True
+
+    def after_step(self) -> None:
+        if not self._told:
+            self._tell([])
+        self._told = False
+
+    def _tell(self, outputs: list[Output]) -> None:
+        assert self.loop is not None
+        self._events.send(wire.Outputs(outputs, self.loop.stats()))
+        self._told = True
 
 
 def refusal(id: str, error: Exception) -> wire.Refused:
@@ -118,7 +130,8 @@ class EngineProcess:
         commands.rcvhwm = 0
         commands.bind(self._start.commands)
         try:
-            loop = self._answers.loop = EngineLoop(self._load, on_failure=self._fail)
+            answers = self._answers
+            loop = answers.loop = EngineLoop(self._load, on_failure=self._fail, on_step=answers.after_step)
         except BaseException as error:
             self._fail(error)
         assert loop.facts is not None, "the engine has no facts()"

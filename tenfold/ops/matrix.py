@@ -1,9 +1,12 @@
 """Weights as kernels see them: `RawTensor`, what a file stores, and `Matrix`, what a linear operation runs on."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what speaks of checkpoints only need not wait for PyTorch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

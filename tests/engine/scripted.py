@@ -19,7 +19,7 @@ from tenfold.engine.request import FinishReason, Output, QueueFull, Request
 
 logger = logging.getLogger("tenfold.scripted")
 
-ANSWER, KILL, RAISE, HANG, HANG_WITH_LOCK, KILL_AT_ADD, FULL, WRONG, LOG = range(9)
+ANSWER, KILL, RAISE, HANG, HANG_WITH_LOCK, KILL_AT_ADD, FULL, WRONG, LOG, QUIET = range(10)
 LATE = 0.02  # seconds of one step
 
 
@@ -93,7 +93,8 @@ class Scripted:
                 misbehave(request.prompt[0])
             last = done + 1 == (request.params.max_tokens or 10**9)
             finish = FinishReason.LENGTH if last else None
-            outputs += [Output(id, i, (done,), str(done), finish=finish) for i in range(request.params.n)]
+            if request.prompt[0] != QUIET:
+                outputs += [Output(id, i, (done,), str(done), finish=finish) for i in range(request.params.n)]
             self.running[id] = request, done + 1
             if last:
                 del self.running[id]

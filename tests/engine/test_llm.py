@@ -678,6 +678,12 @@ def test_importing_tenfold_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_server_can_start_its_engine_process_before_it_has_pytorch():
+    code = "import sys, tenfold.engine.llm, tenfold.engine.process; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_the_package_offers_what_it_names():
     assert {getattr(tenfold, name).__name__ for name in tenfold.__all__} == set(tenfold.__all__)
     assert set(tenfold.__all__) <= set(dir(tenfold))

@@ -24,7 +24,7 @@ from tenfold.engine.loop import Batch, EngineDead, EngineRestarted
 from tenfold.engine.remote import Backoff, Patience, RemoteLoop
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request
 from tenfold.engine.wire import Beat
-from tests.engine.scripted import ANSWER, FULL, HANG, HANG_WITH_LOCK, KILL, KILL_AT_ADD, LOG, RAISE, WRONG
+from tests.engine.scripted import ANSWER, FULL, HANG, HANG_WITH_LOCK, KILL, KILL_AT_ADD, LOG, QUIET, RAISE, WRONG
 
 ROOT = str(Path(__file__).parents[2])
 FACTORY = "tests.engine.scripted:Scripted"
@@ -142,6 +142,16 @@ def test_an_output_comes_with_numbers_that_include_it(make):
     bed.loop.abort("a")
     bed.inbox.last("a")
     assert bed.loop.stats().running == 0
+
+
+def test_numbers_are_new_without_outputs_and_heartbeats(make, monkeypatch):
+    monkeypatch.setattr(remote, "BEAT", 60)
+    bed = make()
+    bed.submit("a", QUIET, tokens=None)
+    wait_until(lambda: bed.loop.stats().steps > 3)
+    assert not bed.inbox.items
+    bed.loop.abort("a")
+    assert bed.inbox.last("a").finish is FinishReason.ABORT
 
 
 def test_refusals_keep_their_type(make):
