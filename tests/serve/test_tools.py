@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
@@ -381,3 +383,26 @@ def test_what_is_wrong_with_tools_is_told(client, llm, fields, param, words):
     assert (response.status_code, error["param"]) == (400, param), error
     assert words in error["message"]
     assert llm.calls == []
+
+
+KEYS = ["type", "function", "name", "parameters", "properties", "required", "enum", "$ref", "anyOf", "strict", "a"]
+LEAVES = st.sampled_from([None, True, 0, -1.5, "", "function", "object", "string", "f", "#/$defs/a", '<[5]>\n"%s'])
+JSON = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+)
+SCHEMA = st.fixed_dictionaries({"type": st.just("object"), "properties": st.dictionaries(st.sampled_from(KEYS), JSON)})
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(["tools", "tool_choice", "functions", "function_call", "response_format", "structured_outputs"]),
+    JSON,
+    SCHEMA,
+    st.sampled_from([HERMES, HERMES + "<function=<parameter=", "{{ tools }}[TOOL_CALLS]", "{{ tools }}ipython"]),
+)
+def test_nothing_sent_makes_the_server_fail(client, llm, name, value, schema, template):
+    writes(llm, template, "Hi.")
+    client.app.state.service.models["tiny"].manner = None
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    fields = {"tools": tools, "tool_choice": "required"} | {name: value}
+    assert client.chat(**fields).status_code in (200, 400)
