@@ -14,6 +14,8 @@ from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
 from tenfold.serve.protocol.decisions import ClassifyRequest, DecisionRequest
 from tenfold.serve.protocol.embeddings import EmbeddingRequest
+from tenfold.serve.protocol.messages import MessagesRequest
+from tenfold.serve.protocol.responses import ResponsesRequest
 from tenfold.serve.protocol.tokens import TokenizeRequest
 from tenfold.serve.settings import ServeConfig
 
@@ -46,6 +48,8 @@ TABLES: dict[str, dict[str, tuple[Any, Any]]] = {
     "api.md": {
         "Chat completions": (field_table, ChatRequest),
         "Completions": (field_table, CompletionRequest),
+        "Responses": (field_table, ResponsesRequest),
+        "Messages": (field_table, MessagesRequest),
         "Embeddings": (field_table, EmbeddingRequest),
         "Decisions": (field_table, DecisionRequest),
         "Classes": (field_table, ClassifyRequest),

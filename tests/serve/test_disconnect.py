@@ -9,6 +9,8 @@ from tenfold.serve.app import create_app
 
 CALLS = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ("/v1/responses", {"input": "Hi"}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}),
     ("/v1/completions", {"prompt": "Hi"}),
     ("/v1/completions", {"prompt": ["Hi", "Ho", "Ha"], "n": 2}),
 ]

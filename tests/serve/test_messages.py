@@ -15,6 +15,9 @@ from tenfold.serve.settings import ServeConfig
 from tests.serve.clients import FULL, KEY, asked, scripted, with_anthropic
 
 EVENTS = TypeAdapter(RawMessageStreamEvent)
+TEXT = {"type": "text", "text": "x"}
+USE = {"type": "tool_use", "id": "t", "name": "x", "input": {}}
+IMAGE = {"type": "image", "source": {"type": "url", "url": "x"}}
 TOOL = {"name": "find", "description": "Look.", "input_schema": {"type": "object"}}
 USER = {"role": "user", "content": "Hi"}
 LEAST = {"model": "tiny", "max_tokens": 20, "messages": [USER]}
@@ -296,13 +299,13 @@ def test_every_field_of_anthropics_client_is_known():
             {
                 "messages": [
                     USER,
-                    {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "x", "input": {}}]},
+                    {"role": "assistant", "content": [USE]},
                 ]
             },
             "tool_result",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x"}}]}]},
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
             "image",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),

@@ -300,6 +300,7 @@ def test_every_field_of_openais_client_is_known():
 
     check(creating.ResponseCreateParamsBase, ours.ResponsesRequest)
     check(creating.StreamOptions, ours.ResponsesStreamOptions)
+    check(creating.PromptCacheOptions, ours.CacheOptions)
     check(counting.InputTokenCountParams, ours.InputTokensRequest)
     check(Reasoning, ours.ReasoningOptions)
     check(FunctionToolParam, ours.FunctionTool)
@@ -313,6 +314,7 @@ def test_every_field_of_openais_client_is_known():
         ({"moderation": {"model": "m"}}, "moderation"),
         ({"context_management": [{"type": "compaction"}]}, "context_management"),
         ({"background_options": {"completion_window": "2h"}}, "background_options"),
+        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
         ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"include": ["everything"]}, "include"),
@@ -331,6 +333,7 @@ def test_every_field_of_openais_client_is_known():
         ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
         ({"input": []}, "input"),
+        ({"input": [{"type": "reasoning"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0]"),

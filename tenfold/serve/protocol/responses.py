@@ -16,6 +16,7 @@ from tenfold.serve.protocol.nested import check_refused
 
 Items = list[dict[str, Any]]
 
+CACHES = "prompts that start alike share the cache by themselves."
 LOGPROBS = "message.output_text.logprobs"
 INCLUDABLE = (
     *(LOGPROBS, "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results"),
@@ -29,6 +30,13 @@ CONTEXT: dict[str, dict[str, Any]] = {
     "current_turn": {"preserve_thinking": False, "clear_thinking": True},
     "all_turns": {"preserve_thinking": True, "clear_thinking": False},
 }
+
+
+class CacheOptions(Body):
+    prewarm: bool | None = refused("a prompt is computed when its answer is made.", False)
+    mode: str | None = ignored(CACHES)
+    ttl: str | None = ignored("cached prompts stay until their memory is needed.")
+    comparison_response_id: str | None = ignored("usage.input_tokens_details tells what was found in the cache.")
 
 
 class ResponsesStreamOptions(Body):
@@ -105,9 +113,8 @@ class AskFields(Body):
 
     def check_nested(self) -> None:
         """Raises ApiError (400) for what is refused inside a field."""
-        for name in ("text", "reasoning", "stream_options"):
-            nested = getattr(self, name, None)
-            if isinstance(nested, Body):
+        for name in sorted(self.model_fields_set):
+            if isinstance(nested := getattr(self, name), Body):
                 check_refused(nested, name)
 
     def template_settings(self) -> dict[str, Any]:
@@ -168,8 +175,8 @@ class ResponsesRequest(AskFields):
     access_programs: Any = ignored("there are no such programs here.")
     image: Any = ignored("the models served read text.")
     max_tool_calls: int | None = ignored("it counts calls of built-in tools; there are none.")
-    prompt_cache_key: str | None = ignored("prompts that start alike share the cache by themselves.")
-    prompt_cache_options: Any = ignored("prompts that start alike share the cache by themselves.")
+    prompt_cache_key: str | None = ignored(CACHES)
+    prompt_cache_options: CacheOptions | None = ignored(CACHES)
     prompt_cache_retention: Any = ignored("cached prompts stay until their memory is needed.")
     service_tier: str | None = ignored("there is one tier; `priority` orders requests.")
 

@@ -25,8 +25,11 @@ def ask_of(body: AskFields, served: Served, items: Items, params: SamplingParams
     """Raises ApiError (400) for tools and formats that cannot be."""
     tools = read_tools(body.tools or [], served.settings)
     choose, allowed = _choose(body, [tool.name for tool in tools])
+    conversation = messages(body.instructions, items)
+    if not conversation:
+        raise invalid("input has nothing to answer; give a text or a message.", "input")
     return Ask(
-        messages(body.instructions, items),
+        conversation,
         params,
         tools=tuple(tool for tool in tools if tool.name in allowed),
         choose=choose,
