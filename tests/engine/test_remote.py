@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,35 @@ def test_a_model_that_cannot_be_loaded_for_a_while(make, caplog):
     bed.submit("a")
     bed.forget("refuse")
     assert bed.inbox.last("a").finish is FinishReason.LENGTH
+
+
+def test_every_request_has_one_end_whatever_happens(make):
+    """Requests come, are aborted and end, while the engine is killed and stopped at any moment."""
+    bed = make(watchdog=0.4, backoff=Backoff(first=0.01, longest=0.01, most=10**6))
+    rng = random.Random(5)
+    count = 0
+    for _ in range(6):
+        for _ in range(rng.randrange(1, 12)):
+            bed.submit(str(count), tokens=rng.choice([1, 5, 40, None]))
+            count += 1
+            time.sleep(rng.random() * 0.01)
+        for id in rng.sample(range(count), count // 2):
+            bed.loop.abort(str(id))
+        if bed.loop.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(bed.loop.pid, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
+        time.sleep(rng.random() * 0.3)
+    for id in range(count):
+        bed.loop.abort(str(id))
+    ids = [str(id) for id in range(count)]
+    wait_until(lambda: bed.inbox.ended(*ids))
+    wait_until(lambda: bed.loop.ready and not bed.loop.stats().running)
+    assert bed.loop.open_requests == 0
+    assert bed.loop.restarts > 1
+    for id in ids:
+        items = bed.inbox.items[id]
+        assert [isinstance(i, Exception) or i.finish is not None for i in items] == [False] * (len(items) - 1) + [True]
+        assert bed.inbox.tokens(id) == list(range(len(bed.inbox.tokens(id))))
 
 
 def test_restart_as_asked(make):

@@ -26,4 +26,3 @@ def test_a_stream_ends_with_the_error(make_client, llm, raised, code):
     assert response.status_code == 200
     events = [json.loads(e.removeprefix("data: ")) for e in response.text.split("\n\n") if e.startswith("data: {")]
     assert events[-1]["error"]["code"] == code
-    assert "[DONE]" not in response.text
