@@ -41,7 +41,7 @@ class Held:
     def release(self):
         self._ended.set()
 
-    def close(self):
+    def close(self, patience=None):
         self.closed = True
         self._ended.set()
 

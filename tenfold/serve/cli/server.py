@@ -40,7 +40,8 @@ KEEP_ALIVE = 75  # seconds; longer than the 5 s of common clients, so that they 
 BACKLOG = 2048  # connections that may wait to be accepted; the system may allow fewer
 LAST_WORDS = 5.0  # seconds in which requests that were ended must have told their clients so
 CLOSING = 10.0  # seconds that engines get to end, of which a step under way takes most
-AT_ONCE = 2.0  # and at the second signal
+AT_ONCE = 1.0  # and at the second signal
+KILLING = 2.0  # seconds to be rid of an engine that did not
 
 Models = dict[str, AsyncLLM]
 
@@ -85,7 +86,8 @@ def planned(names: list[str], configs: list[EngineConfig]) -> Mapping[str, Engin
     """The settings of each model; of several with their shares of memory. One engine plans for itself."""
     if len(names) == 1:
         return {names[0]: configs[0]}
-    from tenfold.serve.cli.plan import as_flags, joint_plan, lines  # needs PyTorch, which one model's server does not
+    # Not at the top: it needs PyTorch, which a single engine's process imports while this one starts.
+    from tenfold.serve.cli.plan import as_flags, joint_plan, lines
 
     together = joint_plan(names, configs)
     announce(as_flags("\n".join(lines(together))))
@@ -94,15 +96,11 @@ def planned(names: list[str], configs: list[EngineConfig]) -> Mapping[str, Engin
 
 
 def close_all(models: Models, seconds: float) -> None:
-    """End all engines at the same time. Those that take longer end with this process."""
-
-    def close(llm: AsyncLLM) -> None:
-        llm.close()
-
-    threads = [threading.Thread(target=close, args=(llm,), daemon=True) for llm in list(models.values())]
+    """End all engines at the same time, each after the step under way if that takes no longer."""
+    threads = [threading.Thread(target=llm.close, args=(seconds,), daemon=True) for llm in list(models.values())]
     for thread in threads:
         thread.start()
-    until = time.monotonic() + seconds
+    until = time.monotonic() + seconds + KILLING
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
 
@@ -205,7 +203,7 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             self.config.timeout_graceful_shutdown = 0
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a trace of each task that is cancelled
-            timer = threading.Timer(2 * AT_ONCE, os._exit, (128 + sig,))  # whatever may still hold it up
+            timer = threading.Timer(AT_ONCE + 2 * KILLING, os._exit, (128 + sig,))  # whatever may still hold it up
             timer.daemon = True
             timer.start()
 
@@ -228,6 +226,12 @@ class Server(uvicorn.Server):
         if self._drain is None:
             self._app, self._service = app, app.state.service
             announce(f"serving {self.what} · stop with Ctrl-C")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.forced:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()  # else uvicorn would answer 500 for the tasks it cancels
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         if self._drain is not None and self._drain.over:
