@@ -121,7 +121,7 @@ class Collector:
 
     def _choice(self, index: int, last: Output) -> Choice:
         assert last.finish is not None
-        logprobs = tuple(self._logprobs[index]) if self._request.params.logprobs is not None else None
+        logprobs = tuple(self._logprobs[index]) if self._request.params.wants_logprobs else None
         text = "".join(self._texts[index])
         return Choice(index, text, tuple(self._tokens[index]), last.finish.value, last.stop, logprobs)
 

@@ -40,7 +40,10 @@ class GrammarLimits:
         if grammar.kind not in KINDS:
             raise ValueError(f"The grammar's kind is {grammar.kind!r}; allowed: {', '.join(KINDS)}.")
         name = NAMES[grammar.kind]
-        size = len(grammar.source.encode(errors="surrogatepass"))
+        try:
+            size = len(grammar.source.encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"The {name} has half of a surrogate pair; send valid Unicode.") from None
         if size > self.max_bytes:
             raise ValueError(f"The {name} has {size} bytes; allowed: up to {self.max_bytes}. Shorten it.")
         depth = nesting(grammar.source) if grammar.kind == "json_schema" else 0
@@ -264,13 +267,10 @@ def _json_schema(source: str) -> str:
 
 
 def _regex(pattern: str) -> str:
-    """The whole answer matches, so anchors at the two ends say nothing new; llguidance knows none."""
-    from llguidance import LLMatcher
+    """The whole answer matches. \\d is 0 to 9, as in JSON Schema, rather than any of Unicode's 760 digits."""
+    from llguidance import LLMatcher, regex_to_lark
 
-    pattern = pattern.removeprefix("^")
-    if pattern.endswith("$") and (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2:
-        pattern = pattern[:-1]
-    made: str = LLMatcher.grammar_from_regex(pattern)
+    made: str = LLMatcher.grammar_from_regex(regex_to_lark(pattern, "d"))
     return made
 
 
@@ -307,10 +307,4 @@ KINDS: dict[str, Callable[[str], str]] = {
     "choice": _choice,
     "lark": _lark,
 }
-NAMES = {
-    "json_schema": "JSON schema",
-    "json_object": "JSON object",
-    "regex": "regex",
-    "choice": "choice",
-    "lark": "grammar",
-}
+NAMES = dict(zip(KINDS, ("JSON schema", "JSON object", "regex", "choice", "Lark grammar"), strict=True))

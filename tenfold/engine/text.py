@@ -144,7 +144,7 @@ class Text:
         inside = params.grammar is not None or any(
             not (params.skip_special_tokens and i in self._skipped) for i in request.prompt
         )
-        stream = self._stream(params.skip_special_tokens, 0 if inside else self._strip)
+        stream = self._stream(params.skip_special_tokens, 0 if inside else self._strip, params.grammar is not None)
         return Detokenizer(stream, params.stop, params.include_stop, params.min_tokens)
 
     def token_text(self, token: int) -> str:
@@ -226,11 +226,13 @@ class Text:
             piece = self._pieces[token] = make(content) if content is not None else b""
         return piece
 
-    def _stream(self, skip_special_tokens: bool, strip: int) -> Stream:
+    def _stream(self, skip_special_tokens: bool, strip: int, inside: bool = False) -> Stream:
+        """inside: whether a text goes on before the first token, where that is not said by `strip`."""
         skipped = self._skipped if skip_special_tokens else frozenset()
         if self._make_piece is None:
+            before = self._before if inside else []
             return _WindowStream(
-                lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False), self._known, skipped
+                lambda ids: self.tokenizer.decode(ids, skip_special_tokens=False), self._known, skipped, before
             )
         return _PieceStream(self._piece, skipped, self._errors, strip)
 
@@ -288,13 +290,17 @@ class _WindowStream:
     HELD = 4  # tokens after which an unfinished character is taken to be broken
 
     def __init__(
-        self, decode: Callable[[list[int]], str], known: Callable[[int], bool], skipped: frozenset[int]
+        self,
+        decode: Callable[[list[int]], str],
+        known: Callable[[int], bool],
+        skipped: frozenset[int],
+        before: Sequence[int] = (),
     ) -> None:
         self._decode = decode
         self._known = known
         self._skipped = skipped
-        self._tokens: list[int] = []  # the window; its first `_shown` tokens have been given out
-        self._shown = 0
+        self._tokens = list(before)  # the window; its first `_shown` tokens have been given out
+        self._shown = len(self._tokens)
 
     def feed(self, token: int) -> str:
         if token in self._skipped or not self._known(token):

@@ -192,3 +192,29 @@ def test_each_request_gets_as_many_best_tokens_as_it_asks_for() -> None:
     assert {len(o.logprobs) for o in outputs if o.request_id == "none"} == {0}
     assert {len(o.logprobs[0].top) for o in outputs if o.request_id == "own"} == {0}
     assert {len(o.logprobs[0].top) for o in outputs if o.request_id == "five"} == {5}
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_log_probabilities_of_ids_asked_for_come_in_their_order(lookahead: int) -> None:
+    """Next to requests that ask for others, or for none; without logprobs they mean logprobs=0."""
+    logits = peaks(7, 8, 9)
+    engine = make_engine(Fixed(logits), lookahead=lookahead)
+    asked = {"none": (), "one": (9,), "many": (0, 8, 96, 8)}
+    for name, ids in asked.items():
+        wanted = 2 if name == "many" else None
+        engine.add(Request(name, PROMPT, replace(PARAMS, logprobs=wanted, logprob_token_ids=ids, logit_bias={9: 50.0})))
+    logs = torch.log_softmax(logits, -1)
+    for output in drain(engine):
+        ids = asked[output.request_id]
+        assert len(output.logprobs) == bool(ids)
+        for record in output.logprobs:
+            assert record.asked == pytest.approx([float(logs[i]) for i in ids])
+            assert (record.token, len(record.top)) == (9, 2 if output.request_id == "many" else 0)
+
+
+def test_ids_asked_for_must_be_in_the_vocabulary() -> None:
+    engine = make_engine()
+    with pytest.raises(ValueError, match=f"logprob_token_ids has token id {VOCAB}"):
+        engine.add(Request("r", PROMPT, replace(PARAMS, logprob_token_ids=(1, VOCAB))))
+    with pytest.raises(ValueError, match=r"logprob_token_ids is .*; allowed: up to 4096 token ids"):
+        engine.add(Request("r", PROMPT, replace(PARAMS, logprob_token_ids=(1,) * 4097)))

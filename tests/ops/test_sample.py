@@ -228,3 +228,21 @@ def test_a_row_does_not_depend_on_its_batch_in_a_single_bit(vocab: int) -> None:
         for r in range(rows):
             alone = function(*(a[r : r + 1] for a in arguments))
             assert torch.equal(together[r : r + 1], alone)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 97])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_allow_only_keeps_the_tokens_whose_bit_is_set(vocab, dtype):
+    """Both ways it is done: NumPy for float32 on a CPU, tensor operations for the rest."""
+    rng = np.random.default_rng(vocab)
+    logits = torch.from_numpy(rng.normal(size=(4, vocab))).to(dtype)
+    bits = rng.integers(0, 2**32, (2, vocab // 32 + 1), dtype=np.uint32)
+    expected = logits.clone()
+    for place, row in zip((3, 1), bits):
+        for token in range(vocab):
+            if not row[token // 32] >> (token % 32) & 1:
+                expected[place, token] = -torch.inf
+    ops.allow_only(logits, [3, 1], bits)
+    assert torch.equal(logits, expected)
+    ops.allow_only(logits, [], bits[:0])
+    assert torch.equal(logits, expected)
