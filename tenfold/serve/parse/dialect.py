@@ -176,12 +176,12 @@ SHOWN: tuple[tuple[tuple[str, ...], Dialect], ...] = (
     (("<|tool_call|>",), PHI),
     (("<|tool|>",), PHI),
 )
-FAMILIES = {
-    "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": MISTRAL,
-    "Phi3ForCausalLM": PHI,
-    "Qwen2ForCausalLM": HERMES,
-    "Qwen3ForCausalLM": HERMES,
+FAMILIES = {  # as `Facts.family` names them
+    "Llama": LLAMA,
+    "Mistral": MISTRAL,
+    "Phi3": PHI,
+    "Qwen2": HERMES,
+    "Qwen3": HERMES,
 }
 THINK = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 TOOLS = re.compile(r"\btools\b")
@@ -190,7 +190,7 @@ TOOLS = re.compile(r"\btools\b")
 def dialect_for(family: str, template: str, vocabulary: Collection[str] = ()) -> Dialect:
     """The dialect of a model.
 
-    family: its architecture's name. template: the source of its chat template, "" where it has none. vocabulary: its
+    family: the class of its model. template: the source of its chat template, "" where it has none. vocabulary: its
     added tokens.
     """
     tools, why = _tools(family, template)

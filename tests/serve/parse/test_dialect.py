@@ -5,17 +5,17 @@ from tenfold.serve.parse.dialect import dialect_for
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 CASES = [
     ("", "{% for m in messages %}{{ m.content }}{% endfor %}", "generic"),
-    ("Qwen3ForCausalLM", TOOLS + "<tool_call>\\n{{ call }}</tool_call>", "hermes"),
-    ("Qwen3ForCausalLM", TOOLS + "<tool_call>\\n<function=x>\\n<parameter=y>", "qwen-xml"),
-    ("LlamaForCausalLM", TOOLS + "Environment: ipython", "llama"),
-    ("MistralForCausalLM", TOOLS + "[TOOL_CALLS] [", "mistral-list"),
-    ("MistralForCausalLM", TOOLS + "[TOOL_CALLS]{{ name }}[ARGS]", "mistral"),
-    ("LlamaForCausalLM", TOOLS + "<tool_call>", "hermes"),  # a Hermes model of Llama's architecture
-    ("Phi3ForCausalLM", "{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}", "phi"),
-    ("Qwen2ForCausalLM", TOOLS + "<｜tool▁calls▁begin｜> ```json", "deepseek"),
-    ("Qwen2ForCausalLM", TOOLS, "hermes"),
+    ("Qwen3", TOOLS + "<tool_call>\\n{{ call }}</tool_call>", "hermes"),
+    ("Qwen3", TOOLS + "<tool_call>\\n<function=x>\\n<parameter=y>", "qwen-xml"),
+    ("Llama", TOOLS + "Environment: ipython", "llama"),
+    ("Mistral", TOOLS + "[TOOL_CALLS] [", "mistral-list"),
+    ("Mistral", TOOLS + "[TOOL_CALLS]{{ name }}[ARGS]", "mistral"),
+    ("Llama", TOOLS + "<tool_call>", "hermes"),  # a Hermes model of Llama's architecture
+    ("Phi3", "{{ '<|tool|>' + message['tools'] + '<|/tool|>' }}", "phi"),
+    ("Qwen2", TOOLS + "<｜tool▁calls▁begin｜> ```json", "deepseek"),
+    ("Qwen2", TOOLS, "hermes"),
     ("Unknown", TOOLS, "json"),
-    ("Gemma3ForCausalLM", "{{ '<start_of_turn>' }}", "generic"),
+    ("Gemma3", "{{ '<start_of_turn>' }}", "generic"),
 ]
 
 
