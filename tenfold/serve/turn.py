@@ -25,7 +25,7 @@ from tenfold.serve.reply import check_prompt
 from tenfold.serve.service import Counts, Job, Served, answers
 from tenfold.serve.structured import Held
 
-__all__ = ["Ask", "Choose", "Tool", "Turn", "manner_of", "open_turn"]
+__all__ = ["Ask", "Choose", "Tool", "Turn", "count_prompt", "manner_of", "open_turn"]
 
 TAIL = 16  # tokens at the end of a prompt that tell whether it opens the reasoning
 
@@ -135,10 +135,16 @@ async def open_turn(http: HttpRequest, served: Served, ask: Ask, prefix: str, te
     return Turn(served, ask, Job.of(http, served, prefix, [prompt], params, terms), parsers)
 
 
+async def count_prompt(served: Served, ask: Ask) -> int:
+    """Tokens of the prompt for `ask`, however long it is. Raises ApiError (400)."""
+    return len(await asyncio.to_thread(_prompt, served, ask, manner_of(served).dialect))
+
+
 def _prepared(served: Served, ask: Ask) -> tuple[list[int], SamplingParams, list[Parser] | None]:
     manner = manner_of(served)
     dialect = manner.dialect if ask.reasoning != "keep" else replace(manner.dialect, think=None)
     prompt = _prompt(served, ask, dialect)
+    check_prompt(prompt, served, ask.where)
     thinking = _thinking(served, manner.dialect, prompt)
     params = replace(ask.params, grammar=_grammar(served, ask, Held(manner.dialect, manner.specials, thinking)))
     if not ask.offered and dialect.think is None:
@@ -167,7 +173,6 @@ def _prompt(served: Served, ask: Ask, dialect: Dialect) -> list[int]:
         ids = served.llm.chat_prompt(messages, **ask.template, **more)
     except ValueError as error:
         raise invalid(str(error), ask.where) from None
-    check_prompt(ids, served, ask.where)
     return ids
 
 
@@ -211,11 +216,10 @@ def _forced(served: Served, ask: Ask, held: Held) -> Grammar | None:
 
 
 def _checked(served: Served, make: Callable[[], Grammar | None], param: str) -> Grammar | None:
-    check = getattr(served.llm, "check_grammar", None)
     try:
         grammar = make()
-        if grammar is not None and check is not None:
-            check(grammar)
+        if grammar is not None:
+            served.llm.check_grammar(grammar)
     except ValueError as error:
         raise invalid(str(error), param) from None
     return grammar

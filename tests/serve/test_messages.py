@@ -387,6 +387,12 @@ def test_count_tokens(app, llm):
     assert llm.calls == []
 
 
+def test_what_is_too_long_can_be_counted(app):
+    long = [{"role": "user", "content": "x" * 5000}]
+    counted = with_anthropic(app, lambda c: c.messages.count_tokens(model="tiny", messages=long))
+    assert counted.input_tokens == len("<user>") + 5000
+
+
 def test_count_tokens_takes_no_max_tokens(client):
     message = check_error(send(client, "/v1/messages/count_tokens"), 400, "invalid_request_error")
     assert "max_tokens" in message

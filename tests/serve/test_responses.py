@@ -541,6 +541,11 @@ def test_input_tokens(app, llm):
     assert llm.calls == []
 
 
+def test_what_is_too_long_can_be_counted(app):
+    counted = with_openai(app, lambda c: c.responses.input_tokens.count(model="tiny", input="x" * 5000))
+    assert counted.input_tokens == len("<user>") + 5000
+
+
 def test_compaction_is_refused(app):
     with pytest.raises(openai.BadRequestError, match="not compacted"):
         with_openai(app, lambda c: c.responses.compact(model="tiny", input="Hi"))

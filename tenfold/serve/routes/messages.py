@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from tenfold.serve.messages.answer import Answer
 from tenfold.serve.messages.conversation import ask_of
-from tenfold.serve.protocol.body import Body, Terms, parse
+from tenfold.serve.protocol.body import Body, parse
 from tenfold.serve.protocol.messages import (
     CountTokensRequest,
     MessageBody,
@@ -19,7 +19,7 @@ from tenfold.serve.protocol.messages import (
 from tenfold.serve.reply import ERROR_RESPONSES, body_schema, events, ignored_header
 from tenfold.serve.service import Served, service_of
 from tenfold.serve.stream import named_event, until_disconnect
-from tenfold.serve.turn import open_turn
+from tenfold.serve.turn import count_prompt, open_turn
 
 router = APIRouter()
 
@@ -63,8 +63,7 @@ async def count_tokens(http: Request) -> Response:
     body = parse(CountTokensRequest, await http.body())
     served = service_of(http).served(body.model)
     ask = ask_of(body, served, served.llm.default_params(chat=True))
-    turn = await open_turn(http, served, ask, "count", Terms())  # of which nothing is run
-    return JSONResponse({"input_tokens": turn.counts.prompt}, headers=_headers(http, body))
+    return JSONResponse({"input_tokens": await count_prompt(served, ask)}, headers=_headers(http, body))
 
 
 def _request_id(http: Request) -> str:

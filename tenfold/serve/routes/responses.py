@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tenfold.serve.errors import ApiError, invalid, logger, overloaded
-from tenfold.serve.protocol.body import Terms, parse
+from tenfold.serve.protocol.body import parse
 from tenfold.serve.protocol.responses import (
     Deleted,
     InputTokens,
@@ -29,7 +29,7 @@ from tenfold.serve.responses.run import Run
 from tenfold.serve.responses.store import Store, Stored, packed
 from tenfold.serve.service import Served, service_of
 from tenfold.serve.stream import DONE, EventStream, named_event, until_disconnect
-from tenfold.serve.turn import open_turn
+from tenfold.serve.turn import count_prompt
 
 router = APIRouter()
 
@@ -175,8 +175,7 @@ async def count_input_tokens(http: Request) -> Response:
     served = service_of(http).served(body.model)
     asked = Asked.of(http, body.input or "", body.previous_response_id, served.settings.max_messages)
     ask = ask_of(body, served, asked.before + asked.items, served.llm.default_params(chat=True))
-    turn = await open_turn(http, served, ask, "count", Terms())  # of which nothing is run
-    counted = {"object": "response.input_tokens", "input_tokens": turn.counts.prompt}
+    counted = {"object": "response.input_tokens", "input_tokens": await count_prompt(served, ask)}
     return JSONResponse(counted, headers=ignored_header(body))
 
 
