@@ -203,6 +203,45 @@ def chaos_command(
         raise typer.Exit(1)
 
 
+@app.command("decisions")
+def decisions_command(
+    model: Model = "default",
+    url: Annotated[str, typer.Option(help="A running server to ask, without /v1; empty: one is started.")] = "",
+    key: Annotated[str, typer.Option(envvar="TENFOLD_API_KEY", help="Its API key.")] = "",
+    data: Annotated[Path, typer.Option(help="Folder with the packages of the data sets.")] = Path("assets"),
+    sets: Annotated[str, typer.Option(help="Of tweets, boolq, commonsense; empty: none.")] = "tweets,boolq",
+    examples: Annotated[Path | None, typer.Option(exists=True, help="JSON lines with examples of your own.")] = None,
+    count: Annotated[int, typer.Option(min=4, help="Examples of each set; half of them fit the temperature.")] = 200,
+    temperatures: Annotated[
+        Path | None, typer.Option("--fit", help="Write the fitted temperature here, for --decision-temperatures.")
+    ] = None,
+    keep: Record = False,
+) -> None:
+    """How right and how well calibrated /v1/decisions is, with each part of the calibration off and on."""
+    from contextlib import nullcontext
+
+    from tenfold.bench import decisions
+    from tenfold.bench.serving import serving
+
+    header()
+    chosen = {name: decisions.SETS[name](data) for name in peers(sets)}
+    if examples is not None:
+        chosen[examples.stem] = decisions.own(examples)
+    drawn = {name: decisions.sample(found, count) for name, found in chosen.items()}
+    with nullcontext() if url else serving("--model", model) as started:
+        server = decisions.Server(url if started is None else started.url, key)
+        name = server.name(model if url else "default")
+        results = []
+        for kind, found in drawn.items():
+            results.append(decisions.measure(kind, found, lambda e, way: decisions.ask(server, name, e, way)))
+            typer.echo("\n".join(decisions.table(results[-1:])))
+    if temperatures is not None:
+        fitted = decisions.write_temperature(temperatures, name, results)
+        typer.echo(f"wrote temperature {fitted:.2f} for {name} to {temperatures}")
+    if keep:
+        cpu.save("decisions", {"model": name, "sets": decisions.plain(results)})
+
+
 @app.command("report")
 def report_command() -> None:
     """Renew the tables of README.md and docs/measured.md from bench/results/claims.json."""
