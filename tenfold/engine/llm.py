@@ -27,9 +27,10 @@ from tenfold.base.table import entry
 from tenfold.engine import defaults, template
 from tenfold.engine.completion import Collector, Completion
 from tenfold.engine.facts import Facts, Stats
+from tenfold.engine.grammar import Grammars
 from tenfold.engine.loop import Batch, EngineDead, EngineLoop, EngineRestarted, Loop
 from tenfold.engine.remote import RemoteLoop
-from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
+from tenfold.engine.request import FinishReason, Grammar, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.stream import Bar, Job, RequestFailed, Run, Stream
 
 if TYPE_CHECKING:  # PyTorch comes with these
@@ -83,6 +84,7 @@ class _Front:
             self._loop, self.text, self.timeline = loop, loaded.text, loaded.timeline
         self._finalizer = weakref.finalize(self, self._loop.close, PATIENCE)
         self._ids = itertools.count(1)
+        self._grammars: Grammars | None = None  # made when the first is checked
 
     @property
     def facts(self) -> Facts:
@@ -169,6 +171,12 @@ class _Front:
         """
         recommended = self.text.recommended
         return replace(recommended, stop=self.text.chat_stop) if chat else defaults.completion(recommended)
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Raises ValueError with the reason for a grammar that answers cannot be held to. Blocks while it compiles."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.text, self.vocab_size, self.text.eos_ids)
+        self._grammars.check(grammar)
 
     def _request(self, prompt: Prompt, params: SamplingParams | None, **rest: Any) -> Request:
         params = self.default_params() if params is None else checked_params(params)

@@ -23,7 +23,7 @@ from tenfold import LLM, AsyncLLM, EngineConfig, SamplingParams
 from tenfold.engine import defaults, loop
 from tenfold.engine.completion import Collector
 from tenfold.engine.llm import EngineDead, QueueFull, RequestFailed
-from tenfold.engine.request import FinishReason, Output, Request
+from tenfold.engine.request import FinishReason, Grammar, Output, Request
 from tenfold.engine.text import Text
 from tests.engine.fake import EOS, VOCAB, FakeModel, make_engine, reference
 
@@ -711,3 +711,9 @@ def test_smollm2_knows_the_capital_of_france(smollm2_path):
         # A close call between two first tokens, which quantised activations may turn: so in full precision.
         (answer,) = llm.chat([{"role": "user", "content": "What is the capital of France?"}], greedy)
         assert "Paris" in answer.text
+
+
+def test_grammars_can_be_checked_before_they_are_asked_for(llm):
+    llm.check_grammar(Grammar("choice", '["a", "b"]'))
+    with pytest.raises(ValueError, match="unclosed"):
+        llm.check_grammar(Grammar("regex", "[a-"))
