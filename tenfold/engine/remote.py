@@ -12,6 +12,8 @@ import threading
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from tenfold.base.config import EngineConfig
 from tenfold.engine import wire
 from tenfold.engine.child import Child, Wake
@@ -223,7 +225,7 @@ class RemoteLoop:
         """
         if self._dead or self._closing:
             raise EngineDead(self._dead or CLOSED)
-        self._restart = True
+        self._restart = self._loaded.is_set()  # the first one is being started just now
         self._wake.set()
 
     def close(self, patience: float | None = None) -> None:
@@ -309,7 +311,7 @@ class RemoteLoop:
                 self._end("closed", CLOSED)
                 return
             if not self._loaded.is_set():
-                self._failure = self._failure or RuntimeError(f"The engine process {why} while it loaded the model.")
+                self._failure = self._failure or RuntimeError(f"The engine process {why}.")
                 self._end("failed", "The engine could not be loaded.")
                 return
             delay: float | None = 0.0
@@ -341,6 +343,8 @@ class RemoteLoop:
             if self._child is not None:
                 ready = time.monotonic()
                 why = self._serve(child)
+        except msgspec.MsgspecError as error:
+            why = f"sent what is no message: {error}"
         finally:
             with self._lock:
                 self._child = None
@@ -364,8 +368,10 @@ class RemoteLoop:
                     return f"could not be loaded: {event.message}"
                 else:
                     self._take(event)
-            if ended or self._child is not None:
-                return ended
+            if self._child is not None:
+                return ""
+            if ended:
+                return f"{ended} while it loaded the model"
             self._sweep()
         return ""
 
@@ -470,9 +476,9 @@ class RemoteLoop:
             if entry.aborted < math.inf:
                 entry.cut()
                 continue
+            what = "while it worked on this request" if entry.started else f"{LIVES} times before it began this request"
             error = EngineRestarted(
-                "The engine failed while it worked on this request and is being started again. "
-                f"Send the request again in {retry_after} s.",
+                f"The engine failed {what} and is being started again. Send the request again in {retry_after} s.",
                 retry_after,
             )
             entry.receiver.send([(entry.request.id, error)])
