@@ -50,7 +50,7 @@ def send(port, stream, **fields):
     """A connection on which a long answer has been asked for."""
     body = {"model": "tiny", "prompt": "the", "max_tokens": 250, "ignore_eos": True, "stream": stream} | fields
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     connection.sendall(head.encode() + content)
     return connection
@@ -86,7 +86,7 @@ def test_leaving_frees_pages_of_running_and_waiting_requests(llm, port, stream, 
 
 def test_leaving_in_the_middle_of_the_body(llm, port):
     connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{")
     connection.close()
     assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
     until(lambda: idle(llm))
