@@ -327,7 +327,7 @@ def test_every_field_of_anthropics_client_is_known():
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"container": "c"}, "container"),
         ({"fallbacks": ["x"]}, "fallbacks"),
-        ({"context_management": {"edits": [{}]}}, "context_management"),
+        ({"compaction": {"type": "auto"}}, "compaction"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"temperature": -1}, "temperature"),
         ({"misspelt": 1}, "misspelt"),

@@ -88,7 +88,7 @@ class ConversationFields(Body):
     thinking: ThinkingOptions | None = honoured(None, "whether a model that can do both thinks first")
     output_config: OutputOptions | None = honoured(None, "effort, and a format that the answer is held to")
     mcp_servers: list[Any] | None = refused(NO_SERVERS, [])
-    context_management: Any = refused(NO_COMPACTION, {}, {"edits": []})
+    context_management: Any = ignored("a prompt has all messages; the chat template leaves out what it does not show.")
     compaction: Any = refused(NO_COMPACTION)
     billing_policy: Any = ignored("nothing is billed.")
     cache_control: Any = ignored(CACHES)

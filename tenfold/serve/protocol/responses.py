@@ -172,6 +172,7 @@ class ResponsesRequest(AskFields):
     context_management: list[Any] | None = refused("conversations are not compacted; use truncation.", [])
     moderation: Any = refused("there is no moderation model in this server.")
     prompt: Any = refused("prompt templates are not stored here; send instructions and input.")
+    client_metadata: Any = ignored("what some clients tell about themselves.")
     access_programs: Any = ignored("there are no such programs here.")
     image: Any = ignored("the models served read text.")
     max_tool_calls: int | None = ignored("it counts calls of built-in tools; there are none.")

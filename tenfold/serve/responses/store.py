@@ -32,7 +32,7 @@ class Stored:
     id: str
     key: str
     before: tuple[bytes, ...]
-    inputs: tuple[bytes, ...]
+    inputs: tuple[bytes, ...] = ()
     outputs: tuple[bytes, ...] = ()
     response: bytes = b""
     events: tuple[bytes, ...] = ()

@@ -67,15 +67,20 @@ class Asked:
         mark = http.scope["state"]["request_id"].removeprefix("req-")
         items = read_input(given, mark, lambda id: store.item(id, key))
         before = _history(store, previous, key)
-        stored = Stored(f"resp_{mark}", key, before, tuple(packed(item) for item in items))
+        stored = Stored(f"resp_{mark}", key, before)
         return cls(store, stored, [json.loads(item) for item in before], items)
 
     def keep(self, response: dict[str, Any]) -> dict[str, Any]:
         """The response, which says whether it is kept."""
         if response["store"]:
             self.stored.finish(response)
-            response["store"] = self.store.put(self.stored)
+            response["store"] = self.put()
         return response
+
+    def put(self) -> bool:
+        """Whether there was room for it."""
+        self.stored.inputs = tuple(packed(item) for item in self.items)
+        return self.store.put(self.stored)
 
 
 def _history(store: Store, previous: str | None, key: str) -> tuple[bytes, ...]:
@@ -147,7 +152,7 @@ async def _in_background(http: Request, body: ResponsesRequest, asked: Asked, an
     if ticket:
         ticket.hold()  # it counts as a request of its key until it ends
     stored.run = Run(answer, bool(body.stream), ended)
-    if not store.put(stored):
+    if not asked.put():
         await stored.run.cancel()
         raise invalid("input is larger than what this server keeps (--stored-response-bytes).", "input")
     if body.stream:
