@@ -126,6 +126,11 @@ class _Front:
         """Times an isolated engine was started again."""
         return self._loop.restarts
 
+    @property
+    def open_requests(self) -> int:
+        """Requests that were given to the engine and have not ended."""
+        return self._loop.open_requests
+
     def stats(self) -> Stats | None:
         """The engine's numbers after its latest step; None while there is no engine."""
         stats: Stats | None = self._loop.stats()

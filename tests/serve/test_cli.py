@@ -286,6 +286,16 @@ def test_a_reader_that_leaves_is_no_failure_to_talk_about():
     assert result.stderr == ""
 
 
+def test_closed_standard_files_are_filled():
+    code = (
+        "import os, tenfold.serve.cli as cli\n"
+        "cli.fill_standard_files()\n"
+        "new = os.open('.', os.O_RDONLY)\n"
+        "os._exit(0 if new > 2 and os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev else 1)"
+    )
+    assert subprocess.run(f'{sys.executable} -c "{code}" <&- 2>&-', shell=True, timeout=60).returncode == 0
+
+
 def test_settings_in_sentences_become_flags():
     assert (
         as_flags("Any of these: max_batch=8; kv_dtype=float16.") == "Any of these: --max-batch 8; --kv-dtype float16."

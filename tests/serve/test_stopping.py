@@ -206,6 +206,17 @@ def test_draining_lets_requests_end_and_takes_no_new_ones(run, engine):
         assert not engine.closed  # whoever started it closes it
 
 
+def test_work_without_a_client_is_waited_for_too(run, engine):
+    engine.open_requests = 1
+    with run(drain_timeout=1000) as running:
+        running.until_status("/ready", 200)
+        running.stop()
+        running.until_status("/ready", 503)
+        assert running.get("/health").status_code == 200
+        engine.open_requests = 0
+        running.wait()
+
+
 def test_an_idle_server_stops_at_the_first_signal(run):
     with run(drain_timeout=1000) as running:
         running.until_status("/ready", 200)

@@ -8,6 +8,7 @@ import sys
 
 def main() -> None:
     """The `tenfold` program."""
+    fill_standard_files()
     # Not at the top: importing this package must cost nothing to whoever needs one of its modules.
     from tenfold.serve.cli.commands import app
     from tenfold.serve.cli.failures import run_reporting
@@ -15,3 +16,14 @@ def main() -> None:
     sys.exit(
         run_reporting(app, debug="--debug" in sys.argv[1:] or os.environ.get("TENFOLD_DEBUG", "") not in ("", "0"))
     )
+
+
+def fill_standard_files() -> None:
+    """Where standard input, output or error is closed, put nothing there: else the next socket or file that is opened
+    would get its number, and what is printed would go into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one

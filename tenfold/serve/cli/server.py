@@ -232,6 +232,8 @@ class Server(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 connection.transport.abort()  # else uvicorn would answer 500 for the tasks it cancels
         await super().shutdown(sockets)
+        if self._service is not None and not self.forced:
+            await asyncio.to_thread(self._service.metrics.close)
 
     async def on_tick(self, counter: int) -> bool:
         if self._drain is not None and self._drain.over:
@@ -256,19 +258,25 @@ class Drain:
     def __str__(self) -> str:
         if self._service is None:
             return "no model is loaded yet."
-        running = self._service.open_requests
+        running = self._under_way()
         return (
             f"requests under way: {running}; they get {self._seconds} s to end." if running else "nothing is running."
         )
+
+    def _under_way(self) -> int:
+        """Requests over HTTP, or where they are more those of the engines: some go on without a client."""
+        assert self._service is not None
+        inside = sum(getattr(llm, "open_requests", 0) for llm in self._models.values())
+        return max(self._service.open_requests, inside)
 
     @property
     def over(self) -> bool:
         """Whether there is nothing to wait for. Asked for again and again, it moves things on."""
         now = time.monotonic()
-        if self._service is None or not self._service.open_requests:
+        if self._service is None or not self._under_way():
             return True
         if not self._told_by and now >= self._until:
-            logger.warning("the time to drain is over; requests that are ended: %d", self._service.open_requests)
+            logger.warning("the time to drain is over; requests that are ended: %d", self._under_way())
             self._told_by = now + LAST_WORDS
             threading.Thread(target=close_all, args=(self._models, LAST_WORDS), daemon=True).start()
         return bool(self._told_by) and now >= self._told_by
