@@ -20,7 +20,7 @@ from tenfold.engine.request import FinishReason, Output
 from tenfold.serve.aliases import aliases
 from tenfold.serve.engines import Engines, stats_of
 from tenfold.serve.observe import REFUSED, Seen
-from tenfold.serve.settings import ServeConfig
+from tenfold.serve.settings import NO_TRACES, ServeConfig
 from tenfold.serve.window import Recent
 
 if TYPE_CHECKING:  # the service owns its metrics; only their types look back
@@ -261,6 +261,7 @@ class Watch:
         if self.paces:
             paces = self.paces.values()
             self.meters.decode.observe(max(p.last for p in paces) - min(p.first for p in paces))
+        self.recent.look(now)
         if self.span is not None:
             self.span.end(outcome, counts, self.reasons)
 
@@ -286,8 +287,5 @@ def make_tracer(endpoint: str) -> Any:
     try:
         tracer = entry(TRACERS, "otlp", "traces")
     except ImportError:
-        raise ValueError(
-            f"traces is {endpoint!r}, which needs OpenTelemetry, and that is not installed here. Install it with: "
-            "pip install 'tenfold[traces]'"
-        ) from None
+        raise ValueError(f"traces is {endpoint!r}, which {NO_TRACES}") from None
     return tracer.otlp(endpoint)

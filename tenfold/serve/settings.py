@@ -7,9 +7,13 @@ Invariant: every bound a client can run into is a field here, so `docs/serving.m
 import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from tenfold.base.config import setting
 from tenfold.base.log import LOG_FORMATS, LOG_LEVELS
+
+NO_TRACES = "needs OpenTelemetry, and that is not installed here: pip install 'tenfold[traces]'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ class ServeConfig:
         for name, allowed, holds in RULES:
             if not holds(self):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+        if self.traces and find_spec("opentelemetry") is None:  # said before a model is loaded
+            raise ValueError(f"traces is {self.traces!r}, which {NO_TRACES}")
         if not (self.api_key or self.api_key_file or self.insecure or is_loopback(self.host)):
             raise ValueError(
                 f"host is {self.host!r}, which others can reach, and there is no API key. Set --api-key or "
@@ -146,7 +152,14 @@ RULES: tuple[tuple[str, str, Callable[[ServeConfig], bool]], ...] = (
     ("max_headers", "at least 16", lambda c: c.max_headers >= 16),
     *((name, "a number from 0", _from_zero(name)) for name in (*COUNTS, *SECONDS, *CAPS, "stored_response_bytes")),
     *((name, " or ".join(choices), _one_of(name, choices)) for name, choices in CHOICES),
+    ("traces", "the URL of a collector, such as http://127.0.0.1:4318", lambda c: not c.traces or is_url(c.traces)),
 )
+
+
+def is_url(text: str) -> bool:
+    """Whether it has the form of an HTTP address."""
+    parts = urlsplit(text)
+    return parts.scheme in ("http", "https") and bool(parts.netloc)
 
 
 def is_loopback(host: str) -> bool:

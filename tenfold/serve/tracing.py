@@ -7,6 +7,7 @@ requests: they wait in a bounded queue for a thread of its own.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ QUEUE = 2048  # spans that may wait; more are dropped
 BATCH = 256
 DELAY = 2000.0  # milliseconds between exports
 TIMEOUT = 5.0  # seconds for one export, retries included
+LAST = 5.0  # seconds that the end of a server waits for its last spans to be sent
 PATH = "/v1/traces"  # where collectors take OTLP over HTTP
 PARENT = ("traceparent", "tracestate")
 
@@ -57,7 +59,7 @@ class Tracer:
 
     def __init__(self, processor: SpanProcessor) -> None:
         resource = Resource.create({"service.name": "tenfold", "service.version": tenfold.__version__})
-        self.provider = TracerProvider(resource=resource)
+        self.provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self.provider.add_span_processor(processor)
         self.tracer = self.provider.get_tracer("tenfold.serve", tenfold.__version__)
         self.parents = TraceContextTextMapPropagator()
@@ -73,8 +75,10 @@ class Tracer:
         return Span(self, job, queued)
 
     def close(self) -> None:
-        """Sends what waits. Idempotent."""
-        self.provider.shutdown()
+        """Sends what waits, for at most LAST seconds. Idempotent."""
+        sending = threading.Thread(target=self.provider.shutdown, daemon=True)  # which waits half a minute by itself
+        sending.start()
+        sending.join(LAST)
 
 
 class Span:

@@ -86,7 +86,7 @@ class Levels:
 class Recent:
     """What one model did lately. generated, prompt: tokens; ttft, tpot: seconds; levels: numbers of `Stats`.
 
-    `stats` is asked at most once a second, while there are tokens or someone looks.
+    `stats` is asked once a second while there are tokens, when a request ends, and when someone looks.
     """
 
     __slots__ = ("generated", "levels", "prompt", "second", "stats", "tpot", "ttft")

@@ -63,6 +63,13 @@ def test_charts_and_bars(page, paged):
     assert {part["name"]: part["value"] for part in bar["parts"]} == {"used": 120, "cached": 700, "free": 2820}
 
 
+def test_levels_fall_when_nothing_runs_any_more(page, paged):
+    """Though nobody looks, and no more tokens come."""
+    page.chat()
+    levels = page.app.state.service.metrics.recent["tiny"].levels["running"]
+    assert levels.values[levels.second % SPAN] == paged.running == 0
+
+
 def test_tokens_show_once_their_second_is_over(page, monkeypatch):
     page.chat()
     recent = page.app.state.service.metrics.recent["tiny"]

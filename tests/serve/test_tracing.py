@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tenfold.engine.request import FinishReason
+from tenfold.serve import settings, tracing
 from tenfold.serve.app import create_app
 from tenfold.serve.settings import ServeConfig
 from tenfold.serve.tracing import Tracer, address
@@ -195,10 +196,34 @@ def test_without_opentelemetry_one_sentence_says_so(llm, monkeypatch):
     assert Client(create_app({"tiny": llm}, ServeConfig())).chat().status_code == 200
 
 
+def test_settings_say_it_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'tenfold\[traces\]'"):
+        ServeConfig(traces="http://127.0.0.1:4318").check()
+
+
+def test_the_end_does_not_wait_for_a_collector_for_ever(llm, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(tracing, "LAST", 0.05)
+
+    class Stuck(InMemorySpanExporter):
+        def export(self, spans):
+            gate.wait(20)
+            return super().export(spans)
+
+    client = Traced(llm, exporter=Stuck(), processor=BatchSpanProcessor(Stuck()))
+    client.chat()
+    client.metrics.close()
+    assert not gate.is_set()
+    gate.set()
+
+
 @pytest.mark.parametrize("wrong", ["localhost:4318", "grpc://x:4317", "http://", "yes"])
 def test_what_is_no_collector(wrong):
     with pytest.raises(ValueError, match="allowed: the URL of a collector"):
         address(wrong)
+    with pytest.raises(ValueError, match="allowed: the URL of a collector"):
+        ServeConfig(traces=wrong).check()
 
 
 def test_a_path_of_ones_own_stays():

@@ -45,7 +45,7 @@ const CHOICES = [
   ["Operation", (c) => c.operation ?? "", ""],
   ["Shape", (c) => c.shape ?? "", "num"],
   ["Format", (c) => c.format ?? "", ""],
-  ["Batch", (c) => number(c.batch), "num right"],
+  ["Batch", (c) => (c.upTo ? `${number(c.batch)}–${number(c.upTo)}` : number(c.batch)), "num right"],
   ["Budget", (c) => number(c.budget), "num right"],
   ["Runs", (c) => c.arm ?? "", "strong"],
   ["Time", (c) => (c.microseconds == null ? "" : time(c.microseconds / 1e6)), "num right"],
@@ -53,14 +53,15 @@ const CHOICES = [
 ];
 
 const FACTS = {
-  family: "Family", device: "Device", kernels: "Kernels", kernels_reason: "because", max_model_len: "Context",
+  family: "Family", device: "Device", kernels: "Kernels", max_model_len: "Context",
   dtype: "Compute type", kv_dtype: "KV type", weights: "Weights", pages: "KV pages", page_size: "Tokens a page",
   max_batch: "Batch", max_step_tokens: "Tokens a step", prefix_cache: "Prefix cache", threads: "Threads",
   vocab_size: "Vocabulary",
 };
 
 function spread(latency) {
-  return latency.count ? `p90 ${time(latency.p90)} · p99 ${time(latency.p99)}` : "no requests in 5 min";
+  if (!latency.count) return "no requests in 5 min";
+  return ["p90", "p99"].map((name) => `${name} ${time(latency[name])}`.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 // The key stays in this tab and is sent to this server only.
@@ -167,8 +168,8 @@ function head(model) {
 function showLasting() {
   const model = lasting.get(shown);
   if (!model) return;
-  const facts = Object.entries(model.facts).filter(([, value]) => value !== "" && value !== null);
-  pairs(panels.facts.body, facts.map(([name, value]) => [FACTS[name] ?? name, plain(value)]));
+  const facts = Object.keys(FACTS).filter((name) => model.facts[name] || model.facts[name] === false);
+  pairs(panels.facts.body, facts.map((name) => [FACTS[name], plain(model.facts[name]), model.facts[`${name}_reason`]]));
   pairs(panels.memory.body, model.memory.split("\n").filter(Boolean).map((row) => row.trim().split(/\s{2,}/)));
   phases(model.timeline);
   at("choices").hidden = !model.choices.length;
@@ -201,15 +202,30 @@ function phases(timeline) {
   panels.timeline.body.replaceChildren(bar, el("dl", { class: "parts num" }, ...names));
 }
 
+const told = (choice) => CHOICES.map(([, cell]) => cell(choice));
+
 function choices() {
   const all = lasting.get(shown)?.choices ?? [];
   const words = at("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const found = all.filter((choice) => {
-    const text = CHOICES.map(([, cell]) => cell(choice)).join(" ").toLowerCase();
+    const text = told(choice).join(" ").toLowerCase();
     return words.every((word) => text.includes(word));
   });
   at("choices-count").textContent = words.length ? `${found.length} of ${all.length}` : `${all.length} choices`;
-  table(at("choices-table"), CHOICES, found);
+  table(at("choices-table"), CHOICES.filter(([, cell]) => all.some((choice) => cell(choice) !== "")), joined(found));
+}
+
+/** Choices one after the other that differ in their batch only, as one. */
+function joined(found) {
+  const rows = [];
+  let last = "";
+  for (const choice of found) {
+    const same = told({ ...choice, batch: 0 }).join("\n");
+    if (same === last) rows.at(-1).upTo = choice.batch;
+    else rows.push({ ...choice });
+    last = same;
+  }
+  return rows;
 }
 
 // Asking

@@ -61,6 +61,7 @@ const RIGHT = 10;
 const TOP = 8;
 const BOTTOM = 22;
 const ROWS = 4;
+const STEPS = [15, 30, 60, 120]; // seconds between marks, of which the least is taken that leaves room for them
 
 /** Lines over the last minutes. `update` takes {title, unit, lines: [{name, values}]}, one value a second, and how many of
  * the last seconds are to be seen. */
@@ -138,11 +139,12 @@ export class Chart {
 
   axis(bottom, right, x) {
     const marks = [svg("text", { x: right, y: bottom + 16, "text-anchor": "end" }, "now")];
-    const long = this.length() > 150;
-    const step = long ? 60 : 15;
-    for (let past = step; past < this.length() - 5; past += step) {
-      const said = long ? `−${past / 60} min` : `−${past} s`;
-      marks.push(svg("text", { x: x(this.length() - 1 - past), y: bottom + 16, "text-anchor": "middle" }, said));
+    const seconds = this.length() - 1;
+    const fits = (step) => ((right - LEFT) * step) / seconds >= 64 && seconds / step <= 6;
+    const step = STEPS.find(fits) ?? STEPS.at(-1);
+    for (let past = step; x(seconds - past) > LEFT + 20; past += step) {
+      const said = step < 60 ? `−${past} s` : `−${past / 60} min`;
+      marks.push(svg("text", { x: x(seconds - past), y: bottom + 16, "text-anchor": "middle" }, said));
     }
     return marks;
   }
