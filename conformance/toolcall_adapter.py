@@ -40,6 +40,25 @@ MODELS: tuple[tuple[str, str, tuple[str, str] | None], ...] = (
 )
 XML_FAMILY = "qwen3-xml"
 
+# Fixtures in which a call breaks off after its name and a part of its arguments were streamed. The suite wants no call
+# then; whoever streams arguments while they are made has told of it already. As OpenAI's API does, Tenfold leaves the
+# arguments open, which no JSON parser takes for whole, and says "length" where the answer was cut off.
+BROKEN_OFF = frozenset(
+    {
+        "deepseek/v3-truncated-mid-arguments",
+        "deepseek/v31-truncated-mid-arguments",
+        "deepseek/vllm-v3-malformed-missing-brace",
+        "llama/l3-truncated-inside-parameters",
+        "mistral/v13think-truncated-in-arguments",
+        "qwen3-hermes/bug-sglang-30480-truncated-mid-arguments",
+        "qwen3-hermes/truncated-mid-arguments-no-thinking",
+        "qwen3-hermes/truncated-mid-arguments-thinking",
+        "qwen3-hermes/truncated-second-parallel-call",
+        "qwen3-hermes/vllm-invalid-json-missing-brace",
+        "qwen3-xml/q38-truncated-in-parameter",
+    }
+)
+
 
 def dialect_of(family: str, model: str) -> Dialect | None:
     for part, name, think in MODELS:
