@@ -31,8 +31,9 @@ DUMPING = 0.5  # seconds to write the stacks before it is killed
 class Child:
     """Starts `process` with an engine made by `factory` ("module:class"). beat: seconds between its heartbeats.
 
-    Messages go through two sockets in a folder that only this user can open. Raises OSError where the process cannot
-    be started.
+    Messages go through two sockets in a folder that only this user can open, and that is gone once both are connected
+    (`settle`): so nobody else ever can, and nothing is left if this process is killed. Raises OSError where the process
+    cannot be started.
     """
 
     def __init__(self, factory: str, config: EngineConfig, beat: float) -> None:
@@ -45,9 +46,9 @@ class Child:
             raise
 
     def _open(self, factory: str, config: EngineConfig, beat: float) -> None:
-        folder = private_folder()
-        self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
-        events, commands = (f"ipc://{folder}/{name}" for name in ("events", "commands"))
+        self._folder = private_folder()
+        self._cleanup.callback(self.settle)
+        events, commands = (f"ipc://{self._folder}/{name}" for name in ("events", "commands"))
         context = zmq.Context()
         self._cleanup.callback(context.term)
         self._events = context.socket(zmq.PULL)
@@ -62,6 +63,7 @@ class Child:
         self._pidfd = self._watch_process()
         level = logging.getLogger("tenfold").getEffectiveLevel()
         self._introduce(wire.Start(factory, config, events, commands, beat, level))
+        self._commands.send(wire.encode(wire.Hello()))
 
     def _start(self) -> "subprocess.Popen[bytes]":
         # -P and PYTHONPATH: it imports from where this process does, and never from the current folder by accident.
@@ -85,6 +87,10 @@ class Child:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already, which `ended` will say
             wire.write_start(self._process.stdin, start)
+
+    def settle(self) -> None:
+        """Remove the sockets' folder: the process has said that it is connected, or it is over."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def pid(self) -> int:

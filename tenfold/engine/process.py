@@ -136,6 +136,7 @@ class EngineProcess:
             self._fail(error)
         assert loop.facts is not None, "the engine has no facts()"
         gc.freeze()  # a model and its tokenizer stay; a collection that walks them would show as a pause between tokens
+        commands.recv()  # Hello
         self._events.send(wire.Ready(loop.facts, loop.stats()))
         threading.Thread(target=self._beat, args=(loop,), daemon=True).start()
         while self._obey(loop, wire.decode_command(commands.recv())):

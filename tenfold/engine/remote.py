@@ -377,6 +377,7 @@ class RemoteLoop:
 
     def _begin(self, child: Child, event: wire.Ready, seconds: float) -> None:
         """The engine takes requests, first those that wait for it, in their order."""
+        child.settle()
         refused: list[tuple[_Sent, ValueError]] = []
         with self._lock:
             self.facts, self._stats, self._child = event.facts, event.stats, child

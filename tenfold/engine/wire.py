@@ -39,6 +39,10 @@ class Start(Message):
 # Commands: from the API process
 
 
+class Hello(Message):
+    """The first; its arrival shows that commands arrive."""
+
+
 class Submit(Message):
     """request: a `Request`, checked only when it is taken, so that a wrong one can be refused by its id."""
 
@@ -58,14 +62,14 @@ class Stop(Message):
     """End after the step under way; open requests are aborted."""
 
 
-Command = Submit | Abort | Dump | Stop
+Command = Hello | Submit | Abort | Dump | Stop
 
 
 # Events: from the engine process
 
 
 class Ready(Message):
-    """The engine is loaded."""
+    """The engine is loaded, and Hello has come."""
 
     facts: Facts
     stats: Stats

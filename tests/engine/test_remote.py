@@ -288,7 +288,7 @@ def test_killed_from_outside_with_several_answers_to_one_prompt(make):
 HANGS = {
     "stopped": (signal.SIGSTOP, "no sign of life"),
     "in a step": (HANG, "finished no step"),
-    "in a step, with the interpreter's lock": (HANG_WITH_LOCK, "no sign of life"),
+    "in a step, with the interpreter's lock": (HANG_WITH_LOCK, "the engine hangs: it"),  # both are true
 }
 
 
@@ -531,15 +531,21 @@ def process_is_there(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"
 
 
-def test_closing_leaves_nothing(make, monkeypatch, tmp_path_factory):
-    place = tempfile.mkdtemp(prefix="t-", dir="/tmp")  # short, as paths of sockets must be
-    monkeypatch.setattr(tempfile, "tempdir", place)
+@pytest.fixture
+def place(monkeypatch) -> Iterator[Path]:
+    """Where sockets are made; short, as their paths must be."""
+    place = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    yield place
+    assert not list(place.iterdir())
+    place.rmdir()
+
+
+def test_closing_leaves_nothing(make, place):
     gc.collect()
     descriptors, threads = set(os.listdir("/proc/self/fd")), set(threading.enumerate())
     bed = make()
     bed.begin("a")
-    (folder,) = Path(place).iterdir()
-    assert folder.stat().st_mode & 0o777 == 0o700
     first = bed.loop.pid
     bed.kill()
     wait_until(lambda: bed.loop.restarts == 1)
@@ -548,12 +554,23 @@ def test_closing_leaves_nothing(make, monkeypatch, tmp_path_factory):
     bed.loop.close()
     bed.loop.close()
     assert bed.inbox.last("b").finish is FinishReason.ABORT
-    assert not list(Path(place).iterdir())
-    os.rmdir(place)
     assert not process_is_there(first)
     assert not process_is_there(pid)
     assert set(threading.enumerate()) <= threads
     assert set(os.listdir("/proc/self/fd")) <= descriptors
+
+
+def test_sockets_are_private_and_gone_when_connected(make, place, tmp_path):
+    (tmp_path / "hold").touch()
+    bed = make(wait=False)
+    wait_until(lambda: list(place.glob("*/commands")))
+    (folder,) = place.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    bed.forget("hold")
+    bed.loop.wait()
+    assert not list(place.iterdir())
+    bed.submit("a")
+    assert bed.inbox.last("a").finish is FinishReason.LENGTH
 
 
 def test_closing_a_stuck_engine_ends_it(make):

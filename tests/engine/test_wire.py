@@ -98,7 +98,7 @@ def test_events_round_trip(event):
     assert wire.decode_event(wire.encode(event)) == event
 
 
-@pytest.mark.parametrize("command", [wire.Abort("a"), wire.Dump(), wire.Stop()])
+@pytest.mark.parametrize("command", [wire.Hello(), wire.Abort("a"), wire.Dump(), wire.Stop()])
 def test_commands_round_trip(command):
     assert wire.decode_command(wire.encode(command)) == command
 
