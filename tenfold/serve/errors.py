@@ -188,5 +188,5 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
 
 def _methods(request: Request) -> set[str]:
     """What a path takes; the router itself names only the methods of the first route that has it."""
-    matching = (route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE)
-    return {method for route in matching for method in route.methods}
+    routes = [r for r in request.app.state.routes if r.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes if route.path == routes[0].path for method in route.methods}

@@ -29,6 +29,8 @@ CAPPED = {
     "tools": ("max_tools", "maxItems"),
 }
 
+EVENTS = {"schema": {"type": "string", "description": "server-sent events, each with an object of JSON"}}
+
 Schema = dict[str, Any]
 
 
@@ -38,6 +40,8 @@ def complete(schema: Schema, bodies: Sequence[type[BaseModel]], service: Service
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             _complete_operation(path, operation)
+            if _streams(operation, schema["components"]["schemas"]):
+                operation["responses"]["200"].setdefault("content", {})["text/event-stream"] = EVENTS
     settings = service.settings
     if settings.api_key or settings.api_key_file or settings.admin_key:
         schema["components"]["securitySchemes"] = SCHEMES
@@ -50,6 +54,15 @@ def _complete_operation(path: str, operation: Schema) -> None:
     if path in OPEN_PATHS:
         operation["security"] = []
         operation["responses"].pop("401", None)
+
+
+def _streams(operation: Schema, schemas: Schema) -> bool:
+    """Whether the answer may be events: where the request has a field, or the query a parameter, `stream`."""
+    if any(parameter["name"] == "stream" for parameter in operation.get("parameters", ())):
+        return True
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+    return "stream" in schemas.get(name, {}).get("properties", {})
 
 
 def _describe_bodies(schema: Schema, bodies: Sequence[type[BaseModel]], service: Service) -> None:

@@ -64,6 +64,12 @@ def test_wrong_requests_do_not(client, schema, path, change):
     assert client.request("POST", path, json=body).status_code in (400, 404)
 
 
+def test_events_are_described_where_there_are_some(schema):
+    kinds = {path: set(op["responses"]["200"]["content"]) for path, _, op in operations(schema) if "requestBody" in op}
+    assert kinds["/v1/completions"] == {"application/json", "text/event-stream"}
+    assert kinds["/v1/embeddings"] == {"application/json"}
+
+
 def test_limits_are_those_of_the_settings(make_client):
     schema = make_client(max_n=3).get("/openapi.json").json()
     assert schema["components"]["schemas"]["CompletionRequest"]["properties"]["n"]["maximum"] == 3
@@ -83,3 +89,5 @@ def test_a_405_names_every_method_of_a_path(client):
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
     response = client.request("PUT", "/v1/responses/resp_1")
     assert (response.status_code, response.headers["allow"]) == (405, "DELETE, GET")
+    response = client.request("PUT", "/v1/responses/input_tokens")
+    assert (response.status_code, response.headers["allow"]) == (405, "POST")

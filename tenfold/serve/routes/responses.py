@@ -197,11 +197,12 @@ STREAM_QUERY = [query("stream", type="boolean"), query("starting_after", type="i
 async def retrieve_response(http: Request, id: str) -> Response:
     """A stored response; one that is made in the background as far as it has come."""
     stored = _find(http, id)
+    after = _number(http, "starting_after", -1, 0, 2**31)
     if not _flag(http, "stream"):
         return Response(_json(stored), media_type="application/json")
     if not (stored.events or (stored.run is not None and stored.run.replayable)):
         raise invalid("Only a response made with background and stream can be streamed again.", "stream")
-    return EventStream(b"", _replay(stored, _number(http, "starting_after", -1, 0, 2**31)))
+    return EventStream(b"", _replay(stored, after))
 
 
 PAGE_QUERY = [
