@@ -288,12 +288,15 @@ def test_a_reader_that_leaves_is_no_failure_to_talk_about():
 
 def test_closed_standard_files_are_filled():
     code = (
-        "import os, tenfold.serve.cli as cli\n"
+        "import os, sys, tenfold.serve.cli as cli\n"
         "cli.fill_standard_files()\n"
+        "print('to nobody', file=sys.stderr)\n"
         "new = os.open('.', os.O_RDONLY)\n"
         "os._exit(0 if new > 2 and os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev else 1)"
     )
-    assert subprocess.run(f'{sys.executable} -c "{code}" <&- 2>&-', shell=True, timeout=60).returncode == 0
+    command = f'{sys.executable} -c "{code}"'
+    for closed in ("<&- 2>&-", "<&- >&- 2>&-", "2>&-"):
+        assert subprocess.run(f"{command} {closed}", shell=True, timeout=60).returncode == 0
 
 
 def test_settings_in_sentences_become_flags():

@@ -22,8 +22,10 @@ def fill_standard_files() -> None:
     """Where standard input, output or error is closed, put nothing there: else the next socket or file that is opened
     would get its number, and what is printed would go into it.
     """
-    for number in range(3):
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))
