@@ -9,7 +9,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ import uvicorn
 
 from tenfold.bench.claims import Claim, claim
 from tenfold.bench.serving import http_request, run_streams
+from tenfold.engine.facts import Stats
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.app import create_app
 from tenfold.serve.settings import ServeConfig
@@ -77,24 +78,31 @@ def _one(llm: AsyncLLM, address: tuple[str, int], prompt: list[int], phase: str,
     bodies = [long | {"prompt": [1000 + i] * 8} for i in range(OTHERS)]
     others = threading.Thread(target=run_streams, args=(address, COMPLETIONS, bodies), daemon=True)
     others.start()
-    _wait(lambda: llm.stats().running == OTHERS and llm.stats().generated_tokens > 0)
+    _wait(lambda: _now(llm).running == OTHERS and _now(llm).generated_tokens > 0)
     body = common | {"prompt": prompt, "max_tokens": 100, "stream": stream}
-    before = llm.stats().computed_tokens
+    before = _now(llm).computed_tokens
     with socket.create_connection(address) as connection:
         connection.sendall(http_request(COMPLETIONS, json.dumps(body).encode()))
         seen = len(prompt) // 4 if phase == "prefill" else len(prompt) + 8
-        _wait(lambda: llm.stats().running == OTHERS + 1 and llm.stats().computed_tokens - before > seen)
-        held = llm.stats().pages_used
-        begin, steps = time.perf_counter(), llm.stats().steps
+        _wait(lambda: _now(llm).running == OTHERS + 1 and _now(llm).computed_tokens - before > seen)
+        held = _now(llm).pages_used
+        begin, steps = time.perf_counter(), _now(llm).steps
     own = len(prompt) // 16 // 2  # the others grow by a page now and then meanwhile
-    _wait(lambda: llm.stats().running == OTHERS and llm.stats().pages_used <= held - own, pause=1e-4)
-    cancelled = Cancelled(phase, stream, 1e3 * (time.perf_counter() - begin), llm.stats().steps - steps)
+    _wait(lambda: _now(llm).running == OTHERS and _now(llm).pages_used <= held - own, pause=1e-4)
+    cancelled = Cancelled(phase, stream, 1e3 * (time.perf_counter() - begin), _now(llm).steps - steps)
     others.join()
-    _wait(lambda: not llm.stats().pages_used)
+    _wait(lambda: not _now(llm).pages_used)
     return cancelled
 
 
-def _wait(holds, pause: float = 5e-4, patience: float = 30.0) -> None:  # type: ignore[no-untyped-def]
+def _now(llm: AsyncLLM) -> Stats:
+    stats = llm.stats()
+    if stats is None:
+        raise RuntimeError("the engine has ended")
+    return stats
+
+
+def _wait(holds: Callable[[], bool], pause: float = 5e-4, patience: float = 30.0) -> None:
     end = time.perf_counter() + patience
     while not holds():
         if time.perf_counter() > end:

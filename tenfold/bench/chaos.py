@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.bench.claims import Claim, claim
-from tenfold.bench.malformed import bodies as malformed_bodies
+from tenfold.bench.malformed import throw
 from tenfold.bench.serving import (
     ServerProcess,
     StreamResult,
@@ -198,14 +198,10 @@ def half_closed(server: ServerProcess, count: int = 50) -> Row:
 
 def malformed(server: ServerProcess, count: int = 10_000) -> Row:
     """Random bodies, wrong in every way."""
-    codes: dict[int, int] = {}
-    for path, body in malformed_bodies(count, seed=1):
-        code, _ = call(server.address, path, body or b" ")
-        codes[code] = codes.get(code, 0) + 1
+    tally = throw(server.url, count, timeout=PATIENCE)
     until(lambda: idle(server))
-    wrong = sum(n for code, n in codes.items() if not 200 <= code < 500)
-    told = ", ".join(f"{n} x {code}" for code, n in sorted(codes.items()))
-    return Row(f"{count} malformed requests", not wrong and works(server), None, told)
+    fine = not (tally.wrong or tally.lost) and works(server)
+    return Row(f"{count} malformed requests", fine, None, str(tally))
 
 
 def disconnects(server: ServerProcess, count: int = 200) -> Row:
