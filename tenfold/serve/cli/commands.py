@@ -242,8 +242,9 @@ def plan_command(
         ),
     ] = 0,
 ) -> None:
-    """Show what a model needs of memory, before loading it. Exit status 3: it does not fit; the plan says what
-    would.
+    """Show what models need of memory, before loading them.
+
+    Exit status 3: they do not fit; the plan says what would.
     """
     body("plan")(settled, memory)
 

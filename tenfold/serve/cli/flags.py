@@ -31,10 +31,10 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="The same as --model.")]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help="The same as --model.")]
 Models = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[MODEL]...", show_default=False, help="The same as --model, which may be repeated."),
+    typer.Argument(metavar="MODEL", show_default=False, help="The same as --model, which may be repeated."),
 ]
 
 
