@@ -101,7 +101,6 @@ def test_plan_of_two_models(inside, tiny):
 def test_the_second_signal_ends_a_server_whose_engine_hangs(tiny, serve, short):
     with serve("--model", str(tiny("llama")), *TORCH, TMPDIR=str(short)) as server:
         (engine,) = children(server.process.pid)
-        assert list(short.glob("tenfold-*"))
         os.kill(engine, signal.SIGSTOP)
         with ThreadPoolExecutor(1) as pool:
             hanging = pool.submit(complete, server, "llama", stream=True)

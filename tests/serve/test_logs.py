@@ -65,6 +65,7 @@ def test_requests_of_one_time_are_not_confused(client, llm):
 
     async def one(number):
         sent = {"state": {"request_id": str(number)}, "type": "http", "method": "GET"}
+
         async def app(scope, receive, send):
             await asyncio.sleep(0)
             seen.append((scope["state"]["request_id"], request_fields()["request_id"]))
