@@ -96,8 +96,8 @@ RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
     ("min_p", "a number from 0 to 1", lambda p: within(p.min_p, 0, 1)),
     (
         "repetition_penalty",
-        "a number above 0, up to 10; 1 is off",
-        lambda p: within(p.repetition_penalty, 0, 10) and p.repetition_penalty > 0,
+        "a number from 0.01 to 10; 1 is off",
+        lambda p: within(p.repetition_penalty, 0.01, 10),
     ),
     ("presence_penalty", "a number from -2 to 2", lambda p: within(p.presence_penalty, -2, 2)),
     ("frequency_penalty", "a number from -2 to 2", lambda p: within(p.frequency_penalty, -2, 2)),

@@ -29,7 +29,8 @@ CAPPED = {
     "tools": ("max_tools", "maxItems"),
 }
 
-EVENTS = {"schema": {"type": "string", "description": "server-sent events, each with an object of JSON"}}
+EVENT = {"event": {"type": "string"}, "data": {"type": "string", "description": "an object of JSON, or [DONE]"}}
+EVENTS = {"schema": {"type": "object", "properties": EVENT, "required": ["data"]}}  # of each server-sent event
 
 Schema = dict[str, Any]
 

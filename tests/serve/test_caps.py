@@ -58,3 +58,11 @@ def test_the_message_of_a_long_value_is_short(client):
 def test_settings_start_within_the_engines_bounds(cap):
     params = {"max_n": {"n": ServeConfig().max_n}, "max_logprobs": {"logprobs": ServeConfig().max_logprobs}}
     SamplingParams(**params.get(cap, {"stop": ("a",) * ServeConfig().max_stop})).check()
+
+
+@pytest.mark.parametrize("penalty", [0, 5e-324, 1e-45, 10.5])
+def test_a_penalty_that_32_bits_cannot_divide_by_is_refused(client, llm, penalty):
+    """Found by schemathesis: it became 0 in the engine, and the logits infinite."""
+    response = client.complete(repetition_penalty=penalty)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "repetition_penalty")
+    assert llm.calls == []

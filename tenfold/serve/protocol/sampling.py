@@ -101,8 +101,8 @@ class Sampling(Body):
     )
     repetition_penalty: float | None = honoured(
         None,
-        "extension: above 0, up to 10; 1 is off; divides the logits of tokens seen",
-        shows={"exclusiveMinimum": 0, "maximum": 10},
+        "extension: 0.01 to 10; 1 is off; divides the logits of tokens seen",
+        shows={"minimum": 0.01, "maximum": 10},
     )
     min_tokens: int | None = honoured(None, "extension: no end before this many tokens", le=MOST, shows={"minimum": 0})
     ignore_eos: bool | None = honoured(None, "extension: an end token does not end the answer")
