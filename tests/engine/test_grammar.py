@@ -20,7 +20,7 @@ from tenfold.engine.grammar import GrammarLimits, Grammars, _Tokens
 from tenfold.engine.llm import LLM
 from tenfold.engine.masks import Masks
 from tenfold.engine.request import FinishReason, Grammar, Output, Request, SamplingParams
-from tenfold.engine.schema import nesting
+from tenfold.engine.schema import json_schema, nesting
 from tenfold.engine.text import Text
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
@@ -491,11 +491,14 @@ def grammars() -> Grammars:
         (schema({"$ref": "#/$defs/none"}), "does not exist"),
         (schema({"if": {}, "then": {}}), 'Unimplemented keys: .*"if", "then"'),
         (schema({"type": "string", "pattern": "(?=a)b"}), "look-ahead"),
-        (schema({"type": "string", "format": "colour"}), "Unknown format: colour"),
+        (schema({"type": "string", "format": "iri"}), "Unknown format: iri"),
+        (schema({"$schema": "http://json-schema.org/draft-03/schema#"}), "allowed: draft-04 and later"),
         (schema({"allOf": [{"type": "string"}, {"type": "number"}]}), "incompatible types"),
         (schema({"oneOf": [{"type": "string"}, {"minLength": 1}]}), "oneOf constraints are not supported"),
         (schema({"type": "object", "minProperties": 2}), "minProperties is 2 where only 0 names are required"),
         (schema({"uniqueItems": True, "x-guidance": {"lenient": True}}), "Unimplemented keys"),
+        (schema({"$ref": "#"}), "No answer fits the JSON schema"),
+        (schema({"allOf": [{"$ref": "#"}]}), "No answer fits the JSON schema"),
         (Grammar("regex", "["), "The regex is not supported: .*unclosed character class"),
         (Grammar("regex", r"(a)\1"), "backreferences are not supported"),
         (Grammar("choice", "[]"), "not a list of strings, at least one"),
@@ -525,7 +528,9 @@ def test_what_cannot_be_kept_to_is_refused_with_the_reason(grammars: Grammars, g
             "required": ["a"],
             "additionalProperties": False,
         },
-        {"const": {"minProperties": 9}},
+        {"const": {"minProperties": 9, "uniqueItems": False}},
+        {"type": "array", "uniqueItems": False, "items": {"type": "string", "format": "colour"}},
+        {"$schema": "https://example.org/own", "properties": {"uniqueItems": False, "format": True}},
         {"oneOf": [{"type": "string"}, {"type": "null"}]},
         {"$id": "http://127.0.0.1:1/s", "$defs": {"a": {"type": "null"}}, "$ref": "#/$defs/a"},
     ],
@@ -682,3 +687,13 @@ def test_a_vocabulary_without_an_end_token_ends_where_nothing_can_follow() -> No
     text, end = ask(engine, Grammar("regex", "[ab]{3}"))
     assert re.fullmatch("[ab]{3}", text)
     assert end.finish is FinishReason.STOP
+
+
+def test_taking_out_what_says_nothing_changes_no_names_and_no_data() -> None:
+    value = {
+        "properties": {"uniqueItems": False, "format": {"format": "colour"}},
+        "enum": [{"uniqueItems": False, "format": "colour"}],
+        "items": {"uniqueItems": False, "format": "date"},
+    }
+    kept = json.loads(json_schema(json.dumps(value)))
+    assert kept == {**value, "properties": {"uniqueItems": False, "format": {}}, "items": {"format": "date"}}
