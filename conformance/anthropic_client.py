@@ -19,6 +19,8 @@ WEATHER: Any = {
     },
 }
 
+ONE_CALL: Any = {"type": "any", "disable_parallel_tool_use": True}
+
 
 def message(client: Anthropic) -> None:
     answer = client.messages.create(model="default", max_tokens=12, system="Be brief.", messages=ASK)
@@ -28,7 +30,7 @@ def message(client: Anthropic) -> None:
 
 
 def stream(client: Anthropic) -> None:
-    with client.messages.stream(model="default", max_tokens=12, messages=ASK, temperature=0) as events:
+    with client.messages.stream(model="default", max_tokens=12, messages=ASK) as events:
         text = "".join(events.text_stream)
         final = events.get_final_message()
     assert final.content[0].type == "text"
@@ -40,7 +42,6 @@ def stop_sequence(client: Anthropic) -> None:
     answer = client.messages.create(
         model="default",
         max_tokens=40,
-        temperature=0,
         stop_sequences=[","],
         messages=[{"role": "user", "content": "List three fruits, separated by commas."}],
     )
@@ -50,7 +51,7 @@ def stop_sequence(client: Anthropic) -> None:
 def tools(client: Anthropic) -> None:
     asked = [{"role": "user", "content": "How is the weather in Rome?"}]
     answer = client.messages.create(
-        model="default", max_tokens=80, tools=[WEATHER], tool_choice={"type": "any"}, messages=asked
+        model="default", max_tokens=80, tools=[WEATHER], tool_choice=ONE_CALL, messages=asked
     )
     used = next(block for block in answer.content if block.type == "tool_use")
     assert answer.stop_reason == "tool_use"

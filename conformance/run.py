@@ -134,7 +134,7 @@ def prepare(name: str, tool: Tool) -> Path:
     wanted = "\n".join(tool.packages)
     if not stamp.exists() or stamp.read_text() != wanted:
         venv.create(folder, with_pip=True, clear=True)
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-qq", "install"]
         subprocess.run([*pip, *tool.packages], check=True)
         stamp.write_text(wanted)
     return folder

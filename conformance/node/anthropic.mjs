@@ -22,7 +22,7 @@ await run("@anthropic-ai/sdk (npm)", {
   async tools() {
     const answer = await client.messages.create({
       model, max_tokens: 80, messages: [{ role: "user", content: "How is the weather in Rome?" }],
-      tools: [{ name: "get_weather", input_schema: weather }], tool_choice: { type: "any" },
+      tools: [{ name: "get_weather", input_schema: weather }], tool_choice: { type: "any", disable_parallel_tool_use: true },
     });
     const used = answer.content.find((block) => block.type === "tool_use");
     ensure(answer.stop_reason === "tool_use" && "city" in used.input, "no tool call");
