@@ -182,6 +182,10 @@ class Grammars:
         ll = LLMatcher(self.tokenizer(), source, log_level=0, limits=limits)
         if ll.is_error():
             raise ValueError(f"The {NAMES[grammar.kind]} is not supported: {_sentence(ll.get_error())}")
+        first = ll.deep_copy()
+        first.compute_bitmask()
+        if first.is_error():  # such as a schema that is nothing but a reference to itself
+            raise ValueError(f"No answer fits the {NAMES[grammar.kind]}: {_sentence(first.get_error())}")
         return Matcher(ll)
 
     def tokenizer(self) -> Any:

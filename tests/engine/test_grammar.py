@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tenfold.engine.grammar import GrammarLimits, Grammars, _Tokens
 from tenfold.engine.llm import LLM
 from tenfold.engine.masks import Masks
 from tenfold.engine.request import FinishReason, Grammar, Output, Request, SamplingParams
-from tenfold.engine.schema import json_schema, nesting
+from tenfold.engine.schema import DATE, json_schema, nesting
 from tenfold.engine.text import Text
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
@@ -552,7 +553,7 @@ def accepts(grammars: Grammars, grammar: Grammar, text: str) -> bool:
         ("[\n  1,\n\t2\n]", True),
         ("[" + " " * 64 + "1]", True),
         ("[" + " " * 65 + "1]", False),
-        ("[\n\n1]", False),
+        ("[\r\n\n1]", True),
         (" [1]", False),
         ("[1] ", False),
         ("[1;2]", False),
@@ -671,7 +672,7 @@ def test_all_end_tokens_are_allowed_where_the_grammar_is_complete_and_padding_ne
     engine = make_engine()
     engine.eos_ids = ends
     engine.grammars = grammars
-    engine.add(Request("r", PROMPT, SamplingParams(grammar=Grammar("regex", "(.|\n)*"))))
+    engine.add(Request("r", PROMPT, SamplingParams(grammar=Grammar("regex", "(.|\n)*"), temperature=0.0)))
     while not engine.scheduler.running:
         engine.step()
     (sequence,) = engine.scheduler.decoding
@@ -693,7 +694,43 @@ def test_taking_out_what_says_nothing_changes_no_names_and_no_data() -> None:
     value = {
         "properties": {"uniqueItems": False, "format": {"format": "colour"}},
         "enum": [{"uniqueItems": False, "format": "colour"}],
-        "items": {"uniqueItems": False, "format": "date"},
+        "items": {"uniqueItems": False, "format": "ipv4"},
     }
     kept = json.loads(json_schema(json.dumps(value)))
-    assert kept == {**value, "properties": {"uniqueItems": False, "format": {}}, "items": {"format": "date"}}
+    assert kept == {**value, "properties": {"uniqueItems": False, "format": {}}, "items": {"format": "ipv4"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "fits"),
+    [
+        ("date", "2024-02-29", True),
+        ("date", "2023-02-29", False),
+        ("date", "1900-02-29", False),
+        ("date", "2000-02-29", True),
+        ("date", "2024-04-31", False),
+        ("date", "0000-01-01", False),
+        ("date", "2024-13-01", False),
+        ("time", "23:59:59.25+01:00", True),
+        ("time", "12:00:60Z", False),
+        ("time", "24:00:00Z", False),
+        ("time", "12:00:00", False),
+        ("date-time", "2024-12-31T00:00:00Z", True),
+        ("date-time", "2024-11-31T00:00:00Z", False),
+        ("date-time", "2024-11-30 00:00:00Z", False),
+    ],
+)
+def test_dates_and_times_exist(grammars: Grammars, kind: str, text: str, fits: bool) -> None:
+    assert accepts(grammars, schema({"type": "string", "format": kind}), json.dumps(text)) == fits
+    both = {"type": "string", "format": kind, "pattern": "^2", "allOf": [{"maxLength": 30}]}
+    assert accepts(grammars, schema(both), json.dumps(text)) == (fits and text.startswith("2"))
+
+
+@given(st.dates() | st.tuples(st.integers(0, 9999), st.integers(0, 13), st.integers(0, 32)))
+def test_every_date_that_exists_is_in_the_pattern_and_no_other(value: Any) -> None:
+    text = value.isoformat() if isinstance(value, date) else "{:04}-{:02}-{:02}".format(*value)
+    try:
+        date.fromisoformat(text)
+        exists = True
+    except ValueError:
+        exists = False
+    assert bool(re.fullmatch(DATE, text)) == exists
