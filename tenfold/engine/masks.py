@@ -12,6 +12,9 @@ import numpy as np
 
 from tenfold.engine.sequence import Sequence
 
+THREADS = max(1, (os.cpu_count() or 1) // 4)  # most of a machine is busy with the model meanwhile
+ALL = 0xFFFFFFFF
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mask:
@@ -43,28 +46,29 @@ class Masks:
         self._compute(sequences, bits)
         bits[:, self._vocab_size // 32] &= np.uint32((1 << self._vocab_size % 32) - 1)
         rows, errors = {}, {}
-        for row, sequence in enumerate(sequences):
-            if sequence.matcher.error:
-                errors[sequence] = sequence.matcher.error
-            elif not bits[row].any():
-                errors[sequence] = "No token of this model's vocabulary can follow."
+        for row, (sequence, some) in enumerate(zip(sequences, np.any(bits, axis=1))):
+            error = sequence.matcher.error
+            if error or not some:
+                errors[sequence] = error or "No token of this model's vocabulary can follow."
             else:
                 rows[sequence] = row
                 avoid(bits[row], sequence)
         return Mask(bits, rows, errors)
 
     def _compute(self, sequences: list[Sequence], bits: np.ndarray) -> None:
-        """Both calls release the interpreter lock."""
+        """llguidance releases the interpreter lock."""
         width = self._words * bits.itemsize
-        if len(sequences) == 1:
-            sequences[0].matcher.ll.unsafe_compute_mask_ptr(bits.ctypes.data, width)
+        address = bits.ctypes.data
+        if THREADS == 1 or len(sequences) == 1:
+            for i, sequence in enumerate(sequences):
+                sequence.matcher.ll.unsafe_compute_mask_ptr(address + i * width, width)
             return
         if self._executor is None:
             from llguidance import LLExecutor  # here for the reason given in grammar.py
 
-            self._executor = LLExecutor(max(1, (os.cpu_count() or 1) // 2))
+            self._executor = LLExecutor(THREADS)
         matchers = [(s.matcher.ll, i) for i, s in enumerate(sequences)]
-        self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, width, len(sequences))
+        self._executor.unsafe_compute_mask_ptr(matchers, address, width, len(sequences))
 
 
 def avoid(row: np.ndarray, sequence: Sequence) -> None:
@@ -74,8 +78,9 @@ def avoid(row: np.ndarray, sequence: Sequence) -> None:
     if not (early or params.ignore_eos):
         return
     unwanted = sequence.stops if early else sequence.stops.difference(params.stop_token_ids)
-    ids = np.array(sorted(unwanted), dtype=np.int64)
-    rest = row.copy()
-    np.bitwise_and.at(rest, ids >> 5, ~(np.uint32(1) << (ids & 31).astype(np.uint32)))
-    if rest.any():
-        row[:] = rest
+    before = {token >> 5: row[token >> 5] for token in unwanted}
+    for token in unwanted:
+        row[token >> 5] &= ALL ^ (1 << (token & 31))
+    if not row.any():
+        for word, value in before.items():
+            row[word] = value

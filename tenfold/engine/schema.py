@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Between two parts of an answer at most one line break and 64 blanks: enough to indent, and an answer cannot run away
+# At most 64 characters between two parts of an answer: enough to indent, and an answer cannot run away
 # in white space, as small models would.
-WHITE_SPACE = r"\r?\n[ \t]{0,64}|[ \t]{1,64}"
+WHITE_SPACE = r"[ \t\r\n]{1,64}"
 # Set over whatever a schema's own "x-guidance" says, for a client could turn a promise off with it.
 JSON_OPTIONS: dict[str, Any] = {
     "item_separator": ",",

@@ -15,6 +15,11 @@ _MASK = (1 << 64) - 1
 WIDTHS = (1024, 8192)  # how many candidates are looked at before the whole vocabulary is sorted
 
 
+# For each byte of a mask, what its 8 tokens' logits are at most.
+_LIMITS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf)
+_LIMITS = _LIMITS.astype(np.float32)
+
+
 def uniform(seed: int, count: int) -> float:
     """A number in (0, 1), at least 2^-49 from both ends: SplitMix64 (Steele et al. 2014) of the seed, then of that
     and the count.
@@ -53,10 +58,12 @@ def allow_only(logits: Tensor, places: list[int], bits: np.ndarray) -> None:
     """In place: logits[places[i], t] becomes -inf for each token t whose bit is not set in bits[i] [words] uint32."""
     vocab = logits.shape[1]
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # A row of 49k takes 12 us; by masked_fill_, which branches, up to 200 us (AVX-512, 2026-11).
         rows = logits.numpy()
+        limits = np.empty((-(-vocab // 8), 8), np.float32)
         for place, row in zip(places, bits):
-            banned = np.unpackbits(~row.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
-            np.copyto(rows[place], -np.inf, where=banned)  # a fifth of masked_fill_'s time
+            np.take(_LIMITS, row.view(np.uint8)[: len(limits)], axis=0, out=limits, mode="clip")
+            np.minimum(rows[place], limits.reshape(-1)[:vocab], out=rows[place])
         return
     words = torch.from_numpy(bits.view(np.int32))
     words = words.pin_memory().to(logits.device, non_blocking=True) if logits.is_cuda else words

@@ -49,7 +49,8 @@ class Babbling(fake.FakeModel):
 
     def forward(self, step: Step) -> Tensor:
         histories = self._run(step)
-        return torch.stack([self.row(histories[i]) for i in step.logits_rows.tolist()])
+        rows = [self.row(histories[i]) for i in step.logits_rows.tolist()]
+        return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
 
     def row(self, history: list[int]) -> Tensor:
         seed = hash(tuple(history)) & 0xFFFFFFFF
