@@ -358,7 +358,7 @@ def once(
 ) -> list[float]:
     """Seconds of each step with `batch` decodes, until the first answer ends."""
     for i in range(batch):
-        params = SamplingParams(temperature=0.8, seed=i, max_tokens=steps, ignore_eos=True, grammar=grammar)
+        params = SamplingParams(temperature=0.8, seed=i, max_tokens=steps, ignore_eos=grammar is None, grammar=grammar)
         engine.add(Request(f"cost-{next(numbers)}", tuple(prompt), params))
     times: list[float] = []
     whole = True

@@ -319,6 +319,8 @@ class Engine:
                 wait([c.matcher for c in self._compiling.values()], COMPILE_WAIT, "FIRST_COMPLETED")
         if len(self._inflight) > self.config.lookahead or (self._inflight and not plan.entries):
             self._collect(outputs)
+        if not self._inflight:
+            self.masks.start([s for s in self.scheduler.decoding if s.matcher is not None])
         self._last_seconds = time.perf_counter() - begin
         self._seconds += self._last_seconds
         return outputs
@@ -343,33 +345,33 @@ class Engine:
             logger.exception("%s could not be prepared", plan)
             return Isolated(plan, [error] * len(plan.entries))
         held = [e.sequence for e in plan.entries if e.sample and e.sequence.matcher is not None]
-        filling = self.masks.start(held) if held and not self._inflight else None
+        if held and not self._inflight:
+            self.masks.start(held)
         forward: Forward | Exception
         try:
             forward = self.runner.forward(plan.entries, plan.decodes)
         except Exception as error:
             forward = error
-        if filling is not None:
-            wait([filling])
         while held and self._inflight:
             self._collect(outputs)
         try:
             if isinstance(forward, Exception):
                 raise forward
-            mask = self._mask(held, filling, outputs)
-            return self.runner.sample(forward, mask)
+            return self.runner.sample(forward, self._mask(held, outputs))
         except Exception as error:
             logger.warning("%s failed: %s", plan, error)
             return self._isolate(plan, error, outputs)
 
-    def _mask(self, held: list[Sequence], filling: "Future[Mask] | None", outputs: list[Output]) -> Mask | None:
+    def _mask(self, held: list[Sequence], outputs: list[Output]) -> Mask | None:
         """What these sequences may sample next; those whose grammar broke down end."""
-        going = [s for s in held if s.status is not Status.FINISHED]
-        if not going:
+        if not held:
             return None
-        mask = self.masks.fill(going) if filling is None else filling.result()
-        for sequence, reason in mask.errors.items():
-            outputs.append(self._end(sequence, FinishReason.ERROR, f"The grammar cannot be followed further: {reason}"))
+        going = [s for s in held if s.status is not Status.FINISHED]
+        mask = self.masks.result(going)
+        for sequence in going:
+            if sequence in mask.errors:
+                reason = f"The grammar cannot be followed further: {mask.errors[sequence]}"
+                outputs.append(self._end(sequence, FinishReason.ERROR, reason))
         return mask
 
     def _isolate(self, plan: StepPlan, error: Exception, outputs: list[Output]) -> "Isolated":
@@ -381,7 +383,7 @@ class Engine:
             held = [entry.sequence] if entry.sample and entry.sequence.matcher is not None else []
             try:
                 forward = self.runner.forward((entry,), int(i < plan.decodes))
-                results.append(self.runner.sample(forward, self._mask(held, None, outputs)))
+                results.append(self.runner.sample(forward, self._mask(held, outputs)))
             except Exception as own:
                 results.append(own)
         return Isolated(plan, results)

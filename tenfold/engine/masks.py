@@ -1,11 +1,12 @@
-"""Masks: which tokens the grammars of a step's rows allow, filled on a thread of its own while the model runs.
+"""Masks: which tokens the grammars of a step's rows allow, filled on a thread of its own: from the moment the tokens
+before are read, while the next step is planned and its model runs.
 
 Invariant: a row of a mask allows at least one token, so that it never leaves nothing to draw from.
 """
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,42 +19,59 @@ ALL = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mask:
-    """What the next token of some sequences may be. bits [C, words] uint32: bit i of row rows[sequence] is set where
-    token i is allowed; errors: of the sequences that have no row, why.
+    """What the next token of some sequences may be. rows: [words] uint32 each, bit i is set where token i is allowed;
+    errors: of the sequences that have no row, why.
     """
 
-    bits: np.ndarray
-    rows: dict[Sequence, int]
-    errors: dict[Sequence, str]
+    rows: dict[Sequence, np.ndarray] = field(default_factory=dict)
+    errors: dict[Sequence, str] = field(default_factory=dict)
 
 
 class Masks:
-    """Fills masks for a vocabulary of `vocab_size` tokens."""
+    """Fills masks for a vocabulary of `vocab_size` tokens. Matchers of sequences that were started belong to it until
+    `result` returns.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._words = -(-(vocab_size + 1) // 32)  # llguidance knows one token more, see grammar.py
         self._thread = ThreadPoolExecutor(1, "tenfold-masks")
         self._executor: Any = None
+        self._started: dict[Sequence, Future[Mask]] = {}
 
-    def start(self, sequences: list[Sequence]) -> "Future[Mask]":
-        """`fill`, in the background."""
-        return self._thread.submit(self.fill, sequences)
+    def start(self, sequences: list[Sequence]) -> None:
+        """Begin with those that have not been begun with. Their matchers have taken all their tokens."""
+        new = [s for s in sequences if s not in self._started]
+        if new:
+            self._started.update(dict.fromkeys(new, self._thread.submit(self.fill, new)))
+
+    def result(self, sequences: list[Sequence]) -> Mask:
+        """Of these, and of all that were started; raises what filling them raised."""
+        self.start(sequences)
+        futures = set(self._started.values())
+        self._started = {}
+        wait(futures)
+        whole = Mask()
+        for future in futures:
+            part = future.result()
+            whole.rows.update(part.rows)
+            whole.errors.update(part.errors)
+        return whole
 
     def fill(self, sequences: list[Sequence]) -> Mask:
-        """For sequences whose matchers have taken all their tokens."""
+        """At once."""
         bits = np.zeros((len(sequences), self._words), np.uint32)
         self._compute(sequences, bits)
         bits[:, self._vocab_size // 32] &= np.uint32((1 << self._vocab_size % 32) - 1)
-        rows, errors = {}, {}
-        for row, (sequence, some) in enumerate(zip(sequences, np.any(bits, axis=1))):
+        mask = Mask()
+        for row, sequence, some in zip(bits, sequences, np.any(bits, axis=1)):
             error = sequence.matcher.error
             if error or not some:
-                errors[sequence] = error or "No token of this model's vocabulary can follow."
+                mask.errors[sequence] = error or "No token of this model's vocabulary can follow."
             else:
-                rows[sequence] = row
-                avoid(bits[row], sequence)
-        return Mask(bits, rows, errors)
+                mask.rows[sequence] = row
+                avoid(row, sequence)
+        return mask
 
     def _compute(self, sequences: list[Sequence], bits: np.ndarray) -> None:
         """llguidance releases the interpreter lock."""

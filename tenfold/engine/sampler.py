@@ -171,7 +171,7 @@ class Sampler:
                 logits[place, ids] = -torch.inf
         if mask is not None:
             places = [i for i in plan.masked if entries[i].sequence in mask.rows]
-            ops.allow_only(logits, places, mask.bits[[mask.rows[entries[i].sequence] for i in places]])
+            ops.allow_only(logits, places, [mask.rows[entries[i].sequence] for i in places])
 
     def _draw(self, logits: Tensor, group: Group, entries: Seq[Entry]) -> Tensor:
         drawn = [entries[i] for i in group.places]

@@ -6,6 +6,8 @@ batch, where vectorised bodies and scalar tails may round differently; and rando
 made on the host. Shapes: R rows, V vocabulary entries; logits [R, V] float32.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ def penalise_use(logits: Tensor, counts: Tensor, presence: Tensor, frequency: Te
     return logits - frequency * counts - presence * counts.sign()
 
 
-def allow_only(logits: Tensor, places: list[int], bits: np.ndarray) -> None:
+def allow_only(logits: Tensor, places: list[int], bits: Sequence[np.ndarray]) -> None:
     """In place: logits[places[i], t] becomes -inf for each token t whose bit is not set in bits[i] [words] uint32."""
     vocab = logits.shape[1]
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
@@ -65,7 +67,9 @@ def allow_only(logits: Tensor, places: list[int], bits: np.ndarray) -> None:
             np.take(_LIMITS, row.view(np.uint8)[: len(limits)], axis=0, out=limits, mode="clip")
             np.minimum(rows[place], limits.reshape(-1)[:vocab], out=rows[place])
         return
-    words = torch.from_numpy(bits.view(np.int32))
+    if not places:
+        return
+    words = torch.from_numpy(np.stack(bits).view(np.int32))
     words = words.pin_memory().to(logits.device, non_blocking=True) if logits.is_cuda else words
     allowed = (words[:, :, None] >> torch.arange(32, device=logits.device, dtype=torch.int32)) & 1
     logits[places] = logits[places].masked_fill(allowed.flatten(1)[:, :vocab] == 0, -torch.inf)

@@ -677,8 +677,8 @@ def test_all_end_tokens_are_allowed_where_the_grammar_is_complete_and_padding_ne
     while not engine.scheduler.running:
         engine.step()
     (sequence,) = engine.scheduler.decoding
-    mask = Masks(VOCAB).fill([sequence])
-    allowed = {i for i in range(mask.bits.shape[1] * 32) if mask.bits[0, i // 32] >> (i % 32) & 1}
+    row = Masks(VOCAB).fill([sequence]).rows[sequence]
+    allowed = {i for i in range(32 * len(row)) if row[i // 32] >> (i % 32) & 1}
     known = {i for i in range(TEXT.vocab_size) if i not in TEXT.special_ids}
     assert allowed - set(ends) <= known
     assert set(ends) <= allowed
