@@ -1,14 +1,16 @@
-"""The tables of docs/api.md and docs/cli.md, made from the models and settings they describe.
+"""The tables of docs/api.md, cli.md and serving.md, made from the models, settings and metrics they describe.
 
 `python -m tenfold.serve.describe` in a checkout renews them; a test fails where that was forgotten.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from tenfold.base.config import EngineConfig, groups
+from tenfold.serve.aliases import ALIASES, Alias
+from tenfold.serve.metrics import Metrics
 from tenfold.serve.protocol.body import Body
 from tenfold.serve.protocol.chat import ChatRequest
 from tenfold.serve.protocol.completions import CompletionRequest
@@ -44,6 +46,26 @@ def settings_table(kind: type) -> Iterator[str]:
         yield f"| `--{f.name.replace('_', '-')}` | {f.default!r} | {f.metadata['help']} |"
 
 
+SUFFIXES = {"counter": "_total"}
+
+
+def metrics_table(settings: type[ServeConfig]) -> Iterator[str]:
+    """One row a metric of a server with these settings."""
+    yield "| metric | | |"
+    yield "|---|---|---|"
+    for family in Metrics({}, settings()).collect():
+        if family.name.startswith("tenfold_"):
+            yield f"| `{family.name}{SUFFIXES.get(family.type, '')}` | {family.type} | {family.documentation} |"
+
+
+def aliases_table(known: Iterable[Alias]) -> Iterator[str]:
+    """One row a name of vLLM's that renames one of ours."""
+    yield "| name | the same as |"
+    yield "|---|---|"
+    for alias in known:
+        yield f"| `{alias.name}` | `{alias.source}` |"
+
+
 TABLES: dict[str, dict[str, tuple[Any, Any]]] = {
     "api.md": {
         "Chat completions": (field_table, ChatRequest),
@@ -55,7 +77,12 @@ TABLES: dict[str, dict[str, tuple[Any, Any]]] = {
         "Classes": (field_table, ClassifyRequest),
         "Tokens": (field_table, TokenizeRequest),
     },
-    "cli.md": {"Engine settings": (settings_table, EngineConfig), "Server settings": (settings_table, ServeConfig)},
+    "cli.md": {"Engine settings": (settings_table, EngineConfig)},
+    "serving.md": {
+        "Every setting of the server": (settings_table, ServeConfig),
+        "Every metric": (metrics_table, ServeConfig),
+        "Names of vLLM": (aliases_table, ALIASES),
+    },
 }
 
 
@@ -63,7 +90,8 @@ def renewed(name: str, text: str) -> str:
     """A page with the first table under each of its headings in TABLES made anew."""
     for heading, (make, of) in TABLES[name].items():
         start = text.index("\n|", text.index(f"\n## {heading}\n")) + 1
-        end = text.index("\n\n", start)
+        end = text.find("\n\n", start)
+        end = end if end >= 0 else len(text) - 1  # the page ends with the table and a newline
         text = text[:start] + "\n".join(make(of)) + text[end:]
     return text
 
