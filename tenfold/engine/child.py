@@ -61,6 +61,10 @@ class Child:
         self._process = self._start()
         self._cleanup.callback(self._reap)
         self._pidfd = self._watch_process()
+        self._poller = zmq.Poller()
+        for readable in (self._events, *((self._pidfd,) if self._pidfd != -1 else ())):
+            self._poller.register(readable, zmq.POLLIN)
+        self._waker = -1
         level = logging.getLogger("tenfold").getEffectiveLevel()
         self._introduce(wire.Start(factory, config, events, commands, beat, level))
         self._commands.send(wire.encode(wire.Hello()))
@@ -114,19 +118,22 @@ class Child:
                 self._commands.send(message, zmq.NOBLOCK)
 
     def receive(self, seconds: float, wake: int) -> list[wire.Event]:
-        """What has come, after waiting for something: an event, the end of the process, or `wake` to be readable.
-        Of a process that has ended: the rest of what it sent, in one or several calls.
-        """
-        ended = bool(self.ended)
-        poller = zmq.Poller()
-        for readable in (self._events,) if ended else (self._events, wake, self._pidfd):
-            if readable != -1:
-                poller.register(readable, zmq.POLLIN)
-        poller.poll(LAST if ended else int(seconds * 1000))
-        events: list[wire.Event] = []
-        with suppress(zmq.Again):
-            while len(events) < BATCH:
-                events.append(wire.decode_event(self._events.recv(zmq.NOBLOCK)))
+        """What has come, after waiting for something: an event, the end of the process, or `wake` to be readable."""
+        if self._waker != wake:
+            self._poller.register(wake, zmq.POLLIN)
+            self._waker = wake
+        ready = self._poller.poll(int(seconds * 1000))
+        return self._read() if any(of is self._events for of, _ in ready) else []
+
+    def rest(self) -> list[wire.Event]:
+        """More of what a process sent before it ended; nothing once that was all."""
+        return self._read() if self._events.poll(LAST) else []
+
+    def _read(self) -> list[wire.Event]:
+        """Messages that are here; a token's way leads through this, so that nothing is tried that must fail."""
+        events = [wire.decode_event(self._events.recv(zmq.NOBLOCK))]
+        while len(events) < BATCH and int(self._events.get(zmq.EVENTS)) & zmq.POLLIN:
+            events.append(wire.decode_event(self._events.recv(zmq.NOBLOCK)))
         return events
 
     def dump(self) -> None:

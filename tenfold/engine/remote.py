@@ -77,11 +77,11 @@ class Patience:
             if isinstance(event, wire.Beat) and (event.turns != self._turns or not (event.busy or has_open)):
                 self._turns = event.turns
                 self._stalled = 0.0
-        if self._limit and self.silent > self._limit:
+        if not self._limit or max(self.silent, self._stalled) <= self._limit:
+            return ""
+        if self.silent > self._most:
             return f"it gave no sign of life for {self.silent:.1f} s"
-        if self._limit and self._stalled > self._limit:
-            return f"it has work and finished no step for {self._stalled:.1f} s"
-        return ""
+        return f"it has work and finished no step for {self._stalled:.1f} s"
 
 
 class _Sent(Open):
@@ -360,7 +360,7 @@ class RemoteLoop:
         begun = time.monotonic()
         while not (self._closing or self._restart):
             ended = child.ended  # first, so that what it sent before its end is read below
-            for event in self._receive(child):
+            for event in child.rest() if ended else self._receive(child):
                 if isinstance(event, wire.Ready):
                     self._begin(child, event, time.monotonic() - begun)
                 elif isinstance(event, wire.Failed):
@@ -400,31 +400,45 @@ class RemoteLoop:
     def _serve(self, child: Child) -> str:
         """Until the process ends or has to be ended: why."""
         patience = Patience(self._watchdog, self._beat)
-        sweep_at, stop_at = 0.0, math.inf
-        while time.monotonic() < stop_at and not self._restart:
-            ended = child.ended
+        look_at, stop_at = 0.0, math.inf
+        heard: list[wire.Event] = []
+        while not self._restart:
             events = self._receive(child)
             for event in events:
                 self._take(event)
-            if ended and not events:
-                return ended
-            wrong = patience.look(events, bool(self._open))
+            heard += events
+            now = time.monotonic()
+            if now < look_at and events and not self._closing:
+                continue  # what follows need not be done for every token
+            look_at = now + self._beat / 2
+            if child.ended:
+                self._take_rest(child)
+                return child.ended
+            wrong = patience.look(heard, bool(self._open))
+            heard = []
             if wrong:
                 logger.error("the engine hangs: %s\n%s", wrong, self._describe())
                 child.dump_and_kill()
                 return f"was killed because {wrong}"
             self._silent = patience.silent
-            if time.monotonic() >= sweep_at:
-                self._sweep(GRACE)
-                sweep_at = time.monotonic() + BEAT
+            self._sweep(GRACE)
             if self._closing and stop_at == math.inf:
-                stop_at = time.monotonic() + self._patience
+                stop_at = now + self._patience
                 child.send(wire.encode(wire.Stop()))
+            if now >= stop_at:
+                break
         return ""
+
+    def _take_rest(self, child: Child) -> None:
+        """What a process that has ended had sent."""
+        while events := child.rest():
+            for event in events:
+                self._take(event)
 
     def _receive(self, child: Child) -> list[wire.Event]:
         events = child.receive(self._beat, self._wake.fd)
-        self._wake.clear()
+        if not events:
+            self._wake.clear()
         return events
 
     def _take(self, event: wire.Event) -> None:
