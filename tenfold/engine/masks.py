@@ -15,15 +15,18 @@ from tenfold.engine.sequence import Sequence
 
 THREADS = max(1, (os.cpu_count() or 1) // 4)  # most of a machine is busy with the model meanwhile
 ALL = 0xFFFFFFFF
+FEW = 1024  # tokens that are drawn from by themselves rather than among all; looked for in an eighth as many words
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mask:
     """What the next token of some sequences may be. rows: [words] uint32 each, bit i is set where token i is allowed;
-    errors: of the sequences that have no row, why.
+    few: the allowed tokens themselves, ascending, of rows that have no more than FEW; errors: of the sequences that
+    have no row, why.
     """
 
     rows: dict[Sequence, np.ndarray] = field(default_factory=dict)
+    few: dict[Sequence, np.ndarray] = field(default_factory=dict)
     errors: dict[Sequence, str] = field(default_factory=dict)
 
 
@@ -55,6 +58,7 @@ class Masks:
         for future in futures:
             part = future.result()
             whole.rows.update(part.rows)
+            whole.few.update(part.few)
             whole.errors.update(part.errors)
         return whole
 
@@ -64,13 +68,16 @@ class Masks:
         self._compute(sequences, bits)
         bits[:, self._vocab_size // 32] &= np.uint32((1 << self._vocab_size % 32) - 1)
         mask = Mask()
-        for row, sequence, some in zip(bits, sequences, np.any(bits, axis=1)):
+        for row, sequence, words in zip(bits, sequences, np.count_nonzero(bits, axis=1).tolist()):
             error = sequence.matcher.error
-            if error or not some:
+            if error or not words:
                 mask.errors[sequence] = error or "No token of this model's vocabulary can follow."
-            else:
-                mask.rows[sequence] = row
-                avoid(row, sequence)
+                continue
+            mask.rows[sequence] = row
+            avoid(row, sequence)
+            ids = members(row) if words <= FEW // 8 else None
+            if ids is not None:
+                mask.few[sequence] = ids
         return mask
 
     def _compute(self, sequences: list[Sequence], bits: np.ndarray) -> None:
@@ -87,6 +94,13 @@ class Masks:
             self._executor = LLExecutor(THREADS)
         matchers = [(s.matcher.ll, i) for i, s in enumerate(sequences)]
         self._executor.unsafe_compute_mask_ptr(matchers, address, width, len(sequences))
+
+
+def members(row: np.ndarray) -> np.ndarray | None:
+    """The bits set in a row, ascending, int64; None if they are more than FEW."""
+    words = np.flatnonzero(row)
+    set_ = np.flatnonzero(np.unpackbits(row[words].view(np.uint8), bitorder="little"))
+    return words[set_ >> 5] * 32 + (set_ & 31) if len(set_) <= FEW else None
 
 
 def avoid(row: np.ndarray, sequence: Sequence) -> None:

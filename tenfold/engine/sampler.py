@@ -141,11 +141,15 @@ class Sampler:
         if plan.plain:
             return Sampled(ops.argmax(logits))
         raw = logits[list(plan.logprobs)] if plan.logprobs else None
+        few = self._few(plan, entries, mask)
+        free = self._free(plan, entries, mask, few)
         if plan.edits:
-            self._edit(logits, plan, entries, mask)
+            self._edit(logits, plan, entries, mask, few, free)
         tokens = ops.argmax(logits)
         for group in plan.groups:
-            tokens[group.index] = self._draw(logits, group, entries)
+            tokens[group.index] = self._draw(logits, group, entries, few)
+        if free:
+            self._correct(logits, tokens, plan, entries, free)
         logs = None if raw is None else ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best)
         asked = None if raw is None or plan.asked is None else ops.asked_probabilities(raw, plan.asked)
         if self._counts is not None and self._seen is not None:
@@ -154,7 +158,49 @@ class Sampler:
                 self._seen[p.rows, tokens[p.index]] = True
         return Sampled(tokens, logs, asked)
 
-    def _edit(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None) -> None:
+    def _few(self, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None) -> dict[int, np.ndarray]:
+        """On a CPU, the tokens allowed at the places where these are few: work on them alone is a tenth."""
+        if mask is None or self.device.type != "cpu":
+            return {}
+        found = ((i, mask.few.get(entries[i].sequence)) for i in plan.masked)
+        return {i: ids for i, ids in found if ids is not None}
+
+    def _free(
+        self, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None, few: dict[int, np.ndarray]
+    ) -> dict[int, np.ndarray]:
+        """On a CPU, masks of the places that are sampled without them first. Inside a string nearly every token is
+        allowed; one that was drawn among all and happens to be allowed is as likely as had it been drawn among the
+        allowed. Not so where the best tokens are cut off, for which ones these are depends on the mask.
+        """
+        if mask is None or self.device.type != "cpu":
+            return {}
+        cut = {group.places[0] for group in plan.groups if group.truncated}
+        found = ((i, mask.rows.get(entries[i].sequence)) for i in plan.masked if i not in few and i not in cut)
+        return {i: row for i, row in found if row is not None}
+
+    def _correct(
+        self, logits: Tensor, tokens: Tensor, plan: SamplePlan, entries: Seq[Entry], free: dict[int, np.ndarray]
+    ) -> None:
+        """Draw anew, among the allowed and with another random number, where a token is not."""
+        groups = {group.places[0]: group for group in plan.groups}
+        for place, row in free.items():
+            token = int(tokens[place])
+            if row[token >> 5] >> (token & 31) & 1:
+                continue
+            ops.allow_only(logits, [place], [row])
+            again = logits[place : place + 1]
+            drawn = self._draw(logits, groups[place], entries, {}, True) if place in groups else ops.argmax(again)
+            tokens[place] = drawn[0]
+
+    def _edit(
+        self,
+        logits: Tensor,
+        plan: SamplePlan,
+        entries: Seq[Entry],
+        mask: Mask | None,
+        few: dict[int, np.ndarray],
+        free: dict[int, np.ndarray],
+    ) -> None:
         """Change logits in place, row by row as each request asks."""
         if self._counts is not None and self._seen is not None:
             for p in plan.penalties:
@@ -170,19 +216,29 @@ class Sampler:
             if _position(entries[place]) < least:
                 logits[place, ids] = -torch.inf
         if mask is not None:
-            places = [i for i in plan.masked if entries[i].sequence in mask.rows]
+            for place, allowed in few.items():
+                ops.allow_few(logits, place, allowed)
+            left = (i for i in plan.masked if i not in few and i not in free)
+            places = [i for i in left if entries[i].sequence in mask.rows]
             ops.allow_only(logits, places, [mask.rows[entries[i].sequence] for i in places])
 
-    def _draw(self, logits: Tensor, group: Group, entries: Seq[Entry]) -> Tensor:
+    def _draw(
+        self, logits: Tensor, group: Group, entries: Seq[Entry], few: dict[int, np.ndarray], again: bool = False
+    ) -> Tensor:
         drawn = [entries[i] for i in group.places]
-        u = torch.from_numpy(ops.uniforms([e.sequence.seed for e in drawn], [_position(e) for e in drawn])).to(
-            self.device
-        )
+        counts = [-1 - _position(e) if again else _position(e) for e in drawn]
+        u = torch.from_numpy(ops.uniforms([e.sequence.seed for e in drawn], counts)).to(self.device)
         place = group.places[0]
         rows = logits[place : place + 1] if len(drawn) == 1 else logits[group.index]
+        ids = few.get(place) if len(drawn) == 1 else None
+        if ids is not None:
+            rows = torch.from_numpy(logits.numpy()[place, ids])[None]
         if not group.truncated:
-            return ops.draw(rows, group.temperature, u)
-        return ops.draw_truncated(rows, group.temperature, group.top_k, group.top_p, group.min_p, u, group.width)
+            tokens = ops.draw(rows, group.temperature, u)
+        else:
+            width = min(group.width, rows.shape[1])
+            tokens = ops.draw_truncated(rows, group.temperature, group.top_k, group.top_p, group.min_p, u, width)
+        return tokens if ids is None else torch.from_numpy(ids[tokens.numpy()])
 
     def _batches(self, places: list[int]) -> list[list[int]]:
         """How rows go through an operation: all together, on a CPU one by one, since one row of a large vocabulary

@@ -75,6 +75,14 @@ def allow_only(logits: Tensor, places: list[int], bits: Sequence[np.ndarray]) ->
     logits[places] = logits[places].masked_fill(allowed.flatten(1)[:, :vocab] == 0, -torch.inf)
 
 
+def allow_few(logits: Tensor, place: int, ids: np.ndarray) -> None:
+    """In place, on a CPU: logits[place, t] becomes -inf for each token t that is not in ids [A] int64."""
+    row = logits.numpy()[place]
+    kept = row[ids]
+    row.fill(-np.inf)
+    row[ids] = kept
+
+
 def draw(logits: Tensor, temperature: Tensor, u: Tensor) -> Tensor:
     """Sample from softmax(logits / temperature): the first token, in order of ids, at which the cumulated
     probability exceeds u of the total. temperature [R, 1], u [R] float64 -> [R] int64.

@@ -1,13 +1,20 @@
 """The sampler in the engine: what each parameter does to an answer, alone and next to other requests."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tenfold.engine.request import Request, SamplingParams
+from tenfold.engine import masks
+from tenfold.engine.grammar import GrammarLimits
+from tenfold.engine.masks import FEW, Masks, members
+from tenfold.engine.request import Grammar, Request, SamplingParams
 from tenfold.nn.step import Step
 from tests.engine.fake import EOS, VOCAB, FakeModel, answers, drain, make_engine, next_token
 
@@ -218,3 +225,73 @@ def test_ids_asked_for_must_be_in_the_vocabulary() -> None:
         engine.add(Request("r", PROMPT, replace(PARAMS, logprob_token_ids=(1, VOCAB))))
     with pytest.raises(ValueError, match=r"logprob_token_ids is .*; allowed: up to 4096 token ids"):
         engine.add(Request("r", PROMPT, replace(PARAMS, logprob_token_ids=(1,) * 4097)))
+
+
+class Every5th:
+    """Stands for a grammar, and its matcher, that always allows the same 20 of 97 tokens."""
+
+    ALLOWED = range(2, VOCAB, 5)
+    limits = GrammarLimits()
+    error = ""
+    stopped = False
+
+    def prepare(self, grammar: Grammar) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(self)
+        return future
+
+    def too_slow(self, grammar: Grammar) -> str:
+        return ""
+
+    def copy(self) -> "Every5th":
+        return self
+
+    def advance(self, token: int) -> bool:
+        assert token in self.ALLOWED
+        return True
+
+    @classmethod
+    def compute(cls, masks: Masks, sequences: list[Any], bits: Any) -> None:
+        for token in cls.ALLOWED:
+            bits[:, token // 32] |= np.uint32(1 << token % 32)
+
+
+def shares(params: SamplingParams, logits: Tensor) -> Any:
+    """How often each token comes in 3000."""
+    engine = make_engine(Fixed(logits), 1600, max_batch=100, max_step_tokens=128)
+    engine.grammars = Every5th()  # type: ignore[assignment]
+    engine.add(Request("r", PROMPT, replace(params, n=100, max_tokens=30)))
+    tokens = [t for answer in answers(drain(engine)).values() for t in answer]
+    assert len(tokens) == 3000
+    return np.bincount(tokens, minlength=VOCAB) / len(tokens)
+
+
+@pytest.mark.parametrize("few", [0, 160])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"top_k": 4}, {"temperature": 0.0}])
+def test_tokens_under_a_mask_are_drawn_as_if_the_others_were_impossible(
+    few: int, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the work is saved: by looking at few tokens only, or by drawing without the mask first."""
+    monkeypatch.setattr(masks, "FEW", few)
+    monkeypatch.setattr(Masks, "_compute", lambda *given: Every5th.compute(*given))
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
+    banned = [i for i in range(VOCAB) if i not in Every5th.ALLOWED]
+    logits[banned] -= 1.0  # about as likely as the allowed, all together
+    params = replace(PARAMS, **{"temperature": 1.0, "seed": 1, **cut})
+    got = shares(replace(params, grammar=Grammar("json_object")), logits)
+    expected = shares(replace(params, logit_bias=dict.fromkeys(banned, -100.0)), logits)
+    assert got == pytest.approx(expected, abs=0.03)
+    assert (np.count_nonzero(got), np.count_nonzero(expected)) == (np.count_nonzero(expected),) * 2
+
+
+@given(st.sets(st.integers(0, 3000), max_size=1100))
+def test_members_are_the_bits_of_a_row(ids: set[int]) -> None:
+    row = np.zeros(3001 // 32 + 1, np.uint32)
+    for i in ids:
+        row[i // 32] |= np.uint32(1 << i % 32)
+    found = members(row)
+    if len(ids) > FEW:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.tolist() == sorted(ids)

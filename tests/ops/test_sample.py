@@ -242,7 +242,16 @@ def test_allow_only_keeps_the_tokens_whose_bit_is_set(vocab, dtype):
         for token in range(vocab):
             if not row[token // 32] >> (token % 32) & 1:
                 expected[place, token] = -torch.inf
-    ops.allow_only(logits, [3, 1], bits)
+    ops.allow_only(logits, [3, 1], list(bits))
     assert torch.equal(logits, expected)
-    ops.allow_only(logits, [], bits[:0])
+    ops.allow_only(logits, [], [])
+    assert torch.equal(logits, expected)
+
+
+def test_allow_few_keeps_the_tokens_named():
+    logits = logits_of(3)
+    expected = torch.full((3, VOCAB), -torch.inf)
+    expected[1, [0, 7, 49]] = logits[1, [0, 7, 49]]
+    expected[[0, 2]] = logits[[0, 2]]
+    ops.allow_few(logits, 1, np.array([0, 7, 49]))
     assert torch.equal(logits, expected)
