@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tenfold.engine.core import Engine
-from tenfold.engine.request import Request, SamplingParams
+from tenfold.engine.request import Grammar, Request, SamplingParams
+from tenfold.engine.text import Text
 from tenfold.models.table import build_model
 from tenfold.ops.table import make_kernels
 from tenfold.weights.load import Weights
@@ -26,6 +27,8 @@ KINDS = [
     SamplingParams(temperature=0.9, max_tokens=12, seed=1),
     SamplingParams(temperature=0.9, max_tokens=12, seed=2, top_k=20, top_p=0.9, min_p=0.01),
     SamplingParams(temperature=0.9, max_tokens=12, seed=3, top_p=0.7, min_tokens=3, stop_token_ids=(9,)),
+    SamplingParams(temperature=0.0, max_tokens=12, grammar=Grammar("regex", "[a-m]{4}( [n-z]{2})*"), n=2),
+    SamplingParams(temperature=0.0, max_tokens=12, grammar=Grammar("json_object"), logprob_token_ids=(9, 40)),
 ]
 
 
@@ -35,7 +38,7 @@ def run(path: Path, device: str, lookahead: int) -> tuple[dict[tuple[str, int], 
     checkpoint = open_checkpoint(path)
     model = build_model(checkpoint.config, Weights(checkpoint, kernels, device), 128)
     config = fake.settings(device=device, lookahead=lookahead, page_size=8, max_model_len=128, max_step_tokens=24)
-    engine = Engine(model, kernels, config, pages=14)
+    engine = Engine(model, kernels, config, Text(checkpoint), pages=14, eos_ids=checkpoint.eos_ids)
     for i, params in enumerate(KINDS):
         engine.add(Request(str(i), tuple(range(10 + i, 30 + 2 * i)), params))
     engine.add(Request("pool", tuple(range(10, 60)), pool="mean"))
