@@ -39,7 +39,7 @@ def bodies(prompts: Sequence[Sequence[int]], tokens: int) -> list[dict[str, obje
 
 def served_run(server: ServerProcess, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, float]:
     """Seconds until the first token, and until the last of all. Raises RuntimeError where a stream did not end."""
-    results = run_streams(server.address, PATH, bodies(prompts, tokens))
+    results = run_streams(server.address, PATH, bodies(prompts, tokens), nap=True)
     if not all(r.ended and r.first and r.last for r in results):
         raise RuntimeError(f"a stream did not end: {[bytes(r.tail[-200:]) for r in results if not r.ended][:1]}")
     begin = min(r.sent for r in results)

@@ -443,7 +443,7 @@ class AsyncLLM(_Front):
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.close)
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
@@ -461,11 +461,17 @@ class AsyncLLM(_Front):
         EngineDead, and EngineRestarted. When an engine in this process fails under way, the last outputs have reason
         "error".
         """
-        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
-            prompt = await asyncio.to_thread(self._tokens, prompt)
         rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline, "pool": pool}
-        request = self._request(prompt, params, request_id=request_id, **rest)
-        async with aclosing(self._run(request)) as outputs:
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            return self._generate_long(prompt, params, request_id=request_id, **rest)
+        return self._run(self._request(prompt, params, request_id=request_id, **rest))
+
+    async def _generate_long(
+        self, prompt: str, params: SamplingParams | None, **rest: Any
+    ) -> AsyncGenerator[Output, None]:
+        """Encodes off the event loop first."""
+        ids = await asyncio.to_thread(self._tokens, prompt)
+        async with aclosing(self._run(self._request(ids, params, **rest))) as outputs:
             async for output in outputs:
                 yield output
 

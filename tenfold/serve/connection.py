@@ -21,20 +21,23 @@ MAX_PIPELINED = (
 
 def bounded(settings: ServeConfig) -> Any:
     """For uvicorn's `http` setting, which asks for a class but only calls it."""
-    return partial(Connection, settings.max_head, settings.read_timeout)
+    return partial(Connection, settings.max_head, settings.read_timeout, settings.stall_timeout)
 
 
 class Connection(HttpToolsProtocol):
     """max_head: bytes of a request's first line and headers. head_timeout: seconds until they must be there, from the
-    connection's beginning or their first byte on; 0: no limit."""
+    connection's beginning or their first byte on. stall_timeout: seconds in which a client whose buffers are full must
+    take something. 0: no limit."""
 
-    def __init__(self, max_head: int, head_timeout: float, **uvicorn: Any) -> None:
+    def __init__(self, max_head: int, head_timeout: float, stall_timeout: float = 0.0, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._max_head = max_head
         self._head_timeout = head_timeout
         self._head_size = 0  # of a head that is not whole yet
         self._in_head = True
         self._timer: asyncio.TimerHandle | None = None
+        self._stall_timeout = stall_timeout
+        self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -42,7 +45,32 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_stall()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timeout:
+            self._watch_stall()
+
+    def resume_writing(self) -> None:
+        self._stop_stall()
+        super().resume_writing()
+
+    def _watch_stall(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._stall = self.loop.call_later(self._stall_timeout, self._stalled, left)
+
+    def _stalled(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_stall()
+        else:
+            self.transport.abort()  # what is not taken is never sent; the request ends as it does when a client leaves
+
+    def _stop_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:

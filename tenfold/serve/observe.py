@@ -64,7 +64,7 @@ class _Exchange:
         self.status = 0
         self.streams = False
         self.code = ""
-        scope.setdefault("state", {})["seen"] = self.seen
+        scope.setdefault("state", {}).update(seen=self.seen, wire=send)
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -83,28 +83,19 @@ async def events(
     """A stream of events. The first is awaited before the status is sent, so that a refusal still has its own
     status.
     """
-    rest = _until_error(chunks, encode)
-    first = await until_disconnect(http.receive, anext(rest))
-    if isinstance(first, ApiError):
-        raise first
-    return EventStream(first, _bytes(rest, end), ignored_header(body))
+    first = await until_disconnect(http.receive, anext(chunks))
+    return EventStream(encode(first), _rest(chunks, encode, end), ignored_header(body))
 
 
-async def _until_error(
-    chunks: AsyncGenerator[dict[str, Any], None], encode: Callable[[dict[str, Any]], bytes]
-) -> AsyncGenerator[bytes | ApiError, None]:
+async def _rest(
+    chunks: AsyncGenerator[dict[str, Any], None], encode: Callable[[dict[str, Any]], bytes], end: bytes
+) -> AsyncGenerator[bytes, None]:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield encode(chunk)
     except ApiError as error:
-        yield error
-
-
-async def _bytes(items: AsyncGenerator[bytes | ApiError, None], end: bytes) -> AsyncGenerator[bytes, None]:
-    async with aclosing(items):
-        async for item in items:
-            yield event(item.payload()) if isinstance(item, ApiError) else item
+        yield event(error.payload())
     yield end
 
 

@@ -169,8 +169,11 @@ async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output]
     if job.ticket:
         job.ticket.hold()
     try:
-        async with aclosing(_merged(job)) as outputs:
-            async for prompt, output in outputs:
+        single = len(job.prompts) == 1
+        async with aclosing(_generate(job, 0) if single else _merged(job)) as outputs:
+            item: Any
+            async for item in outputs:
+                prompt, output = (0, item) if single else item
                 begun = True
                 _raise_failed(output, job)
                 counts.add(output)
@@ -219,11 +222,6 @@ def _raise_failed(output: Output, job: Job) -> None:
 
 async def _merged(job: Job) -> AsyncGenerator[tuple[int, Output], None]:
     """(prompt number, output) of all prompts, computed together."""
-    if len(job.prompts) == 1:
-        async with aclosing(_generate(job, 0)) as outputs:
-            async for output in outputs:
-                yield 0, output
-        return
     queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
     room = asyncio.Semaphore(WIDTH)
     led = asyncio.Event()

@@ -10,11 +10,13 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -25,7 +27,10 @@ class ClientGone(Exception):
 
 def event(payload: dict[str, Any]) -> bytes:
     """One event. JSON is kept to ASCII: some clients split lines at U+2028, which SSE does not."""
-    return b"data: " + json.dumps(payload, separators=(",", ":")).encode("ascii") + b"\n\n"
+    data = encode(payload)
+    if not data.isascii():
+        data = json.dumps(payload, separators=(",", ":")).encode("ascii")
+    return b"data: " + data + b"\n\n"
 
 
 def named_event(payload: dict[str, Any]) -> bytes:
@@ -77,14 +82,15 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_disconnect(receive, self._write(send))
+            # Pieces go past the middleware, which has seen all it acts on when it saw the beginning.
+            await until_disconnect(receive, self._write(send, scope.get("state", {}).get("wire", send)))
         except (ClientGone, OSError):
             await self.rest.aclose()
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, wire: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.first, "more_body": True})
         async with aclosing(self.rest) as events:
             async for chunk in events:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await wire({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -21,8 +21,9 @@ class Live:
 
     def __init__(self, **settings):
         self.settings = ServeConfig(**settings)
+        self.llm = FakeLLM()
         config = uvicorn.Config(
-            create_app({"tiny": FakeLLM()}, self.settings),
+            create_app({"tiny": self.llm}, self.settings),
             http=bounded(self.settings),
             ws="none",
             lifespan="off",
@@ -222,3 +223,22 @@ def test_requests_sent_without_waiting_are_answered_in_turn_and_not_collected_wi
 def test_the_server_still_works_after_all_that(live):
     assert statuses(live.send(post(LENGTH))) == [200]
     assert not live.server.server_state.connections
+
+
+def test_a_client_that_does_not_read_is_let_go():
+    """Its buffers and ours are full; what it takes after that, however little, keeps the connection."""
+    server = Live(stall_timeout=0.3)
+    server_llm = server.llm
+    server_llm.answer = "x" * 20_000  # one event each: more than any socket buffers
+    try:
+        with server.connect() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            body = b'{"model": "tiny", "prompt": "Hi", "max_tokens": 20000, "stream": true}'
+            client.sendall(post(b"Content-Length: %d\r\n" % len(body), body=body))
+            deadline = time.monotonic() + 20
+            while not server_llm.cancelled and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert server_llm.cancelled
+            assert b"[DONE]" not in read_all(client)
+    finally:
+        server.close()
