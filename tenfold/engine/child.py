@@ -22,7 +22,7 @@ from tenfold.engine import wire
 logger = logging.getLogger(__name__)
 
 LONGEST = 90  # characters of a socket's path; systems allow about 104
-BATCH = 256  # messages that are read before anything else is looked at
+NOBLOCK = int(zmq.NOBLOCK)
 LAST = 100  # milliseconds in which what a process sent before its end has come through
 DYING = 10.0  # seconds a killed process may take to be gone; only the kernel can delay it
 DUMPING = 0.5  # seconds to write the stacks before it is killed
@@ -122,18 +122,32 @@ class Child:
         if self._waker != wake:
             self._poller.register(wake, zmq.POLLIN)
             self._waker = wake
-        ready = self._poller.poll(int(seconds * 1000))
-        return self._read() if any(of is self._events for of, _ in ready) else []
+        self._poller.poll(int(seconds * 1000))
+        return self.read()
+
+    def wait(self, seconds: float, wake: int) -> None:
+        """As `receive`, where another thread reads the events."""
+        poller = zmq.Poller()
+        for readable in (wake, self._pidfd):
+            if readable != -1:
+                poller.register(readable, zmq.POLLIN)
+        poller.poll(int(seconds * 1000))
 
     def rest(self) -> list[wire.Event]:
         """More of what a process sent before it ended; nothing once that was all."""
-        return self._read() if self._events.poll(LAST) else []
+        return self.read() if self._events.poll(LAST) else []
 
-    def _read(self) -> list[wire.Event]:
-        """Messages that are here; a token's way leads through this, so that nothing is tried that must fail."""
-        events = [wire.decode_event(self._events.recv(zmq.NOBLOCK))]
-        while len(events) < BATCH and int(self._events.get(zmq.EVENTS)) & zmq.POLLIN:
-            events.append(wire.decode_event(self._events.recv(zmq.NOBLOCK)))
+    @property
+    def fd(self) -> int:
+        """Readable when there may be something to `read`: ZeroMQ tells of a change once, so all has to be read then."""
+        return int(self._events.get(zmq.FD))
+
+    def read(self) -> list[wire.Event]:
+        """Messages that are here."""
+        events: list[wire.Event] = []
+        with suppress(zmq.Again):
+            while True:
+                events.append(wire.decode_event(self._events.recv(NOBLOCK)))
         return events
 
     def dump(self) -> None:

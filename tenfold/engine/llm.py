@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -392,10 +393,17 @@ class _Inbox:
             self._waiter.set_result(None)
 
     async def get(self) -> Output | Exception:
+        """The next output, with those that came after it while nobody asked: who reads late gets more at once."""
         while not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._items.popleft()
+        item = self._items.popleft()
+        while self._items and isinstance(item, Output):
+            following = self._items[0]
+            if not isinstance(following, Output) or not item.joins(following):
+                break
+            item = item.joined(self._items.popleft())  # type: ignore[arg-type]
+        return item
 
 
 class _Port:
@@ -403,9 +411,13 @@ class _Port:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.thread = threading.get_ident()
         self.inboxes: dict[str, _Inbox] = {}
 
     def send(self, batch: Batch) -> bool:
+        if threading.get_ident() == self.thread:  # of a pump
+            self._dispatch(batch)
+            return True
         try:
             self.loop.call_soon_threadsafe(self._dispatch, batch)
         except RuntimeError:  # the event loop is closed
@@ -537,4 +549,6 @@ class AsyncLLM(_Front):
         loop = asyncio.get_running_loop()
         if self._port is None or self._port.loop is not loop:
             self._port = _Port(loop)  # requests of another loop keep theirs
+            if isinstance(self._loop, RemoteLoop):
+                self._loop.attach(loop)
         return self._port

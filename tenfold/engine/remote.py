@@ -6,6 +6,7 @@ part of its answer may have been shown. It ends with EngineRestarted. One that h
 in its order, and is given to LIVES of them at most.
 """
 
+import asyncio
 import logging
 import math
 import threading
@@ -20,6 +21,7 @@ from tenfold.engine.child import Child, Wake
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.loop import CLOSED, EngineDead, EngineRestarted, Open, Receiver, batches, taken
 from tenfold.engine.process import FAILURES, REFUSALS
+from tenfold.engine.pump import Pump
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request
 
 logger = logging.getLogger(__name__)
@@ -65,17 +67,28 @@ class Patience:
         self._at = time.monotonic()
         self.silent = 0.0
         self._stalled = 0.0
+        self._heard = False
+        self._beats: list[wire.Beat] = []
 
-    def look(self, events: list[wire.Event], has_open: bool) -> str:
-        """Takes what has come since the last look. Returns what is wrong, or an empty text."""
+    def hear(self, event: wire.Event) -> None:
+        """A message has come."""
+        self._heard = True
+        if isinstance(event, wire.Beat):
+            self._beats.append(event)
+
+    def look(self, has_open: bool, listening: bool = True) -> str:
+        """Takes account of what was heard since the last look. Returns what is wrong, or an empty text. listening:
+        whether anybody would have heard.
+        """
         now = time.monotonic()
-        passed = min(now - self._at, self._most)
+        passed = min(now - self._at, self._most) if listening else 0.0
         self._at = now
-        self.silent = 0.0 if events else self.silent + passed
+        self.silent = 0.0 if self._heard else self.silent + passed
         self._stalled += passed
-        for event in events:
-            if isinstance(event, wire.Beat) and (event.turns != self._turns or not (event.busy or has_open)):
-                self._turns = event.turns
+        beats, self._beats, self._heard = self._beats, [], False
+        for beat in beats:
+            if beat.turns != self._turns or not (beat.busy or has_open):
+                self._turns = beat.turns
                 self._stalled = 0.0
         if not self._limit or max(self.silent, self._stalled) <= self._limit:
             return ""
@@ -134,6 +147,10 @@ class RemoteLoop:
         self._closing = False
         self._patience = CLOSING
         self._restart = False
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._pump: Pump | None = None
+        self._broken: Exception | None = None  # a message that is none
+        self._patience_now = Patience(0.0, self._beat)
         self._dead = ""
         self._failure: Exception | None = None
         self._loaded = threading.Event()
@@ -180,6 +197,14 @@ class RemoteLoop:
     def stats(self) -> Stats | None:
         """The engine's numbers after its latest step; None while there is no engine."""
         return self._stats
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Receivers live on this event loop: read the engine's messages there. The first loop that is not closed
+        counts.
+        """
+        if self._event_loop is None or self._event_loop.is_closed():
+            self._event_loop = loop
+            self._wake.set()
 
     def submit(self, request: Request, receiver: Receiver) -> None:
         """Raises EngineDead; whatever else is wrong goes to the receiver."""
@@ -334,6 +359,7 @@ class RemoteLoop:
     def _live(self) -> tuple[str, float]:
         """One engine process from beginning to end: why it ended, and the seconds it took requests."""
         ready = None
+        self._broken = None
         try:
             child = Child(self._factory, self._config, self._beat)
         except Exception as error:  # of the system or of ZeroMQ: no memory, no disk, no file descriptors
@@ -399,23 +425,28 @@ class RemoteLoop:
 
     def _serve(self, child: Child) -> str:
         """Until the process ends or has to be ended: why."""
-        patience = Patience(self._watchdog, self._beat)
+        self._patience_now = Patience(self._watchdog, self._beat)
+        try:
+            return self._watch(child, self._patience_now)
+        finally:
+            self._stop_pump()
+
+    def _watch(self, child: Child, patience: Patience) -> str:
         look_at, stop_at = 0.0, math.inf
-        heard: list[wire.Event] = []
         while not self._restart:
-            events = self._receive(child)
-            for event in events:
-                self._take(event)
-            heard += events
+            turns = self._pump.turns if self._pump else 0
+            busy = self._listen(child)
             now = time.monotonic()
-            if now < look_at and events and not self._closing:
+            if busy and now < look_at and not self._closing:
                 continue  # what follows need not be done for every token
             look_at = now + self._beat / 2
             if child.ended:
+                self._stop_pump()
                 self._take_rest(child)
                 return child.ended
-            wrong = patience.look(heard, bool(self._open))
-            heard = []
+            if self._broken is not None:
+                raise self._broken
+            wrong = patience.look(bool(self._open), self._pump is None or self._pump.turns != turns)
             if wrong:
                 logger.error("the engine hangs: %s\n%s", wrong, self._describe())
                 child.dump_and_kill()
@@ -428,6 +459,33 @@ class RemoteLoop:
             if now >= stop_at:
                 break
         return ""
+
+    def _listen(self, child: Child) -> bool:
+        """Take what comes within half a heartbeat; whether anything did. With a pump, that is its work."""
+        if self._pump is None and self._event_loop is not None and not self._event_loop.is_closed():
+            self._pump = Pump(self._event_loop, child, self._hear, self._fail)
+        if self._pump is not None and self._pump.nudge():
+            child.wait(self._beat / 2, self._wake.fd)
+            self._wake.clear()
+            return False
+        self._stop_pump()
+        events = self._receive(child)
+        for event in events:
+            self._hear(event)
+        return bool(events)
+
+    def _hear(self, event: wire.Event) -> None:
+        self._patience_now.hear(event)
+        self._take(event)
+
+    def _fail(self, error: Exception) -> None:
+        self._broken = error
+        self._wake.set()
+
+    def _stop_pump(self) -> None:
+        if self._pump is not None:
+            self._pump.stop()
+            self._pump = None
 
     def _take_rest(self, child: Child) -> None:
         """What a process that has ended had sent."""

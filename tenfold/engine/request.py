@@ -4,7 +4,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 
@@ -175,3 +175,19 @@ class Output:
     queue_seconds: float = 0.0  # from arrival to the first step with it; set on the first output
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first output
     embedding: tuple[float, ...] | None = None
+
+    def joins(self, other: "Output") -> bool:
+        """Whether `other`, which came next, can be told together with this one."""
+        return self.finish is None and other.index == self.index and other.request_id == self.request_id
+
+    def joined(self, other: "Output") -> "Output":
+        """This one and the next as one."""
+        return replace(
+            other,
+            tokens=self.tokens + other.tokens,
+            text=self.text + other.text,
+            logprobs=self.logprobs + other.logprobs,
+            prompt_logprobs=self.prompt_logprobs if other.prompt_logprobs is None else other.prompt_logprobs,
+            queue_seconds=self.queue_seconds or other.queue_seconds,
+            cached_tokens=self.cached_tokens or other.cached_tokens,
+        )

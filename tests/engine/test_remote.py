@@ -675,7 +675,9 @@ def looks(clock: Clock, patience: Patience, events: list[Any], has_open: bool = 
     found = []
     for event in events:
         clock.now += 0.5
-        found.append(patience.look([] if event is None else [event], has_open))
+        if event is not None:
+            patience.hear(event)
+        found.append(patience.look(has_open))
     return found
 
 
@@ -703,7 +705,16 @@ def test_time_in_which_we_were_stopped_ourselves_does_not_count(clock):
     patience = Patience(1.4, 0.5)
     looks(clock, patience, [beat(0)])
     clock.now += 3600
-    assert patience.look([], True) == ""
+    assert patience.look(True) == ""
+    assert looks(clock, patience, [beat(1)]) == [""]
+
+
+def test_time_in_which_nobody_listened_does_not_count(clock):
+    patience = Patience(1.4, 0.5)
+    looks(clock, patience, [beat(0)])
+    for _ in range(9):
+        clock.now += 0.5
+        assert patience.look(True, listening=False) == ""
     assert looks(clock, patience, [beat(1)]) == [""]
 
 

@@ -156,6 +156,15 @@ def uvicorn_config(app: Any, settings: ServeConfig) -> uvicorn.Config:
     )
 
 
+def give_way() -> None:
+    """This thread waits for a free processor rather than take one from a thread of an engine, which would keep the
+    others of its pool waiting. After the engines were started: they would inherit it.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 class Server(uvicorn.Server):
     """Loads the models once it answers, says when it is ready in a line that scripts can wait for, and drains.
 
@@ -225,6 +234,8 @@ class Server(uvicorn.Server):
     def _open(self, app: App) -> None:
         if self._drain is None:
             self._app, self._service = app, app.state.service
+            if self.settings.isolate:
+                give_way()
             announce(f"serving {self.what} · stop with Ctrl-C")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

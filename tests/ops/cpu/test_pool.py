@@ -89,9 +89,10 @@ def test_a_worker_that_stalls_is_benched_and_comes_back():
     lib.set_threads(2)
     lib.load().tf_pool_bench(STALLED)
     deadline = time.monotonic() + 20
-    while slow_worker_job(0.004) == {0}:
+    while slow_worker_job(0) == {0}:
         assert time.monotonic() < deadline
-    assert slow_worker_job(0) == {0}
+    while slow_worker_job(0.004) != {0}:  # one late tile is borne, several in a row are not
+        assert time.monotonic() < deadline
     while slow_worker_job(0) == {0}:
         assert time.monotonic() < deadline
 

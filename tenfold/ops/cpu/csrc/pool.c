@@ -3,8 +3,9 @@
  *
  * Other programs use the processors too. The system may take a worker off its processor for milliseconds in the middle of a tile,
  * and the job waits; or run a worker on the caller's own processor, where its spinning keeps the caller from going on. A worker
- * that this happens to is benched for a while: it sleeps, the others run its share, and it comes back later for another try. So a
- * step on a busy machine runs about as fast as with the processors that are free. */
+ * that this happens to often is benched for a while: it sleeps, the others run its share, and it comes back later for another try. So a
+ * step on a busy machine runs about as fast as with the processors that are free. A short burst of other work now and then, such as a
+ * server's after every step, costs less than going without the worker, and is borne. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <sched.h>
@@ -20,10 +21,12 @@
 enum {
     IDLE_NS = 100000,       /* how long an idle worker stays awake: longer than the gap between two operations of a step */
     WAIT_NS = 100000,       /* how long the caller waits for the last tiles before it sleeps */
-    STALL_NS = 1000000,     /* a wait of this length, and longer than the job took until then: a worker was off its processor */
-    BENCH_NS = 10000000,    /* the first time on the bench; doubled each time up to ... */
+    STALL_NS = 500000,      /* a wait of this length, and longer than the job took until then: a worker was off its processor */
+    DEBT_NS = 4000000,      /* a worker is benched when it has been waited for so long, */
+    DEBT_SHARE = 4,         /* beyond one part in so many of all time */
+    BENCH_NS = 2000000,     /* the first time on the bench; doubled, if it has to go back soon after, up to ... */
     BENCH_MAX_NS = 320000000,
-    GOOD_NS = 500000000,    /* a worker that did well for so long starts from BENCH_NS again */
+    BENCH_SOON = 3,         /* times as long after the beginning of the last time on the bench */
     CROWDED_WAKES = 3,      /* in a row on the caller's processor, until a worker is benched */
     NAP_NS = 10000000,      /* how often a benched worker looks whether the pool stops */
     PAUSES = 16,            /* pauses between two looks at the clock */
@@ -37,6 +40,7 @@ typedef struct {
     _Alignas(TF_ALIGN) _Atomic int busy; /* may have a tile */
     _Atomic uint64_t benched_until;      /* 0: not benched */
     _Atomic uint64_t bench_ns, benched_last;
+    _Atomic uint64_t debt_ns, waited_last; /* how long it was waited for, beyond what is borne; when last */
 } seat;
 
 typedef struct {
@@ -142,11 +146,20 @@ static void work(int thread, int threads) {
 }
 
 static void bench(seat *s, uint64_t now) {
-    uint64_t before = atomic_load(&s->bench_ns), again = now - atomic_load(&s->benched_last) < before + GOOD_NS;
+    uint64_t before = atomic_load(&s->bench_ns), again = now - atomic_load(&s->benched_last) < BENCH_SOON * before;
     uint64_t ns = before && again ? TF_MIN(2 * before, (uint64_t)BENCH_MAX_NS) : BENCH_NS;
     atomic_store(&s->bench_ns, ns);
     atomic_store(&s->benched_last, now);
     atomic_store(&s->benched_until, now + ns);
+}
+
+/* A worker was waited for. */
+static void owe(seat *s, uint64_t now, uint64_t waited) {
+    uint64_t debt = atomic_load(&s->debt_ns), borne = (now - atomic_load(&s->waited_last)) / DEBT_SHARE;
+    debt = (debt > borne ? debt - borne : 0) + waited;
+    atomic_store(&s->waited_last, now);
+    atomic_store(&s->debt_ns, debt);
+    if (debt > DEBT_NS) bench(s, now);
 }
 
 static void sit_out(seat *s) {
@@ -298,7 +311,7 @@ static void await_done(uint32_t tiles, uint64_t job_start) {
         uint64_t now = now_ns(), waited = now - wait_start;
         if (!(atomic_load(&pool.bench_reasons) & TF_BENCH_STALLED) || waited < STALL_NS || waited < wait_start - job_start) return;
         for (int t = 1; t < pool.started; t++)
-            if (late[t]) bench(&pool.seats[t], now);
+            if (late[t]) owe(&pool.seats[t], now, waited);
     }
 }
 
