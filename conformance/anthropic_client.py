@@ -6,6 +6,7 @@ from typing import Any
 
 import anthropic
 from anthropic import Anthropic
+from checks import run
 
 ASK: Any = [{"role": "user", "content": "Say hello to Ann in one short sentence."}]
 WEATHER: Any = {
@@ -88,17 +89,7 @@ CHECKS: tuple[Callable[[Anthropic], None], ...] = (message, stream, stop_sequenc
 
 def main() -> None:
     url, key = sys.argv[1:]
-    client = Anthropic(base_url=url, api_key=key, max_retries=0, timeout=120)
-    failed = 0
-    for check in CHECKS:
-        try:
-            check(client)
-            print(f"ok {check.__name__}")
-        except Exception as error:
-            failed += 1
-            print(f"FAILED {check.__name__}: {type(error).__name__}: {error}")
-    print(f"anthropic {anthropic.__version__}: {len(CHECKS) - failed} passed, {failed} failed")
-    sys.exit(failed > 0)
+    run(f"anthropic {anthropic.__version__}", CHECKS, Anthropic(base_url=url, api_key=key, max_retries=0, timeout=120))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import openai
+from checks import run
 from openai import OpenAI
 
 ASK: Any = [{"role": "user", "content": "Say hello to Ann in one short sentence."}]
@@ -217,17 +218,7 @@ CHECKS: tuple[Callable[[OpenAI], None], ...] = (
 
 def main() -> None:
     url, key = sys.argv[1:]
-    client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
-    failed = 0
-    for check in CHECKS:
-        try:
-            check(client)
-            print(f"ok {check.__name__}")
-        except Exception as error:
-            failed += 1
-            print(f"FAILED {check.__name__}: {type(error).__name__}: {error}")
-    print(f"openai {openai.__version__}: {len(CHECKS) - failed} passed, {failed} failed")
-    sys.exit(failed > 0)
+    run(f"openai {openai.__version__}", CHECKS, OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Prompts as OpenAI's endpoints spell them, a text, tokens, or a list of either, made into checked token ids."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from tenfold.serve.errors import invalid
 from tenfold.serve.reply import check_prompt
 from tenfold.serve.service import Served
+
+LONG = 4096  # characters or tokens of a request's prompts
 
 Prompt = str | list[int]
 Prompts = str | list[str] | list[int] | list[list[int]]
@@ -30,9 +33,14 @@ def check_count(given: Sequence[Any], most: int, param: str, setting: str) -> No
         raise invalid(f"{param} has {len(given)} entries; allowed: up to {most} in one request ({flag}).", param)
 
 
-def encode_all(prompts: Sequence[Prompt], served: Served, param: str, answer: bool = True) -> list[list[int]]:
-    """Token ids of all; blocking, so called in a thread. answer: room for one is needed. Raises ApiError (400)."""
-    return [_encode(prompt, served, param, answer) for prompt in prompts]
+async def encode_all(prompts: Sequence[Prompt], served: Served, param: str, answer: bool = True) -> list[list[int]]:
+    """Token ids of all. answer: room for one is needed. Raises ApiError (400)."""
+
+    def work() -> list[list[int]]:
+        return [_encode(prompt, served, param, answer) for prompt in prompts]
+
+    # Long texts must not hold up other streams; short ones are done sooner than a thread is there.
+    return work() if sum(map(len, prompts)) < LONG else await asyncio.to_thread(work)
 
 
 def _encode(prompt: Prompt, served: Served, param: str, answer: bool) -> list[int]:

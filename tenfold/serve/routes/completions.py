@@ -1,6 +1,5 @@
 """POST /v1/completions: text or tokens in, their continuation out; several prompts are computed together."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ async def create_completion(http: Request) -> Response:
     check_stream(body)
     params = checked(body.params(served.llm.default_params()), body, served)
     given = each(body.prompt, served, "prompt")
-    prompts = await asyncio.to_thread(encode_all, given, served, "prompt")  # long texts must not hold up other streams
+    prompts = await encode_all(given, served, "prompt")
     job = Job.of(http, served, "cmpl", prompts, params, body.terms())
     choices = _choices(job, body, given)
     if body.stream:

@@ -1,6 +1,5 @@
 """POST /v1/embeddings: texts in, vectors of length 1 out: the final hidden states of the model, pooled."""
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -33,7 +32,7 @@ async def create_embeddings(http: Request) -> Response:
     body = parse(EmbeddingRequest, await http.body())
     served = service_of(http).served(body.model)
     given = each(body.input, served, "input")
-    prompts = await asyncio.to_thread(encode_all, given, served, "input", answer=False)
+    prompts = await encode_all(given, served, "input", answer=False)
     params = SamplingParams(max_tokens=1, temperature=0.0)
     job = Job.of(http, served, "embd", prompts, params, body.terms(), pool=body.pooling or "mean")
     return await whole(http, body, _answer(job, body))
