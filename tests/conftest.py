@@ -1,14 +1,16 @@
 """Fixtures shared by all tests: tiny random checkpoints, made on first use and kept for the session."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from tenfold.base.log import LogHandler
 from tenfold.ops.cpu.build import find_compiler
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.table import make_kernels
@@ -18,6 +20,19 @@ from tests.tiny import TINY, make_checkpoint
 hypothesis.settings.register_profile("ci", derandomize=True, database=None)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command run in this process sets up logging for itself; the next test must not notice."""
+    root, own = logging.getLogger(), logging.getLogger("tenfold")
+    before = root.level, own.level, list(root.handlers)
+    yield
+    root.setLevel(before[0])
+    own.setLevel(before[1])
+    for handler in [h for h in root.handlers if isinstance(h, LogHandler) and h not in before[2]]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")
