@@ -17,6 +17,7 @@ import uvicorn
 
 from tenfold.bench.claims import Claim, claim
 from tenfold.bench.serving import http_request, run_streams
+from tenfold.engine import pump
 from tenfold.engine.facts import Stats
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.app import create_app
@@ -62,6 +63,7 @@ def local_server(model: str, isolate: bool) -> Iterator[tuple[AsyncLLM, tuple[st
 def measure(model: str, rounds: int, isolate: bool) -> list[Cancelled]:
     """`rounds` disconnects in each phase, of streams and of whole answers."""
     rng = random.Random(3)
+    pump.GATHER = 0.0  # so that the engine's numbers are here when its step ends; what is sent to it never waits
     found = []
     with local_server(model, isolate) as (llm, address):
         for _ in range(rounds):
@@ -89,14 +91,18 @@ def _one(llm: AsyncLLM, address: tuple[str, int], prompt: list[int], phase: str,
         begin, steps = time.perf_counter(), _now(llm).steps
     own = len(prompt) // 16 // 2  # the others grow by a page now and then meanwhile
     _wait(lambda: _now(llm).running == OTHERS and _now(llm).pages_used <= held - own, pause=1e-4)
-    cancelled = Cancelled(phase, stream, 1e3 * (time.perf_counter() - begin), _now(llm).steps - steps)
+    # Numbers of an engine elsewhere are those of its latest whole step; the next was under way at the disconnect.
+    begun = _now(llm).steps - steps - (getattr(llm._loop, "engine", None) is None)
+    cancelled = Cancelled(phase, stream, 1e3 * (time.perf_counter() - begin), begun)
     others.join()
     _wait(lambda: not _now(llm).pages_used)
     return cancelled
 
 
 def _now(llm: AsyncLLM) -> Stats:
-    stats = llm.stats()
+    """Numbers of this moment where the engine is in this process; else those after its latest step."""
+    engine = getattr(llm._loop, "engine", None)
+    stats = llm.stats() if engine is None else engine.stats()
     if stats is None:
         raise RuntimeError("the engine has ended")
     return stats
