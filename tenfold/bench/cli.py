@@ -274,7 +274,9 @@ def structured_command(
         claims.append(share)
     if keep:
         record(claims)
-        cpu.save("structured", {name: asdict(verdict) for name, verdict in verdicts.items()})
+        # asdict takes a Counter's items for its elements
+        plain = {name: asdict(verdict) | {"refused": dict(verdict.refused)} for name, verdict in verdicts.items()}
+        cpu.save("structured", plain)
 
 
 @app.command("report")
