@@ -134,12 +134,18 @@ def quality_command(
 
 
 @app.command("correctness")
-def correctness_command(model: Model = "default", keep: Record = False) -> None:
-    """Greedy tokens against transformers, and independence of the schedule (A5, A6). Needs a checkout with tests."""
+def correctness_command(
+    model: Model = "default",
+    only: Annotated[str, typer.Option(help="Claims, comma-separated: A5, A6, S6; empty: all.")] = "",
+    keep: Record = False,
+) -> None:
+    """Greedy tokens against transformers, independence of the schedule, bad requests. Needs a checkout with tests."""
     from tenfold.bench import correctness
 
     header()
-    claims = correctness.real_model(model, typer.echo) + correctness.tests(typer.echo)
+    chosen = peers(only)
+    claims = correctness.real_model(model, typer.echo) if not chosen or "A5" in chosen else []
+    claims += correctness.counted(typer.echo, chosen)
     if keep:
         record(claims)
 
