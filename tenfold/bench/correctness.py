@@ -95,7 +95,7 @@ def real_model(model: str, say: Callable[[str], None]) -> list[Claim]:
     return claims
 
 
-def tests(say: Callable[[str], None], only: Sequence[str] = ()) -> list[Claim]:
+def counted(say: Callable[[str], None], only: Sequence[str] = ()) -> list[Claim]:
     """Runs the tests that prove claims, `only` some where given; the value is how many passed, the target how many
     there are.
     """
