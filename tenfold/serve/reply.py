@@ -19,7 +19,7 @@ from tenfold.serve.stream import DONE, EventStream, event, until_disconnect
 
 FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 408, 413, 415, 421, 429, 431, 500, 503, 504)
 }
 
 

@@ -193,12 +193,12 @@ def _grammar(served: Served, ask: Ask, held: Held) -> Grammar | None:
         return _forced(served, ask, held)
     if ask.grammar is not None:
         given = ask.grammar
-        _checked(served, lambda: given, ask.held_by)  # by itself first, for its own message
+        checked_grammar(served, lambda: given, ask.held_by)  # by itself first, for its own message
         if ask.offered:
-            return _checked(served, lambda: held.may_call(ask.offered, parallel, given), "tools")
-        return _checked(served, lambda: held.answer(given), ask.held_by) if held.thinking else given
+            return checked_grammar(served, lambda: held.may_call(ask.offered, parallel, given), "tools")
+        return checked_grammar(served, lambda: held.answer(given), ask.held_by) if held.thinking else given
     if any(tool.strict for tool in ask.offered):
-        return _checked(served, lambda: held.may_call(ask.offered, parallel), "tools")
+        return checked_grammar(served, lambda: held.may_call(ask.offered, parallel), "tools")
     return None
 
 
@@ -208,14 +208,15 @@ def _forced(served: Served, ask: Ask, held: Held) -> Grammar | None:
     tools = [tool for tool in ask.tools if not named or tool.name == ask.choose.name]
     parallel = ask.choose.parallel and not named
     try:
-        return _checked(served, lambda: held.must_call(tools, parallel), "tools")
+        return checked_grammar(served, lambda: held.must_call(tools, parallel), "tools")
     except ApiError:
         if held.dialect.writing is None or any(tool.strict for tool in tools):
             raise
-    return _checked(served, lambda: held.must_call(tools, parallel, loose=True), "tools")
+    return checked_grammar(served, lambda: held.must_call(tools, parallel, loose=True), "tools")
 
 
-def _checked(served: Served, make: Callable[[], Grammar | None], param: str) -> Grammar | None:
+def checked_grammar(served: Served, make: Callable[[], Grammar | None], param: str) -> Grammar | None:
+    """What `make` gives, if the engine can hold to it; blocking. Raises ApiError (400) with the reason."""
     try:
         grammar = make()
         if grammar is not None:

@@ -95,3 +95,20 @@ def test_one_failing_prompt_fails_the_batch_and_stops_the_others(client, llm):
     response = client.complete(prompt=["ab", "c"])
     assert response.status_code == 400
     assert sorted(llm.cancelled) == sorted(call["request_id"] for call in llm.calls)
+
+
+def test_a_format_reaches_the_engine(client, llm):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    held = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    assert client.complete(response_format=held).status_code == 200
+    assert llm.calls[-1]["params"].grammar.kind == "json_schema"
+    assert client.complete(guided_choice=["yes", "no"]).status_code == 200
+    assert llm.calls[-1]["params"].grammar.kind == "choice"
+    assert client.complete().status_code == 200
+    assert llm.calls[-1]["params"].grammar is None
+
+
+def test_two_formats_at_once_are_refused(client):
+    answer = client.complete(guided_regex="a+", response_format={"type": "json_object"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "guided_regex"

@@ -120,18 +120,6 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool | None = honoured(None, "false: at most one call in an answer")
     functions: list[dict[str, Any]] | None = honoured(None, "the older form of tools; the answer has function_call")
     function_call: str | dict[str, Any] | None = honoured(None, "the older form of tool_choice")
-    response_format: dict[str, Any] | None = honoured(
-        None, "text, json_object, or json_schema: the answer is held to it, strict or not"
-    )
-    structured_outputs: dict[str, Any] | None = honoured(
-        None,
-        "extension: hold the answer to one of json, json_object, regex, choice, grammar (Lark); instead of"
-        " response_format",
-    )
-    guided_json: dict[str, Any] | str | None = honoured(None, "extension: the older form of structured_outputs.json")
-    guided_regex: str | None = honoured(None, "extension: the older form of structured_outputs.regex")
-    guided_choice: list[str] | None = honoured(None, "extension: the older form of structured_outputs.choice")
-    guided_grammar: str | None = honoured(None, "extension: the older form of structured_outputs.grammar")
     include_reasoning: bool | None = honoured(None, "extension: false leaves out reasoning_content; true where absent")
     reasoning_format: Literal["none", "auto", "deepseek"] | None = honoured(
         None, "extension: none leaves the reasoning in the content, as the model wrote it"

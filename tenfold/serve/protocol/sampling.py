@@ -116,6 +116,19 @@ class Sampling(Body):
         None, "extension: requests with different salts never share cached prefixes", max_length=512
     )
 
+    response_format: dict[str, Any] | None = honoured(
+        None, "text, json_object, or json_schema: the answer is held to it, strict or not"
+    )
+    structured_outputs: dict[str, Any] | None = honoured(
+        None,
+        "extension: hold the answer to one of json, json_object, regex, choice, grammar (Lark); instead of"
+        " response_format",
+    )
+    guided_json: dict[str, Any] | str | None = honoured(None, "extension: the older form of structured_outputs.json")
+    guided_regex: str | None = honoured(None, "extension: the older form of structured_outputs.regex")
+    guided_choice: list[str] | None = honoured(None, "extension: the older form of structured_outputs.choice")
+    guided_grammar: str | None = honoured(None, "extension: the older form of structured_outputs.grammar")
+
     def terms(self) -> Terms:
         """On what terms it runs."""
         return Terms(self.priority or 0, self.payer(), self.cache_salt or "")

@@ -1,8 +1,9 @@
 """POST /v1/completions: text or tokens in, their continuation out; several prompts are computed together."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -26,6 +27,8 @@ from tenfold.serve.reply import (
     whole,
 )
 from tenfold.serve.service import Counts, Job, answers, service_of
+from tenfold.serve.structured import FIELDS, asked_format
+from tenfold.serve.turn import checked_grammar
 
 router = APIRouter()
 
@@ -42,6 +45,9 @@ async def create_completion(http: Request) -> Response:
     served = service_of(http).served(body.model)
     check_stream(body)
     params = checked(body.params(served.llm.default_params()), body, served)
+    grammar, held_by = asked_format({name: getattr(body, name) for name in FIELDS}, served.settings)
+    if grammar is not None:
+        params = replace(params, grammar=await asyncio.to_thread(checked_grammar, served, lambda: grammar, held_by))
     given = each(body.prompt, served, "prompt")
     prompts = await encode_all(given, served, "prompt")
     job = Job.of(http, served, "cmpl", prompts, params, body.terms())
