@@ -1,13 +1,17 @@
 """SmolLM2 as users meet it: the answer of `tenfold run`, a server under several clients, and Ctrl-C in a chat."""
 
+import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import openai
 import pytest
@@ -45,7 +49,19 @@ def test_serve(serve, smollm2):
             with ThreadPoolExecutor(len(questions)) as pool:
                 answers = list(pool.map(ask, questions))
             assert all(a.choices[0].message.content for a in answers)
+        examples = sorted((Path(__file__).parents[2] / "examples").glob("server_*.py"))
+        said = {path.name: run_example(path, server.url) for path in examples}
+        assert re.search(r"\d+ tokens$", said.pop("server_stream.py"))
+        assert set(json.loads(said.pop("server_json.py"))) == {"dish", "minutes", "ingredients"}
+        assert said.pop("server_tools.py").startswith("get_weather('")
+        assert not said
         assert server.stop() == 0
+
+
+def run_example(path, url):
+    done = subprocess.run([sys.executable, path, url], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 class Terminal:
