@@ -44,12 +44,12 @@ from tenfold.serve.routes import (
 )
 from tenfold.serve.service import Service
 from tenfold.serve.settings import ServeConfig
+from tenfold.serve.shortcut import GONE, Shortcut, shortcuts
 from tenfold.serve.stream import ClientGone
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this; 499 is what logs call it."""
-    return Response(status_code=499)
+    return Response(status_code=GONE)
 
 
 class App(FastAPI):
@@ -71,6 +71,9 @@ BODIES = (
 )
 
 
+BUSY = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings")
+
+
 def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = None) -> App:
     """An ASGI application that serves models under their names, the first by default. Who made them closes them."""
     settings = settings or ServeConfig()
@@ -90,6 +93,7 @@ def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = No
     service, keys, limits = app.state.service, Keys.of(settings), Limits.of(settings)
     app.state.keys, app.state.limits = keys, limits
     keys.warn()
+    app.add_middleware(Shortcut, routes=shortcuts(app.state.routes, BUSY))
     app.add_middleware(OpenRequests, service=service)
     app.add_middleware(Guard, settings=settings, service=service, keys=keys, limits=limits)
     app.add_middleware(RequestLog, each=settings.access_log)
