@@ -40,6 +40,7 @@ class Pump:
         self._lock = threading.RLock()  # held while messages are taken
         self._stopped = False
         self._resting = False  # until GATHER is over
+        self._nudged = False
         # A descriptor of its own: ZeroMQ's may be closed, and its number used anew, while the loop still has it.
         self._fd = os.dup(child.fd)
         self.turns = 0  # times it has looked
@@ -53,8 +54,10 @@ class Pump:
         """Have it look, even where nothing told it to; False when it never will again."""
         if self._stopped or self._loop.is_closed():
             return False
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._look)
+        if not self._nudged:  # a loop that does not run just now should not find hundreds of them
+            self._nudged = True
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._nudge)
         return True
 
     def stop(self) -> None:
@@ -74,6 +77,10 @@ class Pump:
         if not self._stopped:
             self._loop.add_reader(self._fd, self._look)
             self._look()
+
+    def _nudge(self) -> None:
+        self._nudged = False
+        self._look()
 
     def _look(self) -> None:
         if self._take_all() and not (self._stopped or self._resting):

@@ -116,6 +116,20 @@ def test_a_nudge_finds_what_nobody_told_of(child):
     asyncio.run(main())
 
 
+def test_a_loop_that_does_not_run_is_nudged_once(child):
+    loop = asyncio.new_event_loop()
+    taken = []
+    pump = Pump(loop, child, taken.append, taken.append)
+    for _ in range(100):
+        assert pump.nudge()
+    child.messages.append(1)
+    loop.run_until_complete(until(lambda: taken == [1]))
+    assert pump.turns <= 3
+    pump.stop()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
 def test_what_is_no_message_is_told(child):
     async def main():
         failed = []
