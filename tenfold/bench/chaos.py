@@ -342,6 +342,7 @@ class Slope:
     engine: float
     requests: int
     pages: int
+    series: list[tuple[float, int, int]]  # seconds, bytes of the server, bytes of the engine; about 200 of them
 
 
 def soak(server: ServerProcess, seconds: float) -> Slope:
@@ -369,6 +370,7 @@ def soak(server: ServerProcess, seconds: float) -> Slope:
         _slope(hours, [e / 2**20 for _, _, e in later]),
         requests,
         status(server)["pages_used"],
+        times[:: max(1, len(times) // 200)],
     )
 
 
