@@ -28,7 +28,7 @@ class Opened:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model))
+        self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model), self.device)
         self.shape = model_config(self.checkpoint.config)
 
     def choose(self) -> None:

@@ -1,7 +1,7 @@
 """From the name a user gives to a checkpoint's path, and the list of models this machine has.
 
-Order: a folder, a .gguf file, the default model, Tenfold's models folder, Hugging Face's cache, the hub. Nothing is
-downloaded while something local answers to the name.
+Order: shape:NAME, a folder, a .gguf file, the default model, Tenfold's models folder, Hugging Face's cache, the hub.
+Nothing is downloaded while something local answers to the name.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.gguf import SHARD, GGUFFile
 from tenfold.weights.home import models_folder
 from tenfold.weights.mapped import read_object
+from tenfold.weights.shapes import is_shape, shape_config
 
 MAX_CONFIG = 1 << 24
 SHOWN = 12  # names in an error
@@ -43,6 +44,9 @@ def resolve(name: str, allow_download: bool = True) -> Path:
     """
     if not name or "\0" in name or len(name) > 4096:
         raise UnknownModel(f"The model name {name[:40]!r} cannot be one; {known_names()}")
+    if is_shape(name):
+        shape_config(name)  # refuses an unknown one here, where names are looked up
+        return Path(name)
     path = Path(name).expanduser()
     if path.is_dir() or path.is_file():
         return path

@@ -95,8 +95,10 @@ def _model(model: Given, given: Mapping[str, Given], file: ConfigFile) -> Chosen
 
 
 def split_name(text: str) -> tuple[str, str]:
-    """("small", "a.gguf") of "small=a.gguf"; the name is empty where there is none, or where the whole is a path."""
+    """("small", "a.gguf") of "small=a.gguf"; the name is empty where there is none, or where the whole is a path or a
+    shape with changes (`shape:llama-3-8b@layers=4`).
+    """
     match = NAMED.fullmatch(text)
-    if match is None or Path(text).expanduser().exists():
+    if match is None or text.startswith("shape:") or Path(text).expanduser().exists():
         return "", text
     return match[1], match[2]

@@ -1,0 +1,212 @@
+"""`shape:NAME`: random weights of a published model's shape, for speed and memory only, never for quality.
+
+Invariant: tensors are drawn when they are asked for, one at a time, on the device where they will stay; opening such a
+model allocates nothing. What is drawn depends on the tensor's name and on the kind of device alone.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.matrix import RawTensor
+from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.hf_config import normalise
+
+PREFIX = "shape:"
+SPREAD = 0.02  # standard deviation of the weights, as models are initialised and about as they end
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def shape(
+    family: str,
+    vocab: int,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    positions: int,
+    theta: float,
+    eps: float,
+    **more: Any,
+) -> dict[str, Any]:
+    """A Hugging Face config. family: prefix of its transformers classes."""
+    return {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "rope_theta": theta,
+        "rms_norm_eps": eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        **more,
+    }
+
+
+TIED = {"tie_word_embeddings": True}
+
+# Sizes as the models' own config.json files give them. "tiny" is no published model: it is for trying things out.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": shape("Llama", 32000, 4096, 11008, 32, 32, 32, 4096, 1e4, 1e-5),
+    "llama-2-13b": shape("Llama", 32000, 5120, 13824, 40, 40, 40, 4096, 1e4, 1e-5),
+    "llama-2-70b": shape("Llama", 32000, 8192, 28672, 80, 64, 8, 4096, 1e4, 1e-5),
+    "llama-3-8b": shape("Llama", 128256, 4096, 14336, 32, 32, 8, 8192, 5e5, 1e-5),
+    "llama-3-70b": shape("Llama", 128256, 8192, 28672, 80, 64, 8, 8192, 5e5, 1e-5),
+    "llama-3.1-8b": shape("Llama", 128256, 4096, 14336, 32, 32, 8, 131072, 5e5, 1e-5, rope_scaling=LLAMA3_ROPE),
+    "llama-3.2-1b": shape(
+        "Llama",
+        *(128256, 2048, 8192, 16, 32, 8, 131072, 5e5, 1e-5),
+        head_dim=64,
+        rope_scaling=LLAMA3_ROPE | {"factor": 32.0},
+        **TIED,
+    ),
+    "llama-3.2-3b": shape(
+        "Llama",
+        *(128256, 3072, 8192, 28, 24, 8, 131072, 5e5, 1e-5),
+        head_dim=128,
+        rope_scaling=LLAMA3_ROPE | {"factor": 32.0},
+        **TIED,
+    ),
+    "mistral-7b": shape("Mistral", 32768, 4096, 14336, 32, 32, 8, 32768, 1e6, 1e-5, head_dim=128, sliding_window=None),
+    "qwen2.5-0.5b": shape("Qwen2", 151936, 896, 4864, 24, 14, 2, 32768, 1e6, 1e-6, **TIED),
+    "qwen2.5-1.5b": shape("Qwen2", 151936, 1536, 8960, 28, 12, 2, 131072, 1e6, 1e-6, **TIED),
+    "qwen2.5-7b": shape("Qwen2", 152064, 3584, 18944, 28, 28, 4, 131072, 1e6, 1e-6),
+    "qwen2.5-32b": shape("Qwen2", 152064, 5120, 27648, 64, 40, 8, 131072, 1e6, 1e-5),
+    "qwen3-0.6b": shape("Qwen3", 151936, 1024, 3072, 28, 16, 8, 40960, 1e6, 1e-6, head_dim=128, **TIED),
+    "qwen3-1.7b": shape("Qwen3", 151936, 2048, 6144, 28, 16, 8, 40960, 1e6, 1e-6, head_dim=128, **TIED),
+    "qwen3-4b": shape("Qwen3", 151936, 2560, 9728, 36, 32, 8, 40960, 1e6, 1e-6, head_dim=128, **TIED),
+    "qwen3-8b": shape("Qwen3", 151936, 4096, 12288, 36, 32, 8, 40960, 1e6, 1e-6, head_dim=128),
+    "qwen3-14b": shape("Qwen3", 151936, 5120, 17408, 40, 40, 8, 40960, 1e6, 1e-6, head_dim=128),
+    "qwen3-32b": shape("Qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, 1e6, 1e-6, head_dim=128),
+    "smollm2-135m": shape("Llama", 49152, 576, 1536, 30, 9, 3, 8192, 1e5, 1e-5, **TIED),
+    "smollm2-1.7b": shape("Llama", 49152, 2048, 8192, 24, 32, 32, 8192, 1.3e5, 1e-5, **TIED),
+    "tiny": shape("Llama", 512, 64, 128, 2, 4, 2, 2048, 1e4, 1e-5),
+}
+
+# What may follow a name: `shape:llama-3-8b@layers=4,positions=40960`.
+CHANGES = {"layers": "num_hidden_layers", "positions": "max_position_embeddings", "vocab": "vocab_size"}
+
+
+def is_shape(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """The config that `shape:NAME[@KEY=N,...]` means. Raises CheckpointError for an unknown name or change."""
+    base, _, changes = name.removeprefix(PREFIX).partition("@")
+    if base not in SHAPES:
+        raise CheckpointError(f"There is no shape {base[:80]!r}; known: {', '.join(SHAPES)}.")
+    config = dict(SHAPES[base])
+    for change in filter(None, changes.split(",")):
+        key, _, value = change.partition("=")
+        if key not in CHANGES or not value.isdecimal() or not 1 <= int(value) <= 1 << 24:
+            raise CheckpointError(
+                f"{change[:80]!r} does not change a shape; allowed: {', '.join(CHANGES)}, each with a whole number, "
+                f"as in {PREFIX}{base}@layers=4,positions=8192."
+            )
+        config[CHANGES[key]] = int(value)
+    return config
+
+
+def at_least_positions(name: str, tokens: int) -> str:
+    """The same shape for contexts of `tokens` tokens: speed does not depend on how far a model was trained."""
+    have = shape_config(name)["max_position_embeddings"]
+    return name if have >= tokens else f"{name}{',' if '@' in name else '@'}positions={tokens}"
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the family, in the order models ask for them."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    block: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, q),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config["model_type"] == "qwen2":
+        block |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))}
+    if config["model_type"] == "qwen3":
+        block |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        found |= {f"model.layers.{layer}.{name}": size for name, size in block.items()}
+    found["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = (config["vocab_size"], hidden)
+    return found
+
+
+class Drawn(RawTensor):
+    """A RawTensor whose numbers are drawn each time they are asked for, on `device`; norms are ones."""
+
+    __slots__ = ("device",)
+    device: torch.device
+
+    def __init__(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
+        for key, value in (("name", name), ("storage", "BF16"), ("shape", shape), ("device", device)):
+            object.__setattr__(self, key, value)
+
+    @property
+    def data(self) -> Tensor:
+        if self.name.endswith("norm.weight"):
+            return torch.ones(self.shape, dtype=torch.bfloat16, device=self.device)
+        seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest())
+        generator = torch.Generator(self.device).manual_seed(seed)
+        empty = torch.empty(self.shape, dtype=torch.bfloat16, device=self.device)
+        return empty.normal_(0.0, SPREAD, generator=generator)
+
+
+class ShapeCheckpoint:
+    """Random weights as a `Checkpoint`, bfloat16. It has no tokenizer, so it takes and gives token ids only."""
+
+    chat_template: str | None = None
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        self.path = Path(name)
+        self.config = normalise(shape_config(name), name)
+        self.special: dict[str, str] = {}
+        self.eos_ids: tuple[int, ...] = ()
+        self.device = torch.device(device)
+        self._shapes = tensor_shapes(self.config)
+
+    def names(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def tensor(self, name: str) -> RawTensor:
+        if name not in self._shapes:
+            raise CheckpointError(f"{self.path} holds no tensor {name}; it is of another architecture.")
+        return Drawn(name, self._shapes[name], self.device)
+
+    def tokenizer(self) -> Any:
+        raise CheckpointError(
+            f"{self.path} has random weights and no tokenizer, so there is no text to exchange with it; "
+            "it is for `tenfold plan` and `tenfold bench`. Name a real model here."
+        )

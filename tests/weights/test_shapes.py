@@ -1,0 +1,87 @@
+"""Random weights of a published shape: nothing is made before it is asked for, and the engine runs on them."""
+
+import math
+
+import pytest
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.core import Engine
+from tenfold.engine.llm import LLM
+from tenfold.engine.opened import Opened
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.models.table import model_config
+from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.find import resolve
+from tenfold.weights.open import open_checkpoint
+from tenfold.weights.shapes import SHAPES, at_least_positions, shape_config, tensor_shapes
+
+# What the publishers say of their models, in billions.
+PARAMETERS = {"llama-2-7b": 6.738, "llama-3-8b": 8.030, "qwen3-8b": 8.191, "mistral-7b": 7.248, "llama-3.2-1b": 1.236}
+PARAMETERS |= {"qwen2.5-7b": 7.616, "smollm2-135m": 0.1345, "qwen3-0.6b": 0.596, "llama-3.2-3b": 3.213}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shape_has_as_many_parameters_as_its_model(name: str) -> None:
+    count = sum(math.prod(size) for size in tensor_shapes(SHAPES[name]).values())
+    assert count / 1e9 == pytest.approx(PARAMETERS[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_of_a_family_we_run(name: str) -> None:
+    assert model_config(open_checkpoint(resolve(f"shape:{name}")).config).layers == SHAPES[name]["num_hidden_layers"]
+
+
+def test_weights_depend_on_their_name_and_look_trained() -> None:
+    checkpoint = open_checkpoint(resolve("shape:tiny"))
+    first, second = (checkpoint.tensor(f"model.layers.0.mlp.{name}_proj.weight").data for name in ("gate", "up"))
+    assert first.dtype == torch.bfloat16
+    assert float(first.float().std()) == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, open_checkpoint(resolve("shape:tiny")).tensor("model.layers.0.mlp.gate_proj.weight").data)
+    assert checkpoint.tensor("model.norm.weight").data.unique().tolist() == [1.0]
+
+
+def test_opening_reads_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 140 GB is planned on any machine."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor was made")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", never)
+    opened = Opened(EngineConfig("shape:llama-2-70b", device="cpu", kernels="torch", dtype="bfloat16"))
+    opened.choose()
+    assert opened.memory.weights / 2e9 == pytest.approx(68.98, rel=1e-3)
+    assert not opened.memory.fits or opened.memory.free > 138e9
+
+
+@pytest.mark.parametrize("change", ["", "@layers=1", "@layers=1,vocab=99"])
+def test_the_engine_runs_on_token_ids(change: str) -> None:
+    engine = Engine.load(EngineConfig("shape:tiny" + change, device="cpu", threads=1), tokens_only=True)
+    engine.add(Request("r", (5, 6, 7), SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)))
+    found = []
+    while engine.has_work:
+        found += [t for output in engine.step() for t in output.tokens]
+    assert len(found) == 4
+    assert len(engine.model.blocks) == shape_config("shape:tiny" + change)["num_hidden_layers"]  # type: ignore[attr-defined]
+    assert engine.vocab_size == (99 if "vocab" in change else 512)
+
+
+def test_where_text_is_needed_it_is_refused_with_a_reason() -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        LLM("shape:tiny", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["shape:", "shape:gpt-9", "shape:tiny@layers", "shape:tiny@layers=0", "shape:tiny@x=1"]
+)
+def test_what_is_no_shape_says_what_is(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"known: llama-2-7b|allowed: layers"):
+        resolve(name)
+
+
+def test_a_shape_can_be_given_longer_contexts() -> None:
+    assert at_least_positions("shape:tiny", 2048) == "shape:tiny"
+    longer = at_least_positions("shape:tiny@layers=1", 4096)
+    assert shape_config(longer)["max_position_embeddings"] == 4096
+    assert shape_config(longer)["num_hidden_layers"] == 1
