@@ -77,6 +77,14 @@ class EngineConfig:
     lookahead: int = setting(
         -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
     )
+    speculate: str = setting(
+        "",
+        "guess tokens ahead and check several in one step; answers stay the same: ngram (what followed when the latest "
+        "tokens occurred before), or the name of a small draft model with the same vocabulary ('': off)",
+    )
+    speculate_tokens: int = setting(
+        4, "tokens guessed ahead at most, 1 to 16; fewer, or none, where more would not pay", unit="tokens"
+    )
     threads: int = setting(0, "CPU threads (0: the physical cores this process may use)")
     max_queue: int = setting(1024, "requests that may wait; more are refused", unit="requests", group="Queue")
     max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)", unit="tokens")

@@ -26,13 +26,15 @@ from tenfold.engine import inspect
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Mask, Masks
-from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec
+from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows
 from tenfold.engine.opened import Opened
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
+from tenfold.engine.speculate.speculator import Speculator
+from tenfold.engine.speculate.table import make_speculator
 from tenfold.engine.text import Text
 from tenfold.models.table import Model, build_model
 from tenfold.ops.kernels import Kernels
@@ -56,7 +58,7 @@ class Engine:
 
     config: settings with every size filled in (`Engine.load` sees to that; `memory.resolve` and `memory.fill` do it by
     hand). pages: of the KV cache. eos_ids: tokens that end an answer unless its request says otherwise. text: gives
-    answers as text too; without it, tokens only.
+    answers as text too; without it, tokens only. draft: the model that `config.speculate` names, where it names one.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
         *,
         pages: int,
         eos_ids: tuple[int, ...] = (),
+        draft: Model | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -87,9 +90,12 @@ class Engine:
         self.max_model_len = min(config.max_model_len or model.config.max_positions, pages * config.page_size)
         self.pool = PagePool(pages)
         self.prefix = PrefixCache(self.pool) if config.prefix_cache else None
-        limits = Limits(config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens)
+        limits = Limits(
+            config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens, logits_rows(config)
+        )
         self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix)
         self.runner = Runner(model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead)
+        self.speculator: Speculator | None = make_speculator(config, draft, self.runner, self.kv, self.max_model_len)
         self.grammars: Grammars | None = None  # made when a request first asks for one
         self.masks = Masks(self.vocab_size)
         self._compiling: dict[str, Compiling] = {}  # by request id
@@ -102,6 +108,8 @@ class Engine:
     def _reset_counts(self) -> None:
         self._steps = self._errors = self._computed = self._generated = self._prompts = 0
         self._seconds = self._last_seconds = 0.0
+        if self.speculator is not None:
+            self.speculator.drafted = self.speculator.accepted = 0
 
     @classmethod
     def load(
@@ -109,11 +117,14 @@ class Engine:
         config: EngineConfig,
         timeline: Timeline | None = None,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        tokens_only: bool = False,
     ) -> "Engine":
         """Find, check and load the model `config` names, and run one token through it.
 
-        timeline: receives the phases. progress(done, total) is called while weights load. Raises ValueError, and of its
-        kind CheckpointError, ConfigError and DoesNotFit, each with what to do.
+        timeline: receives the phases. progress(done, total) is called while weights load. tokens_only: leave out the
+        tokenizer; requests and answers are token ids. Raises ValueError, and of its kind CheckpointError, ConfigError
+        and DoesNotFit, each with what to do.
         """
         timeline = timeline or Timeline()
         with timeline.phase("open"):
@@ -124,27 +135,36 @@ class Engine:
         config, plan = opened.config, opened.memory
         logger.info("memory for %s:\n%s", config.model, plan)
         with timeline.phase("tokenizer"):
-            text = Text(opened.checkpoint)
+            text = None if tokens_only else Text(opened.checkpoint)
+            if text is not None:
+                opened.check_vocabulary(text)
         with timeline.phase("weights"):
-            weights = Weights(
-                opened.checkpoint, opened.kernels, opened.device, DTYPES[config.dtype], config.weights, progress
-            )
+            dtype = DTYPES[config.dtype]
+            weights = Weights(opened.checkpoint, opened.kernels, opened.device, dtype, config.weights, progress)
             model = build_model(opened.checkpoint.config, weights, plan.max_model_len)
+            draft = opened.load_draft()
         with timeline.phase("warm-up"):
-            engine = cls(model, opened.kernels, config, text, pages=plan.pages, eos_ids=opened.checkpoint.eos_ids)
+            eos_ids = opened.checkpoint.eos_ids
+            engine = cls(model, opened.kernels, config, text, pages=plan.pages, eos_ids=eos_ids, draft=draft)
             engine.memory, engine.timeline = plan, timeline
             engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
             engine.warm_up()
         return engine
 
     def warm_up(self) -> None:
-        """Run one token, so that first-use costs are paid before the first request. Raises what the model raises."""
-        self.add(Request("warm-up", (0,), SamplingParams(max_tokens=1, temperature=0.0)))
+        """Run one token, and drafts of a few, so that first-use costs are paid before the first request. Raises
+        RuntimeError where the model, or the one that drafts, cannot run.
+        """
+        speculates = self.speculator is not None
+        count = 1 if self.speculator is None else 2 + self.speculator.most
+        self.add(Request("warm-up", (0,), SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)))
         outputs: list[Output] = []
         while self.has_work:
             outputs += self.step()
         if outputs[-1].error:
             raise RuntimeError(f"The model cannot run: {outputs[-1].error}")
+        if speculates and self.speculator is None:
+            raise RuntimeError(f"The draft model {self.config.speculate} cannot run; the log says why.")
         if self.prefix is not None:
             self.prefix.clear()
         self._reset_counts()
@@ -286,6 +306,8 @@ class Engine:
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             computed_tokens=self._computed,
             generated_tokens=self._generated,
+            drafted_tokens=self.speculator.drafted if self.speculator is not None else 0,
+            accepted_tokens=self.speculator.accepted if self.speculator is not None else 0,
         )
 
     def facts(self) -> Facts:
@@ -307,7 +329,9 @@ class Engine:
         if self._compiling:
             self._release_compiled()
         outputs, self._ready = self._ready, []
-        plan = self.scheduler.plan()
+        drafts = self._draft(outputs) if self.speculator is not None else None
+        drafting, ahead = time.perf_counter() - begin, bool(self._inflight)
+        plan = self.scheduler.plan(drafts)
         if plan.admitted:
             self._start(plan.admitted)
         if plan.entries:
@@ -317,13 +341,32 @@ class Engine:
             outputs += self._give_up()
             if self._compiling and not outputs:
                 wait([c.matcher for c in self._compiling.values()], COMPILE_WAIT, "FIRST_COMPLETED")
-        if len(self._inflight) > self.config.lookahead or (self._inflight and not plan.entries):
+        lookahead = 0 if plan.drafts else self.config.lookahead
+        if len(self._inflight) > lookahead or (self._inflight and not plan.entries):
             self._collect(outputs)
+        if self.speculator is not None and plan.entries and ahead == bool(self._inflight):
+            self.speculator.took(plan.tokens, time.perf_counter() - begin - drafting, not ahead)
         if not self._inflight:
             self.masks.start([s for s in self.scheduler.decoding if s.matcher is not None])
         self._last_seconds = time.perf_counter() - begin
         self._seconds += self._last_seconds
         return outputs
+
+    def _draft(self, outputs: list[Output]) -> dict[Sequence, tuple[int, ...]]:
+        """Guesses for the next plan, after the steps in flight were read if need be. A drafter that fails is given
+        up: answers do not depend on it.
+        """
+        assert self.speculator is not None
+        try:
+            if self._inflight and not self.speculator.worthwhile(self.scheduler):
+                return {}
+            while self._inflight:
+                self._collect(outputs)
+            return self.speculator.draft(self.scheduler)
+        except Exception:
+            logger.exception("drafting failed; the engine goes on without speculation")
+            self.speculator = None
+            return {}
 
     def _start(self, admitted: tuple[Sequence, ...]) -> None:
         """Sequences got their row; those that had one before, until they were preempted, have started already."""
@@ -376,10 +419,10 @@ class Engine:
 
     def _isolate(self, plan: StepPlan, error: Exception, outputs: list[Output]) -> "Isolated":
         """Run the entries of a failed step one by one, so that only those at fault end."""
-        if len(plan.entries) == 1:
+        if len(plan.entries) == 1 and not plan.drafts:
             return Isolated(plan, [error])
         results: list[Pending | Exception] = []
-        for i, entry in enumerate(plan.entries):
+        for i, entry in enumerate(e.undrafted() for e in plan.entries):  # a wrong guess is nobody's fault
             held = [entry.sequence] if entry.sample and entry.sequence.matcher is not None else []
             try:
                 forward = self.runner.forward((entry,), int(i < plan.decodes))
@@ -417,16 +460,48 @@ class Engine:
             sequence.prompt_logprobs += tokens.prompt_logprobs.get(place, ())
         if not entry.sample:
             return self._pooled(entry, tokens.pooled[place]) if place in tokens.pooled else None
-        token = tokens.ids[place]
+        before = len(sequence.tokens)
+        text = ""
+        for token in (tokens.ids[place], *tokens.more.get(place, ())):
+            more, finish, stop = self._append(sequence, token)
+            text += more
+            if finish is not None:
+                break
+        brought = len(sequence.tokens) - before
+        self._generated += brought
+        if brought > 1:
+            self.scheduler.accept(sequence, brought - 1)
+        if self.speculator is not None:
+            self.speculator.read(sequence, before, len(entry.drafts))
+        if finish is FinishReason.ERROR:
+            return self._end(sequence, finish, f"The grammar cannot be followed further: {sequence.matcher.error}")
+        if finish is not None:
+            self._finish(sequence)
+        first = before == sequence.prompt_length
+        return Output(
+            sequence.request.id,
+            sequence.index,
+            tuple(sequence.tokens[before:]),
+            text,
+            tuple(tokens.logprobs[place][:brought]) if place in tokens.logprobs else (),
+            self._prompt_logprobs(sequence) if sequence.want_prompt_logprobs else None,
+            finish,
+            stop,
+            queue_seconds=max(0.0, sequence.started - sequence.request.arrival) if first else 0.0,
+            cached_tokens=sequence.cached_tokens if first else 0,
+        )
+
+    def _append(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """Give a sequence its next token: new text, and the reason and what stopped it where it ends; ERROR where
+        its grammar cannot go on.
+        """
         sequence.tokens.append(token)
-        self._generated += 1
         finish: FinishReason | None = None
         stop: str | int | None = None
         if token in sequence.stops:
             finish, stop = FinishReason.STOP, token
         elif sequence.matcher is not None and not sequence.matcher.advance(token):
-            reason = f"The grammar cannot be followed further: {sequence.matcher.error}"
-            return self._end(sequence, FinishReason.ERROR, reason)
+            finish = FinishReason.ERROR
         elif sequence.matcher is not None and sequence.matcher.stopped:
             finish = FinishReason.STOP
         elif len(sequence.tokens) >= sequence.limit:
@@ -439,22 +514,7 @@ class Engine:
                     finish, stop = FinishReason.STOP, found
             if finish is not None:
                 text += sequence.detokenizer.flush()
-        if finish is not None:
-            self._finish(sequence)
-        logprobs = (tokens.logprobs[place],) if tokens.logprobs and place in tokens.logprobs else ()
-        first = len(sequence.tokens) == sequence.prompt_length + 1
-        return Output(
-            sequence.request.id,
-            sequence.index,
-            (token,),
-            text,
-            logprobs,
-            self._prompt_logprobs(sequence) if sequence.want_prompt_logprobs else None,
-            finish,
-            stop,
-            queue_seconds=max(0.0, sequence.started - sequence.request.arrival) if first else 0.0,
-            cached_tokens=sequence.cached_tokens if first else 0,
-        )
+        return text, finish, stop
 
     def _prompt_logprobs(self, sequence: Sequence) -> tuple[Any, ...]:
         sequence.want_prompt_logprobs = False

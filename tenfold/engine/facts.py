@@ -31,6 +31,8 @@ class Stats:
     prefix_hit_tokens: int  # of those, found in the prefix cache
     computed_tokens: int  # tokens the model was run on
     generated_tokens: int
+    drafted_tokens: int = 0  # guesses that were verified
+    accepted_tokens: int = 0  # of those, the ones that became part of an answer
 
 
 @dataclass(frozen=True, slots=True)

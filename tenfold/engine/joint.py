@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.memory import GPU_SHARE, LEAST_TOKENS, DoesNotFit, MemoryPlan, fill, plan_memory, size
+from tenfold.engine.memory import GPU_SHARE, LEAST_TOKENS, DoesNotFit, Draft, MemoryPlan, fill, plan_memory, size
 from tenfold.engine.opened import Opened
 from tenfold.models.config import ModelConfig
 
@@ -18,24 +18,25 @@ MOST_TOKENS = 1 << 40  # more than any cache holds
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """One of the models. weights: bytes. config: resolved settings, in which `max_model_len` and `kv_memory` are as
-    they were asked for.
+    """One of the models, and the one that drafts for it. weights: bytes. config: resolved settings, in which
+    `max_model_len` and `kv_memory` are as they were asked for.
     """
 
     name: str
     shape: ModelConfig
     weights: int
     config: EngineConfig
+    draft: Draft | None = None
 
     @classmethod
     def of(cls, name: str, asked: EngineConfig, opened: Opened) -> "Tenant":
         """opened: the model of `asked`, with its choices made."""
         config = replace(opened.config, max_model_len=asked.max_model_len, kv_memory=asked.kv_memory)
-        return cls(name, opened.shape, opened.memory.weights, config)
+        return cls(name, opened.shape, opened.weights, config, opened.draft)
 
     def plan(self, free: int, kv_memory: int | None = None) -> MemoryPlan:
         config = self.config if kv_memory is None else replace(self.config, kv_memory=kv_memory)
-        return plan_memory(self.shape, self.weights, config, free)
+        return plan_memory(self.shape, self.weights, config, free, self.draft)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 GPU_SHARE = 0.9  # of free memory, for everything
 LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
 Q8_0_BYTES = 34 / 32  # per weight
+MOST_DRAFTS = 16  # of a sequence in one step
+MOST_DRAWN = 64  # tokens drawn in a step for the sake of drafts, where max_batch is less
 
 
 class DoesNotFit(ValueError):
@@ -34,8 +36,18 @@ class DoesNotFit(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """A draft model beside the one served: its sizes, and the bytes of its weights."""
+
+    shape: ModelConfig
+    weights: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes by use, and the sizes that follow. `changes`: settings that would make it fit, empty where it does."""
+    """Bytes by use, and the sizes that follow. `changes`: settings that would make it fit, empty where it does.
+    weights: of a draft model, too, whose part is draft_weights; a page and a token hold its keys and values as well.
+    """
 
     weights: int
     kv: int
@@ -49,6 +61,7 @@ class MemoryPlan:
     kv_dtype: str
     fits: bool
     changes: tuple[str, ...] = ()
+    draft_weights: int = 0
 
     @property
     def tokens(self) -> int:
@@ -61,7 +74,8 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         lines = [
-            f"weights    {size(self.weights):>10}",
+            f"weights    {size(self.weights):>10}"
+            + (f"   of which the draft model {size(self.draft_weights)}" if self.draft_weights else ""),
             f"KV cache   {size(self.kv):>10}   {self.tokens} tokens in {self.pages} pages of {self.page_size}, "
             f"{size(self.bytes_per_token)} a token in {self.kv_dtype}",
             f"workspace  {size(self.workspace):>10}",
@@ -149,6 +163,8 @@ def check_sizes(config: EngineConfig) -> None:
         raise ValueError("max_model_len is 1; allowed: 0 (derive it) or from 2, a token of prompt and one of answer.")
     if config.lookahead not in (-1, 0, 1):
         raise ValueError(f"lookahead is {config.lookahead}; allowed: 0, 1, or -1 (derive it).")
+    if not 1 <= config.speculate_tokens <= MOST_DRAFTS:
+        raise ValueError(f"speculate_tokens is {config.speculate_tokens}; allowed: 1 to {MOST_DRAFTS}, 4 is usual.")
 
 
 def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
@@ -156,12 +172,14 @@ def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
     return KVSpec(model.layers, model.kv_heads, model.head_dim, DTYPES[config.kv_dtype], config.page_size)
 
 
-def plan_memory(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> MemoryPlan:
+def plan_memory(
+    model: ModelConfig, weights: int, config: EngineConfig, free: int, draft: Draft | None = None
+) -> MemoryPlan:
     """Lay out `free` bytes for a model whose weights take `weights` bytes, under resolved settings. Never raises for
     lack of memory.
     """
-    plan = _lay_out(model, weights, config, free)
-    return plan if plan.fits else replace(plan, changes=tuple(_changes(model, weights, config, free)))
+    plan = _lay_out(model, weights, config, free, draft)
+    return plan if plan.fits else replace(plan, changes=tuple(_changes(model, weights, config, free, draft)))
 
 
 def fill(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
@@ -169,28 +187,35 @@ def fill(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     return replace(config, max_model_len=plan.max_model_len, kv_memory=plan.kv)
 
 
-def _lay_out(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> MemoryPlan:
-    spec = kv_spec(model, config)
+def _lay_out(
+    model: ModelConfig, weights: int, config: EngineConfig, free: int, draft: Draft | None = None
+) -> MemoryPlan:
+    specs = [kv_spec(model, config)] + ([kv_spec(draft.shape, config)] if draft is not None else [])
+    per_token = sum(spec.bytes_per_token for spec in specs)
+    loaded = weights + (draft.weights if draft is not None else 0)
     workspace = workspace_bytes(model, config)
+    if draft is not None:
+        workspace = max(workspace, workspace_bytes(draft.shape, config))  # they take turns
     longest = min(config.max_model_len or model.max_positions, model.max_positions)
-    left = max(0, (free if config.device == "cpu" else int(free * GPU_SHARE)) - weights - workspace)
+    left = max(0, (free if config.device == "cpu" else int(free * GPU_SHARE)) - loaded - workspace)
     least = longest if config.max_model_len else min(longest, LEAST_TOKENS)
-    budget = config.kv_memory or _kv_budget(config, left, free, least * spec.bytes_per_token)
-    tokens = min(budget // spec.bytes_per_token, config.max_batch * (longest + config.page_size))
+    budget = config.kv_memory or _kv_budget(config, left, free, least * per_token)
+    tokens = min(budget // per_token, config.max_batch * (longest + config.page_size))
     pages = max(tokens // config.page_size, -(-least // config.page_size))
-    fits = pages * spec.bytes_per_page <= min(left, config.kv_memory or left)
+    kv = pages * per_token * config.page_size
     return MemoryPlan(
-        weights=weights,
-        kv=pages * spec.bytes_per_page,
+        weights=loaded,
+        kv=kv,
         workspace=workspace,
         free=free,
-        bytes_per_token=spec.bytes_per_token,
+        bytes_per_token=per_token,
         page_size=config.page_size,
         pages=pages,
         max_model_len=min(longest, pages * config.page_size),
         max_batch=config.max_batch,
         kv_dtype=config.kv_dtype,
-        fits=fits,
+        fits=kv <= min(left, config.kv_memory or left),
+        draft_weights=loaded - weights,
     )
 
 
@@ -207,16 +232,24 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Activations of one step and what sampling takes: an estimate from above."""
     width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
     activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
-    logits = min(config.max_batch, config.max_step_tokens) * model.vocab_size * (3 * 4 + 8)
+    logits = logits_rows(config) * model.vocab_size * (3 * 4 + 8)
     return activations + logits + (64 << 20)
 
 
-def _changes(model: ModelConfig, weights: int, config: EngineConfig, free: int) -> Iterator[str]:
+def logits_rows(config: EngineConfig) -> int:
+    """Tokens a step may draw: one a row, and where there are drafts a few more for small batches."""
+    drawn = min(config.max_batch * (1 + config.speculate_tokens), MOST_DRAWN) if config.speculate else 0
+    return min(max(config.max_batch, drawn), config.max_step_tokens)
+
+
+def _changes(model: ModelConfig, weights: int, config: EngineConfig, free: int, draft: Draft | None) -> Iterator[str]:
     """Single changes of settings that make it fit, by how little they take away."""
 
     def fits(changed: EngineConfig, changed_weights: int = weights) -> bool:
-        return _lay_out(model, changed_weights, changed, free).fits
+        return _lay_out(model, changed_weights, changed, free, draft).fits
 
+    if draft is not None and _lay_out(model, weights, replace(config, speculate="ngram"), free).fits:
+        yield "speculate=ngram (drafts without a model)"
     if DTYPES[config.kv_dtype].itemsize > 2 and fits(replace(config, kv_dtype="float16")):
         yield "kv_dtype=float16"
     for batch in _halvings(config.max_batch):

@@ -8,19 +8,20 @@ from collections.abc import Callable
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.memory import DTYPES, fill, free_memory, plan_memory, resolve, weight_bytes
+from tenfold.engine.memory import DTYPES, Draft, fill, free_memory, plan_memory, resolve, weight_bytes
 from tenfold.engine.text import Text
-from tenfold.models.table import model_config
+from tenfold.models.table import Model, build_model, model_config
 from tenfold.ops.table import make_kernels
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.find import UnknownModel
 from tenfold.weights.find import resolve as find_model
+from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 
 
 class Opened:
     """The checkpoint `config.model` names. `choose()` picks the kernels and plans memory; after it `config` has every
-    size filled in.
+    size filled in. draft_checkpoint: of the draft model that `config.speculate` names, None where it names none.
 
     Raises ValueError, and of its kind CheckpointError and ConfigError.
     """
@@ -30,15 +31,52 @@ class Opened:
         self.device = pick_device(config.device)
         self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model), self.device)
         self.shape = model_config(self.checkpoint.config)
+        self.draft_checkpoint: Checkpoint | None = None
+        if config.speculate not in ("", "ngram"):
+            try:
+                self.draft_checkpoint = open_checkpoint(find_model(config.speculate))
+                self.draft_shape = model_config(self.draft_checkpoint.config)
+            except ValueError as error:
+                raise ValueError(
+                    f"speculate is {config.speculate!r}; allowed: '', ngram or the name of a model. {error}"
+                ) from error
 
     def choose(self) -> None:
         config = self.config
         dtype = DTYPES.get(config.dtype) or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.kernels = make_kernels(config.kernels, self.device, dtype, config.threads)
-        size, quantised = weight_bytes(self.checkpoint, config.weights, dtype, self.kernels.name)
+        self.weights, quantised = weight_bytes(self.checkpoint, config.weights, dtype, self.kernels.name)
+        self.draft: Draft | None = None
+        if self.draft_checkpoint is not None:
+            size, _ = weight_bytes(self.draft_checkpoint, config.weights, dtype, self.kernels.name)
+            self.draft = Draft(self.draft_shape, size)
         resolved = resolve(config, self.device, self.kernels.name, quantised)
-        self.memory = plan_memory(self.shape, size, resolved, free_memory(self.device))
+        self.memory = plan_memory(self.shape, self.weights, resolved, free_memory(self.device), self.draft)
         self.config = fill(resolved, self.memory)
+
+    def check_vocabulary(self, text: Text) -> None:
+        """text: of the checkpoint. Raises ValueError where the draft model means other things by the same ids."""
+        if self.draft_checkpoint is None:
+            return
+        ours = text.tokenizer.get_vocab(with_added_tokens=True)
+        theirs = self.draft_checkpoint.tokenizer().get_vocab(with_added_tokens=True)
+        if ours != theirs:
+            differ = sum(theirs.get(token) != id for token, id in ours.items())
+            raise ValueError(
+                f"speculate is {self.config.speculate!r}, whose vocabulary of {len(theirs)} tokens is not that of "
+                f"{self.config.model} ({len(ours)} tokens, {differ} of them missing or numbered otherwise); choose a "
+                "smaller model of the same family, or speculate=ngram."
+            )
+
+    def load_draft(self) -> Model | None:
+        """The draft model, for as long a context as the plan has, or as the model itself allows."""
+        if self.draft_checkpoint is None:
+            return None
+        config = self.config
+        weights = Weights(self.draft_checkpoint, self.kernels, self.device, DTYPES[config.dtype], config.weights)
+        return build_model(
+            self.draft_checkpoint.config, weights, min(config.max_model_len, self.draft_shape.max_positions)
+        )
 
 
 def open_text(model: str, fetched: Callable[[], None]) -> Text:

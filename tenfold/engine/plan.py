@@ -8,7 +8,8 @@ from tenfold.engine.sequence import Sequence
 
 class Entry(NamedTuple):
     """Tokens start..start+length-1 of a sequence, in the row it owns; `sample`: the last one's logits give the next
-    token.
+    token. drafts: guesses of the tokens after the last known one. They are the last of `length`, and the logits of the
+    token before them and of each of them give a token.
     """
 
     row: int
@@ -16,12 +17,21 @@ class Entry(NamedTuple):
     start: int
     length: int
     sample: bool
+    drafts: tuple[int, ...] = ()
+
+    def tokens(self) -> list[int]:
+        """Its token ids, where all but its drafts have been read."""
+        return [*self.sequence.tokens[self.start : self.start + self.length - len(self.drafts)], *self.drafts]
+
+    def undrafted(self) -> "Entry":
+        """The same without its drafts."""
+        return self._replace(length=self.length - len(self.drafts), drafts=())
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Entries in the order of the step's tokens: first `decodes` entries of one token each, sampled by an earlier step
-    and perhaps not read yet; then chunks of text that is known.
+    and perhaps not read yet; then single tokens with their drafts, all known; then chunks of text that is known.
 
     admitted: sequences that got their row with this plan. copies: (source, target) pages to copy before anything is
     written, all at once. `plan.tokens` is never more than max_step_tokens.
@@ -37,9 +47,15 @@ class StepPlan:
     def tokens(self) -> int:
         return sum(e.length for e in self.entries)
 
+    @property
+    def drafts(self) -> int:
+        """Drafts it verifies."""
+        return sum(len(e.drafts) for e in self.entries)
+
     def __str__(self) -> str:
         rows = ", ".join(
             f"{e.row}:{e.sequence.request.id}/{e.sequence.index}[{e.start}:{e.start + e.length}]{'*' * e.sample}"
+            f"{f'?{len(e.drafts)}' if e.drafts else ''}"
             for e in self.entries
         )
         copies = f" copy {' '.join(f'{s}>{t}' for s, t in self.copies)}" if self.copies else ""

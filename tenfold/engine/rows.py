@@ -75,8 +75,8 @@ def _spans(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A step ready to run. sampled: the entries whose last logits give a token; rows [S] int64, on the device: their
-    rows.
+    """A step ready to run. sampled: the entries whose last logits (and those before their drafts) give a token; rows
+    [S] int64, on the device: their rows.
 
     picks: places of those logits among the step's, None where they are all of them in order.
     """
@@ -92,15 +92,24 @@ class Rows:
     """Page tables and last tokens of up to `max_batch` running sequences of up to `max_pages` pages.
 
     last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read
-    (lookahead > 0).
+    (lookahead > 0). beside: rows of another model over the same pages, whose page tables these are too.
     """
 
-    def __init__(self, max_batch: int, max_pages: int, kv: KVStore, device: torch.device, lookahead: int) -> None:
+    def __init__(
+        self,
+        max_batch: int,
+        max_pages: int,
+        kv: KVStore,
+        device: torch.device,
+        lookahead: int,
+        beside: "Rows | None" = None,
+    ) -> None:
         self.kv = kv
         self.lookahead = lookahead
         self.max_pages = max_pages
         self.page_size = kv.spec.page_size
-        self.tables = np.zeros((max_batch, max_pages), dtype=np.int32)
+        own = np.zeros((max_batch, max_pages), dtype=np.int32)
+        self.tables: np.ndarray = own if beside is None else beside.tables
         self.last_token = torch.zeros(max_batch, dtype=torch.int64, device=device)
         # A plan is at most two batches (see Runner.launch).
         self._buffers = [Buffer(device) for _ in range(2 * (lookahead + 1))]
@@ -163,7 +172,7 @@ class Rows:
         buffer.query_start[1:] = ends
         buffer.logits_rows[:] = logits
         ondevice = decodes if self.lookahead else 0
-        known = chain.from_iterable(e.sequence.tokens[e.start : e.start + e.length] for e in entries[ondevice:])
+        known = chain.from_iterable(e.tokens() for e in entries[ondevice:])
         buffer.token_ids[ondevice:] = list(known)
         self._place(buffer, rows, np.repeat(rows, counts))
         return self._batch(buffer, entries, sampled, picks, ondevice, int(counts.max()), longest)
@@ -203,10 +212,10 @@ def _wanted(entries: tuple[Entry, ...], ends: np.ndarray) -> tuple[list[int], li
     logits: list[int] = []
     picks: list[int] = []
     for entry, end in zip(entries, ends.tolist()):
+        drawn = len(entry.drafts) + 1 if entry.sample else 0
         if entry.sequence.want_prompt_logprobs:
             logits += range(end - entry.length, end)
-        elif entry.sample:
-            logits.append(end - 1)
-        if entry.sample:
-            picks.append(len(logits) - 1)
+        else:
+            logits += range(end - drawn, end)
+        picks += range(len(logits) - drawn, len(logits))
     return logits, None if len(picks) == len(logits) else picks

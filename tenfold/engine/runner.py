@@ -17,19 +17,21 @@ from tenfold.engine.request import Logprob
 from tenfold.engine.rows import Batch, Rows
 from tenfold.engine.sampler import Sampled, SamplePlan, Sampler, logprobs_of
 from tenfold.engine.sequence import Sequence
+from tenfold.engine.speculate.verify import Check, accepted, draws
 from tenfold.models.table import Model
 from tenfold.ops import sample as ops
 
 
 @dataclass(slots=True)
 class Tokens:
-    """What one step brought, by place in its plan: tokens (-1 where none was sampled), and where asked for the
-    token's log-probability, those of the prompt tokens that follow the entry's tokens, and the hidden state pooled
-    over the entry; errors: why an entry has no result.
+    """What one step brought, by place in its plan: tokens (-1 where none was sampled), those after the first where
+    drafts were right, and where asked for each token's log-probability, those of the prompt tokens that follow the
+    entry's tokens, and the hidden state pooled over the entry; errors: why an entry has no result.
     """
 
     ids: list[int]
-    logprobs: dict[int, Logprob] = field(default_factory=dict)
+    more: dict[int, list[int]] = field(default_factory=dict)
+    logprobs: dict[int, list[Logprob]] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[Logprob]] = field(default_factory=dict)
     pooled: dict[int, Tensor] = field(default_factory=dict)
     errors: dict[int, str] = field(default_factory=dict)
@@ -37,7 +39,8 @@ class Tokens:
     def take(self, place: int, other: "Tokens") -> None:
         """The results of an entry that ran alone."""
         self.ids[place] = other.ids[0]
-        self.logprobs.update((place, record) for record in other.logprobs.values())
+        self.more.update((place, tokens) for tokens in other.more.values())
+        self.logprobs.update((place, records) for records in other.logprobs.values())
         self.prompt_logprobs.update((place, records) for records in other.prompt_logprobs.values())
         self.pooled.update((place, state) for state in other.pooled.values())
 
@@ -96,10 +99,13 @@ class Runner:
                 pending.prompt_logs = self._prompt_logs(batch, logits)
                 logits = logits[batch.picks]
             if batch.sampled:
-                plan = self._plan_sampling(batch.sampled)
-                sampled = self.sampler.run(logits, plan, batch.sampled, mask)
-                self.rows.keep(batch.rows, sampled.tokens)
-                pending.take(batch.sampled, plan, sampled)
+                drafted = any(e.drafts for e in batch.sampled)
+                drawn = draws(batch.sampled) if drafted else batch.sampled
+                check = Check(batch.sampled, self.device) if drafted else None
+                plan = self._plan_sampling(drawn)
+                sampled = self.sampler.run(logits, plan, drawn, mask, check)
+                self.rows.keep(batch.rows, sampled.last)
+                pending.take(batch.sampled, drawn, plan, sampled)
         return pending
 
     def _plan_sampling(self, entries: tuple[Entry, ...]) -> SamplePlan:
@@ -158,14 +164,15 @@ class Pending:
         self.prompt_logs: list[tuple[Entry, tuple[Tensor, Tensor, Tensor], list[int]]] = []
         self._cuda = device.type == "cuda"
         self._sampled: tuple[Entry, ...] = ()
+        self._drawn: tuple[Entry, ...] = ()
         self._plan: SamplePlan | None = None
         self._result: Sampled | None = None
         self._host: Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
-    def take(self, sampled: tuple[Entry, ...], plan: SamplePlan, result: Sampled) -> None:
+    def take(self, sampled: tuple[Entry, ...], drawn: tuple[Entry, ...], plan: SamplePlan, result: Sampled) -> None:
         """Start the way of the tokens to the host."""
-        self._sampled, self._plan, self._result = sampled, plan, result
+        self._sampled, self._drawn, self._plan, self._result = sampled, drawn, plan, result
         self._host = result.tokens
         if self._cuda:
             self._host = torch.empty(result.tokens.shape, dtype=torch.int64, pin_memory=True)
@@ -177,25 +184,38 @@ class Pending:
         if self._event is not None:
             self._event.synchronize()
         ids = self._host.tolist() if self._host is not None else []
-        if self._sampled is self.entries and self._plan is not None and not self._plan.logprobs:
+        if self._drawn is self.entries and self._plan is not None and not self._plan.logprobs:
             return Tokens(ids)
         return self._spread(ids)
 
     def _spread(self, ids: list[int]) -> Tokens:
-        """Results by place in the plan, where not every entry has a token or something else was asked for."""
+        """Results by place in the plan, where not every entry has one token or something else was asked for."""
         place = {e.sequence: i for i, e in enumerate(self.entries)}
         tokens = Tokens([-1] * len(self.entries), pooled=self.pooled)
-        for entry, token in zip(self._sampled, ids):
-            tokens.ids[place[entry.sequence]] = token
-        if self._plan is not None and self._result is not None and self._result.logs is not None:
-            curious = [self._sampled[i] for i in self._plan.logprobs]
-            wanted = [e.sequence.request.params.logprobs or 0 for e in curious]
-            asked = None if self._result.asked is None else self._result.asked.tolist()
-            if asked is not None:
-                asked = [row[: len(e.sequence.request.params.logprob_token_ids)] for row, e in zip(asked, curious)]
-            records = logprobs_of(self._result.logs, [ids[i] for i in self._plan.logprobs], wanted, asked)
-            tokens.logprobs = {place[e.sequence]: record for e, record in zip(curious, records)}
+        records = self._records(ids)
+        start = 0
+        for entry in self._sampled:
+            own, first = place[entry.sequence], start
+            tokens.ids[own] = ids[first]
+            end = first + 1 + accepted(entry.drafts, ids[first : first + len(entry.drafts)])
+            if entry.drafts:
+                tokens.more[own] = ids[first + 1 : end]
+            if first in records:
+                tokens.logprobs[own] = [records[i] for i in range(first, end)]
+            start += 1 + len(entry.drafts)
         for entry, logs, following in self.prompt_logs:
             best = entry.sequence.request.params.prompt_logprobs or 0
             tokens.prompt_logprobs[place[entry.sequence]] = logprobs_of(logs, following, [best] * len(following))
         return tokens
+
+    def _records(self, ids: list[int]) -> dict[int, Logprob]:
+        """Log-probabilities by place among the draws."""
+        if self._plan is None or self._result is None or self._result.logs is None:
+            return {}
+        places = self._plan.logprobs
+        params = [self._drawn[i].sequence.request.params for i in places]
+        asked = None if self._result.asked is None else self._result.asked.tolist()
+        if asked is not None:
+            asked = [row[: len(p.logprob_token_ids)] for row, p in zip(asked, params)]
+        own = [ids[i] for i in places]
+        return dict(zip(places, logprobs_of(self._result.logs, own, [p.logprobs or 0 for p in params], asked)))

@@ -18,6 +18,7 @@ from tenfold.engine.masks import Mask
 from tenfold.engine.plan import Entry
 from tenfold.engine.request import Logprob, SamplingParams
 from tenfold.engine.sequence import Sequence
+from tenfold.engine.speculate.verify import Check
 from tenfold.ops import sample as ops
 
 
@@ -43,6 +44,7 @@ class Penalties:
     neutral.
     """
 
+    places: tuple[int, ...]
     index: Tensor
     rows: Tensor
     repetition: Tensor | None
@@ -74,11 +76,12 @@ class SamplePlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sampled:
-    """tokens [R] int64; logs: of the rows in `SamplePlan.logprobs`, the token's, the best ones' and their ids; asked:
-    of the same rows, those of the ids in `SamplePlan.asked`.
+    """tokens [R] int64; last [S] int64: the latest of each sequence; logs: of the rows in `SamplePlan.logprobs`, the
+    token's, the best ones' and their ids; asked: of the same rows, those of the ids in `SamplePlan.asked`.
     """
 
     tokens: Tensor
+    last: Tensor
     logs: tuple[Tensor, Tensor, Tensor] | None = None
     asked: Tensor | None = None
 
@@ -134,12 +137,21 @@ class Sampler:
         width = max(map(len, ids), default=0)
         return self._tensor([[*own, *[0] * (width - len(own))] for own in ids]) if width else None
 
-    def run(self, logits: Tensor, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None = None) -> Sampled:
+    def run(
+        self,
+        logits: Tensor,
+        plan: SamplePlan,
+        entries: Seq[Entry],
+        mask: Mask | None = None,
+        check: Check | None = None,
+    ) -> Sampled:
         """One token for each row of logits [R, V] (whose contents may be overwritten); entries in the same order.
         mask: what the rows with a grammar may sample; one that is not in it has ended, and its token is not read.
+        check: of a step with drafts, whose entries are `verify.draws`.
         """
         if plan.plain:
-            return Sampled(ops.argmax(logits))
+            tokens = ops.argmax(logits)
+            return Sampled(tokens, tokens if check is None else check.last(tokens, check.accepted(tokens)))
         raw = logits[list(plan.logprobs)] if plan.logprobs else None
         few = self._few(plan, entries, mask)
         free = self._free(plan, entries, mask, few)
@@ -152,11 +164,21 @@ class Sampler:
             self._correct(logits, tokens, plan, entries, free)
         logs = None if raw is None else ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best)
         asked = None if raw is None or plan.asked is None else ops.asked_probabilities(raw, plan.asked)
-        if self._counts is not None and self._seen is not None:
-            for p in plan.penalties:
-                self._counts[p.rows, tokens[p.index]] += 1
-                self._seen[p.rows, tokens[p.index]] = True
-        return Sampled(tokens, logs, asked)
+        right = None if check is None else check.accepted(tokens)
+        kept = None if check is None or right is None else check.kept(right)
+        for p in plan.penalties:
+            self._count(p, tokens, kept)
+        return Sampled(tokens, tokens if check is None or right is None else check.last(tokens, right), logs, asked)
+
+    def _count(self, p: Penalties, tokens: Tensor, kept: Tensor | None) -> None:
+        """Penalties know the tokens that were drawn. kept: which of them belong to the answers, None for all."""
+        if self._counts is None or self._seen is None:
+            return
+        rows, drawn = p.rows, tokens[p.index]
+        if kept is not None:
+            rows, drawn = rows[kept[p.index]], drawn[kept[p.index]]
+        self._counts.index_put_((rows, drawn), torch.ones_like(drawn, dtype=torch.float32), accumulate=True)
+        self._seen[rows, drawn] = True
 
     def _few(self, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None) -> dict[int, np.ndarray]:
         """On a CPU, the tokens allowed at the places where these are few: work on them alone is a tenth."""
@@ -205,10 +227,13 @@ class Sampler:
         if self._counts is not None and self._seen is not None:
             for p in plan.penalties:
                 rows = logits[p.index]
+                drafts = [(i, entries[place].drafts) for i, place in enumerate(p.places) if entries[place].drafts]
                 if p.repetition is not None:
-                    rows = ops.penalise_repetition(rows, self._seen[p.rows], p.repetition)
+                    seen = _with_drafts(self._seen[p.rows], drafts)
+                    rows = ops.penalise_repetition(rows, seen, p.repetition)
                 if p.frequency is not None:
-                    rows = ops.penalise_use(rows, self._counts[p.rows], p.presence, p.frequency)
+                    counts = _with_drafts(self._counts[p.rows], drafts)
+                    rows = ops.penalise_use(rows, counts, p.presence, p.frequency)
                 logits[p.index] = rows
         for place, ids, values in plan.biased:
             logits[place, ids] += values
@@ -283,6 +308,7 @@ class Sampler:
         repeats = any(p.repetition_penalty != 1 for p in params)
         uses = any(p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params)
         return Penalties(
+            places=tuple(places),
             index=self._tensor(places),
             rows=self._tensor([sequences[i].row for i in places]),
             repetition=self._column([p.repetition_penalty for p in params], torch.float32) if repeats else None,
@@ -299,6 +325,18 @@ class Sampler:
 
 def penalised(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def _with_drafts(table: Tensor, drafts: Seq[tuple[int, Seq[int]]]) -> Tensor:
+    """In place: rows of counts, or of what was seen, with the drafts that each of some rows takes for granted."""
+    if drafts:
+        rows = torch.tensor([i for i, own in drafts for _ in own], device=table.device)
+        tokens = torch.tensor([t for _, own in drafts for t in own], device=table.device)
+        if table.dtype == torch.bool:
+            table[rows, tokens] = True
+        else:
+            table.index_put_((rows, tokens), torch.ones_like(tokens, dtype=table.dtype), accumulate=True)
+    return table
 
 
 def _position(entry: Entry) -> int:

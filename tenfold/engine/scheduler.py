@@ -4,12 +4,12 @@ Invariants: pages held = pages counted in the pool, after every call; a plan nev
 reference or that the prefix cache counts on; a sequence's whole known text has its pages from admission on, so only
 decoding can run out of pages, and then the worst rank (priority, then arrival) gives its pages up and is queued again
 with its own tokens kept. Every preemption follows a newly generated token, so the work left shrinks and nothing runs in
-circles.
+circles. Drafts get pages and tokens of a step only where nobody else needs them.
 """
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tenfold.cache.pages import PagePool
@@ -25,12 +25,15 @@ PROMPT_LOGPROB_CHUNK = (
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step."""
+    """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step.
+    max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows).
+    """
 
     max_batch: int
     max_step_tokens: int
     max_queue: int = 1024
     max_queue_tokens: int = 0
+    max_drawn: int = 0
     watermark: float = 0.01  # share of pages left for the growth of running sequences when a new one is admitted
 
     @property
@@ -43,7 +46,8 @@ class Scheduler:
     cache off.
 
     Requests may be added before they can run, and are released later. Per step the owner calls `plan`, runs it, then
-    `retire` for each of its entries, in the order in which plans were made.
+    `retire` for each of its entries, in the order in which plans were made. A plan with drafts takes pages that
+    `reserve` gave, and is read before another has anything of the same sequences.
     """
 
     def __init__(self, pool: PagePool, page_size: int, limits: Limits, prefix: PrefixCache | None = None) -> None:
@@ -161,8 +165,45 @@ class Scheduler:
 
     # Planning
 
-    def plan(self) -> StepPlan:
-        """The next step. No entries while work is left means: read the steps in flight first, then plan again."""
+    @property
+    def backlog(self) -> int:
+        """Tokens of text that is known and could be computed next."""
+        prompts = sum(len(s.tokens) - s.computed for s in self.prefilling)
+        return prompts + (self.queue.tokens if self._free_rows else 0)
+
+    @property
+    def draft_room(self) -> int:
+        """Drafts that fit in the next step; where prompts wait at most half of what they would get."""
+        most = min(self.limits.max_step_tokens, max(self.limits.max_drawn, self.limits.rows))
+        return (most - len(self.decoding)) // (2 if self.prefilling or self.queue else 1)
+
+    def reserve(self, wanted: Mapping[Sequence, int]) -> dict[Sequence, int]:
+        """How many drafts each of these decoding sequences may have of those it wants in the next step, with pages for
+        them. Takes no page that a running sequence needs now. No step is in flight.
+        """
+        needed = sum(map(self._needs_page, self.decoding))
+        if needed > self.pool.available:
+            return {}
+        spare = max(0, self.pool.available - self._watermark - needed)
+        room = self.draft_room
+        given = {}
+        for sequence, count in wanted.items():
+            held = len(sequence.pages) + self._needs_page(sequence)
+            position = sequence.computed  # of its last token; drafts follow
+            fits = (held + spare) * self.page_size - 1 - position
+            count = min(count, room, fits, sequence.limit - 2 - position)
+            if count > 0:
+                pages = -(-(position + 1 + count) // self.page_size)
+                spare -= max(0, pages - held)
+                room -= count
+                sequence.pages += self.pool.allocate(max(0, pages - len(sequence.pages)))
+                given[sequence] = count
+        return given
+
+    def plan(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None) -> StepPlan:
+        """The next step. No entries while work is left means: read the steps in flight first, then plan again.
+        drafts: no longer than `reserve` allowed; no step is in flight where there are any.
+        """
         before = self.preemptions
         short = [s for s in self.decoding if self._needs_page(s)]
         if short and not self._make_room(short):
@@ -173,8 +214,9 @@ class Scheduler:
         for sequence in short:
             if sequence.status is Status.DECODE:
                 sequence.pages += self.pool.allocate()
-        entries = self._plan_decodes()
+        entries, verified = self._plan_decodes(drafts or {})
         decodes = len(entries)
+        entries += verified
         admitted: list[Sequence] = []
         copies: list[tuple[int, int]] = []
         if self.prefilling or (self.queue and not crowded):
@@ -218,23 +260,29 @@ class Scheduler:
             self._preempt(max(lower, key=lambda s: s.rank))
         return True
 
-    def _plan_decodes(self) -> list[Entry]:
-        entries = []
+    def _plan_decodes(self, drafts: Mapping[Sequence, tuple[int, ...]]) -> tuple[list[Entry], list[Entry]]:
+        """Single tokens, and those with drafts."""
+        entries, verified = [], []
         charge = self.queue.charge
         for sequence in self.decoding:
             start = sequence.computed
-            if start < sequence.limit - 1:
+            if start < sequence.limit - 1 and not sequence.verifying:
                 sequence.computed = start + 1
                 sequence.pending += 1
                 sequence.inflight += 1
-                entries.append(Entry(sequence.row, sequence, start, 1, True))
                 charge(sequence.request.user, ANSWER_WEIGHT)
-        return entries
+                own = drafts.get(sequence, ()) if drafts else ()
+                if own:
+                    sequence.verifying = True
+                    verified.append(Entry(sequence.row, sequence, start, 1 + len(own), True, own))
+                else:
+                    entries.append(Entry(sequence.row, sequence, start, 1, True))
+        return entries, verified
 
     def _plan_prefills(
         self, entries: list[Entry], admitted: list[Sequence], copies: list[tuple[int, int]], admit: bool
     ) -> None:
-        budget = self.limits.max_step_tokens - len(entries)
+        budget = self.limits.max_step_tokens - sum([e.length for e in entries])
         candidates = list(self.prefilling)
         while budget > 0:
             head = self.queue.head() if admit else None
@@ -329,6 +377,7 @@ class Scheduler:
         sequence.row = self._free_rows.pop()
         sequence.status = Status.PREFILL
         sequence.synced = 0
+        sequence.drafted = 0
         sequence.computed = sequence.done = start
         sequence.registered = start // size
         sequence.pooled = None
@@ -373,10 +422,12 @@ class Scheduler:
 
     def retire(self, entry: Entry, computed: bool = True) -> bool:
         """Account for an entry whose step was read (its token, if any, not yet appended). False: its sequence had
-        ended, drop the result. computed: whether it went well, so that its pages hold what they should.
+        ended, drop the result. computed: whether it went well, so that its pages hold what they should. Drafts count
+        only when they are accepted.
         """
         sequence = entry.sequence
         sequence.inflight -= 1
+        sequence.verifying = False
         if entry.sample:
             sequence.pending -= 1
         if sequence.status is Status.FINISHED:
@@ -386,12 +437,20 @@ class Scheduler:
             return False
         if not computed:
             return True
-        sequence.done = entry.start + entry.length
+        sequence.done = entry.start + entry.length - len(entry.drafts)
         if sequence.done // self.page_size > sequence.registered:
             self._register(sequence)
         if sequence.children and sequence.done >= sequence.prompt_length:
             self._let_children_go(sequence)
         return True
+
+    def accept(self, sequence: Sequence, count: int) -> None:
+        """The first `count` drafts of a step that was read were right, and are appended by now."""
+        sequence.computed += count
+        sequence.done = sequence.computed
+        self.queue.charge(sequence.request.user, ANSWER_WEIGHT * count)
+        if sequence.done // self.page_size > sequence.registered:
+            self._register(sequence)
 
     def retire_step(self) -> None:
         """A whole step was read: its entries follow through `retire`."""

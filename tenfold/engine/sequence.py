@@ -2,7 +2,8 @@
 finish.
 
 Positions: tokens[0:computed] have their K and V written by steps already planned, tokens[0:done] by steps already read;
-`done <= computed <= len(tokens) + pending`. Only the scheduler moves a sequence from one status to the next.
+`done <= computed <= len(tokens) + pending`. Drafts count only once they turned out right. Only the scheduler moves a
+sequence from one status to the next.
 """
 
 from enum import Enum
@@ -31,6 +32,8 @@ class Sequence:
         "computed",
         "detokenizer",
         "done",
+        "drafted",
+        "guess",
         "index",
         "inflight",
         "keys",
@@ -53,6 +56,7 @@ class Sequence:
         "stops",
         "synced",
         "tokens",
+        "verifying",
         "want_prompt_logprobs",
     )
 
@@ -76,6 +80,9 @@ class Sequence:
         self.done = 0
         self.pending = 0  # tokens sampled by steps not yet read
         self.inflight = 0  # steps not yet read that touch it
+        self.verifying = False  # a step not yet read has drafts of it: how far that brings it is not known
+        self.drafted = 0  # leading tokens whose K and V the draft model has, since the sequence got its row
+        self.guess: Any = None  # what speculation knows of it (speculate.guess.Guess)
         self.charged = 0  # leading tokens its user was charged for; work repeated after preemption is free
         self.registered = 0  # leading full pages offered to the prefix cache
         self.keys = PageKeys(request.salt, page_size)

@@ -27,6 +27,8 @@ COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
     ("tenfold_prefix_hit_tokens", "Of those, found in the prefix cache.", lambda s: s.prefix_hit_tokens),
     ("tenfold_engine_computed_tokens", "Tokens the model was run on.", lambda s: s.computed_tokens),
     ("tenfold_engine_generated_tokens", "Tokens the engine generated.", lambda s: s.generated_tokens),
+    ("tenfold_drafted_tokens", "Tokens guessed ahead that were verified.", lambda s: s.drafted_tokens),
+    ("tenfold_accepted_tokens", "Of those, the ones that became part of an answer.", lambda s: s.accepted_tokens),
     ("tenfold_preemptions", "Sequences put back into the queue for want of pages.", lambda s: s.preemptions),
     ("tenfold_engine_errors", "Requests that failed in the engine.", lambda s: s.errors),
 )

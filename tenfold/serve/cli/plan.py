@@ -39,7 +39,7 @@ def plan_one(config: EngineConfig, memory: int) -> bool:
     layout = opened.memory
     if memory:
         asked = replace(opened.config, max_model_len=config.max_model_len, kv_memory=config.kv_memory)
-        layout = plan_memory(opened.shape, layout.weights, asked, memory)
+        layout = plan_memory(opened.shape, opened.weights, asked, memory, opened.draft)
     print(f"{opened.checkpoint.path} on {opened.device}, {opened.kernels.name} kernels")
     print(as_flags(str(layout)))
     return layout.fits
