@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.claims import Claim, claim
-from tenfold.bench.engines import HuggingFace
+from tenfold.bench.engines import Setup
 from tenfold.bench.hardware import ROOT
+from tenfold.bench.peers.hugging_face import Loop
 from tenfold.engine.core import Engine
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.engine.text import Text
@@ -75,7 +76,7 @@ def continuations(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[list
 
 def real_model(model: str, say: Callable[[str], None]) -> list[Claim]:
     """Prompts whose greedy continuation in float32 equals transformers' to the last token, for both kernel sets."""
-    reference = HuggingFace(model, 2, 1, 1024)
+    reference = Loop(Setup(model, 2, 1, 1024))
     prompts: list[list[int]] = []
     expected: list[list[int]] = []
     claims = []

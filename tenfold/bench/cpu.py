@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim
+from tenfold.bench.engines import Setup
 from tenfold.bench.hardware import ROOT, busy_cores, commit, processor, today
 from tenfold.bench.worker import Worker
 
@@ -71,7 +72,7 @@ def measure(
         workers = []
         for name in engines:
             say(f"starting {name}")
-            worker = Worker(name, model, threads, max(c.batch for c in cases), CONTEXT)
+            worker = Worker(name, Setup(model, threads, max(c.batch for c in cases), CONTEXT))
             stack.callback(worker.close)
             workers.append(worker)
         for worker in workers:  # first calls allocate and warm caches

@@ -1,34 +1,71 @@
-"""Engines under one interface for paired runs: Tenfold, llama.cpp and Hugging Face transformers.
+"""Engines under one interface for paired runs: Tenfold here, those it is compared with in `peers/`.
 
-Each answers `generate(prompts, tokens)`: greedy continuation of every prompt by `tokens` tokens, as one batch, and the
-seconds until every prompt had its first token (prefill) and of the rest (decode). Every engine is driven at its best:
-llama.cpp through its C interface with its own sampler, transformers with its cache and a bare loop.
+Each answers `generate(prompts, tokens)`: the greedy continuation of every prompt, as one batch. Every engine is driven
+at its best; what an engine cannot tell apart (its first token from the rest) it leaves to the difference of two runs.
 """
 
-import ctypes
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tenfold.base.table import entry
+from tenfold.bench.floor import model_sizes
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What an engine is built for: `batch` sequences of up to `context` tokens, prompt and answer together.
+
+    threads: of a CPU. kv_tokens: tokens of KV cache for all sequences together (0: batch * context). settings: fields
+    of EngineConfig for Tenfold, keyword arguments of the peer's own constructor otherwise.
+    """
+
+    model: str
+    threads: int = 0
+    batch: int = 1
+    context: int = 4096
+    device: str = "cpu"
+    kv_tokens: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of KV cache."""
+        return self.kv_tokens or self.batch * self.context
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of wall clock for both phases, and the tokens produced."""
+    """Seconds of wall clock until every prompt had its first token (prefill) and of the rest (decode), and the tokens.
+
+    An engine that does not say when its first token came has all of its time in `prefill`.
+    """
 
     prefill: float
     decode: float
     tokens: list[list[int]]
 
+    @property
+    def total(self) -> float:
+        return self.prefill + self.decode
+
 
 class Engine(Protocol):
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing: ...
+    """capacity: tokens its KV cache holds, None where it grows as needed."""
+
+    capacity: int | None
+
+    def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
+        """tokens: of every answer, or one number for each."""
+        ...
 
 
-class _Stopwatch:
+class Stopwatch:
+    """Marks its start, the first token and the end."""
+
     def __init__(self) -> None:
         self.marks = [time.perf_counter()]
 
@@ -40,26 +77,50 @@ class _Stopwatch:
         return Timing(first - begin, end - first, tokens)
 
 
-class Tenfold:
-    """The whole engine: scheduler, paged cache, sampler and detokeniser, as a server would run it."""
+def lengths(prompts: Prompts, tokens: int | Sequence[int]) -> list[int]:
+    """Tokens of each answer."""
+    return [tokens] * len(prompts) if isinstance(tokens, int) else list(tokens)
 
-    def __init__(self, model: str, threads: int, batch: int, context: int) -> None:
+
+def one_length(prompts: Prompts, tokens: int | Sequence[int], engine: str) -> int:
+    """The length all answers have, for engines that run a batch in lockstep. Raises ValueError."""
+    if len({len(p) for p in prompts}) != 1 or not isinstance(tokens, int):
+        raise ValueError(f"{engine} runs prompts and answers of one length only; give a batch of equal ones.")
+    return tokens
+
+
+class Tenfold:
+    """The whole engine: scheduler, paged cache, sampler and detokeniser, as a server would run it. A model of random
+    weights has no tokenizer and so no detokeniser.
+    """
+
+    def __init__(self, setup: Setup) -> None:
         from tenfold.base.config import EngineConfig
         from tenfold.engine.core import Engine as Core
+        from tenfold.weights.shapes import is_shape
 
-        self.core = Core.load(
-            EngineConfig(model=model, threads=threads, max_batch=batch, max_model_len=context, prefix_cache=False)
-        )
+        sizes: dict[str, Any] = {
+            "model": setup.model,
+            "device": setup.device,
+            "threads": setup.threads,
+            "max_batch": setup.batch,
+            "max_model_len": setup.context,
+            "prefix_cache": False,
+        }
+        if setup.kv_tokens:
+            sizes["kv_memory"] = setup.kv_tokens * model_sizes(setup.model, setup.device, setup.settings).kv_token
+        self.core = Core.load(EngineConfig(**(sizes | dict(setup.settings))), tokens_only=is_shape(setup.model))
+        self.capacity: int | None = self.core.pool.total * self.core.config.page_size
         self.count = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
+    def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
         from tenfold.engine.request import Request, SamplingParams
 
-        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         found: dict[str, list[int]] = {}
-        watch = _Stopwatch()
-        for prompt in prompts:
+        watch = Stopwatch()
+        for prompt, length in zip(prompts, lengths(prompts, tokens)):
             self.count += 1
+            params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
             request = Request(str(self.count), tuple(prompt), params)
             found[request.id] = []
             self.core.add(request)
@@ -76,134 +137,17 @@ class Tenfold:
         return watch.timing(list(found.values()))
 
 
-class LlamaCpp:
-    """llama.cpp through the C functions that llama-cpp-python exposes."""
-
-    def __init__(self, model: str, threads: int, batch: int, context: int) -> None:
-        import llama_cpp
-
-        self.api = api = llama_cpp
-        silence(api)
-        api.llama_backend_init()
-        settings = api.llama_model_default_params()
-        self.model = api.llama_model_load_from_file(model.encode(), settings)
-        if not self.model:
-            raise ValueError(f"llama.cpp cannot load {model}; it reads GGUF files only.")
-        options = api.llama_context_default_params()
-        options.n_ctx = context * batch
-        options.n_batch = options.n_ubatch = 512
-        options.n_seq_max = batch
-        options.n_threads = options.n_threads_batch = threads
-        self.context = api.llama_init_from_model(self.model, options)
-        self.batch = api.llama_batch_init(512, 0, 1)
-        self.sampler = api.llama_sampler_init_greedy()
-
-    def _run(self, entries: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Decode (token, position, sequence, wants logits) entries in one call."""
-        batch = self.batch
-        batch.n_tokens = len(entries)
-        for i, (token, position, sequence, logits) in enumerate(entries):
-            batch.token[i] = token
-            batch.pos[i] = position
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence
-            batch.logits[i] = logits
-        if self.api.llama_decode(self.context, batch) != 0:
-            raise RuntimeError("llama_decode failed")
-
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
-        api = self.api
-        api.llama_memory_clear(api.llama_get_memory(self.context), True)
-        found: list[list[int]] = [[] for _ in prompts]
-        entries = [(t, p, s, p == len(prompt) - 1) for s, prompt in enumerate(prompts) for p, t in enumerate(prompt)]
-        watch = _Stopwatch()
-        for start in range(0, len(entries), 512):
-            chunk = entries[start : start + 512]
-            self._run(chunk)
-            for i, (_, _, sequence, last) in enumerate(chunk):
-                if last:
-                    found[sequence].append(api.llama_sampler_sample(self.sampler, self.context, i))
-        watch.mark()
-        for step in range(tokens - 1):
-            self._run([(found[s][-1], len(prompt) + step, s, True) for s, prompt in enumerate(prompts)])
-            for s in range(len(prompts)):
-                found[s].append(api.llama_sampler_sample(self.sampler, self.context, s))
-        watch.mark()
-        return watch.timing(found)
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _silent(level: int, text: bytes, data: Any) -> None:
-    """A log function for llama.cpp that says nothing."""
-
-
-def silence(api: Any) -> None:
-    """Keep llama.cpp's log off the terminal."""
-    api.llama_log_set(_silent, ctypes.c_void_p(0))
-
-
-class HuggingFace:
-    """transformers in float32 from the same weights, dequantised."""
-
-    def __init__(self, model: str, threads: int, batch: int, context: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self.torch = torch
-        self.model = reference_model(model)
-
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
-        if len({len(p) for p in prompts}) != 1:
-            raise ValueError("The transformers loop takes prompts of one length.")
-        torch = self.torch
-        found: list[list[int]] = [[] for _ in prompts]
-        with torch.inference_mode():
-            ids = torch.tensor([list(p) for p in prompts])
-            watch = _Stopwatch()
-            out = self.model(ids, use_cache=True, logits_to_keep=1)
-            for step in range(tokens):
-                best = out.logits[:, -1].argmax(-1)
-                for row, token in zip(found, best.tolist()):
-                    row.append(token)
-                if step == 0:
-                    watch.mark()
-                if step < tokens - 1:
-                    out = self.model(best[:, None], past_key_values=out.past_key_values, use_cache=True)
-            watch.mark()
-        return watch.timing(found)
-
-
-def reference_model(model: str) -> Any:
-    """A transformers model in float32 with our checkpoint's weights, dequantised. Raises where one is missing."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tenfold.ops.blocks import dequantize
-    from tenfold.weights.find import resolve
-    from tenfold.weights.open import open_checkpoint
-
-    checkpoint = open_checkpoint(resolve(model))
-    settings = dict(checkpoint.config)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    state = {name: dequantize(checkpoint.tensor(name), torch.float32) for name in checkpoint.names()}
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    reference.load_state_dict(state, assign=True)
-    # Rotary tables are buffers that no checkpoint holds; build them again off the meta device.
-    reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
-    return reference.eval()
-
-
 ENGINES = {
     "tenfold": "tenfold.bench.engines:Tenfold",
-    "llama.cpp": "tenfold.bench.engines:LlamaCpp",
-    "hf": "tenfold.bench.engines:HuggingFace",
+    "llama.cpp": "tenfold.bench.peers.llama_cpp:LlamaCpp",
+    "hf": "tenfold.bench.peers.hugging_face:Loop",
+    "hf-generate": "tenfold.bench.peers.hugging_face:Generate",
+    "hf-compiled": "tenfold.bench.peers.hugging_face:Compiled",
+    "vllm": "tenfold.bench.peers.vllm:VLLM",
 }
 
 
-def make_engine(name: str, model: str | Path, threads: int, batch: int, context: int) -> Engine:
+def make_engine(name: str, setup: Setup) -> Engine:
     """Build an engine by name. Raises ValueError for an unknown name, ImportError for a peer not installed."""
-    engine: Engine = entry(ENGINES, name, "engine")(str(model), threads, batch, context)
+    engine: Engine = entry(ENGINES, name, "engine")(setup)
     return engine

@@ -28,7 +28,7 @@ def requantize(source: Path, kind: str, folder: Path) -> Path:
         raise ValueError(f"file type is {kind!r}; allowed: {', '.join(FILE_TYPES)}.")
     import llama_cpp
 
-    from tenfold.bench.engines import silence
+    from tenfold.bench.peers.llama_cpp import silence
 
     silence(llama_cpp)
     target = folder / f"{source.name.split('.')[0]}.{kind}.gguf"

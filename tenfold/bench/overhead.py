@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim
 from tenfold.bench.cpu import Case, prompts_of
+from tenfold.bench.engines import Setup
 from tenfold.bench.serving import ServerProcess, run_streams, serving
 from tenfold.bench.worker import Worker
 
@@ -50,7 +51,7 @@ def served_run(server: ServerProcess, prompts: Sequence[Sequence[int]], tokens: 
 def measure(model: str, threads: int, rounds: int, say: Callable[[str], None], *arguments: str) -> Samples:
     samples = Samples()
     batch = max(case.batch for case in CASES)
-    worker = Worker("tenfold", model, threads, batch, CONTEXT)
+    worker = Worker("tenfold", Setup(model, threads, batch, CONTEXT))
     options = ["--threads", str(threads), "--max-batch", str(batch), "--max-model-len", str(CONTEXT)]
     try:
         with serving("--model", model, *options, "--no-prefix-cache", *arguments) as server:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.claims import Claim, claim
-from tenfold.bench.engines import reference_model
+from tenfold.bench.peers.hugging_face import reference_model
 from tenfold.bench.quality import Quality, compare, windows
 from tenfold.cache.store import KVStore
 from tenfold.engine.core import Engine

@@ -1,7 +1,7 @@
-"""One engine in a process of its own: `python -m tenfold.bench.worker ENGINE MODEL THREADS BATCH CONTEXT`.
+"""One engine in a process of its own: `python -m tenfold.bench.worker ENGINE SETUP`, SETUP as JSON.
 
-Requests and replies are JSON, one a line. Engines that take turns must not share a process: their thread pools would
-get in each other's way.
+Requests and replies are JSON, one a line. Engines that take turns on a CPU must not share a process: their thread
+pools would get in each other's way; nor must engines on a GPU that take all of its memory.
 """
 
 import json
@@ -9,37 +9,43 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tenfold.bench.engines import Timing, make_engine
+from tenfold.bench.engines import Prompts, Setup, Timing, make_engine
 
 
-def serve(arguments: Sequence[str]) -> None:
-    name, model, threads, batch, context = arguments
+def serve(name: str, setup: Setup) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an engine prints goes to standard error
-    engine = make_engine(name, model, int(threads), int(batch), int(context))
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    engine = make_engine(name, setup)
+    print(json.dumps({"capacity": engine.capacity}), file=replies, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        print(json.dumps(asdict(engine.generate(job["prompts"], job["tokens"]))), file=replies, flush=True)
+        try:
+            reply = asdict(engine.generate(job["prompts"], job["tokens"]))
+        except Exception as error:  # a batch that does not fit ends itself, not the rounds after it
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 class Worker:
-    """The parent's side of a worker process."""
+    """The parent's side of a worker process; an `Engine`. environment: variables beside those of this process."""
 
-    def __init__(self, name: str, model: str, threads: int, batch: int, context: int) -> None:
-        command = [sys.executable, "-m", "tenfold.bench.worker", name, model, str(threads), str(batch), str(context)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    def __init__(self, name: str, setup: Setup, environment: Mapping[str, str] | None = None) -> None:
+        given = {**asdict(setup), "settings": dict(setup.settings)}
+        command = [sys.executable, "-m", "tenfold.bench.worker", name, json.dumps(given)]
+        variables = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(environment or {})
+        if setup.threads:
+            variables["OMP_NUM_THREADS"] = str(setup.threads)
         self.name = name
         self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=variables
         )
         try:
-            self._read()
+            self.capacity: int | None = self._read()["capacity"]
         except BaseException:
             self.close()
             raise
@@ -53,11 +59,14 @@ class Worker:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Timing:
+    def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"prompts": [list(p) for p in prompts], "tokens": tokens}) + "\n")
         self.process.stdin.flush()
-        return Timing(**self._read())
+        reply = self._read()
+        if "error" in reply:
+            raise RuntimeError(f"{self.name}: {reply['error']}")
+        return Timing(**reply)
 
     def close(self) -> None:
         self.process.terminate()
@@ -66,4 +75,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1:])
+    serve(sys.argv[1], Setup(**json.loads(sys.argv[2])))

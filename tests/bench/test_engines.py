@@ -1,36 +1,99 @@
 """Engines of the benchmark: one interface, the same greedy tokens, and a worker process that reports its end."""
 
+import sys
+import types
+from types import SimpleNamespace
+
 import pytest
 
 from tenfold.bench import cpu
-from tenfold.bench.engines import ENGINES, make_engine
+from tenfold.bench.engines import ENGINES, Setup, make_engine
 from tenfold.bench.worker import Worker
 
 PROMPTS = [[5, 9, 13, 17], [6, 10, 14, 18]]
 SMALL = cpu.Case("decode, batch 1", 1, 4, 3, "decode")
 
 
-def test_tenfold_and_transformers_continue_alike(tiny):
-    found = [make_engine(name, tiny("llama"), 1, 2, 256).generate(PROMPTS, 6) for name in ("tenfold", "hf")]
-    assert found[0].tokens == found[1].tokens
-    assert [len(row) for row in found[0].tokens] == [6, 6]
-    assert all(t.prefill > 0 and t.decode > 0 for t in found)
+@pytest.mark.parametrize("peer", ["hf", "hf-generate", "hf-compiled"])
+def test_tenfold_and_transformers_continue_alike(tiny, peer):
+    plain = {"backend": "eager"} if peer == "hf-compiled" else {}  # the graph is traced, not compiled
+    ours = make_engine("tenfold", Setup(str(tiny("llama")), 1, 2, 256))
+    theirs = make_engine(peer, Setup(str(tiny("llama")), 1, 2, 256, settings=plain))
+    for tokens in (3, 6):
+        found = [engine.generate(PROMPTS, tokens) for engine in (ours, theirs)]
+        assert found[0].tokens == found[1].tokens
+        assert [len(row) for row in found[0].tokens] == [tokens, tokens]
+        assert all(t.total > 0 for t in found)
+    assert found[0].decode > 0
+    assert ours.capacity >= 2 * 256
+
+
+def test_engines_of_one_process_share_a_model(tiny):
+    engines = [make_engine(name, Setup(str(tiny("qwen2")), 1)) for name in ("hf", "hf-generate")]
+    assert engines[0].model is engines[1].model
+
+
+def test_answers_of_different_lengths(tiny):
+    engine = make_engine("tenfold", Setup("shape:tiny", 1, 2, 256))
+    assert [len(row) for row in engine.generate([[5], [6, 7]], [2, 5]).tokens] == [2, 5]
+    with pytest.raises(ValueError, match="one length"):
+        make_engine("hf", Setup("shape:tiny", 1)).generate([[5], [6, 7]], 2)
+
+
+def test_random_weights_are_the_same_for_both():
+    setup = Setup("shape:qwen3-0.6b@layers=1,vocab=400", 1, 1, 64, settings={"dtype": "float32"})
+    assert (
+        make_engine("tenfold", setup).generate([[5, 6, 7]], 6).tokens
+        == make_engine("hf", setup).generate([[5, 6, 7]], 6).tokens
+    )
+
+
+def test_vllm_is_driven_by_token_ids(monkeypatch):
+    """A stand-in that records how it was called and answers as vLLM does."""
+    calls = {}
+
+    class LLM:
+        def __init__(self, **options):
+            calls.update(options)
+            cache = SimpleNamespace(num_gpu_blocks=10, block_size=16)
+            self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+
+        def generate(self, prompts, params, use_tqdm):
+            assert all(set(p) == {"prompt_token_ids"} for p in prompts)
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1] * p["max_tokens"])]) for p in params]
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, dict
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    for name in ("VLLM_USE_FLASHINFER_SAMPLER", "HF_HUB_OFFLINE", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    engine = make_engine("vllm", Setup("shape:tiny", 0, 2, 128, "cuda"))
+    found = engine.generate(PROMPTS, [3, 5])
+    assert [len(row) for row in found.tokens] == [3, 5]
+    assert found.decode == 0
+    assert engine.capacity == 160
+    assert (calls["load_format"], calls["max_model_len"], calls["enable_prefix_caching"]) == ("dummy", 128, False)
 
 
 def test_unknown_engine_names_the_known_ones():
     with pytest.raises(ValueError, match=r"llama\.cpp"):
-        make_engine("vllm?", "default", 1, 1, 256)
-    assert set(ENGINES) == {"tenfold", "llama.cpp", "hf"}
+        make_engine("vllm?", Setup("default"))
+    assert set(ENGINES) == {"tenfold", "llama.cpp", "hf", "hf-generate", "hf-compiled", "vllm"}
 
 
 def test_worker_answers_and_says_why_it_stopped(tiny, tmp_path):
-    worker = Worker("tenfold", str(tiny("llama")), 1, 2, 256)
+    worker = Worker("tenfold", Setup(str(tiny("llama")), 1, 2, 256))
     try:
         assert [len(row) for row in worker.generate(PROMPTS, 3).tokens] == [3, 3]
+        with pytest.raises(RuntimeError, match="prompt is 300 tokens long"):
+            worker.generate([[5] * 300], 3)
+        assert worker.generate(PROMPTS, 2).total > 0
+        assert worker.capacity >= 512
     finally:
         worker.close()
     with pytest.raises(RuntimeError, match="nothing-here"):
-        Worker("tenfold", str(tmp_path / "nothing-here"), 1, 1, 256)
+        Worker("tenfold", Setup(str(tmp_path / "nothing-here"), 1, 1, 256))
 
 
 def test_a_round_measures_every_case_and_becomes_claims(tiny):

@@ -1,0 +1,68 @@
+"""vLLM, where it is installed: random weights of the same shape, its own CUDA graphs and compilation, no prefix cache.
+
+It needs the GPU for itself, so it runs in a process of its own. Its offline interface gives the time of a whole batch.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tenfold.bench.engines import Prompts, Setup, Timing, lengths
+from tenfold.weights.find import resolve
+from tenfold.weights.shapes import is_shape, shape_config
+
+# In one process, without the network, and with the sampler that needs no other package.
+ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+MEMORY_SHARE = 0.85
+
+
+class VLLM:
+    """settings: arguments of `vllm.LLM` instead of ours."""
+
+    def __init__(self, setup: Setup) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM, SamplingParams
+
+        self.params = SamplingParams
+        options: dict[str, Any] = {
+            "skip_tokenizer_init": True,
+            "max_model_len": setup.context,
+            "gpu_memory_utilization": MEMORY_SHARE,
+            "enable_prefix_caching": False,
+        }
+        options |= dict(setup.settings)
+        if is_shape(setup.model):
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "config.json").write_text(json.dumps(shape_config(setup.model)))
+                self.llm = LLM(model=folder, load_format="dummy", **options)
+        else:
+            self.llm = LLM(model=str(resolve(setup.model)), **options)
+        self.capacity = cache_tokens(self.llm)
+
+    def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
+        given = [{"prompt_token_ids": list(p)} for p in prompts]
+        params = [
+            self.params(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
+            for n in lengths(prompts, tokens)
+        ]
+        begin = time.perf_counter()
+        outputs = self.llm.generate(given, params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        return Timing(seconds, 0.0, [list(output.outputs[0].token_ids) for output in outputs])
+
+
+def cache_tokens(llm: Any) -> int | None:
+    """Tokens its KV cache holds, None where it does not say."""
+    config = getattr(getattr(llm.llm_engine, "vllm_config", None), "cache_config", None)
+    blocks, size = getattr(config, "num_gpu_blocks", None), getattr(config, "block_size", None)
+    return blocks * size if blocks and size else None
