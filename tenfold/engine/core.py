@@ -94,7 +94,9 @@ class Engine:
             config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens, logits_rows(config)
         )
         self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix)
-        self.runner = Runner(model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead)
+        self.runner = Runner(
+            model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead, kernels.bucket
+        )
         self.speculator: Speculator | None = make_speculator(config, draft, self.runner, self.kv, self.max_model_len)
         self.grammars: Grammars | None = None  # made when a request first asks for one
         self.masks = Masks(self.vocab_size)

@@ -5,6 +5,7 @@ so those of a step in flight are never overwritten; their tensors are made anew 
 so that a steady decode step costs a handful of vector operations on the host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -15,20 +16,42 @@ from torch import Tensor
 from tenfold.cache.store import KVStore
 from tenfold.engine.plan import Entry
 from tenfold.nn.step import Step
+from tenfold.ops.kernels import Separate
 
 ALIGN = 16  # elements; keeps every input tensor 64-byte aligned
-PAGE_STRIDE = 8  # a step's page table is widened in these strides, so that its shape changes seldom
 
 Shape = tuple[int, int, int, int, int]  # tokens, requests, page columns, logits, sampled
 
 
-class Buffer:
-    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, copies on a
-    device.
+Bucket = Callable[[int, int], tuple[int, int]]
+
+
+strides = Separate().bucket  # where kernels do not say
+
+
+class Place:
+    """Memory of a device for the inputs of steps. Steps take turns in it, in the order of the stream, so steps of one
+    shape find their inputs at one place: what a captured graph needs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self._memory = {t: torch.empty(0, dtype=t, device=device) for t in (torch.int32, torch.int64)}
+
+    def put(self, host: Tensor) -> Tensor:
+        """Start to copy a host array here."""
+        memory = self._memory[host.dtype]
+        if memory.numel() < host.numel():
+            memory = self._memory[host.dtype] = torch.empty(2 * host.numel(), dtype=host.dtype, device=memory.device)
+        return memory[: host.numel()].copy_(host, non_blocking=True)
+
+
+class Buffer:
+    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, copies in
+    `place` on a device.
+    """
+
+    def __init__(self, place: Place | None) -> None:
+        self.place = place
         self.shape: Shape | None = None
         self._host32 = torch.empty(0, dtype=torch.int32)
         self._host64 = torch.empty(0, dtype=torch.int64)
@@ -48,10 +71,10 @@ class Buffer:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows."""
-        if self.device.type == "cpu":
+        if self.place is None:
             return self._parts
-        device32 = self._host32[: self._size32].to(self.device, non_blocking=True)
-        device64 = self._host64[: self._size64].to(self.device, non_blocking=True)
+        device32 = self.place.put(self._host32[: self._size32])
+        device64 = self.place.put(self._host64[: self._size64])
         return self._cut(device32, device64, len(self.kv_lengths))
 
     def _cut(self, memory32: Tensor, memory64: Tensor, requests: int) -> tuple[Tensor, ...]:
@@ -61,7 +84,7 @@ class Buffer:
     def _grown(self, host: Tensor, size: int) -> Tensor:
         if host.numel() >= size:
             return host
-        return torch.empty(2 * size, dtype=host.dtype, pin_memory=self.device.type == "cuda")
+        return torch.empty(2 * size, dtype=host.dtype, pin_memory=self.place is not None)
 
 
 def _spans(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
@@ -92,7 +115,8 @@ class Rows:
     """Page tables and last tokens of up to `max_batch` running sequences of up to `max_pages` pages.
 
     last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read
-    (lookahead > 0). beside: rows of another model over the same pages, whose page tables these are too.
+    (lookahead > 0). beside: rows of another model over the same pages, whose page tables these are too. bucket: what
+    steps of decodes only are padded to, requests and page columns; an idle request has length 0 and slot -1.
     """
 
     def __init__(
@@ -103,8 +127,10 @@ class Rows:
         device: torch.device,
         lookahead: int,
         beside: "Rows | None" = None,
+        bucket: Bucket = strides,
     ) -> None:
         self.kv = kv
+        self.bucket = bucket
         self.lookahead = lookahead
         self.max_pages = max_pages
         self.page_size = kv.spec.page_size
@@ -112,9 +138,10 @@ class Rows:
         self.tables: np.ndarray = own if beside is None else beside.tables
         self.last_token = torch.zeros(max_batch, dtype=torch.int64, device=device)
         # A plan is at most two batches (see Runner.launch).
-        self._buffers = [Buffer(device) for _ in range(2 * (lookahead + 1))]
+        place = None if device.type == "cpu" else Place(device)
+        self._buffers = [Buffer(place) for _ in range(2 * (lookahead + 1))]
         self._turn = 0
-        self._count = np.arange(max_batch + 1)
+        self._count = np.arange(bucket(max_batch, 1)[0] + 1)
 
     def gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, of which the first `decodes` are single sampled tokens."""
@@ -142,18 +169,24 @@ class Rows:
         count = len(entries)
         starts = [e.start for e in entries]
         longest = max(starts) + 1
-        shape = (count, count, self._columns(longest), count, count)
+        padded, columns = self.bucket(count, -(-longest // self.page_size))
+        shape = (padded, padded, min(columns, self.max_pages), padded, count)
         if buffer.shape != shape:
             buffer.reshape(shape)
+            buffer.query_start[:] = self._count[: padded + 1]
+            buffer.logits_rows[:] = self._count[:padded]
+            buffer.positions[count:] = 0
+            buffer.token_ids[count:] = 0
         rows = buffer.rows
         rows[:] = [e.row for e in entries]
-        buffer.positions[:] = starts
+        buffer.positions[:count] = starts
         np.add(buffer.positions, 1, out=buffer.kv_lengths)
-        buffer.query_start[:] = self._count[: count + 1]
-        buffer.logits_rows[:] = self._count[:count]
         if not self.lookahead:
-            buffer.token_ids[:] = [e.sequence.tokens[e.start] for e in entries]
-        self._place(buffer, rows, rows)
+            buffer.token_ids[:count] = [e.sequence.tokens[e.start] for e in entries]
+        all_rows = rows if padded == count else np.pad(rows, (0, padded - count))
+        self._place(buffer, all_rows, all_rows)
+        buffer.kv_lengths[count:] = 0
+        buffer.slots[count:] = -1
         return self._batch(buffer, entries, entries, None, self.lookahead and count, 1, longest)
 
     def _gather_mixed(self, entries: tuple[Entry, ...], decodes: int, buffer: Buffer) -> Batch:
@@ -164,7 +197,8 @@ class Rows:
         logits, picks = _wanted(entries, ends)
         sampled = tuple(e for e in entries if e.sample)
         longest = int(lengths.max())
-        buffer.reshape((int(ends[-1]), len(entries), self._columns(longest), len(logits), len(sampled)))
+        columns = min(strides(0, -(-longest // self.page_size))[1], self.max_pages)
+        buffer.reshape((int(ends[-1]), len(entries), columns, len(logits), len(sampled)))
         buffer.rows[:] = [e.row for e in sampled]
         buffer.positions[:] = np.arange(ends[-1]) + np.repeat(lengths - ends, counts)
         buffer.kv_lengths[:] = lengths
@@ -201,10 +235,6 @@ class Rows:
             token_ids, positions, slots, page_table, query_start, kv_lengths, logits_rows, max_query, max_kv, self.kv
         )
         return Batch(step, entries, sampled, picks, rows)
-
-    def _columns(self, longest: int) -> int:
-        pages = -(-longest // self.page_size)
-        return min(-(-pages // PAGE_STRIDE) * PAGE_STRIDE, self.max_pages)
 
 
 def _wanted(entries: tuple[Entry, ...], ends: np.ndarray) -> tuple[list[int], list[int] | None]:

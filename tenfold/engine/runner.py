@@ -14,7 +14,7 @@ from tenfold.cache.store import KVStore
 from tenfold.engine.masks import Mask
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import Logprob
-from tenfold.engine.rows import Batch, Rows
+from tenfold.engine.rows import Batch, Bucket, Rows, strides
 from tenfold.engine.sampler import Sampled, SamplePlan, Sampler, logprobs_of
 from tenfold.engine.sequence import Sequence
 from tenfold.engine.speculate.verify import Check, accepted, draws
@@ -46,15 +46,22 @@ class Tokens:
 
 
 class Runner:
-    """Owns the model, the KV store and the rows. `max_batch` rows of `max_len` tokens at most."""
+    """Owns the model, the KV store and the rows. `max_batch` rows of `max_len` tokens at most; bucket: see `Rows`."""
 
     def __init__(
-        self, model: Model, kv: KVStore, max_batch: int, max_len: int, device: torch.device, lookahead: int
+        self,
+        model: Model,
+        kv: KVStore,
+        max_batch: int,
+        max_len: int,
+        device: torch.device,
+        lookahead: int,
+        bucket: Bucket = strides,
     ) -> None:
         self.model = model
         self.kv = kv
         self.device = device
-        self.rows = Rows(max_batch, -(-max_len // kv.spec.page_size), kv, device, lookahead)
+        self.rows = Rows(max_batch, -(-max_len // kv.spec.page_size), kv, device, lookahead, bucket=bucket)
         self.sampler = Sampler(max_batch, model.config.vocab_size, device)
         self._sample_plan: SamplePlan | None = None
         self._planned_for: tuple[Sequence, ...] = ()
@@ -98,6 +105,8 @@ class Runner:
             if batch.picks is not None:
                 pending.prompt_logs = self._prompt_logs(batch, logits)
                 logits = logits[batch.picks]
+            elif not any(e.drafts for e in batch.sampled):
+                logits = logits[: len(batch.sampled)]  # a padded step has more
             if batch.sampled:
                 drafted = any(e.drafts for e in batch.sampled)
                 drawn = draws(batch.sampled) if drafted else batch.sampled

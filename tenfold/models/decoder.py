@@ -124,6 +124,7 @@ class Decoder:
         )
         self.head = Head(kernels, head, config.logit_softcap)
         self._replay = kernels.replay()
+        self._graph = kernels.graph()
 
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -138,11 +139,16 @@ class Decoder:
 
     def forward(self, step: Step) -> Tensor:
         """Logits [len(step.logits_rows), vocab] float32 of the tokens that ask for them."""
-        return self.head(self._states(step)[step.logits_rows], self.norm)
+        return self._graph(self._logits, step)
 
     def hidden(self, step: Step) -> Tensor:
         """Final normed states [T, hidden_size] of all tokens (for embeddings)."""
         return self.norm(self._states(step))
+
+    def _logits(self, step: Step) -> Tensor:
+        states = self._states(step)
+        wanted = states if len(step.logits_rows) == len(states) else states[step.logits_rows]
+        return self.head(wanted, self.norm)
 
     def _states(self, step: Step) -> Tensor:
         return self._replay(self._run_blocks, step)

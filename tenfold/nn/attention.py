@@ -34,16 +34,17 @@ class Attention:
         self.rope = rope
         self.q_norm = None if q_norm is None else q_norm.spec
         self.k_norm = None if k_norm is None else k_norm.spec
+        self.phi: Tensor | None = None  # [heads], where a calibration measured it
 
     def __call__(self, x: Tensor, step: Step, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """x [T, D] -> `out(attention) + residual` [T, D], computed on norm(x)."""
         keys, values = step.kv.keys[self.layer], step.kv.values[self.layer]
         qkv = self.qkv(x, norm=norm)
-        q = self.kernels.rope_write(
-            qkv, self.rope, step.positions, step.slots, keys, values, self.spec, self.q_norm, self.k_norm
-        )
-        heads = self.kernels.attend(
-            q,
+        heads = self.kernels.attention(
+            qkv,
+            self.rope,
+            step.positions,
+            step.slots,
             keys,
             values,
             step.page_table,
@@ -52,5 +53,8 @@ class Attention:
             self.spec,
             step.max_query,
             step.max_kv,
+            self.q_norm,
+            self.k_norm,
+            self.phi,
         )
         return self.out(heads, residual=residual)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tenfold.ops.matrix import Matrix, RawTensor
 
+PAGE_STRIDE = 8  # a step's page table is widened in these strides, so that its shape changes seldom
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
@@ -57,6 +59,14 @@ class Kernels(Protocol):
     def replay(self) -> "Replay":
         """A way to run the forwards of one model: `replay(forward, step)` is `forward(step)`, and may record the
         operations of one step to run them again for later ones."""
+        ...
+
+    def graph(self) -> "Replay":
+        """The same for whole forwards, head included."""
+        ...
+
+    def bucket(self, requests: int, pages: int) -> tuple[int, int]:
+        """The requests and page columns a step of decodes only is padded to, so that few shapes occur."""
         ...
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
@@ -127,3 +137,61 @@ class Kernels(Protocol):
         float32, receives log-sum-exp of the scores -> [T, heads * head_dim].
         """
         ...
+
+    def attention(
+        self,
+        qkv: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lengths: Tensor,
+        spec: AttentionSpec,
+        max_query: int,
+        max_kv: int,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        phi: Tensor | None = None,
+    ) -> Tensor:
+        """`attend` on what `rope_write` returns. phi [heads] float32: a unified maximum of the scores of each head,
+        measured before; it may change the time, never the result. -> [T, heads * head_dim].
+        """
+        ...
+
+
+class Separate:
+    """What kernels do that neither fuse `rope_write` and `attend` nor capture graphs."""
+
+    def graph(self) -> Replay:
+        return run
+
+    def bucket(self, requests: int, pages: int) -> tuple[int, int]:
+        return requests, -(-pages // PAGE_STRIDE) * PAGE_STRIDE
+
+    def attention(
+        self: Any,
+        qkv: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lengths: Tensor,
+        spec: AttentionSpec,
+        max_query: int,
+        max_kv: int,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        phi: Tensor | None = None,
+    ) -> Tensor:
+        q = self.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
+        return self.attend(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
+
+
+def run(forward: Callable[[Any], Tensor], step: Any) -> Tensor:
+    return forward(step)

@@ -5,14 +5,15 @@ whatever the compute type. Other implementations are tested against this one; it
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.ops.blocks import dequantize
-from tenfold.ops.kernels import AttentionSpec, Norm, Replay
+from tenfold.ops.formats import unpack
+from tenfold.ops.kernels import AttentionSpec, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Matrix, RawTensor
 
 # Elements of the largest float32 temporary of one attention block: 64 MiB on a CPU, 512 MiB on a GPU.
@@ -26,8 +27,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": gelu_tanh}
 
 
-class Oracle:
-    """`Kernels` in plain torch. Matrices are dense in the compute type."""
+class Oracle(Separate):
+    """`Kernels` in plain torch. Matrices are made dense in the compute type; packed ones that other kernels made
+    (`formats.stack`) are unpacked at each use.
+    """
 
     name = "torch"
     reason = ""
@@ -47,8 +50,12 @@ class Oracle:
         data = dense[0] if len(dense) == 1 else torch.cat(dense)
         return Matrix("dense", data.shape[0], data.shape[1], (data.contiguous(),))
 
+    def dense(self, w: Matrix) -> Tensor:
+        """The values [rows, cols] in the compute type."""
+        return w.data[0] if w.format == "dense" else unpack(w, self.dtype)
+
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
-        rows = F.embedding(ids, table.data[0])
+        rows = F.embedding(ids, self.dense(table))
         return rows if scale == 1.0 else rows * scale
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -69,7 +76,7 @@ class Oracle:
     ) -> Tensor:
         if norm is not None:
             x = self.norm(x, norm)
-        y = F.linear(x, w.data[0], None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, self.dense(w), None if bias is None else bias.to(x.dtype))
         if act is not None:
             gate, up = y.chunk(2, dim=-1)
             y = ACTIVATIONS[act](gate) * up
@@ -131,10 +138,6 @@ class Oracle:
             if lse is not None and sums is not None:
                 lse[rows] = sums.view(-1, spec.heads)
         return out.view(q.shape)
-
-
-def run(forward: Callable[[Any], Tensor], step: Any) -> Tensor:
-    return forward(step)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

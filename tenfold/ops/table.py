@@ -11,19 +11,24 @@ from tenfold.ops.kernels import Kernels
 KERNELS = {
     "torch": "tenfold.ops.oracle:Oracle",
     "native": "tenfold.ops.cpu.native:Native",
+    "gpu": "tenfold.ops.gpu.native:Gpu",
 }
+CHOICES = ("auto", "native", "torch")
 
 
 def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: int = 0) -> Kernels:
     """The kernels `name` ("auto", "native" or "torch") for a device and compute type; `.reason` says why these.
 
-    "auto" takes the compiled kernels on a CPU in float32 where they can be built, otherwise torch. Raises ValueError
-    for an unknown name, and for "native" where it cannot run.
+    "native" are compiled CPU kernels in float32, or GPU kernels in bfloat16 or float16 on a Hopper GPU. "auto" takes
+    them where they can run, otherwise torch. Raises ValueError for an unknown name, and for "native" where it cannot
+    run.
     """
-    if name not in ("auto", *KERNELS):
-        raise ValueError(f"kernels is {name!r}; allowed: auto, {', '.join(sorted(KERNELS))}.")
+    if name not in CHOICES:
+        raise ValueError(f"kernels is {name!r}; allowed: {', '.join(CHOICES)}.")
     if name == "torch":
         return make_torch(device, dtype, threads, "kernels=torch was asked for")
+    if device.type == "cuda":
+        return make_gpu(name, device, dtype, threads)
     obstacle = native_obstacle(device, dtype)
     if not obstacle:
         try:
@@ -35,6 +40,17 @@ def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: i
     if name == "native":
         raise ValueError(f"kernels=native cannot be used, {obstacle} Use kernels=auto or kernels=torch.")
     return make_torch(device, dtype, threads, obstacle)
+
+
+def make_gpu(name: str, device: torch.device, dtype: torch.dtype, threads: int) -> Kernels:
+    """The GPU kernels; with "auto" torch where they cannot run. Raises ValueError where they were asked for by name."""
+    try:
+        kernels = cast(Kernels, entry(KERNELS, "gpu", "kernels")(device, dtype))
+    except (ImportError, ValueError) as error:
+        if name == "native":
+            raise ValueError(f"kernels=native cannot be used: {error} Use kernels=auto or kernels=torch.") from error
+        return make_torch(device, dtype, threads, str(error))
+    return explained(kernels, "GPU kernels fit this GPU and type")
 
 
 def native_obstacle(device: torch.device, dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output, Request
 from tenfold.nn.step import Step
+from tenfold.ops.kernels import Separate
 
 VOCAB = 97
 EOS = 3
@@ -163,7 +164,7 @@ def make_engine(
     model: Any = None, pages: int = 64, text: Any = None, clock: Clock | None = None, **changes: Any
 ) -> Engine:
     """An engine over the fake model, its KV cache full of POISON."""
-    kernels: Any = None
+    kernels: Any = Separate()
     engine = Engine(
         model or FakeModel(), kernels, settings(**changes), text, pages=pages, eos_ids=(EOS,), clock=clock or Clock()
     )

@@ -25,6 +25,7 @@ from tenfold.engine.schema import DATE, json_schema, nesting
 from tenfold.engine.text import Text
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
+from tenfold.ops.kernels import Separate
 from tenfold.ops.table import make_kernels
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
@@ -66,7 +67,7 @@ def eos_of(kind: str) -> int:
 
 
 def make_engine(kind: str = "byte-level", model: Any = None, pages: int = 512, **changes: Any) -> Engine:
-    kernels: Any = None
+    kernels: Any = Separate()
     values = {"max_model_len": 512, "page_size": 8, "max_batch": 8, "max_step_tokens": 32} | changes
     eos = (eos_of(kind),)
     return Engine(model or Babbling(), kernels, fake.settings(**values), TEXTS[kind], pages=pages, eos_ids=eos)
@@ -685,7 +686,7 @@ def test_all_end_tokens_are_allowed_where_the_grammar_is_complete_and_padding_ne
 
 
 def test_a_vocabulary_without_an_end_token_ends_where_nothing_can_follow() -> None:
-    engine = Engine(Babbling(), None, fake.settings(max_model_len=64), TEXT, pages=64, eos_ids=())  # type: ignore[arg-type]
+    engine = Engine(Babbling(), Separate(), fake.settings(max_model_len=64), TEXT, pages=64, eos_ids=())  # type: ignore[arg-type]
     text, end = ask(engine, Grammar("regex", "[ab]{3}"))
     assert re.fullmatch("[ab]{3}", text)
     assert end.finish is FinishReason.STOP

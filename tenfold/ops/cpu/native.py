@@ -15,10 +15,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from tenfold.base.log import logger
 from tenfold.ops.cpu import memory, pack
 from tenfold.ops.cpu.lib import prototype, set_threads
+from tenfold.ops.cpu.repack import repack
 from tenfold.ops.cpu.replay import Recorder, Replay
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Norm, Separate
 from tenfold.ops.matrix import Matrix, RawTensor
 
 # The structs of csrc/ops.h, in its order.
@@ -37,7 +39,7 @@ _OPERATIONS = ("_norm", "_gather", "_rows", "_linear", "_rope_write", "_attend",
 _F32 = torch.float32
 
 
-class Native:
+class Native(Separate):
     """Kernels over the compiled library. Raises `lib.Unavailable` where there is none."""
 
     name = "native"
@@ -48,6 +50,7 @@ class Native:
         self.threads = set_threads(threads)
         memory.keep_memory()
         self._recording = threading.Lock()
+        self._told: set[tuple[str, str]] = set()
         self._norm = _operation("tf_norm")
         self._gather = _operation("tf_gather")
         self._rows = _operation("tf_rows")
@@ -76,7 +79,14 @@ class Native:
                     setattr(self, name, function)
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
-        return pack.pack(parts)
+        return pack.pack([self._repacked(part) for part in parts])
+
+    def _repacked(self, part: RawTensor) -> RawTensor:
+        packed = repack(part)
+        if packed is not part and (part.storage, packed.storage) not in self._told:
+            self._told.add((part.storage, packed.storage))
+            logger.info("weights: %s runs as %s on this CPU, the same values", part.storage, packed.storage)
+        return packed
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
         if ids.dtype is not torch.int64 or not ids.is_contiguous():

@@ -1,0 +1,375 @@
+// Attention of one new token a request over the paged cache, with everything between qkv and the attention output in
+// one launch: norm of q and k heads, rotary embedding, the write of k and v into their page, split-KV attention, merge.
+//
+// A block takes one request, one KV head with all its query heads, and one part ("split") of the context; its warps take
+// tiles of 16 tokens in turn. Keys and values go from global memory straight into registers as operands of
+// mma.m16n8k16: q.k adds over head dimensions in any order, so a thread loads 8 neighbouring ones of a token; v.p
+// produces head dimensions in any order, so a thread loads 8 neighbouring ones of four tokens and pairs two tokens by
+// byte permutation; and the weights p leave the first product just as the second wants them. The new token's k and v are read from shared memory, so nobody waits for their way through the cache.
+//
+// Splits meet in global memory; the one that arrives last merges all of them in order, so results repeat bit for bit.
+//
+// SOFTMAX 0 online: the running maximum is subtracted. 1 lazy: it is replaced only when it is exceeded by more than
+// 2^8. 2 unified: phi of the head is subtracted whatever the scores are; a sum that is not finite or vanishes is
+// computed again, lazily, by the merging block. 3 paper: as 2, and any score outside (low, high) around phi also counts
+// as a failure (FlashDecoding++, section 3). Scores are in log2 units throughout.
+//
+// Compile-time: HALF, D head dimension (64 or 128), GROUP query heads of a KV head (1 to 8), WARPS, BLOCKS, SOFTMAX.
+
+#include "fragments.h"
+
+#define THREADS (WARPS * 32)
+#define TILE 16
+#define KP (D / 32)
+#define VP (D / 64)
+#define PITCH (D + 8)
+#define INFINITE __int_as_float(0x7f800000)
+#define LOG2E 1.4426950408889634f
+#define PARTIAL (GROUP * D + 2 * GROUP)  // floats a split leaves: sums, then maxima and denominators
+
+struct Args {
+    const u16 *keys, *values;
+    const int *table;
+    int length, window, page_size, kv_heads, head;
+    float scale, softcap;
+};
+
+struct State {
+    // out[i][j][0] and [2]: dimensions i * 64 + lane / 4 * 8 + 2 * j and the next, query head lane % 4 * 2; [1], [3]: the next head
+    float out[VP][4][4];
+    float top, sum;  // of query head lane / 4; sum over the tokens of this lane only
+};
+
+struct Tile {
+    uint4 k[2][KP], v[4][VP];
+};
+
+__device__ __forceinline__ const u16 *row_of(const u16 *store, const Args &a, int token, const u16 *fresh) {
+    if (token >= a.length - 1) return fresh;  // past the end: anything finite
+    int page = a.table[token / a.page_size];
+    return store + (((size_t)page * a.kv_heads + a.head) * a.page_size + token % a.page_size) * D;
+}
+
+__device__ __forceinline__ void load_keys(Tile &t, const Args &a, int tile, const u16 *fresh) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const u16 *row = row_of(a.keys, a, tile * TILE + n * 8 + (lane >> 2), fresh) + (lane & 3) * 8;
+#pragma unroll
+        for (int i = 0; i < KP; i++) t.k[n][i] = *(const uint4 *)(row + i * 32);
+    }
+}
+
+__device__ __forceinline__ void load_values(Tile &t, const Args &a, int tile, const u16 *fresh) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        int token = tile * TILE + (lane & 3) * 2 + (n & 1) + (n >> 1) * 8;
+        const u16 *row = row_of(a.values, a, token, fresh) + (lane >> 2) * 8;
+#pragma unroll
+        for (int i = 0; i < VP; i++) t.v[n][i] = *(const uint4 *)(row + i * 64);
+    }
+}
+
+__device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ u32 high_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x7632); }
+
+// Scores of 16 tokens in log2 units: s[n][j] is token tile * 16 + n * 8 + (lane % 4) * 2 + j, query head lane / 4.
+__device__ __forceinline__ void score(float (&s)[2][2], const Tile &t, const uint4 (&q)[KP], const Args &a, int tile) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < KP; i++) {
+            mma(c, q[i].x, 0, q[i].y, 0, t.k[n][i].x, t.k[n][i].y);
+            mma(c, q[i].z, 0, q[i].w, 0, t.k[n][i].z, t.k[n][i].w);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float v = c[j] * a.scale;
+            if (a.softcap > 0.f) v = a.softcap * tanhf(v / a.softcap);
+            int token = tile * TILE + n * 8 + (lane & 3) * 2 + j;
+            bool seen = token < a.length && (a.window == 0 || token > a.length - 1 - a.window);
+            s[n][j] = seen ? v * LOG2E : -INFINITE;
+        }
+    }
+}
+
+__device__ __forceinline__ void accumulate(State &state, const float (&p)[2][2], const Tile &t) {
+    u32 first = pack(p[0][0], p[0][1]), second = pack(p[1][0], p[1][1]);
+#pragma unroll
+    for (int i = 0; i < VP; i++) {
+        const u32 *a = &t.v[0][i].x, *b = &t.v[1][i].x, *c = &t.v[2][i].x, *d = &t.v[3][i].x;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            mma(state.out[i][j], low_halves(a[j], b[j]), high_halves(a[j], b[j]), low_halves(c[j], d[j]), high_halves(c[j], d[j]), first, second);
+    }
+}
+
+template <int MODE>
+__device__ __forceinline__ void clear(State &state, float phi) {
+#pragma unroll
+    for (int i = 0; i < VP; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) state.out[i][j][0] = state.out[i][j][1] = state.out[i][j][2] = state.out[i][j][3] = 0.f;
+    state.top = MODE >= 2 ? phi : -INFINITE;
+    state.sum = 0.f;
+}
+
+// Weights of one tile's scores; moves the state to a new maximum where the mode wants it. Returns whether a score lies
+// outside the guard (mode 3).
+template <int MODE>
+__device__ __forceinline__ bool weigh(State &state, float (&s)[2][2], float low, float high) {
+    bool outside = false;
+    if (MODE < 2) {
+        float top = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[1][0], s[1][1]));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        // The first finite maximum is always taken: minus infinity plus 8 is below it.
+        bool move = MODE == 0 ? top > state.top : top > state.top + 8.f;
+        if (__any_sync(~0u, move)) {
+            float next = move ? top : state.top;
+            float factor = state.top == next ? 1.f : exp2f(state.top - next);
+            state.top = next;
+            state.sum *= factor;
+            int lane = threadIdx.x & 31;
+            float even = __shfl_sync(~0u, factor, (lane & 3) * 8), odd = __shfl_sync(~0u, factor, (lane & 3) * 8 + 4);
+#pragma unroll
+            for (int i = 0; i < VP; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    state.out[i][j][0] *= even, state.out[i][j][2] *= even;
+                    state.out[i][j][1] *= odd, state.out[i][j][3] *= odd;
+                }
+        }
+    }
+    if (MODE == 3) {
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                outside |= s[n][j] != -INFINITE && !(s[n][j] - state.top > low && s[n][j] - state.top < high);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            // Before the first finite maximum every score is minus infinity, and their difference would be NaN.
+            s[n][j] = s[n][j] == -INFINITE ? 0.f : exp2f(s[n][j] - state.top);
+            state.sum += s[n][j];
+        }
+    return outside;
+}
+
+struct Shared {
+    u16 q[8][PITCH], k[PITCH], v[PITCH];
+    float raw[WARPS][D];
+    float out[WARPS][GROUP][D];
+    float top[WARPS][GROUP], sum[WARPS][GROUP];
+    int flag;
+};
+
+// This warp's tiles first, first + WARPS, ... below last; `state` and `tile` hold the first one's keys and values.
+template <int MODE>
+__device__ __forceinline__ bool walk(State &state, Tile &tile, const uint4 (&q)[KP], const Args &a, int first, int last, const Shared &sh, float low, float high) {
+    bool outside = false;
+    for (int at = first; at < last; at += WARPS) {
+        float s[2][2];
+        score(s, tile, q, a, at);
+        if (at + WARPS < last) load_keys(tile, a, at + WARPS, sh.k);
+        outside |= weigh<MODE>(state, s, low, high);
+        accumulate(state, s, tile);
+        if (at + WARPS < last) load_values(tile, a, at + WARPS, sh.v);
+    }
+    return outside;
+}
+
+// Add up what the warps have, into shared memory of warp 0: sums, maximum and denominator of each query head.
+template <int MODE>
+__device__ __forceinline__ void join(State &state, Shared &sh) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = lane >> 2;
+    state.sum += __shfl_xor_sync(~0u, state.sum, 1);
+    state.sum += __shfl_xor_sync(~0u, state.sum, 2);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int of = (lane & 3) * 2 + h;
+        if (of >= GROUP) continue;
+#pragma unroll
+        for (int i = 0; i < VP; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                *(float2 *)&sh.out[warp][of][i * 64 + (lane >> 2) * 8 + 2 * j] = make_float2(state.out[i][j][h], state.out[i][j][2 + h]);
+    }
+    if ((lane & 3) == 0 && head < GROUP) sh.top[warp][head] = state.top, sh.sum[warp][head] = state.sum;
+    __syncthreads();
+    for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
+        int h = e / D, d = e % D;
+        float top = sh.top[0][h];
+        if (MODE < 2)
+#pragma unroll
+            for (int w = 1; w < WARPS; w++) top = fmaxf(top, sh.top[w][h]);
+        float out = 0.f, sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            float factor = MODE >= 2 ? 1.f : sh.top[w][h] == -INFINITE ? 0.f : exp2f(sh.top[w][h] - top);
+            out += factor * sh.out[w][h][d];
+            sum += factor * sh.sum[w][h];
+        }
+        sh.out[0][h][d] = out;
+        if (d == 0) sh.raw[0][h] = top, sh.raw[0][GROUP + h] = sum;
+    }
+    __syncthreads();
+}
+
+
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+decode(const u16 *qkv, const float *rope, const int *positions, const int *slots, u16 *keys, u16 *values, const int *tables, const int *lengths, const float *q_norm, const float *k_norm, const float *phis, u16 *result, float *lse, float *workspace, int *counters, unsigned long long *recomputed, float eps, float scale, float softcap, float low, float high, int kv_heads, int page_size, int columns, int rotary, int window) {
+    __shared__ __align__(16) Shared sh;
+    const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, request = blockIdx.z;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    Args a;
+    a.keys = keys, a.values = values, a.table = tables + (size_t)request * columns, a.length = lengths[request];
+    a.window = window, a.page_size = page_size, a.kv_heads = kv_heads, a.head = head, a.scale = scale, a.softcap = softcap;
+    const int start = window ? max(0, a.length - window) / TILE : 0, end = (a.length + TILE - 1) / TILE;
+    const int each = max(1, (end - start + splits - 1) / splits), active = max(1, (end - start + each - 1) / each);
+    const int first = start + split * each, last = min(end, first + each);
+
+    asm volatile("griddepcontrol.launch_dependents;");
+    Tile tile;
+    if (first + warp < last) {  // what earlier steps wrote does not depend on the kernel before; the new token is not read yet
+        load_keys(tile, a, first + warp, sh.k);
+        load_values(tile, a, first + warp, sh.v);
+    }
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (split >= active) return;
+    const int heads = kv_heads * GROUP, total = heads + 2 * kv_heads;
+    if (a.length == 0) {
+        for (int e = threadIdx.x; e < GROUP * D; e += THREADS) result[((size_t)request * heads + head * GROUP) * D + e] = 0;
+        if (lse)
+            for (int h = threadIdx.x; h < GROUP; h += THREADS) lse[(size_t)request * heads + head * GROUP + h] = -INFINITE;
+        return;
+    }
+
+    // q heads, k and v of the new token: norm, rotation, into shared memory.
+    const float *turn = rope + (size_t)positions[request] * rotary;
+    const bool owner = (a.length - 1) / TILE >= first && (a.length - 1) / TILE < last;
+    for (int r = warp; r < GROUP + 2; r += WARPS) {
+        int source = r < GROUP ? head * GROUP + r : r == GROUP ? heads + head : heads + kv_heads + head;
+        const u16 *from = qkv + ((size_t)request * total + source) * D;
+        u16 *to = r < GROUP ? sh.q[r] : r == GROUP ? sh.k : sh.v;
+        if (r == GROUP + 1) {
+            for (int e = lane; e < D; e += 32) to[e] = from[e];
+            continue;
+        }
+        const float *norm = r < GROUP ? q_norm : k_norm;
+        float squares = 0.f;
+#pragma unroll
+        for (int e = lane; e < D; e += 32) {
+            float v = to_float(from[e]);
+            sh.raw[warp][e] = v;
+            squares += v * v;
+        }
+        if (norm) {
+#pragma unroll
+            for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
+            float k = rsqrtf(squares / D + eps);
+#pragma unroll
+            for (int e = lane; e < D; e += 32) sh.raw[warp][e] = round_trip(sh.raw[warp][e] * k * norm[e]);
+        }
+        __syncwarp();
+        const int half = rotary / 2;
+#pragma unroll
+        for (int e = lane; e < D; e += 32) {
+            float v = sh.raw[warp][e];
+            if (e < half) v = v * turn[e] - sh.raw[warp][e + half] * turn[half + e];
+            else if (e < rotary) v = v * turn[e - half] + sh.raw[warp][e - half] * turn[e];
+            to[e] = (u16)(pack(v, 0.f) & 0xffff);
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    const int slot = slots[request];
+    if (owner && slot >= 0) {
+        size_t at = (((size_t)(slot / page_size) * kv_heads + head) * page_size + slot % page_size) * D;
+        for (int e = threadIdx.x; e < D; e += THREADS) keys[at + e] = sh.k[e], values[at + e] = sh.v[e];
+    }
+    uint4 q[KP];
+#pragma unroll
+    for (int i = 0; i < KP; i++)
+        q[i] = (lane >> 2) < GROUP ? *(const uint4 *)&sh.q[lane >> 2][i * 32 + (lane & 3) * 8] : make_uint4(0, 0, 0, 0);
+    if (first + warp < last && (first + warp + 1) * TILE >= a.length) {
+        load_keys(tile, a, first + warp, sh.k);  // the first tile holds the new token: now it can be read
+        load_values(tile, a, first + warp, sh.v);
+    }
+
+    State state;
+    const float phi = phis && (lane >> 2) < GROUP ? phis[head * GROUP + (lane >> 2)] * LOG2E : 0.f;
+    clear<SOFTMAX>(state, phi);
+    bool outside = walk<SOFTMAX>(state, tile, q, a, first + warp, last, sh, low, high);
+    int bad = SOFTMAX == 3 ? __syncthreads_or(outside) : 0;
+    join<SOFTMAX>(state, sh);
+
+    // Merge the splits: whoever arrives last.
+    const size_t pair = (size_t)request * kv_heads + head;
+    if (active > 1) {
+        float *mine = workspace + (pair * splits + split) * PARTIAL;
+        for (int e = threadIdx.x; e < GROUP * D; e += THREADS) __stcg(mine + e, sh.out[0][e / D][e % D]);
+        for (int e = threadIdx.x; e < 2 * GROUP; e += THREADS) __stcg(mine + GROUP * D + e, sh.raw[0][e]);
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            // The upper half of a counter says whether any split found a score outside its guard.
+            int before = atomicAdd(counters + pair, 1 + (bad ? 1 << 16 : 0)) + (bad ? 1 << 16 : 0);
+            sh.flag = (before & 0xffff) == active - 1 ? 1 + (before >> 16) : 0;
+            if (sh.flag) counters[pair] = 0;
+        }
+        __syncthreads();
+        if (!sh.flag) return;
+        bad = sh.flag > 1;
+        __threadfence();
+        const float *all = workspace + pair * splits * PARTIAL;
+        for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
+            int h = e / D;
+            float top = -INFINITE, out = 0.f, sum = 0.f;
+            if (SOFTMAX < 2)
+                for (int k = 0; k < active; k++) top = fmaxf(top, __ldcg(all + k * PARTIAL + GROUP * D + h));
+            for (int k = 0; k < active; k++) {
+                const float *part = all + k * PARTIAL;
+                float own = SOFTMAX < 2 ? __ldcg(part + GROUP * D + h) : 0.f;
+                float factor = SOFTMAX >= 2 ? 1.f : own == -INFINITE ? 0.f : exp2f(own - top);
+                out += factor * __ldcg(part + e);
+                sum += factor * __ldcg(part + GROUP * D + GROUP + h);
+            }
+            sh.out[0][h][e % D] = out;
+            if (e % D == 0) sh.raw[0][h] = SOFTMAX < 2 ? top : phis ? phis[head * GROUP + h] * LOG2E : 0.f, sh.raw[0][GROUP + h] = sum;
+        }
+        __syncthreads();
+    }
+#if SOFTMAX >= 2
+    bool wrong = bad;
+    for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
+        float sum = sh.raw[0][GROUP + e / D];
+        wrong |= !(fabsf(sum) < INFINITE) || sum < 7.9e-31f || !(fabsf(sh.out[0][e / D][e % D]) < INFINITE);
+    }
+    if (__syncthreads_or(wrong)) {
+        if (threadIdx.x == 0) atomicAdd(recomputed, (unsigned long long)GROUP);
+        clear<1>(state, 0.f);
+        if (start + warp < end) {
+            load_keys(tile, a, start + warp, sh.k);
+            load_values(tile, a, start + warp, sh.v);
+        }
+        walk<1>(state, tile, q, a, start + warp, end, sh, 0.f, 0.f);
+        __syncthreads();
+        join<1>(state, sh);
+    }
+#endif
+    for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
+        float y = sh.out[0][e / D][e % D] / sh.raw[0][GROUP + e / D];
+        result[((size_t)request * heads + head * GROUP) * D + e] = (u16)(pack(y, 0.f) & 0xffff);
+    }
+    if (lse)
+        for (int h = threadIdx.x; h < GROUP; h += THREADS)
+            lse[(size_t)request * heads + head * GROUP + h] = (sh.raw[0][h] + log2f(sh.raw[0][GROUP + h])) / LOG2E;
+}

@@ -1,0 +1,222 @@
+// y[tokens, rows] = x[tokens, cols] @ w[rows, cols]^T for a few tokens, at the speed of reading w once.
+//
+// Weights go from global memory straight into registers as the wide operand of mma.m16n8k16 (16 rows of w, 8 tokens).
+// A dot product does not care in which order its columns are added, so a thread takes 8 neighbouring columns of a row
+// with one 16-byte load and calls them whatever columns the instruction wants, the same ones in w and x.
+// The warps of a block share 16 rows and divide the columns; partial sums meet in shared memory in a fixed order.
+// Blocks are persistent: while one tile is multiplied the loads of the next step, maybe of the next tile, are under way.
+//
+// Programmatic dependent launch: weights never depend on the kernel before, so the first step is loaded before
+// waiting for it.
+//
+// Compile-time: HALF 0 bfloat16, 1 float16 · NT token tiles of 8 · WARPS · CHUNKS 32-column pieces a warp has under way
+// per row · BLOCKS of one multiprocessor · NORM 1: x is RMS-normed first · GATE 0 none, 1 silu, 2 gelu_tanh: rows of w
+// are gate then up and y = act(gate) * up.
+
+#include "fragments.h"
+
+#define THREADS (WARPS * 32)
+
+struct Shape {
+    int tokens, rows, cols, tiles, pitch;  // pitch: elements between two tokens in shared memory
+};
+
+// Rows a thread of quad `g` reads in a tile: its first and, 8 further (or with a gate: of `up`), its second.
+__device__ __forceinline__ void tile_rows(const Shape &s, int tile, int g, int &first, int &second) {
+#if GATE
+    first = min(tile * 8 + g, s.rows / 2 - 1);
+    second = s.rows / 2 + first;
+#else
+    first = min(tile * 16 + g, s.rows - 1);
+    second = min(tile * 16 + 8 + g, s.rows - 1);
+#endif
+}
+
+__device__ __forceinline__ void load_step(uint4 (&buffer)[CHUNKS][2], const u16 *w, const Shape &s, int tile, int step) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first, second;
+    tile_rows(s, tile, lane >> 2, first, second);
+    int chunk = (step * WARPS + warp) * CHUNKS, chunks = s.cols / CHUNK_COLS;
+    const u16 *p = w + (size_t)first * s.cols + (lane & 3) * LANE_COLS;
+    const u16 *q = w + (size_t)second * s.cols + (lane & 3) * LANE_COLS;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        if (chunk + i < chunks) {
+            buffer[i][0] = load_weight(p + (size_t)(chunk + i) * CHUNK_COLS);
+            buffer[i][1] = load_weight(q + (size_t)(chunk + i) * CHUNK_COLS);
+        } else {
+            buffer[i][0] = buffer[i][1] = make_uint4(0, 0, 0, 0);
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply(float (&acc)[NT][4], const uint4 (&buffer)[CHUNKS][2], const u16 *xs, const Shape &s, int step) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int chunk = (step * WARPS + warp) * CHUNKS, last = s.cols / CHUNK_COLS - 1;
+#pragma unroll
+    for (int i = 0; i < CHUNKS; i++) {
+        int col = min(chunk + i, last) * CHUNK_COLS + (lane & 3) * LANE_COLS;
+        const uint4 &a = buffer[i][0], &b = buffer[i][1];
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            int token = min(n * 8 + (lane >> 2), s.tokens - 1);  // columns of tokens that are not there are never stored
+            uint4 x = *(const uint4 *)(xs + token * s.pitch + col);
+            mma(acc[n], a.x, b.x, a.y, b.y, x.x, x.y);
+            mma(acc[n], a.z, b.z, a.w, b.w, x.z, x.w);
+        }
+    }
+}
+
+// x, normed where asked for, into shared memory.
+__device__ __forceinline__ void stage(u16 *xs, float *sums, const u16 *x, const float *norm, float eps, const Shape &s) {
+    int vectors = s.cols / 8, tid = threadIdx.x;
+#if NORM
+    float squares[NT * 8];
+#pragma unroll
+    for (int m = 0; m < NT * 8; m++) squares[m] = 0.f;
+#endif
+    for (int v = tid; v < vectors; v += THREADS) {
+#pragma unroll
+        for (int m = 0; m < NT * 8; m++) {
+            if (m < s.tokens) {
+                uint4 a = *(const uint4 *)(x + (size_t)m * s.cols + v * 8);
+                *(uint4 *)(xs + m * s.pitch + v * 8) = a;
+#if NORM
+                u32 e[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float lo = to_float(e[j] & 0xffff), hi = to_float(e[j] >> 16);
+                    squares[m] += lo * lo + hi * hi;
+                }
+#endif
+            }
+        }
+    }
+#if NORM
+#pragma unroll
+    for (int m = 0; m < NT * 8; m++) {
+        if (m < s.tokens) {
+#pragma unroll
+            for (int d = 16; d; d >>= 1) squares[m] += __shfl_xor_sync(~0u, squares[m], d);
+            if ((tid & 31) == 0) sums[m * WARPS + (tid >> 5)] = squares[m];
+        }
+    }
+    __syncthreads();
+    // One warp a token: were every thread to add up all sums, shared memory would be the bottleneck.
+    for (int m = tid >> 5; m < s.tokens; m += WARPS) {
+        float total = (tid & 31) < WARPS ? sums[m * WARPS + (tid & 31)] : 0.f;
+#pragma unroll
+        for (int d = WARPS / 2; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
+        __syncwarp();
+        if ((tid & 31) == 0) sums[m * WARPS] = rsqrtf(total / s.cols + eps);
+    }
+    __syncthreads();
+    float scale[NT * 8];
+#pragma unroll
+    for (int m = 0; m < NT * 8; m++) scale[m] = m < s.tokens ? sums[m * WARPS] : 0.f;
+    for (int v = tid; v < vectors; v += THREADS) {
+        float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
+#pragma unroll
+        for (int m = 0; m < NT * 8; m++) {
+            if (m < s.tokens) {
+                uint4 *p = (uint4 *)(xs + m * s.pitch + v * 8);
+                uint4 a = *p;
+                float k = scale[m];
+                a.x = pack(to_float(a.x & 0xffff) * k * w0.x, to_float(a.x >> 16) * k * w0.y);
+                a.y = pack(to_float(a.y & 0xffff) * k * w0.z, to_float(a.y >> 16) * k * w0.w);
+                a.z = pack(to_float(a.z & 0xffff) * k * w1.x, to_float(a.z >> 16) * k * w1.y);
+                a.w = pack(to_float(a.w & 0xffff) * k * w1.z, to_float(a.w >> 16) * k * w1.w);
+                *p = a;
+            }
+        }
+    }
+#endif
+    __syncthreads();
+}
+
+// Sum the warps' parts of a tile in order, and store it.
+__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, int tile, const Shape &s, u16 *out, const float *bias, const u16 *residual) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    // partial[warp][token][16 rows]
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float *p = partial + (warp * NT + n) * 128 + (lane & 3) * 32 + (lane >> 2);
+        p[0] = acc[n][0];
+        p[16] = acc[n][1];
+        p[8] = acc[n][2];
+        p[24] = acc[n][3];
+        acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;
+    }
+    __syncthreads();
+#if GATE
+    const int outputs = NT * 64, height = 8, rows = s.rows / 2;
+#else
+    const int outputs = NT * 128, height = 16, rows = s.rows;
+#endif
+    for (int i = threadIdx.x; i < outputs; i += THREADS) {
+        int token = i / height, r = i % height, row = tile * height + r;
+        if (token >= s.tokens || row >= rows) continue;
+        float sum = 0.f;
+        const float *p = partial + token * 16 + r;
+#pragma unroll
+        for (int k = 0; k < WARPS; k++) sum += p[k * NT * 128];
+        if (bias) sum += bias[row];
+#if GATE
+        float up = 0.f;
+#pragma unroll
+        for (int k = 0; k < WARPS; k++) up += p[k * NT * 128 + 8];
+        if (bias) up += bias[rows + row];
+        sum = round_trip(activate(round_trip(sum))) * round_trip(up);
+#endif
+        if (residual) sum = round_trip(sum) + to_float(residual[(size_t)token * rows + row]);
+        out[(size_t)token * rows + row] = (u16)(pack(sum, 0.f) & 0xffff);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+stream(const u16 *x, const u16 *w, u16 *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
+    extern __shared__ uint4 memory[];
+    Shape s;
+    s.tokens = tokens;
+    s.rows = rows;
+    s.cols = cols;
+    s.pitch = cols + ((cols / 32) % 2 ? 0 : 32);  // an odd number of 64-byte pieces: quads of a load hit all banks
+#if GATE
+    s.tiles = (rows / 2 + 7) / 8;
+#else
+    s.tiles = (rows + 15) / 16;
+#endif
+    u16 *xs = (u16 *)memory;
+    float *partial = (float *)(xs + (size_t)tokens * s.pitch);  // two, used in turn
+    const int steps = (cols / CHUNK_COLS + WARPS * CHUNKS - 1) / (WARPS * CHUNKS);
+
+    asm volatile("griddepcontrol.launch_dependents;");
+    uint4 even[CHUNKS][2], odd[CHUNKS][2];
+    float acc[NT][4];
+#pragma unroll
+    for (int n = 0; n < NT; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;
+    int tile = blockIdx.x, step = 0, turn = 0;
+    if (tile < s.tiles) load_step(even, w, s, tile, 0);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    stage(xs, partial, x, norm, eps, s);
+
+#define ADVANCE(tile_in, step_in, tile_out, step_out)                   \
+    int step_out = step_in + 1, tile_out = tile_in;                     \
+    if (step_out == steps) step_out = 0, tile_out += gridDim.x;
+#define CONSUME(buffer, tile_in, step_in)                               \
+    multiply(acc, buffer, xs, s, step_in);                              \
+    if (step_in == steps - 1) {                                         \
+        finish(acc, partial + turn * WARPS * NT * 128, tile_in, s, out, bias, residual); \
+        turn ^= 1;                                                      \
+    }
+    while (tile < s.tiles) {
+        ADVANCE(tile, step, tile1, step1)
+        if (tile1 < s.tiles) load_step(odd, w, s, tile1, step1);
+        CONSUME(even, tile, step)
+        if (tile1 >= s.tiles) break;
+        ADVANCE(tile1, step1, tile2, step2)
+        if (tile2 < s.tiles) load_step(even, w, s, tile2, step2);
+        CONSUME(odd, tile1, step1)
+        tile = tile2;
+        step = step2;
+    }
+}

@@ -1,0 +1,120 @@
+"""Attention of decode steps in one launch: csrc/decode.cu (norm, rotary, page write, split-KV attention, merge)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.gpu import nvrtc
+from tenfold.ops.kernels import AttentionSpec, Norm
+
+SOFTMAX = ("online", "lazy", "unified", "paper")  # order of the kernel's SOFTMAX
+HEAD_DIMS = (64, 128)
+MOST_GROUP = 8
+TILE = 16  # tokens
+LEAST_TILES = 4  # of a split: below, merging costs more than it saves
+PAPER_GUARD = 60.0  # log2 units around phi that the paper's guard allows
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most, and the
+    softmax: one of SOFTMAX.
+    """
+
+    warps: int
+    blocks: int
+    splits: int
+    softmax: str
+
+    def __str__(self) -> str:
+        return f"decode:{self.softmax}:{self.warps}x{self.blocks}:s{self.splits}"
+
+
+def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
+    """Whether the kernel can run these layers."""
+    group = spec.heads // spec.kv_heads
+    return (
+        dtype in DTYPES and spec.head_dim in HEAD_DIMS and group <= MOST_GROUP and page_size % TILE == 0
+    )  # a tile of tokens never crosses a page
+
+
+def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str = "lazy") -> DecodePlan:
+    """Enough splits to fill the GPU once, none shorter than LEAST_TILES tiles. max_kv: longest context there may be."""
+    warps, blocks = 4, 3 if spec.head_dim > 64 else 4
+    pairs = requests * spec.kv_heads
+    seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
+    longest = max(1, -(-seen // (TILE * LEAST_TILES)))
+    splits = max(1, min(sms * blocks // pairs, longest))
+    return DecodePlan(warps, blocks, splits, softmax)
+
+
+class Workspace:
+    """Partial results of splits and arrival counters; `recomputed` [1] int64 counts query heads whose unified maximum
+    did not hold. Kept at one place for graphs.
+    """
+
+    def __init__(self, device: torch.device, sms: int, pairs: int) -> None:
+        """pairs: of a request and a KV head, at most."""
+        self.pairs = pairs
+        partial = MOST_GROUP * max(HEAD_DIMS) + 2 * MOST_GROUP
+        self.sums = torch.empty(4 * sms * partial, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(pairs, dtype=torch.int32, device=device)
+        self.recomputed = torch.zeros(1, dtype=torch.int64, device=device)
+
+
+def run(
+    plan: DecodePlan,
+    workspace: Workspace,
+    qkv: Tensor,
+    rope: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    kv_lengths: Tensor,
+    spec: AttentionSpec,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    phi: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """As `Kernels.attention` for one token a request -> [R, heads * head_dim]. A request of length 0 is idle: its
+    result is zeros; a negative slot writes nothing. phi [heads] float32: the unified maximum in units of scores
+    (natural logarithm), used by "unified" and "paper"; without it "unified" would be wrong often, so run "lazy".
+    """
+    requests = qkv.shape[0]
+    group = spec.heads // spec.kv_heads
+    softmax = plan.softmax if phi is not None or plan.softmax in ("online", "lazy") else "lazy"
+    kernel = nvrtc.load(
+        "decode.cu",
+        "decode",
+        (
+            ("HALF", DTYPES[qkv.dtype]),
+            ("D", spec.head_dim),
+            ("GROUP", group),
+            ("WARPS", plan.warps),
+            ("BLOCKS", plan.blocks),
+            ("SOFTMAX", SOFTMAX.index(softmax)),
+            ("GATE", 0),
+        ),
+    )
+    out = qkv.new_empty(requests, spec.heads * spec.head_dim)
+    eps = next((n.eps for n in (q_norm, k_norm) if n is not None), 0.0)
+    kernel(
+        (plan.splits, spec.kv_heads, requests),
+        plan.warps * 32,
+        0,
+        [
+            *(qkv, rope, positions, slots, keys, values, page_table, kv_lengths),
+            None if q_norm is None else q_norm.weight,
+            None if k_norm is None else k_norm.weight,
+            *(phi, out, lse, workspace.sums, workspace.counters, workspace.recomputed),
+            *(float(eps), float(spec.scale), float(spec.softcap), -PAPER_GUARD, PAPER_GUARD),
+            *(spec.kv_heads, keys.shape[2], page_table.shape[1], spec.rotary_dim, spec.window),
+        ],
+        dependent=True,
+    )
+    return out

@@ -1,0 +1,108 @@
+"""CUDA graphs of decode steps: launched as one, so that the host's time for hundreds of kernels does not count.
+
+Steps whose inputs have the same shapes and lie at the same place replay one graph. A shape runs plainly the first time,
+which compiles what is missing, and is captured the second time. All graphs share one memory pool, for they never run at
+the same time; the results of all lie in one buffer, which the next step overwrites.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.base.log import logger
+
+Forward = Callable[[Any], Tensor]
+MOST_GRAPHS = 256
+LARGEST = 256  # requests of a captured step; above, kernels run longer than their launches take
+
+
+def bucket(requests: int, pages: int) -> tuple[int, int]:
+    """Requests: 1, 2, 4, then multiples of 8 to 64, of 16 to 256; pages: powers of two from 8."""
+    columns = max(8, 1 << (pages - 1).bit_length())
+    if requests > LARGEST:
+        return requests, columns
+    step = 8 if requests <= 64 else 16
+    padded = 1 << (requests - 1).bit_length() if requests <= 4 else -(-requests // step) * step
+    return padded, columns
+
+
+@dataclass(slots=True, eq=False)
+class Captured:
+    """A graph, where it leaves its results, and what it must not outlive: the step whose tensors it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    results: Tensor
+    step: Any
+
+
+class Graphs:
+    """`graphs(forward, step)` is `forward(step)`, [L, V] float32. One object serves one model on one device."""
+
+    def __init__(self) -> None:
+        self.captures = 0
+        self.replays = 0
+        self.failure = ""  # why nothing is captured any more
+        self._known: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
+        self._pool: Any = None
+        self._results: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, forward: Forward, step: Any) -> Tensor:
+        requests = len(step.kv_lengths)
+        if self.failure or step.max_query != 1 or requests != len(step.token_ids) or requests > LARGEST:
+            return forward(step)
+        if len(step.logits_rows) != requests:
+            return forward(step)
+        key = (requests, step.page_table.shape[1], step.token_ids.data_ptr(), step.positions.data_ptr(), id(step.kv))
+        captured = self._known.get(key, self)
+        if captured is self:
+            self._remember(key, None)
+            results = forward(step)
+            self._reserve(results)
+            return results
+        if captured is None:
+            captured = self._capture(forward, step)
+            if captured is None:
+                return forward(step)
+            self._remember(key, captured)
+        assert isinstance(captured, Captured)
+        self._known.move_to_end(key)
+        captured.graph.replay()
+        self.replays += 1
+        return captured.results
+
+    def _remember(self, key: tuple[Any, ...], captured: Captured | None) -> None:
+        self._known[key] = captured
+        self._known.move_to_end(key)
+        if len(self._known) > MOST_GRAPHS:
+            self._known.popitem(last=False)
+
+    def _capture(self, forward: Forward, step: Any) -> Captured | None:
+        """Record a step; the device does not run it. None where that fails: then steps run plainly from now on."""
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
+        assert self._results is not None
+        results = self._results[: len(step.logits_rows)]
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                results.copy_(forward(step))
+        except RuntimeError as error:
+            self.failure = str(error).splitlines()[0]
+            logger.warning("CUDA graphs are off, a step could not be captured: %s", self.failure)
+            self._known.clear()
+            return None
+        self.captures += 1
+        return Captured(graph, results, step)
+
+    def _reserve(self, like: Tensor) -> None:
+        """A buffer for results of this shape. Graphs captured before keep the one they write to."""
+        if self._results is None or len(self._results) < len(like):
+            rows = min(LARGEST, 2 * len(like))
+            self._results = torch.empty(rows, like.shape[1], dtype=torch.float32, device=like.device)

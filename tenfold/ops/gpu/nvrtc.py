@@ -1,0 +1,217 @@
+"""CUDA C++ compiled on first use by NVRTC, which PyTorch's CUDA builds bring along: no toolkit is needed.
+
+Compiled code is cached on disk under the hash of everything it was made from. Launches go to PyTorch's current stream
+and may be programmatic dependent launches, which begin before the kernel in front of them has ended.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("--std=c++17", "-default-device", "--use_fast_math", "--extra-device-vectorization")
+LARGEST_STATIC = 48 << 10  # bytes of shared memory a kernel may use without asking
+
+LONGEST_LOG = 2000  # characters of a compiler's complaint worth showing
+
+_CTYPES: dict[type, Any] = {int: ctypes.c_int32, float: ctypes.c_float}
+
+
+class CompileError(ValueError):
+    """CUDA C++ could not be compiled or loaded here; says why, and what to do."""
+
+
+class _Dim3(ctypes.Structure):
+    _fields_ = (("x", ctypes.c_uint), ("y", ctypes.c_uint), ("z", ctypes.c_uint))
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, padding, and a value of 64 bytes of which we set an int."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", _Dim3),
+        ("block", _Dim3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class Kernel:
+    """One entry of a compiled source. Arguments are tensors (their address), ints (32 bits), floats or None (null)."""
+
+    def __init__(self, name: str, function: int, driver: Any) -> None:
+        self.name = name
+        self._function = ctypes.c_void_p(function)
+        self._launch = driver.cuLaunchKernelEx
+        self._driver = driver
+        self._shared = LARGEST_STATIC
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arguments: Sequence[Tensor | int | float | None],
+        *,
+        dependent: bool = False,
+    ) -> None:
+        """Launch on the current stream. shared: bytes of dynamic shared memory; dependent: the kernel waits itself
+        (griddepcontrol.wait) for what comes before it. Raises RuntimeError.
+        """
+        if shared > self._shared:
+            # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(self._driver, self._driver.cuFuncSetAttribute(self._function, 8, shared), self.name)
+            self._shared = shared
+        values = [_value(a) for a in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        config = _Config(_Dim3(*grid), _Dim3(threads, 1, 1), shared, stream, ctypes.pointer(attribute), int(dependent))
+        check(self._driver, self._launch(ctypes.byref(config), self._function, pointers, None), self.name)
+
+
+def _value(argument: Tensor | int | float | None) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(None)
+    return _CTYPES[type(argument)](argument)
+
+
+@cache
+def load(source: str, entry: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    """The kernel `entry` of csrc/`source` with these macros, compiled for the current device. Raises CompileError."""
+    module = _module(source, defines, torch.cuda.current_device())
+    driver = _driver()
+    function = ctypes.c_void_p()
+    check(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), entry)
+    assert function.value is not None
+    return Kernel(entry, function.value, driver)
+
+
+@cache
+def _module(source: str, defines: tuple[tuple[str, int], ...], device: int) -> ctypes.c_void_p:
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
+    image = compiled(source, arch, defines)
+    torch.zeros(1, device=f"cuda:{device}")  # makes PyTorch's context current
+    module = ctypes.c_void_p()
+    driver = _driver()
+    check(driver, driver.cuModuleLoadData(ctypes.byref(module), image), source)
+    return module
+
+
+def compiled(source: str, arch: str, defines: Sequence[tuple[str, int]] | Mapping[str, int]) -> bytes:
+    """Machine code of csrc/`source` for `arch` ("sm_90a"), from the cache where it is there. Raises CompileError."""
+    pairs = sorted(dict(defines).items())
+    text = expand((SOURCES / source).read_text())
+    flags = [*FLAGS, f"--gpu-architecture={arch}", *(f"-D{name}={value}" for name, value in pairs)]
+    nvrtc = _nvrtc()
+    version = nvrtc.nvrtcVersion()[1:]
+    digest = hashlib.sha256(repr((text, flags, version)).encode()).hexdigest()[:24]
+    path = folder() / f"{source.partition('.')[0]}-{digest}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    image = _compile(nvrtc, source, text, flags)
+    _store(path, image)
+    return image
+
+
+def expand(text: str) -> str:
+    """The source with our own headers in place of its `#include "..."` lines: one text to hash and to compile."""
+    return re.sub(r'^#include "([^"]+)"$', lambda m: expand((SOURCES / m[1]).read_text()), text, flags=re.MULTILINE)
+
+
+def folder() -> Path:
+    """Where compiled code is kept: $TENFOLD_HOME/kernels, or ~/.cache/tenfold/kernels."""
+    home = os.environ.get("TENFOLD_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "tenfold") / "kernels"
+
+
+def _compile(nvrtc: Any, source: str, text: str, flags: list[str]) -> bytes:
+    _, program = nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), 0, [], [])
+    options = [flag.encode() for flag in flags]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(error):
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = bytearray(size)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        words = log.decode(errors="replace")[:LONGEST_LOG]
+        raise CompileError(f"NVRTC could not compile {source} ({' '.join(flags)}): {words}")
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    image = bytearray(size)
+    nvrtc.nvrtcGetCUBIN(program, image)
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(image)
+
+
+def _store(path: Path, image: bytes) -> None:
+    """Write by rename; a cache that cannot be written costs time only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(image)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+
+
+def check_available() -> None:
+    """Raises CompileError where CUDA C++ cannot be compiled or loaded."""
+    _nvrtc()
+    _driver()
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise CompileError(
+            f"CUDA C++ kernels need the package cuda-bindings, which is not here ({error}): pip install cuda-bindings"
+        ) from error
+    return nvrtc
+
+
+@cache
+def _driver() -> Any:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CompileError(f"the NVIDIA driver's libcuda.so.1 cannot be loaded: {error}") from error
+    library.cuModuleGetFunction.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+    library.cuModuleLoadData.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
+    library.cuFuncSetAttribute.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    return library
+
+
+def check(driver: Any, status: int, what: str) -> None:
+    """Raises RuntimeError with the driver's words for a status that is not success."""
+    if status:
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what}: CUDA error {status}, {(text.value or b'').decode()}")
