@@ -1,9 +1,11 @@
 """`tenfold bench`: measure, record as claims, and renew the tables made from them."""
 
+import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +13,7 @@ from tenfold.bench import cpu, report, startup
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import claim, record
 from tenfold.bench.files import requantize
-from tenfold.bench.hardware import busy_cores, commit, processor, today
+from tenfold.bench.hardware import ROOT, busy_cores, commit, processor, today
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: speed against peers, start-up, quality.")
 
@@ -19,11 +21,48 @@ Model = Annotated[str, typer.Option(help="Model to measure; as for tenfold run."
 Against = Annotated[str, typer.Option(help="Peers, comma-separated: llama.cpp, hf. Each must be installed.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median of their ratios counts.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads every engine gets.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Numbers = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of our engine; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option(help="Write the raw JSON, tables and plots into this folder.")]
 Record = Annotated[bool, typer.Option("--record", help="Write the result into bench/results/ (needs a checkout).")]
 
 
 def peers(against: str) -> list[str]:
     return [name.strip() for name in against.split(",") if name.strip()]
+
+
+def whole(numbers: str) -> list[int]:
+    """Positive whole numbers. Raises typer.BadParameter."""
+    try:
+        found = [int(n) for n in peers(numbers)]
+    except ValueError:
+        found = [0]
+    if not all(n > 0 for n in found):
+        raise typer.BadParameter(f"{numbers!r} is no list of whole numbers from 1, such as 1,2,4.")
+    return found
+
+
+def chosen_settings(pairs: list[str] | None) -> dict[str, Any]:
+    from tenfold.bench.gpu import settings
+
+    return settings(pairs or [])
+
+
+def file_name(model: str) -> str:
+    return re.sub(r"[^\w.]+", "-", model.removeprefix("shape:")).strip("-")
+
+
+def written(out: Path | None, keep: bool, name: str, data: dict[str, Any]) -> None:
+    """Write a raw result where it was asked for: a folder, or bench/results/ for what is recorded."""
+    folders = [out] if out else []
+    folders += [ROOT / "bench" / "results"] if keep else []
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        typer.echo(f"wrote {folder / name}.json")
 
 
 def header() -> None:
@@ -87,6 +126,37 @@ def cpu_command(
     if keep:
         typer.echo(f"wrote {cpu.save('-'.join(filter(None, ('cpu', isa))), runs)}")
         record(claims)
+
+
+@app.command("single")
+def single_command(
+    model: Model = "shape:llama-2-7b",
+    batch: Numbers = "1,2,4,8",
+    context: Annotated[
+        str, typer.Option(help="Prompt lengths of the decodes, comma-separated.")
+    ] = "128,1024,8192,32768",
+    prefill: Annotated[str, typer.Option(help="Prompt lengths of prefills, batch 1.")] = "1024,8192,32768",
+    against: Annotated[str, typer.Option(help="Peers: hf, hf-loop, hf-compiled, vllm, llama.cpp.")] = "",
+    rounds: Rounds = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Answer of a long run.")] = 129,
+    device: Device = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads every engine gets; 0: each its own default.")] = 0,
+    settings: Settings = None,
+    peer_path: Annotated[str, typer.Option(help="Folder with a peer's packages, for its process alone.")] = "",
+    out: Out = None,
+    keep: Record = False,
+) -> None:
+    """Time per output token and prefill over a grid of batches and contexts, against peers (F1 to F3, F6)."""
+    from tenfold.bench import single
+
+    header()
+    where = single.device_of(device)
+    engines = ["tenfold", *(single.engine_of(name) for name in peers(against))]
+    points = single.grid(whole(batch), whole(context), whole(prefill), tokens)
+    tuning = {"tenfold": chosen_settings(settings)}
+    plan = single.Plan(model, tuple(engines), tuple(points), rounds, where, threads, tuning, peer_path)
+    result = single.run(plan, typer.echo)
+    written(out, keep, f"single-{file_name(model)}", result.plain())
 
 
 @app.command("startup")

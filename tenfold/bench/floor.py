@@ -28,6 +28,7 @@ class Sizes:
     layers: int = 0
     heads: int = 0
     head_dim: int = 0
+    vocab: int = 0
 
     def decode_bytes(self, batch: int, context: int) -> int:
         """What one step for `batch` contexts of `context` tokens must read."""
@@ -66,6 +67,7 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
         layers=shape.layers,
         heads=shape.heads,
         head_dim=shape.head_dim,
+        vocab=shape.vocab_size,
     )
 
 

@@ -3,8 +3,10 @@
 import datetime
 import os
 import platform
+import re
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,3 +70,59 @@ def busy_cores() -> float:
     before = used()
     time.sleep(0.5)
     return (used() - before) / 0.5
+
+
+def device_name(device: str = "cpu") -> str:
+    """What claims call the machine: the GPU's own name ("NVIDIA H100 80GB HBM3"), or the processor."""
+    if not device.startswith("cuda"):
+        return processor()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """All that a result file says of where it was made: hardware, driver and versions of what computes."""
+    import torch
+
+    found = {
+        "hardware": device_name(device),
+        "processor": processor(),
+        "commit": commit(),
+        "date": today(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in ("triton", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if device.startswith("cuda"):
+        found |= {"cuda": str(torch.version.cuda), "driver": driver(), "memory": memory(device)}
+    return found
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver, "unknown" where it does not say."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return _nvidia_smi()
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else "unknown"
+
+
+def _nvidia_smi() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return text.split("\n")[0].strip() or "unknown"
+
+
+def memory(device: str) -> str:
+    import torch
+
+    return f"{torch.cuda.get_device_properties(device).total_memory / (1 << 30):.1f} GiB"
