@@ -1,16 +1,19 @@
-"""How GGUF files store numbers: the size of every block type, its decoding, and encoders for the simple ones.
+"""How files store numbers: the size of every block type of GGUF, its decoding, encoders for the simple ones, and the
+one way (`dequantize`, `quantize`, `storage_bytes`) to values and bytes of any storage, packed formats included.
 
 Invariant: every block type is decoded into the same three parts (`Groups`): small integer codes, and for each group of
 neighbours in a row one scale and perhaps one minimum; a value is `code * scale + minimum`. Layouts are the block
 structures of ggml, little endian.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tenfold.ops.formats import format_of, inverse, is_format, raw_tensor, unpack
 from tenfold.ops.matrix import RawTensor
 
 # Elements decoded at once: the float32 intermediates of a chunk stay near the caches, whatever the size of the tensor.
@@ -160,13 +163,22 @@ def row_bytes(storage: str, cols: int) -> int:
     return cols // block.elements * block.nbytes
 
 
+def storage_bytes(storage: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this shape; packed formats with the matrix's scales. Raises ValueError as `row_bytes`."""
+    if is_format(storage):
+        return format_of(storage).nbytes(shape[0], shape[1])
+    return math.prod(shape[:-1]) * row_bytes(storage, shape[-1] if shape else 1)
+
+
 def dequantize(raw: RawTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values of a stored tensor, `raw.shape`, in `dtype`; a dense tensor that has that type already is not copied.
 
-    Blocks are decoded in float32 and rounded to `dtype` once. Raises ValueError for an unknown storage.
+    Blocks and codes are decoded in float32 and rounded to `dtype` once. Raises ValueError for an unknown storage.
     """
     if raw.storage in DENSE:
         return raw.data.to(dtype)
+    if is_format(raw.storage):
+        return unpack(raw, dtype)
     row_bytes(raw.storage, raw.shape[-1])
     block = BLOCKS[raw.storage]
     blocks = raw.data.reshape(-1, block.nbytes)
@@ -194,10 +206,6 @@ def blocks_of_32(values: Tensor) -> Tensor:
     if values.dim() != 2 or values.shape[1] % 32:
         raise ValueError(f"Values of shape {tuple(values.shape)} cannot be quantised; needed: [rows, multiple of 32].")
     return values.float().reshape(-1, 32)
-
-
-def inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, scale, 1 / scale)
 
 
 def assemble(values: Tensor, *parts: Tensor) -> Tensor:
@@ -246,12 +254,15 @@ ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def quantize(raw: RawTensor, storage: str) -> RawTensor:
-    """A dense matrix [rows, cols] stored as F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+    """A matrix [rows, cols] stored as F32, F16, BF16, Q8_0, Q4_0, Q4_1 or a packed format, rounded to nearest.
 
     Raises ValueError for another storage, and for a matrix whose rows are not whole blocks.
     """
     if storage in DENSE:
         return RawTensor(raw.name, storage, raw.shape, dequantize(raw, DENSE[storage]))
+    if is_format(storage):
+        format, dense = format_of(storage), raw.data if raw.storage in DENSE else dequantize(raw)
+        return raw_tensor(raw.name, format, dense.shape[0], dense.shape[1], format.pack(dense))
     if storage not in ENCODERS:
         raise ValueError(f"Tenfold cannot quantise to {storage!r}; allowed: {', '.join([*DENSE, *ENCODERS])}.")
     return RawTensor(raw.name, storage, raw.shape, ENCODERS[storage](dequantize(raw)))

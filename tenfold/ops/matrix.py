@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what speaks of checkpoints only need not wait for PyTorch
+    import torch
     from torch import Tensor
 
 
@@ -13,14 +15,47 @@ if TYPE_CHECKING:  # what speaks of checkpoints only need not wait for PyTorch
 class RawTensor:
     """A tensor as its file stores it, not copied.
 
-    storage: "F32", "F16", "BF16" (data has that type and `shape`) or a GGUF block type such as "Q4_1"
-    (data is uint8 [rows, bytes of a row], shape is (rows, cols)).
+    storage: "F32", "F16", "BF16" (data has that type and `shape`), a GGUF block type such as "Q4_1"
+    (data is uint8 [rows, bytes of a row], shape is (rows, cols)) or a packed format of `ops/formats.py` such as
+    "int4g128" (data holds the codes, extras the other tensors of the format; shape is (rows, cols)).
     """
 
     name: str
     storage: str
     shape: tuple[int, ...]
     data: Tensor
+    extras: tuple[Tensor, ...] = ()
+
+
+class Deferred(RawTensor):
+    """A RawTensor whose tensors are made when they are asked for: `on(device)` makes them there, `data` and `extras`
+    on the CPU. Storage and shape cost nothing. make(device) returns data and extras.
+    """
+
+    __slots__ = ("make",)
+    make: Callable[[torch.device | str], tuple[Tensor, ...]]
+
+    def __init__(
+        self,
+        name: str,
+        storage: str,
+        shape: tuple[int, ...],
+        make: Callable[[torch.device | str], tuple[Tensor, ...]],
+    ) -> None:
+        for key, value in (("name", name), ("storage", storage), ("shape", shape), ("make", make)):
+            object.__setattr__(self, key, value)
+
+    def on(self, device: torch.device | str) -> RawTensor:
+        data, *extras = self.make(device)
+        return RawTensor(self.name, self.storage, self.shape, data, tuple(extras))
+
+    @property
+    def data(self) -> Tensor:
+        return self.on("cpu").data
+
+    @property
+    def extras(self) -> tuple[Tensor, ...]:
+        return self.on("cpu").extras
 
 
 @dataclass(slots=True, eq=False)

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tenfold.ops.matrix import RawTensor
 from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.foreign.linear import Files, Linear
+from tenfold.weights.foreign.table import foreign_linears, hidden
 from tenfold.weights.hf_config import normalise, text_prefixes
 from tenfold.weights.mapped import read_object, read_text
 from tenfold.weights.safetensors import SafetensorsFile
@@ -22,6 +25,7 @@ MAX_TOKENIZER = 1 << 28
 MAX_TEMPLATE = 1 << 22
 MAX_FILES = 1 << 12
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+OLDER_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -37,6 +41,9 @@ class HFCheckpoint:
         self.config = normalise(read_object(path / "config.json", MAX_CONFIG), str(path / "config.json"))
         self.files = [SafetensorsFile(file) for file in weight_files(path)]
         self._names = self._owners()
+        self._linears: dict[str, Linear] = {}
+        self._hidden: frozenset[str] = frozenset()
+        self._quantised(self.config.pop("quantization_config", None) or older_settings(path))
         tokenizer_config = optional_object(path / "tokenizer_config.json")
         self.chat_template = chat_template(path, tokenizer_config)
         self.special = special_tokens(path, tokenizer_config)
@@ -45,17 +52,32 @@ class HFCheckpoint:
         self.eos_ids = self._end_tokens()
 
     def names(self) -> Iterable[str]:
-        return self._names.keys()
+        return [*(name for name in self._names if name not in self._hidden), *self._linears]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._linears or (name in self._names and name not in self._hidden)
 
     def tensor(self, name: str) -> RawTensor:
-        if name not in self._names:
+        if name in self._linears:
+            return self._linears[name].raw()
+        if name not in self:
             raise CheckpointError(f"{self.path} holds no tensor {name}; it is incomplete or of another architecture.")
         file, stored = self._names[name]
         raw = file.raw(stored)
         return RawTensor(name, raw.storage, raw.shape, raw.data)
+
+    def _quantised(self, settings: Any) -> None:
+        """Put quantised weights in the place of the tensors that hold them."""
+        if settings is None:
+            return
+        entries = {name: file.tensors[stored] for name, (file, stored) in self._names.items()}
+        files = Files(self.path, entries, self._part)
+        self._linears = foreign_linears(settings, files)
+        self._hidden = hidden(files, self._linears)
+
+    def _part(self, name: str) -> Tensor:
+        file, stored = self._names[name]
+        return file.part(stored)
 
     def storages(self) -> dict[str, int]:
         """Bytes of each storage type in the files, largest first."""
@@ -120,6 +142,14 @@ class HFCheckpoint:
                     )
                 owners[name] = (file, stored)
         return owners
+
+
+def older_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of quantisation from the files where they stood before config.json held them; None without any."""
+    for name, method in OLDER_SETTINGS.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **read_object(folder / name, MAX_CONFIG)}
+    return None
 
 
 def text_name(stored: str, prefixes: Mapping[str, str]) -> str | None:

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
-from tenfold.ops.blocks import DENSE, dequantize, quantize
+from tenfold.ops.blocks import BLOCKS, DENSE, quantize
+from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.kernels import Kernels
-from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.ops.matrix import Deferred, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint, CheckpointError
 
-MODES = ("auto", "dense", "q8_0")
-Q8_0_COLS = 32  # columns of one block
+# What dense weights are quantised to when loading.
+TARGETS = {"q8_0": "Q8_0", "fp8": "fp8a8", "int8": "int8g128", "int4": "int4g128"}
+MODES = ("auto", "dense", *TARGETS)
+# Packed formats leave these as they are: they are looked up or decide the token, and cost little.
+OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 # Buffers that old exports saved; they are computed, not read.
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
@@ -21,7 +25,8 @@ COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 class Weights:
     """The tensors of one checkpoint, made into matrices of `kernels` and vectors on `device`.
 
-    mode: "auto" keeps what the file stores, "dense" dequantises first, "q8_0" quantises dense matrices.
+    mode: "auto" keeps what the file stores, "dense" dequantises first; "q8_0", "fp8", "int8" and "int4" quantise dense
+    matrices to TARGETS, all but "q8_0" those of the blocks only.
     progress(done, total) is called after each tensor. Raises ValueError for an unknown mode.
     """
 
@@ -76,8 +81,15 @@ class Weights:
         return joined.to(self.device)
 
     def unused(self) -> list[str]:
-        """Names in the checkpoint that no layer asked for, computed buffers left out."""
-        return sorted(name for name in self._names - self.used if not name.endswith(COMPUTED))
+        """Names in the checkpoint that no layer asked for; computed buffers and biases of zeros are left out."""
+        return sorted(name for name in self._names - self.used if not (name.endswith(COMPUTED) or self._idle(name)))
+
+    def _idle(self, name: str) -> bool:
+        """Whether a tensor is a bias of zeros, which quantisers give to every linear."""
+        if not name.endswith(".bias"):
+            return False
+        raw = self.checkpoint.tensor(name)
+        return raw.storage in DENSE and not raw.data.any()
 
     def finish(self) -> None:
         """Say in one sentence what was left over. Call when the model is built."""
@@ -105,11 +117,30 @@ class Weights:
         return raw
 
     def _convert(self, part: RawTensor) -> RawTensor:
-        if self.mode == "dense" and part.storage not in DENSE:
-            return RawTensor(part.name, "F32", part.shape, dequantize(part))
-        if self.mode == "q8_0" and part.storage in DENSE and part.shape[1] % Q8_0_COLS == 0:
-            return quantize(part, "Q8_0")
-        return part
+        storage = loaded_storage(self.mode, part.name, part.storage, part.shape)
+        if isinstance(part, Deferred):
+            part = part.on(self.device)
+        if storage == part.storage:
+            return part
+        if is_format(storage):
+            # Rounding is quick where the weights will run.
+            part = RawTensor(part.name, part.storage, part.shape, part.data.to(self.device))
+        return quantize(part, storage)
+
+
+def loaded_storage(mode: str, name: str, storage: str, shape: tuple[int, ...]) -> str:
+    """The storage a tensor has when it is handed to the kernels."""
+    if len(shape) != 2:
+        return storage
+    if mode == "dense":
+        return storage if storage in DENSE else "F32"
+    target = TARGETS.get(mode, "")
+    if target == "Q8_0":
+        wide = storage in DENSE or storage.startswith("fp8")
+        return target if wide and shape[1] % BLOCKS[target].elements == 0 else storage
+    if not target or storage not in DENSE or name in OUTSIDE or format_of(target).obstacle(shape[1]):
+        return storage
+    return target
 
 
 def check_shape(part: RawTensor, wanted: tuple[int, int]) -> None:

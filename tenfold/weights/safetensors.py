@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
+
 from tenfold.ops.blocks import DENSE
 from tenfold.ops.matrix import RawTensor
 from tenfold.weights.checkpoint import CheckpointError
@@ -21,6 +24,11 @@ BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "C64": 64},
     **{"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
     **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+# Types that are read beside DENSE, as parts of quantised weights.
+PARTS = {
+    **{"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu},
 }
 
 
@@ -94,6 +102,14 @@ class SafetensorsFile:
             )
         data = self.file.slice(entry.offset, entry.nbytes, DENSE[entry.storage]).view(entry.shape)
         return RawTensor(name, entry.storage, entry.shape, data)
+
+    def part(self, name: str) -> Tensor:
+        """A tensor of any type in DENSE and PARTS, not copied; `name` must be in `tensors`. Raises CheckpointError."""
+        entry = self.tensors[name]
+        dtype = {**DENSE, **PARTS}.get(entry.storage)
+        if dtype is None:
+            raise CheckpointError(f"{self.path}: the tensor {name} is stored as {entry.storage}, which is not read.")
+        return self.file.slice(entry.offset, entry.nbytes, dtype).view(entry.shape)
 
 
 def whole_numbers(value: Any) -> bool:

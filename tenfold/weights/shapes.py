@@ -168,7 +168,8 @@ class Drawn(RawTensor):
     device: torch.device
 
     def __init__(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
-        for key, value in (("name", name), ("storage", "BF16"), ("shape", shape), ("device", device)):
+        given = {"name": name, "storage": "BF16", "shape": shape, "extras": (), "device": device}
+        for key, value in given.items():
             object.__setattr__(self, key, value)
 
     @property

@@ -1,0 +1,317 @@
+"""Packed formats of linear weights for GPU kernels: names, sizes, layout, rounding to them and back.
+
+Invariant: a format is data (`Format`), its name says all of it, and whoever has the name and the tensors can compute
+every value exactly:
+
+    W[r, order[j]] = (code[r, j] - zero[r, j // group]) * scale[r, j // group]        (order[j] = j where there is none)
+
+Names: `int4g128`, `int4g128z`, `int8`, `fp8a8`, ... = codes (`int4`, `int8`: whole numbers; `fp8`: float8 e4m3), then
+`gN`: N neighbouring columns share a scale (without it: the whole row does), `z`: groups have zeros, `o`: columns lie in
+an order of their own, `a8`: kernels may round activations to 8 bits (fp8: e4m3), one scale a token, where that is
+faster; without it activations keep 16 bits.
+
+Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this order (`Packed`); G = ceil(cols / N):
+
+    codes   int4: int32 [rows, cols / 8]   int8: int8 [rows, cols]   fp8: float8_e4m3fn [rows, cols]
+    scales  [rows, G]                      int: float16, bfloat16 or float32 as the checkpoint has them · fp8: float32
+    zeros   [rows, G], type of the scales  only with `z`; any number, whole ones in all known checkpoints
+    order   int32 [cols]                   only with `o`: stored column j multiplies input feature order[j]
+
+- A row's codes are contiguous along the columns: 16 bytes hold 32 columns of int4, 16 of int8 and fp8, all of one row
+  and, as groups are multiples of 32, of one group. `cols` is a multiple of 32 (int4) or 16.
+- int4: codes are 0..15; without `z` the zero is 8. Word w of a row holds columns 8w .. 8w+7. Its nibble i (bits 4i to
+  4i+3) is column 8w + 2i and its nibble i + 4 is column 8w + 2i + 1, for i = 0..3:
+
+      bits   31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
+      column     7     5     3     1     6    4    2     0
+
+  So `(word >> 4 * i) & 0x000F000F` is the pair of columns 2i, 2i+1 in two halves of 16 bits. OR with 0x64006400 makes
+  them the float16 pair 1024 + code, OR with 0x43004300 the bfloat16 pair 128 + code: one LOP3 for two weights.
+- int8: two's complement, without `z` the zero is 0. Checkpoints that count from 0 to 255 are stored less 128, and so
+  are their zeros.
+- fp8: no zeros. A scale of a whole tensor is repeated for every row, one of a block of rows for each of its rows.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.matrix import Deferred, Matrix, RawTensor
+
+NIBBLES = 8  # columns in one int32 word of int4 codes
+EVERY_NIBBLE_PAIR = 0x000F000F  # picks columns 2i and 2i+1 of a word that was shifted right by 4 * i
+HALF_MAGIC, BFLOAT_MAGIC = 0x64006400, 0x43004300  # float16 pair 1024 + code, bfloat16 pair 128 + code
+LOAD_COLS = 32  # a group is a multiple of this, so that a 16-byte load needs one scale
+FP8_MAX = 448.0
+CHUNK_ELEMENTS = 1 << 22  # elements decoded at once, as float32
+
+NAME = re.compile(r"(?P<kind>int4|int8|fp8)(?:g(?P<group>[1-9]\d{0,5}))?(?P<zero>z?)(?P<order>o?)(?P<acts>(?:a8)?)")
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """How codes of one kind lie in memory. middle: the zero of a format without zeros; lowest, levels: the codes'
+    range. store and load turn codes as numbers [rows, cols] into their tensor and back."""
+
+    bits: int
+    middle: int
+    lowest: int
+    align: int  # columns
+    dtype: torch.dtype
+    store: Callable[[Tensor], Tensor]
+    load: Callable[[Tensor], Tensor]
+
+    @property
+    def highest(self) -> int:
+        return self.lowest + (1 << self.bits) - 1
+
+
+class Packed(NamedTuple):
+    """The tensors of a packed matrix; see the module for shapes and types."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    order: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in self if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A packed format; its fields are the parts of its name (see the module). group 0: a scale for each whole row.
+
+    Raises ValueError for parts that do not go together.
+    """
+
+    kind: str
+    group: int = 0
+    zero: bool = False
+    order: bool = False
+    activations: int = 16
+
+    def __post_init__(self) -> None:
+        if self.kind not in CODES or self.activations not in (8, 16):
+            raise ValueError(f"There is no format of {self.kind} with {self.activations}-bit activations.")
+        if self.kind == "fp8" and self.zero:
+            raise ValueError("fp8 has no zeros; use a format without z.")
+        if self.group % LOAD_COLS:
+            raise ValueError(f"The group of {self.name} is {self.group}; allowed: multiples of {LOAD_COLS}, or none.")
+
+    @property
+    def name(self) -> str:
+        group = f"g{self.group}" if self.group else ""
+        return self.kind + group + "z" * self.zero + "o" * self.order + "a8" * (self.activations == 8)
+
+    @property
+    def codes(self) -> Codes:
+        return CODES[self.kind]
+
+    @property
+    def bits(self) -> int:
+        return self.codes.bits
+
+    def groups(self, cols: int) -> int:
+        """Scales of a row; the last group may be shorter than the others."""
+        return -(-cols // self.group) if self.group else 1
+
+    def obstacle(self, cols: int) -> str:
+        """Why rows of `cols` columns cannot be stored, empty where they can."""
+        return "" if cols % self.codes.align == 0 else f"{cols} columns are no multiple of {self.codes.align}"
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a matrix, scales of int formats counted as 16 bits."""
+        scales = rows * self.groups(cols) * (4 if self.kind == "fp8" else 2) * (1 + self.zero)
+        return rows * cols * self.bits // 8 + scales + 4 * cols * self.order
+
+    def pack(self, dense: Tensor, scale_type: torch.dtype = torch.float16) -> Packed:
+        """Round a matrix [rows, cols] to the nearest codes; scale_type: of the scales of an int format.
+
+        Without zeros the number of largest magnitude in a group becomes the lowest code, as in Q4_0, so every code is
+        of use. Raises ValueError for a shape the format cannot hold, and for a format with an order.
+        """
+        rows, cols = dense.shape
+        if self.obstacle(cols) or self.order:
+            raise ValueError(f"A matrix {rows} x {cols} cannot be packed as {self.name}: {self.obstacle(cols)}.")
+        pieces = [self._pack(part, scale_type) for part in dense.split(max(1, CHUNK_ELEMENTS // cols))]
+        zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
+        return Packed(
+            join([piece.codes for piece in pieces]),
+            join([piece.scales for piece in pieces]),
+            join(zeros) if zeros else None,
+        )
+
+    def _pack(self, dense: Tensor, scale_type: torch.dtype) -> Packed:
+        rows, cols = dense.shape
+        size, groups = self.group or cols, self.groups(cols)
+        padded = torch.nn.functional.pad(dense.float(), (0, groups * size - cols))
+        values = padded.view(rows, groups, size)
+        if self.kind == "fp8":
+            scales = values.abs().amax(dim=2) / FP8_MAX
+            scaled = (values * inverse(scales)[..., None]).clamp_(-FP8_MAX, FP8_MAX).flatten(1)[:, :cols]
+            return Packed(scaled.to(torch.float8_e4m3fn), scales)
+        codes = self.codes
+        if self.zero:
+            low, high = values.amin(dim=2).clamp_(max=0), values.amax(dim=2).clamp_(min=0)
+            scales = rounded((high - low) / (codes.highest - codes.lowest), scale_type)
+            zeros = (codes.lowest - low * inverse(scales)).round_().clamp_(codes.lowest, codes.highest)
+        else:
+            largest = values.gather(2, values.abs().argmax(dim=2, keepdim=True))[..., 0]
+            scales = rounded(largest / (codes.lowest - codes.middle), scale_type)
+            zeros = torch.full_like(scales, codes.middle)
+        numbers = (values * inverse(scales)[..., None] + zeros[..., None]).round_().clamp_(codes.lowest, codes.highest)
+        stored = codes.store(numbers.flatten(1)[:, :cols])
+        return Packed(stored, scales.to(scale_type), zeros.to(scale_type) if self.zero else None)
+
+    def unpack(self, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values [rows, cols], computed in float32 and rounded to `dtype` once."""
+        codes, scales, zeros, order = packed
+        rows = codes.shape[0]
+        cols = codes.shape[1] * (NIBBLES if self.kind == "int4" else 1)
+        out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+        step = max(1, CHUNK_ELEMENTS // cols)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            values = self.codes.load(codes[part]).float()
+            values -= self.codes.middle if zeros is None else self._spread(zeros[part], cols)
+            values *= self._spread(scales[part], cols)
+            if order is None:
+                out[part] = values
+            else:
+                out[part, order.long()] = values.to(dtype)
+        return out
+
+    def _spread(self, values: Tensor, cols: int) -> Tensor:
+        """One number of each group -> float32 [rows, cols], or [rows, 1] where a row has one group."""
+        values = values.float()
+        return values if values.shape[1] == 1 else values.repeat_interleave(self.group, dim=1)[:, :cols]
+
+
+def inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, scale, 1 / scale)
+
+
+def rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 numbers that `dtype` can hold, never infinite."""
+    limit = torch.finfo(dtype).max
+    return scale.clamp(-limit, limit).to(dtype).float()
+
+
+def store_nibbles(numbers: Tensor) -> Tensor:
+    """Codes 0..15 [rows, cols] of any type -> int32 [rows, cols / 8] in the layout of the module."""
+    rows, cols = numbers.shape
+    # Column 4j + 2n + h of a word is nibble n of byte 2h + j.
+    parts = numbers.to(torch.uint8).view(rows, cols // NIBBLES, 2, 2, 2)
+    joined = parts[:, :, :, 0] | (parts[:, :, :, 1] << 4)  # [rows, words, j, h]
+    return joined.transpose(2, 3).reshape(rows, cols // 2).view(torch.int32)
+
+
+def load_nibbles(words: Tensor) -> Tensor:
+    """int32 [rows, words] -> codes uint8 [rows, 8 * words]."""
+    rows, count = words.shape
+    joined = words.contiguous().view(torch.uint8).view(rows, count, 2, 2).transpose(2, 3)
+    return torch.stack((joined & 15, joined >> 4), dim=3).reshape(rows, count * NIBBLES)
+
+
+def interleave(words: Tensor) -> Tensor:
+    """Words whose nibble i is column i, as most files have them -> words in the layout of the module."""
+    low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+    return gather_bytes(low) | (gather_bytes(high) << 16)
+
+
+def gather_bytes(spread: Tensor) -> Tensor:
+    """Four nibbles, one in each byte of a word -> side by side in its low half."""
+    pairs = (spread | (spread >> 4)) & 0x00FF00FF
+    return (pairs | (pairs >> 8)) & 0xFFFF
+
+
+def same(codes: Tensor) -> Tensor:
+    return codes
+
+
+CODES: dict[str, Codes] = {
+    "int4": Codes(4, 8, 0, 32, torch.int32, store_nibbles, load_nibbles),
+    "int8": Codes(8, 0, -128, 16, torch.int8, lambda numbers: numbers.to(torch.int8), same),
+    "fp8": Codes(8, 0, 0, 16, torch.float8_e4m3fn, same, same),
+}
+
+
+@cache
+def format_of(name: str) -> Format:
+    """The format of a name. Raises ValueError for one that is none."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"{name[:80]!r} is no packed format; formats look like int4g128, int4g128z, int8, int8g128, fp8 or fp8a8."
+        )
+    group, acts = int(match["group"] or 0), 8 if match["acts"] else 16
+    return Format(match["kind"], group, bool(match["zero"]), bool(match["order"]), acts)
+
+
+def is_format(storage: str) -> bool:
+    """Whether a storage is a packed format of this module (and not dense, nor a block type of GGUF)."""
+    return NAME.fullmatch(storage) is not None
+
+
+def raw_tensor(name: str, format: Format, rows: int, cols: int, packed: Packed) -> RawTensor:
+    """A packed matrix under the name of its tensor."""
+    codes, *extras = packed.tensors()
+    return RawTensor(name, format.name, (rows, cols), codes, tuple(extras))
+
+
+def packed_of(weight: RawTensor | Matrix) -> Packed:
+    """The tensors of a packed RawTensor or Matrix under their names."""
+    if isinstance(weight, Matrix):
+        format, tensors = format_of(weight.format), weight.data
+    else:
+        made = weight.on("cpu") if isinstance(weight, Deferred) else weight
+        format, tensors = format_of(made.storage), (made.data, *made.extras)
+    codes, scales, *rest = tensors
+    zeros = rest.pop(0) if format.zero else None
+    return Packed(codes, scales, zeros, rest.pop(0) if format.order else None)
+
+
+def can_stack(parts: Sequence[RawTensor]) -> bool:
+    """Whether packed parts have one format, and one order where they have any, so that their rows make one matrix."""
+    if len({(part.storage, part.shape[1]) for part in parts}) != 1 or not is_format(parts[0].storage):
+        return False
+    orders = [packed_of(part).order for part in parts]
+    return all(order is None or torch.equal(order, orders[0]) for order in orders)  # type: ignore[arg-type]
+
+
+def stack(parts: Sequence[RawTensor], device: torch.device | str) -> Matrix:
+    """One packed Matrix of parts for which `can_stack` holds; scales of several types meet in the one that holds all.
+
+    Stored codes, scales, zeros and order are not changed in value.
+    """
+    every = [packed_of(part) for part in parts]
+    rows = sum(part.shape[0] for part in parts)
+    kind = every[0].scales.dtype if len({p.scales.dtype for p in every}) == 1 else torch.float32
+    zeros = [p.zeros.to(device, kind) for p in every if p.zeros is not None]
+    joined = Packed(
+        join([p.codes.to(device) for p in every]),
+        join([p.scales.to(device, kind) for p in every]),
+        join(zeros) if zeros else None,
+        None if every[0].order is None else every[0].order.to(device, torch.int32).contiguous(),
+    )
+    return Matrix(parts[0].storage, rows, parts[0].shape[1], joined.tensors())
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """By rows. Bytes are joined, because some builds of PyTorch cannot join float8 tensors."""
+    if len(tensors) == 1:
+        return tensors[0].contiguous()
+    kind = tensors[0].dtype
+    return torch.cat([t.contiguous().view(torch.uint8) for t in tensors]).view(kind)
+
+
+def unpack(weight: RawTensor | Matrix, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values [rows, cols] of a packed weight, where its tensors lie."""
+    format = format_of(weight.format if isinstance(weight, Matrix) else weight.storage)
+    return format.unpack(packed_of(weight), dtype)

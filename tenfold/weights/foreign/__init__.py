@@ -1,0 +1,1 @@
+"""Checkpoints that other quantisers wrote: their settings, their tensors, and how these become packed formats."""

@@ -1,0 +1,115 @@
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel): int4 or int8 groups, with or without columns ordered by activation.
+
+A module holds, for `cols` inputs and `rows` outputs, 32 / bits codes in an int32, lowest bits first:
+
+    qweight int32 [cols * bits / 32, rows]     qzeros int32 [groups, rows * bits / 32]
+    scales  float [groups, rows]               g_idx  int32 [cols], the group of each column
+
+value = (code - zero) * scale. The first version of the file format stores zeros less one, within their bits, and
+`gptq_v2` as they are. Where g_idx is not c // group (desc_act), columns are stored sorted by group and the format gets
+an order, so nothing is recomputed; a g_idx whose groups have other sizes is refused.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.formats import Packed, interleave
+from tenfold.weights.foreign.linear import REAL, Files, Linear, Settings, count_groups, fields, packed_format, signed
+
+BITS = (4, 8)
+
+
+def linears(settings: Settings, files: Files) -> list[Linear]:
+    """Every quantised module. Raises CheckpointError for settings and tensors that are not understood."""
+    if settings.raw.get("is_marlin_format"):
+        settings.refuse("is_marlin_format", "false (the plain layout)")
+    return [linear(module_settings(settings, module), files, module) for module in files.modules(".qweight")]
+
+
+def module_settings(settings: Settings, module: str) -> Settings:
+    """The settings of one module: `dynamic` may hold others for names that match a pattern."""
+    dynamic = settings.raw.get("dynamic")
+    if not isinstance(dynamic, Mapping):
+        return settings
+    for pattern, changes in dynamic.items():
+        if not isinstance(pattern, str) or not isinstance(changes, Mapping) or pattern.startswith("-:"):
+            continue
+        if matches(pattern.removeprefix("+:"), module, settings):
+            return replace(settings, raw={**settings.raw, **changes})
+    return settings
+
+
+def matches(pattern: str, module: str, settings: Settings) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except re.error:
+        settings.refuse("dynamic", "regular expressions of module names")
+
+
+def linear(settings: Settings, files: Files, module: str) -> Linear:
+    bits = settings.choice("bits", BITS)
+    group, symmetric = settings.group("group_size", 128), settings.flag("sym", True)
+    version = settings.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
+    count = 32 // bits
+    words, rows = files.entry(f"{module}.qweight", ("I32",), (None, None)).shape
+    cols = words * count
+    groups = count_groups(cols, group)
+    files.entry(f"{module}.scales", REAL, (groups, rows))
+    files.entry(f"{module}.qzeros", ("I32",), (groups, -(-rows // count)))
+    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
+    order = None
+    if files.has(f"{module}.g_idx"):
+        files.entry(f"{module}.g_idx", ("I32",), (cols,))
+        names.append(f"{module}.g_idx")
+        order = column_order(files.read(f"{module}.g_idx"), group, files, module)
+    format = packed_format(f"int{bits}", group, not symmetric, files, order is not None)
+
+    def make(device: torch.device | str) -> Packed:
+        words, zeros, scales = (files.read(name).to(device) for name in names[:3])
+        stored = fields(zeros, bits)[:, :rows].t()
+        if version == "gptq":
+            stored = (stored + 1) & ((1 << bits) - 1)
+        if symmetric and not bool((stored == 1 << (bits - 1)).all()):
+            files.fail(f"{module} is said to be symmetric and has zeros other than {1 << (bits - 1)}")
+        columns = None if order is None else order.to(device)
+        codes = gptq_codes(words, bits, columns, rows, cols)
+        shifted = stored if bits == 4 else signed(stored.contiguous())
+        return Packed(
+            codes,
+            scales.t().contiguous(),
+            None if symmetric else shifted.to(scales.dtype).contiguous(),
+            columns,
+        )
+
+    return Linear(module, format, rows, cols, tuple(names), make)
+
+
+def gptq_codes(words: Tensor, bits: int, order: Tensor | None, rows: int, cols: int) -> Tensor:
+    """qweight in the layout of our formats."""
+    words = words.t().contiguous()
+    if order is not None:
+        codes = fields(words, bits).index_select(1, order)
+        words = codes.contiguous().view(torch.int32) if bits == 8 else joined(codes)
+    return interleave(words) if bits == 4 else signed(words.view(torch.uint8)).view(rows, cols)
+
+
+def joined(codes: Tensor) -> Tensor:
+    """Codes of 4 bits [rows, cols] -> int32 words, lowest first."""
+    pairs = codes.unflatten(1, (-1, 2))
+    return (pairs[..., 0] | (pairs[..., 1] << 4)).view(torch.int32)
+
+
+def column_order(groups: Tensor, group: int, files: Files, module: str) -> Tensor | None:
+    """Columns sorted by group, int32; None where they are sorted already. Raises CheckpointError."""
+    cols = len(groups)
+    expected = torch.arange(cols, dtype=torch.int32) // (group or cols)
+    if torch.equal(groups, expected):
+        return None
+    order = torch.argsort(groups, stable=True)
+    if not torch.equal(groups[order], expected):
+        files.fail(f"{module}.g_idx does not give {group or cols} columns to every group, in the way of desc_act")
+    return order.to(torch.int32)
