@@ -53,8 +53,9 @@ class EngineConfig:
     )
     weights: str = setting(
         "auto",
-        "auto (as stored), dense (dequantise when loading) or q8_0 (quantise dense weights when loading)",
-        choices=("auto", "dense", "q8_0"),
+        "auto (as stored), dense (dequantise when loading), or quantise dense weights when loading: q8_0 (for CPUs), "
+        "fp8, int8, int4 (for GPUs)",
+        choices=("auto", "dense", "q8_0", "fp8", "int8", "int4"),
     )
     max_model_len: int = setting(
         0,

@@ -15,8 +15,11 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.cache.store import KVSpec
 from tenfold.models.config import ModelConfig
-from tenfold.ops.blocks import DENSE
+from tenfold.ops.blocks import DENSE, storage_bytes
+from tenfold.ops.cpu.repack import cpu_storage
+from tenfold.ops.formats import is_format
 from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.load import TARGETS, loaded_storage
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -279,11 +282,11 @@ def _lighter_weights(
     model: ModelConfig, weights: int, config: EngineConfig, fits: Callable[..., bool]
 ) -> Iterator[str]:
     """Fewer bits a weight, judged by the bytes a weight takes now."""
-    each = weights / max(1, _parameters(model))
-    if config.weights != "q8_0" and each > 1.5 * Q8_0_BYTES and fits(config, int(weights * Q8_0_BYTES / each)):
-        yield "weights=q8_0 (8 bits a weight)"
+    each, cpu = weights / max(1, _parameters(model)), config.device == "cpu"
+    if config.weights not in TARGETS and each > 1.5 * Q8_0_BYTES and fits(config, int(weights * Q8_0_BYTES / each)):
+        yield f"weights={'q8_0' if cpu else 'int8'} (8 bits a weight)"
     elif each > 0.75 and fits(config, int(weights * 0.6 / each)):
-        yield "a GGUF file of about 4.5 bits a weight, such as Q4_K_M"
+        yield "a GGUF file of about 4.5 bits a weight, such as Q4_K_M" if cpu else "weights=int4 (4 bits a weight)"
 
 
 def _parameters(model: ModelConfig) -> int:
@@ -296,17 +299,23 @@ def weight_bytes(checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels:
     total, quantised = 0, False
     for name in checkpoint.names():
         raw = checkpoint.tensor(name)
-        count = math.prod(raw.shape)
-        packed = kernels == "native" and len(raw.shape) == 2
-        if packed and mode != "dense" and raw.storage not in DENSE:
-            total += raw.data.numel() * raw.data.element_size()
-            quantised = True
-        elif packed and mode == "q8_0":
-            total += int(count * Q8_0_BYTES)
+        storage = kept_storage(loaded_storage(mode, name, raw.storage, raw.shape), kernels)
+        if storage and len(raw.shape) == 2:
+            total += storage_bytes(storage, raw.shape)
             quantised = True
         else:
-            total += count * dtype.itemsize
+            total += math.prod(raw.shape) * dtype.itemsize
     return total, quantised
+
+
+def kept_storage(storage: str, kernels: str) -> str:
+    """What a set of kernels keeps a matrix of this storage as, empty for dense in the compute type."""
+    if storage in DENSE or kernels not in ("native", "gpu"):
+        return ""
+    if kernels == "gpu":
+        return storage if is_format(storage) else ""
+    kept = cpu_storage(storage) if is_format(storage) else storage
+    return "" if kept in DENSE else kept
 
 
 def free_memory(device: torch.device) -> int:
