@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import single
+from tenfold.bench import arms, single, throughput
+from tenfold.bench.engines import Setup
 from tenfold.bench.fit import Point
+from tenfold.bench.floor import model_sizes
+from tenfold.bench.hardware import machine
+from tenfold.bench.lengths import parse
+from tenfold.bench.throughput import Work
+from tenfold.bench.worker import Worker
+from tenfold.weights.shapes import at_least_positions, is_shape
 
 GRACE = 30.0  # seconds before its limit at which a part begins no more points
 
@@ -60,9 +67,14 @@ def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:
         job.options["device"],
         tuning={"tenfold": job.options["set"]},
         peer_path=job.options["peer_path"],
-        deadline=time.monotonic() + max(5.0, job.seconds - GRACE),
+        deadline=deadline(job),
     )
     save(single.run(plan, say, save))
+
+
+def deadline(job: Job) -> float:
+    """When a part begins no more points."""
+    return time.monotonic() + max(5.0, job.seconds - GRACE)
 
 
 def stamped(data: dict[str, Any], job: Job) -> dict[str, Any]:
@@ -95,11 +107,56 @@ def against(peer: str) -> Callable[[Job], None]:
     return part
 
 
+def ablations(job: Job) -> None:
+    """Every arm off and on."""
+
+    def save(result: arms.Result) -> None:
+        job.path.write_text(json.dumps(stamped(result.plain(), job), indent=1))
+
+    options = job.options
+    found = arms.run(
+        job.model,
+        options["device"],
+        options["rounds"],
+        options["tokens"],
+        common=options["set"],
+        deadline=deadline(job),
+        say=say,
+        done=save,
+    )
+    save(found)
+
+
+def offline(engine: str) -> Callable[[Job], None]:
+    """Throughput of one engine, which has the GPU for itself."""
+
+    def part(job: Job) -> None:
+        options = job.options
+        work = Work(options["requests"], parse(options["prompts"]), parse(options["answers"]))
+        model = at_least_positions(job.model, work.longest) if is_shape(job.model) else job.model
+        own = options["set"] if engine == "tenfold" else {}
+        setup = Setup(model, 0, options["max_batch"], work.longest, options["device"], settings=own)
+        result = throughput.Result(model, machine(options["device"]), work)
+        vocabulary = model_sizes(model, options["device"]).vocab
+        environment = {"PYTHONPATH": options["peer_path"]} if engine != "tenfold" and options["peer_path"] else {}
+        worker = Worker(engine, setup, environment)
+        try:
+            throughput.measure({engine: worker}, result, options["rounds"], vocabulary, say)
+        finally:
+            worker.close()
+        job.path.write_text(json.dumps(stamped(result.plain(), job), indent=1))
+
+    return part
+
+
 PARTS: dict[str, Callable[[Job], None]] = {
     "single": ours,
     "hf": against("hf-generate"),
     "hf-compiled": against("hf-compiled"),
     "vllm": against("vllm"),
+    "arms": ablations,
+    "throughput": offline("tenfold"),
+    "throughput-vllm": offline("vllm"),
 }
 
 
@@ -157,6 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefill", default="1024,8192,32768")
     parser.add_argument("--tokens", type=int, default=single.TOKENS, help="of a long run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=256, help="of the throughput parts")
+    parser.add_argument("--prompts", default="128-1024", help="their lengths: N, A-B or lognormal:MEDIAN:SIGMA")
+    parser.add_argument("--answers", default="64-512")
+    parser.add_argument("--max-batch", type=int, default=256, help="requests computed together in those parts")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
     parser.add_argument("--peer-path", default="", help="folder with the packages of vLLM, for its process alone")

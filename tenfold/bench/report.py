@@ -1,11 +1,16 @@
 """Tables of README.md and docs/measured.md, generated from the recorded claims between two marker comments."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tenfold.bench import arms, plots, single
+from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load
 from tenfold.bench.hardware import ROOT
+from tenfold.bench.single import Result, Row
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 
@@ -53,3 +58,123 @@ def write(documents: Sequence[Path] = DOCUMENTS) -> list[Path]:
             document.write_text(filled)
             changed.append(document)
     return changed
+
+
+# Tables of raw results
+
+
+def grid_table(results: Sequence[Result]) -> str:
+    """TPOT and prefill of every engine, a point a row. results: of one model; of several rows of one engine at a point
+    the first counts.
+    """
+    engines = list(dict.fromkeys(row.engine for result in results for row in result.rows))
+    points = sorted({(row.context, row.batch) for result in results for row in result.rows})
+    head = [
+        "context",
+        "batch",
+        "floor",
+        *(f"{name} TPOT" for name in engines),
+        *(f"{name} prefill" for name in engines),
+    ]
+    lines = [_cells(head), _cells(["---"] * len(head))]
+    for context, batch in points:
+        floors = [f for result in results if (f := result.floor(batch, context)) is not None]
+        floor = floors[0] if floors else None
+        decodes = [_first(results, name, batch, context, True) for name in engines]
+        prefills = [_first(results, name, batch, context, False) for name in engines]
+        cells = [str(context), str(batch), "" if floor is None else f"{floor:.2f}"]
+        cells += [_tpot(row, floor) for row in decodes]
+        cells += ["" if row is None else f"{row.prefill:.1f}" for row in prefills]
+        lines.append(_cells(cells))
+    first = results[0]
+    notes = list(dict.fromkeys(note for result in results for note in result.notes))
+    below = [
+        f"Milliseconds, medians. {first.model} on {first.machine.get('hardware', '')}, commit "
+        f"{first.machine.get('commit', '')}, {first.machine.get('date', '')}; copies run at "
+        f"{first.copy_gbs:.0f} GB/s, bf16 matrix products at {first.matmul_tflops:.0f} TFLOP/s there. "
+        "In brackets: floor / TPOT.",
+        *(note[:1].upper() + note[1:] + "." for note in notes),
+    ]
+    return "\n".join(lines) + "\n\n" + "\n".join(below)
+
+
+def _first(results: Sequence[Result], engine: str, batch: int, context: int, decode: bool) -> Row | None:
+    rows = (result.row(engine, batch, context, decode) for result in results)
+    return next((row for row in rows if row is not None), None)
+
+
+def _tpot(row: Row | None, floor: float | None) -> str:
+    if row is None or row.tpot is None:
+        return ""
+    return f"{row.tpot:.2f}" + (f" ({100 * floor / row.tpot:.0f} %)" if floor else "")
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def arms_table(result: arms.Result) -> str:
+    """Every case off and on, and what was left out."""
+    head = ["arm", "off", "on", "batch", "context", "off ms", "on ms", "gain", "spread"]
+    lines = [_cells(head), _cells(["---"] * len(head))]
+    for row in result.rows:
+        off, on = (Figure(tuple(samples)).median for samples in (row.off_ms, row.on_ms))
+        low, high = row.gain.spread
+        settings = [", ".join(f"{k}={v}" for k, v in given.items()) or "default" for given in (row.off, row.on)]
+        numbers = [str(row.batch), str(row.context), f"{off:.3f}", f"{on:.3f}", f"{row.gain.median:.2f}x"]
+        lines.append(_cells([f"{row.group}: {row.name}", *settings, *numbers, f"{low:.2f} to {high:.2f}"]))
+    machine = result.machine
+    lines += ["", f"TPOT, medians of interleaved rounds. {result.model} on {machine.get('hardware', '')}, commit "]
+    lines[-1] += f"{machine.get('commit', '')}, {machine.get('date', '')}."
+    lines += [f"Not measured: {name}, {why}." for name, why in result.skipped]
+    return "\n".join(lines)
+
+
+def lines_table(data: Mapping[str, Any]) -> str:
+    """A result that comes with its lines, as a block of text."""
+    return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
+
+
+def results_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The raw results of a folder by suite; other files are left alone."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and isinstance(data.get("suite"), str):
+            found.setdefault(data["suite"], []).append(data)
+    return found
+
+
+def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results of one model together, whatever changes of the shape they needed."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.model.partition("@")[0], []).append(result)
+    return found
+
+
+def tables(folder: Path) -> str:
+    """Markdown of every result in a folder."""
+    found = results_in(folder)
+    parts = []
+    for model, results in by_model([single.loaded(data) for data in found.get("single", ())]).items():
+        if measured := [result for result in results if result.rows]:
+            parts.append(f"### {model}\n\n{grid_table(measured)}")
+    parts += [f"### Arms, {data['model']}\n\n{arms_table(arms.loaded(data))}" for data in found.get("arms", ())]
+    for suite in ("throughput", "serving"):
+        parts += [f"### {suite.capitalize()}\n\n{lines_table(data)}" for data in found.get(suite, ())]
+    return "\n\n".join(parts) + "\n"
+
+
+def charts(folder: Path) -> list[Path]:
+    """PNG files beside the results. Raises ValueError where matplotlib is not installed."""
+    found = results_in(folder)
+    made = []
+    for model, results in by_model([single.loaded(data) for data in found.get("single", ())]).items():
+        if any(row.tpot is not None for result in results for row in result.rows):
+            name = model.removeprefix("shape:").replace("/", "-")
+            made.append(plots.tpot(results, folder / f"tpot-context-{name}.png"))
+            made.append(plots.tpot(results, folder / f"tpot-batch-{name}.png", over="batch"))
+    if found.get("serving"):
+        made.append(plots.serving(found["serving"], folder / "serving.png"))
+    return made

@@ -1,0 +1,238 @@
+"""Serving under load: requests arrive at random moments (Poisson) at a given rate, against a running server or an
+engine in this process; how long they wait for their first token and between tokens, and how many are served well.
+
+TTFT: from the request's planned arrival to its first token, so that a client that falls behind counts against the
+server. TPOT: (last token - first token) / (tokens - 1). ITL: gaps between the pieces of a stream. Goodput: requests a
+second that kept both limits of an `Objective`.
+"""
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from tenfold.bench.throughput import Work
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What users were promised, in milliseconds."""
+
+    ttft: float = 1000.0
+    tpot: float = 50.0
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request. Times in seconds since the run began: due when it should arrive, then one for each piece that came;
+    sizes: tokens of each piece. error: why it has no proper end.
+    """
+
+    due: float
+    times: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def ttft(self) -> float:
+        """Milliseconds."""
+        return 1e3 * (self.times[0] - self.due)
+
+    @property
+    def tpot(self) -> float | None:
+        """Milliseconds a token after the first piece; None where there was only one."""
+        rest = self.tokens - self.sizes[0]
+        return 1e3 * (self.times[-1] - self.times[0]) / rest if rest else None
+
+    @property
+    def gaps(self) -> list[float]:
+        return [1e3 * (b - a) for a, b in zip(self.times, self.times[1:])]
+
+
+class Client(Protocol):
+    """Something that answers."""
+
+    def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
+        """The number of new tokens of each piece, as it comes. Raises for what fails."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Figures of one rate: requests a second, percentiles in ms by name, rates of what was served."""
+
+    rate: float
+    requests: int
+    failed: int
+    seconds: float
+    output_tokens: int
+    percentiles: dict[str, dict[str, float]]
+    good: int
+
+    @property
+    def goodput(self) -> float:
+        return self.good / self.seconds
+
+    def line(self) -> str:
+        ttft, tpot = self.percentiles["ttft"], self.percentiles["tpot"]
+        return (
+            f"{self.rate:7.2f} requests/s  TTFT p50 {ttft['p50']:8.1f} p99 {ttft['p99']:8.1f} ms  "
+            f"TPOT p50 {tpot['p50']:7.2f} p99 {tpot['p99']:7.2f} ms  "
+            f"{self.output_tokens / self.seconds:8.0f} tokens/s  goodput {self.goodput:.2f}/s"
+            + (f"  {self.failed} failed" if self.failed else "")
+        )
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` percent are at or below (nearest rank); NaN of nothing."""
+    if not values:
+        return float("nan")
+    return sorted(values)[max(0, math.ceil(len(values) * share / 100) - 1)]
+
+
+def summary(rate: float, answers: Sequence[Answer], seconds: float, objective: Objective) -> Run:
+    fine = [a for a in answers if not a.error and a.times]
+    tpots = [t for a in fine if (t := a.tpot) is not None]
+    values = {"ttft": [a.ttft for a in fine], "tpot": tpots, "itl": [gap for a in fine for gap in a.gaps]}
+    figures = {name: {f"p{p}": percentile(found, p) for p in PERCENTILES} for name, found in values.items()}
+    good = sum(a.ttft <= objective.ttft and (a.tpot or 0.0) <= objective.tpot for a in fine)
+    return Run(rate, len(answers), len(answers) - len(fine), seconds, sum(a.tokens for a in fine), figures, good)
+
+
+def arrivals(count: int, rate: float, seed: int) -> list[float]:
+    """Seconds at which requests of a Poisson process come; all at once where the rate is 0 (no limit)."""
+    rng, now, found = random.Random(seed), 0.0, []
+    for _ in range(count):
+        found.append(now)
+        now += rng.expovariate(rate) if rate > 0 else 0.0
+    return found
+
+
+async def measure(
+    client: Client,
+    work: Work,
+    rates: Sequence[float],
+    vocabulary: int,
+    objective: Objective,
+    say: Callable[[str], None],
+) -> list[Run]:
+    """One run of all requests at each rate, after one request that is not counted."""
+    async for _ in client.stream([1, 2, 3], 2):
+        pass
+    runs = []
+    for number, rate in enumerate(rates):
+        prompts, lengths = work.requests(number, vocabulary)
+        due = arrivals(work.count, rate, number)
+        begin = time.perf_counter()
+        answers = await asyncio.gather(
+            *(_one(client, prompt, tokens, at, begin) for prompt, tokens, at in zip(prompts, lengths, due))
+        )
+        runs.append(summary(rate, answers, time.perf_counter() - begin, objective))
+        say(runs[-1].line())
+    return runs
+
+
+async def _one(client: Client, prompt: Sequence[int], tokens: int, due: float, begin: float) -> Answer:
+    await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
+    answer = Answer(due)
+    try:
+        async with aclosing(client.stream(prompt, tokens)) as pieces:  # type: ignore[type-var]
+            async for count in pieces:
+                answer.times.append(time.perf_counter() - begin)
+                answer.sizes.append(count)
+    except (OSError, RuntimeError, ValueError) as error:
+        answer.error = f"{type(error).__name__}: {error}"
+    if not answer.error and answer.tokens != tokens:
+        answer.error = f"{answer.tokens} tokens came and {tokens} were asked for"
+    return answer
+
+
+def plain(runs: Sequence[Run], machine: dict[str, str], model: str, work: Work, objective: Objective) -> dict[str, Any]:
+    return {
+        "suite": "serving",
+        "model": model,
+        "machine": machine,
+        "work": asdict(work),
+        "objective": asdict(objective),
+        "lines": [run.line() for run in runs],
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+class InProcess:
+    """An `AsyncLLM` in this process, token ids in and out."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
+        from tenfold.engine.request import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        async for output in self.llm.generate(list(prompt), params):
+            if output.error:
+                raise RuntimeError(output.error)
+            if output.tokens:
+                yield len(output.tokens)
+
+
+class Server:
+    """A running server's /v1/completions, each request on a connection of its own. url: without /v1."""
+
+    def __init__(self, url: str, model: str = "default", key: str = "") -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"url is {url!r}; allowed: http://HOST:PORT of a running server, without /v1.")
+        self.host, self.port, self.model, self.key = parts.hostname, parts.port or 80, model, key
+
+    async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
+        body = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        reader, writer = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
+        try:
+            writer.write(self._request(json.dumps(body).encode()))
+            await writer.drain()
+            status = (await reader.readline()).split(b" ", 2)
+            if len(status) < 2 or status[1] != b"200":
+                raise RuntimeError(f"the server answered {b' '.join(status).decode(errors='replace').strip()}")
+            told = 0
+            async for line in reader:
+                if line.startswith(b"data: [DONE]"):
+                    return
+                if line.startswith(b"data: "):
+                    pieces, total = read_event(line[6:])
+                    count = pieces if total is None else total - told  # several tokens may have come as one piece
+                    told += count
+                    if count:
+                        yield count
+            raise RuntimeError("the stream broke off")
+        finally:
+            writer.close()
+
+    def _request(self, body: bytes) -> bytes:
+        lines = ["POST /v1/completions HTTP/1.1", f"host: {self.host}", "connection: close"]
+        lines += ["content-type: application/json", f"content-length: {len(body)}"]
+        lines += [f"authorization: Bearer {self.key}"] if self.key else []
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def read_event(event: bytes) -> tuple[int, int | None]:
+    """Pieces of text in an event of a stream, and tokens of the whole answer where it has the usage."""
+    data = json.loads(event)
+    if data.get("error"):
+        raise RuntimeError(str(data["error"]))
+    pieces = sum(1 for choice in data.get("choices", ()) if choice.get("text"))
+    usage = data.get("usage")
+    return pieces, usage["completion_tokens"] if usage else None

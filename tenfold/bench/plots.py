@@ -1,0 +1,149 @@
+"""Charts of benchmark results as PNG files. Needs matplotlib, the package's optional extra `bench`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tenfold.bench.single import Result
+
+# Colours that people with the common colour blindnesses tell apart (Okabe and Ito 2008), and another marker for each.
+STYLES = {
+    "tenfold": ("#0072B2", "o"),
+    "vllm": ("#D55E00", "s"),
+    "hf-compiled": ("#009E73", "^"),
+    "hf-generate": ("#CC79A7", "D"),
+    "hf": ("#E69F00", "v"),
+    "llama.cpp": ("#56B4E9", "P"),
+}
+NAMES = {
+    "tenfold": "Tenfold",
+    "vllm": "vLLM",
+    "hf-compiled": "transformers, static cache + compile",
+    "hf-generate": "transformers, generate",
+    "hf": "transformers, bare loop",
+}
+FLOOR = "#555555"
+
+
+def pyplot() -> Any:
+    """matplotlib without a screen. Raises ValueError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError("Charts need matplotlib; install it with: pip install 'tenfold[bench]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def engines_in(results: Sequence[Result]) -> list[str]:
+    found = dict.fromkeys(row.engine for result in results for row in result.rows)
+    return [name for name in STYLES if name in found] + [name for name in found if name not in STYLES]
+
+
+def tpot(results: Sequence[Result], path: Path, over: str = "context") -> Path:
+    """TPOT of every engine and the floor, over the context with a panel for each batch size, or over the batch with a
+    panel for each context. results: of one model.
+    """
+    plt = pyplot()
+    rows = [row for result in results for row in result.rows if row.tpot is not None]
+    if not rows:
+        raise ValueError("There is no decode in these results to draw.")
+    apart = "batch" if over == "context" else "context"
+    panels, ticks = (sorted({getattr(row, name) for row in rows}) for name in (apart, over))
+    figure, axes = plt.subplots(
+        *(1, len(panels)),
+        figsize=(max(5.0, 3.3 * len(panels)), 4.4),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    floors = {(b, c): ms for result in reversed(results) for b, c, ms in result.floors}
+    for axis, panel in zip(axes[0], panels):
+        here = [row for row in rows if getattr(row, apart) == panel]
+        for engine in engines_in(results):
+            first: dict[int, float] = {}
+            for row in here:  # of those measured beside a peer and alone, the first
+                if row.engine == engine and row.tpot is not None:
+                    first.setdefault(getattr(row, over), row.tpot)
+            colour, marker = STYLES.get(engine, ("#000000", "x"))
+            line = {"color": colour, "marker": marker, "linewidth": 1.8}
+            if first:
+                axis.plot(*zip(*sorted(first.items())), label=NAMES.get(engine, engine), **line)
+        floor = {getattr(r, over): floors[r.batch, r.context] for r in here if (r.batch, r.context) in floors}
+        if floor:
+            axis.plot(*zip(*sorted(floor.items())), color=FLOOR, linestyle="--", label="memory floor")
+        decorate(axis, ticks, f"{apart} {short(panel)}", "prompt tokens" if over == "context" else "batch size")
+    axes[0][0].set_ylabel("ms per output token (TPOT), lower is better")
+    handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title(results[0].model, results[0].machine))
+    return saved(figure, path, plt)
+
+
+def decorate(axis: Any, ticks: Sequence[int], heading: str, below: str) -> None:
+    axis.set_title(heading, fontsize=11)
+    axis.set_xlabel(below)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [short(t) for t in ticks])
+    axis.minorticks_off()
+    low, high = axis.get_ylim()
+    marks = [m for m in MARKS if low * 0.9 <= m <= high * 1.1]
+    axis.set_yticks(marks, [f"{m:g}" for m in marks])
+    axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+MARKS = [m * 10**e for e in range(-4, 5) for m in (1, 2, 3, 5, 7)]  # labels of a logarithmic axis
+
+
+def short(count: int) -> str:
+    return f"{count // 1024}k" if count % 1024 == 0 else str(count)
+
+
+def title(model: str, machine: Mapping[str, str]) -> str:
+    name = model.removeprefix("shape:").partition("@")[0]
+    parts = [f"{name} (random weights)" if model.startswith("shape:") else name, machine.get("hardware", "")]
+    return " · ".join(filter(None, [*parts, machine.get("commit", "")]))
+
+
+def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """TTFT and TPOT against the rate of requests, median and 99th percentile, and latency against throughput. results:
+    of `load.plain`.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4.0), layout="constrained")
+    for number, result in enumerate(results):
+        runs = sorted(result["runs"], key=lambda run: run["rate"])
+        style = {"color": list(STYLES.values())[number % len(STYLES)][0], "marker": "o", "markersize": 4}
+        name = result.get("name", "tenfold")
+        rates = [run["rate"] for run in runs]
+        for axis, measure in zip(axes, ("ttft", "tpot")):
+            for which, line in (("p50", "-"), ("p99", ":")):
+                values = [run["percentiles"][measure][which] for run in runs]
+                axis.plot(rates, values, line, label=f"{name} {which}", **style)
+        served = [run["output_tokens"] / run["seconds"] for run in runs]
+        axes[2].plot(served, [run["percentiles"]["tpot"]["p50"] for run in runs], label=f"{name} p50", **style)
+    headings = ("time to first token (ms)", "time per output token (ms)", "latency against throughput")
+    for axis, heading, below in zip(axes, headings, ("requests/s", "requests/s", "output tokens/s")):
+        axis.set_title(heading, fontsize=11)
+        axis.set_xlabel(below)
+        axis.set_ylim(bottom=0)
+        axis.grid(True, color="#dddddd", linewidth=0.7)
+        axis.legend(frameon=False, fontsize=9)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[2].set_ylabel("ms per output token")
+    figure.suptitle(title(results[0]["model"], results[0]["machine"]))
+    return saved(figure, path, plt)
+
+
+def saved(figure: Any, path: Path, plt: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
