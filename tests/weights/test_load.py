@@ -81,17 +81,47 @@ def test_vector() -> None:
         ("auto", ["F32", "BF16", "Q8_0", "F32"]),
         ("dense", ["F32", "BF16", "F32", "F32"]),
         ("q8_0", ["Q8_0", "Q8_0", "Q8_0", "F32"]),
+        ("fp8", ["fp8a8", "fp8a8", "Q8_0", "F32"]),
+        ("int8", ["int8g128", "int8g128", "Q8_0", "F32"]),
+        ("int4", ["int4g128", "int4g128", "Q8_0", "F32"]),
     ],
 )
 def test_modes(mode: str, storages: list[str]) -> None:
-    """Rows that are not whole blocks stay dense in q8_0."""
+    """Rows that are not whole blocks stay dense; what is packed stays as it is. Each mode rounds to its own steps:
+    127 and 8 on either side of zero, or 3 bits behind the leading one.
+    """
     kernels = Recorder()
     weights = Weights(CHECKPOINT, kernels, mode=mode)
     matrices = [weights.matrix(name) for name in ("q", "kk", "packed", "odd")]
     assert kernels.storages == storages
     assert torch.equal(matrices[2].data[0], dequantize(PACKED))
-    bound = Q.data.abs().max() / 127 if mode == "q8_0" else 0.0
-    assert (matrices[0].data[0] - Q.data).abs().max() <= bound
+    steps = {"q8_0": 127, "int8": 128, "int4": 8, "fp8": 28}
+    error = (matrices[0].data[0] - Q.data).abs().max()
+    assert error <= (Q.data.abs().max() / steps[mode] if mode in steps else 0.0)
+    assert (error > 0) == (mode in steps)
+
+
+@pytest.mark.parametrize(("mode", "storage"), [("int4", "F32"), ("fp8", "F32"), ("q8_0", "Q8_0")])
+def test_table_and_head_keep_their_numbers_in_packed_modes(mode: str, storage: str) -> None:
+    kernels = Recorder()
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    weights = Weights(Memory(*(raw(name, 4, 32) for name in names)), kernels, mode=mode)
+    assert [weights.matrix(name).rows for name in names] == [4, 4]
+    assert kernels.storages == [storage] * 2
+
+
+def test_q8_0_takes_float8_too() -> None:
+    """It has no fewer bits, and CPUs have no float8."""
+    kernels = Recorder()
+    Weights(Memory(quantize(Q, "fp8"), quantize(raw("k", 2, 32), "int4")), kernels, mode="q8_0").matrix("q", "k")
+    assert kernels.storages == ["Q8_0", "int4"]
+
+
+def test_a_bias_of_zeros_is_no_leftover() -> None:
+    zeros = RawTensor("a.bias", "F16", (4,), torch.zeros(4, dtype=torch.float16))
+    weights = Weights(Memory(Q, zeros, raw("b.bias", 4)), Oracle())
+    weights.matrix("q")
+    assert weights.unused() == ["b.bias"]
 
 
 def test_a_mode_that_is_not_one() -> None:

@@ -1,0 +1,190 @@
+"""Packed formats: names, sizes, the layout that kernels rely on, and rounding."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold.ops.blocks import dequantize, quantize, storage_bytes
+from tenfold.ops.formats import (
+    BFLOAT_MAGIC,
+    EVERY_NIBBLE_PAIR,
+    HALF_MAGIC,
+    Format,
+    Packed,
+    can_stack,
+    format_of,
+    interleave,
+    is_format,
+    packed_of,
+    raw_tensor,
+    stack,
+    unpack,
+)
+from tenfold.ops.matrix import Deferred, RawTensor
+from tenfold.ops.oracle import Oracle
+
+NAMES = [
+    "int4",
+    "int4g32",
+    "int4g128",
+    "int4g128z",
+    "int8",
+    "int8g64",
+    "int8g128z",
+    "fp8",
+    "fp8a8",
+    "fp8g128",
+    "fp8g32a8",
+]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(rows: int, cols: int, seed: int = 0) -> RawTensor:
+    return RawTensor("w", "F32", (rows, cols), random(rows, cols, seed=seed))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "int8a8", "int4g32zoa8", "int4o"])
+def test_a_name_says_all(name: str) -> None:
+    assert format_of(name).name == name
+    assert is_format(name)
+
+
+@pytest.mark.parametrize("name", ["", "int3", "int4g0", "int4g", "int4zg32", "fp8a4", "Q4_0", "F32", "int4g128 "])
+def test_names_that_are_none(name: str) -> None:
+    assert not is_format(name)
+    with pytest.raises(ValueError, match="is no packed format"):
+        format_of(name)
+
+
+@pytest.mark.parametrize(("name", "message"), [("int4g16", "multiples of 32"), ("fp8z", "fp8 has no zeros")])
+def test_parts_that_do_not_go_together(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        format_of(name)
+    with pytest.raises(ValueError, match="no format of fp4"):
+        Format("fp4")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cols", [32, 128, 352])
+def test_numbers_are_rounded_to_the_nearest_code(name: str, cols: int) -> None:
+    """No value is farther than half a step from its code, but for the end that a format without zeros cuts off.
+
+    A step is the scale; float8's is a sixteenth of the number, or 2^-10 of the scale near zero.
+    """
+    raw, format = dense(5, cols), format_of(name)
+    packed = quantize(raw, name)
+    assert packed.data.dtype == format.codes.dtype
+    assert sum(t.numel() * t.element_size() for t in (packed.data, *packed.extras)) == storage_bytes(name, (5, cols))
+    parts = packed_of(packed)
+    scales = parts.scales.float().abs()
+    every = scales.repeat_interleave(format.group or cols, dim=1)[:, :cols]
+    error = (dequantize(packed) - raw.data).abs()
+    if format.kind == "fp8":
+        assert (error <= torch.maximum(raw.data.abs() / 16, every * 2**-10) * 1.0001).all()
+        return
+    # Codes reach one step less far on one side; zeros move the whole range by half a step.
+    assert (error <= every * (1.01 if not format.zero else 0.51) + 1e-3 * raw.data.abs()).all()
+    assert (error <= every * 0.5001).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["int4", "int4g32z", "int8", "fp8"])
+def test_zeros_and_huge_numbers_survive(name: str) -> None:
+    values = torch.zeros(2, 64)
+    values[1, 3] = 3e38
+    out = dequantize(quantize(RawTensor("w", "F32", (2, 64), values), name))
+    assert (out[0] == 0).all()
+    assert out.isfinite().all()
+
+
+def test_layout_of_nibbles() -> None:
+    """Every code at every place; the pairs that kernels mask out, with the bits that make them numbers."""
+    codes = torch.stack([(torch.arange(64) * step + step) % 16 for step in range(16)])
+    words = format_of("int4").codes.store(codes)
+    assert words.shape == (16, 8)
+    assert torch.equal(format_of("int4").codes.load(words).long(), codes)
+    for i in range(4):
+        pairs = (words >> 4 * i) & EVERY_NIBBLE_PAIR
+        wanted = codes.view(16, 8, 4, 2)[:, :, i]
+        half = (pairs | HALF_MAGIC).view(torch.float16).view(16, 8, 2)
+        bfloat = (pairs | BFLOAT_MAGIC).view(torch.bfloat16).view(16, 8, 2)
+        assert torch.equal(half.float() - 1024, wanted.float())
+        assert torch.equal(bfloat.float() - 128, wanted.float())
+    plain = torch.zeros(16, 8, dtype=torch.int64)
+    for i in range(8):
+        plain |= codes[:, i::8] << 4 * i
+    plain = torch.where(plain >= 1 << 31, plain - (1 << 32), plain)
+    assert torch.equal(interleave(plain.to(torch.int32)), words)
+
+
+def test_the_meaning_of_codes_scales_zeros_and_order() -> None:
+    format = format_of("int8g32zo")
+    codes = torch.randint(-128, 128, (3, 80), dtype=torch.int8)
+    scales, zeros = random(3, 3).half(), random(3, 3, seed=1).half()
+    order = torch.randperm(80).to(torch.int32)
+    raw = raw_tensor("w", format, 3, 80, Packed(codes, scales, zeros, order))
+    got = dequantize(raw)
+    for row, col in ((0, 0), (1, 31), (2, 32), (2, 79)):
+        wanted = (codes[row, col].float() - zeros[row, col // 32].float()) * scales[row, col // 32].float()
+        assert got[row, order[col]] == wanted
+    assert torch.equal(dequantize(raw, torch.bfloat16), got.bfloat16())
+
+
+def test_what_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="48 columns are no multiple of 32"):
+        quantize(dense(2, 48), "int4")
+    with pytest.raises(ValueError, match="cannot be packed as int4o"):
+        quantize(dense(2, 64), "int4o")
+
+
+@pytest.mark.parametrize("name", ["int4g32", "int4g32z", "int8", "fp8a8"])
+def test_parts_stack_by_rows(name: str) -> None:
+    parts = [quantize(dense(rows, 64, rows), name) for rows in (3, 1, 5)]
+    assert can_stack(parts)
+    matrix = stack(parts, "cpu")
+    assert (matrix.format, matrix.rows, matrix.cols) == (name, 9, 64)
+    assert torch.equal(unpack(matrix), torch.cat([dequantize(part) for part in parts]))
+
+
+def test_scales_of_different_types_meet_without_loss() -> None:
+    a, b = quantize(dense(3, 64), "int4"), quantize(dense(2, 64, 1), "int4")
+    b = RawTensor("b", "int4", b.shape, b.data, (b.extras[0].bfloat16() * 3e-8,))
+    matrix = stack([a, b], "cpu")
+    assert torch.equal(unpack(matrix), torch.cat([dequantize(a), dequantize(b)]))
+
+
+def test_what_does_not_stack() -> None:
+    a = quantize(dense(3, 64), "int4")
+    assert not can_stack([a, quantize(dense(3, 64), "int4g32")])
+    assert not can_stack([a, quantize(dense(3, 96), "int4")])
+    assert not can_stack([dense(3, 64)])
+    order = torch.arange(64, dtype=torch.int32)
+    b, c = (RawTensor("b", "int4o", (3, 64), a.data, (*a.extras, each)) for each in (order, order.flip(0)))
+    assert can_stack([b, b])
+    assert not can_stack([b, c])
+    assert torch.equal(unpack(stack([b, b], "cpu")), torch.cat([dequantize(a)] * 2))
+
+
+def test_a_deferred_tensor_is_made_when_it_is_asked_for() -> None:
+    made = []
+
+    def make(device: object) -> tuple[Tensor, ...]:
+        made.append(str(device))
+        return (packed.data, *packed.extras)
+
+    packed = quantize(dense(3, 64), "int4g32z")
+    raw = Deferred("w", "int4g32z", (3, 64), make)
+    assert (raw.storage, raw.shape, made) == ("int4g32z", (3, 64), [])
+    assert torch.equal(dequantize(raw), dequantize(packed))
+    assert made == ["cpu"]
+
+
+@pytest.mark.parametrize("name", ["int4g32", "fp8a8"])
+def test_the_oracle_runs_packed_matrices(name: str) -> None:
+    raw, x, oracle = quantize(dense(6, 64), name), random(3, 64, seed=2), Oracle()
+    matrix = stack([raw], "cpu")
+    assert torch.equal(oracle.linear(x, matrix), x @ dequantize(raw).T)
+    assert torch.equal(oracle.linear(x, oracle.matrix([raw])), x @ dequantize(raw).T)
+    assert torch.equal(oracle.embed(torch.tensor([5, 0]), matrix), dequantize(raw)[[5, 0]])
