@@ -92,6 +92,7 @@ class Row:
 class Result:
     model: str
     machine: dict[str, str]
+    command: str = ""
     rows: list[Row] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -110,7 +111,8 @@ class Result:
 def loaded(data: Mapping[str, Any]) -> Result:
     """The result that `plain` made."""
     rows = [Row(**row) for row in data["rows"]]
-    return Result(data["model"], data["machine"], rows, [(name, why) for name, why in data["skipped"]])
+    skipped = [(name, why) for name, why in data["skipped"]]
+    return Result(data["model"], data["machine"], data["command"], rows, skipped)
 
 
 def run(
@@ -156,7 +158,7 @@ def run(
         rows = list(_rows(case, points, found))
         result.rows += rows
         result.skipped += [(f"{case.name}, {s.engine}, {s.batch} x {s.context}", s.why) for s in found.skipped]
-        for text in Result(model, {}, rows).lines():
+        for text in Result(model, {}, "", rows).lines():
             say(text)
         done(result)
     return result

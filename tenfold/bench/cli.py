@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tenfold.bench import cpu, report, startup
+from tenfold.bench import cpu, startup
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import claim, record
 from tenfold.bench.files import requantize
@@ -26,6 +26,10 @@ Numbers = Annotated[str, typer.Option(help="Batch sizes, comma-separated.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of our engine; may be repeated.")
 ]
+Tokens = Annotated[int, typer.Option(min=2, help="Tokens of the answer of a long run.")]
+Prompts = Annotated[str, typer.Option(help="Lengths of prompts: N, A-B (uniform) or lognormal:MEDIAN:SIGMA.")]
+Answers = Annotated[str, typer.Option(help="Lengths of answers, likewise.")]
+PeerPath = Annotated[str, typer.Option(help="Folder with a peer's packages, for its process alone.")]
 Out = Annotated[Path | None, typer.Option(help="Write the raw JSON, tables and plots into this folder.")]
 Record = Annotated[bool, typer.Option("--record", help="Write the result into bench/results/ (needs a checkout).")]
 
@@ -138,16 +142,16 @@ def single_command(
     prefill: Annotated[str, typer.Option(help="Prompt lengths of prefills, batch 1.")] = "1024,8192,32768",
     against: Annotated[str, typer.Option(help="Peers: hf, hf-loop, hf-compiled, vllm, llama.cpp.")] = "",
     rounds: Rounds = 3,
-    tokens: Annotated[int, typer.Option(min=2, help="Answer of a long run.")] = 129,
+    tokens: Tokens = 129,
     device: Device = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads every engine gets; 0: each its own default.")] = 0,
     settings: Settings = None,
-    peer_path: Annotated[str, typer.Option(help="Folder with a peer's packages, for its process alone.")] = "",
+    peer_path: PeerPath = "",
     out: Out = None,
     keep: Record = False,
 ) -> None:
     """Time per output token and prefill over a grid of batches and contexts, against peers (F1 to F3, F6)."""
-    from tenfold.bench import single
+    from tenfold.bench import claims_gpu, single
 
     header()
     where = single.device_of(device)
@@ -155,8 +159,12 @@ def single_command(
     points = single.grid(whole(batch), whole(context), whole(prefill), tokens)
     tuning = {"tenfold": chosen_settings(settings)}
     plan = single.Plan(model, tuple(engines), tuple(points), rounds, where, threads, tuning, peer_path)
-    result = single.run(plan, typer.echo)
+    command = f"tenfold bench single --model {model} --batch {batch} --context {context} --prefill {prefill}"
+    command += (f" --against {against}" if against else "") + f" --rounds {rounds}"
+    result = single.run(plan, typer.echo, command=command)
     written(out, keep, f"single-{file_name(model)}", result.plain())
+    if keep and where != "cpu":
+        record(claims_gpu.of_single([result]))
 
 
 @app.command("startup")
@@ -355,8 +363,140 @@ def structured_command(
         cpu.save("structured", plain)
 
 
+@app.command("arms")
+def arms_command(
+    model: Model = "shape:llama-2-7b",
+    only: Annotated[str, typer.Option(help="Groups of cases, comma-separated, such as softmax,gemm; empty: all.")] = "",
+    rounds: Rounds = 3,
+    tokens: Tokens = 129,
+    device: Device = "auto",
+    threads: Threads = 2,
+    settings: Settings = None,
+    out: Out = None,
+    keep: Record = False,
+) -> None:
+    """The ablation table: every arm and switch of the engine off and on, in turn, end to end (F7)."""
+    from tenfold.bench import arms, claims_gpu, report, single
+
+    header()
+    groups = {case.group for case in arms.CASES}
+    if unknown := set(peers(only)) - groups:
+        raise ValueError(f"only is {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(groups))}.")
+    cases = [case for case in arms.CASES if not only or case.group in peers(only)]
+    common, where = chosen_settings(settings), single.device_of(device)
+    found = arms.run(model, where, rounds, tokens, cases=cases, common=common, threads=threads, say=typer.echo)
+    typer.echo(report.arms_table(found))
+    found.command = f"tenfold bench arms --model {model} --rounds {rounds}" + (f" --only {only}" if only else "")
+    written(out, keep, f"arms-{file_name(model)}", found.plain())
+    if keep:
+        record(claims_gpu.of_arms(found))
+
+
+@app.command("throughput")
+def throughput_command(
+    model: Model = "shape:llama-3-8b",
+    against: Annotated[str, typer.Option(help="vllm, or nothing.")] = "",
+    requests: Annotated[int, typer.Option(min=1)] = 256,
+    prompts: Prompts = "128-1024",
+    answers: Answers = "64-512",
+    batch: Annotated[int, typer.Option(min=1, help="Requests computed together at most.")] = 256,
+    rounds: Rounds = 1,
+    device: Device = "auto",
+    threads: Threads = 2,
+    settings: Settings = None,
+    peer_path: PeerPath = "",
+    out: Out = None,
+    keep: Record = False,
+) -> None:
+    """Offline throughput: all requests at once, tokens a second until the last is done; engines one after the other."""
+    from tenfold.bench import single, throughput
+    from tenfold.bench.lengths import parse
+    from tenfold.bench.throughput import Work
+
+    header()
+    work = Work(requests, parse(prompts), parse(answers))
+    engines = throughput.engines_of(["tenfold", *peers(against)])
+    tuning = {"tenfold": chosen_settings(settings)}
+    where = single.device_of(device)
+    found = throughput.run(
+        model, engines, work, rounds, where, batch, threads=threads, tuning=tuning, peer_path=peer_path, say=typer.echo
+    )
+    for line in found.lines():
+        typer.echo(line)
+    written(out, keep, f"throughput-{file_name(model)}", found.plain())
+
+
+@app.command("serving")
+def serving_command(
+    model: Model = "default",
+    url: Annotated[str, typer.Option(help="A running server, without /v1; empty: an engine in this process.")] = "",
+    key: Annotated[str, typer.Option(envvar="TENFOLD_API_KEY", help="The server's API key.")] = "",
+    rates: Annotated[str, typer.Option(help="Requests a second, comma-separated; 0: all at once.")] = "1,2,4,8",
+    requests: Annotated[int, typer.Option(min=1, help="Of each rate.")] = 64,
+    prompts: Prompts = "lognormal:220:0.9",
+    answers: Answers = "lognormal:160:0.7",
+    ttft: Annotated[float, typer.Option(help="Most ms to the first token of a request served well.")] = 1000.0,
+    tpot: Annotated[float, typer.Option(help="Most ms per output token of one served well.")] = 50.0,
+    device: Device = "auto",
+    vocabulary: Annotated[int, typer.Option(min=4, help="Prompts have ids below this; 0 to 3 are left out.")] = 32_000,
+    settings: Settings = None,
+    out: Out = None,
+    keep: Record = False,
+) -> None:
+    """Serving under load: random arrivals at given rates; TTFT, TPOT and ITL percentiles, goodput."""
+    from tenfold.bench import load, single
+    from tenfold.bench.hardware import machine
+    from tenfold.bench.lengths import parse
+    from tenfold.bench.throughput import Work
+
+    header()
+    work, promised = Work(requests, parse(prompts), parse(answers)), load.Objective(ttft, tpot)
+    speeds = [float(rate) for rate in peers(rates)]
+    where = single.device_of(device)
+    if url:
+        runs = load.against_server(load.Server(url, model, key), work, speeds, vocabulary, promised, typer.echo)
+    else:
+        runs = load.in_process(model, where, chosen_settings(settings), work, speeds, promised, typer.echo)
+    data = load.plain(runs, machine(where), model, work, promised)
+    written(out, keep, f"serving-{file_name(model)}", data)
+
+
+@app.command("claims")
+def claims_command(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],
+    keep: Record = False,
+) -> None:
+    """What the raw results of a folder say of F1 to F7."""
+    from tenfold.bench import claims_gpu
+
+    found = claims_gpu.of_folder(folder)
+    for made in found:
+        typer.echo(
+            f"{made.id} {made.what}: {made.value:g} {made.unit} ({made.target}: {'met' if made.met else 'not met'})"
+        )
+        typer.echo(f"   {made.note}")
+    if keep:
+        record(found)
+
+
+@app.command("tables")
+def tables_command(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],
+    charts: Annotated[bool, typer.Option(help="Also draw PNG charts beside them.")] = True,
+) -> None:
+    """Markdown tables and charts of the raw results in a folder."""
+    from tenfold.bench import report
+
+    (folder / "tables.md").write_text(report.tables(folder))
+    typer.echo(f"wrote {folder / 'tables.md'}")
+    for path in report.charts(folder) if charts else ():
+        typer.echo(f"wrote {path}")
+
+
 @app.command("report")
 def report_command() -> None:
     """Renew the tables of README.md and docs/measured.md from bench/results/claims.json."""
+    from tenfold.bench import report
+
     changed = report.write()
     typer.echo("renewed " + ", ".join(str(p) for p in changed) if changed else "nothing to renew")

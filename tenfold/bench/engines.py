@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tenfold.base.table import entry
-from tenfold.bench.floor import model_sizes
 
 Prompts = Sequence[Sequence[int]]
 
@@ -96,6 +95,7 @@ class Tenfold:
 
     def __init__(self, setup: Setup) -> None:
         from tenfold.base.config import EngineConfig
+        from tenfold.bench.floor import model_sizes  # PyTorch comes with these
         from tenfold.engine.core import Engine as Core
         from tenfold.weights.shapes import is_shape
 

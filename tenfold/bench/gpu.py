@@ -16,15 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, single, throughput
-from tenfold.bench.engines import Setup
+from tenfold.bench import arms, load, single, throughput
 from tenfold.bench.fit import Point
-from tenfold.bench.floor import model_sizes
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import parse
 from tenfold.bench.throughput import Work
-from tenfold.bench.worker import Worker
-from tenfold.weights.shapes import at_least_positions, is_shape
 
 GRACE = 30.0  # seconds before its limit at which a part begins no more points
 
@@ -69,7 +65,7 @@ def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:
         peer_path=job.options["peer_path"],
         deadline=deadline(job),
     )
-    save(single.run(plan, say, save))
+    save(single.run(plan, say, save, job.options["command"]))
 
 
 def deadline(job: Job) -> float:
@@ -109,11 +105,12 @@ def against(peer: str) -> Callable[[Job], None]:
 
 def ablations(job: Job) -> None:
     """Every arm off and on."""
+    options = job.options
 
     def save(result: arms.Result) -> None:
+        result.command = options["command"]
         job.path.write_text(json.dumps(stamped(result.plain(), job), indent=1))
 
-    options = job.options
     found = arms.run(
         job.model,
         options["device"],
@@ -133,20 +130,31 @@ def offline(engine: str) -> Callable[[Job], None]:
     def part(job: Job) -> None:
         options = job.options
         work = Work(options["requests"], parse(options["prompts"]), parse(options["answers"]))
-        model = at_least_positions(job.model, work.longest) if is_shape(job.model) else job.model
-        own = options["set"] if engine == "tenfold" else {}
-        setup = Setup(model, 0, options["max_batch"], work.longest, options["device"], settings=own)
-        result = throughput.Result(model, machine(options["device"]), work)
-        vocabulary = model_sizes(model, options["device"]).vocab
-        environment = {"PYTHONPATH": options["peer_path"]} if engine != "tenfold" and options["peer_path"] else {}
-        worker = Worker(engine, setup, environment)
-        try:
-            throughput.measure({engine: worker}, result, options["rounds"], vocabulary, say)
-        finally:
-            worker.close()
-        job.path.write_text(json.dumps(stamped(result.plain(), job), indent=1))
+        found = throughput.run(
+            job.model,
+            [engine],
+            work,
+            options["rounds"],
+            options["device"],
+            options["max_batch"],
+            tuning={"tenfold": options["set"]},
+            peer_path=options["peer_path"],
+            say=say,
+        )
+        job.path.write_text(json.dumps(stamped(found.plain(), job), indent=1))
 
     return part
+
+
+def under_load(job: Job) -> None:
+    """Random arrivals at an engine in this process. Needs the packages of the server's engine loop."""
+    options = job.options
+    work = Work(options["requests"], parse(options["prompts"]), parse(options["answers"]))
+    rates = [float(rate) for rate in options["rates"].split(",")]
+    promised = load.Objective()
+    runs = load.in_process(job.model, options["device"], options["set"], work, rates, promised, say)
+    data = load.plain(runs, machine(options["device"]), job.model, work, promised)
+    job.path.write_text(json.dumps(stamped(data, job), indent=1))
 
 
 PARTS: dict[str, Callable[[Job], None]] = {
@@ -157,6 +165,7 @@ PARTS: dict[str, Callable[[Job], None]] = {
     "arms": ablations,
     "throughput": offline("tenfold"),
     "throughput-vllm": offline("vllm"),
+    "serving": under_load,
 }
 
 
@@ -217,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=256, help="of the throughput parts")
     parser.add_argument("--prompts", default="128-1024", help="their lengths: N, A-B or lognormal:MEDIAN:SIGMA")
     parser.add_argument("--answers", default="64-512")
+    parser.add_argument("--rates", default="2,4,8,16", help="requests a second of the serving part")
     parser.add_argument("--max-batch", type=int, default=256, help="requests computed together in those parts")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
@@ -236,6 +246,7 @@ def run_all(given: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     options = {k: v for k, v in vars(given).items() if k not in ("job", "out", "models", "parts", "limit", "total")}
     options["set"] = settings(given.set)
+    options["command"] = f"python -m tenfold.bench.gpu --models {given.models} --parts {given.parts}"
     end_at, failed = time.monotonic() + given.total, 0
     for name, seconds in parts_of(given.parts, given.limit):
         for model in filter(None, given.models.split(",")):

@@ -11,13 +11,14 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from tenfold.bench.throughput import Work
+from tenfold.weights.shapes import at_least_positions, is_shape
 
 PERCENTILES = (50, 90, 99)
 
@@ -167,7 +168,15 @@ def plain(runs: Sequence[Run], machine: dict[str, str], model: str, work: Work, 
         "work": asdict(work),
         "objective": asdict(objective),
         "lines": [run.line() for run in runs],
-        "runs": [asdict(run) for run in runs],
+        "runs": [asdict(run) | {"percentiles": _without_nan(run.percentiles)} for run in runs],
+    }
+
+
+def _without_nan(percentiles: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON knows no NaN."""
+    return {
+        name: {p: None if math.isnan(value) else value for p, value in found.items()}
+        for name, found in percentiles.items()
     }
 
 
@@ -236,3 +245,44 @@ def read_event(event: bytes) -> tuple[int, int | None]:
     pieces = sum(1 for choice in data.get("choices", ()) if choice.get("text"))
     usage = data.get("usage")
     return pieces, usage["completion_tokens"] if usage else None
+
+
+def against_server(
+    server: Server,
+    work: Work,
+    rates: Sequence[float],
+    vocabulary: int,
+    objective: Objective,
+    say: Callable[[str], None] = print,
+) -> list[Run]:
+    return asyncio.run(measure(server, work, rates, vocabulary, objective, say))
+
+
+def in_process(
+    model: str,
+    device: str,
+    settings: Mapping[str, Any],
+    work: Work,
+    rates: Sequence[float],
+    objective: Objective,
+    say: Callable[[str], None] = print,
+) -> list[Run]:
+    """Load the engine here and measure it; a shape gets the contexts it needs. settings: fields of EngineConfig."""
+    from tenfold.base.config import EngineConfig
+    from tenfold.engine.core import Engine
+    from tenfold.engine.llm import AsyncLLM
+
+    if is_shape(model):
+        model = at_least_positions(model, work.longest)
+    own: dict[str, Any] = {"model": model, "device": device, "max_model_len": work.longest, "prefix_cache": False}
+    own["max_queue"] = work.count
+    engine = Engine.load(EngineConfig(**(own | dict(settings))), tokens_only=is_shape(model))
+
+    async def run() -> list[Run]:
+        llm = AsyncLLM(engine=engine)
+        try:
+            return await measure(InProcess(llm), work, rates, llm.vocab_size, objective, say)
+        finally:
+            llm.close()
+
+    return asyncio.run(run())

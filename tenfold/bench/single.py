@@ -85,6 +85,7 @@ class Result:
 
     model: str
     machine: dict[str, str] = field(default_factory=dict)
+    command: str = ""
     copy_gbs: float = 0.0
     matmul_tflops: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -261,13 +262,16 @@ class Plan:
         return max(p.context + p.tokens for p in self.points)
 
 
-def run(plan: Plan, say: Say = print, done: Callable[[Result], None] = lambda result: None) -> Result:
-    """Measure a plan. done: called with the result so far after each point. A shape whose contexts are too short gets
-    longer ones.
+def run(
+    plan: Plan, say: Say = print, done: Callable[[Result], None] = lambda result: None, command: str = ""
+) -> Result:
+    """Measure a plan. done: called with the result so far after each point. command: that would do it again. A shape
+    whose contexts are too short gets longer ones.
     """
     if is_shape(plan.model):
         plan = replace(plan, model=at_least_positions(plan.model, plan.context))
-    result = Result(plan.model, machine(plan.device), settings={k: dict(v) for k, v in plan.tuning.items()})
+    result = Result(plan.model, machine(plan.device), command)
+    result.settings = {name: dict(own) for name, own in plan.tuning.items()}
     sizes = result.sizes = model_sizes(plan.model, plan.device, plan.tuning.get("tenfold"))
     result.copy_gbs = copy_bandwidth(plan.device)
     result.matmul_tflops = matmul_ceiling(plan.device, 8192 if plan.device != "cpu" else 1024)

@@ -10,8 +10,12 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from tenfold.bench.engines import Engine
+from tenfold.bench.engines import Engine, Setup
+from tenfold.bench.floor import model_sizes
+from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import Lengths
+from tenfold.bench.worker import Worker
+from tenfold.weights.shapes import at_least_positions, is_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +80,9 @@ def measure(
         engine.generate(*warm_up.requests(-1, vocabulary))
     for i in range(rounds):
         prompts, answers = result.work.requests(i, vocabulary)
-        result.prompt_tokens.append(sum(map(len, prompts)))
-        result.answer_tokens.append(sum(answers))
+        if len(result.answer_tokens) == i:  # the first engines of a result; those that follow get the same requests
+            result.prompt_tokens.append(sum(map(len, prompts)))
+            result.answer_tokens.append(sum(answers))
         for name in list(engines)[:: 1 if i % 2 == 0 else -1]:
             found = engines[name].generate(prompts, answers)
             short = [len(tokens) for tokens in found.tokens]
@@ -93,3 +98,34 @@ def engines_of(names: Sequence[str]) -> list[str]:
         if name not in ("tenfold", "vllm"):
             raise ValueError(f"against is {name!r}; allowed: vllm. Others cannot take requests of different lengths.")
     return list(names)
+
+
+def run(
+    model: str,
+    engines: Sequence[str],
+    work: Work,
+    rounds: int,
+    device: str,
+    batch: int,
+    *,
+    threads: int = 0,
+    tuning: Mapping[str, Mapping[str, Any]] | None = None,
+    peer_path: str = "",
+    say: Callable[[str], None] = print,
+) -> Result:
+    """Every engine in a process of its own, one after the other, for on a GPU each takes all the memory."""
+    if is_shape(model):
+        model = at_least_positions(model, work.longest)
+    result = Result(model, machine(device), work)
+    vocabulary = model_sizes(model, device).vocab
+    for name in engines:
+        setup = Setup(model, threads, batch, work.longest, device, settings=dict((tuning or {}).get(name, {})))
+        environment = {"PYTHONPATH": peer_path} if peer_path and name != "tenfold" else {}
+        worker = Worker(name, setup, environment)
+        try:
+            measure({name: worker}, result, rounds, vocabulary, say)
+        finally:
+            worker.close()
+    if len(engines) > 1:
+        result.notes.append("The engines ran one after the other, each in a process of its own.")
+    return result

@@ -1,0 +1,69 @@
+"""Ablations: a case is a row, and one that this version cannot run says why."""
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from tenfold.base.config import EngineConfig
+from tenfold.bench import arms
+from tenfold.bench.arms import CASES, Case, of
+
+
+def test_cases_differ_between_off_and_on_and_have_names_of_their_own() -> None:
+    assert all(case.off != case.on and case.points for case in CASES)
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_a_setting_that_does_not_exist_is_said() -> None:
+    assert "no setting wings" in arms.obstacle(Case("x", "wings", of("wings", 0), of("wings", 1)))
+    assert "not among" in arms.obstacle(Case("x", "k", of("kernels", "torch"), of("kernels", "magic")))
+    assert arms.obstacle(Case("x", "lookahead", of("lookahead", 0), of("lookahead", 1))) == ""
+    known = {f.name for f in fields(EngineConfig)}
+    for case in CASES:
+        assert bool(arms.obstacle(case)) >= any(name not in known for name, _ in (*case.off, *case.on))
+
+
+def test_a_case_is_measured_in_turn_and_a_broken_one_stops_nothing() -> None:
+    cases = [
+        Case("launches", "ahead", of("lookahead", 0), of("lookahead", 1), ((1, 8), (2, 8))),
+        Case("x", "wings", of("wings", 0), of("wings", 1)),
+        Case("x", "broken", (), of("page_size", 10**9), ((1, 8),)),
+        Case("kernels", "kernels", of("kernels", "torch"), of("kernels", "auto"), ((1, 8),)),
+    ]
+    seen: list[int] = []
+    found = arms.run(
+        *("shape:tiny@layers=1", "cpu", 2, 4),
+        cases=cases,
+        threads=1,
+        say=lambda _: None,
+        done=lambda result: seen.append(len(result.rows)),
+    )
+    assert [(r.name, r.batch, len(r.off_ms), len(r.on_ms)) for r in found.rows] == [
+        *(("ahead", 1, 2, 2), ("ahead", 2, 2, 2)),
+        ("kernels", 1, 2, 2),
+    ]
+    assert seen == [2, 3]
+    assert {name for name, _ in found.skipped} == {"wings", "broken"}
+    assert arms.loaded(json.loads(json.dumps(found.plain()))) == found
+
+
+def test_the_gain_is_paired() -> None:
+    row = arms.Row("g", "n", {}, {}, 1, 8, [2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
+    assert row.gain.samples == (2.0, 3.0, 1.0)
+    assert row.gain.median == 2.0
+
+
+def test_engines_that_the_next_case_can_use_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, object]] = []
+    monkeypatch.setattr(arms, "make_engine", lambda name, setup: made.append(dict(setup.settings)) or object())
+    pool = arms.Pool("shape:tiny", "cpu", 1, {"threads": 1})
+    part = arms.Session(("off", "on"), (arms.Point(1, 8, 3),))
+    first = pool.pair(Case("x", "a", of("lookahead", 0), of("lookahead", 1)), part)
+    second = pool.pair(Case("x", "b", of("graphs", False), of("lookahead", 1)), part)
+    assert first["on"] is second["on"]
+    assert made == [
+        {"threads": 1, "lookahead": 0},
+        {"threads": 1, "lookahead": 1},
+        {"threads": 1, "graphs": False},
+    ]

@@ -1,0 +1,185 @@
+"""Claims F1 to F7 from recorded results: the arithmetic, the targets, and where the numbers say they come from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tenfold.bench import arms, claims_gpu, plots, report
+from tenfold.bench.claims import Claim
+from tenfold.bench.floor import model_sizes
+from tenfold.bench.single import Result, Row
+
+MACHINE = {"hardware": "NVIDIA H100 80GB HBM3", "commit": "abc1234", "date": "2026-11-23"}
+
+
+def row(engine: str, batch: int, context: int, *ms: float, beside: tuple[str, ...] = (), prefill: float = 20.0) -> Row:
+    """TPOT samples in ms, from runs of 129 tokens."""
+    short = [prefill / 1e3] * len(ms)
+    return Row(engine, batch, context, 129, [s + 128 * t / 1e3 for s, t in zip(short, ms)], short, [], list(beside))
+
+
+def result(*rows: Row, model: str = "shape:llama-2-7b@positions=40960") -> Result:
+    floors = [(r.batch, r.context, 4.5) for r in rows]
+    sizes = model_sizes("shape:llama-2-7b", "cuda")
+    return Result(model, MACHINE, "tenfold bench single", 3000.0, 790.0, {}, sizes, list(rows), [], floors)
+
+
+def by_id(found: list[Claim]) -> dict[str, list[Claim]]:
+    return {id: [c for c in found if c.id == id] for id in dict.fromkeys(c.id for c in found)}
+
+
+def test_eager_counts_its_best_case_and_compiled_every_point() -> None:
+    pair = {"beside": ("hf-generate",)}
+    results = [
+        result(
+            *(row("tenfold", 1, 128, 5.0, 5.5, **pair), row("hf-generate", 1, 128, 75.0, 77.0, beside=("tenfold",))),
+            *(row("tenfold", 8, 1024, 6.0, **pair), row("hf-generate", 8, 1024, 60.0, beside=("tenfold",))),
+        ),
+        result(row("tenfold", 1, 1024, 5.0, beside=("hf-compiled",)), row("hf-compiled", 1, 1024, 5.5)),
+    ]
+    eager, compiled = by_id(claims_gpu.of_single(results))["F1"]
+    assert eager.value == pytest.approx((75 / 5 + 77 / 5.5) / 2, rel=1e-3)
+    assert eager.spread == (14.0, 15.0)
+    assert eager.met
+    assert "batch 1, context 128" in eager.note
+    assert (compiled.value, compiled.met) == (1.1, False)
+    assert (eager.hardware, eager.commit, eager.date) == tuple(MACHINE.values())
+
+
+def test_vllm_counts_on_average_and_at_its_worst_point() -> None:
+    ours = result(row("tenfold", 1, 128, 5.0), row("tenfold", 8, 128, 8.0), row("tenfold", 8, 32768, 9.0))
+    theirs = result(row("vllm", 1, 128, 6.0), row("vllm", 8, 128, 7.6), row("vllm", 1, 8192, 9.0))
+    average, worst = by_id(claims_gpu.of_single([ours, theirs]))["F2"]
+    assert average.value == pytest.approx((1.2 * 0.95) ** 0.5, rel=1e-3)  # only points that both have
+    assert (worst.value, worst.met) == (0.95, False)
+    assert "one after the other" in worst.note
+
+
+@pytest.mark.parametrize(
+    ("model", "ms", "met"),
+    [("llama-2-7b", 5.15, True), ("llama-2-7b", 5.3, False), ("llama-3-8b", 5.55, True), ("llama-3-8b", 5.7, False)],
+)
+def test_time_per_token_has_a_limit_for_each_model(model: str, ms: float, met: bool) -> None:
+    (found,) = by_id(claims_gpu.of_single([result(row("tenfold", 1, 1024, ms), model=f"shape:{model}")]))["F3"]
+    assert (found.value, found.met, found.against) == (ms, met, "floor 4.50 ms")
+
+
+def test_other_models_have_no_limit_and_are_no_claim() -> None:
+    assert "F3" not in by_id(claims_gpu.of_single([result(row("tenfold", 1, 1024, 5), model="shape:qwen3-8b")]))
+
+
+def test_prefill_is_a_share_of_the_matrix_ceiling() -> None:
+    work = model_sizes("shape:llama-2-7b", "cuda").prefill_flops(1, 8192)
+    seconds = work / (0.5 * 790e12)
+    prefill = Row("tenfold", 1, 8192, 1, [], [seconds])
+    (found,) = by_id(claims_gpu.of_single([result(prefill)]))["F6"]
+    assert (found.value, found.met) == (pytest.approx(50, rel=1e-3), False)
+
+
+def kernel(op: str, arm: str, us: float, nbytes: float = 0, batch: int = 1, shape: str = "a", **more: object) -> dict:
+    return {"op": op, "shape": shape, "batch": batch, "arm": arm, "microseconds": us, "bytes": nbytes, **more}
+
+
+def test_linears_count_at_their_worst() -> None:
+    rows = [
+        kernel("linear", "stream", 10.0, 28e6),  # 2,800 GB/s
+        kernel("linear", "cublas", 15.0, 28e6),
+        kernel("linear", "stream", 20.0, 42e6, batch=8),
+        kernel("linear", "cublas", 15.0, 42e6, batch=8),  # the library is what runs: 2,800 GB/s
+        kernel("linear", "stream", 10.0, 24e6, batch=4),  # 2,400 GB/s
+        kernel("linear", "stream", 99.0, 24e6, batch=128),  # not a decode
+    ]
+    traffic, speed = claims_gpu.of_kernels(rows, 3000.0, MACHINE, "tenfold tune")
+    assert (traffic.id, traffic.value, traffic.met) == ("F4", 80, False)
+    assert traffic.spread == (80, pytest.approx(93.33, rel=1e-3))
+    assert "a at 4 (80 %)" in traffic.note
+    assert (speed.value, speed.met, speed.spread) == (1.0, True, (1.0, 1.5))
+    assert "wins at 1 of 2" in speed.note
+
+
+def test_attention_counts_our_arm_at_32k_only() -> None:
+    rows = [
+        kernel("attention", "splits", 100.0, 270e6, context=32768),
+        kernel("attention", "flash-attn", 50.0, 270e6, context=32768),
+        kernel("attention", "splits", 100.0, 100e6, context=1024),
+        kernel("attention", "splits", 100.0, 200e6, batch=8, context=32768),
+    ]
+    one, eight = claims_gpu.of_kernels(rows, 3000.0, MACHINE, "tenfold tune")
+    assert (one.id, one.value, one.met) == ("F5", 90, True)
+    assert (eight.value, eight.met) == (pytest.approx(66.67, rel=1e-3), False)
+
+
+def test_attention_of_a_prefill_against_the_fastest_library() -> None:
+    rows = [kernel("prefill", arm, us, context=8192) for arm, us in (("ours", 900.0), ("cudnn", 990.0), ("sdpa", 1500))]
+    (found,) = claims_gpu.of_kernels(rows, 3000.0, MACHINE, "tenfold tune")
+    assert (found.id, found.value, found.against) == ("F6", 1.1, "cudnn")
+    (other,) = claims_gpu.of_kernels([kernel("prefill", "x", 1e3, context=8192), *rows[1:]], 1.0, MACHINE, "c")
+    assert (other.value, other.note.endswith("the library's arm is what runs")) == (1.0, True)
+
+
+def ablation() -> arms.Result:
+    def of(name: str, batch: int, off: list[float], on: list[float]) -> arms.Row:
+        return arms.Row("weights", name, {}, {"weights": name[:4]}, batch, 1024, off, on)
+
+    rows = [
+        of("int4 over bfloat16", 1, [5.0, 5.0, 5.2], [1.9, 2.0, 2.0]),
+        of("int4 over bfloat16", 8, [6.0], [6.0]),
+        of("fp8 over bfloat16", 64, [13.0], [10.0]),
+    ]
+    return arms.Result("shape:llama-2-7b", MACHINE, "tenfold bench arms", rows, [("CUDA graphs", "no setting")])
+
+
+def test_fewer_bits_count_at_the_batch_they_are_for() -> None:
+    four, eight = claims_gpu.of_arms(ablation())
+    assert (four.value, four.met, four.command) == (2.6, True, "tenfold bench arms")
+    assert (eight.value, eight.met) == (1.3, False)
+
+
+def folder_of_results(folder: Path) -> Path:
+    rows = [row(name, b, c, t) for name, t in (("tenfold", 5.0), ("vllm", 6.0)) for b in (1, 8) for c in (128, 1024)]
+    (folder / "single.json").write_text(json.dumps(result(*rows).plain()))
+    (folder / "arms.json").write_text(json.dumps(ablation().plain()))
+    kernels = {
+        "suite": "kernels",
+        "rows": [kernel("linear", "stream", 10.0, 28e6)],
+        "copy_gbs": 3e3,
+        "machine": MACHINE,
+    }
+    (folder / "kernels.json").write_text(json.dumps(kernels))
+    (folder / "claims.json").write_text("[]")
+    runs = [{"rate": r, "output_tokens": 9, "seconds": 1.0} for r in (1.0, 2.0)]
+    times = {name: {"p50": 1.0, "p99": None} for name in ("ttft", "tpot")}
+    serving = {"suite": "serving", "model": "m", "machine": MACHINE, "lines": ["2 requests/s"]}
+    serving["runs"] = [run | {"percentiles": times} for run in runs]
+    (folder / "serving.json").write_text(json.dumps(serving))
+    return folder
+
+
+def test_a_folder_of_results_becomes_claims(tmp_path: Path) -> None:
+    found = claims_gpu.of_folder(folder_of_results(tmp_path))
+    assert list(dict.fromkeys(c.id for c in found)) == ["F2", "F3", "F7", "F4"]
+    assert all(c.command and c.hardware == MACHINE["hardware"] for c in found)
+
+
+def test_a_folder_of_results_becomes_tables(tmp_path: Path) -> None:
+    text = report.tables(folder_of_results(tmp_path))
+    assert "| 1024 | 8 | 4.50 | 5.00 (90 %) | 6.00 (75 %) | 20.0 | 20.0 |" in text
+    assert "| weights: fp8 over bfloat16 | default | weights=fp8 | 64 | 1024 | 13.000 | 10.000 | 1.30x |" in text
+    assert "Not measured: CUDA graphs, no setting." in text
+    assert "2 requests/s" in text
+    assert "copies run at 3000 GB/s" in text
+
+
+def test_charts_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    made = report.charts(folder_of_results(tmp_path))
+    assert [path.name for path in made] == ["tpot-context-llama-2-7b.png", "tpot-batch-llama-2-7b.png", "serving.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+
+
+def test_without_matplotlib_charts_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install 'tenfold\[bench\]'"):
+        plots.tpot([result(row("tenfold", 1, 128, 5.0))], tmp_path / "x.png")

@@ -1,0 +1,180 @@
+"""Throughput and serving under load: what is sent, when, and the arithmetic of what came back."""
+
+import asyncio
+import json
+import math
+import random
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from tenfold.bench import load, throughput
+from tenfold.bench.engines import Timing
+from tenfold.bench.lengths import Lengths, parse
+from tenfold.bench.load import Answer, Objective
+from tenfold.bench.throughput import Work
+
+WORK = Work(6, parse("3-9"), parse("2-4"))
+
+
+@pytest.mark.parametrize("text", ["512", "128-1024", "lognormal:220:0.9"])
+def test_lengths_stay_in_their_bounds(text: str) -> None:
+    lengths, rng = parse(text), random.Random(1)
+    drawn = [lengths.draw(rng) for _ in range(2000)]
+    assert 1 <= min(drawn) <= max(drawn) <= lengths.high
+    middle = {"512": 512, "128-1024": 576, "lognormal:220:0.9": 220}[text]
+    assert sorted(drawn)[1000] == pytest.approx(middle, rel=0.1)
+
+
+@pytest.mark.parametrize("text", ["", "0", "9-3", "a", "lognormal:5", "lognormal:0:1", "1-2-3", "lognormal:9:9"])
+def test_what_is_no_length_says_what_is(text: str) -> None:
+    with pytest.raises(ValueError, match="lognormal:MEDIAN:SIGMA"):
+        parse(text)
+
+
+def test_throughput_counts_tokens_over_seconds() -> None:
+    class Fake:
+        capacity = None
+
+        def generate(self, prompts: Sequence[Sequence[int]], tokens: int | Sequence[int]) -> Timing:
+            assert not isinstance(tokens, int)
+            return Timing(1.0, 1.0, [[0] * n for n in tokens])
+
+    result = throughput.Result("m", {}, WORK)
+    throughput.measure({"tenfold": Fake(), "vllm": Fake()}, result, 3, 50, lambda _: None)
+    totals = sorted(result.answer_tokens)
+    assert result.output_rate("tenfold") == totals[1] / 2
+    assert result.total_rate("vllm") > result.output_rate("vllm")
+    assert len(set(map(str, (WORK.requests(i, 50) for i in range(3))))) == 3
+    assert json.loads(json.dumps(result.plain()))["seconds"]["vllm"] == [2.0] * 3
+
+
+def test_an_engine_that_answers_short_is_not_counted() -> None:
+    class Short:
+        capacity = None
+
+        def generate(self, prompts: Sequence[Sequence[int]], tokens: int | Sequence[int]) -> Timing:
+            return Timing(1.0, 1.0, [[0] for _ in prompts])
+
+    with pytest.raises(RuntimeError, match="was asked for"):
+        throughput.measure({"x": Short()}, throughput.Result("m", {}, WORK), 1, 50, lambda _: None)
+
+
+def test_throughput_of_our_engine_from_a_name() -> None:
+    result = throughput.run("shape:tiny@layers=1", ["tenfold"], WORK, 1, "cpu", 4, threads=1, say=lambda _: None)
+    assert result.output_rate("tenfold") > 0
+    with pytest.raises(ValueError, match="lockstep|different lengths"):
+        throughput.engines_of(["hf"])
+
+
+def answer(due: float, *pieces: tuple[float, int], error: str = "") -> Answer:
+    return Answer(due, [t for t, _ in pieces], [n for _, n in pieces], error)
+
+
+def test_figures_of_known_answers() -> None:
+    answers = [
+        answer(0.0, (0.1, 1), (0.2, 1), (0.3, 1)),  # TTFT 100, TPOT 100
+        answer(1.0, (1.3, 1), (1.4, 4)),  # TTFT 300, TPOT 25: four tokens in one piece
+        answer(2.0, (2.05, 1)),  # one token only
+        answer(3.0, error="broken"),
+    ]
+    run = load.summary(2.0, answers, 4.0, Objective(ttft=200, tpot=60))
+    assert (run.requests, run.failed, run.output_tokens, run.good) == (4, 1, 9, 1)
+    assert run.goodput == 0.25
+    assert run.percentiles["ttft"] == pytest.approx({"p50": 100, "p90": 300, "p99": 300})
+    assert run.percentiles["tpot"] == pytest.approx({"p50": 25, "p90": 100, "p99": 100})
+    assert run.percentiles["itl"]["p99"] == pytest.approx(100)
+    assert "1 failed" in run.line()
+
+
+def test_percentiles_are_samples() -> None:
+    values = [float(i) for i in range(1, 101)]
+    assert [load.percentile(values, p) for p in (50, 90, 99)] == [50, 90, 99]
+    assert load.percentile([7.0], 50) == 7
+    assert math.isnan(load.percentile([], 50))
+    empty = load.plain([load.summary(1.0, [], 1.0, Objective())], {}, "m", WORK, Objective())
+    assert json.loads(json.dumps(empty, allow_nan=False))["runs"][0]["percentiles"]["ttft"]["p50"] is None
+
+
+def test_arrivals_come_at_the_rate_asked_for() -> None:
+    due = load.arrivals(4000, 20.0, seed=3)
+    assert due == sorted(due)
+    assert due[-1] == pytest.approx(200, rel=0.05)
+    gaps = [b - a for a, b in zip(due, due[1:])]
+    assert sum(g > 0.05 for g in gaps) / len(gaps) == pytest.approx(math.exp(-1), abs=0.03)  # exponential, not even
+    assert load.arrivals(3, 0, seed=1) == [0, 0, 0]
+
+
+def test_a_request_that_fails_is_counted_and_stops_nothing() -> None:
+    class Flaky:
+        async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
+            yield 1
+            if len(prompt) % 2:
+                raise RuntimeError("gone")
+            for _ in range(tokens - 1):
+                yield 1
+
+    runs = asyncio.run(load.measure(Flaky(), WORK, [0, 1000.0], 50, Objective(), lambda _: None))
+    odd = [sum(len(p) % 2 for p in WORK.requests(i, 50)[0]) for i in range(2)]
+    assert [run.failed for run in runs] == odd
+
+
+def test_an_engine_in_this_process_under_load() -> None:
+    runs = load.in_process("shape:tiny@layers=1", "cpu", {"threads": 1}, WORK, [0], Objective(), lambda _: None)
+    assert (runs[0].failed, runs[0].requests) == (0, 6)
+    assert runs[0].output_tokens == sum(WORK.requests(0, 512)[1])
+
+
+EVENTS = (
+    b'data: {"choices": [{"text": "a"}]}\n\n',
+    b'data: {"choices": [{"text": "bc"}]}\n\n',
+    b'data: {"choices": [{"text": "", "finish_reason": "length"}]}\n\n',
+    b'data: {"choices": [], "usage": {"completion_tokens": 3}}\n\n',
+    b"data: [DONE]\n\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("status", "events", "wanted"),
+    [
+        (b"200 OK", EVENTS, [1, 1, 1]),
+        (b"200 OK", EVENTS[:2], "broke off"),
+        (b"429 Too Many Requests", (), "429"),
+        (b"200 OK", (b'data: {"error": {"message": "full"}}\n\n',), "full"),
+    ],
+)
+def test_a_server_over_a_socket(status: bytes, events: Sequence[bytes], wanted: list[int] | str) -> None:
+    asked: list[bytes] = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+        asked.append(await reader.readexactly(size))
+        writer.write(b"HTTP/1.1 " + status + b"\r\ncontent-type: text/event-stream\r\n\r\n" + b"".join(events))
+        await writer.drain()
+        writer.close()
+
+    async def run() -> list[int]:
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            client = load.Server(f"http://127.0.0.1:{port}", "m", "key")
+            return [count async for count in client.stream([5, 6], 3)]
+        finally:
+            server.close()
+
+    if isinstance(wanted, str):
+        with pytest.raises(RuntimeError, match=wanted):
+            asyncio.run(run())
+    else:
+        assert asyncio.run(run()) == wanted
+        assert json.loads(asked[0])["prompt"] == [5, 6]
+
+
+def test_a_url_that_cannot_be_one() -> None:
+    with pytest.raises(ValueError, match="http://HOST:PORT"):
+        load.Server("localhost:8000")
+
+
+def test_lengths_are_plain_data() -> None:
+    assert parse("7") == Lengths("uniform", 7, 7)
