@@ -1,6 +1,7 @@
 """Throughput and serving under load: what is sent, when, and the arithmetic of what came back."""
 
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -63,7 +64,7 @@ def test_an_engine_that_answers_short_is_not_counted() -> None:
 def test_throughput_of_our_engine_from_a_name() -> None:
     result = throughput.run("shape:tiny@layers=1", ["tenfold"], WORK, 1, "cpu", 4, threads=1, say=lambda _: None)
     assert result.output_rate("tenfold") > 0
-    with pytest.raises(ValueError, match="lockstep|different lengths"):
+    with pytest.raises(ValueError, match="different lengths"):
         throughput.engines_of(["hf"])
 
 
@@ -100,7 +101,7 @@ def test_arrivals_come_at_the_rate_asked_for() -> None:
     due = load.arrivals(4000, 20.0, seed=3)
     assert due == sorted(due)
     assert due[-1] == pytest.approx(200, rel=0.05)
-    gaps = [b - a for a, b in zip(due, due[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(due)]
     assert sum(g > 0.05 for g in gaps) / len(gaps) == pytest.approx(math.exp(-1), abs=0.03)  # exponential, not even
     assert load.arrivals(3, 0, seed=1) == [0, 0, 0]
 
@@ -109,13 +110,13 @@ def test_a_request_that_fails_is_counted_and_stops_nothing() -> None:
     class Flaky:
         async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
             yield 1
-            if len(prompt) % 2:
+            if len(prompt) % 2 and len(prompt) > 3:
                 raise RuntimeError("gone")
             for _ in range(tokens - 1):
                 yield 1
 
     runs = asyncio.run(load.measure(Flaky(), WORK, [0, 1000.0], 50, Objective(), lambda _: None))
-    odd = [sum(len(p) % 2 for p in WORK.requests(i, 50)[0]) for i in range(2)]
+    odd = [sum(len(p) in (5, 7, 9) for p in WORK.requests(i, 50)[0]) for i in range(2)]
     assert [run.failed for run in runs] == odd
 
 
