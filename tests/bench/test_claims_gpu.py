@@ -121,7 +121,7 @@ def test_attention_of_a_prefill_against_the_fastest_library() -> None:
 
 def ablation() -> arms.Result:
     def of(name: str, batch: int, off: list[float], on: list[float]) -> arms.Row:
-        return arms.Row("weights", name, {}, {"weights": name[:4]}, batch, 1024, off, on)
+        return arms.Row("weights", name, {}, {"weights": name.split()[0]}, batch, 1024, off, on)
 
     rows = [
         of("int4 over bfloat16", 1, [5.0, 5.0, 5.2], [1.9, 2.0, 2.0]),
