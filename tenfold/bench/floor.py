@@ -56,7 +56,7 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
     kv_dtype = dtype if config.kv_dtype == "auto" else DTYPES[config.kv_dtype]
     checkpoint = open_checkpoint(resolve(model))
     shape = model_config(checkpoint.config)
-    weights, _ = weight_bytes(checkpoint, config.weights, dtype, "native" if default == "float32" else "torch")
+    weights, _ = weight_bytes(checkpoint, config.weights, dtype, "native" if device.startswith("cpu") else "gpu")
     table = shape.vocab_size * shape.hidden_size
     count = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
     return Sizes(

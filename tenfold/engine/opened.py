@@ -29,7 +29,7 @@ class Opened:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.device = pick_device(config.device)
-        self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model), self.device)
+        self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model))
         self.shape = model_config(self.checkpoint.config)
         self.draft_checkpoint: Checkpoint | None = None
         if config.speculate not in ("", "ngram"):

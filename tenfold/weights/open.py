@@ -2,23 +2,21 @@
 
 from pathlib import Path
 
-import torch
-
 from tenfold.weights.checkpoint import Checkpoint, CheckpointError
 from tenfold.weights.gguf_model import GGUFCheckpoint
 from tenfold.weights.hf import HFCheckpoint
 from tenfold.weights.shapes import ShapeCheckpoint, is_shape
 
 
-def open_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Open a `.gguf` file or a Hugging Face folder; its weights are mapped, not read. `shape:NAME` stands for random
-    weights, which are drawn on `device`.
+    weights.
 
     Raises CheckpointError for anything else and for what is damaged.
     """
     path = Path(path)
     if is_shape(str(path)):
-        return ShapeCheckpoint(str(path), device)
+        return ShapeCheckpoint(str(path))
     if path.is_dir():
         return HFCheckpoint(path)
     if path.is_file() and path.suffix == ".gguf":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.ops.matrix import RawTensor
+from tenfold.ops.matrix import Deferred, RawTensor
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.hf_config import normalise
 
@@ -161,25 +161,13 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return found
 
 
-class Drawn(RawTensor):
-    """A RawTensor whose numbers are drawn each time they are asked for, on `device`; norms are ones."""
-
-    __slots__ = ("device",)
-    device: torch.device
-
-    def __init__(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
-        given = {"name": name, "storage": "BF16", "shape": shape, "extras": (), "device": device}
-        for key, value in given.items():
-            object.__setattr__(self, key, value)
-
-    @property
-    def data(self) -> Tensor:
-        if self.name.endswith("norm.weight"):
-            return torch.ones(self.shape, dtype=torch.bfloat16, device=self.device)
-        seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest())
-        generator = torch.Generator(self.device).manual_seed(seed)
-        empty = torch.empty(self.shape, dtype=torch.bfloat16, device=self.device)
-        return empty.normal_(0.0, SPREAD, generator=generator)
+def draw(name: str, size: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """The tensor of a name; norms are ones."""
+    if name.endswith("norm.weight"):
+        return torch.ones(size, dtype=torch.bfloat16, device=device)
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0.0, SPREAD, generator=generator)
 
 
 class ShapeCheckpoint:
@@ -187,12 +175,11 @@ class ShapeCheckpoint:
 
     chat_template: str | None = None
 
-    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+    def __init__(self, name: str) -> None:
         self.path = Path(name)
         self.config = normalise(shape_config(name), name)
         self.special: dict[str, str] = {}
         self.eos_ids: tuple[int, ...] = ()
-        self.device = torch.device(device)
         self._shapes = tensor_shapes(self.config)
 
     def names(self) -> Iterable[str]:
@@ -204,7 +191,8 @@ class ShapeCheckpoint:
     def tensor(self, name: str) -> RawTensor:
         if name not in self._shapes:
             raise CheckpointError(f"{self.path} holds no tensor {name}; it is of another architecture.")
-        return Drawn(name, self._shapes[name], self.device)
+        size = self._shapes[name]
+        return Deferred(name, "BF16", size, lambda device: (draw(name, size, device),))
 
     def tokenizer(self) -> Any:
         raise CheckpointError(

@@ -222,3 +222,9 @@ def test_the_driver_needs_nothing_but_the_engine(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert found.stdout.strip() == "3", found.stderr
+
+
+def test_fewer_bits_make_a_lower_floor() -> None:
+    whole, packed = (model_sizes("shape:llama-2-7b", "cuda", {"weights": w}) for w in ("auto", "int4"))
+    assert 3.4 < whole.streamed / packed.streamed < 4  # a quarter, and the scales; the head stays as it is
+    assert whole.kv_token == packed.kv_token

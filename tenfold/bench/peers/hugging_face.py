@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from tenfold.bench.engines import Prompts, Setup, Stopwatch, Timing, one_length
+from tenfold.ops.blocks import dequantize
+from tenfold.ops.matrix import Deferred
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
@@ -25,14 +27,17 @@ def reference_model(model: str, device: str = "cpu", dtype: torch.dtype = torch.
     """A transformers model with our checkpoint's weights, dequantised. Raises where one is missing."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tenfold.ops.blocks import dequantize
-
-    checkpoint = open_checkpoint(resolve(model), device)
+    checkpoint = open_checkpoint(resolve(model))
     settings = dict(checkpoint.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    state = {name: dequantize(checkpoint.tensor(name), dtype).to(device) for name in checkpoint.names()}
+    state = {}
+    for name in checkpoint.names():
+        raw = checkpoint.tensor(name)
+        # Vectors are made on the CPU, as the engine makes them: then both have the same random numbers.
+        raw = raw.on(device) if isinstance(raw, Deferred) and len(raw.shape) == 2 else raw
+        state[name] = dequantize(raw, dtype).to(device)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     reference.load_state_dict(state, assign=True)
