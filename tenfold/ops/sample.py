@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenfold.ops.gpu import argmax as gpu
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 WIDTHS = (1024, 8192)  # how many candidates are looked at before the whole vocabulary is sorted
@@ -41,6 +43,13 @@ def argmax(logits: Tensor) -> Tensor:
     """The best token of each row, the first of equals -> [R] int64."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         return torch.from_numpy(logits.numpy().argmax(-1))  # 10 times faster than torch's for one row of 49k
+    if (
+        logits.is_cuda
+        and logits.dtype == torch.float32
+        and logits.stride(-1) == 1
+        and gpu.available(logits.device.index)
+    ):
+        return gpu.argmax(logits)
     return logits.argmax(-1)
 
 

@@ -12,24 +12,27 @@ SOFTMAX = ("online", "lazy", "unified", "paper")  # order of the kernel's SOFTMA
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
 TILE = 16  # tokens
-LEAST_TILES = 4  # of a split: below, merging costs more than it saves
+LARGEST_CLUSTER = 16  # blocks; more than 8 is particular to Hopper
+LONG = 4096  # tokens
 PAPER_GUARD = 60.0  # log2 units around phi that the paper's guard allows
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most, and the
-    softmax: one of SOFTMAX.
+    """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most, the
+    softmax: one of SOFTMAX, and whether splits merge in a cluster.
     """
 
     warps: int
     blocks: int
     splits: int
     softmax: str
+    cluster: bool
 
     def __str__(self) -> str:
-        return f"decode:{self.softmax}:{self.warps}x{self.blocks}:s{self.splits}"
+        merge = "cluster" if self.cluster else "global"
+        return f"decode:{self.softmax}:{self.warps}x{self.blocks}:s{self.splits}:{merge}"
 
 
 def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
@@ -41,13 +44,29 @@ def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
 
 
 def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str = "lazy") -> DecodePlan:
-    """Enough splits to fill the GPU once, none shorter than LEAST_TILES tiles. max_kv: longest context there may be."""
-    warps, blocks = 4, 3 if spec.head_dim > 64 else 4
+    """Enough splits to occupy the GPU once (H100, 2026-11-28). max_kv: longest context there may be.
+
+    Many pairs of request and KV head fill it by themselves. Fewer split into clusters of a power of two, whose merge
+    takes about a microsecond; where even the largest cluster leaves most of the GPU idle, long contexts take more
+    splits that merge through global memory, which takes about five.
+    """
     pairs = requests * spec.kv_heads
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
-    longest = max(1, -(-seen // (TILE * LEAST_TILES)))
-    splits = max(1, min(sms * blocks // pairs, longest))
-    return DecodePlan(warps, blocks, splits, softmax)
+    small, large = (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
+    if pairs * LARGEST_CLUSTER < sms // 2 and seen > LONG:
+        splits = min(sms * small[1] // pairs, -(-seen // (TILE * 2 * small[0])), most_splits(spec.head_dim, small[0]))
+        return DecodePlan(*small, max(1, splits), softmax, False)
+    if pairs > sms // 2:
+        splits = 2 if pairs * 2 <= sms * small[1] // 2 else 1
+        return DecodePlan(*small, splits, softmax, splits > 1)
+    longest = -(-seen // (TILE * large[0]))
+    splits = 1 << (min(LARGEST_CLUSTER, sms // pairs, longest).bit_length() - 1)
+    return DecodePlan(*large, splits, softmax, splits > 1)
+
+
+def most_splits(head_dim: int, warps: int) -> int:
+    """More would not find room for their weights in shared memory when they are merged."""
+    return (warps - 1) * head_dim // 2
 
 
 class Workspace:
@@ -98,6 +117,7 @@ def run(
             ("WARPS", plan.warps),
             ("BLOCKS", plan.blocks),
             ("SOFTMAX", SOFTMAX.index(softmax)),
+            ("CLUSTER", int(plan.cluster)),
             ("GATE", 0),
         ),
     )
@@ -116,5 +136,6 @@ def run(
             *(spec.kv_heads, keys.shape[2], page_table.shape[1], spec.rotary_dim, spec.window),
         ],
         dependent=True,
+        cluster=plan.splits if plan.cluster else 1,
     )
     return out

@@ -2,7 +2,8 @@
 
 Steps whose inputs have the same shapes and lie at the same place replay one graph. A shape runs plainly the first time,
 which compiles what is missing, and is captured the second time. All graphs share one memory pool, for they never run at
-the same time; the results of all lie in one buffer, which the next step overwrites.
+the same time. Small results stay where a graph leaves them, large ones of all graphs lie in one buffer; both are
+overwritten by a later step.
 """
 
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from tenfold.base.log import logger
 
 Forward = Callable[[Any], Tensor]
 MOST_GRAPHS = 256
+SMALL = 4 << 20  # bytes of results that each graph keeps room for
 LARGEST = 256  # requests of a captured step; above, kernels run longer than their launches take
 
 
@@ -89,10 +91,14 @@ class Graphs:
             self._stream = torch.cuda.Stream()
         assert self._results is not None
         results = self._results[: len(step.logits_rows)]
+        own = results.nbytes <= SMALL
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                results.copy_(forward(step))
+                if own:
+                    results = forward(step)
+                else:
+                    results.copy_(forward(step))
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
             logger.warning("CUDA graphs are off, a step could not be captured: %s", self.failure)

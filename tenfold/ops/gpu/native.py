@@ -7,6 +7,8 @@ plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a
 import torch
 from torch import Tensor
 
+from tenfold.ops import elementwise
+from tenfold.ops.gemm import dense
 from tenfold.ops.gpu import decode, graphs, nvrtc, stream
 from tenfold.ops.kernels import AttentionSpec, Norm, Replay
 from tenfold.ops.matrix import Matrix
@@ -61,7 +63,32 @@ class Gpu(Oracle):
             plan = w.arms[tokens]
             if plan is not None:
                 return stream.run(plan, self._streaming, self.sms, x, w.data[0], bias, norm, act, residual)
+        if w.format == "dense":
+            return dense.linear(x, w.data[0], bias, norm, act, residual)
         return super().linear(x, w, bias, norm=norm, act=act, residual=residual)
+
+    def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
+        return elementwise.embed(ids, table.data[0], scale)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return elementwise.norm(x, norm)
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
+        return elementwise.add_norm(x, y, norm)
+
+    def rope_write(
+        self,
+        qkv: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+    ) -> Tensor:
+        return elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
 
     def attention(
         self,

@@ -53,7 +53,9 @@ class _Config(ctypes.Structure):
     )
 
 
+CLUSTER_DIMENSION = 4
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
+LARGEST_PORTABLE_CLUSTER = 8
 
 
 class Kernel:
@@ -65,6 +67,7 @@ class Kernel:
         self._launch = driver.cuLaunchKernelEx
         self._driver = driver
         self._shared = LARGEST_STATIC
+        self._wide_clusters = False
 
     def __call__(
         self,
@@ -74,9 +77,11 @@ class Kernel:
         arguments: Sequence[Tensor | int | float | None],
         *,
         dependent: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Launch on the current stream. shared: bytes of dynamic shared memory; dependent: the kernel waits itself
-        (griddepcontrol.wait) for what comes before it. Raises RuntimeError.
+        (griddepcontrol.wait) for what comes before it; cluster: blocks along x that share a cluster. Raises
+        RuntimeError.
         """
         if shared > self._shared:
             # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -84,8 +89,19 @@ class Kernel:
             self._shared = shared
         values = [_value(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
-        attribute.value[0] = 1
+        attributes = (_Attribute * 2)()
+        count = 0
+        if dependent:
+            attributes[0].id, attributes[0].value[0] = PROGRAMMATIC_STREAM_SERIALIZATION, 1
+            count = 1
+        if cluster > 1:
+            attributes[count].id = CLUSTER_DIMENSION
+            attributes[count].value[:3] = (cluster, 1, 1)
+            count += 1
+            if cluster > LARGEST_PORTABLE_CLUSTER and not self._wide_clusters:
+                # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+                check(self._driver, self._driver.cuFuncSetAttribute(self._function, 14, 1), self.name)
+                self._wide_clusters = True
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         config = _Config(_Dim3(*grid), _Dim3(threads, 1, 1), shared, stream, ctypes.pointer(attribute), int(dependent))
         check(self._driver, self._launch(ctypes.byref(config), self._function, pointers, None), self.name)

@@ -2,8 +2,9 @@
 
 `stream` holds all of x in shared memory (up to 16 tokens), `wide` a slice of its columns (up to 64). Both take weights
 as Hugging Face stores them, [rows, cols] bfloat16 or float16, read each once, and fuse the RMS norm before, and bias,
-gate and residual after. Results repeat bit for bit. `wide` with a norm rounds x * weight and scales the sum by the
-inverse root mean square, where the oracle rounds their product; both round once.
+gate and residual after. Results repeat bit for bit. With a norm, x * weight is rounded and the sum scaled by the inverse
+root mean square, where the oracle rounds the product of all three; both round once (`stream` in float16 does as the
+oracle, and `wide` refuses, for x * weight might overflow).
 """
 
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ def shared_bytes(plan: StreamPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     pieces = -(-(cols // 32) // plan.slices)
     x = tokens * (pieces | 1) * 64
-    return x + (2 * plan.warps * token_tiles(tokens) * 512 if plan.kind == "stream" else 0)
+    nt = token_tiles(tokens)
+    return x + (2 * plan.warps * nt * 512 + nt * 32 if plan.kind == "stream" else 0)
 
 
 def workspace_bytes(plan: StreamPlan, tokens: int, rows: int) -> int:
@@ -75,7 +77,7 @@ def workspace_bytes(plan: StreamPlan, tokens: int, rows: int) -> int:
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
-    """Whether the plan can run a product of these sizes."""
+    """Whether the plan can run a product of these sizes (`wide` with a norm only in bfloat16)."""
     if not 1 <= tokens <= MOST_TOKENS[plan.kind] or cols % 32 or cols // 32 < plan.slices:
         return False
     shared = shared_bytes(plan, tokens, cols)

@@ -7,14 +7,16 @@
 // produces head dimensions in any order, so a thread loads 8 neighbouring ones of four tokens and pairs two tokens by
 // byte permutation; and the weights p leave the first product just as the second wants them. The new token's k and v are read from shared memory, so nobody waits for their way through the cache.
 //
-// Splits meet in global memory; the one that arrives last merges all of them in order, so results repeat bit for bit.
+// Splits of one request and head form a cluster and merge through each other's shared memory, each a share of the
+// features (CLUSTER 1); or they meet in global memory, where the one that arrives last merges all of them (CLUSTER 0:
+// any number of splits). Both add up in order of the splits, so results repeat bit for bit.
 //
 // SOFTMAX 0 online: the running maximum is subtracted. 1 lazy: it is replaced only when it is exceeded by more than
-// 2^8. 2 unified: phi of the head is subtracted whatever the scores are; a sum that is not finite or vanishes is
-// computed again, lazily, by the merging block. 3 paper: as 2, and any score outside (low, high) around phi also counts
+// 2^8. 2 unified: phi of the head is subtracted whatever the scores are; where the denominator leaves (2^-100, 2^96)
+// the merging block computes again, lazily. A sum of values can then only overflow if a value exceeds 2^31. 3 paper: as 2, and any score outside (low, high) around phi also counts
 // as a failure (FlashDecoding++, section 3). Scores are in log2 units throughout.
 //
-// Compile-time: HALF, D head dimension (64 or 128), GROUP query heads of a KV head (1 to 8), WARPS, BLOCKS, SOFTMAX.
+// Compile-time: HALF, D head dimension (64 or 128), GROUP query heads of a KV head (1 to 8), WARPS, BLOCKS, SOFTMAX, CLUSTER.
 
 #include "fragments.h"
 
@@ -25,6 +27,8 @@
 #define PITCH (D + 8)
 #define INFINITE __int_as_float(0x7f800000)
 #define LOG2E 1.4426950408889634f
+#define LEAST (CLUSTER ? WARPS : 2 * WARPS)       // tiles of a split: fewer, and merging costs more than it saves
+#define HEADS ((GROUP + 2 + WARPS - 1) / WARPS)  // of q, k and v that a warp prepares
 #define PARTIAL (GROUP * D + 2 * GROUP)  // floats a split leaves: sums, then maxima and denominators
 
 struct Args {
@@ -45,7 +49,7 @@ struct Tile {
 };
 
 __device__ __forceinline__ const u16 *row_of(const u16 *store, const Args &a, int token, const u16 *fresh) {
-    if (token >= a.length - 1) return fresh;  // past the end: anything finite
+    if (token >= a.length - 1) return fresh;  // the new token, and past the end: anything finite
     int page = a.table[token / a.page_size];
     return store + (((size_t)page * a.kv_heads + a.head) * a.page_size + token % a.page_size) * D;
 }
@@ -69,6 +73,21 @@ __device__ __forceinline__ void load_values(Tile &t, const Args &a, int tile, co
 #pragma unroll
         for (int i = 0; i < VP; i++) t.v[n][i] = *(const uint4 *)(row + i * 64);
     }
+}
+
+// The new token's rows of a tile that was loaded before they were known.
+__device__ __forceinline__ void renew(Tile &t, const Args &a, int tile, const u16 *k, const u16 *v) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+        if (tile * TILE + n * 8 + (lane >> 2) >= a.length - 1)
+#pragma unroll
+            for (int i = 0; i < KP; i++) t.k[n][i] = *(const uint4 *)(k + i * 32 + (lane & 3) * 8);
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+        if (tile * TILE + (lane & 3) * 2 + (n & 1) + (n >> 1) * 8 >= a.length - 1)
+#pragma unroll
+            for (int i = 0; i < VP; i++) t.v[n][i] = *(const uint4 *)(v + i * 64 + (lane >> 2) * 8);
 }
 
 __device__ __forceinline__ u32 low_halves(u32 a, u32 b) { return __byte_perm(a, b, 0x5410); }
@@ -162,6 +181,21 @@ __device__ __forceinline__ bool weigh(State &state, float (&s)[2][2], float low,
     return outside;
 }
 
+#if CLUSTER
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// A number of shared memory as block `rank` of the cluster has it.
+__device__ __forceinline__ float remote(const float *p, int rank) {
+    u32 here = (u32)__cvta_generic_to_shared(p), there;
+    float v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
+    return v;
+}
+#endif
+
 struct Shared {
     u16 q[8][PITCH], k[PITCH], v[PITCH];
     float raw[WARPS][D];
@@ -233,7 +267,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     a.keys = keys, a.values = values, a.table = tables + (size_t)request * columns, a.length = lengths[request];
     a.window = window, a.page_size = page_size, a.kv_heads = kv_heads, a.head = head, a.scale = scale, a.softcap = softcap;
     const int start = window ? max(0, a.length - window) / TILE : 0, end = (a.length + TILE - 1) / TILE;
-    const int each = max(1, (end - start + splits - 1) / splits), active = max(1, (end - start + each - 1) / each);
+    const int each = max(LEAST, (end - start + splits - 1) / splits), active = max(1, (end - start + each - 1) / each);
     const int first = start + split * each, last = min(end, first + each);
 
     asm volatile("griddepcontrol.launch_dependents;");
@@ -242,55 +276,72 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         load_keys(tile, a, first + warp, sh.k);
         load_values(tile, a, first + warp, sh.v);
     }
+    // The rotation of this lane's features, lane + 32 i: v * turn[i] + v[partner[i]] * side[i].
+    const int half = rotary / 2, slot = slots[request];
+    const float *angles = rope + (size_t)positions[request] * rotary;
+    float turn[D / 32], side[D / 32];
+    int partner[D / 32];
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        int e = lane + 32 * i;
+        bool low = e < half, turns = e < rotary;
+        partner[i] = low ? e + half : turns ? e - half : e;
+        turn[i] = turns ? angles[low ? e : e - half] : 1.f;
+        side[i] = turns ? low ? -angles[half + e] : angles[e] : 0.f;
+    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (split >= active) return;
+    if (split >= active && !CLUSTER) return;
     const int heads = kv_heads * GROUP, total = heads + 2 * kv_heads;
-    if (a.length == 0) {
+    if (a.length == 0) {  // the whole cluster leaves
+        if (split > 0) return;
         for (int e = threadIdx.x; e < GROUP * D; e += THREADS) result[((size_t)request * heads + head * GROUP) * D + e] = 0;
         if (lse)
             for (int h = threadIdx.x; h < GROUP; h += THREADS) lse[(size_t)request * heads + head * GROUP + h] = -INFINITE;
         return;
     }
 
-    // q heads, k and v of the new token: norm, rotation, into shared memory.
-    const float *turn = rope + (size_t)positions[request] * rotary;
-    const bool owner = (a.length - 1) / TILE >= first && (a.length - 1) / TILE < last;
-    for (int r = warp; r < GROUP + 2; r += WARPS) {
-        int source = r < GROUP ? head * GROUP + r : r == GROUP ? heads + head : heads + kv_heads + head;
-        const u16 *from = qkv + ((size_t)request * total + source) * D;
-        u16 *to = r < GROUP ? sh.q[r] : r == GROUP ? sh.k : sh.v;
-        if (r == GROUP + 1) {
-            for (int e = lane; e < D; e += 32) to[e] = from[e];
-            continue;
-        }
-        const float *norm = r < GROUP ? q_norm : k_norm;
-        float squares = 0.f;
+    // q heads, k and v of the new token: norm, rotation, into shared memory. All loads first, so that their latencies overlap.
+    u16 fresh[HEADS][D / 32];
 #pragma unroll
-        for (int e = lane; e < D; e += 32) {
-            float v = to_float(from[e]);
-            sh.raw[warp][e] = v;
-            squares += v * v;
-        }
+    for (int n = 0; n < HEADS; n++) {
+        int r = warp + n * WARPS, source = r < GROUP ? head * GROUP + r : heads + (r - GROUP) * kv_heads + head;
+        const u16 *from = qkv + ((size_t)request * total + source) * D;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++)
+            if (r < GROUP + 2) fresh[n][i] = from[lane + 32 * i];
+    }
+#pragma unroll
+    for (int n = 0; n < HEADS; n++) {
+        int r = warp + n * WARPS;
+        if (r == GROUP + 1)
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) sh.v[lane + 32 * i] = fresh[n][i];
+        if (r > GROUP) continue;
+        float v[D / 32];
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) v[i] = to_float(fresh[n][i]);
+        const float *norm = r < GROUP ? q_norm : k_norm;
         if (norm) {
+            float squares = 0.f;
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) squares += v[i] * v[i];
 #pragma unroll
             for (int d = 16; d; d >>= 1) squares += __shfl_xor_sync(~0u, squares, d);
-            float k = rsqrtf(squares / D + eps);
+            float scale_of = rsqrtf(squares / D + eps);
 #pragma unroll
-            for (int e = lane; e < D; e += 32) sh.raw[warp][e] = round_trip(sh.raw[warp][e] * k * norm[e]);
+            for (int i = 0; i < D / 32; i++) v[i] = round_trip(v[i] * scale_of * norm[lane + 32 * i]);
         }
         __syncwarp();
-        const int half = rotary / 2;
 #pragma unroll
-        for (int e = lane; e < D; e += 32) {
-            float v = sh.raw[warp][e];
-            if (e < half) v = v * turn[e] - sh.raw[warp][e + half] * turn[half + e];
-            else if (e < rotary) v = v * turn[e - half] + sh.raw[warp][e - half] * turn[e];
-            to[e] = (u16)(pack(v, 0.f) & 0xffff);
-        }
+        for (int i = 0; i < D / 32; i++) sh.raw[warp][lane + 32 * i] = v[i];
         __syncwarp();
+        u16 *to = r < GROUP ? sh.q[r] : sh.k;
+#pragma unroll
+        for (int i = 0; i < D / 32; i++)
+            to[lane + 32 * i] = (u16)(pack(v[i] * turn[i] + sh.raw[warp][partner[i]] * side[i], 0.f) & 0xffff);
     }
     __syncthreads();
-    const int slot = slots[request];
+    const bool owner = (a.length - 1) / TILE >= first && (a.length - 1) / TILE < last;
     if (owner && slot >= 0) {
         size_t at = (((size_t)(slot / page_size) * kv_heads + head) * page_size + slot % page_size) * D;
         for (int e = threadIdx.x; e < D; e += THREADS) keys[at + e] = sh.k[e], values[at + e] = sh.v[e];
@@ -299,10 +350,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
 #pragma unroll
     for (int i = 0; i < KP; i++)
         q[i] = (lane >> 2) < GROUP ? *(const uint4 *)&sh.q[lane >> 2][i * 32 + (lane & 3) * 8] : make_uint4(0, 0, 0, 0);
-    if (first + warp < last && (first + warp + 1) * TILE >= a.length) {
-        load_keys(tile, a, first + warp, sh.k);  // the first tile holds the new token: now it can be read
-        load_values(tile, a, first + warp, sh.v);
-    }
+    if (first + warp < last && (first + warp + 1) * TILE >= a.length) renew(tile, a, first + warp, sh.k, sh.v);
 
     State state;
     const float phi = phis && (lane >> 2) < GROUP ? phis[head * GROUP + (lane >> 2)] * LOG2E : 0.f;
@@ -311,6 +359,45 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     int bad = SOFTMAX == 3 ? __syncthreads_or(outside) : 0;
     join<SOFTMAX>(state, sh);
 
+#if CLUSTER
+    // Merge the splits: this block the features e with e % share == split, from the shared memory of all.
+    const int share = splits;
+    if (splits > 1) {
+        if (threadIdx.x == 0) sh.flag = bad;
+        cluster_barrier();
+        float *tops = &sh.out[1][0][0], *sums = tops + active * GROUP, own = 0.f;
+        bad = 0;
+        for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
+            tops[e] = remote(&sh.raw[0][e % GROUP], e / GROUP), sums[e] = remote(&sh.raw[0][GROUP + e % GROUP], e / GROUP);
+            if (SOFTMAX == 3) bad |= __float_as_int(remote((const float *)&sh.flag, e / GROUP));
+        }
+        if (SOFTMAX == 3) bad = __syncthreads_or(bad);
+        else __syncthreads();
+        const int e = split * (GROUP * D / splits) + threadIdx.x, h = e / D;
+        if (threadIdx.x < GROUP * D / splits) {
+            float top = tops[h];
+            if (SOFTMAX < 2)
+                for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + h]);
+#pragma unroll 4
+            for (int k = 0; k < active; k++) {
+                float factor = SOFTMAX >= 2 ? 1.f : tops[k * GROUP + h] == -INFINITE ? 0.f : exp2f(tops[k * GROUP + h] - top);
+                own += factor * remote(&sh.out[0][h][e % D], k);
+            }
+        }
+        cluster_barrier();  // all have read what they need of each other
+        if (threadIdx.x < GROUP * D / splits) sh.out[0][h][e % D] = own;
+        for (int g = threadIdx.x; g < GROUP; g += THREADS) {
+            float top = tops[g], sum = 0.f;
+            if (SOFTMAX < 2)
+                for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + g]);
+            for (int k = 0; k < active; k++)
+                sum += (SOFTMAX >= 2 ? 1.f : tops[k * GROUP + g] == -INFINITE ? 0.f : exp2f(tops[k * GROUP + g] - top)) * sums[k * GROUP + g];
+            sh.raw[0][g] = top, sh.raw[0][GROUP + g] = sum;
+        }
+        __syncthreads();
+    }
+#else
+    const int share = 1;
     // Merge the splits: whoever arrives last.
     const size_t pair = (size_t)request * kv_heads + head;
     if (active > 1) {
@@ -329,32 +416,37 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         if (!sh.flag) return;
         bad = sh.flag > 1;
         __threadfence();
+        // Weights of the splits first, in memory of the other warps' sums (plan() bounds their number accordingly).
         const float *all = workspace + pair * splits * PARTIAL;
+        float *tops = &sh.out[1][0][0], *sums = tops + active * GROUP;
+        for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
+            const float *part = all + (size_t)(e / GROUP) * PARTIAL + GROUP * D;
+            tops[e] = __ldcg(part + e % GROUP), sums[e] = __ldcg(part + GROUP + e % GROUP);
+        }
+        __syncthreads();
         for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
             int h = e / D;
-            float top = -INFINITE, out = 0.f, sum = 0.f;
+            float top = tops[h], out = 0.f, sum = 0.f;
             if (SOFTMAX < 2)
-                for (int k = 0; k < active; k++) top = fmaxf(top, __ldcg(all + k * PARTIAL + GROUP * D + h));
+                for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + h]);
+#pragma unroll 8
             for (int k = 0; k < active; k++) {
-                const float *part = all + k * PARTIAL;
-                float own = SOFTMAX < 2 ? __ldcg(part + GROUP * D + h) : 0.f;
+                float own = tops[k * GROUP + h], part = __ldcg(all + (size_t)k * PARTIAL + e);
                 float factor = SOFTMAX >= 2 ? 1.f : own == -INFINITE ? 0.f : exp2f(own - top);
-                out += factor * __ldcg(part + e);
-                sum += factor * __ldcg(part + GROUP * D + GROUP + h);
+                out += factor * part;
+                sum += factor * sums[k * GROUP + h];
             }
             sh.out[0][h][e % D] = out;
-            if (e % D == 0) sh.raw[0][h] = SOFTMAX < 2 ? top : phis ? phis[head * GROUP + h] * LOG2E : 0.f, sh.raw[0][GROUP + h] = sum;
+            if (e % D == 0) sh.raw[0][h] = top, sh.raw[0][GROUP + h] = sum;
         }
         __syncthreads();
     }
+#endif
 #if SOFTMAX >= 2
     bool wrong = bad;
-    for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
-        float sum = sh.raw[0][GROUP + e / D];
-        wrong |= !(fabsf(sum) < INFINITE) || sum < 7.9e-31f || !(fabsf(sh.out[0][e / D][e % D]) < INFINITE);
-    }
+    for (int h = threadIdx.x; h < GROUP; h += THREADS) wrong |= !(sh.raw[0][GROUP + h] > 7.9e-31f && sh.raw[0][GROUP + h] < 7.9e28f);
     if (__syncthreads_or(wrong)) {
-        if (threadIdx.x == 0) atomicAdd(recomputed, (unsigned long long)GROUP);
+        if (threadIdx.x == 0 && (!CLUSTER || split == 0)) atomicAdd(recomputed, (unsigned long long)GROUP);
         clear<1>(state, 0.f);
         if (start + warp < end) {
             load_keys(tile, a, start + warp, sh.k);
@@ -365,11 +457,12 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         join<1>(state, sh);
     }
 #endif
-    for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
+    const int first_out = share > 1 ? split * (GROUP * D / share) : 0;
+    for (int e = first_out + threadIdx.x; e < first_out + GROUP * D / share; e += THREADS) {
         float y = sh.out[0][e / D][e % D] / sh.raw[0][GROUP + e / D];
         result[((size_t)request * heads + head * GROUP) * D + e] = (u16)(pack(y, 0.f) & 0xffff);
     }
-    if (lse)
+    if (lse && (share == 1 || split == 0))
         for (int h = threadIdx.x; h < GROUP; h += THREADS)
             lse[(size_t)request * heads + head * GROUP + h] = (sh.raw[0][h] + log2f(sh.raw[0][GROUP + h])) / LOG2E;
 }

@@ -66,8 +66,10 @@ __device__ __forceinline__ void multiply(float (&acc)[NT][4], const uint4 (&buff
     }
 }
 
-// x, normed where asked for, into shared memory.
-__device__ __forceinline__ void stage(u16 *xs, float *sums, const u16 *x, const float *norm, float eps, const Shape &s) {
+// x, times the norm's weight where there is one, into shared memory; scales[token] is what its sums are multiplied by.
+// In bfloat16, whose range is float32's, x * weight is rounded and the inverse root mean square follows after the sum:
+// one pass, and nobody waits for the mean. In float16 that product might overflow, so x is normed first, in two passes.
+__device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const u16 *x, const float *norm, float eps, const Shape &s) {
     int vectors = s.cols / 8, tid = threadIdx.x;
 #if NORM
     float squares[NT * 8];
@@ -75,19 +77,22 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, const u16 *x, const 
     for (int m = 0; m < NT * 8; m++) squares[m] = 0.f;
 #endif
     for (int v = tid; v < vectors; v += THREADS) {
+#if NORM
+        float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
+#endif
 #pragma unroll
         for (int m = 0; m < NT * 8; m++) {
             if (m < s.tokens) {
                 uint4 a = *(const uint4 *)(x + (size_t)m * s.cols + v * 8);
-                *(uint4 *)(xs + m * s.pitch + v * 8) = a;
 #if NORM
-                u32 e[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    float lo = to_float(e[j] & 0xffff), hi = to_float(e[j] >> 16);
-                    squares[m] += lo * lo + hi * hi;
-                }
+                float e0 = to_float(a.x & 0xffff), e1 = to_float(a.x >> 16), e2 = to_float(a.y & 0xffff), e3 = to_float(a.y >> 16);
+                float e4 = to_float(a.z & 0xffff), e5 = to_float(a.z >> 16), e6 = to_float(a.w & 0xffff), e7 = to_float(a.w >> 16);
+                squares[m] += e0 * e0 + e1 * e1 + e2 * e2 + e3 * e3 + e4 * e4 + e5 * e5 + e6 * e6 + e7 * e7;
+#if !HALF
+                a = make_uint4(pack(e0 * w0.x, e1 * w0.y), pack(e2 * w0.z, e3 * w0.w), pack(e4 * w1.x, e5 * w1.y), pack(e6 * w1.z, e7 * w1.w));
 #endif
+#endif
+                *(uint4 *)(xs + m * s.pitch + v * 8) = a;
             }
         }
     }
@@ -106,35 +111,32 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, const u16 *x, const 
         float total = (tid & 31) < WARPS ? sums[m * WARPS + (tid & 31)] : 0.f;
 #pragma unroll
         for (int d = WARPS / 2; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-        __syncwarp();
-        if ((tid & 31) == 0) sums[m * WARPS] = rsqrtf(total / s.cols + eps);
+        if ((tid & 31) == 0) scales[m] = rsqrtf(total / s.cols + eps);  // read after the barrier of finish()
     }
+#if HALF
     __syncthreads();
-    float scale[NT * 8];
-#pragma unroll
-    for (int m = 0; m < NT * 8; m++) scale[m] = m < s.tokens ? sums[m * WARPS] : 0.f;
     for (int v = tid; v < vectors; v += THREADS) {
         float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
-#pragma unroll
-        for (int m = 0; m < NT * 8; m++) {
-            if (m < s.tokens) {
-                uint4 *p = (uint4 *)(xs + m * s.pitch + v * 8);
-                uint4 a = *p;
-                float k = scale[m];
-                a.x = pack(to_float(a.x & 0xffff) * k * w0.x, to_float(a.x >> 16) * k * w0.y);
-                a.y = pack(to_float(a.y & 0xffff) * k * w0.z, to_float(a.y >> 16) * k * w0.w);
-                a.z = pack(to_float(a.z & 0xffff) * k * w1.x, to_float(a.z >> 16) * k * w1.y);
-                a.w = pack(to_float(a.w & 0xffff) * k * w1.z, to_float(a.w >> 16) * k * w1.w);
-                *p = a;
-            }
+        for (int m = 0; m < s.tokens; m++) {
+            uint4 *p = (uint4 *)(xs + m * s.pitch + v * 8);
+            uint4 a = *p;
+            float k = scales[m];
+            a.x = pack(to_float(a.x & 0xffff) * k * w0.x, to_float(a.x >> 16) * k * w0.y);
+            a.y = pack(to_float(a.y & 0xffff) * k * w0.z, to_float(a.y >> 16) * k * w0.w);
+            a.z = pack(to_float(a.z & 0xffff) * k * w1.x, to_float(a.z >> 16) * k * w1.y);
+            a.w = pack(to_float(a.w & 0xffff) * k * w1.z, to_float(a.w >> 16) * k * w1.w);
+            *p = a;
         }
     }
-#endif
     __syncthreads();
+#endif
+#else
+    __syncthreads();
+#endif
 }
 
 // Sum the warps' parts of a tile in order, and store it.
-__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, int tile, const Shape &s, u16 *out, const float *bias, const u16 *residual) {
+__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, const float *scales, int tile, const Shape &s, u16 *out, const float *bias, const u16 *residual) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // partial[warp][token][16 rows]
 #pragma unroll
@@ -159,11 +161,18 @@ __device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, int 
         const float *p = partial + token * 16 + r;
 #pragma unroll
         for (int k = 0; k < WARPS; k++) sum += p[k * NT * 128];
+#if NORM && !HALF
+        const float scale = scales[token];
+        sum *= scale;
+#endif
         if (bias) sum += bias[row];
 #if GATE
         float up = 0.f;
 #pragma unroll
         for (int k = 0; k < WARPS; k++) up += p[k * NT * 128 + 8];
+#if NORM && !HALF
+        up *= scale;
+#endif
         if (bias) up += bias[rows + row];
         sum = round_trip(activate(round_trip(sum))) * round_trip(up);
 #endif
@@ -187,6 +196,7 @@ stream(const u16 *x, const u16 *w, u16 *out, const float *bias, const u16 *resid
 #endif
     u16 *xs = (u16 *)memory;
     float *partial = (float *)(xs + (size_t)tokens * s.pitch);  // two, used in turn
+    float *scales = partial + 2 * WARPS * NT * 128;
     const int steps = (cols / CHUNK_COLS + WARPS * CHUNKS - 1) / (WARPS * CHUNKS);
 
     asm volatile("griddepcontrol.launch_dependents;");
@@ -197,7 +207,7 @@ stream(const u16 *x, const u16 *w, u16 *out, const float *bias, const u16 *resid
     int tile = blockIdx.x, step = 0, turn = 0;
     if (tile < s.tiles) load_step(even, w, s, tile, 0);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    stage(xs, partial, x, norm, eps, s);
+    stage(xs, partial + WARPS * NT * 128, scales, x, norm, eps, s);
 
 #define ADVANCE(tile_in, step_in, tile_out, step_out)                   \
     int step_out = step_in + 1, tile_out = tile_in;                     \
@@ -205,7 +215,7 @@ stream(const u16 *x, const u16 *w, u16 *out, const float *bias, const u16 *resid
 #define CONSUME(buffer, tile_in, step_in)                               \
     multiply(acc, buffer, xs, s, step_in);                              \
     if (step_in == steps - 1) {                                         \
-        finish(acc, partial + turn * WARPS * NT * 128, tile_in, s, out, bias, residual); \
+        finish(acc, partial + turn * WARPS * NT * 128, scales, tile_in, s, out, bias, residual); \
         turn ^= 1;                                                      \
     }
     while (tile < s.tiles) {
