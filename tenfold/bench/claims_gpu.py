@@ -1,9 +1,9 @@
 """Claims F1 to F7, the GPU fast path, from raw results: grids of `bench single`, ablations of `bench arms`, and times
 of single kernels as the tuner measures them.
 
-A kernel time is an object {"op", "shape", "batch", "arm", "microseconds", "bytes"}: op "linear", "attention" (a decode;
-with "context") or "prefill" (attention of a whole prompt); "ours" says whether the arm is this project's, and where it
-is missing, arms whose names begin with one of LIBRARIES are not.
+A kernel time is an object {"op", "shape", "batch", "arm", "microseconds", "bytes"}: op "linear" (where it is missing),
+"attention" (a decode; with "context") or "prefill" (attention of a whole prompt); "ours" says whether the arm is this
+project's, and where it is missing, arms whose names begin with one of LIBRARIES are not.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -185,7 +185,7 @@ def fastest(rows: Iterable[Timing], wanted: Callable[[Timing], bool] = lambda ro
 
 def of_kernels(rows: Sequence[Timing], copy_gbs: float, machine: Mapping[str, str], command: str) -> list[Claim]:
     """F4, F5 and the kernel half of F6. copy_gbs: copy bandwidth measured in the same run."""
-    by_op = grouped(rows, "op")
+    by_op = grouped(({"op": "linear"} | dict(row) for row in rows), "op")
     found = [*_linears(by_op.get(("linear",), []), copy_gbs, command)]
     found += _attention(by_op.get(("attention",), []), copy_gbs, command)
     found += _prefill_kernels(by_op.get(("prefill",), []), command)

@@ -64,6 +64,7 @@ def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:
         tuning={"tenfold": job.options["set"]},
         peer_path=job.options["peer_path"],
         deadline=deadline(job),
+        patience=job.options["patience"],
     )
     save(single.run(plan, say, save, job.options["command"]))
 
@@ -223,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefill", default="1024,8192,32768")
     parser.add_argument("--tokens", type=int, default=single.TOKENS, help="of a long run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=20.0, help="seconds of a point before its last round")
     parser.add_argument("--requests", type=int, default=256, help="of the throughput parts")
     parser.add_argument("--prompts", default="128-1024", help="their lengths: N, A-B or lognormal:MEDIAN:SIGMA")
     parser.add_argument("--answers", default="64-512")

@@ -60,6 +60,15 @@ class Row:
         return [1e3 * s for s in self.short]
 
     @property
+    def inside(self) -> float | None:
+        """Milliseconds per output token after the first inside the long runs: a check of `tpot` that does without the
+        short runs, for engines that tell when their first token came.
+        """
+        if not self.first or len(self.first) != len(self.long):
+            return None
+        return statistics.median(1e3 * (a - b) / (self.tokens - 1) for a, b in zip(self.long, self.first))
+
+    @property
     def tpot(self) -> float | None:
         samples = self.tpot_samples
         return statistics.median(samples) if samples else None
@@ -136,11 +145,12 @@ def measure(
     *,
     vocabulary: int = 32_000,
     deadline: float = float("inf"),
+    patience: float = float("inf"),
     done: Callable[[], None] = lambda: None,
 ) -> None:
     """Add a row for each engine and point to `result`, the engines in turn and their order turned around every round.
-    What fails is skipped with its reason. deadline: `time.monotonic()` after which no point is begun. done: called
-    after each point.
+    What fails is skipped with its reason. deadline: `time.monotonic()` after which no point is begun. patience:
+    seconds of one point after which it gets no further round. done: called after each point.
     """
     for number, point in enumerate(points):
         if time.monotonic() > deadline:
@@ -155,7 +165,11 @@ def measure(
                 rows[name] = row
             elif why:
                 result.skip(name, point, why, say)
+        begin = time.monotonic()
         for i in range(rounds):
+            if i and time.monotonic() - begin > patience:
+                say(f"{point}: {i} of {rounds} rounds, which took {time.monotonic() - begin:.0f} s")
+                break
             order = list(rows) if i % 2 == 0 else list(reversed(rows))
             for name in order:
                 try:
@@ -220,6 +234,8 @@ def line(row: Row, result: Result) -> str:
         parts.append(f"TPOT {row.tpot:8.3f} ms ({low:.3f} to {high:.3f})")
         if floor := result.floor(row.batch, row.context):
             parts.append(f"floor {floor:.2f} ms ({100 * floor / row.tpot:.0f} %)")
+    if row.inside is not None:
+        parts.append(f"inside {row.inside:.3f} ms")
     parts.append(f"prefill {row.prefill:.1f} ms")
     return "  ".join(parts)
 
@@ -256,6 +272,7 @@ class Plan:
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     peer_path: str = ""
     deadline: float = float("inf")
+    patience: float = float("inf")
 
     @property
     def context(self) -> int:
@@ -328,13 +345,11 @@ def _in_process(plan: Plan, part: Session, say: Say) -> Iterator[dict[str, Engin
 def _side_by_side(plan: Plan, part: Session, result: Result, say: Say, done: Callable[[Result], None]) -> None:
     """The engines of a session, each in a process of its own."""
     workers: dict[str, Worker] = {}
-    environment = {"PYTHONPATH": plan.peer_path} if plan.peer_path else {}
     try:
         for name in part.engines:
             say(f"starting {name}")
-            own = environment if name in ALONE else {}
             try:
-                workers[name] = Worker(name, _setup(plan, name, part), own)
+                workers[name] = Worker(name, _setup(plan, name, part), plan.peer_path if name in ALONE else "")
             except RuntimeError as error:
                 for point in part.points:
                     result.skip(name, point, brief(error), say)
@@ -368,5 +383,6 @@ def _measure(
         say,
         vocabulary=result.sizes.vocab if result.sizes else 2,
         deadline=plan.deadline,
+        patience=plan.patience,
         done=lambda: done(result),
     )

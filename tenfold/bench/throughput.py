@@ -120,8 +120,7 @@ def run(
     vocabulary = model_sizes(model, device).vocab
     for name in engines:
         setup = Setup(model, threads, batch, work.longest, device, settings=dict((tuning or {}).get(name, {})))
-        environment = {"PYTHONPATH": peer_path} if peer_path and name != "tenfold" else {}
-        worker = Worker(name, setup, environment)
+        worker = Worker(name, setup, "" if name == "tenfold" else peer_path)
         try:
             measure({name: worker}, result, rounds, vocabulary, say)
         finally:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,12 +31,14 @@ def serve(name: str, setup: Setup) -> None:
 
 
 class Worker:
-    """The parent's side of a worker process; an `Engine`. environment: variables beside those of this process."""
+    """The parent's side of a worker process; an `Engine`. packages: a folder where it finds packages before others."""
 
-    def __init__(self, name: str, setup: Setup, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, setup: Setup, packages: str = "") -> None:
         given = {**asdict(setup), "settings": dict(setup.settings)}
         command = [sys.executable, "-m", "tenfold.bench.worker", name, json.dumps(given)]
-        variables = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(environment or {})
+        variables = os.environ | {"HF_HUB_OFFLINE": "1"}
+        if packages:
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH", "")]))
         if setup.threads:
             variables["OMP_NUM_THREADS"] = str(setup.threads)
         self.name = name

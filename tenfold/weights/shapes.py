@@ -197,5 +197,5 @@ class ShapeCheckpoint:
     def tokenizer(self) -> Any:
         raise CheckpointError(
             f"{self.path} has random weights and no tokenizer, so there is no text to exchange with it; "
-            "it is for `tenfold plan` and `tenfold bench`. Name a real model here."
+            "it is for `tenfold plan`, `tune`, `explain` and `bench`. Name a real model here."
         )

@@ -84,6 +84,24 @@ def test_after_the_deadline_nothing_is_begun() -> None:
     assert result.skipped[0].why == "the time was up"
 
 
+def test_a_slow_point_gets_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(single.time, "monotonic", lambda: float(next(clock)))
+    result, lines = single.Result("m"), []
+    engines = {"a": Fake(1), "b": Fake(1)}
+    single.measure(engines, [Point(1, 8, 3)], 5, result, lines.append, vocabulary=50, patience=15)
+    assert [len(row.long) for row in result.rows] == [2, 2]
+    assert "2 of 5 rounds" in lines[0]
+
+
+def test_time_inside_the_long_runs_checks_the_difference() -> None:
+    result, lines = measured([Point(1, 8, 129)], tenfold=Fake(0.004))
+    assert result.rows[0].inside == pytest.approx(4.0)
+    assert "inside 4.000" in lines[0]
+    result.rows[0].first.clear()
+    assert result.rows[0].inside is None
+
+
 def test_eager_peers_make_fewer_tokens_and_say_so() -> None:
     peer = Fake(0.07)
     result, _ = measured([Point(1, 8, 129)], **{"hf-generate": peer})
