@@ -14,7 +14,10 @@ from tenfold.base.log import LogHandler
 from tenfold.ops.cpu.build import find_compiler
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.table import make_kernels
+from tests import interpreter
 from tests.tiny import TINY, make_checkpoint
+
+interpreter.ask()
 
 # The same examples on every run of CI, new ones on every run elsewhere.
 hypothesis.settings.register_profile("ci", derandomize=True, database=None)

@@ -1,0 +1,580 @@
+"""Attention of few new tokens a request over long paged contexts, split over the context ("split-KV").
+
+A program takes one request, one KV head with all its query heads, and one split of the context. How many tokens a split
+has follows on the device from the request's length, so one launch, and one captured graph, serves all lengths; splits
+with nothing to do exit at once. A part whose unified maximum did not hold is computed again on the spot, by the program
+that saw it; nothing waits for the host.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tenfold.ops.attention.plan import DecodePlan, check_decode, power_of_two
+from tenfold.ops.attention.sweep import (
+    LAZY,
+    LN2,
+    LOG2E,
+    PAPER,
+    UNIFIED,
+    failed,
+    join_columns,
+    merge_rows,
+    sweep,
+    sweep_row,
+)
+from tenfold.ops.attention.unified_max import SOFTMAX, guard
+from tenfold.ops.kernels import AttentionSpec
+
+TWO: tl.constexpr = tl.constexpr(0)
+LAST: tl.constexpr = tl.constexpr(1)
+ATOMIC: tl.constexpr = tl.constexpr(2)
+MERGE_ELEMENTS = 4096  # of partial sums that a program merges at once
+
+
+@triton.jit
+def share(
+    length, count, split, window, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr
+):
+    """What a split works on: its first token, where it ends, and how many splits have work."""
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - count - window + 1, 0) // N * N
+    tiles = tl.cdiv(length - begin, N)
+    each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
+    first = begin + split * each * N
+    return first, tl.minimum(first + each * N, length), tl.cdiv(tiles, each)
+
+
+@triton.jit
+def finish(
+    acc,
+    m,
+    den,
+    again,
+    out,
+    lse,
+    recomputed,
+    token,
+    head,
+    is_row,
+    heads,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """Write rows [M] of the result and their log-sum-exp, and count those that were computed again."""
+    d = tl.arange(0, DP)
+    at = token.to(tl.int64) * heads + head
+    some = tl.where(den == 0.0, 1.0, den)
+    result = (acc / some[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (at * D)[:, None] + d[None, :], result, mask=is_row[:, None] & (d < D)[None, :])
+    if lse is not None:
+        tl.store(lse + at, tl.where(den == 0.0, float("-inf"), (m + tl.log2(some)) * LN2), mask=is_row)
+    if SOFTMAX >= UNIFIED:
+        count = tl.sum((is_row & (again > 0)).to(tl.int32), 0)
+        if count > 0:
+            tl.atomic_add(recomputed, count.to(tl.int64))
+
+
+@triton.jit
+def merge_all(
+    sums,
+    states,
+    active,
+    begin,
+    end,
+    out,
+    lse,
+    recomputed,
+    start,
+    kv_head,
+    heads,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+):
+    """Merge rows begin to end of one request and KV head, R at a time, and write them."""
+    for first in range(begin, end, R):
+        row = first + tl.arange(0, R)
+        acc, m, den, again = merge_rows(sums, states, active, row, end, ROWS, D, DP, R, S)
+        token, head = start + row // GROUP, kv_head * GROUP + row % GROUP
+        finish(acc, m, den, again, out, lse, recomputed, token, head, row < end, heads, D, DP, SOFTMAX)
+
+
+@triton.jit
+def span(starts, request):
+    """First token and number of tokens of a request; starts None: one each."""
+    start = request
+    count = 1
+    if starts is not None:
+        start = tl.load(starts + request)
+        count = tl.load(starts + request + 1) - start
+    return start, count
+
+
+@triton.jit
+def decode_kernel(
+    q,
+    keys,
+    values,
+    table,
+    starts,
+    lengths,
+    phi,
+    out,
+    lse,
+    sums,
+    states,
+    totals,
+    counters,
+    recomputed,
+    columns,
+    kv_heads,
+    scale,
+    cap,
+    window,
+    least,
+    most,
+    low,
+    high,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    MERGE: tl.constexpr,
+    DOT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (SPLITS, kv_heads, requests). See the module's head and `run`."""
+    split, kv_head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    ROWS: tl.constexpr = QUERIES * GROUP
+    heads = kv_heads * GROUP
+    length = tl.load(lengths + request)
+    start, count = span(starts, request)
+    i = tl.arange(0, M)
+    d = tl.arange(0, DP)
+    token = start + i // GROUP
+    head = kv_head * GROUP + i % GROUP
+    is_row = (i < ROWS) & (i < count * GROUP)
+    exists = is_row[:, None] & (d < D)[None, :]
+    nothing = tl.zeros([M], tl.float32)
+    if length <= 0:
+        if split == 0:
+            empty = tl.zeros([M, DP], tl.float32)
+            finish(empty, nothing, nothing, nothing, out, lse, recomputed, token, head, is_row, heads, D, DP, LAZY)
+        return
+    first, last, active = share(length, count, split, window, WINDOW, N, SPLITS, LEAST)
+    if split >= active:
+        return
+    place = tl.where(is_row, length - count + i // GROUP, -1)
+    base = keys.dtype.element_ty
+    row_stride = heads * D
+    queries = tl.load(
+        q + token.to(tl.int64)[:, None] * row_stride + (head * D)[:, None] + d[None, :], mask=exists, other=0.0
+    )
+    queries = queries.to(base)
+    top = nothing
+    if SOFTMAX >= UNIFIED:
+        top = tl.load(phi + head, mask=is_row, other=0.0) * LOG2E
+    page_stride = kv_heads * PAGE * D
+    own_keys = keys + kv_head.to(tl.int64) * PAGE * D
+    own_values = values + kv_head.to(tl.int64) * PAGE * D
+    own_table = table + request.to(tl.int64) * columns
+    acc, m, den, again = part(
+        *(queries, place, is_row, top, own_keys, own_values, own_table, first, last, length, count, page_stride),
+        *(scale, cap, window, least, most, low, high),
+        *(D, DP, M, N, PAGE, SOFTMAX, MERGE == ATOMIC, DOT, WINDOW, CAP, STAGES),
+    )
+    if active == 1:
+        if MERGE == ATOMIC:
+            acc, m, den, again = again_whole(
+                *(acc, m, den, queries, place, is_row, own_keys, own_values, own_table, first, last, length, count),
+                *(page_stride, scale, cap, window, least, most, D, DP, M, N, PAGE, DOT, WINDOW, CAP, STAGES),
+            )
+        finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
+        return
+    pair = (request * kv_heads + kv_head).to(tl.int64)
+    if MERGE == ATOMIC:
+        total = totals + (pair * ROWS + i) * (D + 1)
+        tl.atomic_add(total[:, None] + d[None, :], acc, mask=exists, sem="relaxed")
+        tl.atomic_add(total + D, den, mask=is_row, sem="relaxed")
+    else:
+        at = (pair * SPLITS + split) * ROWS + i
+        tl.store(sums + at[:, None] * D + d[None, :], acc, mask=exists)
+        tl.store(states + at * 3, m, mask=is_row)
+        tl.store(states + at * 3 + 1, den, mask=is_row)
+        tl.store(states + at * 3 + 2, again, mask=is_row)
+    if MERGE != TWO:
+        tl.debug_barrier()  # all of the program's partial sums are written before it counts itself
+        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
+            tl.store(counters + pair, 0)
+            if MERGE == LAST:
+                merge_all(
+                    *(sums + pair * (SPLITS * ROWS * D), states + pair * (SPLITS * ROWS * 3), active, 0),
+                    *(tl.minimum(ROWS, count * GROUP), out, lse, recomputed, start, kv_head, heads),
+                    *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
+                )
+            else:
+                total = totals + (pair * ROWS + i) * (D + 1)
+                acc = tl.load(total[:, None] + d[None, :], mask=exists, other=0.0, cache_modifier=".cg")
+                den = tl.load(total + D, mask=is_row, other=0.0, cache_modifier=".cg")
+                tl.store(total[:, None] + d[None, :], tl.zeros([M, DP], tl.float32), mask=exists)
+                tl.store(total + D, nothing, mask=is_row)
+                begin, end, _ = share(length, count, 0, window, WINDOW, N, 1, LEAST)
+                acc, m, den, again = again_whole(
+                    *(
+                        acc,
+                        top,
+                        den,
+                        queries,
+                        place,
+                        is_row,
+                        own_keys,
+                        own_values,
+                        own_table,
+                        begin,
+                        end,
+                        length,
+                        count,
+                    ),
+                    *(page_stride, scale, cap, window, least, most, D, DP, M, N, PAGE, DOT, WINDOW, CAP, STAGES),
+                )
+                finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
+
+
+@triton.jit
+def part(
+    queries,
+    place,
+    is_row,
+    top,
+    keys,
+    values,
+    table,
+    first,
+    last,
+    length,
+    count,
+    page_stride,
+    scale,
+    cap,
+    window,
+    least,
+    most,
+    low,
+    high,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RAW: tl.constexpr,
+    DOT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """State of one split: acc [M, DP], m, den, recomputed [M]. A row that a unified maximum did not serve is computed
+    again lazily; RAW: it is left to the caller, with den NaN where the paper's guard refused it.
+    """
+    acc, m, den, refused = walk(
+        *(queries, place, top, keys, values, table, first, last, length, count, page_stride, scale, cap, window, low),
+        *(high, D, DP, M, N, PAGE, SOFTMAX, DOT, WINDOW, CAP, STAGES),
+    )
+    again = tl.zeros([M], tl.float32)
+    if SOFTMAX == PAPER:
+        den = tl.where(refused > 0, float("nan"), den)
+    if SOFTMAX >= UNIFIED and not RAW:
+        acc, m, den, again = again_whole(
+            *(acc, m, den, queries, place, is_row, keys, values, table, first, last, length, count, page_stride, scale),
+            *(cap, window, least, most, D, DP, M, N, PAGE, DOT, WINDOW, CAP, STAGES),
+        )
+    return acc, m, den, again
+
+
+@triton.jit
+def again_whole(
+    acc,
+    m,
+    den,
+    queries,
+    place,
+    is_row,
+    keys,
+    values,
+    table,
+    first,
+    last,
+    length,
+    count,
+    page_stride,
+    scale,
+    cap,
+    window,
+    least,
+    most,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    DOT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The state with the rows that failed computed again from first to last, and which these were [M]."""
+    wrong = is_row & failed(acc, den, least, most)
+    if tl.sum(wrong.to(tl.int32), 0) > 0:
+        nothing = tl.zeros([M], tl.float32)
+        acc_2, m_2, den_2, _ = walk(
+            *(queries, place, nothing, keys, values, table, first, last, length, count, page_stride, scale, cap),
+            *(window, 0.0, 0.0, D, DP, M, N, PAGE, LAZY, DOT, WINDOW, CAP, STAGES),
+        )
+        acc = tl.where(wrong[:, None], acc_2, acc)
+        m = tl.where(wrong, m_2, m)
+        den = tl.where(wrong, den_2, den)
+    return acc, m, den, wrong.to(tl.float32)
+
+
+@triton.jit
+def walk(
+    queries,
+    place,
+    top,
+    keys,
+    values,
+    table,
+    first,
+    last,
+    length,
+    count,
+    page_stride,
+    scale,
+    cap,
+    window,
+    low,
+    high,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    DOT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`sweep` or `sweep_row` from an empty state, reduced: acc [M, DP], m, den, refused [M]."""
+    if DOT:
+        m = tl.full([M], float("-inf"), tl.float32)
+        acc, m, wide_l, wide_bad = sweep(
+            *(queries, place, top, tl.zeros([M, DP], tl.float32), m, tl.zeros([M, N], tl.float32)),
+            *(tl.zeros([M, N], tl.int32), keys, values, table, first, last, length, page_stride, scale, cap, window),
+            *(low, high, D, DP, N, PAGE, SOFTMAX, True, WINDOW, CAP, True, False, STAGES),
+        )
+        den = tl.sum(wide_l, 1)
+        refused = tl.sum(wide_bad, 1)
+    else:
+        lowest = 0
+        if WINDOW:
+            lowest = length - count - window + 1
+        one = tl.sum(queries.to(tl.float32), 0)  # the only row
+        phi = tl.sum(top, 0)
+        acc, m, den, bad = sweep_row(
+            *(one, phi, tl.zeros([N, DP], tl.float32), tl.full([N], float("-inf"), tl.float32)),
+            *(tl.zeros([N], tl.float32), tl.zeros([N], tl.int32), keys, values, table, first, last, length, lowest),
+            *(page_stride, scale, cap, low, high, D, DP, N, PAGE, SOFTMAX, CAP, STAGES),
+        )
+        if SOFTMAX >= UNIFIED:
+            m = tl.zeros([N], tl.float32)
+        acc, m, den = join_columns(acc, m, den)
+        refused = tl.sum(bad, 0, keep_dims=True)
+    if SOFTMAX >= UNIFIED:
+        m = top
+    return acc, m, den, refused
+
+
+@triton.jit
+def merge_kernel(
+    sums,
+    states,
+    starts,
+    lengths,
+    out,
+    lse,
+    recomputed,
+    kv_heads,
+    window,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    WINDOW: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Grid (row tiles, kv_heads, requests): the second launch of merge "two"."""
+    tile, kv_head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths + request)
+    start, count = span(starts, request)
+    if length <= 0:
+        return
+    _, _, active = share(length, count, 0, window, WINDOW, N, SPLITS, LEAST)
+    if active == 1:
+        return
+    pair = (request * kv_heads + kv_head).to(tl.int64)
+    ROWS: tl.constexpr = QUERIES * GROUP
+    merge_all(
+        *(sums + pair * (SPLITS * ROWS * D), states + pair * (SPLITS * ROWS * 3), active, tile * R),
+        *(tl.minimum(tile * R + R, count * GROUP), out, lse, recomputed, start, kv_head, kv_heads * GROUP),
+        *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
+    )
+
+
+class Workspace:
+    """Partial results and arrival counters, at one place for graphs; grown by `reserve`, outside of capture.
+
+    recomputed [1] int64 counts rows (a token's query head) that a unified maximum did not serve. Launches that share a
+    workspace must follow each other on one stream.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.recomputed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.sums = self.states = self.totals = torch.zeros(0, device=self.device)
+        self.counters = torch.zeros(0, dtype=torch.int32, device=self.device)
+
+    def reserve(self, plan: DecodePlan, spec: AttentionSpec, requests: int) -> None:
+        """Make room for a plan. Replaced memory stays where graphs captured it only while they hold it, so reserve the
+        largest first.
+        """
+        pairs = requests * spec.kv_heads
+        rows = pairs * plan.queries * (spec.heads // spec.kv_heads)
+        parts = rows * plan.splits if plan.splits > 1 else 0
+        self.sums = self._grown(self.sums, parts * spec.head_dim)
+        self.states = self._grown(self.states, parts * 3)
+        self.totals = self._grown(self.totals, rows * (spec.head_dim + 1) if plan.merge == "atomic" else 0)
+        self.counters = self._grown(self.counters, pairs if plan.merge != "two" else 0)
+
+    def _grown(self, memory: Tensor, size: int) -> Tensor:
+        """Zeros: counters and totals are zero between launches."""
+        return memory if memory.numel() >= size else torch.zeros(size, dtype=memory.dtype, device=self.device)
+
+
+def run(
+    plan: DecodePlan,
+    workspace: Workspace,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    page_table: Tensor,
+    kv_lengths: Tensor,
+    spec: AttentionSpec,
+    *,
+    query_start: Tensor | None = None,
+    phi: Tensor | None = None,
+    around: float | None = None,
+    lse: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of the last tokens of R requests: one each, or `query_start[r]:query_start[r+1]` of q, at most
+    plan.queries each.
+
+    q [T, heads * head_dim]; keys, values [pages, kv_heads, page_size, head_dim] contiguous; page_table [R, P],
+    kv_lengths [R], query_start [R+1] int32. A request of length 0 is idle and gets zeros (log-sum-exp -inf). phi
+    [heads] float32: unified maximum of the scores, natural units; None, and a plan of a unified arm runs "lazy".
+    around: the paper's guard in natural units. lse [T, heads] float32 receives log-sum-exp -> out [T, heads *
+    head_dim].
+    """
+    check_decode(spec, plan.queries)
+    out = torch.empty_like(q) if out is None else out
+    requests, group = len(kv_lengths), spec.heads // spec.kv_heads
+    if requests == 0:
+        return out
+    softmax, merge = arms(plan, phi)
+    if plan.splits > 1:
+        workspace.reserve(plan, spec, requests)
+    padded = power_of_two(spec.head_dim)
+    dot = plan.dot or plan.queries * group > 1
+    limits = guard(keys.dtype if dot else torch.float32, around)
+    rows = merge_rows_at_once(plan.queries * group, padded)
+    sizes: dict[str, Any] = {
+        "D": spec.head_dim,
+        "DP": padded,
+        "GROUP": group,
+        "QUERIES": plan.queries,
+        "N": plan.tile,
+        "SPLITS": plan.splits,
+        "LEAST": plan.least,
+        "SOFTMAX": SOFTMAX.index(softmax),
+        "WINDOW": spec.window > 0,
+        "R": rows,
+        "S": max(1, MERGE_ELEMENTS // (rows * padded)),
+    }
+    decode_kernel[(plan.splits, spec.kv_heads, requests)](
+        *(q, keys, values, page_table, query_start, kv_lengths, phi, out, lse),
+        *(workspace.sums, workspace.states, workspace.totals, workspace.counters, workspace.recomputed),
+        *(page_table.shape[1], spec.kv_heads, *units(spec), spec.window),
+        *(2.0**limits.least, 2.0**limits.most, limits.low, limits.high),
+        M=max(16, power_of_two(plan.queries * group)) if dot else 1,
+        PAGE=keys.shape[2],
+        MERGE=merge,
+        DOT=dot,
+        CAP=spec.softcap > 0,
+        STAGES=plan.stages,
+        num_warps=plan.warps,
+        **sizes,
+    )
+    if plan.splits > 1 and merge == TWO.value:
+        merge_kernel[(-(-plan.queries * group // rows), spec.kv_heads, requests)](
+            *(workspace.sums, workspace.states, query_start, kv_lengths, out, lse, workspace.recomputed),
+            *(spec.kv_heads, spec.window),
+            num_warps=4,
+            **sizes,
+        )
+    return out
+
+
+def units(spec: AttentionSpec) -> tuple[float, float]:
+    """What brings q.k to log2 units, and the cap in log2 units."""
+    log2e: float = LOG2E.value
+    return spec.scale * log2e, spec.softcap * log2e
+
+
+def arms(plan: DecodePlan, phi: Tensor | None) -> tuple[str, int]:
+    """The softmax that runs, and the number of the merge. Only unified sums can be added atomically."""
+    unified = plan.softmax in ("unified", "paper")
+    softmax = "lazy" if unified and phi is None else plan.softmax
+    if plan.merge == "atomic":
+        return softmax, ATOMIC.value if softmax in ("unified", "paper") else LAST.value
+    return softmax, TWO.value if plan.merge == "two" else LAST.value
+
+
+def merge_rows_at_once(rows: int, padded: int) -> int:
+    """Rows that a program merges side by side: 512 elements, so that 8 splits or more are read at once."""
+    return min(power_of_two(rows), max(1, 512 // padded))

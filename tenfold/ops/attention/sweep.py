@@ -1,0 +1,262 @@
+"""Device functions: a tile of queries walks over a paged context and collects softmax sums; partial sums are merged.
+
+Scores are in log2 units. A row's state is (acc, m, den): acc = sum 2^(s - m) v and den = sum 2^(s - m), where m is the
+row's maximum so far ("online"), at most 8 below it ("lazy") or phi ("unified", "paper").
+"""
+
+import triton
+import triton.language as tl
+
+ONLINE: tl.constexpr = tl.constexpr(0)
+LAZY: tl.constexpr = tl.constexpr(1)
+UNIFIED: tl.constexpr = tl.constexpr(2)
+PAPER: tl.constexpr = tl.constexpr(3)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+SLACK: tl.constexpr = tl.constexpr(8.0)  # log2 units that a maximum may be stale by
+HUGE: tl.constexpr = tl.constexpr(3.0e38)
+
+
+@triton.jit
+def cap_scores(s, cap):
+    """cap * tanh(s / cap) for scores s and cap in one unit."""
+    return cap * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 * LOG2E / cap))))
+
+
+@triton.jit
+def rows_of(table, place, valid, page_stride, PAGE: tl.constexpr, D: tl.constexpr):
+    """Where in the store the rows of these places [N] begin, in elements, for KV head 0."""
+    page = tl.load(table + place // PAGE, mask=valid, other=0)
+    return page.to(tl.int64) * page_stride + (place % PAGE) * D
+
+
+@triton.jit
+def load_rows(store, rows, valid, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """[N, DP] of rows; what is invalid or past D is 0."""
+    d = tl.arange(0, DP)
+    if MASKED:
+        return tl.load(store + rows[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    if D == DP:
+        return tl.load(store + rows[:, None] + d[None, :])
+    return tl.load(store + rows[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def sweep(
+    q,
+    q_place,
+    phi,
+    acc,
+    m,
+    den,
+    bad,
+    keys,
+    values,
+    table,
+    first,
+    last,
+    length,
+    page_stride,
+    scale,
+    cap,
+    window,
+    low,
+    high,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    SPREAD: tl.constexpr,
+    BRANCH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Add the context from first (a multiple of N) to last to the state of queries q [M, DP] at q_place [M] (-1: no
+    query). keys, values: of the KV head. SPREAD: den and bad are kept for each column [M, N] and reduced by the caller.
+    bad counts what the paper's guard refused. BRANCH: the lazy arm skips rescaling where no row needs it.
+    """
+    columns = tl.arange(0, N)
+    for start in tl.range(first, last, N, num_stages=STAGES):
+        place = start + columns
+        valid = place < length
+        rows = rows_of(table, place, valid, page_stride, PAGE, D)
+        k = load_rows(keys, rows, valid, D, DP, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAP:
+            s = cap_scores(s, cap)
+        if MASKED:
+            seen = place[None, :] <= q_place[:, None]
+            if WINDOW:
+                seen = seen & (place[None, :] > q_place[:, None] - window)
+            s = tl.where(seen, s, float("-inf"))
+        v = load_rows(values, rows, valid, D, DP, MASKED)
+        if SOFTMAX >= UNIFIED:
+            t = s - phi[:, None]
+            if SOFTMAX == PAPER:
+                refused = (t <= low) | (t >= high)
+                if MASKED:
+                    refused = refused & seen
+                if SPREAD:
+                    bad += refused.to(tl.int32)
+                else:
+                    bad += tl.sum(refused.to(tl.int32), 1)
+            p = tl.exp2(t)
+            weights = p.to(v.dtype)
+            if v.dtype == tl.float16:
+                p = weights.to(tl.float32)  # what vanishes must vanish from both sums
+        else:
+            top = tl.max(s, 1)
+            if SOFTMAX == ONLINE:
+                m_new = tl.maximum(m, top)
+            else:
+                m_new = tl.where(top > m + SLACK, top, m)
+            m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+            if SOFTMAX == LAZY and BRANCH:
+                if tl.sum((m_new > m).to(tl.int32), 0) > 0:
+                    alpha = tl.exp2(m - m_used)
+                    acc = acc * alpha[:, None]
+                    den = den * (alpha[:, None] if SPREAD else alpha)
+            else:
+                alpha = tl.exp2(m - m_used)
+                acc = acc * alpha[:, None]
+                den = den * (alpha[:, None] if SPREAD else alpha)
+            m = m_new
+            p = tl.exp2(s - m_used[:, None])
+            weights = p.to(v.dtype)
+        if SPREAD:
+            den += p
+        else:
+            den += tl.sum(p, 1)
+        acc = tl.dot(weights, v, acc, input_precision="ieee")
+    return acc, m, den, bad
+
+
+@triton.jit
+def sweep_row(
+    q,
+    phi,
+    acc,
+    m,
+    den,
+    bad,
+    keys,
+    values,
+    table,
+    first,
+    last,
+    length,
+    lowest,
+    page_stride,
+    scale,
+    cap,
+    low,
+    high,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    CAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """`sweep` for one query [DP] float32 on the CUDA cores. Each of N columns keeps a state of its own, acc [N, DP], m,
+    den, bad [N], so nothing is reduced before the end. lowest: the first place that the query sees.
+    """
+    columns = tl.arange(0, N)
+    for start in tl.range(first, last, N, num_stages=STAGES):
+        place = start + columns
+        valid = (place < length) & (place >= lowest)
+        rows = rows_of(table, place, valid, page_stride, PAGE, D)
+        k = load_rows(keys, rows, valid, D, DP, True)
+        v = load_rows(values, rows, valid, D, DP, True)
+        s = tl.sum(k.to(tl.float32) * q[None, :], 1) * scale
+        if CAP:
+            s = cap_scores(s, cap)
+        s = tl.where(valid, s, float("-inf"))
+        if SOFTMAX >= UNIFIED:
+            t = s - phi
+            if SOFTMAX == PAPER:
+                bad += (valid & ((t <= low) | (t >= high))).to(tl.int32)
+            p = tl.exp2(t)
+        else:
+            if SOFTMAX == ONLINE:
+                m_new = tl.maximum(m, s)
+            else:
+                m_new = tl.where(s > m + SLACK, s, m)
+            m_used = tl.where(m_new == float("-inf"), 0.0, m_new)
+            alpha = tl.exp2(m - m_used)
+            acc = acc * alpha[:, None]
+            den = den * alpha
+            m = m_new
+            p = tl.exp2(s - m_used)
+        den += p
+        acc += p[:, None] * v.to(tl.float32)
+    return acc, m, den, bad
+
+
+@triton.jit
+def join_columns(acc, m, den):
+    """The state of `sweep_row` as one row: acc [1, DP], m [1], den [1]."""
+    top = tl.max(m, 0)
+    top_used = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(m - top_used)
+    return (
+        tl.sum(acc * weights[:, None], 0)[None, :],
+        tl.max(m, 0, keep_dims=True),
+        tl.sum(den * weights, 0, keep_dims=True),
+    )
+
+
+@triton.jit
+def failed(acc, den, least, most):
+    """Rows [M] whose sums a unified maximum did not serve: out of range, infinite or NaN."""
+    holes = tl.sum(tl.where(tl.abs(acc) < HUGE, 0, 1), 1)
+    return ((den > least) & (den < most) & (holes == 0)) == 0
+
+
+@triton.jit
+def merge_rows(
+    sums,
+    states,
+    active,
+    row,
+    rows,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+):
+    """Merge the first `active` partial states of rows [R], of which those below `rows` exist, in the order of splits.
+
+    sums [*, ROWS, D], states [*, ROWS, 3] float32 (m, den, recomputed), from the first split on
+    -> acc [R, DP], m, den, recomputed [R].
+    """
+    order = tl.arange(0, S)
+    d = tl.arange(0, DP)
+    top = tl.full([R], float("-inf"), tl.float32)
+    for begin in range(0, active, S):
+        at = (begin + order)[:, None] * ROWS + row[None, :]
+        there = (begin + order < active)[:, None] & (row < rows)[None, :]
+        m = tl.load(states + at * 3, mask=there, other=float("-inf"), cache_modifier=".cg")
+        top = tl.maximum(top, tl.max(m, 0))
+    top_used = tl.where(top == float("-inf"), 0.0, top)
+    acc = tl.zeros([R, DP], tl.float32)
+    den = tl.zeros([R], tl.float32)
+    again = tl.zeros([R], tl.float32)
+    for begin in range(0, active, S):
+        at = (begin + order)[:, None] * ROWS + row[None, :]
+        there = (begin + order < active)[:, None] & (row < rows)[None, :]
+        element = (at * D)[:, :, None] + d[None, None, :]
+        part = tl.load(sums + element, mask=there[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg")
+        m = tl.load(states + at * 3, mask=there, other=float("-inf"), cache_modifier=".cg")
+        part_l = tl.load(states + at * 3 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        part_again = tl.load(states + at * 3 + 2, mask=there, other=0.0, cache_modifier=".cg")
+        weights = tl.exp2(m - top_used[None, :])
+        acc += tl.sum(part * weights[:, :, None], 0)
+        den += tl.sum(part_l * weights, 0)
+        again = tl.maximum(again, tl.max(part_again, 0))
+    return acc, top, den, again
