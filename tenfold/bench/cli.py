@@ -60,9 +60,12 @@ def file_name(model: str) -> str:
 
 
 def written(out: Path | None, keep: bool, name: str, data: dict[str, Any]) -> None:
-    """Write a raw result where it was asked for: a folder, or bench/results/ for what is recorded."""
+    """Write a raw result where it was asked for: into a folder, or into bench/results/ for what is recorded, there into
+    gpu/ for what ran on one.
+    """
     folders = [out] if out else []
-    folders += [ROOT / "bench" / "results"] if keep else []
+    if keep:
+        folders.append(ROOT / "bench" / "results" / ("gpu" if "cuda" in data["machine"] else ""))
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")

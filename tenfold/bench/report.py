@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/measured.md, generated from the recorded claims between two marker comments."""
+"""Tables of README.md and docs/measured.md, generated from recorded claims and raw results between marker comments."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from tenfold.bench.claims import Claim, load
 from tenfold.bench.hardware import ROOT
 from tenfold.bench.single import Result, Row
 
+RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 
 
@@ -47,13 +48,25 @@ def fill(text: str, claims: Sequence[Claim]) -> str:
     return re.sub(pattern, block, text, flags=re.DOTALL)
 
 
+def fill_results(text: str, root: Path = RESULTS) -> str:
+    """Put the tables of the raw results in a folder under `root` between `<!-- results:FOLDER -->` and its end mark."""
+
+    def block(match: re.Match[str]) -> str:
+        folder = root / match["folder"]
+        body = tables(folder).strip() if folder.is_dir() else ""
+        return f"{match['open']}\n{body or 'Not measured yet.'}\n<!-- /results -->"
+
+    pattern = r"(?P<open><!-- results:(?P<folder>[\w-]+) -->).*?<!-- /results -->"
+    return re.sub(pattern, block, text, flags=re.DOTALL)
+
+
 def write(documents: Sequence[Path] = DOCUMENTS) -> list[Path]:
     """Renew the tables in place; returns the documents that changed."""
     claims = load()
     changed = []
     for document in documents:
         text = document.read_text()
-        filled = fill(text, claims)
+        filled = fill_results(fill(text, claims))
         if filled != text:
             document.write_text(filled)
             changed.append(document)

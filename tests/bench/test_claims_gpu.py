@@ -173,6 +173,17 @@ def test_a_folder_of_results_becomes_tables(tmp_path: Path) -> None:
     assert "copies run at 3000 GB/s" in text
 
 
+def test_a_document_is_filled_with_the_tables_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "gpu").mkdir()
+    folder_of_results(tmp_path / "gpu")
+    text = "a\n<!-- results:gpu -->old<!-- /results -->\nb\n<!-- results:none --><!-- /results -->\n"
+    filled = report.fill_results(text, tmp_path)
+    assert "old" not in filled
+    assert "### shape:llama-2-7b" in filled
+    assert filled.endswith("b\n<!-- results:none -->\nNot measured yet.\n<!-- /results -->\n")
+    assert report.fill_results(filled, tmp_path) == filled
+
+
 def test_charts_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     made = report.charts(folder_of_results(tmp_path))
