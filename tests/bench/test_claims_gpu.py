@@ -176,9 +176,9 @@ def test_a_folder_of_results_becomes_tables(tmp_path: Path) -> None:
 def test_a_document_is_filled_with_the_tables_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "gpu").mkdir()
     folder_of_results(tmp_path / "gpu")
-    text = "a\n<!-- results:gpu -->old<!-- /results -->\nb\n<!-- results:none --><!-- /results -->\n"
+    text = "a\n<!-- results:gpu -->STALE<!-- /results -->\nb\n<!-- results:none --><!-- /results -->\n"
     filled = report.fill_results(text, tmp_path)
-    assert "old" not in filled
+    assert "STALE" not in filled
     assert "### shape:llama-2-7b" in filled
     assert filled.endswith("b\n<!-- results:none -->\nNot measured yet.\n<!-- /results -->\n")
     assert report.fill_results(filled, tmp_path) == filled
