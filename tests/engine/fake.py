@@ -3,7 +3,7 @@
 Wrong pages, leaks, a bad copy-on-write or a page shared too early change what it reads, and so its tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,10 @@ from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output, Request
+from tenfold.engine.sequence import Sequence as Answer
+from tenfold.engine.speculate.guess import Guess
+from tenfold.engine.speculate.policy import Load, Offer, Policy
+from tenfold.engine.speculate.speculator import Speculator
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import Separate
 
@@ -110,6 +114,80 @@ class FakeModel:
             ]
 
 
+def near_miss(history: Sequence[int]) -> int:
+    """Mostly `next_token`, after one history in four another."""
+    token = next_token(history)
+    return token if sum(history) % 4 else (token + 1) % VOCAB
+
+
+class FakeDraft(FakeModel):
+    """A draft model that is mostly right; says what it says by what it reads in its own store."""
+
+    def forward(self, step: Step) -> Tensor:
+        histories = self._run(step)
+        logits = torch.zeros(len(step.logits_rows), VOCAB)
+        for i, row in enumerate(step.logits_rows.tolist()):
+            logits[i, near_miss(histories[row])] = 9.0
+        return logits
+
+
+class Guesses:
+    """A drafter that asks `next` for the token after a history, as often as it likes."""
+
+    classes = 1
+    watches = False
+
+    def __init__(self, next: Callable[[list[int]], int] = near_miss) -> None:
+        self.next = next
+        self.right: list[int] = []
+
+    def offer(self, sequence: Answer, guess: Guess, most: int) -> int:
+        return most
+
+    def draft(self, wanted: Mapping[Answer, int]) -> dict[Answer, tuple[int, ...]]:
+        for sequence, count in wanted.items():
+            history = list(sequence.tokens)
+            for _ in range(count):
+                history.append(self.next(history))
+            sequence.guess.propose(len(sequence.tokens), tuple(history[len(sequence.tokens) :]))
+        return {sequence: sequence.guess.tokens for sequence in wanted}
+
+    def read(self, sequence: Answer, guess: Guess, right: int) -> None:
+        self.right.append(right)
+
+
+class Whim(Policy):
+    """Any number of drafts, zero and all included, the same in every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = 0
+
+    def choose(self, offers: Sequence[Offer], load: Load, most: int) -> list[int]:
+        self.turn += 1
+        counts = []
+        for i, offer in enumerate(offers):
+            counts.append(min((self.turn * 7 + i * 3) % (offer.length + 2) % (offer.length + 1), most - sum(counts)))
+        return counts
+
+
+class All(Policy):
+    """As many drafts as there are."""
+
+    def choose(self, offers: Sequence[Offer], load: Load, most: int) -> list[int]:
+        return [offer.length for offer in offers]
+
+
+def speculating(engine: Engine, drafter: Any = None, policy: Policy | None = None, most: int = 4) -> Engine:
+    """The same engine with this drafter, or with its own under another policy."""
+    if drafter is not None:
+        engine.speculator = Speculator(drafter, most, policy or Whim())
+    else:
+        assert engine.speculator is not None
+        engine.speculator.policy = policy or Whim()
+    return engine
+
+
 class FakeText:
     """A text layer: token t is the character chr(t + 32); stop strings of one character."""
 
@@ -161,12 +239,24 @@ class Clock:
 
 
 def make_engine(
-    model: Any = None, pages: int = 64, text: Any = None, clock: Clock | None = None, **changes: Any
+    model: Any = None,
+    pages: int = 64,
+    text: Any = None,
+    clock: Clock | None = None,
+    draft: Any = None,
+    **changes: Any,
 ) -> Engine:
     """An engine over the fake model, its KV cache full of POISON."""
     kernels: Any = Separate()
     engine = Engine(
-        model or FakeModel(), kernels, settings(**changes), text, pages=pages, eos_ids=(EOS,), clock=clock or Clock()
+        model or FakeModel(),
+        kernels,
+        settings(**changes),
+        text,
+        pages=pages,
+        eos_ids=(EOS,),
+        clock=clock or Clock(),
+        draft=draft,
     )
     for tensor in (*engine.kv.keys, *engine.kv.values):
         tensor.fill_(POISON)

@@ -1,5 +1,5 @@
-"""Random lives of requests against a reference: whatever arrives, is aborted, expires, fails or is preempted, each
-answer is the one its prompt must get, and after every step every page has its owners and no other.
+"""Random lives of requests against a reference: whatever arrives, is aborted, expires, fails, is preempted or guessed
+ahead, each answer is the one its prompt must get, and after every step every page has its owners and no other.
 """
 
 import logging
@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
-from tests.engine.fake import EOS, VOCAB, Clock, FakeModel, check_pages, make_engine, reference
+from tests.engine.fake import (
+    EOS,
+    VOCAB,
+    Clock,
+    FakeDraft,
+    FakeModel,
+    Guesses,
+    check_pages,
+    make_engine,
+    near_miss,
+    reference,
+    speculating,
+)
 
 BAD = VOCAB - 1  # a step with this token fails
 BASE = [(7 * i + i * i) % BAD for i in range(40)]  # many prompts begin alike
@@ -24,16 +36,42 @@ class Schedules(RuleBasedStateMachine):
         max_step_tokens=st.integers(1, 20),
         lookahead=st.integers(0, 1),
         prefix_cache=st.booleans(),
+        speculate=st.sampled_from(["", "guesses", "a draft model"]),
     )
-    def start(self, pages: int, page_size: int, **sizes: Any) -> None:
+    def start(self, pages: int, page_size: int, speculate: str, **sizes: Any) -> None:
         logging.getLogger("tenfold").setLevel(logging.ERROR)  # steps that fail are part of the plan
         self.clock = Clock()
         self.model = FakeModel()
         self.model.fail_on = BAD
-        self.engine = make_engine(self.model, pages, clock=self.clock, page_size=page_size, max_model_len=48, **sizes)
+        sizes |= {"page_size": page_size, "max_model_len": 48}
+        if speculate:
+            sizes |= {"speculate": "ngram"}
+        if speculate == "a draft model":
+            sizes |= {"speculate": "small", "draft": FakeDraft()}
+        self.engine = make_engine(self.model, pages, clock=self.clock, **sizes)
+        if speculate:
+            speculating(self.engine, Guesses() if speculate == "guesses" else None)
+            self.watch_plans()
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[Output]] = {}
         self.ended: set[str] = set()  # aborted or late
+
+    def watch_plans(self) -> None:
+        """Every draft is what the drafter says to the true history: a draft model reads nothing else in its store."""
+        plan = self.engine.scheduler.plan
+
+        def watched(drafts: Any = None) -> Any:
+            made = plan(drafts)
+            for entry in made.entries:
+                history = list(entry.sequence.tokens)
+                for draft in entry.drafts:
+                    assert draft == near_miss(history)
+                    history.append(draft)
+            assert made.tokens <= self.engine.config.max_step_tokens
+            assert not made.drafts or not self.engine._inflight
+            return made
+
+        self.engine.scheduler.plan = watched  # type: ignore[method-assign]
 
     @rule(
         shared=st.integers(0, 30),
@@ -109,6 +147,7 @@ class Schedules(RuleBasedStateMachine):
             self.step(1)
         stats = self.engine.stats()
         note(str(stats))
+        assert stats.accepted_tokens <= stats.drafted_tokens
         assert not self.engine.has_work, "not all requests end"
         assert stats.pages_used == 0
         assert stats.pages_free + stats.pages_cached == stats.pages

@@ -8,14 +8,19 @@ The goal is that of Liu et al., "Optimizing Speculative Decoding for Serving Lar
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-GAIN = 1.02  # what drafts must promise over none: below, the estimates are no better than noise
+GAIN = 1.05  # what drafts must promise over none: below, the estimates are no better than noise
+TRUST = 0.8  # share of the promised tokens that is believed at first: estimates that err upwards are those followed
+PROMISES = 8.0  # tokens promised that this first belief counts for
+MEMORY_OF_PROMISES = 0.98  # weight they keep when a step makes others
 MEMORY_OF_ALL = 0.995  # weight that an observation keeps when another is made, of all sequences
-MEMORY_OF_ONE = 0.9  # of one
-PRIOR = 2.0  # tokens that the rate of all counts for in that of one
+MEMORY_OF_ONE = 0.97  # of one
+PRIOR = 4.0  # tokens that the rate of all counts for in that of one
 SMOOTH = 0.1  # weight of a step's time in its estimate
+UNCOUNTED = 2  # the CPU kernels record a step of a new shape when it comes for the second time
 OUTLIER = 3.0  # a step counts for at most this multiple of its estimate
 
 
@@ -46,33 +51,27 @@ class Rates:
 class Costs:
     """Seconds a step of n tokens takes: smoothed measurements, straight lines between them, level outside.
 
-    The first step of a size is left out: it may compile, record or allocate.
+    The first UNCOUNTED steps of a size are left out: they may compile, record or allocate. A longer step takes no less
+    time, so measurements that say otherwise are pooled (isotonic regression).
     """
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._sizes: dict[int, float] = {}
-        self._seconds: dict[int, float] = {}
-        self._counts: dict[int, int] = {}
-        self._known: list[tuple[float, float]] = []  # (tokens, seconds), ascending
+        self._sizes: dict[int, _Size] = {}
+        self._known: list[tuple[float, float]] | None = []  # (tokens, seconds), ascending; None: to be made anew
 
     def add(self, tokens: int, seconds: float) -> None:
-        size = tokens if tokens <= 16 else int(16 + 8 * math.log2(tokens / 16))
-        if size not in self._seen:
-            self._seen.add(size)
-            return
-        count = self._counts.get(size, 0) + 1
-        weight = max(1 / count, SMOOTH)
-        before = self._seconds.get(size, seconds)
-        self._counts[size] = count
-        self._seconds[size] = before + weight * (min(seconds, OUTLIER * before) - before)
-        mean = self._sizes.get(size, float(tokens))
-        self._sizes[size] = mean + weight * (tokens - mean)
-        self._known = sorted(zip(self._sizes.values(), self._seconds.values()))
+        key = tokens if tokens <= 16 else int(16 + 8 * math.log2(tokens / 16))
+        size = self._sizes.get(key)
+        if size is None:
+            size = self._sizes[key] = _Size()
+        size.add(tokens, seconds)
+        self._known = None
 
     def seconds(self, tokens: int) -> float | None:
         """None: nothing was measured."""
         known = self._known
+        if known is None:
+            known = self._known = _ascending([s for _, s in sorted(self._sizes.items()) if s.count > 0])
         if not known:
             return None
         i = bisect_left(known, (tokens, 0.0))
@@ -80,6 +79,39 @@ class Costs:
             return known[min(i, len(known) - 1)][1]
         (left, low), (right, high) = known[i - 1], known[i]
         return low + (high - low) * (tokens - left) / (right - left)
+
+
+class _Size:
+    """Steps of about one size: how many were counted, and their mean tokens and seconds lately."""
+
+    __slots__ = ("count", "seconds", "tokens")
+
+    def __init__(self) -> None:
+        self.count = -UNCOUNTED
+        self.tokens = self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.count += 1
+        if self.count <= 0:
+            return
+        if self.count > 1:
+            seconds = min(seconds, OUTLIER * self.seconds)
+        weight = max(1 / self.count, SMOOTH)
+        self.seconds += weight * (seconds - self.seconds)
+        self.tokens += weight * (tokens - self.tokens)
+
+
+def _ascending(sizes: list[_Size]) -> list[tuple[float, float]]:
+    """The closest (tokens, seconds) whose seconds never fall: neighbours that do share a mean (Ayer et al. 1955)."""
+    pools: list[tuple[float, float, list[float]]] = []  # seconds, weight, tokens
+    for size in sizes:
+        seconds, weight, tokens = size.seconds, min(size.count, 1 / SMOOTH), [size.tokens]
+        while pools and pools[-1][0] >= seconds:
+            other, heft, before = pools.pop()
+            seconds = (seconds * weight + other * heft) / (weight + heft)
+            weight, tokens = weight + heft, before + tokens
+        pools.append((seconds, weight, tokens))
+    return [(n, seconds) for seconds, _, tokens in pools for n in tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +142,22 @@ class Policy:
         self.steps = Costs()
         self.ahead = Costs()
         self.draft = Costs()
+        self._promised = self._kept = 0.0
+
+    @property
+    def trust(self) -> float:
+        """Share of the tokens promised by odds that came."""
+        return (self._kept + PROMISES * TRUST) / (self._promised + PROMISES)
+
+    def promise(self, drafts: Iterable[tuple[float, int]]) -> None:
+        """A step verifies these: odds and number of drafts of each row."""
+        tokens = sum(odds**depth for odds, count in drafts for depth in range(1, count + 1))
+        self._promised = self._promised * MEMORY_OF_PROMISES + tokens
+        self._kept *= MEMORY_OF_PROMISES
+
+    def keep(self, accepted: int) -> None:
+        """So many drafts of the step were right."""
+        self._kept += accepted
 
     def choose(self, offers: Seq[Offer], load: Load, most: int) -> list[int]:
         """How many drafts of each offer to verify, at most `most` together."""
@@ -117,12 +165,13 @@ class Policy:
         plain = (self.ahead.seconds(load.tokens) if load.behind else None) or self._step(load.tokens)
         best = load.rows / plain * GAIN
         expected, widths, drafting = float(load.rows), [0], 0.0
+        trust = self.trust
         candidates = sorted(
             (-(offer.odds**depth), depth, i) for i, offer in enumerate(offers) for depth in range(1, offer.length + 1)
         )
         chosen = 0
         for number, (negative, depth, _) in enumerate(candidates[:most], 1):
-            expected -= negative
+            expected -= trust * negative
             if depth == len(widths):
                 widths.append(0)
             drafting += self._pass(widths[depth] + 1) - self._pass(widths[depth])

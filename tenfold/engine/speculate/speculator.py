@@ -84,14 +84,20 @@ class Speculator:
                 if not count:
                     sequence.guess.rates.fade(FADE)
         wanted = scheduler.reserve({s: count for s, count in zip(offers, counts) if count})
-        return self.drafter.draft(wanted) if wanted else {}
+        if not wanted:
+            return {}
+        drafts = self.drafter.draft(wanted)
+        self.policy.promise((offers[sequence].odds, len(own)) for sequence, own in drafts.items())
+        return drafts
 
     def read(self, sequence: Sequence, before: int, drafts: int) -> None:
         """A step brought tokens[before:] of a sequence; drafts: how many it verified."""
         guess: Guess | None = sequence.guess
         brought = len(sequence.tokens) - before
         self.drafted += drafts
-        self.accepted += brought - 1 if drafts else 0
+        if drafts:
+            self.accepted += brought - 1
+            self.policy.keep(brought - 1)
         if guess is None or guess.at != before or not guess.tokens:
             return
         right = accepted(guess.tokens, sequence.tokens[before:])
