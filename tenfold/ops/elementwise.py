@@ -17,7 +17,7 @@ MOST_TOKENS = 16  # of a program of `rope_write`
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_kernel(
     x, weight, residual, out, rows, eps, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, ADD: tl.constexpr
 ):
@@ -141,7 +141,7 @@ def turn(
         store_part(target, place, owned, 2 * HALF, rest.to(qkv.dtype.element_ty), REST, REST_P)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rope_write_kernel(
     qkv,
     table,

@@ -1,0 +1,236 @@
+"""The flat GEMM of FlashDecoding++ (2.2) in Triton: few tokens, weights on the wide side of the matrix instruction.
+
+    acc[BN, BM] += W[BN, BK] @ x[BM, BK]^T      BM >= tokens, so no weight is read twice
+
+A program owns BN rows of the weight and walks over its share of the columns with `stages` tiles under way: 1 is no
+buffering, 2 is the paper's double buffering. Where rows alone do not fill the GPU the columns are split (the paper does
+not), and the program that comes last adds up the parts in the order of the columns, so results repeat bit for bit.
+
+Norm, bias, gate and residual are fused and computed in float32. The norm's weight is multiplied into x, rounded, and
+its root mean square divides the sum; the result is rounded once, where the oracle rounds after each of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tenfold.ops.gpu.stream import GATES, MOST_TILES, SHARED, WORKSPACE, Workspace
+from tenfold.ops.kernels import Norm
+
+MOST_TOKENS = 64
+DTYPES = (torch.bfloat16, torch.float16)
+TILES = ((64, 128, 4), (64, 64, 6), (128, 64, 4), (32, 128, 4), (128, 128, 3))
+SPLITS = (1, 2, 3, 4, 6, 8)
+ABLATION = (1, 2, 3, 4, 6)  # stages
+
+
+@dataclass(frozen=True, slots=True)
+class FlatPlan:
+    """Rows and columns of a weight tile, tiles under way, shares of the columns."""
+
+    rows: int
+    cols: int
+    stages: int
+    splits: int = 1
+
+    def __str__(self) -> str:
+        return f"flat:{self.rows}x{self.cols}x{self.stages}:s{self.splits}"
+
+
+def parse(name: str) -> FlatPlan:
+    """The plan `str(plan)` names. Raises ValueError."""
+    kind, _, rest = name.partition(":")
+    sizes, _, splits = rest.partition(":s")
+    numbers = sizes.split("x")
+    if kind != "flat" or len(numbers) != 3 or not all(n.isdecimal() for n in (*numbers, splits)):
+        raise ValueError(f"{name!r} is no plan of a flat product; allowed: flat:ROWSxCOLSxSTAGES:sSPLITS.")
+    height, depth, stages = map(int, numbers)
+    return FlatPlan(height, depth, stages, int(splits))
+
+
+def width(tokens: int) -> int:
+    """Tokens of a tile: 16, 32 or 64."""
+    return max(16, triton.next_power_of_2(tokens))
+
+
+def legal(plan: FlatPlan, tokens: int, rows: int, cols: int) -> bool:
+    """Whether the plan can run a product of these sizes; rows: of the weight."""
+    if not 1 <= tokens <= MOST_TOKENS or cols % 16 or plan.splits > triton.cdiv(cols, plan.cols):
+        return False
+    tiles = triton.cdiv(rows, plan.rows)
+    if plan.stages * (plan.rows + width(tokens)) * plan.cols * 2 > SHARED or tiles > MOST_TILES:
+        return False
+    return plan.splits == 1 or tiles * plan.splits * (plan.rows + 1) * width(tokens) * 4 <= WORKSPACE
+
+
+def candidates(tokens: int, rows: int, cols: int, sms: int) -> Iterator[FlatPlan]:
+    """Plans worth timing: those that fill between half of the GPU and four times the GPU."""
+    for height, depth, stages in TILES:
+        tiles = triton.cdiv(rows, height)
+        for splits in SPLITS:
+            plan = FlatPlan(height, depth, stages, splits)
+            fills = sms <= 2 * tiles * splits and (splits == 1 or tiles * splits <= 4 * sms)
+            if (fills or splits == 1) and legal(plan, tokens, rows, cols):
+                yield plan
+
+
+def ablation(plan: FlatPlan, tokens: int, rows: int, cols: int) -> Iterator[FlatPlan]:
+    """The same tiles with no buffering, double buffering, and more."""
+    for stages in ABLATION:
+        other = FlatPlan(plan.rows, plan.cols, stages, plan.splits)
+        if legal(other, tokens, rows, cols):
+            yield other
+
+
+def run(
+    plan: FlatPlan,
+    workspace: Workspace,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    act: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal."""
+    tokens, cols = x.shape
+    rows = w.shape[0]
+    gate = GATES[act]
+    out = x.new_empty(tokens, rows // 2 if gate else rows)
+    tile = plan.rows // 2 if gate else plan.rows
+    flat_kernel[(triton.cdiv(out.shape[1], tile), plan.splits)](
+        *(x, w, out, bias, residual, None if norm is None else norm.weight, workspace.sums, workspace.counters),
+        *(0.0 if norm is None else norm.eps, tokens, out.shape[1], cols),
+        **{"BN": plan.rows, "BK": plan.cols, "BM": width(tokens), "STAGES": plan.stages, "SPLITS": plan.splits},
+        **{"EVEN": cols % plan.cols == 0, "GATE": gate},
+        **launch(plan),
+    )
+    return out
+
+
+def launch(plan: FlatPlan) -> dict[str, Any]:
+    return {"num_warps": 4 if plan.rows <= 64 else 8, "num_stages": plan.stages}
+
+
+@triton.jit
+def own_rows(tile, size, BN: tl.constexpr, GATE: tl.constexpr):
+    """Rows of the weight [BN] that make `tile` of a result of `size` features; with a gate, rows of up after rows of
+    gate. Rows past the end repeat the last.
+    """
+    i = tl.arange(0, BN)
+    if GATE:
+        HALF: tl.constexpr = BN // 2
+        feature = tl.minimum(tile * HALF + i % HALF, size - 1)
+        return tl.where(i < HALF, feature, size + feature)
+    return tl.minimum(tile * BN + i, size - 1)
+
+
+@triton.jit
+def activate(gate, GATE: tl.constexpr):
+    inner = gate
+    if GATE == 2:
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(tl.minimum(-inner, 88.0)))
+
+
+@triton.jit
+def finish(
+    acc, squares, out, bias, residual, norm, eps, tile, row, tokens, size, cols,
+    BN: tl.constexpr, BM: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Norm, bias, gate and residual of acc [BN, BM], and the result written."""
+    token = tl.arange(0, BM)
+    if norm is not None:
+        acc = acc * (1.0 / tl.sqrt(squares / cols + eps))[None, :]
+    if bias is not None:
+        acc += tl.load(bias + row)[:, None]
+    if GATE:
+        H: tl.constexpr = BN // 2
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (2, H, BM)), (1, 2, 0)))
+        acc = activate(gate, GATE) * up
+        feature = tile * H + tl.arange(0, H)
+    else:
+        feature = tile * BN + tl.arange(0, BN)
+    at = token.to(tl.int64)[None, :] * size + feature[:, None]
+    exists = (feature < size)[:, None] & (token < tokens)[None, :]
+    if residual is not None:
+        acc += tl.load(residual + at, mask=exists, other=0.0).to(tl.float32)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def flat_kernel(
+    x,
+    w,
+    out,
+    bias,
+    residual,
+    norm,
+    sums,
+    counters,
+    eps,
+    tokens,
+    size,
+    cols,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """Grid (size / rows of a tile, SPLITS). size: features of the result. See the module's head."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = own_rows(tile, size, BN, GATE)
+    token = tl.arange(0, BM)
+    column = tl.arange(0, BK)
+    weights = w + row.to(tl.int64)[:, None] * cols + column[None, :]
+    states = x + token[:, None] * cols + column[None, :]
+    there = (token < tokens)[:, None]
+    share = tl.cdiv(tl.cdiv(cols, BK), SPLITS) * BK
+    first = split * share
+    last = tl.minimum(first + share, cols)
+    acc = tl.zeros([BN, BM], tl.float32)
+    squares = tl.zeros([BM], tl.float32)
+    for k in tl.range(first, last, BK, num_stages=STAGES):
+        if EVEN:
+            a = tl.load(weights + k)
+            b = tl.load(states + k, mask=there, other=0.0)
+        else:
+            inside = (k + column < cols)[None, :]
+            a = tl.load(weights + k, mask=inside, other=0.0)
+            b = tl.load(states + k, mask=there & inside, other=0.0)
+        if norm is not None:
+            full = b.to(tl.float32)
+            squares += tl.sum(full * full, 1)
+            if EVEN:
+                gain = tl.load(norm + k + column)
+            else:
+                gain = tl.load(norm + k + column, mask=k + column < cols, other=0.0)
+            b = (full * gain[None, :]).to(b.dtype)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    if SPLITS == 1:
+        finish(acc, squares, out, bias, residual, norm, eps, tile, row, tokens, size, cols, BN, BM, GATE)
+    else:
+        PART: tl.constexpr = (BN + 1) * BM
+        inner = tl.arange(0, BN)[:, None] * BM + token[None, :]
+        own = sums + (tile.to(tl.int64) * SPLITS + split) * PART
+        tl.store(own + inner, acc)
+        tl.store(own + BN * BM + token, squares)
+        tl.debug_barrier()  # every thread's part is written before one thread says so
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+            tl.debug_barrier()
+            parts = sums + tile.to(tl.int64) * SPLITS * PART
+            acc = tl.zeros([BN, BM], tl.float32)
+            squares = tl.zeros([BM], tl.float32)
+            for i in range(SPLITS):
+                acc += tl.load(parts + i * PART + inner, cache_modifier=".cg")
+                squares += tl.load(parts + i * PART + BN * BM + token, cache_modifier=".cg")
+            finish(acc, squares, out, bias, residual, norm, eps, tile, row, tokens, size, cols, BN, BM, GATE)
+            tl.store(counters + tile, 0)
