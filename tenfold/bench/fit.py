@@ -7,7 +7,7 @@ from tenfold.bench.floor import Sizes
 
 # Of a peer's growing cache: layers are copied as they grow. Ours has its pages from the start.
 PEER_CACHE = 1.25
-RESERVE = 8 << 30  # activations, compiled graphs and what the libraries keep, each engine
+RESERVE = 10 << 30  # activations, compiled graphs and what the libraries keep, each engine
 PAGE = 64  # tokens; more than any page, so that what is rounded up still fits
 
 

@@ -8,6 +8,7 @@ memory together take turns round by round; the others are measured one after the
 import gc
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -337,7 +338,8 @@ def _in_process(plan: Plan, part: Session, say: Say) -> Iterator[dict[str, Engin
         yield engines
     finally:
         engines.clear()
-        torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
 

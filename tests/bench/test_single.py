@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tenfold.bench import gpu, single
-from tenfold.bench.engines import Prompts, Timing
+from tenfold.bench.engines import Prompts, Setup, Timing
 from tenfold.bench.fit import RESERVE, Point, need, sessions
 from tenfold.bench.floor import Sizes, floor_ms, model_sizes
 
@@ -169,6 +169,39 @@ def test_a_run_from_a_name_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.model == "shape:tiny@layers=1,positions=2101"
     assert result.floor(2, 30) == pytest.approx(1e3 * result.sizes.decode_bytes(2, 30) / 100e9)  # type: ignore[union-attr]
     assert result.machine["hardware"]
+
+
+def test_on_a_gpu_engines_share_it_where_they_fit_and_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[str, int, int]] = []
+
+    def make(name: str, setup: Setup) -> Fake:
+        built.append((name, setup.batch, setup.kv_tokens))
+        return Fake(0.004, capacity=setup.kv_tokens or None)
+
+    class Missing:
+        def __init__(self, *_: object) -> None:
+            raise RuntimeError("vllm stopped: no such module")
+
+    monkeypatch.setattr(single, "make_engine", make)
+    monkeypatch.setattr(single, "Worker", Missing)
+    monkeypatch.setattr(single, "machine", lambda device: {"hardware": device})
+    monkeypatch.setattr(single, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(single, "matmul_ceiling", lambda device, size: 790.0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (78 << 30, 80 << 30))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    points = tuple(single.grid([1, 8], [1024, 8192, 32768], [], 129))
+    plan = single.Plan("shape:llama-2-7b", ("tenfold", "hf-generate", "vllm"), points, 1, "cuda")
+    result = single.run(plan, lambda _: None)
+    beside = {(r.batch, r.context) for r in result.rows if r.engine == "tenfold" and r.beside == ["hf-generate"]}
+    alone = {(r.batch, r.context) for r in result.rows if r.engine == "tenfold" and not r.beside}
+    assert beside == {(1, 1024), (8, 1024), (1, 8192)}
+    assert alone == {(1, 32768), (8, 8192)}
+    assert [name for name, _, _ in built] == ["tenfold", "hf-generate", "tenfold", "hf-generate"]
+    assert all((tokens > 0) == (name == "tenfold") for name, _, tokens in built)
+    missing = {(s.engine, s.batch, s.context) for s in result.skipped}
+    assert missing >= {("tenfold", 8, 32768), ("hf-generate", 8, 32768), ("vllm", 1, 1024)}
+    assert any("process of its own" in note for note in result.notes)
+    assert any("33 tokens" in note for note in result.notes)
 
 
 def test_an_unknown_peer_names_the_known_ones() -> None:
