@@ -16,13 +16,14 @@ from torch import Tensor
 from tenfold.ops.attention.plan import DecodePlan, check_decode, power_of_two
 from tenfold.ops.attention.sweep import (
     LAZY,
-    LN2,
     LOG2E,
     PAPER,
     UNIFIED,
     failed,
+    finish,
     join_columns,
     merge_rows,
+    span,
     sweep,
     sweep_row,
 )
@@ -47,37 +48,6 @@ def share(
     each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
     first = begin + split * each * N
     return first, tl.minimum(first + each * N, length), tl.cdiv(tiles, each)
-
-
-@triton.jit
-def finish(
-    acc,
-    m,
-    den,
-    again,
-    out,
-    lse,
-    recomputed,
-    token,
-    head,
-    is_row,
-    heads,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-):
-    """Write rows [M] of the result and their log-sum-exp, and count those that were computed again."""
-    d = tl.arange(0, DP)
-    at = token.to(tl.int64) * heads + head
-    some = tl.where(den == 0.0, 1.0, den)
-    result = (acc / some[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (at * D)[:, None] + d[None, :], result, mask=is_row[:, None] & (d < D)[None, :])
-    if lse is not None:
-        tl.store(lse + at, tl.where(den == 0.0, float("-inf"), (m + tl.log2(some)) * LN2), mask=is_row)
-    if SOFTMAX >= UNIFIED:
-        count = tl.sum((is_row & (again > 0)).to(tl.int32), 0)
-        if count > 0:
-            tl.atomic_add(recomputed, count.to(tl.int64))
 
 
 @triton.jit
@@ -107,17 +77,6 @@ def merge_all(
         acc, m, den, again = merge_rows(sums, states, active, row, end, ROWS, D, DP, R, S)
         token, head = start + row // GROUP, kv_head * GROUP + row % GROUP
         finish(acc, m, den, again, out, lse, recomputed, token, head, row < end, heads, D, DP, SOFTMAX)
-
-
-@triton.jit
-def span(starts, request):
-    """First token and number of tokens of a request; starts None: one each."""
-    start = request
-    count = 1
-    if starts is not None:
-        start = tl.load(starts + request)
-        count = tl.load(starts + request + 1) - start
-    return start, count
 
 
 @triton.jit

@@ -23,7 +23,8 @@ class DecodePlan:
     """One launch for up to `queries` new tokens a request.
 
     splits: parts of a context at most; tile: tokens that a program loads at once; stages: of the compiler's pipeline,
-    two for each tile on its way (page numbers, then rows); least: tiles of a part at least; dot: tensor cores (else CUDA cores, one query and a group of one only); softmax, merge: arms.
+    two for each tile on its way (page numbers, then rows); least: tiles of a part at least; dot: tensor cores (else
+    CUDA cores, for one query and one query head a KV head only); softmax, merge: arms.
     """
 
     splits: int

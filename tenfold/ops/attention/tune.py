@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from tenfold.ops.attention import decode
-from tenfold.ops.attention.plan import MOST_SPLITS, DecodePlan, plan_decode, seen
+from tenfold.ops.attention import decode, prefill
+from tenfold.ops.attention.attend import library
+from tenfold.ops.attention.plan import MOST_SPLITS, DecodePlan, PrefillPlan, plan_decode, plan_prefill, seen
 from tenfold.ops.kernels import AttentionSpec
 
 COLD_BYTES = 160 << 20  # of all sets together: three times the L2 cache of an H100
@@ -101,6 +104,79 @@ def measure_decode(
         rate = size / took / 1e3
         timings.append(Timing(str(plan), took, rate, rate / ceiling))
     return show(timings, "GB/s", say)
+
+
+def prefill_candidates(spec: AttentionSpec, softmax: Sequence[str] = ("lazy",)) -> list[PrefillPlan]:
+    """Plans worth timing for chunks; the rule's come first."""
+    shapes = [(64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (64, 128, 4, 3)]
+    if spec.head_dim > 128:
+        shapes = [(64, 32, 4, 3), (64, 32, 4, 5), (128, 32, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
+    rule = plan_prefill(spec)
+    plans = [rule, *(PrefillPlan(*shape) for shape in shapes)]
+    found = [replace(plan, softmax=s, branch=branch) for plan in plans for s in softmax for branch in (True, False)]
+    return list(dict.fromkeys(plan for plan in found if plan.branch or plan.softmax == "lazy"))
+
+
+def measure_prefill(
+    spec: AttentionSpec,
+    requests: int,
+    tokens: int,
+    plans: Sequence[PrefillPlan],
+    *,
+    prefix: int = 0,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    ceiling: float = 790.0,
+    say: Callable[[str], None] = print,
+) -> list[Timing]:
+    """Time plans for `requests` chunks of `tokens` behind `prefix` tokens each on the current CUDA device, and
+    PyTorch's attention with the gathering of pages ("sdpa") and without ("sdpa, gathered"), fastest first. ceiling: the
+    matrix rate in TFLOP/s that shares are given of.
+    """
+    device = torch.device("cuda")
+    context = prefix + tokens
+    keys, values, table = paged(spec, requests, context, page_size, dtype, device, 0)
+    q = torch.randn(requests * tokens, spec.heads * spec.head_dim, dtype=dtype, device=device)
+    out = torch.empty_like(q)
+    starts = torch.arange(0, requests * tokens + 1, tokens, dtype=torch.int32, device=device)
+    lengths = torch.full((requests,), context, dtype=torch.int32, device=device)
+    phi = torch.full((spec.heads,), 2.0, device=device)
+    recomputed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def ours(plan: PrefillPlan) -> Callable[[], object]:
+        own = (plan, q, keys, values, table, starts, lengths, spec, tokens)
+        return lambda: prefill.run(*own, recomputed=recomputed, phi=phi, out=out)
+
+    calls: dict[str, Callable[[], object]] = {str(plan): ours(plan) for plan in plans}
+    if not spec.window and not spec.softcap:
+        host = [(tokens, context)] * requests
+        calls["sdpa"] = lambda: library(q, keys, values, table, host, 0, spec, out)
+        calls["sdpa, gathered"] = gathered_sdpa(spec, requests, tokens, context, dtype, device)
+    work = 4 * spec.head_dim * spec.heads * requests * sum(seen(spec, prefix + i + 1) for i in range(tokens))
+    heads = f"{spec.heads}/{spec.kv_heads} heads of {spec.head_dim}"
+    say(f"prefill attention: {requests} x {tokens} tokens behind {prefix}, {heads}, {dtype}")
+    timings = []
+    for name, call in calls.items():
+        try:
+            took = time_graph([call])
+        except Exception as error:  # as in measure_decode
+            say(f"  {name}: {str(error).splitlines()[0][:120]}")
+            continue
+        rate = work / took / 1e6
+        timings.append(Timing(name, took, rate, rate / ceiling))
+    return show(timings, "TFLOP/s", say)
+
+
+def gathered_sdpa(
+    spec: AttentionSpec, requests: int, tokens: int, context: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], object]:
+    """PyTorch's attention on keys and values that lie as it likes them."""
+    q = torch.randn(requests, spec.heads, tokens, spec.head_dim, dtype=dtype, device=device)
+    k, v = (torch.randn(requests, spec.kv_heads, context, spec.head_dim, dtype=dtype, device=device) for _ in range(2))
+    mask = None if tokens == context else causal_lower_right(tokens, context)
+    return lambda: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=spec.scale, enable_gqa=spec.heads != spec.kv_heads
+    )
 
 
 def paged(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.attention import decode
-from tenfold.ops.attention.plan import MERGES, DecodePlan, plan_decode
+from tenfold.ops.attention import decode, prefill, tune
+from tenfold.ops.attention.attend import Arms, attend
+from tenfold.ops.attention.plan import MERGES, DecodePlan, PrefillPlan, plan_decode, plan_prefill
 from tenfold.ops.attention.unified_max import SOFTMAX
 from tests.ops.attention.cases import Case, make
 
@@ -154,3 +155,74 @@ def test_a_captured_decode_serves_every_length(merge: str) -> None:
         torch.cuda.synchronize()
         close(out, replace(case, lengths=tuple(now)))
         assert int(workspace.recomputed) == sum(n > 0 for n in now)
+
+
+def prefilled(case: Case, plan: PrefillPlan, phi: Tensor | None = None) -> tuple[Tensor, int]:
+    out, _ = case.blank()
+    recomputed = torch.zeros(1, dtype=torch.int64, device="cuda")
+    tables = (case.page_table, case.query_start, case.kv_lengths)
+    arguments = (plan, case.q, case.keys, case.values, *tables, case.spec, max(case.counts))
+    prefill.run(*arguments, recomputed=recomputed, phi=phi, out=out)
+    return out, int(recomputed)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("softmax", SOFTMAX)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (7, 1)], ids=str)
+def test_prefill_arms(dtype: torch.dtype, softmax: str, heads: tuple[int, int]) -> None:
+    shape = {"heads": heads[0], "kv_heads": heads[1], "head_dim": 128, "page_size": 16}
+    case = make([600, 700, 1, 129], [600, 50, 1, 129], dtype=dtype, device="cuda", **shape)
+    for plan in tune.prefill_candidates(case.spec, (softmax,)):
+        close(prefilled(case, plan, case.phi)[0], case)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("rules", [{}, {"window": 100}, {"softcap": 30.0}], ids=str)
+def test_prefill_shapes(dtype: torch.dtype, head_dim: int, rules: dict[str, Any]) -> None:
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": head_dim, "page_size": 16}
+    case = make([300, 333], [300, 40], dtype=dtype, device="cuda", **shape, **rules)
+    for softmax in ("lazy", "unified"):
+        close(prefilled(case, plan_prefill(case.spec, softmax), case.phi)[0], case)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("bad", [1e4, -1e4, float("nan"), float("inf")])
+def test_prefill_with_an_absurd_phi(dtype: torch.dtype, bad: float) -> None:
+    case = make([300, 70], [300, 20], heads=4, kv_heads=2, head_dim=64, page_size=16, dtype=dtype, device="cuda")
+    phi = case.phi.clone()
+    phi[3] = bad
+    for softmax in ("unified", "paper"):
+        found, again = prefilled(case, plan_prefill(case.spec, softmax), phi)
+        close(found, case)
+        assert again >= 320
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("chunks", ["tiles", "sdpa"])
+def test_a_mixed_step(dtype: torch.dtype, chunks: str) -> None:
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "page_size": 16}
+    case = make([900, 300, 333, 200], [1, 1, 40, 200], dtype=dtype, device="cuda", **shape)
+    tables = (case.page_table, case.query_start, case.kv_lengths)
+    found = attend(
+        *(case.q, case.keys, case.values, *tables, case.spec, 200, 900),
+        workspace=decode.Workspace("cuda"),
+        sms=132,
+        arms=Arms("unified", chunks=chunks),
+        phi=case.phi,
+        decodes=2,
+        lengths=[(1, 900), (1, 300), (40, 333), (200, 200)],
+    )
+    close(found, case)
+
+
+def test_every_candidate_runs_and_is_timed() -> None:
+    """Small shapes: whether the measuring works, not what it finds."""
+    case = make([600], heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda")
+    said: list[str] = []
+    plans = tune.decode_candidates(case.spec, 2, 600, 132, SOFTMAX, MERGES)
+    assert len(tune.measure_decode(case.spec, 2, 600, plans, say=said.append)) == len(plans)
+    chunks = tune.prefill_candidates(case.spec, ("lazy", "unified"))
+    assert len(tune.measure_prefill(case.spec, 2, 300, chunks, prefix=30, say=said.append)) == len(chunks) + 2
+    for plan in plans:
+        close(decoded(case, plan, case.phi)[0], case)
