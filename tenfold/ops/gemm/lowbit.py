@@ -1,0 +1,617 @@
+"""Linear operations on packed weights (`ops/formats.py`) in Triton, for one to thousands of tokens.
+
+    y[t, r] = sum over c of x[t, c] * W[r, c] + bias[r]          W as `formats.unpack` gives it
+
+Four kinds of implementation compete; `candidates` lists those that are legal, `plan` picks by rule, `run` runs one:
+
+- "fused": codes become 16-bit numbers in registers, exactly, and meet the tokens in a tensor-core product. Scales
+  multiply the sums of a tile in float32; only where groups are narrower than tiles they multiply the weights, which are
+  then rounded to 16 bits.
+- "dense": the weight is unpacked to 16 bits and handed to the library. Pays when many tokens share it.
+- "fp8": tokens are rounded to e4m3, one scale each, and multiplied with float8 weights. Only for `a8` formats.
+- "library": the same with the product by cuBLASLt (torch._scaled_mm). Only for `a8` formats with a scale a row.
+
+Split columns are added up by the block that comes last, in the order of the columns, so results repeat bit for bit.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tenfold.ops import elementwise
+from tenfold.ops.formats import BFLOAT_MAGIC, FP8_MAX, HALF_MAGIC, Format, Packed, format_of, packed_of
+from tenfold.ops.kernels import Norm
+from tenfold.ops.matrix import Matrix
+
+# What makes a pair of codes a pair of numbers. Not a constant of the kernels: two constants would cost an instruction.
+ABOVE = {torch.bfloat16: BFLOAT_MAGIC, torch.float16: HALF_MAGIC}
+KINDS = ("fused", "dense", "fp8", "library")
+CODES = {"int4": 0, "int8": 1, "fp8": 2}
+AT_END, SUMS, WEIGHTS = 0, 1, 2  # what scales multiply
+WHOLE_ROW = 1 << 30  # columns of a group, for kernels, where a row has one
+SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000: the sign bits of a pair of 16-bit numbers
+LEAST_LIBRARY = 16  # rows and columns are multiples of this for torch._scaled_mm
+QUANTIZE_COLS = 8192  # columns of a token in registers at once
+
+
+@dataclass(frozen=True, slots=True)
+class LowbitPlan:
+    """How one linear operation runs. Tile sizes in rows and columns of the weight and in tokens; splits of the columns;
+    warps of a block; stages: tiles of columns under way. Kinds of a library use none of them.
+    """
+
+    kind: str
+    rows: int = 64
+    cols: int = 128
+    tokens: int = 16
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+
+    def __str__(self) -> str:
+        if self.kind in ("dense", "library"):
+            return self.kind
+        return f"{self.kind}:{self.rows}x{self.cols}x{self.tokens}:s{self.splits}:w{self.warps}:n{self.stages}"
+
+
+def parse(name: str) -> LowbitPlan:
+    """The plan `str(plan)` names. Raises ValueError."""
+    kind, *parts = name.split(":")
+    try:
+        if kind not in KINDS or len(parts) != (0 if kind in ("dense", "library") else 4):
+            raise ValueError
+        if not parts:
+            return LowbitPlan(kind)
+        sizes = [int(n) for n in parts[0].split("x")]
+        rows, cols, tokens = sizes
+        return LowbitPlan(kind, rows, cols, tokens, int(parts[1][1:]), int(parts[2][1:]), int(parts[3][1:]))
+    except ValueError:
+        raise ValueError(
+            f"{name!r} is no plan of a packed linear; allowed: dense, library, or fused or fp8 as "
+            "fused:ROWSxCOLSxTOKENS:sSPLITS:wWARPS:nSTAGES."
+        ) from None
+
+
+@dataclass(slots=True)
+class Workspace:
+    """Memory for the sums of split columns, on one device; launches of one stream may share it. Grows on demand, so a
+    capture must come after a call of its size.
+    """
+
+    device: torch.device
+    sums: Tensor = field(init=False)
+    counters: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = torch.empty(0, dtype=torch.float32, device=self.device)
+        self.counters = torch.zeros(0, dtype=torch.int32, device=self.device)
+
+    def reserve(self, sums: int, counters: int) -> None:
+        """Make room for so many numbers. The kernels leave counters at zero."""
+        if self.sums.numel() < sums:
+            self.sums = torch.empty(sums, dtype=torch.float32, device=self.device)
+        if self.counters.numel() < counters:
+            self.counters = torch.zeros(counters, dtype=torch.int32, device=self.device)
+
+
+def tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def candidates(rows: int, cols: int, batch: int, format: Format, sms: int) -> Iterator[LowbitPlan]:
+    """Every plan worth measuring for `batch` tokens and a weight of `rows` x `cols` on a GPU of `sms` multiprocessors.
+
+    All give the same result but for the order of sums and the roundings their kinds name.
+    """
+    tokens = min(128, max(16, 1 << (batch - 1).bit_length()))
+    for kind in ("fused", "fp8"):
+        if kind == "fp8" and not takes_fp8(format):
+            continue
+        for height in (32, 64, 128):
+            for width in (64, 128, 256):
+                for splits in split_counts(rows, cols, batch, height, width, tokens, sms):
+                    for warps, stages in ((4, 3), (4, 5), (8, 3)):
+                        found = LowbitPlan(kind, height, width, tokens, splits, warps, stages)
+                        if legal(found, rows, cols, format):
+                            yield found
+    if batch > 32:
+        yield LowbitPlan("dense")
+    if takes_library(rows, cols, format):
+        yield LowbitPlan("library")
+
+
+def split_counts(rows: int, cols: int, batch: int, height: int, width: int, tokens: int, sms: int) -> tuple[int, ...]:
+    """Splits of the columns that give between about half a block and four blocks a multiprocessor."""
+    blocks = tiles(rows, height) * tiles(batch, tokens)
+    most = max(1, tiles(cols, width) // 2)
+    return tuple(n for n in (1, 2, 4, 8, 16) if n <= most and (n == 1 or blocks * n <= 4 * sms))
+
+
+def plan(rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPlan:
+    """The rule where nothing was measured: enough blocks to keep `sms` multiprocessors reading, tiles as large as that
+    allows; many tokens go to the library.
+    """
+    if batch > 32 and takes_library(rows, cols, format):
+        return LowbitPlan("library")
+    if batch > 256:
+        return LowbitPlan("dense")
+    tokens = min(128, max(16, 1 << (batch - 1).bit_length()))
+    height = 64 if batch <= 64 else 128
+    width = max(64, min(128, format.group or 128))
+    blocks = tiles(rows, height) * tiles(batch, tokens)
+    splits = max(1, min(16, 2 * sms // max(1, blocks), tiles(cols, width) // 4))
+    splits = 1 << (splits.bit_length() - 1)
+    return LowbitPlan("fused", height, width, tokens, splits, 4 if height <= 64 else 8, 4)
+
+
+def legal(plan: LowbitPlan, rows: int, cols: int, format: Format) -> bool:
+    """Whether a plan can run a weight of this shape and format."""
+    if plan.kind == "dense":
+        return True
+    if plan.kind == "library":
+        return takes_library(rows, cols, format)
+    fits = not format.group or format.group % plan.cols == 0 or plan.cols % format.group == 0
+    if plan.kind == "fp8":
+        return takes_fp8(format) and (not format.group or format.group % plan.cols == 0)
+    return fits
+
+
+def takes_fp8(format: Format) -> bool:
+    return format.kind == "fp8" and format.activations == 8 and not format.order
+
+
+def takes_library(rows: int, cols: int, format: Format) -> bool:
+    return takes_fp8(format) and not format.group and rows % LEAST_LIBRARY == 0 and cols % LEAST_LIBRARY == 0
+
+
+def lowbit_linear(
+    x: Tensor,
+    w: Matrix,
+    bias: Tensor | None = None,
+    *,
+    plan: LowbitPlan | None = None,
+    workspace: Workspace | None = None,
+    sms: int = 132,
+) -> Tensor:
+    """`x @ W.T + bias`: x [T, cols] bfloat16 or float16, contiguous; bias [rows] of any type -> [T, rows], like x.
+
+    plan: None for the rule with `sms` multiprocessors. Raises ValueError for an x that does not fit, and for a plan
+    that cannot run the weight.
+    """
+    format = format_of(w.format)
+    if x.dim() != 2 or x.shape[1] != w.cols or x.dtype not in ABOVE or not x.is_contiguous():
+        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; allowed: contiguous [T, {w.cols}] in bfloat16 or float16.")
+    if plan is None:
+        plan = rule(w.rows, w.cols, len(x), format, sms)
+    if not legal(plan, w.rows, w.cols, format):
+        raise ValueError(f"The plan {plan} cannot run a weight {w.rows} x {w.cols} of {w.format}.")
+    return run(plan, x, w, bias, workspace)
+
+
+rule = plan
+
+
+def run(plan: LowbitPlan, x: Tensor, w: Matrix, bias: Tensor | None, workspace: Workspace | None = None) -> Tensor:
+    """One legal plan; see `lowbit_linear`."""
+    format, packed = format_of(w.format), packed_of(w)
+    if not len(x):
+        return x.new_empty(0, w.rows)
+    if plan.kind == "dense":
+        return F.linear(x, unpack_on_device(packed, format, w.rows, w.cols, x.dtype), _typed(bias, x.dtype))
+    if plan.kind == "fused":
+        return _launch(plan, format, packed, x, None, bias, w, x.dtype, workspace)
+    codes, scales = quantize_tokens(x)
+    if plan.kind == "library":
+        return torch._scaled_mm(
+            *(codes, packed.codes.t()),
+            scale_a=scales[:, None],
+            scale_b=packed.scales.view(1, -1),
+            bias=_typed(bias, x.dtype),
+            out_dtype=x.dtype,
+        )
+    return _launch(plan, format, packed, codes, scales, bias, w, x.dtype, workspace)
+
+
+def linear(
+    x: Tensor,
+    w: Matrix,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    *,
+    plan: LowbitPlan | None = None,
+    workspace: Workspace | None = None,
+    sms: int = 132,
+) -> Tensor:
+    """As `Kernels.linear`, norm, gate and residual in launches of their own."""
+    if norm is not None:
+        x = elementwise.norm(x, norm)
+    y = lowbit_linear(x, w, bias, plan=plan, workspace=workspace, sms=sms)
+    if act is not None:
+        y = elementwise.act_mul(y, act)
+    return y if residual is None else elementwise.add(y, residual)
+
+
+def _typed(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+def _launch(
+    plan: LowbitPlan,
+    format: Format,
+    packed: Packed,
+    x: Tensor,
+    token_scales: Tensor | None,
+    bias: Tensor | None,
+    w: Matrix,
+    dtype: torch.dtype,
+    workspace: Workspace | None,
+) -> Tensor:
+    tokens = len(x)
+    out = torch.empty(tokens, w.rows, dtype=dtype, device=x.device)
+    blocks = tiles(w.rows, plan.rows) * tiles(tokens, plan.tokens)
+    if workspace is None:
+        workspace = Workspace(x.device)
+    if plan.splits > 1:
+        workspace.reserve(blocks * plan.splits * plan.rows * plan.tokens, blocks)
+    none = out  # what a kernel without that part is given and never reads
+    product_kernel[(blocks, plan.splits)](
+        *(x, packed.codes if token_scales is not None else packed.codes.view(torch.int32), packed.scales),
+        none if packed.zeros is None else packed.zeros,
+        none if packed.order is None else packed.order,
+        none if bias is None else bias,
+        none if token_scales is None else token_scales,
+        *(out, workspace.sums, workspace.counters),
+        *(tokens, w.rows, w.cols, packed.scales.shape[1], ABOVE[dtype]),
+        CODE=CODES[format.kind],
+        GROUP=format.group or WHOLE_ROW,
+        SCALING=scaling(plan, format),
+        ZERO=packed.zeros is not None,
+        MIDDLE=format.codes.middle,
+        ORDER=packed.order is not None,
+        BIAS=bias is not None,
+        TOKEN_SCALES=token_scales is not None,
+        EVEN=w.cols % plan.cols == 0,
+        ROWS=plan.rows,
+        COLS=plan.cols,
+        TOKENS=plan.tokens,
+        SPLITS=plan.splits,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
+    return out
+
+
+def scaling(plan: LowbitPlan, format: Format) -> int:
+    """What scales multiply: AT_END, SUMS or WEIGHTS."""
+    if plan.kind == "fp8" and not format.group:
+        return AT_END
+    # A row's one scale multiplies the sum of each tile, too: the compiler waits for every instruction of a product that
+    # adds to the sums of the last one while weights come from registers (Triton 3.6, Hopper).
+    return WEIGHTS if format.group and plan.cols > format.group else SUMS
+
+
+@triton.jit
+def product_kernel(
+    x,
+    codes,
+    scales,
+    zeros,
+    order,
+    bias,
+    token_scales,
+    out,
+    sums,
+    counters,
+    tokens,
+    rows,
+    cols,
+    groups,
+    above,
+    CODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALING: tl.constexpr,
+    ZERO: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    ORDER: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One tile of [rows, tokens]: weights on the side of the product that has room for 64 and more. EVEN: the columns
+    are whole tiles.
+    """
+    block, split = tl.program_id(0), tl.program_id(1)
+    token_tiles = tl.cdiv(tokens, TOKENS)
+    row = block // token_tiles * ROWS + tl.arange(0, ROWS)
+    token = block % token_tiles * TOKENS + tl.arange(0, TOKENS)
+    # What lies outside is computed from the last row or token and not stored: loads need no mask.
+    near_row, near_token = tl.minimum(row, rows - 1), tl.minimum(token, tokens - 1)
+    number = out.dtype.element_ty
+    each = tl.cdiv(tl.cdiv(cols, COLS), SPLITS) * COLS
+    last = tl.minimum((split + 1) * each, cols)
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for first in range(split * each, last, COLS):
+        col = first + tl.arange(0, COLS)
+        if EVEN:
+            place = tl.load(order + col) if ORDER else col
+            tile = tl.load(x + near_token[None, :].to(tl.int64) * cols + place[:, None])
+        else:
+            place = tl.load(order + col, mask=col < cols, other=0) if ORDER else col
+            inside = (near_token < tokens)[None, :] & (col < cols)[:, None]
+            tile = tl.load(x + near_token[None, :].to(tl.int64) * cols + place[:, None], mask=inside, other=0.0)
+        w = load_codes(codes, near_row, first, cols, above, number, CODE, MIDDLE, TOKEN_SCALES, EVEN, ROWS, COLS)
+        if ZERO:
+            w = take_zeros(w, zeros, near_row, first, groups, number, GROUP, MIDDLE, ROWS, COLS)
+        if SCALING == 2:
+            s = load_groups(scales, near_row, first, groups, GROUP, ROWS, COLS)
+            w = (w.to(tl.float32) * s).to(number)
+        if SCALING == 1:
+            s = tl.load(scales + near_row * groups + first // GROUP).to(tl.float32)
+            acc += tl.dot(w, tile) * s[:, None]
+        elif TOKEN_SCALES:
+            # Tensor cores add products of float8 in about 14 bits; what they add so is kept short.
+            acc = tl.dot(w, tile, acc, max_num_imprecise_acc=COLS if COLS < 128 else 128)
+        else:
+            acc = tl.dot(w, tile, acc)
+    if SPLITS > 1:
+        size: tl.constexpr = ROWS * TOKENS
+        at = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+        tl.store(sums + (block * SPLITS + split).to(tl.int64) * size + at, acc)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + block, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            for other in range(SPLITS):
+                acc += tl.load(sums + (block * SPLITS + other).to(tl.int64) * size + at, cache_modifier=".cg")
+            tl.store(counters + block, 0)
+            finish(acc, scales, bias, token_scales, out, row, token, rows, tokens, SCALING, BIAS, TOKEN_SCALES)
+    else:
+        finish(acc, scales, bias, token_scales, out, row, token, rows, tokens, SCALING, BIAS, TOKEN_SCALES)
+
+
+@triton.jit
+def finish(
+    acc,
+    scales,
+    bias,
+    token_scales,
+    out,
+    row,
+    token,
+    rows,
+    tokens,
+    SCALING: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
+):
+    """Scales that are left, bias, and the one rounding of the result."""
+    row_in, token_in = row < rows, token < tokens
+    if SCALING == 0:
+        acc *= tl.load(scales + row, mask=row_in, other=0.0).to(tl.float32)[:, None]
+    if TOKEN_SCALES:
+        acc *= tl.load(token_scales + token, mask=token_in, other=0.0)[None, :]
+    if BIAS:
+        acc += tl.load(bias + row, mask=row_in, other=0.0).to(tl.float32)[:, None]
+    where = out + token[None, :].to(tl.int64) * rows + row[:, None]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=token_in[None, :] & row_in[:, None])
+
+
+@triton.jit
+def load_codes(
+    codes,
+    row,
+    first,
+    cols,
+    above,
+    number: tl.constexpr,
+    CODE: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Codes less MIDDLE of columns first .. first + COLS, as numbers [ROWS, COLS]. codes: int32 words, or with KEEP
+    float8 that stays as it is; above: `ABOVE`.
+    """
+    each: tl.constexpr = 1 if KEEP else (8 if CODE == 0 else 4)  # columns of what is loaded
+    count: tl.constexpr = COLS // each
+    at = first // each + tl.arange(0, count)
+    where = codes + row[:, None].to(tl.int64) * (cols // each) + at[None, :]
+    if EVEN:
+        loaded = tl.load(where)
+    elif KEEP:
+        loaded = tl.load(where, mask=(at * each < cols)[None, :] & (row >= 0)[:, None], other=0.0)
+    else:
+        loaded = tl.load(where, mask=(at * each < cols)[None, :] & (row >= 0)[:, None], other=0)
+    if KEEP:
+        numbers = loaded
+    elif CODE == 0:
+        numbers = spread_nibbles(loaded, above, number, MIDDLE, ROWS, COLS)
+    else:
+        numbers = spread_bytes(loaded, above, number, CODE, ROWS, COLS)
+    return numbers
+
+
+@triton.jit
+def half(bits, index: tl.constexpr, number: tl.constexpr):
+    """The 16-bit number in half `index` of each 32-bit word."""
+    return (bits >> (16 * index)).to(tl.int16).to(number, bitcast=True)
+
+
+@triton.jit
+def spread_nibbles(words, above, number: tl.constexpr, MIDDLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int32 [ROWS, COLS / 8] -> [ROWS, COLS]. Column 4a + 2b + c of a word is half c of the pair 2a + b."""
+    first = tl.join(nibble(words, above, 0, 0, number, MIDDLE), nibble(words, above, 2, 0, number, MIDDLE))
+    second = tl.join(nibble(words, above, 0, 1, number, MIDDLE), nibble(words, above, 2, 1, number, MIDDLE))
+    third = tl.join(nibble(words, above, 1, 0, number, MIDDLE), nibble(words, above, 3, 0, number, MIDDLE))
+    fourth = tl.join(nibble(words, above, 1, 1, number, MIDDLE), nibble(words, above, 3, 1, number, MIDDLE))
+    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (ROWS, COLS))
+
+
+@triton.jit
+def nibble(words, above, pair: tl.constexpr, index: tl.constexpr, number: tl.constexpr, MIDDLE: tl.constexpr):
+    """Column 2 * pair + index of each word, less MIDDLE: the bits of 128 (bfloat16) or 1024 (float16) above a code make
+    it a number.
+    """
+    base: tl.constexpr = 128.0 if number == tl.bfloat16 else 1024.0
+    return half(((words >> (4 * pair)) & 0x000F000F) | above, index, number) - (base + MIDDLE)
+
+
+@triton.jit
+def spread_bytes(words, above, number: tl.constexpr, CODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int32 [ROWS, COLS / 4] -> [ROWS, COLS]. Column 2h + o of a word is its byte o of half h."""
+    even = tl.join(byte(words, above, 0, 0, number, CODE), byte(words, above, 1, 0, number, CODE))
+    odd = tl.join(byte(words, above, 0, 1, number, CODE), byte(words, above, 1, 1, number, CODE))
+    return tl.reshape(tl.join(even, odd), (ROWS, COLS))
+
+
+@triton.jit
+def byte(words, above, index: tl.constexpr, odd: tl.constexpr, number: tl.constexpr, CODE: tl.constexpr):
+    """Low or odd byte of half `index` of each word, int8 or float8 e4m3, as a number; exact."""
+    if CODE == 2:
+        # The sign, and seven bits at the low end of exponent and mantissa: the value times a power of two, exactly,
+        # smallest numbers included.
+        high = words if odd else words << 8
+        if number == tl.bfloat16:
+            seven = words >> 4 if odd else words << 4
+            value = half((high & SIGNS) | (seven & 0x07F007F0), index, number) * 1.329227995784916e36
+        else:
+            seven = words >> 1 if odd else words << 7
+            value = half((high & SIGNS) | (seven & 0x3F803F80), index, number) * 256.0
+    else:
+        low = words >> 8 if odd else words
+        if number == tl.bfloat16:
+            # 128 + the low seven bits, less 128, or less 256 where the sign bit makes it the next power of two.
+            value = half((low & 0x007F007F) | above, index, number) - half((low & 0x00800080) | above, index, number)
+        else:
+            value = half(((low & 0x00FF00FF) ^ 0x00800080) | above, index, number) - 1152.0
+    return value
+
+
+@triton.jit
+def take_zeros(
+    w,
+    zeros,
+    row,
+    first,
+    groups,
+    number: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Codes less MIDDLE become codes less their zeros; exact for whole zeros."""
+    z = load_groups(zeros, row, first, groups, GROUP, ROWS, COLS)
+    return w - (z - MIDDLE).to(number)
+
+
+@triton.jit
+def load_groups(values, row, first, groups, GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One number of each group of columns first .. first + COLS, repeated for its columns: float32 [ROWS, COLS]."""
+    if COLS <= GROUP:
+        one = tl.load(values + row * groups + first // GROUP).to(tl.float32)
+        spread = tl.broadcast_to(one[:, None], (ROWS, COLS))
+    else:
+        count: tl.constexpr = COLS // GROUP
+        group = tl.minimum(first // GROUP + tl.arange(0, count), groups - 1)
+        each = tl.load(values + row[:, None] * groups + group[None, :]).to(tl.float32)
+        spread = tl.reshape(tl.broadcast_to(each[:, :, None], (ROWS, count, GROUP)), (ROWS, COLS))
+    return spread
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, cols] -> float8_e4m3fn codes [T, cols] and float32 scales [T]: the largest of a token becomes 448."""
+    tokens, cols = x.shape
+    codes = torch.empty(tokens, cols, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    width = min(QUANTIZE_COLS, triton.next_power_of_2(cols))
+    quantize_kernel[(tokens,)](x, codes, scales, cols, FP8_MAX, COLS=width, num_warps=4 if width <= 2048 else 8)
+    return codes, scales
+
+
+@triton.jit
+def quantize_kernel(x, codes, scales, cols, limit, COLS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((COLS,), dtype=tl.float32)
+    for first in range(0, cols, COLS):
+        col = first + tl.arange(0, COLS)
+        values = tl.load(x + token * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    scale = tl.max(largest) / limit
+    tl.store(scales + token, scale)
+    inverse = tl.where(scale == 0, 0.0, 1.0 / scale)
+    for first in range(0, cols, COLS):
+        col = first + tl.arange(0, COLS)
+        values = tl.load(x + token * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+        scaled = tl.minimum(tl.maximum(values * inverse, -limit), limit)
+        tl.store(codes + token * cols + col, scaled.to(tl.float8e4nv), mask=col < cols)
+
+
+def unpack_on_device(packed: Packed, format: Format, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """The values of a packed weight, [rows, cols] in `dtype`, as `Format.unpack` in one pass."""
+    out = torch.empty(rows, cols, dtype=dtype, device=packed.codes.device)
+    height, width = 16, max(128, min(256, format.group or 256))
+    if format.group and width % format.group and format.group % width:
+        width = math.gcd(256, format.group)
+    unpack_kernel[(tiles(rows, height), tiles(cols, width))](
+        *(packed.codes.view(torch.int32), packed.scales),
+        out if packed.zeros is None else packed.zeros,
+        out if packed.order is None else packed.order,
+        *(out, rows, cols, packed.scales.shape[1], ABOVE[dtype]),
+        CODE=CODES[format.kind],
+        GROUP=format.group or WHOLE_ROW,
+        ZERO=packed.zeros is not None,
+        MIDDLE=format.codes.middle,
+        ORDER=packed.order is not None,
+        ROWS=height,
+        COLS=width,
+    )
+    return out
+
+
+@triton.jit
+def unpack_kernel(
+    codes,
+    scales,
+    zeros,
+    order,
+    out,
+    rows,
+    cols,
+    groups,
+    above,
+    CODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    number = out.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    near_row = tl.minimum(row, rows - 1)
+    first = tl.program_id(1) * COLS
+    w = load_codes(codes, near_row, first, cols, above, number, CODE, MIDDLE, False, False, ROWS, COLS)
+    if ZERO:
+        w = take_zeros(w, zeros, near_row, first, groups, number, GROUP, MIDDLE, ROWS, COLS)
+    s = load_groups(scales, near_row, first, groups, GROUP, ROWS, COLS)
+    col = first + tl.arange(0, COLS)
+    place = tl.load(order + col, mask=col < cols, other=0) if ORDER else col
+    values = (w.to(tl.float32) * s).to(number)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    tl.store(out + row[:, None].to(tl.int64) * cols + place[None, :], values, mask=inside)
