@@ -37,15 +37,13 @@ MERGE_ELEMENTS = 4096  # of partial sums that a program merges at once
 
 
 @triton.jit
-def share(
-    length, count, split, window, WINDOW: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr
-):
+def share(length, count, split, splits, window, WINDOW: tl.constexpr, N: tl.constexpr, LEAST: tl.constexpr):
     """What a split works on: its first token, where it ends, and how many splits have work."""
     begin = 0
     if WINDOW:
         begin = tl.maximum(length - count - window + 1, 0) // N * N
     tiles = tl.cdiv(length - begin, N)
-    each = tl.maximum(tl.cdiv(tiles, SPLITS), LEAST)
+    each = tl.maximum(tl.cdiv(tiles, splits), LEAST)
     first = begin + split * each * N
     return first, tl.minimum(first + each * N, length), tl.cdiv(tiles, each)
 
@@ -111,7 +109,6 @@ def decode_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MERGE: tl.constexpr,
@@ -122,8 +119,9 @@ def decode_kernel(
     S: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (SPLITS, kv_heads, requests). See the module's head and `run`."""
+    """Grid (splits, kv_heads, requests). See the module's head and `run`."""
     split, kv_head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(0)
     ROWS: tl.constexpr = QUERIES * GROUP
     heads = kv_heads * GROUP
     length = tl.load(lengths + request)
@@ -140,7 +138,7 @@ def decode_kernel(
             empty = tl.zeros([M, DP], tl.float32)
             finish(empty, nothing, nothing, nothing, out, lse, recomputed, token, head, is_row, heads, D, DP, LAZY)
         return
-    first, last, active = share(length, count, split, window, WINDOW, N, SPLITS, LEAST)
+    first, last, active = share(length, count, split, splits, window, WINDOW, N, LEAST)
     if split >= active:
         return
     place = tl.where(is_row, length - count + i // GROUP, -1)
@@ -176,7 +174,7 @@ def decode_kernel(
         tl.atomic_add(total[:, None] + d[None, :], acc, mask=exists, sem="relaxed")
         tl.atomic_add(total + D, den, mask=is_row, sem="relaxed")
     else:
-        at = (pair * SPLITS + split) * ROWS + i
+        at = (pair * splits + split) * ROWS + i
         tl.store(sums + at[:, None] * D + d[None, :], acc, mask=exists)
         tl.store(states + at * 3, m, mask=is_row)
         tl.store(states + at * 3 + 1, den, mask=is_row)
@@ -187,7 +185,7 @@ def decode_kernel(
             tl.store(counters + pair, 0)
             if MERGE == LAST:
                 merge_all(
-                    *(sums + pair * (SPLITS * ROWS * D), states + pair * (SPLITS * ROWS * 3), active, 0),
+                    *(sums + pair * splits * (ROWS * D), states + pair * splits * (ROWS * 3), active, 0),
                     *(tl.minimum(ROWS, count * GROUP), out, lse, recomputed, start, kv_head, heads),
                     *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
                 )
@@ -197,7 +195,7 @@ def decode_kernel(
                 den = tl.load(total + D, mask=is_row, other=0.0, cache_modifier=".cg")
                 tl.store(total[:, None] + d[None, :], tl.zeros([M, DP], tl.float32), mask=exists)
                 tl.store(total + D, nothing, mask=is_row)
-                begin, end, _ = share(length, count, 0, window, WINDOW, N, 1, LEAST)
+                begin, end, _ = share(length, count, 0, 1, window, WINDOW, N, LEAST)
                 acc, m, den, again = again_whole(
                     *(
                         acc,
@@ -374,7 +372,7 @@ def walk(
     return acc, m, den, refused
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     sums,
     states,
@@ -385,12 +383,12 @@ def merge_kernel(
     recomputed,
     kv_heads,
     window,
+    splits,
     D: tl.constexpr,
     DP: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     N: tl.constexpr,
-    SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     SOFTMAX: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -403,13 +401,13 @@ def merge_kernel(
     start, count = span(starts, request)
     if length <= 0:
         return
-    _, _, active = share(length, count, 0, window, WINDOW, N, SPLITS, LEAST)
+    _, _, active = share(length, count, 0, splits, window, WINDOW, N, LEAST)
     if active == 1:
         return
     pair = (request * kv_heads + kv_head).to(tl.int64)
     ROWS: tl.constexpr = QUERIES * GROUP
     merge_all(
-        *(sums + pair * (SPLITS * ROWS * D), states + pair * (SPLITS * ROWS * 3), active, tile * R),
+        *(sums + pair * splits * (ROWS * D), states + pair * splits * (ROWS * 3), active, tile * R),
         *(tl.minimum(tile * R + R, count * GROUP), out, lse, recomputed, start, kv_head, kv_heads * GROUP),
         *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
     )
@@ -488,7 +486,6 @@ def run(
         "GROUP": group,
         "QUERIES": plan.queries,
         "N": plan.tile,
-        "SPLITS": plan.splits,
         "LEAST": plan.least,
         "SOFTMAX": SOFTMAX.index(softmax),
         "WINDOW": spec.window > 0,
@@ -512,7 +509,7 @@ def run(
     if plan.splits > 1 and merge == TWO.value:
         merge_kernel[(-(-plan.queries * group // rows), spec.kv_heads, requests)](
             *(workspace.sums, workspace.states, query_start, kv_lengths, out, lse, workspace.recomputed),
-            *(spec.kv_heads, spec.window),
+            *(spec.kv_heads, spec.window, plan.splits),
             num_warps=4,
             **sizes,
         )
@@ -529,6 +526,8 @@ def arms(plan: DecodePlan, phi: Tensor | None) -> tuple[str, int]:
     """The softmax that runs, and the number of the merge. Only unified sums can be added atomically."""
     unified = plan.softmax in ("unified", "paper")
     softmax = "lazy" if unified and phi is None else plan.softmax
+    if plan.splits == 1:
+        return softmax, TWO.value  # compiled without merging
     if plan.merge == "atomic":
         return softmax, ATOMIC.value if softmax in ("unified", "paper") else LAST.value
     return softmax, TWO.value if plan.merge == "two" else LAST.value

@@ -68,7 +68,7 @@ def decoded(case: Case, plan: DecodePlan, phi: Tensor | None = None, **rest: Any
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (7, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (7, 1)], ids=str)
 def test_decode_arms(dtype: torch.dtype, softmax: str, merge: str, heads: tuple[int, int]) -> None:
     case = make(
         [3000, 0, 1, 517],
@@ -85,8 +85,7 @@ def test_decode_arms(dtype: torch.dtype, softmax: str, merge: str, heads: tuple[
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 256])
-@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(64, 16), (80, 1), (96, 256), (112, 16), (128, 256), (256, 1)])
 def test_decode_shapes(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
     case = make(
         [700, 33], heads=4, kv_heads=2, head_dim=head_dim, page_size=page_size, dtype=dtype, device="cuda", window=400
@@ -168,12 +167,12 @@ def prefilled(case: Case, plan: PrefillPlan, phi: Tensor | None = None) -> tuple
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("softmax", SOFTMAX)
-@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (7, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(8, 8), (7, 1)], ids=str)
 def test_prefill_arms(dtype: torch.dtype, softmax: str, heads: tuple[int, int]) -> None:
     shape = {"heads": heads[0], "kv_heads": heads[1], "head_dim": 128, "page_size": 16}
     case = make([600, 700, 1, 129], [600, 50, 1, 129], dtype=dtype, device="cuda", **shape)
-    for plan in tune.prefill_candidates(case.spec, (softmax,)):
-        close(prefilled(case, plan, case.phi)[0], case)
+    for rows, warps in ((128, 8), (64, 4)):
+        close(prefilled(case, PrefillPlan(rows, warps=warps, softmax=softmax), case.phi)[0], case)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -220,9 +219,9 @@ def test_every_candidate_runs_and_is_timed() -> None:
     """Small shapes: whether the measuring works, not what it finds."""
     case = make([600], heads=8, kv_heads=2, head_dim=128, page_size=16, dtype=torch.bfloat16, device="cuda")
     said: list[str] = []
-    plans = tune.decode_candidates(case.spec, 2, 600, 132, SOFTMAX, MERGES)
+    plans = tune.decode_candidates(case.spec, 2, 600, 132)
     assert len(tune.measure_decode(case.spec, 2, 600, plans, say=said.append)) == len(plans)
-    chunks = tune.prefill_candidates(case.spec, ("lazy", "unified"))
+    chunks = tune.prefill_candidates(case.spec)
     assert len(tune.measure_prefill(case.spec, 2, 300, chunks, prefix=30, say=said.append)) == len(chunks) + 2
     for plan in plans:
         close(decoded(case, plan, case.phi)[0], case)
