@@ -553,7 +553,7 @@ def quantize_kernel(x, codes, scales, cols, limit, COLS: tl.constexpr):
         largest = tl.maximum(largest, tl.abs(values))
     scale = tl.max(largest) / limit
     tl.store(scales + token, scale)
-    inverse = tl.where(scale == 0, 0.0, 1.0 / scale)
+    inverse = 1.0 / tl.where(scale == 0, 1.0, scale)
     for first in range(0, cols, COLS):
         col = first + tl.arange(0, COLS)
         values = tl.load(x + token * cols + col, mask=col < cols, other=0.0).to(tl.float32)

@@ -1,0 +1,140 @@
+"""Packed weights on a GPU: every format, kind of plan and type against float64 of the unpacked weight.
+
+A result is rounded once, to 2^-9 (bfloat16) or 2^-12 (float16) of its size. Where scales multiply weights, and in the
+"dense" kind, weights are rounded as much, which a sum feels as that part of the root of its squares; the bound allows
+four of them. Float8 tokens are compared as they were rounded; sums of float8 may lose bits inside a tensor core, whose
+adders keep about 14.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold.ops.blocks import quantize
+from tenfold.ops.formats import format_of, stack, unpack
+from tenfold.ops.matrix import Matrix, RawTensor
+
+lowbit = pytest.importorskip("tenfold.ops.gemm.lowbit")
+LowbitPlan = lowbit.LowbitPlan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+FORMATS = [
+    *("int4", "int4g32", "int4g64z", "int4g128", "int4g128z", "int4g128zo"),
+    *("int8", "int8g128", "int8g128z", "fp8", "fp8g128", "fp8a8", "fp8g128a8"),
+]
+UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
+SHAPES = [(1, 32), (100, 352), (1536, 4096), (4096, 1504)]
+TOKENS = [1, 2, 7, 16, 33, 128, 700]
+
+
+def weight(name: str, rows: int, cols: int) -> Matrix:
+    generator = torch.Generator("cuda").manual_seed(rows)
+    dense = torch.randn(rows, cols, device="cuda", generator=generator) / cols**0.5
+    raw = quantize(RawTensor("w", "F32", (rows, cols), dense), name.replace("o", ""))
+    if format_of(name).order:
+        order = torch.randperm(cols, device="cuda", generator=generator).to(torch.int32)
+        raw = RawTensor("w", name, raw.shape, raw.data, (*raw.extras, order))
+    return stack([raw], "cuda")
+
+
+def tokens(count: int, cols: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(count)
+    return torch.randn(count, cols, device="cuda", generator=generator).to(dtype)
+
+
+def assert_close(got: Tensor, x: Tensor, w: Matrix, dtype: torch.dtype, loss: float = 0.0) -> None:
+    dense, exact = unpack(w).double(), x.double()
+    wanted, spread = exact @ dense.T, (exact.square() @ dense.T.square()).sqrt()
+    bound = UNIT[dtype] * (wanted.abs() + 4 * spread) + loss * spread
+    assert ((got.double() - wanted).abs() <= bound * 1.01 + 1e-6).all()
+
+
+def plans(name: str, rows: int, cols: int, batch: int) -> list[LowbitPlan]:
+    """The rule's plan, every kind, and a spread of the candidates."""
+    format = format_of(name)
+    every = list(lowbit.candidates(rows, cols, batch, format, 132))
+    libraries = [p for p in every if p.kind in ("dense", "library")]
+    return [
+        lowbit.plan(rows, cols, batch, format, 132),
+        LowbitPlan("dense"),
+        *libraries,
+        *every[:: len(every) // 4 + 1],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format(name: str, rows: int, cols: int, dtype: torch.dtype) -> None:
+    w, workspace = weight(name, rows, cols), lowbit.Workspace(torch.device("cuda"))
+    for count in TOKENS:
+        x = tokens(count, cols, dtype)
+        for plan in dict.fromkeys(plans(name, rows, cols, count)):
+            got = lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
+            again = lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
+            assert torch.equal(got, again), plan
+            if plan.kind in ("fp8", "library"):
+                codes, scales = lowbit.quantize_tokens(x)
+                assert_close(got, codes.double() * scales[:, None].double(), w, dtype, 2**-10)
+            else:
+                assert_close(got, x, w, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["int4g32", "int8", "fp8"])
+def test_every_code_becomes_its_number(name: str, dtype: torch.dtype) -> None:
+    w = weight(name, 16, 256)
+    if name == "int4g32":
+        codes = torch.arange(16 * 256, device="cuda").view(16, 256) % 16
+        w.data[0].copy_(format_of(name).codes.store(codes))
+    else:
+        codes = torch.arange(256, dtype=torch.uint8, device="cuda").repeat(16, 1)
+        codes[codes & 127 == 127] = 0  # float8 has no number there
+        w.data[0].view(torch.uint8).copy_(codes)
+    w.data[1].fill_(1.0)
+    eye = torch.eye(256, dtype=dtype, device="cuda")
+    for plan in (LowbitPlan("fused", 64, 64, 64), LowbitPlan("fused", 64, 128, 128, 2), LowbitPlan("dense")):
+        assert torch.equal(lowbit.lowbit_linear(eye, w, plan=plan), unpack(w).T.to(dtype)), plan
+
+
+def test_float8_tokens_round_to_nearest() -> None:
+    x = tokens(9, 5000, torch.bfloat16)
+    codes, scales = lowbit.quantize_tokens(x)
+    scaled = x.float() / scales[:, None]
+    assert torch.equal(scales, x.float().abs().amax(dim=1) / 448)
+    assert ((codes.float() - scaled).abs() <= (scaled.abs() / 16).clamp_(min=2**-10) * 1.001).all()
+
+
+@pytest.mark.parametrize("name", ["int4g128", "int4g128z", "fp8a8"])
+@pytest.mark.parametrize("kind", ["fused", "rule"])
+def test_a_captured_graph_repeats_it(name: str, kind: str) -> None:
+    w, workspace = weight(name, 1024, 2048), lowbit.Workspace(torch.device("cuda"))
+    plan = LowbitPlan("fused", 64, 128, 16, 4) if kind == "fused" else lowbit.plan(1024, 2048, 4, format_of(name), 132)
+    x = tokens(4, 2048, torch.bfloat16)
+    wanted = lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("name", ["int4g128", "int4g128z", "int8g128", "fp8a8"])
+def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(name: str) -> None:
+    """The same codes but where a last bit of a division decides: never two codes apart, and hardly ever one."""
+    dense = torch.randn(300, 4096, generator=torch.Generator().manual_seed(1))
+    cpu, gpu = (unpack(quantize(RawTensor("w", "F32", (300, 4096), d), name)).cpu() for d in (dense, dense.cuda()))
+    assert (cpu != gpu).float().mean() < 1e-3
+    assert ((cpu - dense).square().mean() / (gpu - dense).square().mean() - 1).abs() < 1e-3
