@@ -78,6 +78,18 @@ class EngineConfig:
     lookahead: int = setting(
         -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
     )
+    graphs: bool = setting(True, "GPU: launch steps of decodes as CUDA graphs")
+    softmax: str = setting(
+        "auto",
+        "GPU attention: online, lazy, unified or paper; auto takes unified where `tenfold calibrate softmax` measured "
+        "the model, else lazy",
+        choices=("auto", "online", "lazy", "unified", "paper"),
+    )
+    gemm: str = setting(
+        "auto",
+        "GPU linear operations: auto (the arm measured by `tenfold tune`, else a rule) or library (cuBLAS everywhere)",
+        choices=("auto", "library"),
+    )
     speculate: str = setting(
         "",
         "guess tokens ahead and check several in one step; answers stay the same: ngram (what followed when the latest "

@@ -11,6 +11,7 @@ from tenfold.base.config import EngineConfig
 from tenfold.engine.memory import DTYPES, Draft, fill, free_memory, plan_memory, resolve, weight_bytes
 from tenfold.engine.text import Text
 from tenfold.models.table import Model, build_model, model_config
+from tenfold.ops.kernels import Options
 from tenfold.ops.table import make_kernels
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.find import UnknownModel
@@ -44,7 +45,8 @@ class Opened:
     def choose(self) -> None:
         config = self.config
         dtype = DTYPES.get(config.dtype) or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.kernels = make_kernels(config.kernels, self.device, dtype, config.threads)
+        options = Options(config.graphs, config.softmax, config.gemm)
+        self.kernels = make_kernels(config.kernels, self.device, dtype, config.threads, options)
         self.weights, quantised = weight_bytes(self.checkpoint, config.weights, dtype, self.kernels.name)
         self.draft: Draft | None = None
         if self.draft_checkpoint is not None:

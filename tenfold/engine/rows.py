@@ -187,7 +187,7 @@ class Rows:
         self._place(buffer, all_rows, all_rows)
         buffer.kv_lengths[count:] = 0
         buffer.slots[count:] = -1
-        return self._batch(buffer, entries, entries, None, self.lookahead and count, 1, longest)
+        return self._batch(buffer, entries, entries, None, self.lookahead and count, 1, longest, count)
 
     def _gather_mixed(self, entries: tuple[Entry, ...], decodes: int, buffer: Buffer) -> Batch:
         counts = np.array([e.length for e in entries])
@@ -209,7 +209,7 @@ class Rows:
         known = chain.from_iterable(e.tokens() for e in entries[ondevice:])
         buffer.token_ids[ondevice:] = list(known)
         self._place(buffer, rows, np.repeat(rows, counts))
-        return self._batch(buffer, entries, sampled, picks, ondevice, int(counts.max()), longest)
+        return self._batch(buffer, entries, sampled, picks, ondevice, int(counts.max()), longest, decodes)
 
     def _place(self, buffer: Buffer, rows: np.ndarray, token_rows: np.ndarray) -> None:
         """The page tables of the requests' rows, and each token's slot in its row's pages."""
@@ -227,12 +227,14 @@ class Rows:
         ondevice: int,
         max_query: int,
         max_kv: int,
+        decodes: int,
     ) -> Batch:
         positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows = buffer.tensors()
         if ondevice:
             token_ids[:ondevice] = self.last_token[rows[:ondevice]]
         step = Step(
-            token_ids, positions, slots, page_table, query_start, kv_lengths, logits_rows, max_query, max_kv, self.kv
+            *(token_ids, positions, slots, page_table, query_start, kv_lengths, logits_rows),
+            *(max_query, max_kv, self.kv, decodes),
         )
         return Batch(step, entries, sampled, picks, rows)
 

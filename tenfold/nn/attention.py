@@ -56,5 +56,6 @@ class Attention:
             self.q_norm,
             self.k_norm,
             self.phi,
+            step.decodes,
         )
         return self.out(heads, residual=residual)

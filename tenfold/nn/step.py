@@ -15,7 +15,8 @@ class Step:
     token_ids [T] int64 · positions [T] int32, place in the request's sequence · slots [T] int32, where each token's K
     and V go (page * page_size + offset) · page_table [R, P] int32 · query_start [R+1] int32, request r owns tokens
     query_start[r]:query_start[r+1] · kv_lengths [R] int32, tokens of r in the cache after this step · logits_rows [L]
-    int64, the tokens whose logits are wanted · max_query, max_kv: host integers, the longest of each.
+    int64, the tokens whose logits are wanted · max_query, max_kv: host integers, the longest of each · decodes: host
+    integer, leading requests that have one token each (there may be more).
     """
 
     token_ids: Tensor
@@ -28,3 +29,4 @@ class Step:
     max_query: int
     max_kv: int
     kv: KVStore
+    decodes: int = 0

@@ -13,6 +13,29 @@ from torch import Tensor
 
 from tenfold.ops.matrix import Matrix, RawTensor
 
+SOFTMAX = ("online", "lazy", "unified", "paper")
+"""How attention keeps its exponentials in range: a running maximum; one that moves only when it must; one that was
+measured before, checked by the sum; the same, checked by every score (FlashDecoding++)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a user fixed by hand about GPU kernels. graphs: capture steps of decodes; softmax: an arm of SOFTMAX; gemm:
+    "library" for cuBLAS everywhere; "auto": what was measured, else a rule. Raises ValueError.
+    """
+
+    graphs: bool = True
+    softmax: str = "auto"
+    gemm: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("softmax", ("auto", *SOFTMAX)), ("gemm", ("auto", "library"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+
+
+FREE = Options()
+
 PAGE_STRIDE = 8  # a step's page table is widened in these strides, so that its shape changes seldom
 
 
@@ -155,9 +178,11 @@ class Kernels(Protocol):
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
+        decodes: int = 0,
     ) -> Tensor:
         """`attend` on what `rope_write` returns. phi [heads] float32: a unified maximum of the scores of each head,
-        measured before; it may change the time, never the result. -> [T, heads * head_dim].
+        measured before; it may change the time, never the result. decodes: leading requests of one token each (none
+        need be named). -> [T, heads * head_dim].
         """
         ...
 
@@ -188,6 +213,7 @@ class Separate:
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
+        decodes: int = 0,
     ) -> Tensor:
         q = self.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
         return self.attend(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)

@@ -6,7 +6,7 @@ import torch
 
 from tenfold.base.log import logger
 from tenfold.base.table import entry
-from tenfold.ops.kernels import Kernels
+from tenfold.ops.kernels import FREE, Kernels, Options
 
 KERNELS = {
     "torch": "tenfold.ops.oracle:Oracle",
@@ -16,7 +16,9 @@ KERNELS = {
 CHOICES = ("auto", "native", "torch")
 
 
-def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: int = 0) -> Kernels:
+def make_kernels(
+    name: str, device: torch.device, dtype: torch.dtype, threads: int = 0, options: Options = FREE
+) -> Kernels:
     """The kernels `name` ("auto", "native" or "torch") for a device and compute type; `.reason` says why these.
 
     "native" are compiled CPU kernels in float32, or GPU kernels in bfloat16 or float16 on a Hopper GPU. "auto" takes
@@ -28,7 +30,7 @@ def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: i
     if name == "torch":
         return make_torch(device, dtype, threads, "kernels=torch was asked for")
     if device.type == "cuda":
-        return make_gpu(name, device, dtype, threads)
+        return make_gpu(name, device, dtype, threads, options)
     obstacle = native_obstacle(device, dtype)
     if not obstacle:
         try:
@@ -42,10 +44,10 @@ def make_kernels(name: str, device: torch.device, dtype: torch.dtype, threads: i
     return make_torch(device, dtype, threads, obstacle)
 
 
-def make_gpu(name: str, device: torch.device, dtype: torch.dtype, threads: int) -> Kernels:
+def make_gpu(name: str, device: torch.device, dtype: torch.dtype, threads: int, options: Options) -> Kernels:
     """The GPU kernels; with "auto" torch where they cannot run. Raises ValueError where they were asked for by name."""
     try:
-        kernels = cast(Kernels, entry(KERNELS, "gpu", "kernels")(device, dtype))
+        kernels = cast(Kernels, entry(KERNELS, "gpu", "kernels")(device, dtype, options))
     except (ImportError, ValueError) as error:
         if name == "native":
             raise ValueError(f"kernels=native cannot be used: {error} Use kernels=auto or kernels=torch.") from error

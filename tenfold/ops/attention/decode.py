@@ -423,13 +423,12 @@ class Workspace:
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.recomputed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._outgrown: list[Tensor] = []
         self.sums = self.states = self.totals = torch.zeros(0, device=self.device)
         self.counters = torch.zeros(0, dtype=torch.int32, device=self.device)
 
     def reserve(self, plan: DecodePlan, spec: AttentionSpec, requests: int) -> None:
-        """Make room for a plan. Replaced memory stays where graphs captured it only while they hold it, so reserve the
-        largest first.
-        """
+        """Make room for a plan. Memory that was outgrown is kept, for captured graphs go on using it."""
         pairs = requests * spec.kv_heads
         rows = pairs * plan.queries * (spec.heads // spec.kv_heads)
         parts = rows * plan.splits if plan.splits > 1 else 0
@@ -440,7 +439,10 @@ class Workspace:
 
     def _grown(self, memory: Tensor, size: int) -> Tensor:
         """Zeros: counters and totals are zero between launches."""
-        return memory if memory.numel() >= size else torch.zeros(size, dtype=memory.dtype, device=self.device)
+        if memory.numel() >= size:
+            return memory
+        self._outgrown.append(memory)
+        return torch.zeros(size, dtype=memory.dtype, device=self.device)
 
 
 def run(

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tenfold.ops.kernels import AttentionSpec
+
 # online: the running maximum is subtracted. lazy: it is replaced only when exceeded by more than 2^8. unified: phi is
 # subtracted and the sums are tested once, at the end. paper: as unified, and any score outside (low, high) around phi
 # also sends its row to the recomputation.
@@ -83,3 +85,36 @@ def served(low: Tensor, high: Tensor, phi: Tensor, safe: Window) -> Tensor:
 def passes(scores: Sequence[float], phi: float, low: float, high: float) -> bool:
     """The paper's guard on one row: low < x - phi < high for every score."""
     return all(low < x - phi < high for x in scores)
+
+
+STEP = 0.25  # natural units; width of a histogram's bins
+BINS = 8192  # around 0; what lies outside counts in the first or last
+
+
+def visible_scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
+    """Scaled, capped scores of one sequence, -inf where a query does not see a key: q [T, group, D], the heads that
+    share k [T, D] -> [group, T, T] float32.
+    """
+    scores = torch.einsum("tgd,sd->gts", q.float(), k.float()) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    place = torch.arange(len(k), device=k.device)
+    hidden = place > place[:, None]
+    if spec.window:
+        hidden |= place <= place[:, None] - spec.window
+    return scores.masked_fill_(hidden, float("-inf"))
+
+
+def histogram(values: Tensor) -> Tensor:
+    """Counts [rows, BINS] int32 of values [rows, N]; infinities are not counted."""
+    bins = (values / STEP).floor().nan_to_num(0.0).clamp(-BINS // 2, BINS // 2 - 1).long() + BINS // 2
+    counts = torch.zeros(len(values), BINS, dtype=torch.int32, device=values.device)
+    return counts.scatter_add_(1, bins, values.isfinite().int())
+
+
+def quantile(counts: Tensor, share: float, upper: bool) -> Tensor:
+    """The edge of the bin, upper or lower, below which `share` of the values lie: counts [..., BINS] -> [...]."""
+    total = counts.sum(-1, keepdim=True)
+    reached = counts.cumsum(-1) >= torch.clamp((total * share).ceil(), min=1)
+    first = reached.int().argmax(-1)
+    return (first - BINS // 2 + (1 if upper else 0)) * STEP

@@ -105,8 +105,8 @@ def run(
     tile = plan.rows // 2 if gate else plan.rows
     flat_kernel[(triton.cdiv(out.shape[1], tile), plan.splits)](
         *(x, w, out, bias, residual, None if norm is None else norm.weight, workspace.sums, workspace.counters),
-        *(0.0 if norm is None else norm.eps, tokens, out.shape[1], cols),
-        **{"BN": plan.rows, "BK": plan.cols, "BM": width(tokens), "STAGES": plan.stages, "SPLITS": plan.splits},
+        *(0.0 if norm is None else norm.eps, tokens, out.shape[1], cols, plan.splits),
+        **{"BN": plan.rows, "BK": plan.cols, "BM": width(tokens), "STAGES": plan.stages, "SPLIT": plan.splits > 1},
         **{"EVEN": cols % plan.cols == 0, "GATE": gate},
         **launch(plan),
     )
@@ -163,7 +163,7 @@ def finish(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def flat_kernel(
     x,
     w,
@@ -177,15 +177,16 @@ def flat_kernel(
     tokens,
     size,
     cols,
+    splits,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     GATE: tl.constexpr,
 ):
-    """Grid (size / rows of a tile, SPLITS). size: features of the result. See the module's head."""
+    """Grid (size / rows of a tile, splits). size: features of the result. See the module's head."""
     tile, split = tl.program_id(0), tl.program_id(1)
     row = own_rows(tile, size, BN, GATE)
     token = tl.arange(0, BM)
@@ -193,7 +194,7 @@ def flat_kernel(
     weights = w + row.to(tl.int64)[:, None] * cols + column[None, :]
     states = x + token[:, None] * cols + column[None, :]
     there = (token < tokens)[:, None]
-    share = tl.cdiv(tl.cdiv(cols, BK), SPLITS) * BK
+    share = tl.cdiv(tl.cdiv(cols, BK), splits) * BK
     first = split * share
     last = tl.minimum(first + share, cols)
     acc = tl.zeros([BN, BM], tl.float32)
@@ -215,21 +216,21 @@ def flat_kernel(
                 gain = tl.load(norm + k + column, mask=k + column < cols, other=0.0)
             b = (full * gain[None, :]).to(b.dtype)
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    if SPLITS == 1:
+    if not SPLIT:
         finish(acc, squares, out, bias, residual, norm, eps, tile, row, tokens, size, cols, BN, BM, GATE)
     else:
         PART: tl.constexpr = (BN + 1) * BM
         inner = tl.arange(0, BN)[:, None] * BM + token[None, :]
-        own = sums + (tile.to(tl.int64) * SPLITS + split) * PART
+        own = sums + (tile.to(tl.int64) * splits + split) * PART
         tl.store(own + inner, acc)
         tl.store(own + BN * BM + token, squares)
         tl.debug_barrier()  # every thread's part is written before one thread says so
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == splits - 1:
             tl.debug_barrier()
-            parts = sums + tile.to(tl.int64) * SPLITS * PART
+            parts = sums + tile.to(tl.int64) * splits * PART
             acc = tl.zeros([BN, BM], tl.float32)
             squares = tl.zeros([BM], tl.float32)
-            for i in range(SPLITS):
+            for i in range(splits):
                 acc += tl.load(parts + i * PART + inner, cache_modifier=".cg")
                 squares += tl.load(parts + i * PART + BN * BM + token, cache_modifier=".cg")
             finish(acc, squares, out, bias, residual, norm, eps, tile, row, tokens, size, cols, BN, BM, GATE)

@@ -298,7 +298,7 @@ def scaling(plan: LowbitPlan, format: Format) -> int:
     return WEIGHTS if format.group and plan.cols > format.group else SUMS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "groups", "above"])
 def product_kernel(
     x,
     codes,
@@ -583,7 +583,7 @@ def unpack_on_device(packed: Packed, format: Format, rows: int, cols: int, dtype
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "above"])
 def unpack_kernel(
     codes,
     scales,

@@ -26,6 +26,10 @@ def available(device: int) -> bool:
     return True
 
 
+def can_run(logits: Tensor) -> bool:
+    return logits.dtype == torch.float32 and logits.stride(-1) == 1 and available(logits.device.index)
+
+
 @cache
 def _meeting(device: int, stream: int) -> tuple[Tensor, Tensor]:
     """Best key and arrivals of each row, zero between launches; each stream has its own."""
@@ -44,6 +48,6 @@ def argmax(logits: Tensor) -> Tensor:
     kernel = nvrtc.load("argmax.cu", "argmax", ())
     for start in range(0, rows, MOST_ROWS):
         part = logits[start : start + MOST_ROWS]
-        arguments = [part, tokens[start:], best, arrived, width, part.stride(0)]
+        arguments: list[nvrtc.Argument] = [part, tokens[start:], best, arrived, width, part.stride(0)]
         kernel((blocks, len(part), 1), 256, 0, arguments, dependent=True)
     return tokens

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.gpu import nvrtc
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Norm
 
-SOFTMAX = ("online", "lazy", "unified", "paper")  # order of the kernel's SOFTMAX
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
 TILE = 16  # tokens
-LARGEST_CLUSTER = 16  # blocks; more than 8 is particular to Hopper
-LONG = 4096  # tokens
+LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
+SHORT = 2048  # tokens
 PAPER_GUARD = 60.0  # log2 units around phi that the paper's guard allows
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
@@ -44,23 +43,27 @@ def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
 
 
 def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str = "lazy") -> DecodePlan:
-    """Enough splits to occupy the GPU once (H100, 2026-11-28). max_kv: longest context there may be.
+    """What was fastest on an H100 for as many pairs of request and KV head (2026-11-28). max_kv: longest context there
+    may be; shorter ones find their number of splits on the device.
 
-    Many pairs of request and KV head fill it by themselves. Fewer split into clusters of a power of two, whose merge
-    takes about a microsecond; where even the largest cluster leaves most of the GPU idle, long contexts take more
-    splits that merge through global memory, which takes about five.
+    Many pairs fill the GPU by themselves. Fewer need splits: their merge takes about a microsecond in a cluster and
+    three through global memory, but a cluster waits until one part of the GPU has room for all its blocks.
     """
     pairs = requests * spec.kv_heads
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
     small, large = (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
-    if pairs * LARGEST_CLUSTER < sms // 2 and seen > LONG:
-        splits = min(sms * small[1] // pairs, -(-seen // (TILE * 2 * small[0])), most_splits(spec.head_dim, small[0]))
-        return DecodePlan(*small, max(1, splits), softmax, False)
-    if pairs > sms // 2:
-        splits = 2 if pairs * 2 <= sms * small[1] // 2 else 1
-        return DecodePlan(*small, splits, softmax, splits > 1)
+    if pairs > 1.5 * sms:
+        return DecodePlan(*small, 1, softmax, False)
     longest = -(-seen // (TILE * large[0]))
-    splits = 1 << (min(LARGEST_CLUSTER, sms // pairs, longest).bit_length() - 1)
+    if pairs > sms // 2 or longest == 1:
+        return DecodePlan(*large, 1, softmax, False)
+    if pairs > sms // 4:
+        return DecodePlan(*large, 2, softmax, True)
+    if pairs > sms // 8 or seen > SHORT:
+        warps, blocks = small if pairs > sms // 8 else large
+        splits = min(sms * blocks // pairs, -(-seen // (TILE * 2 * warps)), most_splits(spec.head_dim, warps))
+        return DecodePlan(warps, blocks, max(1, splits), softmax, False)
+    splits = 1 << (min(LARGEST_CLUSTER, sms // 2 // pairs, longest).bit_length() - 1)
     return DecodePlan(*large, splits, softmax, splits > 1)
 
 
@@ -116,7 +119,7 @@ def run(
             ("GROUP", group),
             ("WARPS", plan.warps),
             ("BLOCKS", plan.blocks),
-            ("SOFTMAX", SOFTMAX.index(softmax)),
+            ("SOFTMAX", SOFTMAX.index(softmax)),  # the kernel knows them by this order
             ("CLUSTER", int(plan.cluster)),
             ("GATE", 0),
         ),

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from tenfold.ops import elementwise
+from tenfold.ops.attention import decode as split_kv
+from tenfold.ops.attention.attend import Arms, attend
 from tenfold.ops.gemm import dense
-from tenfold.ops.gpu import decode, graphs, nvrtc, stream
-from tenfold.ops.kernels import AttentionSpec, Norm, Replay
+from tenfold.ops.gpu import arms, decode, graphs, nvrtc, stream
+from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 
@@ -22,8 +24,14 @@ class Gpu(Oracle):
 
     name = "gpu"
 
-    def __init__(self, device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        dtype: torch.dtype = torch.bfloat16,
+        options: Options = FREE,
+    ) -> None:
         super().__init__(device, dtype)
+        self.options = options
         capability = torch.cuda.get_device_capability(self.device)
         if capability < LEAST_CAPABILITY:
             raise ValueError(
@@ -36,12 +44,12 @@ class Gpu(Oracle):
             )
         nvrtc.check_available()
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.softmax = "lazy"
-        self._streaming = stream.Workspace(self.device)
+        self.arms = arms.Arms(self.device, dtype, self.sms, arms.table(torch.cuda.get_device_name(self.device)))
         self._decoding: decode.Workspace | None = None
+        self._attending = split_kv.Workspace(self.device)
 
     def graph(self) -> Replay:
-        return graphs.Graphs()
+        return graphs.Graphs() if self.options.graphs else run
 
     def bucket(self, requests: int, pages: int) -> tuple[int, int]:
         return graphs.bucket(requests, pages)
@@ -56,16 +64,9 @@ class Gpu(Oracle):
         act: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        tokens = x.shape[0]
-        if w.format == "dense" and 0 < tokens <= stream.MOST_TOKENS["wide"]:
-            if tokens not in w.arms:
-                w.arms[tokens] = stream.rule(tokens, w.rows, w.cols, self.sms) if tokens <= 8 else None
-            plan = w.arms[tokens]
-            if plan is not None:
-                return stream.run(plan, self._streaming, self.sms, x, w.data[0], bias, norm, act, residual)
-        if w.format == "dense":
+        if self.options.gemm == "library" and w.format == "dense":
             return dense.linear(x, w.data[0], bias, norm, act, residual)
-        return super().linear(x, w, bias, norm=norm, act=act, residual=residual)
+        return self.arms(x, w, bias, norm, act, residual)
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
         return elementwise.embed(ids, table.data[0], scale)
@@ -107,22 +108,63 @@ class Gpu(Oracle):
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
+        decodes: int = 0,
     ) -> Tensor:
         requests = len(kv_lengths)
         if max_query == 1 and requests == len(qkv) and decode.legal(spec, keys.dtype, keys.shape[2]):
             longest = page_table.shape[1] * keys.shape[2]  # a captured step serves contexts up to its page table
-            plan = decode.plan(spec, requests, longest, self.sms, self.softmax)
+            plan = decode.plan(spec, requests, longest, self.sms, self._softmax(phi))
             workspace = self._decode_workspace(requests, spec.kv_heads)
             return decode.run(
                 *(plan, workspace, qkv, table, positions, slots, keys, values, page_table, kv_lengths),
                 *(spec, q_norm, k_norm, phi),
             )
         q = self.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
-        return self.attend(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
+        if max_query == 1:
+            max_kv = page_table.shape[1] * keys.shape[2]
+        return attend(
+            *(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv),
+            workspace=self._attending,
+            sms=self.sms,
+            arms=Arms(softmax=self._softmax(phi)),
+            phi=phi,
+            decodes=decodes,
+        )
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lengths: Tensor,
+        spec: AttentionSpec,
+        max_query: int,
+        max_kv: int,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        return attend(
+            *(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv, lse),
+            workspace=self._attending,
+            sms=self.sms,
+        )
+
+    @property
+    def recomputed(self) -> int:
+        """Rows (a token's query head) whose unified maximum did not hold, so far. Waits for the device."""
+        decoding = 0 if self._decoding is None else int(self._decoding.recomputed)
+        return decoding + int(self._attending.recomputed)
+
+    def _softmax(self, phi: Tensor | None) -> str:
+        """The arm in use: the unified maximum where it is known, unless one was fixed."""
+        if self.options.softmax != "auto":
+            return self.options.softmax
+        return "lazy" if phi is None else "unified"
 
     def _decode_workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
         known = self._decoding
         if known is None or known.pairs < requests * kv_heads:
             known = decode.Workspace(self.device, self.sms, max(requests, graphs.LARGEST) * kv_heads)
-            self._decoding = known
+            self._decoding = known  # an eager step, before any graph of this size is captured
         return known

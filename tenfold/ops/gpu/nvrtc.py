@@ -55,11 +55,11 @@ class _Config(ctypes.Structure):
 
 CLUSTER_DIMENSION = 4
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-LARGEST_PORTABLE_CLUSTER = 8
 
 
 class Kernel:
-    """One entry of a compiled source. Arguments are tensors (their address), ints (32 bits), floats or None (null)."""
+    """One entry of a compiled source. Arguments are tensors (their address), ints (32 bits), floats,
+    tensor maps (by value) or None (null)."""
 
     def __init__(self, name: str, function: int, driver: Any) -> None:
         self.name = name
@@ -67,20 +67,19 @@ class Kernel:
         self._launch = driver.cuLaunchKernelEx
         self._driver = driver
         self._shared = LARGEST_STATIC
-        self._wide_clusters = False
 
     def __call__(
         self,
         grid: tuple[int, int, int],
         threads: int,
         shared: int,
-        arguments: Sequence[Tensor | int | float | None],
+        arguments: "Sequence[Argument]",
         *,
         dependent: bool = False,
         cluster: int = 1,
     ) -> None:
         """Launch on the current stream. shared: bytes of dynamic shared memory; dependent: the kernel waits itself
-        (griddepcontrol.wait) for what comes before it; cluster: blocks along x that share a cluster. Raises
+        (griddepcontrol.wait) for what comes before it; cluster: blocks along x that share a cluster, up to 8. Raises
         RuntimeError.
         """
         if shared > self._shared:
@@ -98,21 +97,51 @@ class Kernel:
             attributes[count].id = CLUSTER_DIMENSION
             attributes[count].value[:3] = (cluster, 1, 1)
             count += 1
-            if cluster > LARGEST_PORTABLE_CLUSTER and not self._wide_clusters:
-                # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-                check(self._driver, self._driver.cuFuncSetAttribute(self._function, 14, 1), self.name)
-                self._wide_clusters = True
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        config = _Config(_Dim3(*grid), _Dim3(threads, 1, 1), shared, stream, ctypes.pointer(attribute), int(dependent))
+        config = _Config(_Dim3(*grid), _Dim3(threads, 1, 1), shared, stream, attributes, count)
         check(self._driver, self._launch(ctypes.byref(config), self._function, pointers, None), self.name)
 
 
-def _value(argument: Tensor | int | float | None) -> Any:
+def _value(argument: "Argument") -> Any:
+    if isinstance(argument, TensorMap):
+        return argument.block
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if argument is None:
         return ctypes.c_void_p(None)
     return _CTYPES[type(argument)](argument)
+
+
+class _Block(ctypes.Structure):
+    """CUtensorMap: 128 opaque bytes, which the driver wants at a multiple of 64."""
+
+    _fields_ = (("bytes", ctypes.c_uint64 * 16),)
+
+
+class TensorMap:
+    """How the tensor copy engine finds boxes of `height` rows and 64 columns in a matrix of 16-bit numbers. Rows and
+    columns past the end read as zero. Boxes land in shared memory with the 128-byte swizzle.
+    """
+
+    def __init__(self, matrix: Tensor, height: int) -> None:
+        """matrix [rows, cols] contiguous, cols a multiple of 8; it must outlive the map. Raises RuntimeError."""
+        rows, cols = matrix.shape
+        self._memory = (ctypes.c_uint8 * 192)()
+        address = ctypes.addressof(self._memory)
+        self.block = _Block.from_address(address + -address % 64)
+        sizes, strides = (ctypes.c_uint64 * 2)(cols, rows), (ctypes.c_uint64 * 1)(cols * 2)
+        box, steps = (ctypes.c_uint32 * 2)(64, height), (ctypes.c_uint32 * 2)(1, 1)
+        driver = _driver()
+        kind = 9 if matrix.dtype == torch.bfloat16 else 6  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
+        # rank 2; no interleave; 128-byte swizzle; L2 promotion to 256 bytes; zeros out of bounds
+        status = driver.cuTensorMapEncodeTiled(
+            *(ctypes.byref(self.block), kind, 2, ctypes.c_void_p(matrix.data_ptr())),
+            *(sizes, strides, box, steps, 0, 3, 3, 0),
+        )
+        check(driver, status, "cuTensorMapEncodeTiled")
+
+
+Argument = Tensor | int | float | TensorMap | None
 
 
 @cache

@@ -2,9 +2,9 @@
 
 `stream` holds all of x in shared memory (up to 16 tokens), `wide` a slice of its columns (up to 64). Both take weights
 as Hugging Face stores them, [rows, cols] bfloat16 or float16, read each once, and fuse the RMS norm before, and bias,
-gate and residual after. Results repeat bit for bit. With a norm, x * weight is rounded and the sum scaled by the inverse
-root mean square, where the oracle rounds the product of all three; both round once (`stream` in float16 does as the
-oracle, and `wide` refuses, for x * weight might overflow).
+gate and residual after. Results repeat bit for bit. With a norm, x * weight is rounded and the sum scaled by the
+inverse root mean square, where the oracle rounds the product of all three; both round once (`stream` in float16 does
+as the oracle, and `wide` refuses, for x * weight might overflow).
 """
 
 from collections.abc import Iterator

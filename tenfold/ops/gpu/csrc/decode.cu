@@ -338,7 +338,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         u16 *to = r < GROUP ? sh.q[r] : sh.k;
 #pragma unroll
         for (int i = 0; i < D / 32; i++)
-            to[lane + 32 * i] = (u16)(pack(v[i] * turn[i] + sh.raw[warp][partner[i]] * side[i], 0.f) & 0xffff);
+            // Each product rounded, as the oracle does: what lies in the cache must not depend on who wrote it.
+            to[lane + 32 * i] = (u16)(pack(__fadd_rn(__fmul_rn(v[i], turn[i]), __fmul_rn(sh.raw[warp][partner[i]], side[i])), 0.f) & 0xffff);
     }
     __syncthreads();
     const bool owner = (a.length - 1) / TILE >= first && (a.length - 1) / TILE < last;

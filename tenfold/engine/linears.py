@@ -1,0 +1,105 @@
+"""The linear operations of a model, found by running its forward on nothing: shapes and uses, no weights.
+
+Invariant: no matrix of the checkpoint is read or allocated, so a model of any size is answered for at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tenfold.cache.store import KVSpec, KVStore
+from tenfold.models.table import build_model
+from tenfold.nn.step import Step
+from tenfold.ops.formats import is_format
+from tenfold.ops.gpu.arms import Use, Work
+from tenfold.ops.kernels import Kernels, Norm, Replay, Separate, run
+from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.load import Weights, check_shape, loaded_storage
+
+
+class Tracing(Separate):
+    """Kernels that compute nothing and write down every linear operation they are asked for."""
+
+    name = "tracing"
+    reason = ""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.works: list[Work] = []
+
+    def replay(self) -> Replay:
+        return run
+
+    def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
+        raise NotImplementedError("shapes are made into matrices by `Shapes`")
+
+    def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
+        return torch.zeros(len(ids), table.cols)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return x
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
+        return x
+
+    def linear(
+        self,
+        x: Tensor,
+        w: Matrix,
+        bias: Tensor | None = None,
+        *,
+        norm: Norm | None = None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        use = Use(norm is not None, act, residual is not None)
+        self.works.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
+        return torch.zeros(len(x), w.rows // 2 if act else w.rows)
+
+    def attention(self, qkv: Tensor, *arguments: Any) -> Tensor:
+        spec = next(a for a in arguments if hasattr(a, "head_dim"))
+        return torch.zeros(len(qkv), spec.heads * spec.head_dim)
+
+
+class Shapes(Weights):
+    """Weights whose matrices have a shape and a format only."""
+
+    def matrix(self, *names: str, rows: Sequence[int] | None = None, cols: int | None = None) -> Matrix:
+        parts = [self._take(name) for name in names]
+        for i, part in enumerate(parts):
+            check_shape(part, (part.shape[0] if rows is None else rows[i], part.shape[-1] if cols is None else cols))
+        stored = {loaded_storage(self.mode, part.name, part.storage, part.shape) for part in parts}
+        one = stored.pop() if len(stored) == 1 else ""
+        made = Matrix(one if is_format(one) else "dense", sum(p.shape[0] for p in parts), parts[0].shape[-1], ())
+        self.matrices.append(made)
+        return made
+
+
+def linear_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work]:
+    """Every different linear operation of a decode step on a GPU, in the order of the forward, for one token.
+
+    mode: as `Weights`. Raises ValueError for a model that cannot be built.
+    """
+    kernels = Tracing(dtype)
+    model = build_model(checkpoint.config, Shapes(checkpoint, cast(Kernels, kernels), "cpu", dtype, mode), 1)
+    config = model.config
+    store = KVStore(KVSpec(config.layers, 1, 1, torch.float32, 1), 1, torch.device("cpu"))
+    one = torch.ones(1, dtype=torch.int32)
+    model.forward(
+        Step(
+            token_ids=torch.zeros(1, dtype=torch.int64),
+            positions=0 * one,
+            slots=0 * one,
+            page_table=0 * one[None],
+            query_start=torch.tensor([0, 1], dtype=torch.int32),
+            kv_lengths=one,
+            logits_rows=torch.zeros(1, dtype=torch.int64),
+            max_query=1,
+            max_kv=1,
+            kv=store,
+        )
+    )
+    return list(dict.fromkeys(kernels.works))

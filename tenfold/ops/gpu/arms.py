@@ -1,0 +1,296 @@
+"""Which implementation ("arm") of a linear operation runs on a GPU: the table of choices over families of arms.
+
+A `Work` says what is to be computed. A family offers plans for it by name ("stream:16x4x1", "cublas"); FAMILIES maps
+the first word of a name to its family, and a new family is a new entry. Where nothing was measured `rule` decides.
+Arms give the same result but for the order of sums and the roundings that their modules name.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.choose import Choice, Key, Table
+from tenfold.ops.formats import format_of, is_format
+from tenfold.ops.gemm import dense, flat, gemv, lowbit
+from tenfold.ops.gpu import stream
+from tenfold.ops.kernels import Norm
+from tenfold.ops.matrix import Matrix
+
+BATCHES = (1, 2, 3, 4, 8, 16, 24, 32, 48, 64, 128)
+"""Numbers of tokens that are measured; others run what the next larger one does, and more than the last the rule."""
+ACTS = (None, "silu", "gelu_tanh")
+MOST_STREAMED = 8  # tokens up to which the rule takes our own kernels (H100, 2026-11-28)
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How a model uses a matrix: whether it norms before, its gate, whether it adds a residual after."""
+
+    norm: bool = False
+    act: str | None = None
+    residual: bool = False
+
+    def __str__(self) -> str:
+        parts = ("norm" if self.norm else None, self.act, "residual" if self.residual else None)
+        return "+".join(["linear", *filter(None, parts)])
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One linear operation: a weight of rows x cols in a format ("dense" or packed), its use, tokens, compute type."""
+
+    rows: int
+    cols: int
+    format: str
+    use: Use
+    tokens: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def stored(self) -> str:
+        """The format of a table's key: the type of dense weights, or the packed format."""
+        return str(self.dtype).removeprefix("torch.") if self.format == "dense" else self.format
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """What goes with x and w: the last arguments of every `run`."""
+
+    bias: Tensor | None = None
+    norm: Norm | None = None
+    act: str | None = None
+    residual: Tensor | None = None
+
+    def all(self) -> tuple[Any, ...]:
+        return self.bias, self.norm, self.act, self.residual
+
+
+class Context:
+    """What launches share on one device: multiprocessors, memory for partial sums."""
+
+    def __init__(self, device: torch.device, sms: int) -> None:
+        self.sms = sms
+        self.sums = stream.Workspace(device)
+        self.packed = lowbit.Workspace(device)
+
+
+class Family(Protocol):
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        """Names of the plans worth timing; none for work the family does not do."""
+        ...
+
+    def legal(self, name: str, work: Work) -> bool:
+        """Whether a plan can do the work. Raises ValueError for a name that is none of this family's."""
+        ...
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        """The plan, to be called with a legal x and w."""
+        ...
+
+
+class Library:
+    """cuBLAS by way of PyTorch."""
+
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        if work.format == "dense":
+            yield "cublas"
+
+    def legal(self, name: str, work: Work) -> bool:
+        return name == "cublas" and work.format == "dense"
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        return lambda context, x, w, fused: dense.linear(x, w.data[0], *fused.all())
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Our own kernels of one module for dense weights. wide_norm: whether a norm works in float16 too: x * weight may
+    overflow there, so a kernel that rounds it must not.
+    """
+
+    prefix: str
+    module: Any
+    wide_norm: bool
+    run: Callable[[Any, Context, Tensor, Tensor, Fused], Tensor]
+    needs_sms: bool = False
+
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        sizes = (work.tokens, work.rows, work.cols)
+        for plan in self.module.candidates(*sizes, *((sms,) if self.needs_sms else ())):
+            name = str(plan)
+            if name.partition(":")[0] == self.prefix and self.legal(name, work):
+                yield name
+
+    def legal(self, name: str, work: Work) -> bool:
+        plan = self.module.parse(name)
+        if work.format != "dense" or work.dtype not in stream.DTYPES or work.rows % (2 if work.use.act else 1):
+            return False
+        if work.use.norm and work.dtype != torch.bfloat16 and not self.wide_norm:
+            return False
+        return bool(self.module.legal(plan, work.tokens, work.rows, work.cols))
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        plan, run = self.module.parse(name), self.run
+        return lambda context, x, w, fused: run(plan, context, x, w.data[0], fused)
+
+
+class Lowbit:
+    """Packed weights: `ops/gemm/lowbit.py`."""
+
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        if self._takes(work):
+            yield from map(str, lowbit.candidates(work.rows, work.cols, work.tokens, format_of(work.format), sms))
+
+    def legal(self, name: str, work: Work) -> bool:
+        plan = lowbit.parse(name)
+        return self._takes(work) and lowbit.legal(plan, work.rows, work.cols, format_of(work.format))
+
+    def _takes(self, work: Work) -> bool:
+        return is_format(work.format) and work.dtype in stream.DTYPES
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        plan = lowbit.parse(name)
+
+        def run(context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+            return lowbit.linear(x, w, *fused.all(), plan=plan, workspace=context.packed, sms=context.sms)
+
+        return run
+
+
+def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
+    return stream.run(plan, context.sums, context.sms, x, w, *fused.all())
+
+
+def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
+    return flat.run(plan, context.sums, x, w, *fused.all())
+
+
+def run_gemv(plan: gemv.GemvPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
+    return gemv.run(plan, x, w, *fused.all())
+
+
+PACKED = Lowbit()
+FAMILIES: dict[str, Family] = {
+    "cublas": Library(),
+    "stream": Dense("stream", stream, True, run_stream),
+    "wide": Dense("wide", stream, False, run_stream),
+    "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
+    "gemv": Dense("gemv", gemv, True, run_gemv),
+    **dict.fromkeys(lowbit.KINDS, PACKED),
+}
+OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
+
+
+def family(name: str) -> Family:
+    """Raises ValueError for a name of no family."""
+    prefix = name.partition(":")[0]
+    if prefix not in FAMILIES:
+        raise ValueError(f"{name!r} is no arm of a linear operation; families: {', '.join(FAMILIES)}.")
+    return FAMILIES[prefix]
+
+
+def candidates(work: Work, sms: int) -> list[str]:
+    """The arms that can do the work, the rule's among them."""
+    every = chain.from_iterable(one.candidates(work, sms) for one in dict.fromkeys(FAMILIES.values()))
+    return list(dict.fromkeys((rule(work, sms), *every)))
+
+
+def legal(name: str, work: Work) -> bool:
+    try:
+        return family(name).legal(name, work)
+    except ValueError:
+        return False
+
+
+def rule(work: Work, sms: int) -> str:
+    """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
+    if is_format(work.format):
+        return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
+    if work.format != "dense":
+        raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
+    if 0 < work.tokens <= MOST_STREAMED:
+        plan = stream.rule(work.tokens, work.rows, work.cols, sms)
+        if plan is not None and legal(str(plan), work):
+            return str(plan)
+    return "cublas"
+
+
+def bucket(tokens: int) -> int:
+    """The measured number of tokens that stands for `tokens`; 0: none does."""
+    return next((batch for batch in BATCHES if tokens <= batch), 0)
+
+
+def key(work: Work, sms: int) -> Key:
+    """Where the table keeps what was measured for work of at most BATCHES[-1] tokens."""
+    return Key(str(work.use), work.rows, work.cols, work.stored, bucket(work.tokens), sms)
+
+
+def choice(work: Work, table: Table, sms: int) -> Choice:
+    """What runs. A measured arm that cannot do this number of tokens gives way to the rule."""
+    first = rule(work, sms)
+    if not bucket(work.tokens):
+        return Choice(Key(str(work.use), work.rows, work.cols, work.stored, work.tokens, sms), first, "rule")
+    found = table.pick(key(work, sms), first)
+    return found if legal(found.arm, work) else Choice(found.key, first, "rule")
+
+
+def version() -> str:
+    """Changes with the source of any arm and with the library's version."""
+    here = Path(__file__).parent
+    sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), here / "stream.py"])
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def table(device: str) -> Table:
+    """The table of a GPU of this name."""
+    return Table(f"gpu {device}", version())
+
+
+class Arms:
+    """Linear operations of one device in one compute type, each by the arm that was measured to be the fastest."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, sms: int, table: Table) -> None:
+        self.dtype = dtype
+        self.sms = sms
+        self.table = table
+        self.context = Context(device, sms)
+        self._bound: dict[str, Callable[[Context, Tensor, Matrix, Fused], Tensor]] = {}
+
+    def __call__(
+        self,
+        x: Tensor,
+        w: Matrix,
+        bias: Tensor | None = None,
+        norm: Norm | None = None,
+        act: str | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """As `Kernels.linear`. Raises ValueError for weights of a format that no family serves."""
+        at = x.shape[0] * 16 + ACTS.index(act) * 4 + (norm is not None) * 2 + (residual is not None)
+        run = w.arms.get(at)
+        if run is None:
+            work = Work(
+                w.rows, w.cols, w.format, Use(norm is not None, act, residual is not None), x.shape[0], self.dtype
+            )
+            run = w.arms[at] = self.pick(work)
+        return run(self.context, x, w, Fused(bias, norm, act, residual))
+
+    def pick(self, work: Work) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        return self.bind(choice(work, self.table, self.sms).arm)
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        """The arm of this name. Raises ValueError."""
+        if name not in self._bound:
+            self._bound[name] = family(name).bind(name)
+        return self._bound[name]

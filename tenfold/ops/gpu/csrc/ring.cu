@@ -1,0 +1,217 @@
+// y[tokens, rows] = x[tokens, cols] @ w[rows, cols]^T for up to 64 tokens: weights come through the tensor copy engine
+// into a ring of stages in shared memory and are the 64-row operand of wgmma, tokens its narrow side.
+//
+// One warp keeps the ring full, across tiles and without ever waiting for arithmetic; four multiply. The ring is filled
+// before the kernel in front has ended (weights do not depend on it), and is small enough that the next kernel's block
+// fits beside this one on a multiprocessor and does the same.
+//
+// Compile-time: HALF, GATE as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · HELD 1: all of x lies
+// in shared memory, times the norm's weight with NORM 1 (the inverse root mean square follows after the sum); 0: x
+// travels through the ring beside the weights · BLOCKS of a multiprocessor.
+
+#include "fragments.h"
+
+#define CONSUMERS 128
+#define STEP_COLS 128  // of a stage: two boxes of 64
+#define W_BOX 8192     // bytes: 64 rows of 64 columns
+#define X_BOX (N * 128)
+#define STAGE_BYTES (2 * W_BOX + (HELD ? 0 : 2 * X_BOX))
+#define PITCH 68  // floats between tokens of the finished tile
+
+typedef unsigned long long u64;
+struct __align__(64) Map { u64 bytes[16]; };
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}"
+        :: "r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+        :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy) : "memory");
+}
+
+// Matrix descriptor of a K-major operand with the 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ u64 operand(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+#if HALF
+#define KIND "f16.f16"
+#else
+#define KIND "bf16.bf16"
+#endif
+__device__ __forceinline__ void multiply(float (&d)[N / 2], u64 a, u64 b, int add) {
+#if N == 8
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32." KIND " {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b), "r"(add));
+#elif N == 16
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\nwgmma.mma_async.sync.aligned.m64n16k16.f32." KIND " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) : "l"(a), "l"(b), "r"(add));
+#elif N == 32
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32." KIND " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) : "l"(a), "l"(b), "r"(add));
+#else
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." KIND " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "r"(add));
+#endif
+}
+
+#define CONSUMER_BARRIER() asm volatile("bar.sync 1, 128;" ::: "memory")
+
+#if HELD
+// x into shared memory in the swizzled layout of wgmma: boxes of 64 columns, N tokens of 128 bytes each, whose 16-byte
+// pieces are permuted by the token's place among 8.
+__device__ __forceinline__ void hold(unsigned char *xs, float *scales, const u16 *x, const float *norm, float eps, int tokens, int cols, int steps) {
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    for (int m = warp; m < tokens; m += 4) {
+        float total = 0.f;
+#pragma unroll 4
+        for (int v = lane; v < steps * (STEP_COLS / 8); v += 32) {
+            uint4 a = make_uint4(0, 0, 0, 0);
+            if (v * 8 < cols) {
+                a = *(const uint4 *)(x + (size_t)m * cols + v * 8);
+#if NORM
+                float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
+                float e0 = to_float(a.x & 0xffff), e1 = to_float(a.x >> 16), e2 = to_float(a.y & 0xffff), e3 = to_float(a.y >> 16);
+                float e4 = to_float(a.z & 0xffff), e5 = to_float(a.z >> 16), e6 = to_float(a.w & 0xffff), e7 = to_float(a.w >> 16);
+                total += e0 * e0 + e1 * e1 + e2 * e2 + e3 * e3 + e4 * e4 + e5 * e5 + e6 * e6 + e7 * e7;
+                a = make_uint4(pack(e0 * w0.x, e1 * w0.y), pack(e2 * w0.z, e3 * w0.w), pack(e4 * w1.x, e5 * w1.y), pack(e6 * w1.z, e7 * w1.w));
+#endif
+            }
+            *(uint4 *)(xs + (size_t)(v >> 3) * X_BOX + m * 128 + (((v & 7) ^ (m & 7)) << 4)) = a;
+        }
+#if NORM
+#pragma unroll
+        for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
+        if (lane == 0) scales[m] = rsqrtf(total / cols + eps);
+#endif
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    CONSUMER_BARRIER();
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
+ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const u16 *x, u16 *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
+    extern __shared__ unsigned char raw[];
+    unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
+    const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
+    unsigned char *xs = memory + STAGES * STAGE_BYTES;
+    float *tile = (float *)(xs + (HELD ? steps * 2 * X_BOX : 0)), *scales = tile + N * PITCH;
+    u64 *barriers = (u64 *)(scales + N);
+    const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
+#if GATE
+    const int height = 32, outputs = rows / 2;
+#else
+    const int height = 64, outputs = rows;
+#endif
+    const int tiles = (outputs + height - 1) / height;
+
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (threadIdx.x == CONSUMERS) {
+        for (int s = 0; s < STAGES; s++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 4;" :: "r"(empty + s * 8));
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (threadIdx.x >= CONSUMERS) {
+        if (threadIdx.x == CONSUMERS) {
+            u64 once, kept;
+            asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+            asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
+            int count = 0, mine = blockIdx.x < tiles ? ((tiles - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
+            auto weights = [&](int at) {
+                int step = at % steps, row = (blockIdx.x + at / steps * gridDim.x) * height;
+                u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(STAGE_BYTES) : "memory");
+#pragma unroll
+                for (int b = 0; b < 2; b++) {
+                    fetch(to + b * W_BOX, &w_map, step * STEP_COLS + b * 64, row, barrier, once);
+#if GATE
+                    fetch(to + b * W_BOX + W_BOX / 2, &w_map, step * STEP_COLS + b * 64, outputs + row, barrier, once);
+#endif
+                }
+            };
+            auto inputs = [&](int at) {
+#if !HELD
+                u32 to = stage0 + at % STAGES * STAGE_BYTES + 2 * W_BOX, barrier = full + at % STAGES * 8;
+#pragma unroll
+                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, at % steps * STEP_COLS + b * 64, 0, barrier, kept);
+#endif
+            };
+            for (; count < mine && count < STAGES; count++) weights(count);
+            asm volatile("griddepcontrol.wait;" ::: "memory");
+            for (int at = 0; at < count; at++) inputs(at);
+            for (; count < mine; count++) {
+                wait_for(empty + count % STAGES * 8, (count / STAGES - 1) & 1);
+                weights(count);
+                inputs(count);
+            }
+        }
+        return;
+    }
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#if HELD
+    hold(xs, scales, x, norm, eps, tokens, cols, steps);
+#endif
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int count = 0;
+    for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
+        float d[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[i] = 0.f;
+        for (int step = 0; step < steps; step++, count++) {
+            const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
+            const u32 tokens_at = HELD ? shared_address(xs) + step * 2 * X_BOX : stage + 2 * W_BOX;
+            wait_for(full + count % STAGES * 8, count / STAGES & 1);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int b = 0; b < 2; b++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    multiply(d, operand(stage + b * W_BOX + k * 32), operand(tokens_at + b * X_BOX + k * 32), 1);
+            asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(empty + count % STAGES * 8) : "memory");
+        }
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            float *p = tile + (n * 8 + (lane & 3) * 2) * PITCH + warp * 16 + (lane >> 2);
+            p[0] = d[n * 4], p[PITCH] = d[n * 4 + 1], p[8] = d[n * 4 + 2], p[PITCH + 8] = d[n * 4 + 3];
+        }
+        CONSUMER_BARRIER();
+        for (int i = threadIdx.x; i < tokens * height; i += CONSUMERS) {
+            int token = i / height, r = i % height, row = at * height + r;
+            if (row >= outputs) continue;
+            float y = tile[token * PITCH + r];
+#if HELD && NORM
+            const float scale = scales[token];
+            y *= scale;
+#endif
+            if (bias) y += bias[row];
+#if GATE
+            float up = tile[token * PITCH + 32 + r];
+#if HELD && NORM
+            up *= scale;
+#endif
+            if (bias) up += bias[outputs + row];
+            y = round_trip(activate(round_trip(y))) * round_trip(up);
+#endif
+            if (residual) y = round_trip(y) + to_float(residual[(size_t)token * outputs + row]);
+            out[(size_t)token * outputs + row] = (u16)(pack(y, 0.f) & 0xffff);
+        }
+        CONSUMER_BARRIER();
+    }
+}

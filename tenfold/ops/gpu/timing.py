@@ -1,0 +1,118 @@
+"""How long operations take on a GPU: captured as graphs over rotated weights, arms in turn, medians.
+
+One replay runs an arm once on each of several copies of the weights, more than the L2 cache holds, so that a call finds
+its weight as cold as in a real step.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.base.log import logger
+
+LEAST_ROTATION = 150 << 20  # bytes: three times the L2 cache of an H100
+COPY = 1 << 30  # bytes of the buffer that `copy_microseconds` copies
+ROUNDS = 7
+SAMPLE = 400.0  # microseconds of one sample, at least
+COMPILERS = 8  # threads that compile at the same time
+FARTHEST = 0.03  # of an arm's result from the reference, relative to its norm: many roundings of bfloat16
+
+Arm = Callable[[int], Tensor]
+
+
+class GpuTimer:
+    """Times on one device. Others with the same methods stand in for it where there is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        self.rotated = max(LEAST_ROTATION, 3 * cache)
+
+    def copies(self, nbytes: int) -> int:
+        """How many weights of so many bytes it takes to get past the L2 cache."""
+        return max(2, -(-self.rotated // nbytes))
+
+    def measure(self, arms: Mapping[str, Arm], copies: int, reference: Arm | None = None) -> dict[str, float]:
+        """Microseconds of one call of each arm, the median of ROUNDS samples taken in turn. `arm(i)` runs on the i-th
+        of `copies` weights. An arm that fails, or whose result is not the reference's, has no time.
+        """
+        compile_all(arms, self.device)
+        expected = None if reference is None else reference(0)
+        pool = torch.cuda.graph_pool_handle()
+        graphs = {name: capture(name, arm, copies, expected, pool) for name, arm in arms.items()}
+        kept = {name: graph for name, graph in graphs.items() if graph is not None}
+        repeats = {name: max(1, round(SAMPLE / max(1.0, sample(graph, 1)))) for name, graph in kept.items()}
+        samples: dict[str, list[float]] = {name: [] for name in kept}
+        for _ in range(ROUNDS):
+            for name, graph in kept.items():
+                samples[name].append(sample(graph, repeats[name]) / repeats[name] / copies)
+        return {name: round(statistics.median(taken), 3) for name, taken in samples.items()}
+
+    def copy_microseconds(self) -> float:
+        """Of a copy of COPY bytes inside the device's memory."""
+        source = torch.zeros(COPY, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return self.measure({"copy": lambda i: target.copy_(source)}, 1)["copy"]
+
+
+def compile_all(arms: Mapping[str, Arm], device: torch.device) -> None:
+    """Run every arm once, several at a time, so that what is not compiled yet is compiled in parallel."""
+
+    def run(arm: Arm) -> None:
+        with torch.cuda.device(device), suppress(Exception):  # `capture` runs it again and says what is wrong
+            arm(0)
+
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        list(pool.map(run, arms.values()))
+    torch.cuda.synchronize()
+
+
+def capture(name: str, arm: Arm, copies: int, expected: Tensor | None, pool: Any) -> torch.cuda.CUDAGraph | None:
+    """A graph of one call on each copy; None, with a line in the log, where the arm cannot run or is wrong."""
+    try:
+        wrong = "" if expected is None else difference(arm(0), expected)
+        torch.cuda.synchronize()  # what calls read was made on another stream than the capture's
+        graph = record(arm, copies, pool)
+        graph.replay()
+        torch.cuda.synchronize()
+    except Exception as error:  # a compiler's complaint may be of any class
+        wrong = (str(error) or repr(error)).splitlines()[0]
+    if wrong:
+        logger.warning("tune: %s is left out: %s", name, wrong[:300])
+    return None if wrong else graph
+
+
+def record(arm: Arm, copies: int, pool: Any) -> torch.cuda.CUDAGraph:
+    """Without the garbage collection of `torch.cuda.graph`, which takes longer than all else here."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            for i in range(copies):
+                arm(i)
+        finally:
+            graph.capture_end()
+    return graph
+
+
+def difference(result: Tensor, expected: Tensor) -> str:
+    """What is wrong with a result, empty where it is as near to the expected one as roundings allow."""
+    distance = (result.double() - expected.double()).norm().item()
+    allowed = FARTHEST * expected.double().norm().item()
+    return "" if distance <= allowed else f"its result is {distance:.3g} from the reference; allowed: {allowed:.3g}"
+
+
+def sample(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    """Microseconds of so many replays."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
