@@ -1,7 +1,7 @@
-"""`tenfold explain` and `tenfold tune`: what runs each linear operation of a model on this CPU, and measuring it."""
+"""`tenfold explain` and `tenfold tune`: what runs each linear operation of a model on this device, and measuring it."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.memory import DTYPES
@@ -11,8 +11,13 @@ from tenfold.ops.choose import Choice
 from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.tune import tune_linear
 from tenfold.ops.matrix import Matrix
+from tenfold.ops.table import make_kernels
 from tenfold.serve.cli.terminal import columns
 from tenfold.weights.load import Weights
+
+if TYPE_CHECKING:  # Triton is there on GPU machines only
+    from tenfold.ops.gpu.arms import Arms, Work
+    from tenfold.ops.gpu.report import Line
 
 
 class Collecting(Weights):
@@ -27,34 +32,78 @@ class Collecting(Weights):
 
 
 def explain(config: EngineConfig) -> None:
-    """Print one row for each shape and batch size."""
-    show(arms.explain(matrices(config)))
+    """Print one row for each shape and batch size; on a GPU a chart of each shape too."""
+    opened = Opened(config)
+    if opened.device.type == "cuda":
+        show_gpu(*gpu_works(opened))
+    else:
+        show(arms.explain(matrices(opened)))
 
 
 def tune(config: EngineConfig) -> None:
-    """Measure, save, print. The machine should be idle."""
-    found = matrices(config)
-    is_terminal = sys.stderr.isatty()
-
-    def progress(done: int, total: int, what: str) -> None:
-        print(f"{done + 1}/{total}  {what}", end="\x1b[K\r" if is_terminal else "\n", file=sys.stderr, flush=True)
-
-    chosen = tune_linear(found, progress=progress)
-    if is_terminal:
-        print(end="\x1b[K", file=sys.stderr)
+    """Measure, save, print. The machine should be idle. On a GPU what was measured before is kept."""
+    opened = Opened(config)
+    with_progress = Progress()
+    if opened.device.type == "cuda":
+        tune_gpu(opened, with_progress)
+        return
+    found = matrices(opened)
+    chosen = tune_linear(found, progress=with_progress)
+    with_progress.end()
     show(chosen)
     print(f"saved in {arms.table().path}", file=sys.stderr)
 
 
-def matrices(config: EngineConfig) -> list[Matrix]:
-    """All matrices of a model, as the compiled kernels hold them. Raises ValueError where they are not used."""
-    opened = Opened(config)
-    opened.choose()
-    if opened.kernels.name != "native":
+def tune_gpu(opened: Opened, progress: "Progress") -> None:
+    from tenfold.ops.gpu.timing import GpuTimer
+    from tenfold.ops.gpu.tune import tune as tune_works
+
+    works, running = gpu_works(opened)
+    tune_works(works, running, GpuTimer(opened.device), progress=progress)
+    progress.end()
+    show_gpu(works, running)
+    print(f"saved in {running.table.path}", file=sys.stderr)
+
+
+class Progress:
+    """One line on stderr that is written over, or a line a step where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        end = "\x1b[K\r" if self.is_terminal else "\n"
+        print(f"{done + 1}/{total}  {what}", end=end, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.is_terminal:
+            print(end="\x1b[K", file=sys.stderr)
+
+
+def gpu_works(opened: Opened) -> "tuple[list[Work], Arms]":
+    """The linear operations of a model and the arms of its GPU. Raises ValueError where our kernels are not used."""
+    config = opened.config
+    dtype = DTYPES.get(config.dtype) or DTYPES["bfloat16"]
+    kernels = make_kernels(config.kernels, opened.device, dtype, config.threads)
+    refuse_others(kernels, "gpu")
+    from tenfold.engine.linears import linear_works
+
+    return linear_works(opened.checkpoint, dtype, config.weights), kernels.arms  # type: ignore[attr-defined]
+
+
+def refuse_others(kernels: Any, name: str) -> None:
+    if kernels.name != name:
         raise ValueError(
-            f"The {opened.kernels.name} kernels have one way to run a linear operation ({opened.kernels.reason}); "
-            "choices are made among the compiled CPU kernels. `tenfold doctor` says whether they are there."
+            f"The {kernels.name} kernels have one way to run a linear operation ({kernels.reason}); "
+            "choices are made among the compiled CPU kernels and among the GPU kernels. "
+            "`tenfold doctor` says whether they are there."
         )
+
+
+def matrices(opened: Opened) -> list[Matrix]:
+    """All matrices of a model, as the compiled kernels hold them. Raises ValueError where they are not used."""
+    opened.choose()
+    refuse_others(opened.kernels, "native")
     weights = Collecting(
         opened.checkpoint, opened.kernels, opened.device, DTYPES[opened.config.dtype], opened.config.weights
     )
@@ -63,13 +112,45 @@ def matrices(config: EngineConfig) -> list[Matrix]:
     return weights.matrices
 
 
+def show_gpu(works: "list[Work]", running: "Arms") -> None:
+    """A table of every shape and batch size, then a chart of each shape."""
+    from tenfold.ops.gpu import report
+
+    shapes = report.explain(works, running.table, running.sms)
+    lines = [line for shape in shapes for line in shape.lines]
+    head = ("OPERATION", "WEIGHT", "FORMAT", "BATCH", "SMS", "RUNS", "TIME", "FLOOR", "SHARE", "BECAUSE")
+    print(columns([head, *map(gpu_row, lines)]))
+    for shape in shapes:
+        print("\n" + "\n".join(report.chart(shape)))
+    rate = report.bandwidth(running.table, running.sms)
+    if rate is not None:
+        print(f"\nfloor: bytes moved at {rate:.0f} GB/s, the rate of a copy on this GPU")
+    print("M1: first batch at which a flat kernel beats the GEMV; M2: first at which the library beats both")
+
+
+def gpu_row(line: "Line") -> tuple[str, ...]:
+    key = line.choice.key
+    weight, share = f"{key.rows} x {key.cols}", "" if line.share is None else f"{line.share:.0%}"
+    took, floor = microseconds(line.choice.microseconds), microseconds(line.floor)
+    budget = (str(key.batch), str(key.budget))
+    return (key.op, weight, key.format, *budget, line.choice.arm, took, floor, share, because(line.choice))
+
+
+def microseconds(took: float | None) -> str:
+    return "" if took is None else f"{took:.1f} us"
+
+
+def because(choice: Choice) -> str:
+    """Measured or rule, and the runner-up."""
+    if choice.runner_up is None:
+        return choice.source
+    return f"{choice.source}; {choice.runner_up} takes {choice.runner_up_microseconds:.1f} us"
+
+
 def show(chosen: list[Choice]) -> None:
     rows = [("WEIGHT", "FORMAT", "BATCH", "THREADS", "RUNS", "TIME", "BECAUSE")]
     for c in chosen:
         k = c.key
-        took = f"{c.microseconds:.1f} us" if c.microseconds is not None else ""
-        why = c.source
-        if c.runner_up is not None:
-            why += f"; {c.runner_up} takes {c.runner_up_microseconds:.1f} us"
-        rows.append((f"{k.rows} x {k.cols}", k.format, str(k.batch), str(k.budget), c.arm, took, why))
+        weight = f"{k.rows} x {k.cols}"
+        rows.append((weight, k.format, str(k.batch), str(k.budget), c.arm, microseconds(c.microseconds), because(c)))
     print(columns(rows))

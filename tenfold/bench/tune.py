@@ -1,0 +1,59 @@
+"""Tune a GPU for models without the command line's packages: `python -m tenfold.bench.tune --model shape:llama-3-8b`.
+
+Measures the arms of every linear operation, writes the table of choices, and prints what runs. `tenfold tune` does the
+same for one model.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tenfold.engine.linears import linear_works
+from tenfold.engine.memory import DTYPES
+from tenfold.ops.choose import Table
+from tenfold.ops.gpu import arms, report, tune
+from tenfold.ops.gpu.timing import GpuTimer
+from tenfold.weights.find import resolve
+from tenfold.weights.open import open_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tenfold.bench.tune", description=__doc__)
+    parser.add_argument("--model", required=True, help="a comma between two models")
+    parser.add_argument("--out", help="file of the table; without it the one that engines on this machine read")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--weights", default="auto", help="as the engine's setting: auto, int4, int8, fp8")
+    parser.add_argument("--batches", default=",".join(map(str, arms.BATCHES)))
+    parser.add_argument("--families", default="", help=f"of {', '.join(arms.FAMILIES)}; without it all")
+    parser.add_argument("--force", action="store_true", help="measure again what the table holds")
+    given = parser.parse_args(arguments)
+    device, dtype = torch.device("cuda"), DTYPES[given.dtype]
+    name = torch.cuda.get_device_name(device)
+    table = Table(f"gpu {name}", arms.version(), Path(given.out)) if given.out else arms.table(name)
+    running = tune.open_arms(device, dtype, table)
+    works = [
+        work
+        for model in given.model.split(",")
+        for work in linear_works(open_checkpoint(resolve(model)), dtype, given.weights)
+    ]
+    batches = [int(batch) for batch in given.batches.split(",")]
+    families = [family for family in given.families.split(",") if family]
+    begin = time.monotonic()
+
+    def progress(done: int, total: int, what: str) -> None:
+        print(f"{done + 1}/{total}  {time.monotonic() - begin:.0f} s  {what}", file=sys.stderr, flush=True)
+
+    tune.tune(works, running, GpuTimer(device), batches, families, given.force, progress)
+    rate = report.bandwidth(table, running.sms)
+    print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
+    for shape in report.explain(works, table, running.sms, batches):
+        print("\n".join(report.chart(shape)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What `tenfold explain` prints for a GPU, from a table that was recorded."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tenfold.ops.choose import Table
+from tenfold.serve.cli import choices
+
+arms = pytest.importorskip("tenfold.ops.gpu.arms")
+
+
+def test_the_table_and_charts_of_a_gpu(tmp_path, capsys):
+    table = Table("gpu", "1", tmp_path / "t.json")
+    work = arms.Work(6144, 4096, "dense", arms.Use(norm=True), 1)
+    table.record(arms.key(work, 132), {"cublas": 22.0, "gemv:8x512": 18.0, "wide:8x4x1x1:s2": 30.0})
+    choices.show_gpu([work], SimpleNamespace(table=table, sms=132))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:6] == ["OPERATION", "WEIGHT", "FORMAT", "BATCH", "SMS", "RUNS"]
+    assert "linear+norm" in lines[1]
+    assert "gemv:8x512" in lines[1]
+    assert "cublas takes 22.0 us" in lines[1]
+    assert lines[2].rstrip().endswith("rule")
+    assert any(line.startswith("linear+norm 6144 x 4096 bfloat16; M1 -, M2 1") for line in lines)
+
+
+def test_kernels_without_choices_are_refused():
+    with pytest.raises(ValueError, match="one way"):
+        choices.refuse_others(SimpleNamespace(name="torch", reason="there is no GPU"), "gpu")
+
+
+def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
+    """The device is made up; what runs is what a Hopper GPU without a table would run."""
+    kernels = SimpleNamespace(
+        name="gpu", reason="", arms=SimpleNamespace(table=Table("gpu", "1", tmp_path / "t"), sms=132)
+    )
+    opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu"))
+    monkeypatch.setattr(opened, "device", torch.device("cuda"))
+    monkeypatch.setattr(choices, "Opened", lambda config: opened)
+    monkeypatch.setattr(choices, "make_kernels", lambda *given: kernels)
+    choices.explain(opened.config)
+    text = capsys.readouterr().out
+    assert "linear+norm+silu  256 x 64" in text
+    assert "stream:" in text
