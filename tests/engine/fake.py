@@ -16,6 +16,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output, Request
 from tenfold.engine.sequence import Sequence as Answer
+from tenfold.engine.speculate.draft import DraftModel
 from tenfold.engine.speculate.guess import Guess
 from tenfold.engine.speculate.policy import Load, Offer, Policy
 from tenfold.engine.speculate.speculator import Speculator
@@ -186,6 +187,29 @@ def speculating(engine: Engine, drafter: Any = None, policy: Policy | None = Non
         assert engine.speculator is not None
         engine.speculator.policy = policy or Whim()
     return engine
+
+
+def watch_drafts(engine: Engine, says: Callable[[list[int]], int] = near_miss) -> None:
+    """From now on check that every draft is what the drafter `says` to the true history, so that a draft model reads
+    nothing else in its store, and that no plan is larger or earlier than it may be.
+    """
+    plan = engine.scheduler.plan
+    if isinstance(engine.speculator and engine.speculator.drafter, DraftModel):
+        for tensor in (*engine.speculator.drafter.kv.keys, *engine.speculator.drafter.kv.values):  # type: ignore
+            tensor.fill_(POISON)
+
+    def watched(drafts: Mapping[Answer, tuple[int, ...]] | None = None) -> StepPlan:
+        made = plan(drafts)
+        for entry in made.entries:
+            history = list(entry.sequence.tokens)
+            for draft in entry.drafts:
+                assert draft == says(history)
+                history.append(draft)
+        assert made.tokens <= engine.config.max_step_tokens
+        assert not made.drafts or not engine._inflight
+        return made
+
+    engine.scheduler.plan = watched  # type: ignore[method-assign]
 
 
 class FakeText:

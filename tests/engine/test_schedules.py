@@ -19,9 +19,9 @@ from tests.engine.fake import (
     Guesses,
     check_pages,
     make_engine,
-    near_miss,
     reference,
     speculating,
+    watch_drafts,
 )
 
 BAD = VOCAB - 1  # a step with this token fails
@@ -51,27 +51,10 @@ class Schedules(RuleBasedStateMachine):
         self.engine = make_engine(self.model, pages, clock=self.clock, **sizes)
         if speculate:
             speculating(self.engine, Guesses() if speculate == "guesses" else None)
-            self.watch_plans()
+            watch_drafts(self.engine)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[Output]] = {}
         self.ended: set[str] = set()  # aborted or late
-
-    def watch_plans(self) -> None:
-        """Every draft is what the drafter says to the true history: a draft model reads nothing else in its store."""
-        plan = self.engine.scheduler.plan
-
-        def watched(drafts: Any = None) -> Any:
-            made = plan(drafts)
-            for entry in made.entries:
-                history = list(entry.sequence.tokens)
-                for draft in entry.drafts:
-                    assert draft == near_miss(history)
-                    history.append(draft)
-            assert made.tokens <= self.engine.config.max_step_tokens
-            assert not made.drafts or not self.engine._inflight
-            return made
-
-        self.engine.scheduler.plan = watched  # type: ignore[method-assign]
 
     @rule(
         shared=st.integers(0, 30),

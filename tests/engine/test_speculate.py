@@ -1,5 +1,6 @@
 """Guessing ahead: where guesses come from, which are right, how many pay, and that answers are the same with them."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -32,8 +33,9 @@ from tests.engine.fake import (
     next_token,
     reference,
     speculating,
+    watch_drafts,
 )
-from tests.engine.test_sampler import KINDS, PROMPT, Fixed, generate
+from tests.engine.test_sampler import KINDS, PARAMS, PROMPT, Fixed, generate, peaks
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 LOOKAHEAD = pytest.mark.parametrize("lookahead", [0, 1])
@@ -229,6 +231,24 @@ def test_every_kind_of_sampling_draws_what_it_draws_alone(lookahead: int, pages:
     assert (engine.stats().preemptions > 0) == (pages == 12)
 
 
+@pytest.mark.parametrize(
+    "penalty",
+    [{"repetition_penalty": 3.0}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.4}],
+    ids=lambda penalty: next(iter(penalty)),
+)
+def test_penalties_know_the_guesses_before_each_place_and_forget_wrong_ones(penalty: dict[str, float]) -> None:
+    """Each token lowers its own odds, so any that is counted twice or not at all changes what follows."""
+    params = replace(PARAMS, max_tokens=16, **penalty)
+    model = Fixed(peaks(5, 6, 7, 8) * 0.4)
+    answer = generate(params, model)
+    assert len(set(answer)) > 2
+    right = guessing(lambda history: answer[(len(history) - 3) % 16], model=model)
+    mixed = guessing(lambda h: 5 if len(h) % 3 == 0 else answer[(len(h) - 3) % 16], model=model)
+    for engine in (right, mixed):
+        assert answers(one(engine, Request("r", PROMPT, params)))["r", 0] == answer
+        assert engine.stats().accepted_tokens > 4
+
+
 def test_a_request_with_a_grammar_or_a_pool_is_not_guessed() -> None:
     engine = guessing()
     engine.add(ask("pool", pool="mean"))
@@ -350,6 +370,51 @@ def test_a_draft_model_reads_all_it_needs_and_nothing_twice(lookahead: int, page
     assert first <= (21 + page_size + 2 + 23) + 3 * (page_size + 16) + (0 if prefix_cache else 21)
     again = sum(map(sum, twin.steps)) - first
     assert again <= 16 + (21 % page_size + page_size if prefix_cache else 22 + whole)
+
+
+def test_of_sequences_that_share_pages_the_first_reads_them_for_all() -> None:
+    twin = Twin()
+    engine = speculating(make_engine(draft=twin, speculate="twin", max_step_tokens=64), policy=All())
+    speculator, engine.speculator = engine.speculator, None
+    prompt = tuple(range(20, 36))
+    params = replace(GREEDY, max_tokens=30, ignore_eos=True)
+    engine.add(ask("a", prompt, params=params))
+    engine.step()
+    engine.add(ask("b", (*prompt, 50), params=params))
+    for _ in range(3):
+        engine.step()
+    engine.speculator = speculator
+    outputs = [o for _ in range(2) for o in engine.step()]
+    assert {o.request_id for o in outputs if len(o.tokens) > 1} == {"a", "b"}
+    assert sum(map(sum, twin.steps)) < 16 + 2 * (4 + 8 + 8)
+    drain(engine)
+    assert engine.stats().accepted_tokens == engine.stats().drafted_tokens
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_draft_model_never_takes_one_page_for_another(seed: int) -> None:
+    """Prompts that begin alike, few pages, preemptions, aborts: it says what its store says, so that must be right."""
+    rng = random.Random(seed)
+    base = rng.choices(range(4, VOCAB), k=24)
+    sizes = {"page_size": rng.choice([1, 2, 4]), "lookahead": rng.randint(0, 1), "prefix_cache": rng.random() < 0.7}
+    pages = rng.randint(36, 60) // sizes["page_size"]
+    sizes |= {"max_model_len": 36, "max_step_tokens": rng.randint(6, 40), "max_batch": rng.randint(2, 5)}
+    engine = speculating(make_engine(draft=FakeDraft(), speculate="small", pages=pages, **sizes))
+    watch_drafts(engine)
+    prompts = [(*base[: rng.choice([0, 8, 24])], *rng.choices(range(4, VOCAB), k=rng.randint(1, 6))) for _ in range(14)]
+    params = [replace(GREEDY, max_tokens=rng.randint(1, 30), n=rng.choice([1, 1, 2])) for _ in prompts]
+    outputs, aborted = [], set()
+    for i, prompt in enumerate(prompts):
+        engine.add(ask(str(i), prompt, params=params[i], priority=rng.choice([0, 0, 1])))
+        for _ in range(rng.randint(0, 4)):
+            outputs += engine.step()
+        if rng.random() < 0.2:
+            victim = str(rng.randint(0, i))
+            aborted |= {victim} if engine.abort(victim) else set()
+    outputs += drain(engine)
+    for (name, _), tokens in answers(outputs).items():
+        expected = reference(prompts[int(name)], min(36, len(prompts[int(name)]) + (params[int(name)].max_tokens or 0)))
+        assert tokens == (expected[: len(tokens)] if name in aborted else expected)
 
 
 def test_a_draft_model_reads_long_prompts_in_chunks() -> None:
