@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tenfold.engine.facts import Choice, Facts
 from tenfold.engine.sequence import Sequence
@@ -38,9 +38,11 @@ def facts(engine: Engine) -> Facts:
 
 def choices(engine: Engine) -> tuple[Choice, ...]:
     """What runs each operation and why; one row where there is nothing to choose from."""
-    kernels = engine.kernels
+    kernels: Any = engine.kernels
     if getattr(kernels, "name", "") == "native":
         return tuple(_row(choice) for choice in arms.explain(engine.matrices))
+    if getattr(kernels, "name", "") == "gpu":
+        return tuple(_row(choice) for choice in kernels.arms.explain())
     return (_only(getattr(kernels, "name", ""), getattr(kernels, "reason", "")),)
 
 

@@ -7,7 +7,7 @@ Arms give the same result but for the order of sums and the roundings that their
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
-from tenfold.ops.gpu import stream
+from tenfold.ops.gpu import ring, stream
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -73,12 +73,13 @@ class Fused:
 
 
 class Context:
-    """What launches share on one device: multiprocessors, memory for partial sums."""
+    """What launches share on one device: multiprocessors, memory for partial sums, tensor maps of weights."""
 
     def __init__(self, device: torch.device, sms: int) -> None:
         self.sms = sms
         self.sums = stream.Workspace(device)
         self.packed = lowbit.Workspace(device)
+        self.maps = ring.Maps()
 
 
 class Family(Protocol):
@@ -168,6 +169,10 @@ def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, 
     return stream.run(plan, context.sums, context.sms, x, w, *fused.all())
 
 
+def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
+    return ring.run(plan, context.maps, context.sms, x, w, *fused.all())
+
+
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return flat.run(plan, context.sums, x, w, *fused.all())
 
@@ -181,6 +186,7 @@ FAMILIES: dict[str, Family] = {
     "cublas": Library(),
     "stream": Dense("stream", stream, True, run_stream),
     "wide": Dense("wide", stream, False, run_stream),
+    "ring": Dense("ring", ring, True, run_ring),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     **dict.fromkeys(lowbit.KINDS, PACKED),
@@ -244,7 +250,7 @@ def choice(work: Work, table: Table, sms: int) -> Choice:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), here / "stream.py"])
+    sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), here / "stream.py", here / "ring.py"])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -265,6 +271,7 @@ class Arms:
         self.sms = sms
         self.table = table
         self.context = Context(device, sms)
+        self.seen: dict[Work, None] = {}  # each different operation that was asked for, for one token
         self._bound: dict[str, Callable[[Context, Tensor, Matrix, Fused], Tensor]] = {}
 
     def __call__(
@@ -287,6 +294,7 @@ class Arms:
         return run(self.context, x, w, Fused(bias, norm, act, residual))
 
     def pick(self, work: Work) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        self.seen[replace(work, tokens=1)] = None
         return self.bind(choice(work, self.table, self.sms).arm)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
@@ -294,3 +302,9 @@ class Arms:
         if name not in self._bound:
             self._bound[name] = family(name).bind(name)
         return self._bound[name]
+
+    def explain(self) -> list[Choice]:
+        """What runs each operation that was asked for, at every measured number of tokens."""
+        return [
+            choice(replace(work, tokens=batch), self.table, self.sms) for work in list(self.seen) for batch in BATCHES
+        ]

@@ -4,16 +4,18 @@ Each operation runs the arm that the table of choices picks, else a rule. What n
 plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a library's, reads the same bytes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from tenfold.ops import elementwise
+from tenfold.ops import elementwise, formats
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention.attend import Arms, attend
 from tenfold.ops.gemm import dense
 from tenfold.ops.gpu import arms, decode, graphs, nvrtc, stream
 from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
-from tenfold.ops.matrix import Matrix
+from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
 LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
@@ -48,6 +50,10 @@ class Gpu(Oracle):
         self._decoding: decode.Workspace | None = None
         self._attending = split_kv.Workspace(self.device)
 
+    def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
+        """Packed parts of one format stay packed; all else becomes dense in the compute type."""
+        return formats.stack(parts, self.device) if formats.can_stack(parts) else super().matrix(parts)
+
     def graph(self) -> Replay:
         return graphs.Graphs() if self.options.graphs else run
 
@@ -69,7 +75,7 @@ class Gpu(Oracle):
         return self.arms(x, w, bias, norm, act, residual)
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
-        return elementwise.embed(ids, table.data[0], scale)
+        return elementwise.embed(ids, self.dense(table), scale)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return elementwise.norm(x, norm)

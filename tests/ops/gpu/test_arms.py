@@ -158,6 +158,9 @@ def test_linear_asks_once_for_each_use_and_number_of_tokens(table: Table, monkey
         assert (linear(torch.zeros(tokens, 64), w) == 7.0).all()
     assert (linear(torch.zeros(1, 64), w, residual=torch.zeros(1, 48)) == 7.0).all()
     assert asked == [(1, "linear"), (5, "linear"), (1, "linear+residual")]
+    rows = linear.explain()
+    assert [row.key.op for row in rows] == ["linear"] * len(arms.BATCHES) + ["linear+residual"] * len(arms.BATCHES)
+    assert [(row.key.batch, row.arm) for row in rows[:3]] == [(1, "fake:1"), (2, "cublas"), (3, "cublas")]
 
 
 def test_tuning_measures_every_work_once_and_the_copy(table: Table) -> None:
