@@ -24,7 +24,8 @@ from tenfold.ops.kernels import AttentionSpec
 SOFTMAX = ("online", "lazy", "unified", "paper")
 
 LEAST_LOG2, MOST_LOG2 = -100.0, 100.0  # of a served row's sum of exp(x - phi)
-NARROW_LEAST_LOG2, NARROW_MOST_LOG2 = -4.0, 15.9  # the same where weights are float16: 2^16 overflows
+# Where weights are float16: below this sum too many of them vanish; above this score a weight is infinite, and the sum.
+NARROW_LEAST_LOG2, NARROW_TOP_LOG2 = -4.0, 15.9
 PAPER_LOG2 = 60.0  # the guard of "paper", around phi; the paper gives no values
 NARROW_PAPER_LOG2 = 15.0
 LONGEST = 1 << 17  # tokens of context that a chosen phi must serve
@@ -46,9 +47,9 @@ class Guard:
 def guard(dtype: torch.dtype, around: float | None = None) -> Guard:
     """The guard for weights of a type. around: the paper's, in natural units; None: as wide as is safe."""
     narrow = dtype == torch.float16
-    least, most = (NARROW_LEAST_LOG2, NARROW_MOST_LOG2) if narrow else (LEAST_LOG2, MOST_LOG2)
+    least = NARROW_LEAST_LOG2 if narrow else LEAST_LOG2
     paper = (NARROW_PAPER_LOG2 if narrow else PAPER_LOG2) if around is None else around / LN2
-    return Guard(least, most, -paper, paper)
+    return Guard(least, MOST_LOG2, -paper, paper)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,11 @@ class Window:
 
 def window(dtype: torch.dtype, longest: int = LONGEST) -> Window:
     """Row maxima m for which phi surely serves contexts of up to `longest` tokens: exp(m - phi) is above the least sum
-    and longest * exp(m - phi) below the most. float16 weights overflow one by one, so their bound has no longest.
+    and longest * exp(m - phi) below the most; where weights are float16, each of them must be finite.
     """
     g = guard(dtype)
-    spread = 0.0 if dtype == torch.float16 else math.log(longest)
-    return Window(g.least * LN2, g.most * LN2 - spread)
+    high = NARROW_TOP_LOG2 * LN2 if dtype == torch.float16 else g.most * LN2 - math.log(longest)
+    return Window(g.least * LN2, high)
 
 
 def choose_phi(low: Tensor, high: Tensor, safe: Window) -> Tensor:

@@ -3,6 +3,7 @@ completion stay quick.
 """
 
 import gc
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ BODIES = {
     "doctor": "tenfold.serve.cli.doctor:doctor",
     "explain": "tenfold.serve.cli.choices:explain",
     "tune": "tenfold.serve.cli.choices:tune",
+    "calibrate softmax": "tenfold.serve.cli.calibrate:softmax",
     "bench": "tenfold.bench.cli:app",
     "start templates": "tenfold.engine.template:start",
 }
@@ -56,6 +58,12 @@ config_app = typer.Typer(
     help="Show where settings come from, and write a file to keep them in.",
 )
 app.add_typer(config_app, name="config")
+calibrate_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure a model on a text, for what runs faster when it is known.",
+)
+app.add_typer(calibrate_app, name="calibrate")
 
 
 def body(name: str) -> Any:
@@ -280,6 +288,24 @@ def explain_command(settled: Settled) -> None:
 def tune_command(settled: Settled) -> None:
     """Measure the ways to run each linear operation of a model on this machine, and remember the fastest."""
     body("tune")(settled.config)
+
+
+@calibrate_app.command("softmax", epilog=examples("tenfold calibrate softmax ./model --text wiki.txt --windows 64"))
+@settings(EngineConfig, models=ARGUMENT)
+def calibrate_softmax_command(
+    settled: Settled,
+    text: Annotated[
+        Path, Option("--text", exists=True, dir_okay=False, help="Text of the usual kind, such as an encyclopedia's.")
+    ],
+    window: Annotated[int, Option("--window", min=2, help="Tokens of one sequence at most.")] = 1024,
+    windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 32,
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
+) -> None:
+    """Measure how large attention scores get, so that attention can use a maximum that is known beforehand.
+
+    The result is written beside the model. An interrupted run goes on where it stopped.
+    """
+    body("calibrate softmax")(settled.config, text, window, windows, as_json)
 
 
 @app.command(

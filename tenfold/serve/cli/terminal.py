@@ -61,14 +61,15 @@ def loading(quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 class Bar:
-    """A progress bar that appears late or never."""
+    """A progress bar on a terminal's error stream that appears late or never."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "loading") -> None:
+        self.what = what
         self.start = time.monotonic()
         self.progress: Any = None
 
     def update(self, done: int, total: int) -> None:
-        if self.progress is None and time.monotonic() - self.start > PATIENCE:
+        if self.progress is None and time.monotonic() - self.start > PATIENCE and sys.stderr.isatty():
             self._show(total)
         if self.progress is not None:
             self.progress.update(self.task, completed=done, total=total)
@@ -78,9 +79,9 @@ class Bar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("loading"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        columns = TextColumn(self.what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task("loading", total=total)
+        self.task = self.progress.add_task(self.what, total=total)
         self.progress.start()
 
     def stop(self) -> None:
