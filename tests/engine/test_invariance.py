@@ -1,10 +1,10 @@
-"""A request's greedy answer is its own: the same alone, in any batch, with any chunk size, after a prefix hit, after
-preemption, one step ahead, on real (tiny, random) models in float32.
+"""A request's answer is its own: the same alone, in any batch, with any chunk size, after a prefix hit, after
+preemption, one step ahead, guessed ahead, on real (tiny, random) models in float32.
 """
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,22 @@ def prompts() -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what it answers to each prompt alone, in one chunk."""
+    """A model, what it answers to each prompt alone, in one chunk, and itself again, to guess ahead with."""
 
     model: Model
     kernels: Any
     answers: list[list[int]]
+    draft: Model
 
     def engine(self, pages: int = 64, **sizes: Any) -> Engine:
         sizes = {"page_size": 8, "max_model_len": 128, "max_step_tokens": 128} | sizes
-        engine = Engine(self.model, self.kernels, fake.settings(**sizes), pages=pages, eos_ids=())
-        for tensor in (*engine.kv.keys, *engine.kv.values):
+        draft = self.draft if sizes.get("speculate") == "draft" else None
+        engine = Engine(self.model, self.kernels, fake.settings(**sizes), pages=pages, eos_ids=(), draft=draft)
+        stores = [engine.kv]
+        if engine.speculator is not None:
+            fake.speculating(engine)
+            stores += [engine.speculator.drafter.kv] if draft else []  # type: ignore[attr-defined]
+        for tensor in (t for store in stores for t in (*store.keys, *store.values)):
             tensor.fill_(float("nan"))  # reading what was never written shows
         return engine
 
@@ -59,8 +65,8 @@ def case(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Case:
     except ValueError as error:
         pytest.skip(str(error))
     checkpoint = open_checkpoint(tiny(name))
-    model = build_model(checkpoint.config, Weights(checkpoint, kernels), 128)
-    case = Case(model, kernels, [])
+    model, draft = (build_model(checkpoint.config, Weights(checkpoint, kernels), 128) for _ in range(2))
+    case = Case(model, kernels, [], draft)
     for prompt in prompts():
         engine = case.engine()
         engine.add(Request("alone", prompt, PARAMS))
@@ -117,6 +123,71 @@ def test_several_answers_to_one_request(case: Case) -> None:
     answer(case, case.engine(max_batch=6), [4, 5], n=3)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("speculate", ["ngram", "draft"])
+def test_guessed_ahead(case: Case, speculate: str, lookahead: int) -> None:
+    engine = case.engine(pages=9, max_batch=5, lookahead=lookahead, speculate=speculate, prefix_cache=False)
+    answer(case, engine, [0, 1, 2, 3, 4, 5, 8], logprobs=1)
+    stats = engine.stats()
+    if speculate == "draft":
+        assert stats.preemptions > 0
+        assert stats.accepted_tokens == stats.drafted_tokens > 20
+
+
+FEW = dict.fromkeys((9, 10, 11, 12), 15.0)  # tokens that occur again and again, so that lookups find something
+SAMPLED = [
+    SamplingParams(temperature=0.7, seed=5, max_tokens=24, logit_bias=FEW),
+    SamplingParams(temperature=0.9, seed=6, max_tokens=24, top_k=5, top_p=0.9, logit_bias=FEW),
+    SamplingParams(temperature=0.8, seed=7, max_tokens=20, frequency_penalty=0.2, logprobs=1, logit_bias=FEW),
+    SamplingParams(temperature=0.6, seed=8, max_tokens=20, repetition_penalty=1.2, min_p=0.05, logit_bias=FEW),
+    SamplingParams(temperature=0.0, max_tokens=30, logit_bias=FEW, min_tokens=8, stop_token_ids=(9, 10)),
+]
+
+
+@pytest.mark.parametrize("speculate", ["ngram", "draft"])
+@pytest.mark.parametrize("seed", range(6))
+def test_sampled_answers_are_those_without_guesses(case: Case, speculate: str, seed: int) -> None:
+    """Bit for bit, where the kernels promise it; under random arrivals, preemptions and aborts."""
+    if not hasattr(case.kernels, "replay") or case.kernels.name != "native":
+        pytest.skip("only the compiled kernels give the same bits in any batch")
+    rng = random.Random(seed)
+    asked = [(prompts()[rng.randrange(9)] * rng.choice([1, 2]), rng.choice(SAMPLED)) for _ in range(8)]
+    if speculate == "draft":  # which says the model's own best token
+        asked = [(prompt, replace(p, logit_bias={9: 1.0}, temperature=p.temperature / 3)) for prompt, p in asked]
+    alone = []
+    for prompt, params in asked:
+        engine = case.engine()
+        engine.add(Request("r", prompt, params))
+        alone.append(told(fake.drain(engine))["r"])
+    sizes = {"page_size": rng.choice([3, 8]), "max_batch": 4, "max_step_tokens": rng.randint(8, 40)}
+    engine = case.engine(160 // sizes["page_size"], lookahead=seed % 2, speculate=speculate, **sizes)
+    outputs, aborted = [], set()
+    for i, (prompt, params) in enumerate(asked):
+        engine.add(Request(str(i), prompt, params))
+        for _ in range(rng.randint(0, 5)):
+            outputs += engine.step()
+        victim = str(rng.randint(0, i))
+        if rng.random() < 0.2 and engine.abort(victim):
+            aborted.add(victim)
+    outputs += fake.drain(engine)
+    for name, (tokens, records) in told(outputs).items():
+        expected, logs = alone[int(name)]
+        if name in aborted:
+            expected, logs = expected[: len(tokens)], logs[: len(records)]
+        assert (tokens, records) == (expected, logs)
+    assert engine.stats().drafted_tokens > engine.stats().accepted_tokens > 0
+
+
+def told(outputs: list[Any]) -> dict[str, tuple[list[int], list[Any]]]:
+    """Tokens and their log-probabilities by request."""
+    found: dict[str, tuple[list[int], list[Any]]] = {}
+    for output in outputs:
+        tokens, records = found.setdefault(output.request_id, ([], []))
+        tokens += output.tokens
+        records += output.logprobs
+    return found
+
+
 @settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     order=st.lists(st.integers(0, 8), min_size=1, max_size=7),
@@ -127,6 +198,7 @@ def test_several_answers_to_one_request(case: Case) -> None:
     max_step_tokens=st.integers(1, 40),
     lookahead=st.integers(0, 1),
     prefix_cache=st.booleans(),
+    speculate=st.sampled_from(["", "ngram", "draft"]),
     n=st.sampled_from([1, 1, 2]),
 )
 def test_any_schedule(case: Case, order: list[int], pauses: list[int], pages: int, n: int, **sizes: Any) -> None:
