@@ -14,13 +14,14 @@ from tenfold.ops import formats
 from tenfold.ops.choose import Key, Table
 from tenfold.ops.gpu import arms
 from tenfold.ops.gpu.arms import Arms, Fused, Work
-from tenfold.ops.gpu.timing import COPY, Arm
+from tenfold.ops.gpu.timing import COPY, FARTHEST, Arm
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 
 Progress = Callable[[int, int, str], None]
 SPREAD = 0.02  # standard deviation of random weights
+FARTHEST_EIGHT_BITS = 0.08  # as FARTHEST, where activations are rounded to e4m3, of 3 bits
 
 
 class Timer(Protocol):
@@ -28,7 +29,9 @@ class Timer(Protocol):
 
     def copies(self, nbytes: int) -> int: ...
 
-    def measure(self, arms: Mapping[str, Arm], copies: int, reference: Arm | None = None) -> dict[str, float]: ...
+    def measure(
+        self, arms: Mapping[str, Arm], copies: int, reference: Arm | None = None, farthest: float = FARTHEST
+    ) -> dict[str, float]: ...
 
     def copy_microseconds(self) -> float: ...
 
@@ -85,7 +88,7 @@ def distinct(works: Iterable[Work]) -> list[Work]:
 def measure(
     work: Work, matrices: Sequence[Matrix], running: Arms, timer: Timer, families: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Microseconds of each arm of one work."""
+    """Microseconds of each arm of one work. Raises ValueError where no arm can run."""
     x, fused = inputs(work, matrices[0].data[0].device)
     first = arms.rule(work, running.sms)
     named = [
@@ -99,7 +102,14 @@ def measure(
         return oracle.linear(x, matrices[i], fused.bias, norm=fused.norm, act=fused.act, residual=fused.residual)
 
     calls = {name: bound(name, running, x, matrices, fused) for name in named}
-    return timer.measure(calls, len(matrices), reference)
+    farthest = FARTHEST_EIGHT_BITS if work.format.endswith("a8") else FARTHEST
+    times = timer.measure(calls, len(matrices), reference, farthest)
+    if not times:
+        raise ValueError(
+            f"None of {len(calls)} arms could run {work.use} {work.rows} x {work.cols} {work.stored} for {work.tokens} "
+            "tokens; the log says why. Other processes on this GPU may hold its memory."
+        )
+    return times
 
 
 def bound(name: str, running: Arms, x: torch.Tensor, matrices: Sequence[Matrix], fused: Fused) -> Arm:

@@ -2,13 +2,12 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tenfold.ops.choose import Table
 from tenfold.ops.kernels import Norm
@@ -48,10 +47,12 @@ class FakeTimer:
         return 2
 
     def measure(
-        self, arms: Mapping[str, Callable[[int], Tensor]], copies: int, reference: Callable[[int], Tensor] | None = None
+        self, arms: Mapping[str, Any], copies: int, reference: Any = None, farthest: float = 1.0
     ) -> dict[str, float]:
         assert copies == 2
-        assert reference is not None
+        assert farthest < 0.1
+        expected = reference(0)
+        assert expected.isfinite().all()
         if len(self.measured) == self.fail_at:
             raise KeyboardInterrupt
         self.measured.append(list(arms))
@@ -200,6 +201,14 @@ def test_tuning_packed_weights(table: Table) -> None:
     assert {name.partition(":")[0] for name in timer.measured[0]} == {"fused"}
 
 
+def test_a_gpu_on_which_nothing_runs_is_told(table: Table) -> None:
+    timer = FakeTimer()
+    timer.measure = lambda *given: {}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the log says why"):
+        tuning.tune([SMALL], running(table), timer, (1,))
+    assert not Table("gpu H100", "1", table.path).times(arms.key(SMALL, SMS))
+
+
 def test_tables_of_other_gpus_and_other_kernels_are_ignored(table: Table, caplog: pytest.LogCaptureFixture) -> None:
     tuning.tune([SMALL], running(table), FakeTimer(), (1,))
     with caplog.at_level(logging.INFO, "tenfold"):
@@ -259,3 +268,8 @@ def test_a_wrong_result_is_told_from_a_rounded_one() -> None:
     assert timing.difference(wanted.bfloat16(), wanted) == ""
     assert timing.difference(wanted * 1.1, wanted) != ""
     assert timing.difference(torch.full_like(wanted, float("nan")), wanted) != ""
+
+
+def test_plans_that_share_a_kernel_are_compiled_once() -> None:
+    names = ["flat:64x128x4:s1", "flat:64x128x4:s2", "flat:64x128x4:s16", "wide:8x4x1x1:s3", "fused:64x64x16:s2:w4:n3"]
+    assert len({timing.kernel(name) for name in names}) == 4
