@@ -1,20 +1,25 @@
 """Tune a GPU for models without the command line's packages: `python -m tenfold.bench.tune --model shape:llama-3-8b`.
 
 Measures the arms of every linear operation, writes the table of choices, and prints what runs. `tenfold tune` does the
-same for one model.
+same for one model. `--stages FILE` also times the flat GEMM with no buffering, double buffering and more.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tenfold.bench.hardware import machine
 from tenfold.engine.linears import linear_works
 from tenfold.engine.memory import DTYPES
 from tenfold.ops.choose import Table
+from tenfold.ops.gemm import flat
 from tenfold.ops.gpu import arms, report, tune
 from tenfold.ops.gpu.timing import GpuTimer
 from tenfold.weights.find import resolve
@@ -30,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", default=",".join(map(str, arms.BATCHES)))
     parser.add_argument("--families", default="", help=f"of {', '.join(arms.FAMILIES)}; without it all")
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
+    parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
     given = parser.parse_args(arguments)
     device, dtype = torch.device("cuda"), DTYPES[given.dtype]
     name = torch.cuda.get_device_name(device)
@@ -52,7 +58,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):
         print("\n".join(report.chart(shape)))
+    if given.stages:
+        rows = stages(works, running, GpuTimer(device), [batch for batch in batches if batch <= flat.MOST_TOKENS])
+        Path(given.stages).write_text(json.dumps({"machine": machine("cuda"), "rows": rows}, indent=1))
     return 0
+
+
+def stages(
+    works: Sequence[arms.Work], running: arms.Arms, timer: tune.Timer, batches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Times of the best flat plan of each work and batch with other numbers of stages, beside the library's."""
+    rows = []
+    for work in tune.distinct(works):
+        if work.format != "dense":
+            continue
+        matrices = tune.weights(work, timer, running.context.device)
+        for batch in batches:
+            one = replace(work, tokens=batch)
+            plan = best_flat(one, running)
+            if plan is None:
+                continue
+            names = ["cublas", *map(str, flat.ablation(plan, batch, one.rows, one.cols))]
+            times = tune.measure(one, matrices, running, timer, names)
+            rows.append({"op": str(one.use), "rows": one.rows, "cols": one.cols, "batch": batch, "microseconds": times})
+            print(f"{one.use} {one.rows} x {one.cols}, batch {batch}: {times}", flush=True)
+    return rows
+
+
+def best_flat(work: arms.Work, running: arms.Arms) -> flat.FlatPlan | None:
+    """The flat plan that was measured to be the fastest, else the first that is legal."""
+    times = running.table.times(arms.key(work, running.sms))
+    measured = sorted((took, name) for name, took in times.items() if name.startswith("flat:"))
+    names = [name for _, name in measured] or list(arms.FAMILIES["flat"].candidates(work, running.sms))
+    return flat.parse(names[0]) if names else None
 
 
 if __name__ == "__main__":

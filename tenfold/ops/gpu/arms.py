@@ -76,6 +76,7 @@ class Context:
     """What launches share on one device: multiprocessors, memory for partial sums, tensor maps of weights."""
 
     def __init__(self, device: torch.device, sms: int) -> None:
+        self.device = device
         self.sms = sms
         self.sums = stream.Workspace(device)
         self.packed = lowbit.Workspace(device)

@@ -68,12 +68,12 @@ def tune(
     for work, missing in todo:
         if not missing:
             continue
-        matrices = weights(work, timer, running.context.sums.sums.device)
+        matrices = weights(work, timer, running.context.device)
         for batch in missing:
             one = replace(work, tokens=batch)
             if progress:
                 progress(done, total, f"{one.use} {one.rows} x {one.cols} {one.stored}, batch {batch}")
-            table.record(arms.key(one, sms), measure(one, matrices, running, timer, families))
+            table.record(arms.key(one, sms), measure(one, matrices, running, timer, wanted(one, sms, families)))
             table.save()
             done += 1
         del matrices
@@ -85,23 +85,25 @@ def distinct(works: Iterable[Work]) -> list[Work]:
     return list(dict.fromkeys(replace(work, tokens=1) for work in works))
 
 
+def wanted(work: Work, sms: int, families: Sequence[str]) -> list[str]:
+    """The arms to time."""
+    first, every = arms.rule(work, sms), arms.candidates(work, sms)
+    if not families:
+        return every
+    return [name for name in every if name in (first, "cublas") or name.partition(":")[0] in families]
+
+
 def measure(
-    work: Work, matrices: Sequence[Matrix], running: Arms, timer: Timer, families: Sequence[str] = ()
+    work: Work, matrices: Sequence[Matrix], running: Arms, timer: Timer, names: Sequence[str]
 ) -> dict[str, float]:
-    """Microseconds of each arm of one work. Raises ValueError where no arm can run."""
+    """Microseconds of the named arms on one work. Raises ValueError where none can run."""
     x, fused = inputs(work, matrices[0].data[0].device)
-    first = arms.rule(work, running.sms)
-    named = [
-        name
-        for name in arms.candidates(work, running.sms)
-        if not families or name in (first, "cublas") or name.partition(":")[0] in families
-    ]
     oracle = Oracle(x.device, work.dtype)
 
     def reference(i: int) -> torch.Tensor:
         return oracle.linear(x, matrices[i], fused.bias, norm=fused.norm, act=fused.act, residual=fused.residual)
 
-    calls = {name: bound(name, running, x, matrices, fused) for name in named}
+    calls = {name: bound(name, running, x, matrices, fused) for name in names}
     farthest = FARTHEST_EIGHT_BITS if work.format.endswith("a8") else FARTHEST
     times = timer.measure(calls, len(matrices), reference, farthest)
     if not times:

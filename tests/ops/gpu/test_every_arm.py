@@ -41,8 +41,9 @@ def check(tmp_path: Path, work: "arms.Work") -> None:
     running = tuning.open_arms(device, work.dtype, Table("test", "1", tmp_path / "t.json"))
     timer = timing.GpuTimer(device)
     timer.rotated = 2 << 20
-    times = tuning.measure(work, tuning.weights(work, timer, device), running, timer)
-    assert sorted(arms.candidates(work, running.sms)) == sorted(times)
+    names = arms.candidates(work, running.sms)
+    times = tuning.measure(work, tuning.weights(work, timer, device), running, timer, names)
+    assert sorted(names) == sorted(times)
     assert not running.context.sums.counters.any()
 
 
