@@ -12,10 +12,13 @@ from tenfold.engine.memory import (
     CPU_KV_LIMIT,
     GIB,
     DoesNotFit,
+    Draft,
     MemoryPlan,
     _cgroup,
     fill,
     free_memory,
+    kv_spec,
+    logits_rows,
     plan_memory,
     resolve,
     size,
@@ -78,6 +81,8 @@ def test_sizes_follow_the_device_unless_they_are_given() -> None:
     ("values", "message"),
     [
         ({"page_size": 0}, "page_size is 0; allowed: 1 to 1024"),
+        ({"speculate_tokens": 0}, "speculate_tokens is 0; allowed: 1 to 16"),
+        ({"speculate_tokens": 17}, "speculate_tokens is 17; allowed: 1 to 16"),
         ({"max_batch": -1}, "max_batch is -1"),
         ({"max_model_len": -5}, "max_model_len is -5"),
         ({"max_model_len": 1}, "max_model_len is 1"),
@@ -250,3 +255,35 @@ def test_a_plan_is_frozen() -> None:
     with pytest.raises(AttributeError):
         plan.pages = 1  # type: ignore[misc]
     assert isinstance(plan, MemoryPlan)
+
+
+# Guessing ahead
+
+
+def test_a_draft_model_has_its_weights_and_its_part_of_every_page() -> None:
+    config = settle(speculate="small")
+    alone = plan_memory(LLAMA_8B, 5 * GIB, config, 16 * GIB)
+    both = plan_memory(LLAMA_8B, 5 * GIB, config, 16 * GIB, Draft(SMALL, 100 << 20))
+    assert both.weights == alone.weights + (100 << 20)
+    assert both.draft_weights == 100 << 20
+    own = kv_spec(SMALL, config).bytes_per_token
+    assert both.bytes_per_token == alone.bytes_per_token + own
+    assert both.kv == both.pages * 16 * both.bytes_per_token <= alone.kv
+    assert both.pages < alone.pages
+    assert "of which the draft model 100.00 MiB" in str(both)
+    assert "draft" not in str(alone)
+
+
+def test_a_draft_model_that_does_not_fit_is_advised_against() -> None:
+    plan = plan_memory(LLAMA_8B, 5 * GIB, settle(speculate="small"), 8 * GIB, Draft(LLAMA_8B, 5 * GIB))
+    assert not plan.fits
+    assert "speculate=ngram (drafts without a model)" in plan.changes
+    assert plan_memory(LLAMA_8B, 5 * GIB, settle(speculate="ngram"), 8 * GIB).fits
+
+
+def test_guesses_need_room_for_their_logits_only_in_small_batches() -> None:
+    assert logits_rows(settle(max_batch=1)) == 1
+    assert logits_rows(settle(max_batch=1, speculate="ngram")) == 5
+    assert logits_rows(settle(max_batch=1, speculate="ngram", max_step_tokens=3)) == 3
+    assert logits_rows(settle(max_batch=50, speculate="ngram")) == 64
+    assert logits_rows(gpu(speculate="ngram")) == logits_rows(gpu()) == 256

@@ -1,9 +1,11 @@
 """Guessing ahead: where guesses come from, which are right, how many pay, and that answers are the same with them."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tenfold.base.config import EngineConfig
+from tenfold.engine.core import Engine
 from tenfold.engine.plan import Entry
 from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
 from tenfold.engine.speculate.ngram import LEAST, MOST, Lookup
@@ -609,3 +613,62 @@ def test_end_tokens_are_guessed_as_any_other() -> None:
     outputs = one(guessing(), ask(prompt=prompt))
     assert answers(outputs)["r", 0] == reference(prompt, 22)
     assert outputs[-1].stop == EOS
+
+
+# Loading
+
+
+def load(path: Path, **values: Any) -> Engine:
+    sizes = {"device": "cpu", "dtype": "float32", "max_model_len": 128, "max_batch": 2, "threads": 1}
+    return Engine.load(EngineConfig(str(path), **sizes, **values))
+
+
+def test_a_draft_model_is_loaded_beside_the_other(tiny: Callable[[str], Path]) -> None:
+    plain = load(tiny("llama"))
+    engine = load(tiny("llama"), speculate=str(tiny("llama")))
+    twice = load(tiny("llama"), speculate=str(tiny("llama-mqa")))
+    assert engine.memory is not None
+    assert plain.memory is not None
+    assert engine.memory.weights == 2 * plain.memory.weights
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    expected = answers(one(plain, ask(params=params)))
+    for other in (engine, twice):
+        other.speculator.policy = All()  # type: ignore[union-attr]
+        assert answers(one(other, ask(params=params))) == expected
+    assert engine.stats().accepted_tokens == engine.stats().drafted_tokens > 10
+    assert twice.stats().accepted_tokens < twice.stats().drafted_tokens
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny("llama"), other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"<unused3>"', '"<unlike>"'))
+    with pytest.raises(ValueError, match=r"whose vocabulary of 320 tokens is not that of .* 1 of them missing"):
+        load(tiny("llama"), speculate=str(other))
+
+
+def test_a_draft_model_that_is_not_there_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"speculate is .*nothing'; allowed: '', ngram or the name of a model"):
+        load(tiny("llama"), speculate=str(tmp_path / "nothing"))
+
+
+@pytest.mark.real_model
+def test_a_real_model_repeats_a_text_in_fewer_steps(smollm2_path: Path) -> None:
+    engine = speculating(load(smollm2_path, speculate="ngram"), policy=All())
+    assert engine.text is not None
+    sentence = "The Aurora came with salt, the Beatrice with timber, the Cormorant with coal, the Delphin with rope. "
+    prompt = tuple(engine.text.encode(sentence * 3 + "The Aurora came"))
+    speculator, found, steps = engine.speculator, [], []
+    for speculates in (False, True):
+        engine.speculator = speculator if speculates else None
+        before = engine.stats().steps
+        params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+        found.append(one(engine, Request("r", prompt, params)))
+        steps.append(engine.stats().steps - before)
+    plain, guessed = ("".join(o.text for o in outputs) for outputs in found)
+    assert plain == guessed
+    assert "Beatrice with timber" in guessed
+    assert answers(found[0]) == answers(found[1])
+    assert engine.stats().accepted_tokens > 24
+    assert steps[1] < steps[0] / 2
