@@ -619,7 +619,7 @@ def test_end_tokens_are_guessed_as_any_other() -> None:
 
 
 def load(path: Path, **values: Any) -> Engine:
-    sizes = {"device": "cpu", "dtype": "float32", "max_model_len": 128, "max_batch": 2, "threads": 1}
+    sizes = {"device": "cpu", "dtype": "float32", "max_model_len": 256, "max_batch": 2, "threads": 1}
     return Engine.load(EngineConfig(str(path), **sizes, **values))
 
 
@@ -663,7 +663,7 @@ def test_a_real_model_repeats_a_text_in_fewer_steps(smollm2_path: Path) -> None:
     for speculates in (False, True):
         engine.speculator = speculator if speculates else None
         before = engine.stats().steps
-        params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
         found.append(one(engine, Request("r", prompt, params)))
         steps.append(engine.stats().steps - before)
     plain, guessed = ("".join(o.text for o in outputs) for outputs in found)
