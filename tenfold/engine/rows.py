@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tenfold.cache.store import KVStore
 from tenfold.engine.plan import Entry
+from tenfold.engine.speculate.verify import draws
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import Separate
 
@@ -117,6 +118,10 @@ class Rows:
     last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read
     (lookahead > 0). beside: rows of another model over the same pages, whose page tables these are too. bucket: what
     steps of decodes only are padded to, requests and page columns; an idle request has length 0 and slot -1.
+
+    apart: a token and its drafts are given to the model as so many decodes of one row, each a token longer than the one
+    before, rather than as a chunk: all K and V of a step are written before any is read. So steps with drafts have the
+    shapes of decodes, and on a GPU their kernels and graphs.
     """
 
     def __init__(
@@ -141,7 +146,7 @@ class Rows:
         place = None if device.type == "cpu" else Place(device)
         self._buffers = [Buffer(place) for _ in range(2 * (lookahead + 1))]
         self._turn = 0
-        self._count = np.arange(bucket(max_batch, 1)[0] + 1)
+        self.apart = device.type != "cpu"
 
     def gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, of which the first `decodes` are single sampled tokens."""
@@ -151,7 +156,9 @@ class Rows:
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer = self._buffers[self._turn]
         if decodes == len(entries):
-            return self._gather_decodes(entries, buffer)
+            return self._gather_decodes(entries, entries, decodes, buffer)
+        if self.apart and all(e.drafts for e in entries[decodes:]):
+            return self._gather_decodes(entries, draws(entries), decodes, buffer)
         return self._gather_mixed(entries, decodes, buffer)
 
     def keep(self, rows: Tensor, tokens: Tensor) -> None:
@@ -165,29 +172,35 @@ class Rows:
         self.tables[entry.row, start : len(pages)] = pages[start:]
         entry.sequence.synced = len(pages)
 
-    def _gather_decodes(self, entries: tuple[Entry, ...], buffer: Buffer) -> Batch:
-        count = len(entries)
-        starts = [e.start for e in entries]
-        longest = max(starts) + 1
+    def _gather_decodes(
+        self, entries: tuple[Entry, ...], drawn: tuple[Entry, ...], decodes: int, buffer: Buffer
+    ) -> Batch:
+        """drawn: the single tokens of which the entries are made, see `draws`."""
+        count = len(drawn)
+        positions = [e.start + e.length - 1 for e in drawn]
+        longest = max(positions) + 1
         padded, columns = self.bucket(count, -(-longest // self.page_size))
-        shape = (padded, padded, min(columns, self.max_pages), padded, count)
+        shape = (padded, padded, min(columns, self.max_pages), padded, len(entries))
         if buffer.shape != shape:
             buffer.reshape(shape)
-            buffer.query_start[:] = self._count[: padded + 1]
-            buffer.logits_rows[:] = self._count[:padded]
+            buffer.query_start[:] = np.arange(padded + 1)
+            buffer.logits_rows[:] = np.arange(padded)
+        buffer.rows[:] = [e.row for e in entries]
+        buffer.positions[:count] = positions
+        np.add(buffer.positions, 1, out=buffer.kv_lengths)
+        ondevice = decodes if self.lookahead else 0
+        buffer.token_ids[ondevice:count] = [
+            e.drafts[-1] if e.drafts else e.sequence.tokens[e.start] for e in drawn[ondevice:]
+        ]
+        rows = buffer.rows if drawn is entries else np.array([e.row for e in drawn])
+        if padded != count:
+            rows = np.pad(rows, (0, padded - count))
             buffer.positions[count:] = 0
             buffer.token_ids[count:] = 0
-        rows = buffer.rows
-        rows[:] = [e.row for e in entries]
-        buffer.positions[:count] = starts
-        np.add(buffer.positions, 1, out=buffer.kv_lengths)
-        if not self.lookahead:
-            buffer.token_ids[:count] = [e.sequence.tokens[e.start] for e in entries]
-        all_rows = rows if padded == count else np.pad(rows, (0, padded - count))
-        self._place(buffer, all_rows, all_rows)
+        self._place(buffer, rows, rows)
         buffer.kv_lengths[count:] = 0
         buffer.slots[count:] = -1
-        return self._batch(buffer, entries, entries, None, self.lookahead and count, 1, longest, count)
+        return self._batch(buffer, entries, entries, None, ondevice, 1, longest, count)
 
     def _gather_mixed(self, entries: tuple[Entry, ...], decodes: int, buffer: Buffer) -> Batch:
         counts = np.array([e.length for e in entries])

@@ -102,14 +102,14 @@ class Runner:
         if batch is None or logits is None:
             return pending
         with torch.inference_mode():
+            drafted = any(e.drafts for e in batch.sampled)
+            drawn = draws(batch.sampled) if drafted else batch.sampled
             if batch.picks is not None:
                 pending.prompt_logs = self._prompt_logs(batch, logits)
                 logits = logits[batch.picks]
-            elif not any(e.drafts for e in batch.sampled):
-                logits = logits[: len(batch.sampled)]  # a padded step has more
+            else:
+                logits = logits[: len(drawn)]  # a padded step has more
             if batch.sampled:
-                drafted = any(e.drafts for e in batch.sampled)
-                drawn = draws(batch.sampled) if drafted else batch.sampled
                 check = Check(batch.sampled, self.device) if drafted else None
                 plan = self._plan_sampling(drawn)
                 sampled = self.sampler.run(logits, plan, drawn, mask, check)

@@ -37,8 +37,9 @@ class Schedules(RuleBasedStateMachine):
         lookahead=st.integers(0, 1),
         prefix_cache=st.booleans(),
         speculate=st.sampled_from(["", "guesses", "a draft model"]),
+        apart=st.booleans(),
     )
-    def start(self, pages: int, page_size: int, speculate: str, **sizes: Any) -> None:
+    def start(self, pages: int, page_size: int, speculate: str, apart: bool, **sizes: Any) -> None:
         logging.getLogger("tenfold").setLevel(logging.ERROR)  # steps that fail are part of the plan
         self.clock = Clock()
         self.model = FakeModel()
@@ -52,6 +53,7 @@ class Schedules(RuleBasedStateMachine):
         if speculate:
             speculating(self.engine, Guesses() if speculate == "guesses" else None)
             watch_drafts(self.engine)
+            self.engine.runner.rows.apart = apart
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[Output]] = {}
         self.ended: set[str] = set()  # aborted or late

@@ -303,6 +303,20 @@ def test_guesses_take_no_page_and_no_place_that_another_needs() -> None:
     assert all(p.drafts <= 1 for p in plans if any(e.start < 20 and e.sequence.request.id == "b" for e in p.entries))
 
 
+@LOOKAHEAD
+def test_guesses_can_be_verified_as_decodes(lookahead: int) -> None:
+    """As on a GPU: so many requests of one token, padded."""
+    model = FakeModel()
+    engine = guessing(near_miss, model=model, lookahead=lookahead, max_step_tokens=32)
+    engine.runner.rows.apart = True
+    for i in range(3):
+        engine.add(ask(str(i), (20 + i, 21, 22)))
+    assert answers(drain(engine)) == {(str(i), 0): reference((20 + i, 21, 22), 23) for i in range(3)}
+    assert engine.stats().accepted_tokens > 10
+    assert max(max(step) for step in model.steps[1:]) == 1
+    assert max(map(len, model.steps)) > 4
+
+
 # Faults
 
 

@@ -49,7 +49,7 @@ class DraftModel:
         self.model = model
         self.kv = KVStore(spec, pages, device)
         # As many steps ahead as there are passes between two waits.
-        self.rows = Rows(len(beside.tables), beside.max_pages, self.kv, device, most, beside)
+        self.rows = Rows(len(beside.tables), beside.max_pages, self.kv, device, most, beside, beside.bucket)
         self.vocab_size = min(vocab_size, model.config.vocab_size)
         self.chunk = chunk
         self.max_len = max_len
@@ -88,7 +88,8 @@ class DraftModel:
     def _pass(self, entries: tuple[Entry, ...], decodes: int) -> Tensor:
         """The best next token of each entry read to its end, [S] int64."""
         batch = self.rows.gather(entries, decodes)
-        tokens = ops.argmax(self.model.forward(batch.step)[:, : self.vocab_size])
+        logits = self.model.forward(batch.step)[: len(batch.sampled)]  # a padded step has more
+        tokens = ops.argmax(logits[:, : self.vocab_size])
         self.rows.keep(batch.rows, tokens)
         return tokens
 
