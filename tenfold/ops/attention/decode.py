@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tenfold.ops.attention.plan import DecodePlan, check_decode, power_of_two
 from tenfold.ops.attention.sweep import (
+    AGAIN_STAGES,
+    AGAIN_TILE,
     LAZY,
     LOG2E,
     PAPER,
@@ -164,7 +166,7 @@ def decode_kernel(
         if MERGE == ATOMIC:
             acc, m, den, again = again_whole(
                 *(acc, m, den, queries, place, is_row, own_keys, own_values, own_table, first, last, length, count),
-                *(page_stride, scale, cap, window, least, most, D, DP, M, N, PAGE, DOT, WINDOW, CAP, STAGES),
+                *(page_stride, scale, cap, window, least, most, D, DP, M, PAGE, DOT, WINDOW, CAP),
             )
         finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
         return
@@ -197,22 +199,8 @@ def decode_kernel(
                 tl.store(total + D, nothing, mask=is_row)
                 begin, end, _ = share(length, count, 0, 1, window, WINDOW, N, LEAST)
                 acc, m, den, again = again_whole(
-                    *(
-                        acc,
-                        top,
-                        den,
-                        queries,
-                        place,
-                        is_row,
-                        own_keys,
-                        own_values,
-                        own_table,
-                        begin,
-                        end,
-                        length,
-                        count,
-                    ),
-                    *(page_stride, scale, cap, window, least, most, D, DP, M, N, PAGE, DOT, WINDOW, CAP, STAGES),
+                    *(acc, top, den, queries, place, is_row, own_keys, own_values, own_table, begin, end, length),
+                    *(count, page_stride, scale, cap, window, least, most, D, DP, M, PAGE, DOT, WINDOW, CAP),
                 )
                 finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
 
@@ -263,7 +251,7 @@ def part(
     if SOFTMAX >= UNIFIED and not RAW:
         acc, m, den, again = again_whole(
             *(acc, m, den, queries, place, is_row, keys, values, table, first, last, length, count, page_stride, scale),
-            *(cap, window, least, most, D, DP, M, N, PAGE, DOT, WINDOW, CAP, STAGES),
+            *(cap, window, least, most, D, DP, M, PAGE, DOT, WINDOW, CAP),
         )
     return acc, m, den, again
 
@@ -292,12 +280,10 @@ def again_whole(
     D: tl.constexpr,
     DP: tl.constexpr,
     M: tl.constexpr,
-    N: tl.constexpr,
     PAGE: tl.constexpr,
     DOT: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """The state with the rows that failed computed again from first to last, and which these were [M]."""
     wrong = is_row & failed(acc, den, least, most)
@@ -305,7 +291,7 @@ def again_whole(
         nothing = tl.zeros([M], tl.float32)
         acc_2, m_2, den_2, _ = walk(
             *(queries, place, nothing, keys, values, table, first, last, length, count, page_stride, scale, cap),
-            *(window, 0.0, 0.0, D, DP, M, N, PAGE, LAZY, DOT, WINDOW, CAP, STAGES),
+            *(window, 0.0, 0.0, D, DP, M, AGAIN_TILE, PAGE, LAZY, DOT, WINDOW, CAP, AGAIN_STAGES),
         )
         acc = tl.where(wrong[:, None], acc_2, acc)
         m = tl.where(wrong, m_2, m)

@@ -137,6 +137,8 @@ def check_spec(spec: AttentionSpec) -> None:
     """Raises ValueError for a layer that no kernel here can run."""
     if spec.heads % spec.kv_heads or spec.heads < 1:
         raise ValueError(f"{spec.heads} query heads cannot share {spec.kv_heads} KV heads evenly.")
+    if not spec.scale > 0:
+        raise ValueError(f"scale is {spec.scale}; the attention kernels take positive ones.")
     if spec.head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {spec.head_dim}; the attention kernels have {', '.join(map(str, HEAD_DIMS))}.")
 

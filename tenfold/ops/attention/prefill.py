@@ -11,7 +11,18 @@ from torch import Tensor, empty_like
 
 from tenfold.ops.attention.decode import units
 from tenfold.ops.attention.plan import PrefillPlan, check_spec, power_of_two
-from tenfold.ops.attention.sweep import LAZY, LOG2E, PAPER, UNIFIED, failed, finish, span, sweep
+from tenfold.ops.attention.sweep import (
+    AGAIN_STAGES,
+    AGAIN_TILE,
+    LAZY,
+    LOG2E,
+    PAPER,
+    UNIFIED,
+    failed,
+    finish,
+    span,
+    sweep,
+)
 from tenfold.ops.attention.unified_max import SOFTMAX, guard
 from tenfold.ops.kernels import AttentionSpec
 
@@ -120,7 +131,24 @@ def prefill_kernel(
             acc_2, m_2, den_2, _ = sweep(
                 *(queries, place, top, tl.zeros([M, DP], tl.float32), tl.full([M], float("-inf"), tl.float32)),
                 *(tl.zeros([M], tl.float32), bad, own_keys, own_values, own_table, first, end, length, page_stride),
-                *(scale, cap, window, low, high, D, DP, N, PAGE, LAZY, True, WINDOW, CAP, False, False, STAGES),
+                *(
+                    scale,
+                    cap,
+                    window,
+                    low,
+                    high,
+                    D,
+                    DP,
+                    AGAIN_TILE,
+                    PAGE,
+                    LAZY,
+                    True,
+                    WINDOW,
+                    CAP,
+                    False,
+                    False,
+                    AGAIN_STAGES,
+                ),
             )
             acc = tl.where(wrong[:, None], acc_2, acc)
             m = tl.where(wrong, m_2, m)

@@ -14,6 +14,9 @@ PAPER: tl.constexpr = tl.constexpr(3)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SLACK: tl.constexpr = tl.constexpr(8.0)  # log2 units that a maximum may be stale by
+# Computing again is rare; in small tiles it takes no registers from the usual way. Every tile is a multiple of it.
+AGAIN_TILE: tl.constexpr = tl.constexpr(16)
+AGAIN_STAGES: tl.constexpr = tl.constexpr(3)
 HUGE: tl.constexpr = tl.constexpr(3.0e38)
 
 
@@ -84,9 +87,11 @@ def sweep(
         valid = place < length
         rows = rows_of(table, place, valid, page_stride, PAGE, D)
         k = load_rows(keys, rows, valid, D, DP, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        unit = scale  # what brings s to log2 units; left to the exponential's argument, where it costs nothing
         if CAP:
-            s = cap_scores(s, cap)
+            s = cap_scores(s * scale, cap)
+            unit = 1.0
         if MASKED:
             seen = place[None, :] <= q_place[:, None]
             if WINDOW:
@@ -94,7 +99,7 @@ def sweep(
             s = tl.where(seen, s, float("-inf"))
         v = load_rows(values, rows, valid, D, DP, MASKED)
         if SOFTMAX >= UNIFIED:
-            t = s - phi[:, None]
+            t = s * unit - phi[:, None]
             if SOFTMAX == PAPER:
                 refused = (t <= low) | (t >= high)
                 if MASKED:
@@ -108,7 +113,7 @@ def sweep(
             if v.dtype == tl.float16:
                 p = weights.to(tl.float32)  # what vanishes must vanish from both sums
         else:
-            top = tl.max(s, 1)
+            top = tl.max(s, 1) * unit
             if SOFTMAX == ONLINE:
                 m_new = tl.maximum(m, top)
             else:
@@ -124,7 +129,7 @@ def sweep(
                 acc = acc * alpha[:, None]
                 den = den * (alpha[:, None] if SPREAD else alpha)
             m = m_new
-            p = tl.exp2(s - m_used[:, None])
+            p = tl.exp2(s * unit - m_used[:, None])
             weights = p.to(v.dtype)
         if SPREAD:
             den += p
