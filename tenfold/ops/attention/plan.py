@@ -14,6 +14,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 256)
 MOST_ROWS = 128  # queries * group of a decode tile
 MOST_SPLITS = 128
 FEW_TILES = 4  # contexts of at most so many tiles are not split
+RESIDENT = 2  # decode programs that share a multiprocessor, so that some load while others compute
 FULL = 0.8  # share of the SMs that, when busy without splits, is busy enough
 NEARLY_BEST = 0.85  # of the best efficiency that the smallest acceptable number of splits has
 
@@ -118,7 +119,7 @@ def plan_decode(
     check_decode(spec, queries)
     tile = 64 if spec.head_dim <= 128 else 32
     tiles = -(-seen(spec, max_kv, queries) // tile) + (1 if spec.window else 0)
-    count = splits(sms, requests * spec.kv_heads, tiles)
+    count = splits(RESIDENT * sms, requests * spec.kv_heads, tiles)
     return DecodePlan(count, tile=tile, softmax=softmax, merge=merge, queries=power_of_two(queries))
 
 

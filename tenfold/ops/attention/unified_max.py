@@ -83,6 +83,29 @@ def served(low: Tensor, high: Tensor, phi: Tensor, safe: Window) -> Tensor:
     return (low - phi >= safe.low) & (high - phi <= safe.high)
 
 
+def score_bound(spec: AttentionSpec, q_norm: Tensor | None = None, k_norm: Tensor | None = None) -> float:
+    """What no score exceeds in magnitude, whatever the text; infinite where nothing bounds it.
+
+    A capped score is below its cap. q_norm, k_norm: weights of RMS norms on the heads, which leave vectors of length at
+    most sqrt(head_dim) * max|weight|, rotated or not; a product is at most that of the lengths (Cauchy-Schwarz).
+    """
+    bound = spec.softcap or math.inf
+    if q_norm is not None and k_norm is not None:
+        bound = min(bound, spec.scale * spec.head_dim * float(q_norm.abs().max()) * float(k_norm.abs().max()))
+    return bound
+
+
+def proven_phi(bound: float, heads: int, dtype: torch.dtype) -> Tensor | None:
+    """phi [heads] that serves all rows of a layer whose scores lie within +-bound, without calibration; None where the
+    window for weights of this type is too narrow for a proof.
+    """
+    safe = window(dtype)
+    if 2 * bound > safe.width:
+        return None
+    low = torch.full((heads,), -bound)
+    return choose_phi(low, -low, safe)
+
+
 def passes(scores: Sequence[float], phi: float, low: float, high: float) -> bool:
     """The paper's guard on one row: low < x - phi < high for every score."""
     return all(low < x - phi < high for x in scores)

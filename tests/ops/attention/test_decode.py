@@ -46,12 +46,12 @@ def check(case: Case, plan: DecodePlan, phi: Tensor | None = None, **rest: Any) 
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("softmax", SOFTMAX)
 def test_every_arm_and_merge(softmax: str, merge: str) -> None:
-    case = make([37, 0, 1, 20])
+    case = make([37, 0, 1])
     again = check(case, replace(PLAN, softmax=softmax, merge=merge), case.phi)
     assert again == 0
 
 
-@pytest.mark.parametrize("softmax", SOFTMAX)
+@pytest.mark.parametrize("softmax", ["lazy", "unified"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -79,16 +79,15 @@ def test_without_the_matrix_unit(softmax: str, merge: str) -> None:
 @pytest.mark.parametrize("softmax", ["lazy", "unified"])
 @pytest.mark.parametrize("merge", MERGES)
 def test_several_new_tokens(softmax: str, merge: str) -> None:
-    case = make([40, 2, 0, 17], [3, 2, 1, 1], heads=6, kv_heads=2, window=21)
+    case = make([40, 2, 0], [3, 2, 1], heads=3, kv_heads=1, window=21)
     check(case, replace(PLAN, softmax=softmax, merge=merge, queries=4), case.phi)
 
 
 @pytest.mark.parametrize("dot", [True, False])
-@pytest.mark.parametrize("softmax", ["unified", "paper"])
-@pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize("bad", [1e4, -1e4, float("nan"), float("inf"), float("-inf"), 3e38])
+@pytest.mark.parametrize(("softmax", "merge"), [("unified", merge) for merge in MERGES] + [("paper", "last")])
+@pytest.mark.parametrize("bad", [1e4, -1e4, float("nan"), float("-inf"), 3e38])
 def test_an_absurd_phi_costs_time_only(bad: float, merge: str, softmax: str, dot: bool) -> None:
-    case = make([37, 9], heads=2, kv_heads=2)
+    case = make([20, 9], heads=2, kv_heads=2)
     phi = torch.tensor([0.0, bad])
     assert check(case, replace(PLAN, softmax=softmax, merge=merge, dot=dot), phi) == 2
 
@@ -96,10 +95,10 @@ def test_an_absurd_phi_costs_time_only(bad: float, merge: str, softmax: str, dot
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [-200.0, -75.0, -20.0, 20.0, 75.0, 200.0])
 def test_row_maxima_far_from_phi(dtype: torch.dtype, shift: float) -> None:
-    case = make([37, 20], dtype=dtype)
+    case = make([37, 20], heads=2, kv_heads=1, dtype=dtype)
     again = check(case, replace(PLAN, softmax="unified"), case.phi + shift)
     wide = dtype == torch.float32
-    assert again == (8 if abs(shift) > (50 if wide else 10) else 0)
+    assert again == (4 if abs(shift) > (50 if wide else 10) else 0)
 
 
 def test_one_huge_score() -> None:
@@ -161,8 +160,8 @@ def test_lazy_follows_a_maximum_that_keeps_growing() -> None:
 
 @pytest.mark.parametrize("merge", ["two", "last"])
 def test_results_repeat_bit_for_bit(merge: str) -> None:
-    case = make([130, 77])
-    plan = replace(PLAN, splits=8, merge=merge, softmax="unified")
+    case = make([66, 77], heads=2, kv_heads=1)
+    plan = replace(PLAN, splits=5, merge=merge, softmax="unified")
     first, again = attend(case, plan, case.phi), attend(case, plan, case.phi)
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -182,9 +181,9 @@ def test_a_request_does_not_depend_on_its_neighbours() -> None:
 
 def test_more_splits_than_tiles_and_a_workspace_used_again() -> None:
     workspace = decode.Workspace("cpu")
-    for lengths in ([5, 100], [64, 3], [1, 1]):
-        case = make(lengths)
-        plan = replace(PLAN, splits=20, merge="last")
+    for lengths in ([5, 60], [64, 3], [1, 1]):
+        case = make(lengths, heads=2, kv_heads=1)
+        plan = replace(PLAN, splits=8, merge="last")
         out = decode.run(plan, workspace, case.q, case.keys, case.values, case.page_table, case.kv_lengths, case.spec)
         torch.testing.assert_close(out, case.expected()[0], atol=2e-5, rtol=2e-5)
 

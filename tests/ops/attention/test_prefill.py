@@ -36,11 +36,11 @@ def check(case: Case, plan: PrefillPlan, phi: Tensor | None = None, **rest: Any)
 @pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("branch", [True, False])
 def test_prompts_and_chunks_behind_a_prefix(softmax: str, branch: bool) -> None:
-    case = make([37, 50, 1, 16], [37, 5, 1, 16])
+    case = make([37, 50, 1], [20, 5, 1], heads=3, kv_heads=1)
     assert check(case, replace(PLAN, softmax=softmax, branch=branch), case.phi) == 0
 
 
-@pytest.mark.parametrize("softmax", SOFTMAX)
+@pytest.mark.parametrize("softmax", ["lazy", "unified"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -53,7 +53,7 @@ def test_prompts_and_chunks_behind_a_prefix(softmax: str, branch: bool) -> None:
     ids=str,
 )
 def test_shapes(softmax: str, shape: dict[str, Any]) -> None:
-    case = make([33, 40], [33, 3], **shape)
+    case = make([20, 40], [20, 3], **shape)
     check(case, replace(PLAN, softmax=softmax), case.phi)
 
 

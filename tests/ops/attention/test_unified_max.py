@@ -12,7 +12,9 @@ from tenfold.ops.attention.unified_max import (
     guard,
     histogram,
     passes,
+    proven_phi,
     quantile,
+    score_bound,
     served,
     visible_scores,
     window,
@@ -86,3 +88,26 @@ def test_visible_scores(rules: dict[str, float]) -> None:
                     x = 2 * math.tanh(x / 2)
                 hidden = s > t or (spec.window and s <= t - 3)
                 assert found[g, t, s] == pytest.approx(float("-inf") if hidden else x, abs=1e-5)
+
+
+def test_no_score_of_normed_heads_exceeds_the_bound() -> None:
+    spec = AttentionSpec(2, 1, 16, 0.25)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(2, 16, generator=generator)
+    bound = score_bound(spec, weights[0], weights[1])
+    x = torch.randn(2, 500, 16, generator=generator) ** 3
+    normed = x / x.pow(2).mean(-1, keepdim=True).sqrt() * weights[:, None]
+    scores = spec.scale * normed[0] @ normed[1].T
+    assert scores.abs().max() <= bound < 60 * scores.abs().max()
+    assert score_bound(spec) == math.inf
+    assert score_bound(spec, weights[0]) == math.inf
+    assert score_bound(AttentionSpec(2, 1, 16, 0.25, softcap=0.1), *weights) == 0.1
+
+
+def test_a_bound_proves_phi_where_the_window_is_wide_enough() -> None:
+    phi = proven_phi(50.0, 3, torch.bfloat16)
+    assert phi is not None
+    bounds = torch.full((3,), 50.0)
+    assert served(-bounds, bounds, phi, window(torch.bfloat16)).all()
+    assert proven_phi(50.0, 3, torch.float16) is None
+    assert proven_phi(math.inf, 3, torch.bfloat16) is None
