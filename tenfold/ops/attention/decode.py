@@ -38,6 +38,11 @@ ATOMIC: tl.constexpr = tl.constexpr(2)
 MERGE_ELEMENTS = 4096  # of partial sums that a program merges at once
 
 
+# Numbers and slices that differ from step to step must not make the compiler run again.
+VARYING = ["columns"]
+SLICED = ["table", "starts", "lengths", "lse"]
+
+
 @triton.jit
 def share(length, count, split, splits, window, WINDOW: tl.constexpr, N: tl.constexpr, LEAST: tl.constexpr):
     """What a split works on: its first token, where it ends, and how many splits have work."""
@@ -79,7 +84,7 @@ def merge_all(
         finish(acc, m, den, again, out, lse, recomputed, token, head, row < end, heads, D, DP, SOFTMAX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED)
 def decode_kernel(
     q,
     keys,
@@ -358,7 +363,7 @@ def walk(
     return acc, m, den, refused
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=SLICED[1:])
 def merge_kernel(
     sums,
     states,

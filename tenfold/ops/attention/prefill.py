@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty_like
 
-from tenfold.ops.attention.decode import units
+from tenfold.ops.attention.decode import SLICED, VARYING, units
 from tenfold.ops.attention.plan import PrefillPlan, check_spec, power_of_two
 from tenfold.ops.attention.sweep import (
     AGAIN_STAGES,
@@ -27,7 +27,7 @@ from tenfold.ops.attention.unified_max import SOFTMAX, guard
 from tenfold.ops.kernels import AttentionSpec
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED)
 def prefill_kernel(
     q,
     keys,
