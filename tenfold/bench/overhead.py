@@ -1,8 +1,11 @@
 """What the server costs over the bare engine: throughput of 1 and 32 streams, time to first token at idle (S3).
 
 Both sides are processes that stay loaded, and take turns on the same token ids, greedy, without an end: a bare engine
-(`Engine.step` in a loop) and `tenfold serve` with streaming clients on the same machine, whose own cost is part of the
-server's figure.
+(`Engine.step` in a loop) and `tenfold serve` with streaming clients on the same machine. Counted is all the server
+does, from the moment the clients begin to send until the last event has arrived in the last of their sockets, and what
+it costs the clients to send their requests, to read the first event at once, and to empty their sockets seldom
+(`serving.run_streams`, quiet); not counted is what a client would do with each token. A first token of the server is
+the first event read by the client, one of the bare engine what `step` returned, text included.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +44,7 @@ def bodies(prompts: Sequence[Sequence[int]], tokens: int) -> list[dict[str, obje
 
 def served_run(server: ServerProcess, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, float]:
     """Seconds until the first token, and until the last of all. Raises RuntimeError where a stream did not end."""
-    results = run_streams(server.address, PATH, bodies(prompts, tokens), nap=True)
+    results = run_streams(server.address, PATH, bodies(prompts, tokens), quiet=True)
     if not all(r.ended and r.first and r.last for r in results):
         raise RuntimeError(f"a stream did not end: {[bytes(r.tail[-200:]) for r in results if not r.ended][:1]}")
     begin = min(r.sent for r in results)

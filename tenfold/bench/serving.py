@@ -1,7 +1,9 @@
 """A real `tenfold serve` process to measure or to torture, and a client that costs next to nothing.
 
 The client speaks HTTP/1.1 over plain sockets: on a machine of two cores a comfortable client would take more time than
-the server it is to measure.
+the server it is to measure. A quiet one sleeps from the first event of a stream until much has come or the server has
+closed the connection: clients are on other machines, and what they do with a token is no cost of the server. All the
+server does is counted, to the arrival of every event in the client's socket.
 """
 
 import json
@@ -23,7 +25,7 @@ from urllib.parse import urlsplit
 
 READY = 120.0  # seconds until a server must be ready
 END = b"data: [DONE]"
-NAP = 0.02  # seconds between two looks at streams that have begun: clients are elsewhere, and should not wake up here
+MUCH = 64 << 10  # bytes that wake up a quiet client
 
 
 class ServerProcess:
@@ -186,30 +188,33 @@ class StreamResult:
 
 
 def run_streams(
-    address: tuple[str, int], path: str, bodies: Sequence[Any], timeout: float = 300.0, nap: bool = False
+    address: tuple[str, int], path: str, bodies: Sequence[Any], timeout: float = 300.0, quiet: bool = False
 ) -> list[StreamResult]:
-    """Send all bodies at once, each on a connection made before, and read every stream to its end. nap: look at them
-    every NAP seconds once all have begun, so that this costs next to nothing.
+    """Send all bodies at once, each on a connection made before, and read every stream to its end. quiet: after its
+    first event a stream wakes nobody until MUCH has come or it is over; `last` is still the moment of its end, which
+    the server tells by closing the connection.
     """
-    requests = [http_request(path, json.dumps(body).encode()) for body in bodies]
+    headers = ("connection: close",) if quiet else ()
+    requests = [http_request(path, json.dumps(body).encode(), headers=headers) for body in bodies]
     connections = [socket.create_connection(address, timeout) for _ in bodies]
     selector = selectors.DefaultSelector()
     results = []
     try:
         for connection, request in zip(connections, requests):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sendall(request)
-            connection.setblocking(False)
             result = StreamResult(time.perf_counter())
             results.append(result)
+            connection.sendall(request)
+            connection.setblocking(False)
             selector.register(connection, selectors.EVENT_READ, result)
         limit = time.perf_counter() + timeout
         while selector.get_map() and time.perf_counter() < limit:
             for key, _ in selector.select(1.0):
+                begun = key.data.first
                 if not _read_some(key.fileobj, key.data):  # type: ignore[arg-type]
                     selector.unregister(key.fileobj)
-            if nap and all(result.first for result in results):
-                time.sleep(NAP)
+                elif quiet and key.data.first and not begun:
+                    key.fileobj.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, MUCH)  # type: ignore[union-attr]
     finally:
         selector.close()
         for connection in connections:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 90  # characters of a socket's path; systems allow about 104
 NOBLOCK = int(zmq.NOBLOCK)
+DATAGRAM = 1 << 18  # bytes; longer messages go by the other socket
 LAST = 100  # milliseconds in which what a process sent before its end has come through
 DYING = 10.0  # seconds a killed process may take to be gone; only the kernel can delay it
 DUMPING = 0.5  # seconds to write the stacks before it is killed
@@ -32,8 +34,9 @@ class Child:
     """Starts `process` with an engine made by `factory` ("module:class"). beat: seconds between its heartbeats.
 
     Messages go through two sockets in a folder that only this user can open, and that is gone once both are connected
-    (`settle`): so nobody else ever can, and nothing is left if this process is killed. Raises OSError where the process
-    cannot be started.
+    (`settle`): so nobody else ever can, and nothing is left if this process is killed. What says that requests have
+    begun comes through a pair of sockets without a name, and is there even if the process is killed the moment after.
+    Raises OSError where the process cannot be started.
     """
 
     def __init__(self, factory: str, config: EngineConfig, beat: float) -> None:
@@ -53,12 +56,16 @@ class Child:
         self._cleanup.callback(context.term)
         self._events = context.socket(zmq.PULL)
         self._commands = context.socket(zmq.PUSH)
-        for socket in (self._events, self._commands):
-            self._cleanup.callback(socket.close, 0)
-            socket.sndhwm = socket.rcvhwm = 0
+        for end in (self._events, self._commands):
+            self._cleanup.callback(end.close, 0)
+            end.sndhwm = end.rcvhwm = 0
         self._events.bind(events)
         self._commands.connect(commands)  # messages wait here until it listens
-        self._process = self._start()
+        self._begun, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._cleanup.callback(self._begun.close)
+        with theirs:
+            self._process = self._start(theirs.fileno())
+            begun = theirs.fileno()
         self._cleanup.callback(self._reap)
         self._pidfd = self._watch_process()
         self._poller = zmq.Poller()
@@ -66,10 +73,10 @@ class Child:
             self._poller.register(readable, zmq.POLLIN)
         self._waker = -1
         level = logging.getLogger("tenfold").getEffectiveLevel()
-        self._introduce(wire.Start(factory, config, events, commands, beat, level))
+        self._introduce(wire.Start(factory, config, events, commands, begun, beat, level))
         self._commands.send(wire.encode(wire.Hello()))
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self, begun: int) -> "subprocess.Popen[bytes]":
         # -P and PYTHONPATH: it imports from where this process does, and never from the current folder by accident.
         path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         return subprocess.Popen(
@@ -77,6 +84,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,  # ours may carry an answer
             env={**os.environ, "PYTHONPATH": path},
+            pass_fds=(begun,),
         )
 
     def _watch_process(self) -> int:
@@ -135,7 +143,8 @@ class Child:
 
     def rest(self) -> list[wire.Event]:
         """More of what a process sent before it ended; nothing once that was all."""
-        return self.read() if self._events.poll(LAST) else []
+        self._events.poll(LAST)
+        return self.read()
 
     @property
     def fd(self) -> int:
@@ -143,12 +152,18 @@ class Child:
         return int(self._events.get(zmq.FD))
 
     def read(self) -> list[wire.Event]:
-        """Messages that are here."""
+        """Messages that are here, first those that say what has begun; they are read last, so that none is missing
+        that was sent before an output.
+        """
         events: list[wire.Event] = []
         with suppress(zmq.Again):
             while True:
                 events.append(wire.decode_event(self._events.recv(NOBLOCK)))
-        return events
+        begun: list[wire.Event] = []
+        with suppress(BlockingIOError):
+            while True:
+                begun.append(wire.decode_event(self._begun.recv(DATAGRAM, socket.MSG_DONTWAIT)))
+        return begun + events
 
     def dump(self) -> None:
         """Have it write the stacks of its threads to standard error, even if it is stuck."""

@@ -378,18 +378,39 @@ def _is_conversation(messages: Any) -> bool:
     )
 
 
+Tap = Callable[[Output], bool]
+
+
 class _Inbox:
-    """Outputs of one request that its consumer has not taken yet. Lives on the event loop."""
+    """Outputs of one request that its consumer has not taken yet. Lives on the event loop. tap: as in
+    `AsyncLLM.generate`.
+    """
 
-    __slots__ = ("_items", "_waiter")
+    __slots__ = ("_items", "_tap", "_waiter")
 
-    def __init__(self) -> None:
+    def __init__(self, tap: Tap | None = None) -> None:
         self._items: deque[Output | Exception] = deque()
+        self._tap = tap
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, item: Output | Exception) -> None:
         self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
+
+    def deliver(self) -> None:
+        """What was put in goes to the tap, or the consumer wakes up."""
+        if self._waiter is None or self._waiter.done():
+            return
+        while self._tap is not None and self._items:
+            item = self._take()
+            if isinstance(item, Output) and item.finish is None:
+                try:
+                    if self._tap(item):
+                        continue
+                except Exception as error:  # a fault of its own, which is the consumer's to see
+                    item = error
+            self._items.appendleft(item)
+            break
+        if self._items:
             self._waiter.set_result(None)
 
     async def get(self) -> Output | Exception:
@@ -397,6 +418,9 @@ class _Inbox:
         while not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return self._take()
+
+    def _take(self) -> Output | Exception:
         item = self._items.popleft()
         while self._items and isinstance(item, Output):
             following = self._items[0]
@@ -407,12 +431,15 @@ class _Inbox:
 
 
 class _Port:
-    """The receiver of all requests of one event loop: a step's outputs cross over in one call."""
+    """The receiver of all requests of one event loop: a step's outputs cross over in one call, and those of steps that
+    crossed together are delivered together.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.thread = threading.get_ident()
         self.inboxes: dict[str, _Inbox] = {}
+        self._filled: dict[_Inbox, None] = {}  # in the order of their first item
 
     def send(self, batch: Batch) -> bool:
         if threading.get_ident() == self.thread:  # of a pump
@@ -425,10 +452,18 @@ class _Port:
         return True
 
     def _dispatch(self, batch: Batch) -> None:
+        if not self._filled:
+            self.loop.call_soon(self._deliver)
         for id, item in batch:
             inbox = self.inboxes.get(id)
             if inbox is not None:
                 inbox.put(item)
+                self._filled[inbox] = None
+
+    def _deliver(self) -> None:
+        filled, self._filled = self._filled, {}
+        for inbox in filled:
+            inbox.deliver()
 
 
 class AsyncLLM(_Front):
@@ -466,24 +501,27 @@ class AsyncLLM(_Front):
         salt: str = "",
         deadline: float | None = None,
         pool: str | None = None,
+        tap: Tap | None = None,
     ) -> AsyncGenerator[Output, None]:
         """Outputs of one request as they come, of all n answers mixed; each answer's last has a finish reason.
 
-        prompt: text or token ids. Other arguments as in Request. Raises ValueError for what the engine refuses,
+        prompt: text or token ids. tap: offered each output, but the last of an answer, that comes while the consumer
+        waits for one; where it returns True it has used it, and the iterator does not give it: so tokens that need no
+        thought wake up no task. Other arguments as in Request. Raises ValueError for what the engine refuses,
         EngineDead, and EngineRestarted. When an engine in this process fails under way, the last outputs have reason
         "error".
         """
         rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline, "pool": pool}
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
-            return self._generate_long(prompt, params, request_id=request_id, **rest)
-        return self._run(self._request(prompt, params, request_id=request_id, **rest))
+            return self._generate_long(prompt, params, tap, request_id=request_id, **rest)
+        return self._run(self._request(prompt, params, request_id=request_id, **rest), tap)
 
     async def _generate_long(
-        self, prompt: str, params: SamplingParams | None, **rest: Any
+        self, prompt: str, params: SamplingParams | None, tap: Tap | None, **rest: Any
     ) -> AsyncGenerator[Output, None]:
         """Encodes off the event loop first."""
         ids = await asyncio.to_thread(self._tokens, prompt)
-        async with aclosing(self._run(self._request(ids, params, **rest))) as outputs:
+        async with aclosing(self._run(self._request(ids, params, **rest), tap)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -524,11 +562,11 @@ class AsyncLLM(_Front):
                     raise RequestFailed(str(output.error))
         raise RequestFailed("The request was aborted.")
 
-    async def _run(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def _run(self, request: Request, tap: Tap | None = None) -> AsyncGenerator[Output, None]:
         port = self._open_port()
         if request.id in port.inboxes:
             raise ValueError(f"request_id is {request.id!r}; a request with this id is under way, choose another.")
-        inbox = port.inboxes[request.id] = _Inbox()
+        inbox = port.inboxes[request.id] = _Inbox(tap)
         missing = 0
         try:
             self._loop.submit(request, port)

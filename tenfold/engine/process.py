@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -37,9 +38,10 @@ REFUSALS: dict[str, type[Exception]] = {"queue": QueueFull, "value": ValueError,
 
 
 class Events:
-    """The way to the parent; may be used from any thread, never waits."""
+    """The way to the parent; may be used from any thread, never waits. begun: as in `wire.Start`."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, begun: int) -> None:
+        self._begun = socket.socket(fileno=begun)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PUSH)
         self._socket.sndhwm = 0
@@ -51,6 +53,14 @@ class Events:
         with self._lock:
             if not self._socket.closed:
                 self._socket.send(message)
+
+    def begin(self, ids: list[str]) -> None:
+        """Tell which requests begin. Has reached the parent when it returns, whatever becomes of this process."""
+        event = wire.Started(ids)
+        try:
+            self._begun.send(wire.encode(event), socket.MSG_DONTWAIT)
+        except OSError:  # too long for one datagram, or the parent has not read for long
+            self.send(event)
 
     def close(self) -> None:
         """Waits until all has been sent, for a moment."""
@@ -120,7 +130,7 @@ class EngineProcess:
 
     def __init__(self, start: wire.Start) -> None:
         self._start = start
-        self._events = Events(start.events)
+        self._events = Events(start.events, start.begun)
         self._answers = Answers(self._events)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Relay(self._events)])
         logging.getLogger("tenfold").setLevel(start.level)
@@ -149,7 +159,7 @@ class EngineProcess:
         with timeline.phase("imports"):
             kind = entry({"engine": self._start.factory}, "engine", "factory")
         engine = kind.load(self._start.config, timeline=timeline)
-        engine.on_start = lambda ids: self._events.send(wire.Started(ids))
+        engine.on_start = self._events.begin
         return engine
 
     def _obey(self, loop: EngineLoop, command: wire.Command) -> bool:

@@ -20,7 +20,7 @@ import msgspec
 from tenfold.engine import wire
 from tenfold.engine.child import Child
 
-GATHER = 0.01  # seconds between two looks while messages come; the first after a pause is looked at at once
+GATHER = 0.01  # seconds from one look to the next while messages come faster than that; else each is taken at once
 
 
 class Pump:
@@ -39,7 +39,8 @@ class Pump:
         self._failed = failed
         self._lock = threading.RLock()  # held while messages are taken
         self._stopped = False
-        self._resting = False  # until GATHER is over
+        self._resting = True  # looks when GATHER is over, not when it is woken
+        self._looked = -GATHER  # when there was something, in the loop's time
         self._nudged = False
         # A descriptor of its own: ZeroMQ's may be closed, and its number used anew, while the loop still has it.
         self._fd = os.dup(child.fd)
@@ -72,18 +73,23 @@ class Pump:
             os.close(self._fd)
 
     def _begin(self) -> None:
-        """Be woken by messages; those that are here already wake nobody any more."""
-        self._resting = False
-        if not self._stopped:
+        """Look, and again after GATHER while there is something; then be woken by messages."""
+        if self._take_all():
+            self._looked = self._loop.time()
+            self._loop.call_later(GATHER, self._begin)
+        elif not self._stopped:
+            self._resting = False
             self._loop.add_reader(self._fd, self._look)
-            self._look()
 
     def _nudge(self) -> None:
         self._nudged = False
         self._look()
 
     def _look(self) -> None:
-        if self._take_all() and not (self._stopped or self._resting):
+        if not self._take_all():
+            return
+        before, self._looked = self._looked, self._loop.time()
+        if self._looked - before < GATHER and not (self._stopped or self._resting):
             self._loop.remove_reader(self._fd)
             self._resting = True
             self._loop.call_later(GATHER, self._begin)

@@ -4,8 +4,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+import msgspec
 
 
 class FinishReason(StrEnum):
@@ -155,9 +157,10 @@ class Logprob:
     asked: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one step brought for one sequence (`index` of `n`) of a request. The last has a finish reason.
+
+    There is one for every token, so it is of the kind that is cheapest to make and to send to another process.
 
     tokens: new token ids. text: new text, whole characters only, stop strings already withheld (filled by the text
     layer).
@@ -182,7 +185,7 @@ class Output:
 
     def joined(self, other: "Output") -> "Output":
         """This one and the next as one."""
-        return replace(
+        return msgspec.structs.replace(
             other,
             tokens=self.tokens + other.tokens,
             text=self.text + other.text,

@@ -25,13 +25,15 @@ class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
 
 class Start(Message):
     """The one message on the engine process's standard input. factory: "module:class" whose `load` makes the engine.
-    events, commands: addresses of sockets. beat: seconds between heartbeats. level: of the log.
+    events, commands: addresses of sockets. begun: file descriptor of a datagram socket for Started. beat: seconds
+    between heartbeats. level: of the log.
     """
 
     factory: str
     config: EngineConfig
     events: str
     commands: str
+    begun: int
     beat: float
     level: int
 
@@ -83,7 +85,9 @@ class Failed(Message):
 
 
 class Started(Message):
-    """These requests are in the next step."""
+    """These requests are in the next step. Goes by a way of its own that wakes nobody up: the step that begins wants
+    every core, and until it ends or the process dies nobody need know.
+    """
 
     ids: list[str]
 

@@ -9,7 +9,7 @@ import json
 from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tenfold.serve.errors import ApiError
 from tenfold.serve.settings import ServeConfig
@@ -22,6 +22,24 @@ MAX_PIPELINED = (
 def bounded(settings: ServeConfig) -> Any:
     """For uvicorn's `http` setting, which asks for a class but only calls it."""
     return partial(Connection, settings.max_head, settings.read_timeout, settings.stall_timeout)
+
+
+class ChunkedLine:
+    """`lane.Line` of a response that uvicorn sends in chunks: writes one as uvicorn does, but for waiting."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def free(self) -> bool:
+        cycle = self._cycle
+        started = cycle.response_started and not cycle.response_complete and cycle.chunked_encoding
+        return bool(started) and not (cycle.disconnected or cycle.flow.write_paused)
+
+    def write(self, data: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class Connection(HttpToolsProtocol):
@@ -93,6 +111,8 @@ class Connection(HttpToolsProtocol):
         self._head_size = 0
         self._stop_timer()
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.cycle.scope["state"]["line"] = ChunkedLine(self.cycle)
 
     def on_message_complete(self) -> None:
         self._in_head = True

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from tenfold.engine.request import FinishReason, SamplingParams
 from tenfold.serve.errors import ApiError, from_value_error, invalid
+from tenfold.serve.lane import Lane
 from tenfold.serve.protocol.body import Body, ErrorBody
 from tenfold.serve.protocol.sampling import Sampling, Usage, check_caps
 from tenfold.serve.service import Counts, Served
@@ -79,12 +80,13 @@ async def events(
     chunks: AsyncGenerator[dict[str, Any], None],
     encode: Callable[[dict[str, Any]], bytes] = event,
     end: bytes = DONE,
+    lane: Lane | None = None,
 ) -> Response:
     """A stream of events. The first is awaited before the status is sent, so that a refusal still has its own
-    status.
+    status. lane: of the job that `chunks` come from.
     """
     first = await until_disconnect(http.receive, anext(chunks))
-    return EventStream(encode(first), _rest(chunks, encode, end), ignored_header(body))
+    return EventStream(encode(first), _rest(chunks, encode, end), ignored_header(body), lane)
 
 
 async def _rest(

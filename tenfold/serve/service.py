@@ -19,6 +19,7 @@ from tenfold.engine.llm import AsyncLLM
 from tenfold.engine.loop import EngineDead, EngineRestarted
 from tenfold.engine.request import FinishReason, Output, QueueFull, SamplingParams
 from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
+from tenfold.serve.lane import Lane
 from tenfold.serve.limits import Ticket
 from tenfold.serve.logs import note_tokens
 from tenfold.serve.metrics import Metrics
@@ -87,7 +88,8 @@ class Job:
 
     key: name of the API key it came with. payer: whose share of the machine it counts against. pool: as in Request.
     ticket: by which it counts against the limits of its key. lead: the first prompt is computed before the others,
-    which find their common beginning in the prefix cache.
+    which find their common beginning in the prefix cache. lane: the short way for outputs that only have to be written,
+    where there is one prompt and an answer that is streamed.
     """
 
     id: str
@@ -105,6 +107,7 @@ class Job:
     seen: Seen = field(default_factory=Seen)
     lead: bool = False
     ticket: Ticket | None = None
+    lane: Lane = field(default_factory=Lane)
 
     @classmethod
     def of(
@@ -162,9 +165,17 @@ class Counts:
 
 
 async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output], None]:
-    """(choice number, output) for all choices as they come. Raises ApiError for whatever goes wrong."""
+    """(choice number, output) for all choices as they come, but for those that the job's lane took. Raises ApiError for
+    whatever goes wrong.
+    """
     n = job.params.n
     watch = job.metrics.watch(job)
+
+    def count(output: Output) -> None:
+        counts.add(output)
+        watch.output(output)
+
+    job.lane.count = count
     begun = False
     if job.ticket:
         job.ticket.hold()
@@ -176,8 +187,7 @@ async def answers(job: Job, counts: Counts) -> AsyncGenerator[tuple[int, Output]
                 prompt, output = (0, item) if single else item
                 begun = True
                 _raise_failed(output, job)
-                counts.add(output)
-                watch.output(output)
+                count(output)
                 yield prompt * n + output.index, output
         watch.end("ok", counts)
     except ApiError as error:
@@ -259,6 +269,7 @@ async def _merged(job: Job) -> AsyncGenerator[tuple[int, Output], None]:
 
 def _generate(job: Job, prompt: int) -> Any:
     suffix = f"-{prompt}" if len(job.prompts) > 1 else ""
+    tap = {} if len(job.prompts) > 1 or job.lane.spell is None else {"tap": job.lane.take}
     return job.served.llm.generate(
         job.prompts[prompt],
         job.params,
@@ -268,4 +279,5 @@ def _generate(job: Job, prompt: int) -> Any:
         salt=job.salt,
         deadline=job.deadline,
         pool=job.pool,
+        **tap,
     )

@@ -14,6 +14,8 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tenfold.serve.lane import Lane, Line
+
 T = TypeVar("T")
 
 encode = msgspec.json.Encoder().encode
@@ -68,29 +70,43 @@ async def _cancel(task: "asyncio.Future[Any]") -> None:
 
 
 class EventStream(Response):
-    """A response whose body is `first` and then what `rest` yields, one network write an event."""
+    """A response whose body is `first` and then what `rest` yields, one network write an event. lane: opened while
+    nothing is under way from `rest`.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        headers: dict[str, str] | None = None,
+        lane: Lane | None = None,
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.first = first
         self.rest = rest
+        self.lane = lane or Lane()
         self.init_headers(HEADERS | (headers or {}))
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope.get("state", {})
         try:
             # Pieces go past the middleware, which has seen all it acts on when it saw the beginning.
-            await until_disconnect(receive, self._write(send, scope.get("state", {}).get("wire", send)))
+            await until_disconnect(receive, self._write(send, state.get("wire", send), state.get("line")))
         except (ClientGone, OSError):
             await self.rest.aclose()
+        finally:
+            self.lane.open(None)
 
-    async def _write(self, send: Send, wire: Send) -> None:
+    async def _write(self, send: Send, wire: Send, line: Line | None) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.first, "more_body": True})
+        self.lane.open(line)
         async with aclosing(self.rest) as events:
             async for chunk in events:
                 await wire({"type": "http.response.body", "body": chunk, "more_body": True})
+        self.lane.open(None)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

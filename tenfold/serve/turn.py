@@ -93,13 +93,15 @@ class Turn:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, list[Piece], Output], None]:
         """(choice, what the output adds to it, the output) as the answers are made. Raises ApiError."""
-        parsers = self._parsers
         async with aclosing(answers(self.job, self.counts)) as outputs:
             async for i, output in outputs:
-                if parsers is None:
-                    yield i, [Text(output.text)] if output.text else [], output
-                else:
-                    yield i, self._parsed(i, parsers[i], output), output
+                yield i, self.read(i, output), output
+
+    def read(self, choice: int, output: Output) -> list[Piece]:
+        """What the next output of a choice adds to it."""
+        if self._parsers is None:
+            return [Text(output.text)] if output.text else []
+        return self._parsed(choice, self._parsers[choice], output)
 
     def _parsed(self, choice: int, parser: Parser, output: Output) -> list[Piece]:
         thinking, calls = parser.reasoning, parser.calls

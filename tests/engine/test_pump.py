@@ -75,11 +75,35 @@ def test_messages_that_follow_closely_are_taken_together(child, monkeypatch):
         child.put(1)
         await until(lambda: taken == [1])
         turns = pump.turns
-        for i in range(2, 6):
+        child.put(2)
+        await until(lambda: taken == [1, 2])
+        for i in range(3, 6):
             child.put(i)
             await asyncio.sleep(0.001)
         await until(lambda: taken == [1, 2, 3, 4, 5])
-        assert pump.turns == turns + 1
+        assert pump.turns == turns + 2
+        pump.stop()
+
+
+def test_messages_that_come_slowly_are_each_taken_at_once(child, monkeypatch):
+    """No timer is set between them."""
+    monkeypatch.setattr(module, "GATHER", 0.001)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        taken, timers = [], []
+        pump = Pump(loop, child, taken.append, taken.append)
+        await until(lambda: pump.turns)
+        later = loop.call_later
+        for i in range(5):
+            await asyncio.sleep(0.005)
+            loop.call_later = lambda seconds, *rest: timers.append(seconds) or later(seconds, *rest)
+            child.put(i)
+            while len(taken) <= i:
+                await asyncio.sleep(0)
+            loop.call_later = later
+        assert taken == [0, 1, 2, 3, 4]
+        assert not timers
         pump.stop()
 
     asyncio.run(main())

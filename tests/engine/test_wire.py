@@ -145,7 +145,7 @@ def test_what_is_no_message_is_refused(message):
 
 
 def test_start_in_pieces():
-    start = wire.Start("a:b", EngineConfig(model="m"), "ipc://e", "ipc://c", 0.5, 20)
+    start = wire.Start("a:b", EngineConfig(model="m"), "ipc://e", "ipc://c", 7, 0.5, 20)
     file = io.BytesIO()
     wire.write_start(file, start)
     content = io.BytesIO(file.getvalue() + b"more")

@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import anthropic
 import httpx2
+import msgspec
 import openai
 
 from tenfold.serve.parse.pieces import CallArguments, CallBegin, Piece, Reasoning, Text
@@ -63,7 +63,7 @@ def scripted(monkeypatch: Any, script: Sequence[Sequence[Piece]]) -> None:
                 found = list(script[at]) if at < len(script) else []
                 at += 1
                 turn.counts.reasoning += len(output.tokens) if any(isinstance(p, Reasoning) for p in found) else 0
-                yield i, found, replace(output, text="")
+                yield i, found, msgspec.structs.replace(output, text="")
 
     def finish(turn: Turn, choice: int, output: Any) -> str | None:
         if output.finish is None or output.finish == "length":

@@ -9,13 +9,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tenfold.engine.request import Logprob
+from tenfold.engine.request import Logprob, Output
 from tenfold.serve.logprobs import chat_logprobs
 from tenfold.serve.parse.pieces import CallBegin, Piece, Reasoning, Text
 from tenfold.serve.protocol.body import parse
 from tenfold.serve.protocol.chat import ChatCompletion, ChatRequest
 from tenfold.serve.reply import ERROR_RESPONSES, body_schema, check_stream, events, head, usage, whole
 from tenfold.serve.service import Counts, Served, service_of
+from tenfold.serve.stream import event
 from tenfold.serve.structured import FIELDS, asked_format
 from tenfold.serve.turn import Ask, Turn, open_turn
 
@@ -35,7 +36,7 @@ async def create_chat_completion(http: Request) -> Response:
     check_stream(body)
     turn = await open_turn(http, served, _ask(body, served), "chatcmpl", body.terms())
     if body.stream:
-        return await events(http, body, _chunks(turn, body))
+        return await events(http, body, _chunks(turn, body), lane=turn.job.lane)
     return await whole(http, body, _answer(turn, body))
 
 
@@ -132,24 +133,34 @@ async def _chunks(turn: Turn, body: ChatRequest) -> AsyncGenerator[dict[str, Any
     token_bytes = turn.served.llm.token_bytes
     legacy = body.legacy
     begun: set[int] = set()
+
+    def chunk_of(i: int, pieces: Sequence[Piece], output: Output) -> dict[str, Any] | None:
+        if not (pieces or output.logprobs or output.finish):
+            return None  # half a character, or what may become a stop string or a tool call
+        delta = _delta(pieces, legacy)
+        if i not in begun:
+            begun.add(i)
+            delta = {"role": "assistant", "content": None if delta else ""} | delta
+        choice = {
+            "index": i,
+            "delta": delta,
+            "logprobs": chat_logprobs(output.logprobs, token_bytes) if output.logprobs else None,
+            "finish_reason": _finish(turn.finish(i, output), body),
+        }
+        chunk = common | {"choices": [choice]}
+        if with_usage:
+            chunk["usage"] = _usage(turn.counts) if running else None
+        return chunk
+
+    def spell(output: Output) -> bytes:
+        chunk = chunk_of(output.index, turn.read(output.index, output), output)
+        return event(chunk) if chunk else b""
+
+    turn.job.lane.spell = spell
     async with aclosing(turn.pieces()) as found:
         async for i, pieces, output in found:
-            if not (pieces or output.logprobs or output.finish):
-                continue  # half a character, or what may become a stop string or a tool call
-            delta = _delta(pieces, legacy)
-            if i not in begun:
-                begun.add(i)
-                delta = {"role": "assistant", "content": None if delta else ""} | delta
-            choice = {
-                "index": i,
-                "delta": delta,
-                "logprobs": chat_logprobs(output.logprobs, token_bytes) if output.logprobs else None,
-                "finish_reason": _finish(turn.finish(i, output), body),
-            }
-            chunk = common | {"choices": [choice]}
-            if with_usage:
-                chunk["usage"] = _usage(turn.counts) if running else None
-            yield chunk
+            if chunk := chunk_of(i, pieces, output):
+                yield chunk
     if with_usage:
         yield common | {"choices": [], "usage": _usage(turn.counts)}
 

@@ -27,6 +27,7 @@ from tenfold.serve.reply import (
     whole,
 )
 from tenfold.serve.service import Counts, Job, answers, service_of
+from tenfold.serve.stream import event
 from tenfold.serve.structured import FIELDS, asked_format
 from tenfold.serve.turn import checked_grammar
 
@@ -53,7 +54,7 @@ async def create_completion(http: Request) -> Response:
     job = Job.of(http, served, "cmpl", prompts, params, body.terms())
     choices = _choices(job, body, given)
     if body.stream:
-        return await events(http, body, _chunks(job, body, choices))
+        return await events(http, body, _chunks(job, body, choices), lane=job.lane)
     return await whole(http, body, _answer(job, body, choices))
 
 
@@ -127,15 +128,21 @@ async def _chunks(job: Job, body: CompletionRequest, choices: Sequence[Choice]) 
     options = body.stream_options
     running = bool(options and options.continuous_usage_stats)
     with_usage = running or bool(options and options.include_usage)
+
+    def chunk_of(i: int, output: Output) -> dict[str, Any] | None:
+        piece = choices[i].piece(output)
+        if not (piece["text"] or piece["finish_reason"] or (piece["logprobs"] and piece["logprobs"]["tokens"])):
+            return None  # half a character, or what may become a stop string
+        chunk = common | {"choices": [piece]}
+        if with_usage:
+            chunk["usage"] = usage(counts) if running else None
+        return chunk
+
+    job.lane.spell = lambda output: event(chunk) if (chunk := chunk_of(output.index, output)) else b""
     async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
-            piece = choices[i].piece(output)
-            if not (piece["text"] or piece["finish_reason"] or (piece["logprobs"] and piece["logprobs"]["tokens"])):
-                continue  # half a character, or what may become a stop string
-            chunk = common | {"choices": [piece]}
-            if with_usage:
-                chunk["usage"] = usage(counts) if running else None
-            yield chunk
+            if chunk := chunk_of(i, output):
+                yield chunk
     if body.max_tokens == 0:
         counts.completion = 0
     if with_usage:
