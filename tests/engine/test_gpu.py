@@ -32,24 +32,31 @@ KINDS = [
 ]
 
 
-def run(path: Path, device: str, lookahead: int) -> tuple[dict[tuple[str, int], list[int]], list[float]]:
+def run(
+    path: Path, device: str, lookahead: int, speculate: str = ""
+) -> tuple[dict[tuple[str, int], list[int]], list[float]]:
     """Tokens of all kinds of requests in one batch of a crowded engine, and an embedding."""
     kernels = make_kernels("torch", torch.device(device), torch.float32)
     checkpoint = open_checkpoint(path)
-    model = build_model(checkpoint.config, Weights(checkpoint, kernels, device), 128)
-    config = fake.settings(device=device, lookahead=lookahead, page_size=8, max_model_len=128, max_step_tokens=24)
-    engine = Engine(model, kernels, config, Text(checkpoint), pages=14, eos_ids=checkpoint.eos_ids)
+    model, draft = (build_model(checkpoint.config, Weights(checkpoint, kernels, device), 128) for _ in range(2))
+    sizes = {"page_size": 8, "max_model_len": 128, "max_step_tokens": 24}
+    config = fake.settings(device=device, lookahead=lookahead, speculate=speculate, **sizes)
+    engine = Engine(model, kernels, config, Text(checkpoint), pages=14, eos_ids=checkpoint.eos_ids, draft=draft)
+    if speculate:
+        fake.speculating(engine)
     for i, params in enumerate(KINDS):
         engine.add(Request(str(i), tuple(range(10 + i, 30 + 2 * i)), params))
     engine.add(Request("pool", tuple(range(10, 60)), pool="mean"))
     outputs = fake.drain(engine)
     (embedding,) = [o.embedding for o in outputs if o.embedding]
+    assert (engine.stats().accepted_tokens > 0) == bool(speculate)
     return fake.answers(outputs), list(embedding)
 
 
+@pytest.mark.parametrize("speculate", ["", "draft"])
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[[str], Path], lookahead: int) -> None:
+def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[[str], Path], lookahead: int, speculate: str) -> None:
     expected, state = run(tiny("llama"), "cpu", 0)
-    got, embedding = run(tiny("llama"), "cuda", lookahead)
+    got, embedding = run(tiny("llama"), "cuda", lookahead, speculate)
     assert got == expected
     assert embedding == pytest.approx(state, abs=1e-4)
