@@ -121,39 +121,25 @@ def prefill_kernel(
         *(queries, place, top, acc, m, den, bad, own_keys, own_values, own_table, whole, end, length, page_stride),
         *(scale, cap, window, low, high, D, DP, N, PAGE, SOFTMAX, True, WINDOW, CAP, False, BRANCH, STAGES),
     )
-    wrong = is_row & (den < 0.0)
+    none = tl.zeros([M], tl.float32)
     if SOFTMAX >= UNIFIED:
-        m = top
         if SOFTMAX == PAPER:
             den = tl.where(bad > 0, float("nan"), den)
         wrong = is_row & failed(acc, den, least, most)
+        right = is_row & (wrong == 0)
+        # What is right is written before, so that its sums need no registers while the rest is computed again.
+        finish(acc, top, den, none, out, lse, recomputed, token, head, right, heads, D, DP, LAZY)
         if tl.sum(wrong.to(tl.int32), 0) > 0:
-            acc_2, m_2, den_2, _ = sweep(
+            acc, m, den, _ = sweep(
                 *(queries, place, top, tl.zeros([M, DP], tl.float32), tl.full([M], float("-inf"), tl.float32)),
                 *(tl.zeros([M], tl.float32), bad, own_keys, own_values, own_table, first, end, length, page_stride),
-                *(
-                    scale,
-                    cap,
-                    window,
-                    low,
-                    high,
-                    D,
-                    DP,
-                    AGAIN_TILE,
-                    PAGE,
-                    LAZY,
-                    True,
-                    WINDOW,
-                    CAP,
-                    False,
-                    False,
-                    AGAIN_STAGES,
-                ),
+                *(scale, cap, window, low, high),
+                *(D, DP, AGAIN_TILE, PAGE, LAZY, True, WINDOW, CAP, False, False, AGAIN_STAGES),
             )
-            acc = tl.where(wrong[:, None], acc_2, acc)
-            m = tl.where(wrong, m_2, m)
-            den = tl.where(wrong, den_2, den)
-    finish(acc, m, den, wrong.to(tl.float32), out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
+            again = wrong.to(tl.float32)
+            finish(acc, m, den, again, out, lse, recomputed, token, head, wrong, heads, D, DP, SOFTMAX)
+    else:
+        finish(acc, m, den, none, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
 
 
 def run(
