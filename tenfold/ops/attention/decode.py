@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tenfold.ops.attention.plan import DecodePlan, check_decode, power_of_two
+from tenfold.ops.attention.plan import DecodePlan, check_decode, padded, power_of_two
 from tenfold.ops.attention.sweep import (
     AGAIN_STAGES,
     AGAIN_TILE,
@@ -469,13 +469,13 @@ def run(
     softmax, merge = arms(plan, phi)
     if plan.splits > 1:
         workspace.reserve(plan, spec, requests)
-    padded = power_of_two(spec.head_dim)
+    width = padded(spec.head_dim)
     dot = plan.dot or plan.queries * group > 1
     limits = guard(keys.dtype if dot else torch.float32, around)
-    rows = merge_rows_at_once(plan.queries * group, padded)
+    rows = merge_rows_at_once(plan.queries * group, width)
     sizes: dict[str, Any] = {
         "D": spec.head_dim,
-        "DP": padded,
+        "DP": width,
         "GROUP": group,
         "QUERIES": plan.queries,
         "N": plan.tile,
@@ -483,7 +483,7 @@ def run(
         "SOFTMAX": SOFTMAX.index(softmax),
         "WINDOW": spec.window > 0,
         "R": rows,
-        "S": max(1, MERGE_ELEMENTS // (rows * padded)),
+        "S": max(1, MERGE_ELEMENTS // (rows * width)),
     }
     decode_kernel[(plan.splits, spec.kv_heads, requests)](
         *(q, keys, values, page_table, query_start, kv_lengths, phi, out, lse),
@@ -526,6 +526,6 @@ def arms(plan: DecodePlan, phi: Tensor | None) -> tuple[str, int]:
     return softmax, TWO.value if plan.merge == "two" else LAST.value
 
 
-def merge_rows_at_once(rows: int, padded: int) -> int:
+def merge_rows_at_once(rows: int, width: int) -> int:
     """Rows that a program merges side by side: 512 elements, so that 8 splits or more are read at once."""
-    return min(power_of_two(rows), max(1, 512 // padded))
+    return min(power_of_two(rows), max(1, 512 // width))

@@ -10,7 +10,7 @@ from tenfold.ops.kernels import AttentionSpec
 # only: others have no common maximum).
 MERGES = ("two", "last", "atomic")
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 256)
+MOST_HEAD_DIM = 256
 MOST_ROWS = 128  # queries * group of a decode tile
 MOST_SPLITS = 128
 FEW_TILES = 4  # contexts of at most so many tiles are not split
@@ -99,6 +99,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def padded(head_dim: int) -> int:
+    """Columns of a head's tile: what the matrix unit takes."""
+    return max(16, power_of_two(head_dim))
+
+
 def seen(spec: AttentionSpec, max_kv: int, queries: int = 1) -> int:
     """Tokens of the longest context that some query sees."""
     return min(max_kv, spec.window + queries - 1) if spec.window else max_kv
@@ -140,8 +145,8 @@ def check_spec(spec: AttentionSpec) -> None:
         raise ValueError(f"{spec.heads} query heads cannot share {spec.kv_heads} KV heads evenly.")
     if not spec.scale > 0:
         raise ValueError(f"scale is {spec.scale}; the attention kernels take positive ones.")
-    if spec.head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {spec.head_dim}; the attention kernels have {', '.join(map(str, HEAD_DIMS))}.")
+    if not 1 <= spec.head_dim <= MOST_HEAD_DIM:
+        raise ValueError(f"head_dim is {spec.head_dim}; the attention kernels take up to {MOST_HEAD_DIM}.")
 
 
 def plan_prefill(spec: AttentionSpec, softmax: str = "lazy") -> PrefillPlan:

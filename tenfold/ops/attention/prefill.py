@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor, empty_like
 
 from tenfold.ops.attention.decode import SLICED, VARYING, units
-from tenfold.ops.attention.plan import PrefillPlan, check_spec, power_of_two
+from tenfold.ops.attention.plan import PrefillPlan, check_spec, padded, power_of_two
 from tenfold.ops.attention.sweep import (
     AGAIN_STAGES,
     AGAIN_TILE,
@@ -175,7 +175,7 @@ def run(
         *(page_table.shape[1], spec.kv_heads, *units(spec), spec.window),
         *(2.0**limits.least, 2.0**limits.most, limits.low, limits.high),
         D=spec.head_dim,
-        DP=power_of_two(spec.head_dim),
+        DP=padded(spec.head_dim),
         GROUP=group,
         M=rows,
         N=plan.tile,

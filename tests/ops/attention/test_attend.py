@@ -43,6 +43,11 @@ def test_mixed_steps(lengths: Sequence[int], counts: Sequence[int], decodes: int
     assert check(case, arms=Arms("unified"), phi=case.phi, decodes=decodes) == 0
 
 
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_head_sizes_of_small_models(head_dim: int) -> None:
+    check(make([20, 9, 7], [1, 9, 1], head_dim=head_dim), decodes=1)
+
+
 def test_recomputed_rows_of_decodes_and_chunks_are_counted_together() -> None:
     case = make([20, 33], [1, 20], heads=2, kv_heads=1)
     phi = torch.tensor([0.0, -500.0])

@@ -48,10 +48,12 @@ def test_a_plan_says_what_it_is() -> None:
 
 
 def test_what_no_kernel_runs_is_refused() -> None:
-    with pytest.raises(ValueError, match="head_dim is 72"):
-        plan_decode(AttentionSpec(4, 4, 72, 1.0), 1, 100, 132)
+    with pytest.raises(ValueError, match="head_dim is 512"):
+        plan_decode(AttentionSpec(4, 4, 512, 1.0), 1, 100, 132)
     with pytest.raises(ValueError, match="evenly"):
         plan_prefill(AttentionSpec(5, 2, 64, 1.0))
+    with pytest.raises(ValueError, match="scale is 0"):
+        plan_prefill(AttentionSpec(4, 2, 64, 0.0))
     with pytest.raises(ValueError, match="64 new tokens"):
         plan_decode(LLAMA3, 1, 100, 132, queries=64)
     with pytest.raises(ValueError, match="softmax is 'max'"):
