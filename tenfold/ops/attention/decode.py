@@ -159,19 +159,19 @@ def decode_kernel(
     if SOFTMAX >= UNIFIED:
         top = tl.load(phi + head, mask=is_row, other=0.0) * LOG2E
     page_stride = kv_heads * PAGE * D
-    own_keys = keys + kv_head.to(tl.int64) * PAGE * D
-    own_values = values + kv_head.to(tl.int64) * PAGE * D
-    own_table = table + request.to(tl.int64) * columns
+    skipped = kv_head.to(tl.int64) * PAGE * D
+    context = keys + skipped, values + skipped, table + request.to(tl.int64) * columns, length, page_stride
+    rules = scale, cap, window, low, high
+    limits = least, most
     acc, m, den, again = part(
-        *(queries, place, is_row, top, own_keys, own_values, own_table, first, last, length, count, page_stride),
-        *(scale, cap, window, least, most, low, high),
+        *(queries, place, is_row, top, context, rules, limits, first, last, count),
         *(D, DP, M, N, PAGE, SOFTMAX, MERGE == ATOMIC, DOT, WINDOW, CAP, STAGES),
     )
     if active == 1:
         if MERGE == ATOMIC:
-            acc, m, den, again = again_whole(
-                *(acc, m, den, queries, place, is_row, own_keys, own_values, own_table, first, last, length, count),
-                *(page_stride, scale, cap, window, least, most, D, DP, M, PAGE, DOT, WINDOW, CAP),
+            acc, m, den, again = correct(
+                *(acc, m, den, queries, place, is_row, context, rules, limits, first, last, count),
+                *(D, DP, M, PAGE, DOT, WINDOW, CAP),
             )
         finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
         return
@@ -203,9 +203,9 @@ def decode_kernel(
                 tl.store(total[:, None] + d[None, :], tl.zeros([M, DP], tl.float32), mask=exists)
                 tl.store(total + D, nothing, mask=is_row)
                 begin, end, _ = share(length, count, 0, 1, window, WINDOW, N, LEAST)
-                acc, m, den, again = again_whole(
-                    *(acc, top, den, queries, place, is_row, own_keys, own_values, own_table, begin, end, length),
-                    *(count, page_stride, scale, cap, window, least, most, D, DP, M, PAGE, DOT, WINDOW, CAP),
+                acc, m, den, again = correct(
+                    *(acc, top, den, queries, place, is_row, context, rules, limits, begin, end, count),
+                    *(D, DP, M, PAGE, DOT, WINDOW, CAP),
                 )
                 finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
 
@@ -216,21 +216,12 @@ def part(
     place,
     is_row,
     top,
-    keys,
-    values,
-    table,
+    context,
+    rules,
+    limits,
     first,
     last,
-    length,
     count,
-    page_stride,
-    scale,
-    cap,
-    window,
-    least,
-    most,
-    low,
-    high,
     D: tl.constexpr,
     DP: tl.constexpr,
     M: tl.constexpr,
@@ -247,41 +238,34 @@ def part(
     again lazily; RAW: it is left to the caller, with den NaN where the paper's guard refused it.
     """
     acc, m, den, refused = walk(
-        *(queries, place, top, keys, values, table, first, last, length, count, page_stride, scale, cap, window, low),
-        *(high, D, DP, M, N, PAGE, SOFTMAX, DOT, WINDOW, CAP, STAGES),
+        *(queries, place, top, context, rules, first, last, count),
+        *(D, DP, M, N, PAGE, SOFTMAX, DOT, WINDOW, CAP, STAGES),
     )
     again = tl.zeros([M], tl.float32)
     if SOFTMAX == PAPER:
         den = tl.where(refused > 0, float("nan"), den)
     if SOFTMAX >= UNIFIED and not RAW:
-        acc, m, den, again = again_whole(
-            *(acc, m, den, queries, place, is_row, keys, values, table, first, last, length, count, page_stride, scale),
-            *(cap, window, least, most, D, DP, M, PAGE, DOT, WINDOW, CAP),
+        acc, m, den, again = correct(
+            *(acc, m, den, queries, place, is_row, context, rules, limits, first, last, count),
+            *(D, DP, M, PAGE, DOT, WINDOW, CAP),
         )
     return acc, m, den, again
 
 
 @triton.jit
-def again_whole(
+def correct(
     acc,
     m,
     den,
     queries,
     place,
     is_row,
-    keys,
-    values,
-    table,
+    context,
+    rules,
+    limits,
     first,
     last,
-    length,
     count,
-    page_stride,
-    scale,
-    cap,
-    window,
-    least,
-    most,
     D: tl.constexpr,
     DP: tl.constexpr,
     M: tl.constexpr,
@@ -291,12 +275,13 @@ def again_whole(
     CAP: tl.constexpr,
 ):
     """The state with the rows that failed computed again from first to last, and which these were [M]."""
+    least, most = limits
     wrong = is_row & failed(acc, den, least, most)
     if tl.sum(wrong.to(tl.int32), 0) > 0:
         nothing = tl.zeros([M], tl.float32)
         acc_2, m_2, den_2, _ = walk(
-            *(queries, place, nothing, keys, values, table, first, last, length, count, page_stride, scale, cap),
-            *(window, 0.0, 0.0, D, DP, M, AGAIN_TILE, PAGE, LAZY, DOT, WINDOW, CAP, AGAIN_STAGES),
+            *(queries, place, nothing, context, rules, first, last, count),
+            *(D, DP, M, AGAIN_TILE, PAGE, LAZY, DOT, WINDOW, CAP, AGAIN_STAGES),
         )
         acc = tl.where(wrong[:, None], acc_2, acc)
         m = tl.where(wrong, m_2, m)
@@ -309,19 +294,11 @@ def walk(
     queries,
     place,
     top,
-    keys,
-    values,
-    table,
+    context,
+    rules,
     first,
     last,
-    length,
     count,
-    page_stride,
-    scale,
-    cap,
-    window,
-    low,
-    high,
     D: tl.constexpr,
     DP: tl.constexpr,
     M: tl.constexpr,
@@ -336,23 +313,22 @@ def walk(
     """`sweep` or `sweep_row` from an empty state, reduced: acc [M, DP], m, den, refused [M]."""
     if DOT:
         m = tl.full([M], float("-inf"), tl.float32)
-        acc, m, wide_l, wide_bad = sweep(
-            *(queries, place, top, tl.zeros([M, DP], tl.float32), m, tl.zeros([M, N], tl.float32)),
-            *(tl.zeros([M, N], tl.int32), keys, values, table, first, last, length, page_stride, scale, cap, window),
-            *(low, high, D, DP, N, PAGE, SOFTMAX, True, WINDOW, CAP, True, False, STAGES),
+        wide_den, wide_bad = tl.zeros([M, N], tl.float32), tl.zeros([M, N], tl.int32)
+        acc, m, wide_den, wide_bad = sweep(
+            *(queries, place, top, tl.zeros([M, DP], tl.float32), m, wide_den, wide_bad, context, rules, first, last),
+            *(D, DP, N, PAGE, SOFTMAX, True, WINDOW, CAP, True, False, STAGES),
         )
-        den = tl.sum(wide_l, 1)
+        den = tl.sum(wide_den, 1)
         refused = tl.sum(wide_bad, 1)
     else:
         lowest = 0
         if WINDOW:
-            lowest = length - count - window + 1
+            lowest = context[3] - count - rules[2] + 1  # length, window
         one = tl.sum(queries.to(tl.float32), 0)  # the only row
-        phi = tl.sum(top, 0)
+        acc, m = tl.zeros([N, DP], tl.float32), tl.full([N], float("-inf"), tl.float32)
         acc, m, den, bad = sweep_row(
-            *(one, phi, tl.zeros([N, DP], tl.float32), tl.full([N], float("-inf"), tl.float32)),
-            *(tl.zeros([N], tl.float32), tl.zeros([N], tl.int32), keys, values, table, first, last, length, lowest),
-            *(page_stride, scale, cap, low, high, D, DP, N, PAGE, SOFTMAX, CAP, STAGES),
+            *(one, tl.sum(top, 0), acc, m, tl.zeros([N], tl.float32), tl.zeros([N], tl.int32), context, rules),
+            *(first, last, lowest, D, DP, N, PAGE, SOFTMAX, CAP, STAGES),
         )
         if SOFTMAX >= UNIFIED:
             m = tl.zeros([N], tl.float32)

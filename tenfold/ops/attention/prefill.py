@@ -84,9 +84,9 @@ def prefill_kernel(
     if SOFTMAX >= UNIFIED:
         top = tl.load(phi + head, mask=is_row, other=0.0) * LOG2E
     page_stride = kv_heads * PAGE * D
-    own_keys = keys + kv_head.to(tl.int64) * PAGE * D
-    own_values = values + kv_head.to(tl.int64) * PAGE * D
-    own_table = table + request.to(tl.int64) * columns
+    skipped = kv_head.to(tl.int64) * PAGE * D
+    context = keys + skipped, values + skipped, table + request.to(tl.int64) * columns, length, page_stride
+    rules = scale, cap, window, low, high
     first = 0
     end = tl.minimum(before + begin_token + T, length)
     whole = (before + begin_token + 1) // N * N  # what even the tile's first query sees entirely
@@ -99,27 +99,12 @@ def prefill_kernel(
     bad = tl.zeros([M], tl.int32)
     if not WINDOW:
         acc, m, den, bad = sweep(
-            *(
-                queries,
-                place,
-                top,
-                acc,
-                m,
-                den,
-                bad,
-                own_keys,
-                own_values,
-                own_table,
-                first,
-                whole,
-                length,
-                page_stride,
-            ),
-            *(scale, cap, window, low, high, D, DP, N, PAGE, SOFTMAX, False, False, CAP, False, BRANCH, STAGES),
+            *(queries, place, top, acc, m, den, bad, context, rules, first, whole),
+            *(D, DP, N, PAGE, SOFTMAX, False, False, CAP, False, BRANCH, STAGES),
         )
     acc, m, den, bad = sweep(
-        *(queries, place, top, acc, m, den, bad, own_keys, own_values, own_table, whole, end, length, page_stride),
-        *(scale, cap, window, low, high, D, DP, N, PAGE, SOFTMAX, True, WINDOW, CAP, False, BRANCH, STAGES),
+        *(queries, place, top, acc, m, den, bad, context, rules, whole, end),
+        *(D, DP, N, PAGE, SOFTMAX, True, WINDOW, CAP, False, BRANCH, STAGES),
     )
     none = tl.zeros([M], tl.float32)
     if SOFTMAX >= UNIFIED:
@@ -130,10 +115,9 @@ def prefill_kernel(
         # What is right is written before, so that its sums need no registers while the rest is computed again.
         finish(acc, top, den, none, out, lse, recomputed, token, head, right, heads, D, DP, LAZY)
         if tl.sum(wrong.to(tl.int32), 0) > 0:
+            acc, m = tl.zeros([M, DP], tl.float32), tl.full([M], float("-inf"), tl.float32)
             acc, m, den, _ = sweep(
-                *(queries, place, top, tl.zeros([M, DP], tl.float32), tl.full([M], float("-inf"), tl.float32)),
-                *(tl.zeros([M], tl.float32), bad, own_keys, own_values, own_table, first, end, length, page_stride),
-                *(scale, cap, window, low, high),
+                *(queries, place, top, acc, m, none, bad, context, rules, first, end),
                 *(D, DP, AGAIN_TILE, PAGE, LAZY, True, WINDOW, CAP, False, False, AGAIN_STAGES),
             )
             again = wrong.to(tl.float32)

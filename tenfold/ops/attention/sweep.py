@@ -53,18 +53,10 @@ def sweep(
     m,
     den,
     bad,
-    keys,
-    values,
-    table,
+    context,
+    rules,
     first,
     last,
-    length,
-    page_stride,
-    scale,
-    cap,
-    window,
-    low,
-    high,
     D: tl.constexpr,
     DP: tl.constexpr,
     N: tl.constexpr,
@@ -78,9 +70,12 @@ def sweep(
     STAGES: tl.constexpr,
 ):
     """Add the context from first (a multiple of N) to last to the state of queries q [M, DP] at q_place [M] (-1: no
-    query). keys, values: of the KV head. SPREAD: den and bad are kept for each column [M, N] and reduced by the caller.
+    query). context: keys and values of the KV head, page table and length of the request, elements of a page. rules:
+    scale, cap, window, low, high. SPREAD: den and bad are kept for each column [M, N] and reduced by the caller.
     bad counts what the paper's guard refused. BRANCH: the lazy arm skips rescaling where no row needs it.
     """
+    keys, values, table, length, page_stride = context
+    scale, cap, window, low, high = rules
     columns = tl.arange(0, N)
     for start in tl.range(first, last, N, num_stages=STAGES):
         place = start + columns
@@ -147,18 +142,11 @@ def sweep_row(
     m,
     den,
     bad,
-    keys,
-    values,
-    table,
+    context,
+    rules,
     first,
     last,
-    length,
     lowest,
-    page_stride,
-    scale,
-    cap,
-    low,
-    high,
     D: tl.constexpr,
     DP: tl.constexpr,
     N: tl.constexpr,
@@ -170,6 +158,8 @@ def sweep_row(
     """`sweep` for one query [DP] float32 on the CUDA cores. Each of N columns keeps a state of its own, acc [N, DP], m,
     den, bad [N], so nothing is reduced before the end. lowest: the first place that the query sees.
     """
+    keys, values, table, length, page_stride = context
+    scale, cap, _, low, high = rules
     columns = tl.arange(0, N)
     for start in tl.range(first, last, N, num_stages=STAGES):
         place = start + columns
