@@ -52,7 +52,8 @@ class Point:
 def prompt_of(engine: Engine, text: str) -> tuple[int, ...]:
     """Without a tokenizer (a model of random weights) ids that occur three times."""
     if engine.text is None:
-        return tuple((i * 7919 + len(text)) % 1000 + 10 for i in range(40)) * 3
+        vocabulary = min(1000, engine.vocab_size)
+        return tuple((i * 7919 + len(text)) % vocabulary for i in range(40)) * 3
     ids: list[int] = engine.text.encode(text)  # type: ignore[attr-defined]
     return tuple(ids)
 

@@ -328,3 +328,69 @@ def test_deadlines_of_ended_requests_are_forgotten() -> None:
         (sequence,) = host.add(str(i), 2, deadline=1e9)
         host.scheduler.finish(sequence)
     assert len(host.scheduler._deadlines) < 100
+
+
+def test_guesses_are_planned_behind_single_tokens_with_pages_of_their_own() -> None:
+    host = Host(max_drawn=16)
+    (a,) = host.add("a", 3, answer=20)
+    (b,) = host.add("b", 3, answer=20)
+    host.step()
+    assert host.scheduler.reserve({a: 6}) == {a: 6}
+    assert (len(a.pages), len(b.pages)) == (3, 1)  # positions 3 to 9
+    plan = host.scheduler.plan({a: (7, 8, 9)})
+    assert shape(plan) == [("b", 3, 1), ("a", 3, 4)]
+    assert (plan.decodes, plan.drafts, plan.tokens) == (1, 3, 5)
+    assert str(plan) == "step 2: 1:b/0[3:4]*, 0:a/0[3:7]*?3"
+    assert shape(host.scheduler.plan()) == [("b", 4, 1)]  # how far a has come is not known
+    host.scheduler.retire_step()
+    for entry in plan.entries:
+        host.scheduler.retire(entry)
+        entry.sequence.tokens.append(1)
+    assert (a.computed, a.done) == (4, 4)
+    a.tokens.append(2)
+    host.scheduler.accept(a, 1)
+    assert (a.computed, a.done) == (5, 5)
+    assert host.scheduler.queue.served("") == 2 * 3 + 2 * 2 + 2 * 2 + 2 + 2
+
+
+def test_guesses_get_only_what_nobody_else_needs() -> None:
+    host = Host(pages=4, max_drawn=16)
+    (a,) = host.add("a", 4, answer=12)
+    (b,) = host.add("b", 4, answer=12)
+    host.step()  # both need another page for their next token
+    assert host.scheduler.reserve({a: 9, b: 9}) == {a: 3, b: 3}  # what is left of it
+    assert host.pool.available == 0
+    host.steps(4)
+    assert host.scheduler.reserve({a: 9, b: 9}) == {}  # both need one and there is none
+    assert host.scheduler.preemptions == 0
+
+
+def test_guesses_leave_room_for_prompts_and_for_growth() -> None:
+    host = Host(max_step_tokens=9, max_drawn=9)
+    (a,) = host.add("a", 2, answer=20)
+    host.step()
+    assert host.scheduler.draft_room == 8
+    assert host.scheduler.reserve({a: 20}) == {a: 8}
+    host.add("b", 20)
+    assert (host.scheduler.draft_room, host.scheduler.backlog) == (4, 20)
+    assert host.scheduler.reserve({a: 20}) == {a: 4}
+    assert Host(max_drawn=0).scheduler.draft_room == 4  # as many as there are rows
+    low = Host(pages=8, watermark=0.25, max_drawn=16)
+    (c,) = low.add("c", 4, answer=28)
+    low.step()
+    assert low.scheduler.reserve({c: 15}) == {c: 15}
+    (d,) = low.add("d", 4, answer=20)
+    low.step()
+    assert low.pool.available == 2
+    assert low.scheduler.reserve({c: 15, d: 15}) == {c: 14}  # in pages it has
+    assert low.scheduler.reserve({d: 15}) == {d: 3}
+    assert low.pool.available == 1
+
+
+def test_no_guess_goes_past_the_end_of_an_answer() -> None:
+    host = Host()
+    (a,) = host.add("a", 3, answer=3)
+    host.step()
+    assert host.scheduler.reserve({a: 9}) == {a: 1}
+    host.step()
+    assert host.scheduler.reserve({a: 9}) == {}

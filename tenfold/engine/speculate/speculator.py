@@ -114,8 +114,8 @@ class Speculator:
         (self.policy.steps if waited else self.policy.ahead).add(tokens, seconds)
 
     def _offers(self, scheduler: Scheduler) -> dict[Sequence, Offer]:
-        found = {}
-        for sequence in scheduler.decoding:
+        found: dict[Sequence, Offer] = {}
+        for sequence in scheduler.decoding if scheduler.draft_room > 0 else ():
             if sequence.verifying or sequence.generated == 0 or sequence.request.params.grammar is not None:
                 continue
             guess = sequence.guess
