@@ -13,6 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tenfold.ops.attention.merge import (
+    MERGE_ELEMENTS,
+    SLICED,
+    VARYING,
+    finish,
+    merge_all,
+    merge_kernel,
+    merge_rows_at_once,
+    share,
+    span,
+)
 from tenfold.ops.attention.plan import DecodePlan, check_decode, padded, power_of_two
 from tenfold.ops.attention.sweep import (
     AGAIN_STAGES,
@@ -22,10 +33,7 @@ from tenfold.ops.attention.sweep import (
     PAPER,
     UNIFIED,
     failed,
-    finish,
     join_columns,
-    merge_rows,
-    span,
     sweep,
     sweep_row,
 )
@@ -35,53 +43,6 @@ from tenfold.ops.kernels import AttentionSpec
 TWO: tl.constexpr = tl.constexpr(0)
 LAST: tl.constexpr = tl.constexpr(1)
 ATOMIC: tl.constexpr = tl.constexpr(2)
-MERGE_ELEMENTS = 4096  # of partial sums that a program merges at once
-
-
-# Numbers and slices that differ from step to step must not make the compiler run again.
-VARYING = ["columns"]
-SLICED = ["table", "starts", "lengths", "lse"]
-
-
-@triton.jit
-def share(length, count, split, splits, window, WINDOW: tl.constexpr, N: tl.constexpr, LEAST: tl.constexpr):
-    """What a split works on: its first token, where it ends, and how many splits have work."""
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(length - count - window + 1, 0) // N * N
-    tiles = tl.cdiv(length - begin, N)
-    each = tl.maximum(tl.cdiv(tiles, splits), LEAST)
-    first = begin + split * each * N
-    return first, tl.minimum(first + each * N, length), tl.cdiv(tiles, each)
-
-
-@triton.jit
-def merge_all(
-    sums,
-    states,
-    active,
-    begin,
-    end,
-    out,
-    lse,
-    recomputed,
-    start,
-    kv_head,
-    heads,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-):
-    """Merge rows begin to end of one request and KV head, R at a time, and write them."""
-    for first in range(begin, end, R):
-        row = first + tl.arange(0, R)
-        acc, m, den, again = merge_rows(sums, states, active, row, end, ROWS, D, DP, R, S)
-        token, head = start + row // GROUP, kv_head * GROUP + row % GROUP
-        finish(acc, m, den, again, out, lse, recomputed, token, head, row < end, heads, D, DP, SOFTMAX)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED)
@@ -339,47 +300,6 @@ def walk(
     return acc, m, den, refused
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=SLICED[1:])
-def merge_kernel(
-    sums,
-    states,
-    starts,
-    lengths,
-    out,
-    lse,
-    recomputed,
-    kv_heads,
-    window,
-    splits,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    GROUP: tl.constexpr,
-    QUERIES: tl.constexpr,
-    N: tl.constexpr,
-    LEAST: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    WINDOW: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-):
-    """Grid (row tiles, kv_heads, requests): the second launch of merge "two"."""
-    tile, kv_head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + request)
-    start, count = span(starts, request)
-    if length <= 0:
-        return
-    _, _, active = share(length, count, 0, splits, window, WINDOW, N, LEAST)
-    if active == 1:
-        return
-    pair = (request * kv_heads + kv_head).to(tl.int64)
-    ROWS: tl.constexpr = QUERIES * GROUP
-    merge_all(
-        *(sums + pair * splits * (ROWS * D), states + pair * splits * (ROWS * 3), active, tile * R),
-        *(tl.minimum(tile * R + R, count * GROUP), out, lse, recomputed, start, kv_head, kv_heads * GROUP),
-        *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
-    )
-
-
 class Workspace:
     """Partial results and arrival counters, at one place for graphs; grown by `reserve`, outside of capture.
 
@@ -500,8 +420,3 @@ def arms(plan: DecodePlan, phi: Tensor | None) -> tuple[str, int]:
     if plan.merge == "atomic":
         return softmax, ATOMIC.value if softmax in ("unified", "paper") else LAST.value
     return softmax, TWO.value if plan.merge == "two" else LAST.value
-
-
-def merge_rows_at_once(rows: int, width: int) -> int:
-    """Rows that a program merges side by side: 512 elements, so that 8 splits or more are read at once."""
-    return min(power_of_two(rows), max(1, 512 // width))

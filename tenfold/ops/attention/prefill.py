@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty_like
 
-from tenfold.ops.attention.decode import SLICED, VARYING, units
+from tenfold.ops.attention.decode import units
+from tenfold.ops.attention.merge import SLICED, VARYING, finish, span
 from tenfold.ops.attention.plan import PrefillPlan, check_spec, padded, power_of_two
 from tenfold.ops.attention.sweep import (
     AGAIN_STAGES,
@@ -19,8 +20,6 @@ from tenfold.ops.attention.sweep import (
     PAPER,
     UNIFIED,
     failed,
-    finish,
-    span,
     sweep,
 )
 from tenfold.ops.attention.unified_max import SOFTMAX, guard
