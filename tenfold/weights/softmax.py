@@ -108,6 +108,8 @@ def load_statistics(checkpoint: Checkpoint, layers: int, heads: int) -> SoftmaxS
         if path.is_file():
             break
     else:
+        if not path.parent.is_dir():
+            return None
         model = identity(checkpoint)
         path = places(checkpoint, model)[-1]
         if not path.is_file():

@@ -37,8 +37,8 @@ from tenfold.ops.attention.sweep import (
     sweep,
     sweep_row,
 )
-from tenfold.ops.attention.unified_max import SOFTMAX, guard
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.attention.unified_max import guard
+from tenfold.ops.kernels import SOFTMAX, AttentionSpec
 
 TWO: tl.constexpr = tl.constexpr(0)
 LAST: tl.constexpr = tl.constexpr(1)

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from tenfold.ops.attention.unified_max import SOFTMAX
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kernels import SOFTMAX, AttentionSpec
 
 # How splits of a context meet. two: partial states, and a kernel that merges them. last: the split that arrives last
 # merges all in order, so results repeat bit for bit. atomic: splits add to the same sums, in any order (unified arms

@@ -22,8 +22,8 @@ from tenfold.ops.attention.sweep import (
     failed,
     sweep,
 )
-from tenfold.ops.attention.unified_max import SOFTMAX, guard
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.attention.unified_max import guard
+from tenfold.ops.kernels import SOFTMAX, AttentionSpec
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED)

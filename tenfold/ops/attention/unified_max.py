@@ -10,18 +10,12 @@ overflows; other rows are computed again with a running maximum, so phi may chan
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tenfold.ops.kernels import AttentionSpec
-
-# online: the running maximum is subtracted. lazy: it is replaced only when exceeded by more than 2^8. unified: phi is
-# subtracted and the sums are tested once, at the end. paper: as unified, and any score outside (low, high) around phi
-# also sends its row to the recomputation.
-SOFTMAX = ("online", "lazy", "unified", "paper")
 
 LEAST_LOG2, MOST_LOG2 = -100.0, 100.0  # of a served row's sum of exp(x - phi)
 # Where weights are float16: below this sum too many of them vanish; above this score a weight is infinite, and the sum.
@@ -104,11 +98,6 @@ def proven_phi(bound: float, heads: int, dtype: torch.dtype) -> Tensor | None:
         return None
     low = torch.full((heads,), -bound)
     return choose_phi(low, -low, safe)
-
-
-def passes(scores: Sequence[float], phi: float, low: float, high: float) -> bool:
-    """The paper's guard on one row: low < x - phi < high for every score."""
-    return all(low < x - phi < high for x in scores)
 
 
 STEP = 0.25  # natural units; width of a histogram's bins

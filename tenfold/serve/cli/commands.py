@@ -298,7 +298,7 @@ def calibrate_softmax_command(
         Path, Option("--text", exists=True, dir_okay=False, help="Text of the usual kind, such as an encyclopedia's.")
     ],
     window: Annotated[int, Option("--window", min=2, help="Tokens of one sequence at most.")] = 1024,
-    windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 32,
+    windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 16,
     as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
 ) -> None:
     """Measure how large attention scores get, so that attention can use a maximum that is known beforehand.

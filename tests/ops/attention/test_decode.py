@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold.ops.attention import decode
 from tenfold.ops.attention.plan import MERGES, DecodePlan
-from tenfold.ops.attention.unified_max import SOFTMAX
+from tenfold.ops.kernels import SOFTMAX
 from tests.ops.attention.cases import Case, make
 
 PLAN = DecodePlan(splits=3, tile=16, least=1)

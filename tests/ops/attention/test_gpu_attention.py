@@ -10,7 +10,7 @@ from torch import Tensor
 from tenfold.ops.attention import decode, prefill, tune
 from tenfold.ops.attention.attend import Arms, attend
 from tenfold.ops.attention.plan import MERGES, DecodePlan, PrefillPlan, plan_decode, plan_prefill
-from tenfold.ops.attention.unified_max import SOFTMAX
+from tenfold.ops.kernels import SOFTMAX
 from tests.ops.attention.cases import Case, make
 
 pytestmark = [

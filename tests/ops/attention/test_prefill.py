@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tenfold.ops.attention import prefill
 from tenfold.ops.attention.plan import PrefillPlan
-from tenfold.ops.attention.unified_max import SOFTMAX
+from tenfold.ops.kernels import SOFTMAX
 from tests.ops.attention.cases import Case, make
 
 PLAN = PrefillPlan(rows=16, tile=16)
