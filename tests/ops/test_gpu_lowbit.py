@@ -27,8 +27,8 @@ FORMATS = [
     *("int8", "int8g128", "int8g128z", "fp8", "fp8g128", "fp8a8", "fp8g128a8"),
 ]
 UNIT = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
-SHAPES = [(1, 32), (100, 352), (1536, 4096), (4096, 1504)]
-TOKENS = [1, 2, 7, 16, 33, 128, 700]
+SHAPES = [(100, 352), (1536, 4096)]
+TOKENS = [1, 7, 33, 300]
 
 
 def weight(name: str, rows: int, cols: int) -> Matrix:
@@ -53,27 +53,23 @@ def assert_close(got: Tensor, x: Tensor, w: Matrix, dtype: torch.dtype, loss: fl
     assert ((got.double() - wanted).abs() <= bound * 1.01 + 1e-6).all()
 
 
-def plans(name: str, rows: int, cols: int, batch: int) -> list[LowbitPlan]:
-    """The rule's plan, every kind, and a spread of the candidates."""
-    format = format_of(name)
-    every = list(lowbit.candidates(rows, cols, batch, format, 132))
-    libraries = [p for p in every if p.kind in ("dense", "library")]
-    return [
-        lowbit.plan(rows, cols, batch, format, 132),
-        LowbitPlan("dense"),
-        *libraries,
-        *every[:: len(every) // 4 + 1],
-    ]
+def plans(name: str, rows: int, cols: int) -> list[LowbitPlan]:
+    """Every kind, and the corners of tile sizes; few, as each takes a second to compile."""
+    found = [LowbitPlan("dense"), LowbitPlan("library"), LowbitPlan("fused", 64, 128, 16, 4, 4, 4)]
+    found += [LowbitPlan("fused", 128, 64, 128, 1, 8, 3), LowbitPlan("fp8", 64, 64, 64, 2, 4, 4)]
+    return [plan for plan in found if lowbit.legal(plan, rows, cols, format_of(name))]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, torch.bfloat16) for n in FORMATS] + [(n, torch.float16) for n in ("int4g128z", "int8g128", "fp8a8")],
+)
 def test_every_format(name: str, rows: int, cols: int, dtype: torch.dtype) -> None:
     w, workspace = weight(name, rows, cols), lowbit.Workspace(torch.device("cuda"))
     for count in TOKENS:
         x = tokens(count, cols, dtype)
-        for plan in dict.fromkeys(plans(name, rows, cols, count)):
+        for plan in plans(name, rows, cols):
             got = lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
             again = lowbit.lowbit_linear(x, w, plan=plan, workspace=workspace)
             assert torch.equal(got, again), plan

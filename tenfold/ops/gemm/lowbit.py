@@ -9,14 +9,15 @@ Four kinds of implementation compete; `candidates` lists those that are legal, `
   then rounded to 16 bits.
 - "dense": the weight is unpacked to 16 bits and handed to the library. Pays when many tokens share it.
 - "fp8": tokens are rounded to e4m3, one scale each, and multiplied with float8 weights. Only for `a8` formats.
-- "library": the same with the product by cuBLASLt (torch._scaled_mm). Only for `a8` formats with a scale a row.
+- "library": the same with the product by cuBLASLt (torch._scaled_mm). Only for `a8` formats with a scale a row, and in
+  float16 "fp8" in its place.
 
 Split columns are added up by the block that comes last, in the order of the columns, so results repeat bit for bit.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,8 @@ CODES = {"int4": 0, "int8": 1, "fp8": 2}
 AT_END, SUMS, WEIGHTS = 0, 1, 2  # what scales multiply
 WHOLE_ROW = 1 << 30  # columns of a group, for kernels, where a row has one
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000: the sign bits of a pair of 16-bit numbers
+MOST_SUMS, MOST_COUNTERS = 1 << 24, 1 << 12  # numbers of a workspace; what `candidates` and `plan` may need
+SHARED = 227 << 10  # bytes of shared memory a block may use on Hopper
 LEAST_LIBRARY = 16  # rows and columns are multiples of this for torch._scaled_mm
 QUANTIZE_COLS = 8192  # columns of a token in registers at once
 
@@ -78,26 +81,14 @@ def parse(name: str) -> LowbitPlan:
         ) from None
 
 
-@dataclass(slots=True)
 class Workspace:
-    """Memory for the sums of split columns, on one device; launches of one stream may share it. Grows on demand, so a
-    capture must come after a call of its size.
+    """Memory for the sums of split columns, on one device; launches of one stream may share it, captured ones too: it
+    never moves. The kernels leave counters at zero.
     """
 
-    device: torch.device
-    sums: Tensor = field(init=False)
-    counters: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sums = torch.empty(0, dtype=torch.float32, device=self.device)
-        self.counters = torch.zeros(0, dtype=torch.int32, device=self.device)
-
-    def reserve(self, sums: int, counters: int) -> None:
-        """Make room for so many numbers. The kernels leave counters at zero."""
-        if self.sums.numel() < sums:
-            self.sums = torch.empty(sums, dtype=torch.float32, device=self.device)
-        if self.counters.numel() < counters:
-            self.counters = torch.zeros(counters, dtype=torch.int32, device=self.device)
+    def __init__(self, device: torch.device, sums: int = MOST_SUMS, counters: int = MOST_COUNTERS) -> None:
+        self.sums = torch.empty(sums, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
 
 def tiles(size: int, tile: int) -> int:
@@ -113,12 +104,12 @@ def candidates(rows: int, cols: int, batch: int, format: Format, sms: int) -> It
     for kind in ("fused", "fp8"):
         if kind == "fp8" and not takes_fp8(format):
             continue
-        for height in (32, 64, 128):
+        for height in (64, 128):
             for width in (64, 128, 256):
                 for splits in split_counts(rows, cols, batch, height, width, tokens, sms):
-                    for warps, stages in ((4, 3), (4, 5), (8, 3)):
+                    for warps, stages in ((4, 4), (8, 3)):
                         found = LowbitPlan(kind, height, width, tokens, splits, warps, stages)
-                        if legal(found, rows, cols, format):
+                        if legal(found, rows, cols, format) and sensible(found, format):
                             yield found
     if batch > 32:
         yield LowbitPlan("dense")
@@ -126,11 +117,18 @@ def candidates(rows: int, cols: int, batch: int, format: Format, sms: int) -> It
         yield LowbitPlan("library")
 
 
+def sensible(plan: LowbitPlan, format: Format) -> bool:
+    """Whether sums and weights of a tile fit the registers of its warps, and no scale is multiplied more than needed."""
+    registers = plan.rows * plan.tokens <= 2048 * plan.warps and plan.rows * plan.cols <= 4096 * plan.warps
+    return registers and (not format.group or plan.cols <= max(64, format.group))
+
+
 def split_counts(rows: int, cols: int, batch: int, height: int, width: int, tokens: int, sms: int) -> tuple[int, ...]:
-    """Splits of the columns that give between about half a block and four blocks a multiprocessor."""
+    """Splits of the columns that give about one to four blocks a multiprocessor, as far as there are tiles."""
     blocks = tiles(rows, height) * tiles(batch, tokens)
     most = max(1, tiles(cols, width) // 2)
-    return tuple(n for n in (1, 2, 4, 8, 16) if n <= most and (n == 1 or blocks * n <= 4 * sms))
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= most and (n == 1 or blocks * n <= 4 * sms)]
+    return tuple(n for n in counts if 3 * blocks * n >= 2 * sms) or (counts[-1],)
 
 
 def plan(rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPlan:
@@ -139,15 +137,22 @@ def plan(rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPl
     """
     if batch > 32 and takes_library(rows, cols, format):
         return LowbitPlan("library")
+    if batch > 32 and takes_fp8(format) and format.group % 64 == 0:
+        return tiled("fp8", rows, cols, batch, format, sms)
     if batch > 256:
         return LowbitPlan("dense")
+    return tiled("fused", rows, cols, batch, format, sms)
+
+
+def tiled(kind: str, rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPlan:
+    """The rule's tiles for "fused" or "fp8"."""
     tokens = min(128, max(16, 1 << (batch - 1).bit_length()))
     height = 64 if batch <= 64 else 128
-    width = max(64, min(128, format.group or 128))
+    width = max(64, math.gcd(128, format.group or 128))
     blocks = tiles(rows, height) * tiles(batch, tokens)
     splits = max(1, min(16, 2 * sms // max(1, blocks), tiles(cols, width) // 4))
     splits = 1 << (splits.bit_length() - 1)
-    return LowbitPlan("fused", height, width, tokens, splits, 4 if height <= 64 else 8, 4)
+    return LowbitPlan(kind, height, width, tokens, splits, 4 if height <= 64 else 8, 4)
 
 
 def legal(plan: LowbitPlan, rows: int, cols: int, format: Format) -> bool:
@@ -156,10 +161,19 @@ def legal(plan: LowbitPlan, rows: int, cols: int, format: Format) -> bool:
         return True
     if plan.kind == "library":
         return takes_library(rows, cols, format)
-    fits = not format.group or format.group % plan.cols == 0 or plan.cols % format.group == 0
+    if shared_bytes(plan, format) > SHARED:
+        return False
+    within = not format.group or format.group % plan.cols == 0  # tiles lie within groups
     if plan.kind == "fp8":
-        return takes_fp8(format) and (not format.group or format.group % plan.cols == 0)
-    return fits
+        return takes_fp8(format) and within
+    return within or plan.cols % format.group == 0
+
+
+def shared_bytes(plan: LowbitPlan, format: Format) -> int:
+    """Shared memory of a block, from above: tiles under way, and weights on their way to the tensor cores."""
+    each = 1 if plan.kind == "fp8" else 2
+    under_way = plan.stages * plan.cols * (plan.tokens * each + plan.rows * format.bits // 8)
+    return under_way + (0 if plan.kind == "fp8" else plan.rows * plan.cols * 2)
 
 
 def takes_fp8(format: Format) -> bool:
@@ -204,6 +218,9 @@ def run(plan: LowbitPlan, x: Tensor, w: Matrix, bias: Tensor | None, workspace: 
         return x.new_empty(0, w.rows)
     if plan.kind == "dense":
         return F.linear(x, unpack_on_device(packed, format, w.rows, w.cols, x.dtype), _typed(bias, x.dtype))
+    if plan.kind == "library" and x.dtype != torch.bfloat16:
+        # The library gives bfloat16 only.
+        plan = tiled("fp8", w.rows, w.cols, len(x), format, sms=132)
     if plan.kind == "fused":
         return _launch(plan, format, packed, x, None, bias, w, x.dtype, workspace)
     codes, scales = quantize_tokens(x)
@@ -257,10 +274,12 @@ def _launch(
     tokens = len(x)
     out = torch.empty(tokens, w.rows, dtype=dtype, device=x.device)
     blocks = tiles(w.rows, plan.rows) * tiles(tokens, plan.tokens)
+    parts = blocks * plan.splits if plan.splits > 1 else 0
+    sums, counters = parts * plan.rows * plan.tokens, min(parts, blocks)
     if workspace is None:
-        workspace = Workspace(x.device)
-    if plan.splits > 1:
-        workspace.reserve(blocks * plan.splits * plan.rows * plan.tokens, blocks)
+        workspace = Workspace(x.device, sums, counters)
+    if workspace.sums.numel() < sums or workspace.counters.numel() < counters:
+        raise ValueError(f"The plan {plan} splits {tokens} tokens into more sums than the workspace holds; split less.")
     none = out  # what a kernel without that part is given and never reads
     product_kernel[(blocks, plan.splits)](
         *(x, packed.codes if token_scales is not None else packed.codes.view(torch.int32), packed.scales),
