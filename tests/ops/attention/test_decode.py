@@ -72,7 +72,7 @@ def test_shapes(softmax: str, shape: dict[str, Any]) -> None:
 @pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("merge", MERGES)
 def test_without_the_matrix_unit(softmax: str, merge: str) -> None:
-    case = make([37, 0, 1], heads=2, kv_heads=2, head_dim=80, window=25, softcap=4.0)
+    case = make([37, 0, 1], heads=1, kv_heads=1, head_dim=80, window=25, softcap=4.0)
     assert check(case, replace(PLAN, softmax=softmax, merge=merge, dot=False), case.phi) == 0
 
 
@@ -83,13 +83,15 @@ def test_several_new_tokens(softmax: str, merge: str) -> None:
     check(case, replace(PLAN, softmax=softmax, merge=merge, queries=4), case.phi)
 
 
-@pytest.mark.parametrize("dot", [True, False])
-@pytest.mark.parametrize(("softmax", "merge"), [("unified", merge) for merge in MERGES] + [("paper", "last")])
+@pytest.mark.parametrize(
+    ("softmax", "merge", "dot"),
+    [*(("unified", merge, True) for merge in MERGES), ("paper", "last", True), ("unified", "last", False)],
+)
 @pytest.mark.parametrize("bad", [1e4, -1e4, float("nan")])
-def test_an_absurd_phi_costs_time_only(bad: float, merge: str, softmax: str, dot: bool) -> None:
-    case = make([20, 9], heads=2, kv_heads=2)
+def test_an_absurd_phi_costs_time_only(bad: float, softmax: str, merge: str, dot: bool) -> None:
+    case = make([20], heads=2, kv_heads=2)
     phi = torch.tensor([0.0, bad])
-    assert check(case, replace(PLAN, softmax=softmax, merge=merge, dot=dot), phi) == 2
+    assert check(case, replace(PLAN, softmax=softmax, merge=merge, dot=dot), phi) == 1
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), 3e38, -3e38])
@@ -101,10 +103,10 @@ def test_no_phi_at_all_is_too_absurd(bad: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shift", [-200.0, -75.0, -20.0, 20.0, 75.0, 200.0])
 def test_row_maxima_far_from_phi(dtype: torch.dtype, shift: float) -> None:
-    case = make([37, 20], heads=2, kv_heads=1, dtype=dtype)
+    case = make([20], heads=2, kv_heads=1, dtype=dtype)
     again = check(case, replace(PLAN, softmax="unified"), case.phi + shift)
     wide = dtype == torch.float32
-    assert again == (4 if abs(shift) > (50 if wide else 10) else 0)
+    assert again == (2 if abs(shift) > (50 if wide else 10) else 0)
 
 
 def test_one_huge_score() -> None:
