@@ -146,11 +146,12 @@ def describe_file(path: Path) -> tuple[int, str, str]:
 def describe_folder(path: Path) -> tuple[int, str, str]:
     config: dict[str, Any] = read_object(path / "config.json", MAX_CONFIG)
     text = config.get("text_config")
-    types = [
-        source.get(key)
-        for source in (config, text if isinstance(text, dict) else {})
-        for key in ("dtype", "torch_dtype")
-    ]
+    sources = (config, text if isinstance(text, dict) else {})
+    types = [source.get(key) for source in sources for key in ("dtype", "torch_dtype")]
+    for source in sources:
+        settings = source.get("quantization_config")
+        if isinstance(settings, dict) and isinstance(settings.get("quant_method"), str):
+            types.insert(0, settings["quant_method"][:40])
     named = next((value for value in types if isinstance(value, str)), "")
     short = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
     size = sum(file.stat().st_size for file in path.glob("model*.safetensors"))

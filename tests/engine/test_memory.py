@@ -221,6 +221,12 @@ class Files:
         ("Q4_1", "auto", "torch", (4096 + 640 + 64) * 4, False),
         ("F16", "auto", "native", (4096 + 640 + 64) * 4, False),
         ("F16", "q8_0", "native", 4096 * 34 // 32 + 640 * 34 // 32 + 256, True),
+        ("F16", "q8_0", "gpu", (4096 + 640 + 64) * 4, False),
+        ("Q4_1", "auto", "gpu", (4096 + 640 + 64) * 4, False),
+        ("F16", "int4", "gpu", (4096 + 640) // 2 + 74 * 2 + 256, True),
+        ("F16", "fp8", "gpu", 4096 + 640 + 74 * 4 + 256, True),
+        ("F16", "int4", "native", (4096 + 640) * 18 // 32 + 256, True),
+        ("F16", "fp8", "native", (4096 + 640 + 64) * 4, False),
     ],
 )
 def test_weights_are_counted_as_they_will_be_loaded(

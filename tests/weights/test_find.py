@@ -102,12 +102,16 @@ def test_known_models_say_what_their_headers_say(tiny, places):
     (places.models / "broken.gguf").write_bytes(b"GGUF")
     shutil.copytree(tiny("gemma3"), places.models / "org" / "gemma")
     cache(places, "org/name", tiny("llama"))
+    packed = Path(shutil.copytree(tiny("llama"), places.models / "org" / "packed"))
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     found = {model.name: (model.kind, model.family, model.quantisation) for model in known_models()}
     assert found == {
         "broken": ("gguf", "", "damaged"),
         "mine": ("gguf", "qwen2", "Q8_0"),
         "org/gemma": ("safetensors", "gemma3_text", "F32"),
         "org/name": ("safetensors", "llama", "F32"),
+        "org/packed": ("safetensors", "llama", "gptq"),
     }
     for model in known_models():
         assert resolve(model.name, allow_download=False) == model.path

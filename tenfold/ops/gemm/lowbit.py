@@ -118,7 +118,7 @@ def candidates(rows: int, cols: int, batch: int, format: Format, sms: int) -> It
 
 
 def sensible(plan: LowbitPlan, format: Format) -> bool:
-    """Whether sums and weights of a tile fit the registers of its warps, and no scale is multiplied more than needed."""
+    """Whether sums and weights of a tile fit the registers of its warps, and tiles the groups where they can."""
     registers = plan.rows * plan.tokens <= 2048 * plan.warps and plan.rows * plan.cols <= 4096 * plan.warps
     return registers and (not format.group or plan.cols <= max(64, format.group))
 
