@@ -1,6 +1,7 @@
 """From names to paths: the order of places, what is refused, and downloads through stand-ins for pip and the hub."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
