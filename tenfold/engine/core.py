@@ -25,7 +25,7 @@ from tenfold.cache.store import KVStore
 from tenfold.engine import inspect
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.grammar import Grammars, Matcher
-from tenfold.engine.masks import Mask, Masks
+from tenfold.engine.masks import Held, Mask, Masks, ahead
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows
 from tenfold.engine.opened import Opened
 from tenfold.engine.plan import Entry, StepPlan
@@ -364,7 +364,7 @@ class Engine:
                 return {}
             while self._inflight:
                 self._collect(outputs)
-            return self.speculator.draft(self.scheduler)
+            return self.speculator.draft(self.scheduler, self.masks.settle)
         except Exception:
             logger.exception("drafting failed; the engine goes on without speculation")
             self.speculator = None
@@ -391,7 +391,10 @@ class Engine:
             return Isolated(plan, [error] * len(plan.entries))
         held = [e.sequence for e in plan.entries if e.sample and e.sequence.matcher is not None]
         if held and not self._inflight:
-            self.masks.start(held)
+            further: list[Held] = [
+                a for e in plan.entries if e.drafts and e.sequence.matcher is not None for a in ahead(e)
+            ]
+            self.masks.start([*held, *further])
         forward: Forward | Exception
         try:
             forward = self.runner.forward(plan.entries, plan.decodes)
@@ -414,8 +417,8 @@ class Engine:
         going = [s for s in held if s.status is not Status.FINISHED]
         mask = self.masks.result(going)
         for sequence in going:
-            if sequence in mask.errors:
-                reason = f"The grammar cannot be followed further: {mask.errors[sequence]}"
+            if (sequence, 0) in mask.errors:
+                reason = f"The grammar cannot be followed further: {mask.errors[sequence, 0]}"
                 outputs.append(self._end(sequence, FinishReason.ERROR, reason))
         return mask
 
@@ -464,9 +467,10 @@ class Engine:
             return self._pooled(entry, tokens.pooled[place]) if place in tokens.pooled else None
         before = len(sequence.tokens)
         text = ""
-        for token in (tokens.ids[place], *tokens.more.get(place, ())):
-            more, finish, stop = self._append(sequence, token)
-            text += more
+        more = tokens.more.get(place, ())
+        for token in (tokens.ids[place], *more):
+            new, finish, stop = self._append(sequence, token)
+            text += new
             if finish is not None:
                 break
         brought = len(sequence.tokens) - before
@@ -474,7 +478,7 @@ class Engine:
         if brought > 1:
             self.scheduler.accept(sequence, brought - 1)
         if self.speculator is not None:
-            self.speculator.read(sequence, before, len(entry.drafts))
+            self.speculator.read(sequence, before, len(entry.drafts), len(more))
         if finish is FinishReason.ERROR:
             return self._end(sequence, finish, f"The grammar cannot be followed further: {sequence.matcher.error}")
         if finish is not None:

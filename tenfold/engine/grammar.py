@@ -84,6 +84,11 @@ class Matcher:
         taken: bool = self.ll.consume_token(token)
         return taken
 
+    def fits(self, tokens: Sequence[int]) -> int:
+        """How many of these could be the answer's next, one after the other."""
+        count: int = self.ll.validate_tokens(list(tokens))
+        return count
+
     @property
     def accepting(self) -> bool:
         """Whether the answer may end here."""

@@ -184,7 +184,7 @@ class Sampler:
         """On a CPU, the tokens allowed at the places where these are few: work on them alone is a tenth."""
         if mask is None or self.device.type != "cpu":
             return {}
-        found = ((i, mask.few.get(entries[i].sequence)) for i in plan.masked)
+        found = ((i, mask.few.get(_place(entries[i]))) for i in plan.masked)
         return {i: ids for i, ids in found if ids is not None}
 
     def _free(
@@ -197,7 +197,7 @@ class Sampler:
         if mask is None or self.device.type != "cpu":
             return {}
         cut = {group.places[0] for group in plan.groups if group.truncated}
-        found = ((i, mask.rows.get(entries[i].sequence)) for i in plan.masked if i not in few and i not in cut)
+        found = ((i, mask.rows.get(_place(entries[i]))) for i in plan.masked if i not in few and i not in cut)
         return {i: row for i, row in found if row is not None}
 
     def _correct(
@@ -244,8 +244,8 @@ class Sampler:
             for place, allowed in few.items():
                 ops.allow_few(logits, place, allowed)
             left = (i for i in plan.masked if i not in few and i not in free)
-            places = [i for i in left if entries[i].sequence in mask.rows]
-            ops.allow_only(logits, places, [mask.rows[entries[i].sequence] for i in places])
+            places = [i for i in left if _place(entries[i]) in mask.rows]
+            ops.allow_only(logits, places, [mask.rows[_place(entries[i])] for i in places])
 
     def _draw(
         self, logits: Tensor, group: Group, entries: Seq[Entry], few: dict[int, np.ndarray], again: bool = False
@@ -337,6 +337,11 @@ def _with_drafts(table: Tensor, drafts: Seq[tuple[int, Seq[int]]]) -> Tensor:
         else:
             table.index_put_((rows, tokens), torch.ones_like(tokens, dtype=table.dtype), accumulate=True)
     return table
+
+
+def _place(entry: Entry) -> tuple[Sequence, int]:
+    """How masks name it."""
+    return entry.sequence, len(entry.drafts)
 
 
 def _position(entry: Entry) -> int:

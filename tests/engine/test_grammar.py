@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -297,12 +298,32 @@ def alone(params: SamplingParams) -> dict[int, list[int]]:
     return {index: tokens for (_, index), tokens in fake.answers(fake.drain(engine)).items()}
 
 
+class Told(fake.Guesses):
+    """Guesses what the answers are, but for every sixth token."""
+
+    def __init__(self, answers: list[dict[int, list[int]]]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def draft(self, wanted: Any) -> Any:
+        for sequence, count in wanted.items():
+            known, done = len(sequence.tokens), sequence.generated
+            answer = self.answers[int(sequence.request.id) % len(JOBS)][sequence.index][done : done + count]
+            guess = tuple((t + ((known + i) % 6 == 0)) % VOCAB for i, t in enumerate(answer))
+            sequence.guess.propose(known, guess)
+        return {sequence: sequence.guess.tokens for sequence in wanted}
+
+
 @LOOKAHEAD
 @pytest.mark.parametrize("pages", [512, 12])
-def test_an_answer_does_not_depend_on_others(lookahead: int, pages: int) -> None:
-    """In changing batches, in chunks, preempted, one step ahead."""
+@pytest.mark.parametrize("speculates", [False, True])
+def test_an_answer_does_not_depend_on_others(lookahead: int, pages: int, speculates: bool) -> None:
+    """In changing batches, in chunks, preempted, one step ahead, guessed ahead."""
     expected = [alone(p) for p in JOBS]
-    engine = make_engine(pages=pages, lookahead=lookahead, max_batch=5, max_step_tokens=7, max_model_len=96)
+    sizes = {"max_batch": 5, "max_step_tokens": 17 if speculates else 7, "max_model_len": 96}
+    engine = make_engine(pages=pages, lookahead=lookahead, speculate="ngram" if speculates else "", **sizes)
+    if speculates:
+        fake.speculating(engine, Told(expected))
     engine.grammars = Grammars(TEXT, VOCAB, engine.eos_ids)
     for grammar in filter(None, (p.grammar for p in JOBS)):
         engine.grammars.check(grammar)  # so that every run has the same schedule
@@ -315,6 +336,25 @@ def test_an_answer_does_not_depend_on_others(lookahead: int, pages: int) -> None
         assert {k: got[str(i), k] for k in range(JOBS[i % len(JOBS)].n)} == expected[i % len(JOBS)]
     assert (engine.stats().preemptions > 0) == (pages == 12)
     assert engine.stats().pages_used == 0
+    assert (engine.stats().accepted_tokens > 20) == speculates
+
+
+def test_guesses_are_cut_where_the_grammar_does_not_allow_them() -> None:
+    answer = alone(replace(JOBS[2], temperature=0.0))[0]
+
+    class Wild(fake.Guesses):
+        def draft(self, wanted: Any) -> Any:
+            for sequence in wanted:
+                following = answer[sequence.generated : sequence.generated + 2]
+                sequence.guess.propose(len(sequence.tokens), (*following, VOCAB - 1, VOCAB - 2))
+            return {sequence: sequence.guess.tokens for sequence in wanted}
+
+    engine = fake.speculating(make_engine(speculate="ngram"), Wild(), fake.All())
+    engine.add(Request("r", PROMPT, replace(JOBS[2], temperature=0.0)))
+    outputs = fake.drain(engine)
+    assert fake.answers(outputs)["r", 0] == answer
+    assert [r.token for o in outputs for r in o.logprobs] == answer
+    assert engine.stats().accepted_tokens == engine.stats().drafted_tokens > 4
 
 
 def test_real_models_answer_in_a_batch_as_they_do_alone(tiny: Callable[[str], Path]) -> None:
@@ -387,7 +427,7 @@ def waiting_engine(n: int = 1) -> tuple[Engine, Slow]:
     engine.grammars = slow  # type: ignore[assignment]
     engine.clock = fake.Clock()
     engine.add(Request("r", PROMPT, SamplingParams(grammar=Grammar("regex", "ab"), n=n), deadline=50.0))
-    engine.add(Request("other", PROMPT, SamplingParams(max_tokens=3)))
+    engine.add(Request("other", PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)))
     outputs = [o for _ in range(9) for o in engine.step()]
     assert end_of(outputs, "other").finish is FinishReason.LENGTH
     assert not [o for o in outputs if o.request_id == "r"]
@@ -421,7 +461,7 @@ def test_a_request_can_end_while_its_grammar_is_compiled(end: str, n: int) -> No
     slow.futures[0].set_result(slow.real.start(Grammar("regex", "ab")))
     assert engine.step() == []
     assert engine.stats().waiting == 0
-    engine.add(Request("r", PROMPT, SamplingParams(max_tokens=2)))
+    engine.add(Request("r", PROMPT, SamplingParams(max_tokens=2, ignore_eos=True)))
     assert end_of(fake.drain(engine)).finish is FinishReason.LENGTH
 
 
@@ -678,7 +718,7 @@ def test_all_end_tokens_are_allowed_where_the_grammar_is_complete_and_padding_ne
     while not engine.scheduler.running:
         engine.step()
     (sequence,) = engine.scheduler.decoding
-    row = Masks(VOCAB).fill([sequence]).rows[sequence]
+    row = Masks(VOCAB).fill([sequence]).rows[sequence, 0]
     allowed = {i for i in range(32 * len(row)) if row[i // 32] >> (i % 32) & 1}
     known = {i for i in range(TEXT.vocab_size) if i not in TEXT.special_ids}
     assert allowed - set(ends) <= known

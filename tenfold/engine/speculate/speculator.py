@@ -5,7 +5,7 @@ Drafts follow the last token of a sequence, so they need the steps before to hav
 step ahead it reads first only while drafts pay (`worthwhile`); otherwise it stays ahead as without speculation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from tenfold.engine.scheduler import Scheduler
@@ -65,8 +65,10 @@ class Speculator:
         self._idle += 1
         return self._idle >= self._patience and any(self._tries(offers))
 
-    def draft(self, scheduler: Scheduler) -> dict[Sequence, tuple[int, ...]]:
-        """Drafts for the next plan, whose pages the scheduler has reserved. No step is in flight."""
+    def draft(self, scheduler: Scheduler, settle: Callable[[], None]) -> dict[Sequence, tuple[int, ...]]:
+        """Drafts for the next plan, whose pages the scheduler has reserved. No step is in flight. settle: returns when
+        matchers may be asked what grammars allow.
+        """
         offers = self._offers(scheduler)
         if not offers:
             return {}
@@ -87,17 +89,22 @@ class Speculator:
         if not wanted:
             return {}
         drafts = self.drafter.draft(wanted)
+        if any(sequence.matcher is not None for sequence in drafts):
+            settle()
+            drafts = fitting(drafts)
         self.policy.promise((offers[sequence].odds, len(own)) for sequence, own in drafts.items())
         return drafts
 
-    def read(self, sequence: Sequence, before: int, drafts: int) -> None:
-        """A step brought tokens[before:] of a sequence; drafts: how many it verified."""
+    def read(self, sequence: Sequence, before: int, drafts: int, right: int) -> None:
+        """A step brought tokens[before:] of a sequence. drafts: how many it verified; right: of these, perhaps past the
+        end of the answer.
+        """
         guess: Guess | None = sequence.guess
         brought = len(sequence.tokens) - before
         self.drafted += drafts
         if drafts:
-            self.accepted += brought - 1
-            self.policy.keep(brought - 1)
+            self.accepted += min(right, brought)
+            self.policy.keep(right)
         if guess is None or guess.at != before or not guess.tokens:
             return
         right = accepted(guess.tokens, sequence.tokens[before:])
@@ -116,7 +123,7 @@ class Speculator:
     def _offers(self, scheduler: Scheduler) -> dict[Sequence, Offer]:
         found: dict[Sequence, Offer] = {}
         for sequence in scheduler.decoding if scheduler.draft_room > 0 else ():
-            if sequence.verifying or sequence.generated == 0 or sequence.request.params.grammar is not None:
+            if sequence.verifying or sequence.generated == 0:
                 continue
             guess = sequence.guess
             if guess is None:
@@ -135,3 +142,13 @@ class Speculator:
     def _tries(self, offers: Mapping[Sequence, Offer]) -> list[int]:
         """To learn anew what drafts bring and cost."""
         return [0 if self.drafter.watches and o.odds < HOPELESS else o.length for o in offers.values()]
+
+
+def fitting(drafts: Mapping[Sequence, tuple[int, ...]]) -> dict[Sequence, tuple[int, ...]]:
+    """The drafts up to the first that a sequence's grammar does not allow."""
+    found = {}
+    for sequence, own in drafts.items():
+        fit = own if sequence.matcher is None else own[: sequence.matcher.fits(own)]
+        if fit:
+            found[sequence] = fit
+    return found
