@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 IGNORED = ("SIGINT", "SIGTERM", "SIGHUP")
 PR_SET_PDEATHSIG = 1  # prctl: the signal to get when the parent ends
 FLUSH = 2000  # milliseconds for the last messages to reach the parent
+TRIM = 60.0  # seconds between two times that free memory is given back
 
 # How an exception is called on the wire, the first that fits.
 FAILURES: dict[str, type[Exception]] = {"value": ValueError, "import": ImportError, "os": OSError}
@@ -179,8 +180,12 @@ class EngineProcess:
         return True
 
     def _beat(self, loop: EngineLoop) -> None:
+        trim_at = time.monotonic()
         while True:
             self._events.send(wire.Beat(loop.stats(), loop.busy, loop.turns, loop.age, loop.describe()))
+            if time.monotonic() >= trim_at:
+                give_back()
+                trim_at = time.monotonic() + TRIM
             time.sleep(self._start.beat)
 
     def _fail(self, error: BaseException) -> NoReturn:
@@ -194,6 +199,15 @@ class EngineProcess:
         """At once, for daemon threads and an interpreter that shuts down do not go together."""
         self._events.close()
         os._exit(code)
+
+
+def give_back() -> None:
+    """Have the C library return memory to the system that nothing uses any more. By itself it keeps what loading and
+    the steps leave behind, and takes more whenever a step of another size finds no gap that is long enough: tens of
+    megabytes in an hour of mixed load. Takes a few milliseconds.
+    """
+    with suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_with_parent() -> None:

@@ -507,6 +507,63 @@ def test_a_step_crosses_over_once():
     assert largest == 8
 
 
+@pytest.mark.parametrize("takes", ["all", "none", "every other"])
+def test_a_tap_gets_outputs_that_were_waited_for(takes):
+    """Between them, the tap and the iterator have every token once and in order; the last is the iterator's."""
+    everything, offered = [], []
+
+    def tap(output):
+        offered.append(output)
+        assert output.finish is None
+        taken = {"all": True, "none": False, "every other": len(offered) % 2 == 0}[takes]
+        if taken:
+            everything.append(output)
+        return taken
+
+    async def main():
+        async with make(AsyncLLM) as llm:
+            async with aclosing(llm.generate("abc", GREEDY, tap=tap)) as outputs:
+                async for output in outputs:
+                    everything.append(output)
+
+    asyncio.run(main())
+    assert tokens_of(everything) == reference(TEXT.encode("abc"), 11)
+    assert offered
+    assert everything[-1].finish is not None
+    assert everything[-1] not in offered
+
+
+def test_a_tap_that_fails_ends_its_request_alone():
+    def tap(output):
+        raise KeyError("a fault of its own")
+
+    async def main():
+        async with make(AsyncLLM) as llm:
+            other = asyncio.ensure_future(collect(llm, "abd"))
+            with pytest.raises(KeyError, match="a fault of its own"):
+                await collect(llm, "abc", ENDLESS, tap=tap)
+            assert tokens_of(await other) == reference(TEXT.encode("abd"), 11)
+            await asyncio.to_thread(wait_until, lambda: is_idle(llm))
+
+    asyncio.run(main())
+
+
+def test_a_tap_is_offered_nothing_once_its_iterator_is_closed():
+    offered = []
+
+    async def main():
+        async with make(AsyncLLM) as llm:
+            outputs = llm.generate("abc", ENDLESS, tap=lambda output: bool(offered.append(output)))
+            await anext(outputs)
+            await outputs.aclose()
+            count = len(offered)
+            await asyncio.to_thread(wait_until, lambda: is_idle(llm))
+            await asyncio.sleep(0)
+            assert len(offered) == count
+
+    asyncio.run(main())
+
+
 PHASES = {
     "before any step": 0,
     "between two chunks of its prompt": 1,

@@ -1,67 +1,14 @@
 """Bytes no HTTP client would send, over a real socket: what uvicorn and httptools make of them, and what we add."""
 
 import socket
-import threading
 import time
 
 import pytest
-import uvicorn
 
-from tenfold.serve.app import create_app
-from tenfold.serve.connection import bounded
-from tenfold.serve.settings import ServeConfig
-from tests.serve.conftest import FakeLLM
+from tests.serve.live import Live, read_all
 
 HOST = b"Host: localhost\r\n"
 BODY = b'{"model": "tiny", "prompt": "Hi", "max_tokens": 2}'
-
-
-class Live:
-    """A server on a free port, in a thread."""
-
-    def __init__(self, **settings):
-        self.settings = ServeConfig(**settings)
-        self.llm = FakeLLM()
-        config = uvicorn.Config(
-            create_app({"tiny": self.llm}, self.settings),
-            http=bounded(self.settings),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            server_header=False,
-        )
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
-        self.thread.start()
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.listener.close()
-
-    def connect(self):
-        return socket.create_connection(self.listener.getsockname(), 10)
-
-    def send(self, *parts):
-        """All that comes back until the server closes."""
-        with self.connect() as client:
-            try:
-                for part in parts:
-                    client.sendall(part)
-            except OSError:
-                pass  # it may close before it has read everything
-            return read_all(client)
-
-
-def read_all(client):
-    found = b""
-    try:
-        while part := client.recv(65536):
-            found += part
-    except ConnectionError:
-        pass
-    return found
 
 
 @pytest.fixture(scope="module")
