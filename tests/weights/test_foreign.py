@@ -125,7 +125,9 @@ def test_every_value_is_found_again(layout: str, tiny: Folder, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", ["llama-bias", "qwen2"])
-@pytest.mark.parametrize("layout", ["gptq-act-order", "awq", "packed-4-asymmetric", "float-channel", "fp8-block"])
+@pytest.mark.parametrize(
+    "layout", ["gptq", "gptq-act-order", "awq", "packed-4-asymmetric", "float-channel", "fp8-block"]
+)
 def test_logits_are_those_of_the_dequantised_model(
     layout: str, family: str, tiny: Folder, tmp_path: Path, kernels: Kernels
 ) -> None:
