@@ -197,8 +197,18 @@ def rope_write_kernel(
             store_part(values, place, owned, 0, load_part(qkv, source, owned, 0, D, DP), D, DP)
 
 
+def refuse_strided(*tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are contiguous: kernels count elements, not strides."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"A tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}; GPU kernels take contiguous "
+                "tensors only: call .contiguous() first."
+            )
+
+
 def norm(x: Tensor, norm: Norm) -> Tensor:
-    """`Kernels.norm`: x [..., D] contiguous."""
+    """`Kernels.norm`: x [..., D] contiguous. As all below, raises ValueError for what is not contiguous."""
     return _norm(x, None, norm)
 
 
@@ -208,6 +218,7 @@ def add_norm(x: Tensor, y: Tensor, norm: Norm) -> Tensor:
 
 
 def _norm(x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
+    refuse_strided(x, residual)
     out = torch.empty_like(x)
     size = x.shape[-1]
     rows = x.numel() // size if size else 0
@@ -224,6 +235,7 @@ def _norm(x: Tensor, residual: Tensor | None, norm: Norm) -> Tensor:
 
 def embed(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
     """`table[ids] * scale`: ids [T], table [rows, D] -> [T, D]. Ids must be rows of the table."""
+    refuse_strided(ids, table)
     size = table.shape[1]
     out = table.new_empty(ids.shape[0], size)
     if out.numel():
@@ -236,6 +248,7 @@ def embed(ids: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
 
 def act_mul(y: Tensor, act: str) -> Tensor:
     """y [T, 2 I], gate then up -> `act(gate) * up` [T, I]; act(gate) is rounded first."""
+    refuse_strided(y)
     width = y.shape[1] // 2
     out = y.new_empty(y.shape[0], width)
     if out.numel():
@@ -248,7 +261,8 @@ def act_mul(y: Tensor, act: str) -> Tensor:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """`x + y`, both contiguous and of one shape and type."""
+    """`x + y`, both of one shape and type."""
+    refuse_strided(x, y)
     out = torch.empty_like(x)
     if out.numel():
         add_kernel[(triton.cdiv(x.numel(), TILE),)](x, y, out, x.numel(), B=TILE, num_warps=warps(TILE))
@@ -267,6 +281,7 @@ def rope_write(
     k_norm: Norm | None = None,
 ) -> Tensor:
     """`Kernels.rope_write`. A token whose slot is negative is not written. keys, values: contiguous within a page."""
+    refuse_strided(qkv, table, positions, slots)
     tokens = qkv.shape[0]
     out = qkv.new_empty(tokens, spec.heads * spec.head_dim)
     if not tokens:

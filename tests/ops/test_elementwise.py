@@ -135,3 +135,18 @@ def test_rotary_and_pages(
     assert torch.equal(got.isnan(), wanted.isnan())
     close(got[0].nan_to_num(), wanted[0].nan_to_num(), 4)
     assert torch.equal(got[1].nan_to_num(), wanted[1].nan_to_num())
+
+
+def test_tensors_that_are_not_contiguous_are_refused(dtype: torch.dtype) -> None:
+    x = random(4, 8, dtype=dtype)
+    strided, norm = random(8, 4, dtype=dtype).t(), gain(8)
+    calls = (
+        lambda: elementwise.norm(strided, norm),
+        lambda: elementwise.add_norm(x, strided, norm),
+        lambda: elementwise.add(x, strided),
+        lambda: elementwise.act_mul(strided, "silu"),
+        lambda: elementwise.embed(torch.zeros(2, dtype=torch.int64, device=DEVICE), strided),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="contiguous"):
+            call()

@@ -4,45 +4,53 @@ A program owns a few rows of the weight; every lane multiplies and adds its colu
 at the end. Fusions and roundings are those of `flat`, and x * norm weight is not rounded.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tenfold.ops.gemm.flat import activate, own_rows
-from tenfold.ops.gpu.stream import GATES
+from tenfold.ops.elementwise import refuse_strided
+from tenfold.ops.gemm.flat import activate, bring, own_rows
+from tenfold.ops.gpu.stream import GATES, SHARED
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 4
-TILES = ((8, 512), (4, 1024), (16, 256), (2, 1024))
-STAGES = 3
+TILES = ((8, 512, 1), (4, 1024, 1), (16, 256, 1), (4, 512, 1), (8, 512, 3), (4, 1024, 3), (4, 512, 4))
 
 
 @dataclass(frozen=True, slots=True)
 class GemvPlan:
-    """Rows of a program, and columns it takes at once."""
+    """Rows of a program, columns it takes at once, and tiles of both under way: 1, in registers; more, in shared
+    memory. early: begins before the kernel before it has ended.
+    """
 
     rows: int
     cols: int
+    stages: int = 1
+    early: bool = False
 
     def __str__(self) -> str:
-        return f"gemv:{self.rows}x{self.cols}"
+        return f"gemv:{self.rows}x{self.cols}" + f"x{self.stages}" * (self.stages > 1) + ":early" * self.early
 
 
 def parse(name: str) -> GemvPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    kind, _, sizes = name.partition(":")
-    numbers = sizes.split("x")
-    if kind != "gemv" or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
-        raise ValueError(f"{name!r} is no plan of a matrix-vector product; allowed: gemv:ROWSxCOLS.")
-    return GemvPlan(*map(int, numbers))
+    found = re.fullmatch(r"gemv:(\d+)x(\d+)(?:x(\d+))?(:early)?", name)
+    if not found:
+        raise ValueError(
+            f"{name!r} is no plan of a matrix-vector product; allowed: gemv:ROWSxCOLS, then xSTAGES, then :early."
+        )
+    rows, cols, stages, early = found.groups()
+    return GemvPlan(int(rows), int(cols), int(stages or 1), early is not None)
 
 
 def legal(plan: GemvPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
-    return 1 <= tokens <= MOST_TOKENS and cols % 16 == 0
+    return 1 <= tokens <= MOST_TOKENS and cols % 16 == 0 and plan.stages * plan.rows * plan.cols * 2 <= SHARED
 
 
 def candidates(tokens: int, rows: int, cols: int) -> Iterator[GemvPlan]:
@@ -61,16 +69,21 @@ def run(
     act: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal."""
+    """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal. Raises ValueError for what is not
+    contiguous.
+    """
+    refuse_strided(x, w, residual)
     tokens, cols = x.shape
     gate = GATES[act]
     out = x.new_empty(tokens, w.shape[0] // 2 if gate else w.shape[0])
+    early = plan.early and not triton.knobs.runtime.interpret
     gemv_kernel[(triton.cdiv(out.shape[1], plan.rows // 2 if gate else plan.rows),)](
         *(x, w, out, bias, residual, None if norm is None else norm.weight, 0.0 if norm is None else norm.eps),
         *(out.shape[1], cols),
-        **{"T": tokens, "BN": plan.rows, "BK": plan.cols, "EVEN": cols % plan.cols == 0, "GATE": gate},
+        **{"T": tokens, "BN": plan.rows, "BK": plan.cols, "STAGES": plan.stages, "EVEN": cols % plan.cols == 0},
+        **{"GATE": gate, "EARLY": early},
         num_warps=4,
-        num_stages=STAGES,
+        **({"launch_pdl": True} if early else {}),
     )
     return out
 
@@ -121,25 +134,32 @@ def gemv_kernel(
     T: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
     EVEN: tl.constexpr,
     GATE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid (size / rows of a program)."""
     tile = tl.program_id(0)
     row = own_rows(tile, size, BN, GATE)
     column = tl.arange(0, BK)
-    source = w + row.to(tl.int64)[:, None] * cols + column[None, :]
+    begins = w + row.to(tl.int64) * cols
+    source = begins[:, None] + column[None, :]
+    if EARLY:  # nothing but weights is read before what ran before has ended, and nothing is written
+        gdc_launch_dependents()
+        bring(begins, 0, cols, BK, 2 if STAGES == 1 else STAGES)
+        gdc_wait()
     acc0 = tl.zeros([BN, BK], tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     squares0 = tl.zeros([BK], tl.float32)
     squares1, squares2, squares3 = squares0, squares0, squares0
-    for k in tl.range(0, cols, BK):
+    for k in tl.range(0, cols, BK, num_stages=STAGES):
         at = k + column
         inside = at < cols
         if EVEN:
-            weights = tl.load(source + k).to(tl.float32)
+            weights = tl.load(source + k, eviction_policy="evict_first").to(tl.float32)
         else:
-            weights = tl.load(source + k, mask=inside[None, :], other=0.0).to(tl.float32)
+            weights = tl.load(source + k, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
         gain = squares0
         if norm is not None:
             gain = tl.load(norm + at, mask=inside, other=0.0)

@@ -35,7 +35,7 @@ def full_precision() -> None:
 @pytest.mark.parametrize(("tokens", "rows", "cols"), [(0, 16, 32), (1, 16, 32), (3, 10, 33), (70, 36, 64)])
 def test_all_that_is_fused(tokens: int, rows: int, cols: int, dtype: torch.dtype) -> None:
     x, w = random(tokens, cols, seed=0).to(dtype), (random(rows, cols, seed=1) / cols**0.5).to(dtype)
-    for biased, normed, act, added in FUSED:
+    for biased, normed, act, added in FUSED if tokens < 70 else FUSED[::5]:
         bias = random(rows, seed=2).to(dtype).float() if biased else None
         norm = Norm(random(cols, seed=3).abs() + 0.5, 1e-5) if normed else None
         residual = random(tokens, rows // 2 if act else rows, seed=4).to(dtype) if added else None

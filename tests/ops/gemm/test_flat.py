@@ -17,6 +17,7 @@ gemv = pytest.importorskip("tenfold.ops.gemm.gemv")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+SMS = 132  # of an H100
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
 # Roundings of sums of size one: of the inner dimension's products, of x times the norm's weight, and of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -70,11 +71,11 @@ def poison(workspace: Workspace) -> None:
 
 
 @BY_DTYPE
-@pytest.mark.parametrize("splits", [1, 3])
-def test_flat_with_all_that_is_fused(workspace: Workspace, splits: int, dtype: torch.dtype) -> None:
-    plan = flat.FlatPlan(32, 64, 2, splits)
+@pytest.mark.parametrize("ends", [(1, False), (3, False), (3, True)], ids=["whole", "last", "apart"])
+def test_flat_with_all_that_is_fused(workspace: Workspace, ends: tuple[int, bool], dtype: torch.dtype) -> None:
+    plan = flat.FlatPlan(32, 64, 2, *ends, early=True)
     assert flat.legal(plan, 3, 44, 176)
-    for fused in FUSED if dtype == DTYPES[0] else FUSED[::5]:
+    for fused in FUSED if dtype == DTYPES[0] and not plan.apart else FUSED[::5]:
         given = case(3, 44, 176, dtype, fused)
         poison(workspace)
         close(flat.run(plan, workspace, *given), reference(*given))
@@ -98,10 +99,27 @@ def test_flat_repeats_bit_for_bit_and_leaves_counters_at_zero(workspace: Workspa
     assert not workspace.counters.any()
 
 
+def test_who_adds_the_shares_up_does_not_change_the_result(workspace: Workspace) -> None:
+    given = case(5, 96, 256, DTYPES[-1], (True, True, None, True))
+    results = [flat.run(flat.FlatPlan(32, 32, 2, 5, apart), workspace, *given) for apart in (False, True)]
+    assert torch.equal(*results)
+
+
+def test_a_share_without_columns_adds_nothing(workspace: Workspace) -> None:
+    given = case(2, 32, 16 * 9, DTYPES[-1], (False, True, None, False))
+    plan = flat.FlatPlan(32, 16, 2, 8)  # shares of two tiles: five of the eight have any
+    poison(workspace)
+    close(flat.run(plan, workspace, *given), reference(*given))
+
+
 def test_stages_do_not_change_the_result(workspace: Workspace) -> None:
     given = case(2, 64, 256, DTYPES[-1], (False, False, None, False))
     plans = list(flat.ablation(flat.FlatPlan(64, 64, 4, 2), 2, 64, 256))
-    assert [p.stages for p in plans] == [1, 2, 3, 4, 6]
+    assert [(p.stages, p.apart, p.early) for p in plans] == [
+        *((stages, False, False) for stages in (1, 2, 3, 4, 6)),
+        (4, True, False),
+        (4, False, True),
+    ]
     results = [flat.run(plan, workspace, *given) for plan in plans]
     assert all(torch.equal(results[0], other) for other in results)
 
@@ -111,22 +129,66 @@ def test_stages_do_not_change_the_result(workspace: Workspace) -> None:
 def test_gemv_with_all_that_is_fused(tokens: int, dtype: torch.dtype) -> None:
     for fused in FUSED if tokens == 3 and dtype == DTYPES[0] else FUSED[::7]:
         given = case(tokens, 20, 144, dtype, fused)
-        close(gemv.run(gemv.GemvPlan(8, 64), *given), reference(*given))
+        close(gemv.run(gemv.GemvPlan(8, 64, tokens, early=True), *given), reference(*given))
+
+
+@pytest.mark.parametrize("which", ["x", "w", "residual"])
+def test_tensors_that_are_not_contiguous_are_refused(workspace: Workspace, which: str) -> None:
+    given = list(case(2, 32, 64, DTYPES[0], (False, False, None, True)))
+    at = {"x": 0, "w": 1, "residual": 5}[which]
+    given[at] = given[at].t().contiguous().t()
+    with pytest.raises(ValueError, match="contiguous"):
+        flat.run(flat.FlatPlan(32, 32, 2), workspace, *given)
+    with pytest.raises(ValueError, match="contiguous"):
+        gemv.run(gemv.GemvPlan(8, 64), *given)
 
 
 def test_plans_are_legal_and_keep_their_names() -> None:
     for tokens, rows, cols in ((1, 4096, 4096), (33, 128256, 4096), (64, 4096, 14336)):
-        plans = list(flat.candidates(tokens, rows, cols, 132))
-        assert plans
+        plans = list(flat.candidates(tokens, rows, cols, SMS))
+        assert 0 < len(plans) <= 26
         assert all(flat.legal(p, tokens, rows, cols) and flat.parse(str(p)) == p for p in plans)
         assert all(gemv.parse(str(p)) == p for p in gemv.candidates(tokens, rows, cols))
-    assert not list(flat.candidates(65, 4096, 4096, 132))
-    assert not list(flat.candidates(1, 4096, 4090, 132))
+    assert not list(flat.candidates(65, 4096, 4096, SMS))
+    assert not list(flat.candidates(1, 4096, 4090, SMS))
     assert not list(gemv.candidates(5, 4096, 4096))
-    assert any(p.splits > 1 for p in flat.candidates(1, 1024, 4096, 132))
+    assert any(p.splits > 1 for p in flat.candidates(1, 1024, 4096, SMS))
 
 
-@pytest.mark.parametrize("name", ["flat", "flat:64x64:s1", "flat:64x64x2", "gemv:8", "flat:axbxc:s1", "flat:1x2x3:s-1"])
+@pytest.mark.parametrize(
+    "name", ["flat:64x128x4:s2", "flat:64x128x4:s2:apart", "flat:64x128x4:s1:early", "flat:64x128x4:s2:apart:early"]
+)
+def test_names_of_flat_plans(name: str) -> None:
+    assert str(flat.parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["gemv:8x512", "gemv:8x512x3", "gemv:4x1024:early"])
+def test_names_of_matrix_vector_plans(name: str) -> None:
+    assert str(gemv.parse(name)) == name
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(4096, 4096), (6144, 4096), (22016, 4096), (4096, 14336), (1024, 1024), (128256, 4096)]
+)
+def test_the_rule_fills_the_gpu_evenly(rows: int, cols: int, tokens: int) -> None:
+    plan = flat.plan(tokens, rows, cols, SMS)
+    assert flat.legal(plan, tokens, rows, cols)
+    assert flat.under_way(plan, tokens) >= 18 << 10
+    programs = -(-rows // plan.rows) * plan.splits
+    assert programs >= (1.5 if rows >= 4096 else 0.9) * SMS
+    if rows >= 4096:
+        assert programs / SMS / -(-programs // SMS) > 0.85  # of the time, the average multiprocessor is busy
+
+
+def test_the_rule_has_no_plan_for_what_is_not_legal() -> None:
+    assert flat.plan(65, 4096, 4096, SMS) is None
+    assert flat.plan(1, 4096, 4090, SMS) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["flat", "flat:64x64:s1", "flat:64x64x2", "gemv:8", "flat:axbxc:s1", "flat:1x2x3:s-1", "gemv:8x64:apart"]
+)
 def test_names_of_no_plan(name: str) -> None:
     with pytest.raises(ValueError, match="allowed"):
         flat.parse(name)
