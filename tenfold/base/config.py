@@ -87,8 +87,9 @@ class EngineConfig:
     )
     gemm: str = setting(
         "auto",
-        "GPU linear operations: auto (the arm measured by `tenfold tune`, else a rule) or library (cuBLAS everywhere)",
-        choices=("auto", "library"),
+        "GPU linear operations: auto (the arm measured by `tenfold tune`, else a rule), library (cuBLAS everywhere), "
+        "flat (FlashDecoding++'s flat GEMM where it can, else cuBLAS), flat-1 (no buffering), flat-2 (double buffers)",
+        choices=("auto", "library", "flat", "flat-1", "flat-2"),
     )
     speculate: str = setting(
         "",

@@ -75,7 +75,7 @@ def stages(
         matrices = tune.weights(work, timer, running.context.device)
         for batch in batches:
             one = replace(work, tokens=batch)
-            plan = best_flat(one, running)
+            plan = arms.best_flat(one, running.table, running.sms)
             if plan is None:
                 continue
             names = ["cublas", *map(str, flat.ablation(plan, batch, one.rows, one.cols))]
@@ -83,14 +83,6 @@ def stages(
             rows.append({"op": str(one.use), "rows": one.rows, "cols": one.cols, "batch": batch, "microseconds": times})
             print(f"{one.use} {one.rows} x {one.cols}, batch {batch}: {times}", flush=True)
     return rows
-
-
-def best_flat(work: arms.Work, running: arms.Arms) -> flat.FlatPlan | None:
-    """The flat plan that was measured to be the fastest, else the first that is legal."""
-    times = running.table.times(arms.key(work, running.sms))
-    measured = sorted((took, name) for name, took in times.items() if name.startswith("flat:"))
-    names = [name for _, name in measured] or list(arms.FAMILIES["flat"].candidates(work, running.sms))
-    return flat.parse(names[0]) if names else None
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class Facts:
     config: with every size filled in. path: of the checkpoint, "" for a model made in memory. family: the model's
     class. memory: the plan, for people. timeline: phases of loading with their seconds. choices: one dict for each
     operation, shape and batch size with operation, shape, format, batch, budget, arm, microseconds (None: not
-    measured), runner_up, runner_up_microseconds, source ("measured", "rule" or "only") and why.
+    measured), runner_up, runner_up_microseconds, source ("measured", "rule", "fixed" or "only") and why.
     """
 
     config: EngineConfig

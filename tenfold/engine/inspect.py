@@ -15,6 +15,11 @@ if TYPE_CHECKING:  # the engine uses this module
     from tenfold.engine.core import Engine
 
 SHOWN = 64  # sequences of a description
+WHY = {
+    "measured": "the fastest measured here",
+    "rule": "the rule; nothing was measured here",
+    "fixed": "a setting fixed it",
+}
 
 
 def facts(engine: Engine) -> Facts:
@@ -59,7 +64,7 @@ def _row(choice: choose.Choice) -> Choice:
         "runner_up": choice.runner_up,
         "runner_up_microseconds": choice.runner_up_microseconds,
         "source": choice.source,
-        "why": "the fastest measured here" if choice.source == "measured" else "the rule; nothing was measured here",
+        "why": WHY[choice.source],
     }
 
 

@@ -41,7 +41,9 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs and why. source: "measured" or "rule"; times in microseconds, None where not measured."""
+    """What runs and why. source: "measured", "rule" or "fixed" (by a user); times in microseconds, None where not
+    measured.
+    """
 
     key: Key
     arm: str
@@ -54,7 +56,7 @@ class Choice:
         k = self.key
         head = f"{k.op} {k.rows} x {k.cols} {k.format}, batch {k.batch}, budget {k.budget}: {self.arm}"
         if self.microseconds is None:
-            return f"{head} (rule; not measured)"
+            return f"{head} ({self.source}; not measured)"
         other = f"; next {self.runner_up} {self.runner_up_microseconds:.1f} us" if self.runner_up else ""
         return f"{head} ({self.source} {self.microseconds:.1f} us{other})"
 

@@ -17,11 +17,15 @@ SOFTMAX = ("online", "lazy", "unified", "paper")
 """How attention keeps its exponentials in range: a running maximum; one that moves only when it must; one that was
 measured before, checked by the sum; the same, checked by every score (FlashDecoding++)."""
 
+GEMM = ("library", "flat", "flat-1", "flat-2")
+"""What runs linear operations on dense weights: cuBLAS; the flat GEMM of FlashDecoding++ up to 64 tokens; that without
+buffering; that with the paper's double buffering."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a user fixed by hand about GPU kernels. graphs: capture steps of decodes; softmax: an arm of SOFTMAX; gemm:
-    "library" for cuBLAS everywhere; "auto": what was measured, else a rule. Raises ValueError.
+    one of GEMM; "auto": what was measured, else a rule. Raises ValueError.
     """
 
     graphs: bool = True
@@ -29,7 +33,7 @@ class Options:
     gemm: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("softmax", ("auto", *SOFTMAX)), ("gemm", ("auto", "library"))):
+        for name, allowed in (("softmax", ("auto", *SOFTMAX)), ("gemm", ("auto", *GEMM))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
 

@@ -15,7 +15,7 @@ def test_the_table_and_charts_of_a_gpu(tmp_path, capsys):
     table = Table("gpu", "1", tmp_path / "t.json")
     work = arms.Work(6144, 4096, "dense", arms.Use(norm=True), 1)
     table.record(arms.key(work, 132), {"cublas": 22.0, "gemv:8x512": 18.0, "wide:8x4x1x1:s2": 30.0})
-    choices.show_gpu([work], SimpleNamespace(table=table, sms=132))
+    choices.show_gpu([work], SimpleNamespace(table=table, sms=132, gemm="auto"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:6] == ["OPERATION", "WEIGHT", "FORMAT", "BATCH", "SMS", "RUNS"]
     assert "linear+norm" in lines[1]
@@ -33,7 +33,7 @@ def test_kernels_without_choices_are_refused():
 def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
     """The device is made up; what runs is what a Hopper GPU without a table would run."""
     kernels = SimpleNamespace(
-        name="gpu", reason="", arms=SimpleNamespace(table=Table("gpu", "1", tmp_path / "t"), sms=132)
+        name="gpu", reason="", arms=SimpleNamespace(table=Table("gpu", "1", tmp_path / "t"), sms=132, gemm="auto")
     )
     opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu"))
     monkeypatch.setattr(opened, "device", torch.device("cuda"))

@@ -239,19 +239,42 @@ def key(work: Work, sms: int) -> Key:
     return Key(str(work.use), work.rows, work.cols, work.stored, bucket(work.tokens), sms)
 
 
-def choice(work: Work, table: Table, sms: int) -> Choice:
-    """What runs. A measured arm that cannot do this number of tokens gives way to the rule."""
+def choice(work: Work, table: Table, sms: int, gemm: str = "auto") -> Choice:
+    """What runs. A measured arm that cannot do this number of tokens gives way to the rule. gemm: what a user fixed."""
+    at = key(work, sms) if bucket(work.tokens) else replace(key(work, sms), batch=work.tokens)
+    chosen = fixed(gemm, work, table, sms)
+    if chosen is not None:
+        return Choice(at, chosen, "fixed", table.times(at).get(chosen))
     first = rule(work, sms)
     if not bucket(work.tokens):
-        return Choice(Key(str(work.use), work.rows, work.cols, work.stored, work.tokens, sms), first, "rule")
-    found = table.pick(key(work, sms), first)
-    return found if legal(found.arm, work) else Choice(found.key, first, "rule")
+        return Choice(at, first, "rule")
+    found = table.pick(at, first)
+    return found if legal(found.arm, work) else Choice(at, first, "rule")
+
+
+def fixed(gemm: str, work: Work, table: Table, sms: int) -> str | None:
+    """The arm where a user fixed it: gemm of `kernels.GEMM`, or "auto". None: that leaves it open."""
+    if gemm == "auto" or work.format != "dense":
+        return None
+    plan = None if gemm == "library" else best_flat(work, table, sms)
+    _, _, stages = gemm.partition("-")
+    if plan is not None and stages:
+        plan = replace(plan, stages=int(stages))
+    return "cublas" if plan is None or not legal(str(plan), work) else str(plan)
+
+
+def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
+    """The flat plan that was measured to be the fastest, else the one of its rule; None: none is legal."""
+    times = {name: took for name, took in table.times(key(work, sms)).items() if name.startswith("flat:")}
+    measured = sorted((name for name in times if legal(name, work)), key=times.__getitem__)
+    return flat.parse(measured[0]) if measured else flat.plan(work.tokens, work.rows, work.cols, sms)
 
 
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), here / "stream.py", here / "ring.py"])
+    own = (here / "stream.py", here / "ring.py", here.parent / "elementwise.py")
+    sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), *own])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -265,10 +288,14 @@ def table(device: str) -> Table:
 
 
 class Arms:
-    """Linear operations of one device in one compute type, each by the arm that was measured to be the fastest."""
+    """Linear operations of one device in one compute type, each by the arm that was measured to be the fastest, unless
+    a user fixed it.
+    """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, sms: int, table: Table) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, sms: int, table: Table, gemm: str = "auto") -> None:
+        """gemm: what a user fixed, of `kernels.GEMM`."""
         self.dtype = dtype
+        self.gemm = gemm
         self.sms = sms
         self.table = table
         self.context = Context(device, sms)
@@ -296,7 +323,7 @@ class Arms:
 
     def pick(self, work: Work) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         self.seen[replace(work, tokens=1)] = None
-        return self.bind(choice(work, self.table, self.sms).arm)
+        return self.bind(choice(work, self.table, self.sms, self.gemm).arm)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         """The arm of this name. Raises ValueError."""
@@ -306,6 +333,5 @@ class Arms:
 
     def explain(self) -> list[Choice]:
         """What runs each operation that was asked for, at every measured number of tokens."""
-        return [
-            choice(replace(work, tokens=batch), self.table, self.sms) for work in list(self.seen) for batch in BATCHES
-        ]
+        every = [replace(work, tokens=batch) for work in list(self.seen) for batch in BATCHES]
+        return [choice(work, self.table, self.sms, self.gemm) for work in every]

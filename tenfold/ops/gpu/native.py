@@ -12,7 +12,6 @@ from torch import Tensor
 from tenfold.ops import elementwise, formats
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention.attend import Arms, attend
-from tenfold.ops.gemm import dense
 from tenfold.ops.gpu import arms, decode, graphs, nvrtc, stream
 from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
 from tenfold.ops.matrix import Matrix, RawTensor
@@ -46,7 +45,8 @@ class Gpu(Oracle):
             )
         nvrtc.check_available()
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.arms = arms.Arms(self.device, dtype, self.sms, arms.table(torch.cuda.get_device_name(self.device)))
+        table = arms.table(torch.cuda.get_device_name(self.device))
+        self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
         self._decoding: decode.Workspace | None = None
         self._attending = split_kv.Workspace(self.device)
 
@@ -70,8 +70,6 @@ class Gpu(Oracle):
         act: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if self.options.gemm == "library" and w.format == "dense":
-            return dense.linear(x, w.data[0], bias, norm, act, residual)
         return self.arms(x, w, bias, norm, act, residual)
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:

@@ -42,23 +42,26 @@ class Shape:
     m2: int | None
 
 
-def explain(works: Iterable[Work], table: Table, sms: int, batches: Sequence[int] = arms.BATCHES) -> list[Shape]:
-    """One Shape for each different work."""
+def explain(
+    works: Iterable[Work], table: Table, sms: int, batches: Sequence[int] = arms.BATCHES, gemm: str = "auto"
+) -> list[Shape]:
+    """One Shape for each different work. gemm: what a user fixed, of `kernels.GEMM`."""
     rate = bandwidth(table, sms)
     found = []
     for work in distinct(works):
         each = [replace(work, tokens=batch) for batch in batches]
         lines = tuple(
-            Line(one, arms.choice(one, table, sms), None if rate is None else moved(one) / rate / 1e3) for one in each
+            Line(one, arms.choice(one, table, sms, gemm), None if rate is None else moved(one) / rate / 1e3)
+            for one in each
         )
         found.append(Shape(lines, *inflections(each, table, sms)))
     return found
 
 
-def bandwidth(table: Table, sms: int) -> float | None:
-    """GB/s of a copy, read + write; None where none was measured."""
-    took = table.times(copy_key(sms)).get("copy")
-    return None if took is None else 2e-3 * copy_key(sms).cols / took
+def bandwidth(table: Table, sms: int, how: str = "copy") -> float | None:
+    """GB/s of a copy, read + write, or with how "read" of reading alone; None where none was measured."""
+    took = table.times(copy_key(sms)).get(how)
+    return None if took is None else (2e-3 if how == "copy" else 1e-3) * copy_key(sms).cols / took
 
 
 def moved(work: Work) -> int:

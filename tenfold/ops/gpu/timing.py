@@ -17,7 +17,7 @@ from torch import Tensor
 from tenfold.base.log import logger
 
 LEAST_ROTATION = 150 << 20  # bytes: three times the L2 cache of an H100
-COPY = 1 << 30  # bytes of the buffer that `copy_microseconds` copies
+COPY = 1 << 30  # bytes of the buffer that `memory_microseconds` copies
 ROUNDS = 7
 SAMPLE = 400.0  # microseconds of one sample, at least
 COMPILERS = 8  # threads that compile at the same time
@@ -59,11 +59,11 @@ class GpuTimer:
                 samples[name].append(sample(graph, repeats[name]) / repeats[name] / copies)
         return {name: round(statistics.median(taken), 3) for name, taken in samples.items()}
 
-    def copy_microseconds(self) -> float:
-        """Of a copy of COPY bytes inside the device's memory."""
+    def memory_microseconds(self) -> dict[str, float]:
+        """Of a copy of COPY bytes inside the device's memory ("copy"), and of adding them up ("read")."""
         source = torch.zeros(COPY, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        return self.measure({"copy": lambda i: target.copy_(source)}, 1)["copy"]
+        target, numbers = torch.empty_like(source), source.view(torch.float32).view(-1, 8192)
+        return self.measure({"copy": lambda i: target.copy_(source), "read": lambda i: numbers.sum(1)}, 1)
 
 
 def compile_all(arms: Mapping[str, Arm], device: torch.device) -> None:

@@ -33,11 +33,11 @@ class Timer(Protocol):
         self, arms: Mapping[str, Arm], copies: int, reference: Arm | None = None, farthest: float = FARTHEST
     ) -> dict[str, float]: ...
 
-    def copy_microseconds(self) -> float: ...
+    def memory_microseconds(self) -> dict[str, float]: ...
 
 
 def copy_key(sms: int) -> Key:
-    """Where a table keeps the time of a copy of COPY bytes, the measure of every floor."""
+    """Where a table keeps the times of a copy of COPY bytes, the measure of every floor, and of reading them."""
     return Key("copy", 1, COPY, "uint8", 1, sms)
 
 
@@ -58,7 +58,7 @@ def tune(
     """
     table, sms = running.table, running.sms
     if force or not table.times(copy_key(sms)):
-        table.record(copy_key(sms), {"copy": timer.copy_microseconds()})
+        table.record(copy_key(sms), timer.memory_microseconds())
         table.save()
     todo = [
         (work, [batch for batch in batches if force or not table.times(arms.key(replace(work, tokens=batch), sms))])

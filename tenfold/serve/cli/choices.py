@@ -10,6 +10,7 @@ from tenfold.models.table import build_model
 from tenfold.ops.choose import Choice
 from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.tune import tune_linear
+from tenfold.ops.kernels import Options
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.table import make_kernels
 from tenfold.serve.cli.terminal import columns
@@ -84,7 +85,8 @@ def gpu_works(opened: Opened) -> "tuple[list[Work], Arms]":
     """The linear operations of a model and the arms of its GPU. Raises ValueError where our kernels are not used."""
     config = opened.config
     dtype = DTYPES.get(config.dtype) or DTYPES["bfloat16"]
-    kernels = make_kernels(config.kernels, opened.device, dtype, config.threads)
+    options = Options(config.graphs, config.softmax, config.gemm)
+    kernels = make_kernels(config.kernels, opened.device, dtype, config.threads, options)
     refuse_others(kernels, "gpu")
     from tenfold.engine.linears import linear_works
 
@@ -116,7 +118,7 @@ def show_gpu(works: "list[Work]", running: "Arms") -> None:
     """A table of every shape and batch size, then a chart of each shape."""
     from tenfold.ops.gpu import report
 
-    shapes = report.explain(works, running.table, running.sms)
+    shapes = report.explain(works, running.table, running.sms, gemm=running.gemm)
     lines = [line for shape in shapes for line in shape.lines]
     head = ("OPERATION", "WEIGHT", "FORMAT", "BATCH", "SMS", "RUNS", "TIME", "FLOOR", "SHARE", "BECAUSE")
     print(columns([head, *map(gpu_row, lines)]))
@@ -124,8 +126,15 @@ def show_gpu(works: "list[Work]", running: "Arms") -> None:
         print("\n" + "\n".join(report.chart(shape)))
     rate = report.bandwidth(running.table, running.sms)
     if rate is not None:
-        print(f"\nfloor: bytes moved at {rate:.0f} GB/s, the rate of a copy on this GPU")
+        print(f"\nfloor: bytes moved at {rate:.0f} GB/s, the rate of a copy on this GPU{reading(running)}")
     print("M1: first batch at which a flat kernel beats the GEMV; M2: first at which the library beats both")
+
+
+def reading(running: "Arms") -> str:
+    from tenfold.ops.gpu import report
+
+    rate = report.bandwidth(running.table, running.sms, "read")
+    return "" if rate is None else f"; reading alone reaches {rate:.0f} GB/s"
 
 
 def gpu_row(line: "Line") -> tuple[str, ...]:

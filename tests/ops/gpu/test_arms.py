@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class FakeTimer:
         self.measured.append(list(arms))
         return {name: 5.0 + len(name) for name in arms}
 
-    def copy_microseconds(self) -> float:
+    def memory_microseconds(self) -> dict[str, float]:
         self.copied += 1
-        return 2e-3 * (1 << 30) / 3000.0
+        return {"copy": 2e-3 * (1 << 30) / 3000.0, "read": 1e-3 * (1 << 30) / 3100.0}
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 1), (4, 4), (5, 8), (17, 24), (33, 48), (128, 128), (129, 0)])
@@ -126,6 +127,38 @@ def test_what_was_measured_runs_where_it_can(table: Table) -> None:
     assert arms.choice(Work(6144, 4096, "dense", Use(), 1), table, SMS).source == "rule"  # another use
 
 
+@pytest.mark.parametrize(
+    ("gemm", "tokens", "arm"),
+    [
+        ("library", 1, "cublas"),
+        ("flat", 1, "flat:64x64x6:s4"),  # the best that was measured, though the library is faster
+        ("flat-1", 1, "flat:64x64x1:s4"),
+        ("flat-2", 1, "flat:64x64x2:s4"),
+        ("flat", 8, str(arms.flat.plan(8, 6144, 4096, SMS))),
+        ("flat", 65, "cublas"),
+        ("flat", 1000, "cublas"),
+    ],
+)
+def test_what_a_user_fixed_runs(table: Table, gemm: str, tokens: int, arm: str) -> None:
+    table.record(arms.key(QKV, SMS), {"cublas": 2.0, "flat:64x64x6:s4": 3.0, "flat:64x128x4:s1": 4.0})
+    found = arms.choice(replace(QKV, tokens=tokens), table, SMS, gemm)
+    assert (found.arm, found.source, found.key.batch) == (arm, "fixed", arms.bucket(tokens) or tokens)
+    assert found.microseconds == table.times(arms.key(QKV, SMS)).get(arm if tokens == 1 else "")
+    packed = Work(6144, 4096, "int4g128", Use(), tokens)
+    assert arms.choice(packed, table, SMS, gemm).arm == arms.rule(packed, SMS)
+
+
+def test_flat_products_do_not_overflow_in_float16_though_fixed(table: Table) -> None:
+    assert arms.choice(replace(QKV, dtype=torch.float16), table, SMS, "flat").arm == "cublas"
+
+
+def test_arms_of_a_device_obey_what_was_fixed(table: Table) -> None:
+    w = Matrix("dense", 48, 64, (torch.randn(48, 64).bfloat16(),))
+    linear = arms.Arms(CPU, torch.bfloat16, SMS, table, "library")
+    linear(torch.randn(1, 64).bfloat16(), w)
+    assert {(row.arm, row.source) for row in linear.explain()} == {("cublas", "fixed")}
+
+
 def test_linear_runs_the_library_where_nothing_else_can(table: Table) -> None:
     linear, oracle = running(table, torch.float32), Oracle()
     x, w = torch.randn(3, 64), Matrix("dense", 48, 64, (torch.randn(48, 64),))
@@ -175,6 +208,7 @@ def test_tuning_measures_every_work_once_and_the_copy(table: Table) -> None:
     again = Table("gpu H100", "1", table.path)
     assert set(again.times(arms.key(SMALL, SMS))) == set(timer.measured[0])
     assert report.bandwidth(again, SMS) == pytest.approx(3000.0, rel=1e-6)
+    assert report.bandwidth(again, SMS, "read") == pytest.approx(3100.0, rel=1e-6)
 
 
 def test_tuning_goes_on_where_it_was_stopped(table: Table) -> None:
