@@ -59,8 +59,8 @@ def parse(name: str) -> FlatPlan:
         raise ValueError(
             f"{name!r} is no plan of a flat product; allowed: flat:ROWSxCOLSxSTAGES:sSPLITS, then :apart, then :early."
         )
-    *numbers, apart, early = found.groups()
-    return FlatPlan(*map(int, numbers), apart is not None, early is not None)
+    height, depth, stages, splits, apart, early = found.groups()
+    return FlatPlan(int(height), int(depth), int(stages), int(splits), apart is not None, early is not None)
 
 
 def width(tokens: int) -> int:
@@ -112,11 +112,13 @@ def under_way(plan: FlatPlan, tokens: int) -> int:
 
 
 def busiest(plan: FlatPlan, tokens: int, rows: int, cols: int, sms: int) -> int:
-    """Bytes of weights, of x and of partial sums that the multiprocessor with the most programs moves."""
+    """Bytes that the multiprocessor with the most programs moves, or could in the time it waits for a program's first.
+    x comes from the L2 cache, at about twice the rate; whoever adds up the shares reads all of a tile's.
+    """
     share = triton.cdiv(triton.cdiv(cols, plan.cols), plan.splits) * plan.cols
-    parts = 2 * plan.rows * width(tokens) * 4 if plan.splits > 1 else 0
+    part = plan.rows * width(tokens) * 4 if plan.splits > 1 else 0
     programs = triton.cdiv(triton.cdiv(rows, plan.rows) * plan.splits, sms)
-    return programs * ((plan.rows + width(tokens)) * share * 2 + parts)
+    return programs * (2 * plan.rows * share + width(tokens) * share + part + LEAST_UNDER_WAY) + plan.splits * part
 
 
 def ablation(plan: FlatPlan, tokens: int, rows: int, cols: int) -> Iterator[FlatPlan]:
