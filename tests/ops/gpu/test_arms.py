@@ -3,15 +3,16 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tenfold.base.config import EngineConfig
 from tenfold.ops.choose import Table
-from tenfold.ops.kernels import Norm
+from tenfold.ops.kernels import GEMM, Norm, Options
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 
@@ -146,6 +147,14 @@ def test_what_a_user_fixed_runs(table: Table, gemm: str, tokens: int, arm: str) 
     assert found.microseconds == table.times(arms.key(QKV, SMS)).get(arm if tokens == 1 else "")
     packed = Work(6144, 4096, "int4g128", Use(), tokens)
     assert arms.choice(packed, table, SMS, gemm).arm == arms.rule(packed, SMS)
+
+
+def test_the_settings_of_an_engine_are_what_kernels_take() -> None:
+    settings = {field.name: field.metadata["choices"] for field in fields(EngineConfig) if "choices" in field.metadata}
+    assert settings["gemm"] == ("auto", *GEMM)
+    assert all(Options(gemm=gemm).gemm == gemm for gemm in settings["gemm"])
+    with pytest.raises(ValueError, match="flat-2"):
+        Options(gemm="flat-3")
 
 
 def test_flat_products_do_not_overflow_in_float16_though_fixed(table: Table) -> None:
