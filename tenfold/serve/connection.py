@@ -6,8 +6,10 @@ time; uvicorn by itself bounds none of them.
 
 import asyncio
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -40,6 +42,26 @@ class ChunkedLine:
 
     def write(self, data: bytes) -> None:
         self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        transport, held = self._cycle.transport, _Held()
+        self._cycle.transport = cast(asyncio.Transport, held)
+        try:
+            yield
+        finally:
+            self._cycle.transport = transport
+            transport.write(b"".join(held.parts))
+
+
+class _Held:
+    """Stands in for a transport while the head and the first piece of a response are written."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.parts.append(data)
 
 
 class Connection(HttpToolsProtocol):

@@ -6,20 +6,27 @@ for the next, and what is not as usual (an end, an error, a client that does not
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from tenfold.engine.request import Output
 
 
 class Line(Protocol):
-    """The socket of a response whose head is sent."""
+    """The socket of a response."""
 
     @property
     def free(self) -> bool:
-        """Whether more may be written at once."""
+        """Whether its head is sent and more may be written at once."""
         ...
 
     def write(self, data: bytes) -> None: ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is sent inside leaves as one: a head alone would wake the client up for nothing, on a busy machine
+        before the first event can follow.
+        """
+        ...
 
 
 class Lane:

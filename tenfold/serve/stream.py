@@ -7,7 +7,7 @@ does.
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from typing import Any, TypeVar
 
 import msgspec
@@ -102,8 +102,9 @@ class EventStream(Response):
             self.lane.open(None)
 
     async def _write(self, send: Send, wire: Send, line: Line | None) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.first, "more_body": True})
+        with line.together() if line else nullcontext():
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self.first, "more_body": True})
         self.lane.open(line)
         async with aclosing(self.rest) as events:
             async for chunk in events:

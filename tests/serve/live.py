@@ -51,10 +51,10 @@ class Live:
 
 
 def read_all(client: socket.socket) -> bytes:
-    found = b""
+    found = bytearray()
     try:
         while part := client.recv(65536):
             found += part
     except ConnectionError:
         pass
-    return found
+    return bytes(found)

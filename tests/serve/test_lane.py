@@ -1,5 +1,6 @@
 """The short way of a token: what a client reads is the same by either way."""
 
+import asyncio
 import json
 import re
 import time
@@ -124,20 +125,26 @@ def request(path: str, fields: dict[str, Any], version: bytes = b"1.1") -> bytes
 
 
 def events(answer: bytes) -> list[str]:
-    """Of a response in chunks, each of them whole; without what differs from request to request."""
+    """Of a response in chunks, each of them whole."""
     head, _, rest = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200"), answer
-    found = b""
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        length = int(size, 16)
-        found += rest[:length]
-        assert rest[length : length + 2] == b"\r\n"
-        rest = rest[length + 2 :]
-    assert size == b"0"
-    text = re.sub(r'(_|-)[0-9a-f]{24,}|"(created|created_at|completed_at)":[0-9.]+', "", found.decode())
-    assert text.endswith("\n\n")
-    return text.split("\n\n")
+    chunks, at, length = [], 0, 1
+    while length:
+        end = rest.index(b"\r\n", at)
+        length = int(rest[at:end], 16)
+        at = end + 2 + length
+        chunks.append(rest[end + 2 : at])
+        assert rest[at : at + 2] == b"\r\n"
+        at += 2
+    assert at == len(rest)
+    found = b"".join(chunks)
+    assert found.endswith(b"\n\n")
+    return found.decode().split("\n\n")
+
+
+def alike(event: str) -> str:
+    """Without what differs from request to request."""
+    return re.sub(r'(_|-)[0-9a-f]{24,}|"(created|created_at|completed_at)":[0-9.]+', "", event)
 
 
 @pytest.mark.parametrize("what", REQUESTS)
@@ -145,7 +152,7 @@ def test_both_ways_lead_to_the_same_events(ways, what):
     short, _ = ways
     short.llm.taken.clear()
     path, fields = REQUESTS[what]
-    found, expected = (events(way.send(request(path, fields))) for way in ways)
+    found, expected = ([alike(e) for e in events(way.send(request(path, fields)))] for way in ways)
     assert found == expected
     assert len(found) > 5
     tapped = path.endswith("completions") and what != "several prompts"
@@ -178,6 +185,21 @@ def test_a_fault_on_the_short_way_ends_the_answer_as_any_other(ways):
     assert len(short.llm.taken) == 2
     assert json.loads(found[-3].removeprefix("data: "))["error"]["code"] == "internal_error"
     assert found[-2] == "data: [DONE]"
+
+
+def test_head_and_first_event_come_together(ways):
+    short, _ = ways
+    short.llm.gate = asyncio.Event()
+    try:
+        with short.connect() as client:
+            client.sendall(request(*REQUESTS["completions"]))
+            arrived = client.recv(65536)
+    finally:
+        short.llm.gate = None
+    head, _, rest = arrived.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert b"data: " in rest
+    assert rest.endswith(b"\n\n\r\n")
 
 
 def test_an_old_client_gets_no_chunks_it_did_not_before(ways):
