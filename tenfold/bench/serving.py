@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,23 +24,31 @@ from typing import Any
 from urllib.parse import urlsplit
 
 READY = 120.0  # seconds until a server must be ready
+ENDED = 60.0  # seconds until it must have ended
 END = b"data: [DONE]"
 MUCH = 64 << 10  # bytes that wake up a quiet client
 
 
-class ServerProcess:
-    """`tenfold serve` with `arguments`, ready to answer. Its standard error is kept in `log`."""
+def command(*arguments: str) -> list[str]:
+    """The command line of `tenfold` with `arguments`, as this Python runs it."""
+    return [sys.executable, "-m", "tenfold.serve.cli", *arguments]
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+
+class ServerProcess:
+    """`tenfold serve` with `arguments`, ready to answer. Its standard error is kept in `log`, which grows while it
+    writes. environment: all of it; None: ours.
+    """
+
+    def __init__(self, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.log: list[str] = []
         self.url = ""
         self._found = threading.Event()
-        command = [sys.executable, "-m", "tenfold.serve.cli", "serve", "--port", "0", *arguments]
-        env = os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {})
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-        threading.Thread(target=self._read, daemon=True).start()
-        self._found.wait(READY)
-        if not self.url:
+        env = {**(os.environ if environment is None else environment), "PYTHONUNBUFFERED": "1"}
+        line = command("serve", "--port", "0", *arguments)
+        self.process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=env)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if not self._found.wait(READY) or not self.url:
             self.process.kill()
             raise RuntimeError("the server did not start:\n" + "".join(self.log[-20:]))
         host = urlsplit(self.url)
@@ -66,15 +74,24 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            return self.process.wait(60)
+            return self.wait()
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return self.process.wait(10)
+            return self.wait()
+
+    def wait(self) -> int:
+        """The exit status, once the server has ended by itself and the log is complete."""
+        status = self.process.wait(ENDED)
+        self._reader.join(ENDED)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
 
 
 @contextmanager
 def serving(*arguments: str, **environment: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(*arguments, environment=environment)
+    """environment: added to ours."""
+    server = ServerProcess(*arguments, environment={**os.environ, **environment})
     try:
         yield server
     finally:

@@ -145,12 +145,12 @@ class RemoteLoop:
         self._child: Child | None = None  # while it takes requests
         self._wake = Wake()
         self._closing = False
-        self._patience = CLOSING
+        self._close_within = CLOSING
         self._restart = False
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._pump: Pump | None = None
         self._broken: Exception | None = None  # a message that is none
-        self._patience_now = Patience(0.0, self._beat)
+        self._patience = Patience(0.0, self._beat)
         self._dead = ""
         self._failure: Exception | None = None
         self._loaded = threading.Event()
@@ -257,7 +257,7 @@ class RemoteLoop:
         """Ends the engine process after the step under way, or after `patience` seconds; open requests end with
         reason "abort". Idempotent.
         """
-        self._patience = CLOSING if patience is None else patience
+        self._close_within = CLOSING if patience is None else patience
         self._closing = True
         self._wake.set()
         if threading.current_thread() is not self._thread:  # the garbage collector may call this on any thread
@@ -425,9 +425,9 @@ class RemoteLoop:
 
     def _serve(self, child: Child) -> str:
         """Until the process ends or has to be ended: why."""
-        self._patience_now = Patience(self._watchdog, self._beat)
+        self._patience = Patience(self._watchdog, self._beat)
         try:
-            return self._watch(child, self._patience_now)
+            return self._watch(child, self._patience)
         finally:
             self._stop_pump()
 
@@ -454,7 +454,7 @@ class RemoteLoop:
             self._silent = patience.silent
             self._sweep(GRACE)
             if self._closing and stop_at == math.inf:
-                stop_at = now + self._patience
+                stop_at = now + self._close_within
                 child.send(wire.encode(wire.Stop()))
             if now >= stop_at:
                 break
@@ -475,7 +475,7 @@ class RemoteLoop:
         return bool(events)
 
     def _hear(self, event: wire.Event) -> None:
-        self._patience_now.hear(event)
+        self._patience.hear(event)
         self._take(event)
 
     def _fail(self, error: Exception) -> None:

@@ -247,7 +247,7 @@ class Rows:
             token_ids[:ondevice] = self.last_token[rows[:ondevice]]
         step = Step(
             *(token_ids, positions, slots, page_table, query_start, kv_lengths, logits_rows),
-            *(max_query, max_kv, self.kv, decodes),
+            *(max_query, max_kv, self.kv, decodes, max_query == 1 and decodes > len(entries)),
         )
         return Batch(step, entries, sampled, picks, rows)
 

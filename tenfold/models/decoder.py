@@ -18,8 +18,10 @@ from tenfold.nn.mlp import MLP
 from tenfold.nn.norm import RMSNorm
 from tenfold.nn.rope import rope_table
 from tenfold.nn.step import Step
+from tenfold.ops.attention.unified_max import proven_phi, score_bound
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.weights.load import Weights
+from tenfold.weights.softmax import load_phi
 
 
 class Block(Protocol):
@@ -30,7 +32,8 @@ class Block(Protocol):
 class Source:
     """Where one block's layers come from: the weights under `prefix`, shaped by the config.
 
-    rope: table for this layer. unit: what is added to a norm's stored weight (1 for Gemma).
+    rope: table for this layer. unit: what is added to a norm's stored weight (1 for Gemma). phi [heads] float32: the
+    layer's unified maximum of attention scores, where a calibration measured it.
     """
 
     config: ModelConfig
@@ -38,6 +41,7 @@ class Source:
     layer: int
     rope: Tensor
     unit: float = 0.0
+    phi: Tensor | None = None
 
     @property
     def prefix(self) -> str:
@@ -79,7 +83,16 @@ class Source:
             self.rope,
             q_norm,
             k_norm,
+            self._phi(spec, q_norm, k_norm),
         )
+
+    def _phi(self, spec: AttentionSpec, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor | None:
+        """What was measured, else what norms of the heads or a soft cap prove to serve any text."""
+        phi = self.phi
+        if phi is None and self.weights.device.type != "cpu":
+            norms = [None if n is None else n.spec.weight for n in (q_norm, k_norm)]
+            phi = proven_phi(score_bound(spec, *norms), spec.heads, self.weights.dtype)
+        return None if phi is None else phi.to(self.weights.device)
 
     def mlp(self, gate_up: Sequence[str], down: str) -> MLP:
         """Gated feed-forward; gate_up names either two projections or one that holds both."""
@@ -112,9 +125,10 @@ class Decoder:
         local = (
             rope if config.local_rope == config.rope else rope_table(config.local_rope, max_model_len, weights.device)
         )
+        phis = load_phi(weights.checkpoint, config.layers, config.heads, weights.dtype) or [None] * config.layers
         self.blocks: list[Block] = [
-            self.block(Source(config, weights, layer, local if window else rope, self.unit))
-            for layer, window in enumerate(config.windows)
+            self.block(Source(config, weights, layer, local if window else rope, self.unit, phi))
+            for layer, (window, phi) in enumerate(zip(config.windows, phis))
         ]
         self.norm = make_norm(weights, "model.norm.weight", config.hidden_size, config.norm_eps, self.unit)
         head = (

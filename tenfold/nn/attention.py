@@ -12,7 +12,7 @@ class Attention:
     """One layer's attention: keys and values go to the step's slots, then contexts are read through the page table.
 
     layer: index in the KV store. qkv: rows of q, then k, then v. rope: table of `nn.rope.rope_table`, shared by layers.
-    q_norm, k_norm: norms of each head, where the family has them.
+    q_norm, k_norm: norms of each head, where the family has them. phi [heads] float32: see `Kernels.attention`.
     """
 
     def __init__(
@@ -25,6 +25,7 @@ class Attention:
         rope: Tensor,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
+        phi: Tensor | None = None,
     ) -> None:
         self.kernels = kernels
         self.layer = layer
@@ -34,7 +35,7 @@ class Attention:
         self.rope = rope
         self.q_norm = None if q_norm is None else q_norm.spec
         self.k_norm = None if k_norm is None else k_norm.spec
-        self.phi: Tensor | None = None  # [heads], where a calibration measured it
+        self.phi = phi
 
     def __call__(self, x: Tensor, step: Step, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """x [T, D] -> `out(attention) + residual` [T, D], computed on norm(x)."""
@@ -57,5 +58,6 @@ class Attention:
             self.k_norm,
             self.phi,
             step.decodes,
+            step.shared,
         )
         return self.out(heads, residual=residual)

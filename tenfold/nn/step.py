@@ -16,7 +16,8 @@ class Step:
     and V go (page * page_size + offset) · page_table [R, P] int32 · query_start [R+1] int32, request r owns tokens
     query_start[r]:query_start[r+1] · kv_lengths [R] int32, tokens of r in the cache after this step · logits_rows [L]
     int64, the tokens whose logits are wanted · max_query, max_kv: host integers, the longest of each · decodes: host
-    integer, leading requests that have one token each (there may be more).
+    integer, leading requests that have one token each (there may be more) · shared: whether a request may read what
+    another one of this step writes (a sequence's guesses are requests of their own).
     """
 
     token_ids: Tensor
@@ -30,3 +31,4 @@ class Step:
     max_kv: int
     kv: KVStore
     decodes: int = 0
+    shared: bool = False

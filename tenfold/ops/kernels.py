@@ -183,10 +183,11 @@ class Kernels(Protocol):
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
         decodes: int = 0,
+        shared: bool = False,
     ) -> Tensor:
         """`attend` on what `rope_write` returns. phi [heads] float32: a unified maximum of the scores of each head,
         measured before; it may change the time, never the result. decodes: leading requests of one token each (none
-        need be named). -> [T, heads * head_dim].
+        need be named). shared: a request may read what another writes. -> [T, heads * head_dim].
         """
         ...
 
@@ -218,6 +219,7 @@ class Separate:
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
         decodes: int = 0,
+        shared: bool = False,
     ) -> Tensor:
         q = self.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
         return self.attend(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)

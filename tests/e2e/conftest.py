@@ -2,10 +2,8 @@
 
 import io
 import os
-import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,20 +11,15 @@ from typing import Any
 
 import pytest
 
+from tenfold.bench.serving import ServerProcess, command
 from tenfold.serve.cli import commands
 from tenfold.serve.cli.failures import run_reporting
-
-READY = 60  # seconds until a server must be ready
 
 
 def environment() -> dict[str, str]:
     """Ours, without settings of whoever runs the tests."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("TENFOLD_") or k == "TENFOLD_HOME"}
     return kept | {"PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error", "TENFOLD_CONFIG": ""}
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "tenfold.serve.cli", *arguments]
 
 
 @pytest.fixture(scope="session")
@@ -68,42 +61,11 @@ def inside(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -
     return run
 
 
-class Server:
-    """A running `tenfold serve`. `log` grows while it writes."""
+class Server(ServerProcess):
+    """A running `tenfold serve`, without settings of whoever runs the tests."""
 
     def __init__(self, *arguments: str, **env: str) -> None:
-        self.log: list[str] = []
-        self.url = ""
-        self._ready = threading.Event()
-        self.process = subprocess.Popen(
-            command("serve", "--port", "0", *arguments), stderr=subprocess.PIPE, text=True, env=environment() | env
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        if not self._ready.wait(READY) or not self.url:
-            self.process.kill()
-            raise RuntimeError("the server did not start:\n" + "".join(self.log))
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"on (http://\S+)/v1", line):
-                self.url = found[1]
-                self._ready.set()
-        self._ready.set()
-
-    def wait(self) -> int:
-        """The exit status, with the log complete."""
-        status = self.process.wait(READY)
-        self._reader.join(READY)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return status
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.wait()
+        super().__init__(*arguments, environment=environment() | env)
 
 
 @contextmanager
@@ -112,8 +74,7 @@ def serving(*arguments: str, **env: str) -> Iterator[Server]:
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            server.stop()
+        server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.conftest import command, environment
+from tenfold.bench.serving import command
+from tests.e2e.conftest import environment
 
 pytestmark = pytest.mark.real_model
 QUESTION = "What is 2 + 2? Answer with one number."

@@ -10,6 +10,7 @@ from tenfold.serve.messages import conversation
 from tenfold.serve.protocol.messages import CountTokensRequest, MessagesRequest
 from tenfold.serve.protocol.responses import InputTokensRequest, ResponsesRequest
 from tenfold.serve.responses import items
+from tests.serve.fuzz import refusal, scalars, values
 
 WORDS = sorted(
     {"type", "role", "content", "text", "name", "id", "call_id", "arguments", "output", "summary", "input", "tools"}
@@ -18,20 +19,8 @@ WORDS = sorted(
     | {*items.READERS, *items.TEXT_PARTS, *items.ROLES, "item_reference", "parameters", "image", "enabled"}
     | {kind for readers in conversation.READERS.values() for kind in readers}
 )
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-(2**70), 2**70),
-    st.integers(-2, 20),
-    st.floats(),
-    st.text(max_size=6),
-    st.sampled_from(WORDS),
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), v, max_size=5),
-    max_leaves=12,
-)
+SCALARS = scalars(WORDS)
+VALUES = values(WORDS, widest=5, leaves=12)
 STRINGS = st.sampled_from(["x", "{}", '{"a": 1}', "[1", "find"])
 TEXTS = st.lists(st.fixed_dictionaries({"type": st.sampled_from(list(items.TEXT_PARTS)), "text": STRINGS}), max_size=2)
 # Close to right, so that what is behind the first checks is met too.
@@ -90,10 +79,7 @@ def check(client, path, body, keys):
         assert "event: error" not in response.text
         assert "response.failed" not in response.text
         return
-    assert 400 <= response.status_code < 500, response.text
-    told = response.json()
-    assert set(told) == keys
-    assert 0 < len(told["error"]["message"]) < 2000
+    assert set(refusal(response)) == keys
 
 
 @FUZZ

@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
-from tenfold.ops.gpu import ring, stream
+from tenfold.ops.gpu import ring, stream, stream4
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -166,6 +166,25 @@ class Lowbit:
         return run
 
 
+class Streamed4:
+    """Packed weights of 4 bits: `stream4.py`."""
+
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        if self._takes(work):
+            yield from map(str, stream4.candidates(work.tokens, work.rows, work.cols))
+
+    def legal(self, name: str, work: Work) -> bool:
+        plan = stream4.parse(name)
+        return self._takes(work) and stream4.legal(plan, work.tokens, work.rows, work.cols)
+
+    def _takes(self, work: Work) -> bool:
+        return stream4.takes(work.format) and work.dtype in stream.DTYPES and not work.rows % (2 if work.use.act else 1)
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        plan = stream4.parse(name)
+        return lambda context, x, w, fused: stream4.run(plan, context.sms, x, w, *fused.all())
+
+
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return stream.run(plan, context.sums, context.sms, x, w, *fused.all())
 
@@ -190,6 +209,7 @@ FAMILIES: dict[str, Family] = {
     "ring": Dense("ring", ring, True, run_ring),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
+    stream4.KIND: Streamed4(),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
 OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
@@ -219,6 +239,9 @@ def legal(name: str, work: Work) -> bool:
 def rule(work: Work, sms: int) -> str:
     """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
     if is_format(work.format):
+        streamed = next(FAMILIES[stream4.KIND].candidates(work, sms), None) if work.tokens <= MOST_STREAMED else None
+        if streamed is not None:
+            return streamed
         return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
     if work.format != "dense":
         raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
@@ -273,7 +296,7 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    own = (here / "stream.py", here / "ring.py", here.parent / "elementwise.py")
+    own = (here / "stream.py", here / "stream4.py", here / "ring.py", here.parent / "elementwise.py")
     sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), *own])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:

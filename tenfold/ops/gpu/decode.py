@@ -13,7 +13,7 @@ MOST_GROUP = 8
 TILE = 16  # tokens
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
-PAPER_GUARD = 60.0  # log2 units around phi that the paper's guard allows
+PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
@@ -125,6 +125,7 @@ def run(
         ),
     )
     out = qkv.new_empty(requests, spec.heads * spec.head_dim)
+    guard = PAPER_GUARD[qkv.dtype]
     eps = next((n.eps for n in (q_norm, k_norm) if n is not None), 0.0)
     kernel(
         (plan.splits, spec.kv_heads, requests),
@@ -135,7 +136,7 @@ def run(
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
             *(phi, out, lse, workspace.sums, workspace.counters, workspace.recomputed),
-            *(float(eps), float(spec.scale), float(spec.softcap), -PAPER_GUARD, PAPER_GUARD),
+            *(float(eps), float(spec.scale), float(spec.softcap), -guard, guard),
             *(spec.kv_heads, keys.shape[2], page_table.shape[1], spec.rotary_dim, spec.window),
         ],
         dependent=True,

@@ -59,7 +59,8 @@ class Graphs:
             return forward(step)
         if len(step.logits_rows) != requests:
             return forward(step)
-        key = (requests, step.page_table.shape[1], step.token_ids.data_ptr(), step.positions.data_ptr(), id(step.kv))
+        places = (step.token_ids.data_ptr(), step.positions.data_ptr(), id(step.kv))
+        key = (requests, step.page_table.shape[1], step.shared, *places)
         captured = self._known.get(key, self)
         if captured is self:
             self._remember(key, None)

@@ -113,9 +113,11 @@ class Gpu(Oracle):
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
         decodes: int = 0,
+        shared: bool = False,
     ) -> Tensor:
         requests = len(kv_lengths)
-        if max_query == 1 and requests == len(qkv) and decode.legal(spec, keys.dtype, keys.shape[2]):
+        alone = max_query == 1 and requests == len(qkv) and not shared  # else all must be written before any is read
+        if alone and decode.legal(spec, keys.dtype, keys.shape[2]):
             longest = page_table.shape[1] * keys.shape[2]  # a captured step serves contexts up to its page table
             plan = decode.plan(spec, requests, longest, self.sms, self._softmax(phi))
             workspace = self._decode_workspace(requests, spec.kv_heads)

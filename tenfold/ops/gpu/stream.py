@@ -27,8 +27,9 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """How one linear operation runs. kind: "stream" or "wide"; warps of a block; chunks: 32-column pieces under way;
-    blocks of a multiprocessor; height: 16-row pieces of a tile; slices of the columns (1 with stream).
+    """How one linear operation runs. kind: "stream", "wide" or "stream4" (see `stream4`); warps of a block; chunks:
+    pieces of 32 columns (128 with stream4) under way; blocks of a multiprocessor; height: 16-row pieces of a tile;
+    slices of the columns (both 1 but with wide).
     """
 
     kind: str
@@ -40,7 +41,7 @@ class StreamPlan:
 
     def __str__(self) -> str:
         name = f"{self.kind}:{self.warps}x{self.chunks}x{self.blocks}"
-        return name if self.kind == "stream" else f"{name}x{self.height}:s{self.slices}"
+        return f"{name}x{self.height}:s{self.slices}" if self.kind == "wide" else name
 
 
 def parse(name: str) -> StreamPlan:
@@ -63,7 +64,7 @@ def shared_bytes(plan: StreamPlan, tokens: int, cols: int) -> int:
     pieces = -(-(cols // 32) // plan.slices)
     x = tokens * (pieces | 1) * 64
     nt = token_tiles(tokens)
-    return x + (2 * plan.warps * nt * 512 + nt * 32 if plan.kind == "stream" else 0)
+    return x + (0 if plan.kind == "wide" else 2 * plan.warps * nt * 512 + nt * 32)
 
 
 def workspace_bytes(plan: StreamPlan, tokens: int, rows: int) -> int:
@@ -156,8 +157,8 @@ def run(
     tiles = -(-(rows // 2) // 8) if gate else -(-rows // 16)
     slots = sms * plan.blocks
     if plan.kind == "stream":
-        kernel = nvrtc.load("stream.cu", "stream", tuple(defines))
-        arguments = [x, w, out, bias, residual, weight, eps, tokens, rows, cols]
+        kernel = nvrtc.load("stream.cu", "stream", (*defines, ("BITS", 16)))
+        arguments = [x, w, None, None, out, bias, residual, weight, eps, tokens, rows, cols]
         blocks = min(tiles, slots)
     else:
         kernel = nvrtc.load("wide.cu", "wide", (*defines, ("ROWS", plan.height)))

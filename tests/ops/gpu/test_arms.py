@@ -78,7 +78,8 @@ def test_buckets(tokens: int, bucket: int) -> None:
         (Work(6144, 4096, "dense", Use(), 4000), "cublas"),
         (Work(6144, 4090, "dense", Use(), 1), "cublas"),
         (Work(6144, 4096, "dense", Use(), 1, torch.float32), "cublas"),
-        (Work(6144, 4096, "int4g128", Use(), 1), "fused"),
+        (Work(6144, 4096, "int4g128", Use(), 1), "stream4"),
+        (Work(6144, 4096, "int4g64", Use(), 1), "fused"),
     ],
     ids=str,
 )

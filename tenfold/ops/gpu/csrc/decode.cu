@@ -12,7 +12,7 @@
 // any number of splits). Both add up in order of the splits, so results repeat bit for bit.
 //
 // SOFTMAX 0 online: the running maximum is subtracted. 1 lazy: it is replaced only when it is exceeded by more than
-// 2^8. 2 unified: phi of the head is subtracted whatever the scores are; where the denominator leaves (2^-100, 2^96)
+// 2^8. 2 unified: phi of the head is subtracted whatever the scores are; where the denominator leaves (2^-100, 2^96), in float16 from 1 on,
 // the merging block computes again, lazily. A sum of values can then only overflow if a value exceeds 2^31. 3 paper: as 2, and any score outside (low, high) around phi also counts
 // as a failure (FlashDecoding++, section 3). Scores are in log2 units throughout.
 //
@@ -26,6 +26,8 @@
 #define VP (D / 64)
 #define PITCH (D + 8)
 #define INFINITE __int_as_float(0x7f800000)
+// A denominator below says that the weights vanished, or in float16 lost their digits.
+#define LOWEST (HALF ? 1.f : 7.9e-31f)
 #define LOG2E 1.4426950408889634f
 #define LEAST (CLUSTER ? WARPS : 2 * WARPS)       // tiles of a split: fewer, and merging costs more than it saves
 #define HEADS ((GROUP + 2 + WARPS - 1) / WARPS)  // of q, k and v that a warp prepares
@@ -176,6 +178,9 @@ __device__ __forceinline__ bool weigh(State &state, float (&s)[2][2], float low,
         for (int j = 0; j < 2; j++) {
             // Before the first finite maximum every score is minus infinity, and their difference would be NaN.
             s[n][j] = s[n][j] == -INFINITE ? 0.f : exp2f(s[n][j] - state.top);
+#if HALF
+            s[n][j] = round_trip(s[n][j]);  // what the values are weighed with: an overflow must show in the sum
+#endif
             state.sum += s[n][j];
         }
     return outside;
@@ -445,7 +450,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
 #endif
 #if SOFTMAX >= 2
     bool wrong = bad;
-    for (int h = threadIdx.x; h < GROUP; h += THREADS) wrong |= !(sh.raw[0][GROUP + h] > 7.9e-31f && sh.raw[0][GROUP + h] < 7.9e28f);
+    for (int h = threadIdx.x; h < GROUP; h += THREADS) wrong |= !(sh.raw[0][GROUP + h] > LOWEST && sh.raw[0][GROUP + h] < 7.9e28f);
     if (__syncthreads_or(wrong)) {
         if (threadIdx.x == 0 && (!CLUSTER || split == 0)) atomicAdd(recomputed, (unsigned long long)GROUP);
         clear<1>(state, 0.f);

@@ -11,11 +11,44 @@
 //
 // Compile-time: HALF 0 bfloat16, 1 float16 · NT token tiles of 8 · WARPS · CHUNKS 32-column pieces a warp has under way
 // per row · BLOCKS of one multiprocessor · NORM 1: x is RMS-normed first · GATE 0 none, 1 silu, 2 gelu_tanh: rows of w
-// are gate then up and y = act(gate) * up.
+// are gate then up and y = act(gate) * up · BITS of a weight: 16, or 4 in the layout of ops/formats.py with GROUP
+// columns (a multiple of 128) to a scale, SCALES their type (0 bfloat16, 1 float16, 2 float32) and ZEROS 1 where groups
+// have zeros. Codes become exact whole numbers in registers; a group's sum is scaled in float32.
 
 #include "fragments.h"
 
 #define THREADS (WARPS * 32)
+#if BITS == 4
+#undef LANE_COLS
+#undef CHUNK_COLS
+#define LANE_COLS 32
+#define CHUNK_COLS 128
+#if HALF
+#define MAGIC 0x64006400u  // float16 pair 1024 + code
+#define MIDDLE 0x64086408u
+#else
+#define MAGIC 0x43004300u  // bfloat16 pair 128 + code
+#define MIDDLE 0x43084308u
+#endif
+#endif
+
+// What a lane holds of a chunk of its two rows.
+struct Piece {
+    uint4 first, second;
+#if BITS == 4
+    float scale_first, scale_second;
+#if ZEROS
+    u32 zero_first, zero_second;  // a pair of MAGIC + zero
+#endif
+#endif
+};
+
+struct Weights {
+    const u16 *codes;
+#if BITS == 4
+    const void *scales, *zeros;
+#endif
+};
 
 struct Shape {
     int tokens, rows, cols, tiles, pitch;  // pitch: elements between two tokens in shared memory
@@ -32,30 +65,105 @@ __device__ __forceinline__ void tile_rows(const Shape &s, int tile, int g, int &
 #endif
 }
 
-__device__ __forceinline__ void load_step(uint4 (&buffer)[CHUNKS][2], const u16 *w, const Shape &s, int tile, int step) {
+#if BITS == 4
+__device__ __forceinline__ float number(const void *values, size_t at) {
+#if SCALES == 2
+    return __ldg((const float *)values + at);
+#else
+    u16 bits = __ldg((const u16 *)values + at);
+#if SCALES == 1
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+#else
+    return __uint_as_float((u32)bits << 16);
+#endif
+#endif
+}
+
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {
+    u32 d;
+#if HALF
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+    return d;
+}
+
+// Columns 2 i and 2 i + 1 of a word of codes, as exact numbers less their zero.
+__device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) { return minus((word >> 4 * i) & 0x000f000fu | MAGIC, zero); }
+#endif
+
+__device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS], const Weights &w, const Shape &s, int tile, int step) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first, second;
     tile_rows(s, tile, lane >> 2, first, second);
     int chunk = (step * WARPS + warp) * CHUNKS, chunks = s.cols / CHUNK_COLS;
-    const u16 *p = w + (size_t)first * s.cols + (lane & 3) * LANE_COLS;
-    const u16 *q = w + (size_t)second * s.cols + (lane & 3) * LANE_COLS;
+    const size_t stride = (size_t)s.cols * BITS / 16, lane_at = (lane & 3) * 8;  // in 16-bit units
+    const u16 *p = w.codes + first * stride + lane_at, *q = w.codes + second * stride + lane_at;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         if (chunk + i < chunks) {
-            buffer[i][0] = load_weight(p + (size_t)(chunk + i) * CHUNK_COLS);
-            buffer[i][1] = load_weight(q + (size_t)(chunk + i) * CHUNK_COLS);
+            buffer[i].first = load_weight(p + (size_t)(chunk + i) * 32);
+            buffer[i].second = load_weight(q + (size_t)(chunk + i) * 32);
+#if BITS == 4
+            const int groups = (s.cols + GROUP - 1) / GROUP, group = (chunk + i) * CHUNK_COLS / GROUP;
+            const size_t at = (size_t)first * groups + group, below = (size_t)second * groups + group;
+            buffer[i].scale_first = number(w.scales, at), buffer[i].scale_second = number(w.scales, below);
+#if ZEROS
+            float zero = number(w.zeros, at), other = number(w.zeros, below);
+            const float base = HALF ? 1024.f : 128.f;
+            buffer[i].zero_first = pack(base + zero, base + zero), buffer[i].zero_second = pack(base + other, base + other);
+#endif
+#endif
         } else {
-            buffer[i][0] = buffer[i][1] = make_uint4(0, 0, 0, 0);
+            buffer[i].first = buffer[i].second = make_uint4(0, 0, 0, 0);
+#if BITS == 4
+            buffer[i].scale_first = buffer[i].scale_second = 0.f;
+#if ZEROS
+            buffer[i].zero_first = buffer[i].zero_second = 0;
+#endif
+#endif
         }
     }
 }
 
-__device__ __forceinline__ void multiply(float (&acc)[NT][4], const uint4 (&buffer)[CHUNKS][2], const u16 *xs, const Shape &s, int step) {
+__device__ __forceinline__ void multiply(float (&acc)[NT][4], const Piece (&buffer)[CHUNKS], const u16 *xs, const Shape &s, int step) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int chunk = (step * WARPS + warp) * CHUNKS, last = s.cols / CHUNK_COLS - 1;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
-        int col = min(chunk + i, last) * CHUNK_COLS + (lane & 3) * LANE_COLS;
-        const uint4 &a = buffer[i][0], &b = buffer[i][1];
+        int col = min(chunk + i, last) * CHUNK_COLS + (lane & 3) * 8;
+#if BITS == 4
+#if ZEROS
+        const u32 zero_first = buffer[i].zero_first, zero_second = buffer[i].zero_second;
+#else
+        const u32 zero_first = MIDDLE, zero_second = MIDDLE;
+#endif
+        const u32 *a = &buffer[i].first.x, *b = &buffer[i].second.x;
+        float part[NT][4];
+#pragma unroll
+        for (int n = 0; n < NT; n++) part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.f;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            u32 f[4], g[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) f[j] = pair(a[k], j, zero_first), g[j] = pair(b[k], j, zero_second);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                int token = min(n * 8 + (lane >> 2), s.tokens - 1);
+                uint4 x = *(const uint4 *)(xs + token * s.pitch + col + k * 32);  // in the order stage() left it
+                mma(part[n], f[0], g[0], f[1], g[1], x.x, x.y);
+                mma(part[n], f[2], g[2], f[3], g[3], x.z, x.w);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            acc[n][0] += buffer[i].scale_first * part[n][0], acc[n][1] += buffer[i].scale_first * part[n][1];
+            acc[n][2] += buffer[i].scale_second * part[n][2], acc[n][3] += buffer[i].scale_second * part[n][3];
+        }
+#else
+        const uint4 &a = buffer[i].first, &b = buffer[i].second;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             int token = min(n * 8 + (lane >> 2), s.tokens - 1);  // columns of tokens that are not there are never stored
@@ -63,7 +171,18 @@ __device__ __forceinline__ void multiply(float (&acc)[NT][4], const uint4 (&buff
             mma(acc[n], a.x, b.x, a.y, b.y, x.x, x.y);
             mma(acc[n], a.z, b.z, a.w, b.w, x.z, x.w);
         }
+#endif
     }
+}
+
+// Where 8 columns lie in shared memory. A lane takes 32 neighbouring columns of 4-bit weights in four loads; lanes that
+// load together then find theirs side by side.
+__device__ __forceinline__ int vector_at(int v) {
+#if BITS == 4
+    return (v & ~15) | (v & 3) << 2 | (v >> 2 & 3);
+#else
+    return v;
+#endif
 }
 
 // x, times the norm's weight where there is one, into shared memory; scales[token] is what its sums are multiplied by.
@@ -92,7 +211,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const
                 a = make_uint4(pack(e0 * w0.x, e1 * w0.y), pack(e2 * w0.z, e3 * w0.w), pack(e4 * w1.x, e5 * w1.y), pack(e6 * w1.z, e7 * w1.w));
 #endif
 #endif
-                *(uint4 *)(xs + m * s.pitch + v * 8) = a;
+                *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = a;
             }
         }
     }
@@ -118,7 +237,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const
     for (int v = tid; v < vectors; v += THREADS) {
         float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
         for (int m = 0; m < s.tokens; m++) {
-            uint4 *p = (uint4 *)(xs + m * s.pitch + v * 8);
+            uint4 *p = (uint4 *)(xs + m * s.pitch + vector_at(v) * 8);
             uint4 a = *p;
             float k = scales[m];
             a.x = pack(to_float(a.x & 0xffff) * k * w0.x, to_float(a.x >> 16) * k * w0.y);
@@ -182,7 +301,7 @@ __device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, cons
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-stream(const u16 *x, const u16 *w, u16 *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
+stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, u16 *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
     extern __shared__ uint4 memory[];
     Shape s;
     s.tokens = tokens;
@@ -200,7 +319,12 @@ stream(const u16 *x, const u16 *w, u16 *out, const float *bias, const u16 *resid
     const int steps = (cols / CHUNK_COLS + WARPS * CHUNKS - 1) / (WARPS * CHUNKS);
 
     asm volatile("griddepcontrol.launch_dependents;");
-    uint4 even[CHUNKS][2], odd[CHUNKS][2];
+    Weights w;
+    w.codes = codes;
+#if BITS == 4
+    w.scales = scales_of, w.zeros = zeros;
+#endif
+    Piece even[CHUNKS], odd[CHUNKS];
     float acc[NT][4];
 #pragma unroll
     for (int n = 0; n < NT; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;

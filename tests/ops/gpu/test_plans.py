@@ -1,0 +1,82 @@
+"""Plans of CUDA C++ kernels are pure: what they promise holds for every shape, and their names lead back to them."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenfold.ops.gpu import decode, graphs, ring, stream, stream4
+from tenfold.ops.kernels import AttentionSpec
+
+SMS = 132
+TOKENS = st.integers(1, 64)
+ROWS = st.integers(1, 4096).map(lambda n: 8 * n)
+COLS = st.integers(1, 512).map(lambda n: 32 * n)
+
+
+@given(TOKENS, ROWS, COLS)
+def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int, cols: int) -> None:
+    for module in (stream, ring, stream4):
+        for plan in module.candidates(tokens, rows, cols):
+            assert module.legal(plan, tokens, rows, cols)
+            assert module.parse(str(plan)) == plan
+
+
+@given(TOKENS, ROWS, COLS)
+def test_the_rule_of_streams_is_legal_and_sums_fit(tokens: int, rows: int, cols: int) -> None:
+    plan = stream.rule(tokens, rows, cols, SMS)
+    if plan is not None:
+        assert stream.legal(plan, tokens, rows, cols)
+        assert stream.workspace_bytes(plan, tokens, rows) <= stream.WORKSPACE
+        assert stream.shared_bytes(plan, tokens, cols) <= stream.SHARED
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(stream, "stream:16x4"), (stream, "flat:1x2x3"), (ring, "ring:6x1:other"), (stream4, "stream:1x2x3")],
+)
+def test_names_of_other_plans_are_refused(module: object, name: str) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        module.parse(name)  # type: ignore[attr-defined]
+
+
+@given(
+    st.sampled_from([(32, 32), (32, 8), (28, 4), (8, 8), (9, 3), (16, 2)]),
+    st.sampled_from([64, 128]),
+    st.integers(1, 256),
+    st.integers(1, 1 << 20),
+    st.sampled_from([0, 100, 4096]),
+)
+def test_splits_find_room_to_merge(
+    heads: tuple[int, int], head_dim: int, requests: int, max_kv: int, window: int
+) -> None:
+    spec = AttentionSpec(*heads, head_dim, head_dim**-0.5, window, 0.0, head_dim)
+    plan = decode.plan(spec, requests, max_kv, SMS)
+    assert plan.splits >= 1
+    if plan.cluster:
+        assert plan.splits in (2, 4, 8)
+        assert spec.heads // spec.kv_heads * head_dim % plan.splits == 0
+    elif plan.splits > 1:
+        assert plan.splits <= decode.most_splits(head_dim, plan.warps)
+        partial = decode.MOST_GROUP * max(decode.HEAD_DIMS) + 2 * decode.MOST_GROUP
+        assert requests * spec.kv_heads * plan.splits <= 4 * SMS
+        assert partial > spec.heads // spec.kv_heads * (head_dim + 2)
+
+
+def test_the_kernel_of_decodes_refuses_what_it_cannot_do() -> None:
+    spec = AttentionSpec(32, 8, 128, 1.0)
+    assert decode.legal(spec, torch.bfloat16, 16)
+    assert not decode.legal(spec, torch.float32, 16)
+    assert not decode.legal(spec, torch.bfloat16, 8)
+    assert not decode.legal(AttentionSpec(32, 8, 96, 1.0), torch.bfloat16, 16)
+    assert not decode.legal(AttentionSpec(64, 2, 128, 1.0), torch.bfloat16, 16)
+
+
+@given(st.integers(1, 600), st.integers(1, 70_000))
+def test_steps_are_padded_to_few_shapes(requests: int, pages: int) -> None:
+    padded, columns = graphs.bucket(requests, pages)
+    assert padded >= requests
+    assert columns >= pages
+    assert padded <= 2 * requests or requests == 3
+    assert columns <= max(8, 2 * pages)
+    assert graphs.bucket(padded, columns) == (padded, columns)

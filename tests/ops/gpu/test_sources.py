@@ -1,0 +1,50 @@
+"""The CUDA C++ compiles for Hopper on any machine that has NVRTC, a GPU or not."""
+
+from pathlib import Path
+
+import pytest
+
+from tenfold.ops.gpu import nvrtc
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
+FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
+DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
+RING = {"STAGES": 4, "BLOCKS": 1, "NORM": 0, "GATE": 1}
+SOURCES = [
+    ("stream.cu", COMMON | {"NT": 1, "BITS": 16}),
+    ("stream.cu", COMMON | {"NT": 2, "HALF": 1, "GATE": 1} | FOUR),
+    ("wide.cu", COMMON | {"NT": 4, "ROWS": 2, "GATE": 2}),
+    ("ring.cu", RING | {"N": 8, "HELD": 1, "HALF": 0, "NORM": 1}),
+    ("ring.cu", RING | {"N": 64, "HELD": 0, "HALF": 1}),
+    ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
+    ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),
+    ("argmax.cu", {}),
+]
+
+
+@pytest.mark.parametrize(("source", "defines"), SOURCES)
+def test_compiles_and_is_found_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, defines: dict[str, int]
+) -> None:
+    monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
+    image = nvrtc.compiled(source, "sm_90a", defines)
+    assert image.startswith(b"\x7fELF")
+    (kept,) = (tmp_path / "kernels").iterdir()
+    assert kept.read_bytes() == image
+    kept.write_bytes(b"cached")
+    assert nvrtc.compiled(source, "sm_90a", defines) == b"cached"
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TENFOLD_HOME", str(blocked))
+    assert nvrtc.compiled("argmax.cu", "sm_90a", {}).startswith(b"\x7fELF")
+
+
+def test_the_compilers_complaint_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
+    with pytest.raises(nvrtc.CompileError, match=r"wide\.cu.*ROWS"):
+        nvrtc.compiled("wide.cu", "sm_90a", COMMON | {"NT": 1})
