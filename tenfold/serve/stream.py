@@ -56,17 +56,18 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone
         return task.result()
     finally:
-        await _cancel(watch)
-        await _cancel(task)
+        watch.add_done_callback(_noted)
+        watch.cancel()  # it has nothing to clean up: nobody need wait until it has ended
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        _noted(task)
 
 
-async def _cancel(task: "asyncio.Future[Any]") -> None:
-    """Cancel and wait until its clean-up ran."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
+def _noted(task: "asyncio.Future[Any]") -> None:
+    """Take note of an exception: it was raised already, or nobody is there to read it."""
     if not task.cancelled():
-        task.exception()  # taken note of: it was raised already, or nobody is there to read it
+        task.exception()
 
 
 class EventStream(Response):
