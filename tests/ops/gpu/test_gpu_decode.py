@@ -109,7 +109,8 @@ def test_shapes(softmax: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 4, 8])
 @pytest.mark.parametrize("cluster", [False, True])
 def test_splits_and_merges(lengths: list[int], splits: int, cluster: bool) -> None:
-    check(32, 8, 128, lengths, splits=splits, cluster=cluster and splits > 1)
+    for heads, kv_heads in ((32, 8), (32, 4), (8, 8)):
+        check(heads, kv_heads, 128, lengths, splits=splits, cluster=cluster and splits > 1)
 
 
 @pytest.mark.parametrize("phi", ADVERSARIAL)

@@ -371,7 +371,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     if (splits > 1) {
         if (threadIdx.x == 0) sh.flag = bad;
         cluster_barrier();
-        float *tops = &sh.out[1][0][0], *sums = tops + active * GROUP, own = 0.f;
+        float *tops = &sh.out[1][0][0], *sums = tops + active * GROUP;
+        float own[(GROUP * D / 2 + THREADS - 1) / THREADS];  // at most: half of the features
         bad = 0;
         for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
             tops[e] = remote(&sh.raw[0][e % GROUP], e / GROUP), sums[e] = remote(&sh.raw[0][GROUP + e % GROUP], e / GROUP);
@@ -379,19 +380,27 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         }
         if (SOFTMAX == 3) bad = __syncthreads_or(bad);
         else __syncthreads();
-        const int e = split * (GROUP * D / splits) + threadIdx.x, h = e / D;
-        if (threadIdx.x < GROUP * D / splits) {
+        const int mine = GROUP * D / splits;
+#pragma unroll
+        for (int i = 0; i < (GROUP * D / 2 + THREADS - 1) / THREADS; i++) {
+            const int at = threadIdx.x + i * THREADS, e = split * mine + at, h = e / D;
+            own[i] = 0.f;
+            if (at >= mine) continue;
             float top = tops[h];
             if (SOFTMAX < 2)
                 for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + h]);
 #pragma unroll 4
             for (int k = 0; k < active; k++) {
                 float factor = SOFTMAX >= 2 ? 1.f : tops[k * GROUP + h] == -INFINITE ? 0.f : exp2f(tops[k * GROUP + h] - top);
-                own += factor * remote(&sh.out[0][h][e % D], k);
+                own[i] += factor * remote(&sh.out[0][h][e % D], k);
             }
         }
         cluster_barrier();  // all have read what they need of each other
-        if (threadIdx.x < GROUP * D / splits) sh.out[0][h][e % D] = own;
+#pragma unroll
+        for (int i = 0; i < (GROUP * D / 2 + THREADS - 1) / THREADS; i++) {
+            const int at = threadIdx.x + i * THREADS, e = split * mine + at;
+            if (at < mine) sh.out[0][e / D][e % D] = own[i];
+        }
         for (int g = threadIdx.x; g < GROUP; g += THREADS) {
             float top = tops[g], sum = 0.f;
             if (SOFTMAX < 2)
