@@ -270,11 +270,12 @@ def of_arms(result: arms.Result) -> list[Claim]:
 
 def of_folder(folder: Path) -> list[Claim]:
     """Every claim that the raw results of a folder bear out; kernel times are files of suite "kernels" with `rows`,
-    `copy_gbs` and `machine`.
+    `copy_gbs` and `machine`. Runs with weights of fewer bits are no answer to what is claimed of a model as it is.
     """
     found = results_in(folder)
     made: list[Claim] = []
-    for results in by_model([loaded(data) for data in found.get("single", ())]).values():
+    plain = [data for data in found.get("single", ()) if "weights" not in data["settings"].get("tenfold", {})]
+    for results in by_model([loaded(data) for data in plain]).values():
         if measured := [result for result in results if result.rows]:
             made += of_single(measured)
     for data in found.get("arms", ()):

@@ -164,6 +164,16 @@ def test_a_folder_of_results_becomes_claims(tmp_path: Path) -> None:
     assert all(c.command and c.hardware == MACHINE["hardware"] for c in found)
 
 
+def test_runs_with_fewer_bits_are_no_answer_for_the_model_as_it_is(tmp_path: Path) -> None:
+    folder = folder_of_results(tmp_path)
+    whole = [c.id for c in claims_gpu.of_folder(folder)]
+    data = json.loads((folder / "single.json").read_text())
+    data["settings"] = {"tenfold": {"weights": "int4"}}
+    (folder / "single.json").write_text(json.dumps(data))
+    left = [c.id for c in claims_gpu.of_folder(folder)]
+    assert left == [id for id in whole if id not in ("F2", "F3")]
+
+
 def test_a_folder_of_results_becomes_tables(tmp_path: Path) -> None:
     text = report.tables(folder_of_results(tmp_path))
     assert "| 1024 | 8 | 4.50 | 5.00 (90 %) | 6.00 (75 %) | 20.0 | 20.0 |" in text

@@ -49,7 +49,8 @@ weights = Weights()
 
 def huge_empty(nbytes: int) -> Tensor:
     """uint8 [nbytes] at a multiple of the huge page size, with the advice to use huge pages."""
-    memory = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+    with torch.inference_mode(False):  # parts of a block outlive the mode in which the first of them is asked for
+        memory = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
     start = -memory.data_ptr() % HUGE_PAGE
     part = memory[start : start + nbytes]
     libc = _libc()

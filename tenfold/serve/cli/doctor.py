@@ -17,8 +17,10 @@ import torch
 import tenfold
 from tenfold.ops.cpu import build as kernels
 from tenfold.ops.cpu import lib
+from tenfold.ops.table import make_kernels
 from tenfold.weights.find import resolve
 
+GPU_REMEDY = "a Hopper GPU or newer, and: pip install triton cuda-bindings"
 MARKS = {"on": "+", "off": "-", "info": " "}
 
 
@@ -104,13 +106,25 @@ def gpu() -> Finding:
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
         memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        return Finding("GPU", "on", f"{name}, {memory}; runs PyTorch operations, no kernels of our own yet")
+        obstacle = gpu_obstacle()
+        if obstacle:
+            return Finding("GPU", "off", f"{name}, {memory}; runs on plain PyTorch: {obstacle}", GPU_REMEDY)
+        return Finding("GPU", "on", f"{name}, {memory}; our kernels run in bfloat16 and float16")
     if torch.version.cuda is None:
         present = Path("/proc/driver/nvidia/version").exists()
         detail = "this PyTorch is built for the CPU only"
         remedy = "install PyTorch with CUDA: pip install --force-reinstall torch" if present else ""
         return Finding("GPU", "off" if present else "info", detail, remedy)
     return Finding("GPU", "info", "none that PyTorch can use")
+
+
+def gpu_obstacle() -> str:
+    """Why the GPU kernels cannot serve this GPU, empty where they can."""
+    try:
+        make_kernels("native", torch.device("cuda"), torch.bfloat16)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def default_model() -> Finding:
