@@ -142,6 +142,7 @@ class Recording:
         k_norm: Norm | None = None,
         phi: Tensor | None = None,
         decodes: int = 0,
+        shared: bool = False,
     ) -> Tensor:
         q = self.kernels.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
         k = keys.transpose(0, 1).reshape(spec.kv_heads, -1, spec.head_dim)[:, : len(q)]
