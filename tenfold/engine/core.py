@@ -310,6 +310,7 @@ class Engine:
             generated_tokens=self._generated,
             drafted_tokens=self.speculator.drafted if self.speculator is not None else 0,
             accepted_tokens=self.speculator.accepted if self.speculator is not None else 0,
+            recomputed_rows=self.kernels.recomputed,
         )
 
     def facts(self) -> Facts:

@@ -33,6 +33,7 @@ class Stats:
     generated_tokens: int
     drafted_tokens: int = 0  # guesses that were verified
     accepted_tokens: int = 0  # of those, the ones that became part of an answer
+    recomputed_rows: int = 0  # of attention: a token's query head whose unified maximum did not hold
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,11 @@ class Kernels(Protocol):
     name: str
     reason: str  # why these kernels were picked, set by `make_kernels`
 
+    @property
+    def recomputed(self) -> int:
+        """Rows of attention (a token's query head) so far whose unified maximum did not hold; may lag by a second."""
+        ...
+
     def replay(self) -> "Replay":
         """A way to run the forwards of one model: `replay(forward, step)` is `forward(step)`, and may record the
         operations of one step to run them again for later ones."""
@@ -194,6 +199,10 @@ class Kernels(Protocol):
 
 class Separate:
     """What kernels do that neither fuse `rope_write` and `attend` nor capture graphs."""
+
+    @property
+    def recomputed(self) -> int:
+        return 0
 
     def graph(self) -> Replay:
         return run

@@ -29,6 +29,11 @@ COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
     ("tenfold_engine_generated_tokens", "Tokens the engine generated.", lambda s: s.generated_tokens),
     ("tenfold_drafted_tokens", "Tokens guessed ahead that were verified.", lambda s: s.drafted_tokens),
     ("tenfold_accepted_tokens", "Of those, the ones that became part of an answer.", lambda s: s.accepted_tokens),
+    (
+        "tenfold_attention_recomputed_rows",
+        "Rows of attention whose unified maximum did not hold; they were computed again.",
+        lambda s: s.recomputed_rows,
+    ),
     ("tenfold_preemptions", "Sequences put back into the queue for want of pages.", lambda s: s.preemptions),
     ("tenfold_engine_errors", "Requests that failed in the engine.", lambda s: s.errors),
 )

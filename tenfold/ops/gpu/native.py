@@ -4,6 +4,7 @@ Each operation runs the arm that the table of choices picks, else a rule. What n
 plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a library's, reads the same bytes.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
+COUNT_EVERY = 1.0  # seconds between two reads of the counters of `recomputed`
 LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
 
 
@@ -49,6 +51,9 @@ class Gpu(Oracle):
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
         self._decoding: decode.Workspace | None = None
         self._attending = split_kv.Workspace(self.device)
+        self._unified = False  # whether any layer runs with a unified maximum
+        self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        self._count_at = 0.0
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         """Packed parts of one format stay packed; all else becomes dense in the compute type."""
@@ -158,15 +163,23 @@ class Gpu(Oracle):
 
     @property
     def recomputed(self) -> int:
-        """Rows (a token's query head) whose unified maximum did not hold, so far. Waits for the device."""
-        decoding = 0 if self._decoding is None else int(self._decoding.recomputed)
-        return decoding + int(self._attending.recomputed)
+        if not self._unified:
+            return 0
+        now = time.monotonic()
+        if now >= self._count_at:  # the numbers come when the device gets there; nobody waits for them
+            self._count_at = now + COUNT_EVERY
+            counters = [w.recomputed for w in (self._attending, self._decoding) if w is not None]
+            for place, counter in zip(self._counts.split(1), counters):
+                place.copy_(counter, non_blocking=True)
+        return int(self._counts.sum())
 
     def _softmax(self, phi: Tensor | None) -> str:
         """The arm in use: the unified maximum where it is known, unless one was fixed."""
-        if self.options.softmax != "auto":
-            return self.options.softmax
-        return "lazy" if phi is None else "unified"
+        chosen = self.options.softmax
+        if chosen == "auto":
+            chosen = "lazy" if phi is None else "unified"
+        self._unified |= phi is not None and chosen in ("unified", "paper")
+        return chosen
 
     def _decode_workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
         known = self._decoding
