@@ -1,0 +1,139 @@
+"""Times of single GPU kernels as claims F4 to F6 read them: `python -m tenfold.bench.kernels --out FILE`.
+
+linear: every linear operation of the models, all fast arms and the library's, at several numbers of tokens. attention:
+decode at long context, the kernel that an engine runs and Triton's. prefill: attention of a prompt, ours and PyTorch's.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.bench.floor import copy_bandwidth
+from tenfold.bench.hardware import machine
+from tenfold.engine.linears import linear_works
+from tenfold.models.table import model_config
+from tenfold.ops.attention import tune as attention
+from tenfold.ops.choose import Table
+from tenfold.ops.gpu import arms, decode, tune
+from tenfold.ops.gpu.timing import GpuTimer
+from tenfold.ops.kernels import AttentionSpec
+from tenfold.weights.find import resolve
+from tenfold.weights.open import open_checkpoint
+
+PARTS = ("linear", "attention", "prefill")
+FAMILIES = ("stream", "wide", "ring", "flat", "gemv", "cublas")
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kernels", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="file of the result")
+    parser.add_argument("--models", default="shape:llama-2-7b,shape:llama-3-8b", help="a comma between two models")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--batches", default="1,2,4,8,16,32,64")
+    parser.add_argument("--families", default="stream,ring", help=f"of {', '.join(FAMILIES)}; cublas is always timed")
+    parser.add_argument("--context", type=int, default=32768, help="tokens, for decode attention")
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens, for prefill attention")
+    given = parser.parse_args(arguments)
+    device = torch.device("cuda")
+    parts, batches = given.parts.split(","), [int(b) for b in given.batches.split(",")]
+    result: dict[str, Any] = {
+        "suite": "kernels",
+        "machine": machine("cuda"),
+        "command": f"python -m tenfold.bench.kernels --models {given.models} --parts {given.parts}",
+        "copy_gbs": copy_bandwidth("cuda"),
+        "rows": [],
+    }
+    timer = GpuTimer(device)
+    for model in given.models.split(","):
+        checkpoint = open_checkpoint(resolve(model))
+        spec = layer(checkpoint.config)
+        if "linear" in parts:
+            running = tune.open_arms(device, torch.bfloat16, Table("kernels", "1", given.out.with_suffix(".table")))
+            works = linear_works(checkpoint, torch.bfloat16, "auto")
+            result["rows"] += linear(works, running, timer, batches, given.families.split(","))
+        if "attention" in parts:
+            for batch in (1, 8):
+                result["rows"] += decodes(spec, batch, given.context, timer)
+        if "prefill" in parts:
+            plans = attention.prefill_candidates(spec)[:4]
+            for timing in attention.measure_prefill(spec, 1, given.prompt, plans):
+                result["rows"].append(row("prefill", spec, 1, timing.name, timing.microseconds, 0, given.prompt))
+        given.out.write_text(json.dumps(result, indent=1))
+    print(f"wrote {given.out}: {len(result['rows'])} rows, copies at {result['copy_gbs']:.0f} GB/s")
+    return 0
+
+
+def layer(raw: Any) -> AttentionSpec:
+    """The attention of a model's layers, without windows."""
+    c = model_config(raw)
+    return AttentionSpec(c.heads, c.kv_heads, c.head_dim, c.scale, 0, c.attention_softcap, c.rope.rotary_dim)
+
+
+def row(op: str, spec: AttentionSpec, batch: int, arm: str, microseconds: float, nbytes: int, context: int) -> Row:
+    shape = f"{spec.heads}/{spec.kv_heads} heads of {spec.head_dim}"
+    return {"op": op, "shape": shape, "batch": batch, "context": context, "arm": arm} | {
+        "microseconds": microseconds,
+        "bytes": nbytes,
+    }
+
+
+def linear(
+    works: Sequence[arms.Work], running: arms.Arms, timer: tune.Timer, batches: Sequence[int], families: Sequence[str]
+) -> list[Row]:
+    """Every different work at every number of tokens; bytes: of the weight, read once."""
+    rows = []
+    for work in tune.distinct(works):
+        matrices = tune.weights(work, timer, running.context.device)
+        for batch in batches:
+            one = replace(work, tokens=batch)
+            found = [name for name in arms.candidates(one, running.sms) if name.partition(":")[0] in families]
+            times = tune.measure(one, matrices, running, timer, list(dict.fromkeys([*found, "cublas"])))
+            shape = f"{one.use} {one.rows} x {one.cols}"
+            rows += [
+                {"op": "linear", "shape": shape, "batch": batch, "arm": arm, "microseconds": took}
+                | {"bytes": one.rows * one.cols * one.dtype.itemsize}
+                for arm, took in times.items()
+            ]
+            print(f"{shape}, batch {batch}: {min(times, key=times.__getitem__)} of {len(times)}", flush=True)
+    return rows
+
+
+def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page: int = 16) -> list[Row]:
+    """One decode step's attention over `batch` contexts: the kernel that engines run, and Triton's best plan."""
+    device, dtype = timer.device, torch.bfloat16
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    nbytes = 2 * batch * context * spec.kv_heads * spec.head_dim * dtype.itemsize
+    copies = timer.copies(nbytes)
+    stores = [attention.paged(spec, batch, context, page, dtype, device, seed) for seed in range(copies)]
+    qkv = torch.randn(batch, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype, device=device)
+    rope = torch.randn(context, max(2, spec.rotary_dim), device=device)
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    slots = torch.full((batch,), -1, dtype=torch.int32, device=device)
+    workspace = decode.Workspace(device, sms, batch * spec.kv_heads)
+    phi = torch.full((spec.heads,), 2.0, device=device)
+
+    def ours(plan: decode.DecodePlan) -> Any:
+        def call(i: int) -> Tensor:
+            keys, values, table = stores[i]
+            inputs = (qkv, rope, lengths - 1, slots, keys, values, table, lengths, spec)
+            return decode.run(plan, workspace, *inputs, phi=phi)
+
+        return call
+
+    plans = [decode.plan(spec, batch, context, sms, softmax) for softmax in decode.SOFTMAX]
+    times = timer.measure({str(plan): ours(plan) for plan in plans}, copies)
+    others = attention.measure_decode(spec, batch, context, attention.decode_candidates(spec, batch, context, sms)[:6])
+    best = {"triton " + t.name: t.microseconds for t in others[:1]}
+    return [row("attention", spec, batch, arm, took, nbytes, context) for arm, took in (times | best).items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

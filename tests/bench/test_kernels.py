@@ -1,0 +1,39 @@
+"""Kernel times become the rows that claims read; what is timed there is timed by a stand-in here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold.bench import claims_gpu, kernels
+from tenfold.ops.choose import Table
+from tenfold.weights.find import resolve
+from tenfold.weights.open import open_checkpoint
+from tests.ops.gpu.test_arms import SMALL, FakeTimer, running
+
+
+def test_linear_operations_are_timed_with_the_library_beside_ours(tmp_path: Path) -> None:
+    own = running(Table("gpu test", "1", tmp_path / "t.json"))
+    rows = kernels.linear([SMALL, SMALL], own, FakeTimer(), (1, 40), ("stream",))
+    assert {row["batch"] for row in rows} == {1, 40}
+    families = {(row["batch"], row["arm"].partition(":")[0]) for row in rows}
+    assert families == {(1, "stream"), (1, "cublas"), (40, "cublas")}
+    assert {row["bytes"] for row in rows} == {SMALL.rows * SMALL.cols * 2}
+    machine = {"hardware": "a GPU", "commit": "c", "date": "2026-11-28"}
+    found = claims_gpu.of_kernels(rows, 3000.0, machine, "a command")
+    assert [claim.id for claim in found] == ["F4", "F4"]
+
+
+def test_a_model_says_what_its_attention_is() -> None:
+    spec = kernels.layer(open_checkpoint(resolve("shape:llama-3-8b")).config)
+    assert (spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim) == (32, 8, 128, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_command_writes_every_part(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    small = ["--models", "shape:llama-3.2-1b@vocab=1024", "--batches", "1", "--context", "1024", "--prompt", "256"]
+    assert kernels.main(["--out", str(out), *small]) == 0
+    (data,) = claims_gpu.results_in(tmp_path)["kernels"]
+    assert {row["op"] for row in data["rows"]} == {"linear", "attention", "prefill"}
