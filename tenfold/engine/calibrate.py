@@ -24,7 +24,7 @@ from tenfold.engine.text import Text
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import BINS, histogram, quantile, visible_scores
-from tenfold.ops.kernels import AttentionSpec, Kernels, Norm, Replay, run
+from tenfold.ops.kernels import AttentionSpec, Kernels, Replay, Separate, run
 from tenfold.weights.identity import identity
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import RARE, SoftmaxStatistics, places
@@ -107,7 +107,7 @@ class Ranges:
         self.windows, self.tokens = int(found["windows"]), int(found["tokens"])
 
 
-class Recording:
+class Recording(Separate):
     """Kernels that show the scores of every attention to `ranges`. One sequence a step, its pages in order."""
 
     def __init__(self, kernels: Kernels, ranges: Ranges) -> None:
@@ -121,33 +121,11 @@ class Recording:
     def replay(self) -> Replay:
         return run
 
-    def graph(self) -> Replay:
-        return run
-
-    def attention(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        page_table: Tensor,
-        query_start: Tensor,
-        kv_lengths: Tensor,
-        spec: AttentionSpec,
-        max_query: int,
-        max_kv: int,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
-        phi: Tensor | None = None,
-        decodes: int = 0,
-        shared: bool = False,
-    ) -> Tensor:
-        q = self.kernels.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
+    def attend(self, q: Tensor, keys: Tensor, *rest: Any) -> Tensor:
+        (spec,) = (part for part in rest if isinstance(part, AttentionSpec))
         k = keys.transpose(0, 1).reshape(spec.kv_heads, -1, spec.head_dim)[:, : len(q)]
         self.ranges.add(self.layers[keys.data_ptr()], q, k, spec)
-        return self.kernels.attend(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
+        return self.kernels.attend(q, keys, *rest)
 
 
 def calibrate(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tenfold.ops.gpu import nvrtc
 
-LEAST_CAPABILITY = (9, 0)
 MOST_ROWS = 4096
 BLOCKS = 264  # of all rows together: two a multiprocessor of an H100
 
@@ -17,7 +16,7 @@ BLOCKS = 264  # of all rows together: two a multiprocessor of an H100
 @cache
 def available(device: int) -> bool:
     """Whether the kernel can run on a CUDA device."""
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < nvrtc.LEAST_CAPABILITY:
         return False
     try:
         nvrtc.check_available()

@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
-from tenfold.ops.gpu import ring, stream, stream4
+from tenfold.ops.gpu import nvrtc, ring, stream, stream4
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -132,7 +132,7 @@ class Dense:
 
     def legal(self, name: str, work: Work) -> bool:
         plan = self.module.parse(name)
-        if work.format != "dense" or work.dtype not in stream.DTYPES or work.rows % (2 if work.use.act else 1):
+        if work.format != "dense" or work.dtype not in nvrtc.HALF or work.rows % (2 if work.use.act else 1):
             return False
         if work.use.norm and work.dtype != torch.bfloat16 and not self.wide_norm:
             return False
@@ -155,7 +155,7 @@ class Lowbit:
         return self._takes(work) and lowbit.legal(plan, work.rows, work.cols, format_of(work.format))
 
     def _takes(self, work: Work) -> bool:
-        return is_format(work.format) and work.dtype in stream.DTYPES
+        return is_format(work.format) and work.dtype in nvrtc.HALF
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         plan = lowbit.parse(name)
@@ -178,7 +178,7 @@ class Streamed4:
         return self._takes(work) and stream4.legal(plan, work.tokens, work.rows, work.cols)
 
     def _takes(self, work: Work) -> bool:
-        return stream4.takes(work.format) and work.dtype in stream.DTYPES and not work.rows % (2 if work.use.act else 1)
+        return stream4.takes(work.format) and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         plan = stream4.parse(name)

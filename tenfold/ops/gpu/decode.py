@@ -14,7 +14,6 @@ TILE = 16  # tokens
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
 PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
-DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
     """Whether the kernel can run these layers."""
     group = spec.heads // spec.kv_heads
     return (
-        dtype in DTYPES and spec.head_dim in HEAD_DIMS and group <= MOST_GROUP and page_size % TILE == 0
+        dtype in nvrtc.HALF and spec.head_dim in HEAD_DIMS and group <= MOST_GROUP and page_size % TILE == 0
     )  # a tile of tokens never crosses a page
 
 
@@ -114,7 +113,7 @@ def run(
         "decode.cu",
         "decode",
         (
-            ("HALF", DTYPES[qkv.dtype]),
+            ("HALF", nvrtc.HALF[qkv.dtype]),
             ("D", spec.head_dim),
             ("GROUP", group),
             ("WARPS", plan.warps),

@@ -13,13 +13,12 @@ from torch import Tensor
 from tenfold.ops import elementwise, formats
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention.attend import Arms, attend
-from tenfold.ops.gpu import arms, decode, graphs, nvrtc, stream
+from tenfold.ops.gpu import arms, decode, graphs, nvrtc
 from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
 COUNT_EVERY = 1.0  # seconds between two reads of the counters of `recomputed`
-LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
 
 
 class Gpu(Oracle):
@@ -36,12 +35,13 @@ class Gpu(Oracle):
         super().__init__(device, dtype)
         self.options = options
         capability = torch.cuda.get_device_capability(self.device)
-        if capability < LEAST_CAPABILITY:
+        least = nvrtc.LEAST_CAPABILITY
+        if capability < least:
             raise ValueError(
-                f"the GPU kernels need compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Hopper) or "
+                f"the GPU kernels need compute capability {least[0]}.{least[1]} (Hopper) or "
                 f"newer, and {torch.cuda.get_device_name(self.device)} has {capability[0]}.{capability[1]}."
             )
-        if dtype not in stream.DTYPES:
+        if dtype not in nvrtc.HALF:
             raise ValueError(
                 f"the GPU kernels compute in bfloat16 or float16 and the compute type is {str(dtype).split('.')[-1]}."
             )

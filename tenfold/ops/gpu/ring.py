@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenfold.ops import elementwise
 from tenfold.ops.gpu import nvrtc
-from tenfold.ops.gpu.stream import DTYPES, GATES, SHARED, SHARED_SM
+from tenfold.ops.gpu.stream import GATES, SHARED, SHARED_SM
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 64
@@ -108,7 +108,7 @@ def run(
         "ring.cu",
         "ring",
         (
-            ("HALF", DTYPES[x.dtype]),
+            ("HALF", nvrtc.HALF[x.dtype]),
             ("N", width(tokens)),
             ("STAGES", plan.stages),
             ("BLOCKS", plan.blocks),

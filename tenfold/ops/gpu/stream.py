@@ -22,7 +22,6 @@ SHARED_SM = 228 << 10  # of a multiprocessor; a block also costs 1 KiB
 WORKSPACE = 64 << 20  # bytes for partial sums
 MOST_TILES = 1 << 16
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
-DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,7 @@ def run(
     gate = GATES[act]
     out = x.new_empty(tokens, rows // 2 if gate else rows)
     defines = [
-        ("HALF", DTYPES[x.dtype]),
+        ("HALF", nvrtc.HALF[x.dtype]),
         ("NT", token_tiles(tokens)),
         ("WARPS", plan.warps),
         ("CHUNKS", plan.chunks),

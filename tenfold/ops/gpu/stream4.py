@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenfold.ops.formats import Format, format_of, is_format, packed_of
 from tenfold.ops.gpu import nvrtc
-from tenfold.ops.gpu.stream import DTYPES, GATES, SHARED, SHARED_SM, StreamPlan, shared_bytes, token_tiles
+from tenfold.ops.gpu.stream import GATES, SHARED, SHARED_SM, StreamPlan, shared_bytes, token_tiles
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -94,7 +94,7 @@ def defines(
         ("GROUP", format.group or WHOLE_ROW),
         ("SCALES", SCALES[scales]),
         ("ZEROS", int(format.zero)),
-        ("HALF", DTYPES[x.dtype]),
+        ("HALF", nvrtc.HALF[x.dtype]),
         ("NT", token_tiles(len(x))),
         ("WARPS", plan.warps),
         ("CHUNKS", plan.chunks),
