@@ -19,6 +19,7 @@ from torch import Tensor
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
+from tenfold.ops.gpu import norm as norms
 from tenfold.ops.gpu import nvrtc, ring, stream, stream4
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
@@ -108,7 +109,12 @@ class Library:
         return name == "cublas" and work.format == "dense"
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        return lambda context, x, w, fused: dense.linear(x, w.data[0], *fused.all())
+        def run(context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+            if fused.norm is not None:
+                x, fused = norms.run(x, fused.norm), replace(fused, norm=None)
+            return dense.linear(x, w.data[0], *fused.all())
+
+        return run
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,7 @@ def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, 
 
 
 def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
-    return ring.run(plan, context.maps, context.sms, x, w, *fused.all())
+    return ring.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
 
 
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -206,7 +212,7 @@ FAMILIES: dict[str, Family] = {
     "cublas": Library(),
     "stream": Dense("stream", stream, True, run_stream),
     "wide": Dense("wide", stream, False, run_stream),
-    "ring": Dense("ring", ring, True, run_ring),
+    "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     stream4.KIND: Streamed4(),
@@ -296,7 +302,7 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    own = (here / "stream.py", here / "stream4.py", here / "ring.py", here.parent / "elementwise.py")
+    own = (here / "norm.py", here / "stream.py", here / "stream4.py", here / "ring.py", here.parent / "elementwise.py")
     sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), *own])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:

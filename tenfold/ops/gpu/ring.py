@@ -4,42 +4,48 @@
 travel with the weights, and a norm runs before them. Bias, gate and residual are fused either way.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tenfold.ops import elementwise
+from tenfold.ops.gpu import norm as norms
 from tenfold.ops.gpu import nvrtc
-from tenfold.ops.gpu.stream import GATES, SHARED, SHARED_SM
+from tenfold.ops.gpu.stream import GATES, MOST_TILES, SHARED, SHARED_SM, WORKSPACE, Workspace
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 64
 STEP_COLS = 128
-PITCH = 68
+MOST_SMS = 256  # multiprocessors, more than any GPU has
 MOST_HELD = 8  # tokens: of more, staging them takes longer than a norm before
 
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
-    """stages of the ring, blocks of a multiprocessor, and whether x is held in shared memory."""
+    """stages of the ring, blocks of a multiprocessor, whether x is held in shared memory, rows of a tile (64 or 128),
+    and how work is dealt out: splits 1: whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are.
+    """
 
     stages: int
     blocks: int
-    held: bool
+    held: bool = False
+    height: int = 64
+    splits: int = 1
 
     def __str__(self) -> str:
-        return f"ring:{self.stages}x{self.blocks}{':held' if self.held else ''}"
+        dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
+        return f"ring:{self.stages}x{self.blocks}x{self.height}{':held' if self.held else ''}{dealt}"
 
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    kind, sizes, *rest = name.split(":")
-    stages, _, blocks = sizes.partition("x")
-    if kind != "ring" or rest not in ([], ["held"]):
-        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxB or ring:SxB:held.")
-    return RingPlan(int(stages), int(blocks), bool(rest))
+    found = re.fullmatch(r"ring:(\d+)x(\d+)x(64|128)(:held)?(?::(even)|:s(\d+))?", name)
+    if not found:
+        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR, then :held or not, then :even, :sN or not.")
+    stages, blocks, height, held, even, splits = found.groups()
+    return RingPlan(int(stages), int(blocks), bool(held), int(height), 0 if even else int(splits or 1))
 
 
 def width(tokens: int) -> int:
@@ -50,26 +56,42 @@ def width(tokens: int) -> int:
 def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     n = width(tokens)
-    stage = 2 * 8192 + (0 if plan.held else 2 * n * 128)
+    stage = 2 * plan.height * 128 + (0 if plan.held else 2 * n * 128)
     held = -(-cols // STEP_COLS) * 2 * n * 128 if plan.held else 0
-    return 1024 + plan.stages * (stage + 16) + held + n * (PITCH + 1) * 4
+    return 1024 + plan.stages * (stage + 16) + held + n * (plan.height + 5) * 4 + 16
+
+
+def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:
+    """Blocks of a launch over a w of so many rows."""
+    tiles, room = -(-rows // plan.height), sms * plan.blocks
+    if plan.splits == 0:
+        return min(room, tiles * -(-cols // STEP_COLS))
+    return min(tiles, room) if plan.splits == 1 else tiles * plan.splits
 
 
 def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes (a held plan with a norm only in bfloat16)."""
     if not 1 <= tokens <= (MOST_HELD if plan.held else MOST_TOKENS) or cols % 8:
         return False
+    if plan.splits > -(-cols // STEP_COLS) or -(-rows // plan.height) > MOST_TILES:
+        return False
+    sums = 0 if plan.splits == 1 else 2 * grid(plan, rows, cols, MOST_SMS) * plan.height * width(tokens) * 4
     shared = shared_bytes(plan, tokens, cols)
-    return shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM
+    return shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM and sums <= WORKSPACE
 
 
-def candidates(tokens: int, rows: int, cols: int) -> Iterator[RingPlan]:
+def candidates(tokens: int, rows: int, cols: int, sms: int) -> Iterator[RingPlan]:
     """Plans worth timing."""
-    for stages, blocks in ((6, 1), (4, 2), (8, 1), (10, 1), (3, 2), (5, 1)):
-        for held in (True, False):
-            plan = RingPlan(stages, blocks, held)
-            if legal(plan, tokens, rows, cols):
-                yield plan
+    narrow = ((6, 1), (4, 2), (8, 1), (10, 1), (3, 2), (5, 1))
+    sizes = [(s, b, 64) for s, b in narrow] + [(4, 1, 128), (3, 1, 128), (5, 1, 128), (2, 2, 128)]
+    tiles = [-(-rows // height) for height in (64, 128)]
+    for stages, blocks, height in sizes:
+        aligned = sms * blocks // tiles[height == 128]
+        for splits in dict.fromkeys((1, 0, aligned)):
+            for held in (True, False):
+                plan = RingPlan(stages, blocks, held, height, splits)
+                if legal(plan, tokens, rows, cols):
+                    yield plan
 
 
 class Maps:
@@ -88,6 +110,7 @@ class Maps:
 def run(
     plan: RingPlan,
     maps: Maps,
+    workspace: Workspace,
     sms: int,
     x: Tensor,
     w: Tensor,
@@ -101,8 +124,8 @@ def run(
     rows = w.shape[0]
     gate = GATES[act]
     if norm is not None and not (plan.held and x.dtype == torch.bfloat16):
-        x, norm = elementwise.norm(x, norm), None
-    height, outputs = (32, rows // 2) if gate else (64, rows)
+        x, norm = norms.run(x, norm), None
+    height, outputs = (plan.height // 2, rows // 2) if gate else (plan.height, rows)
     out = x.new_empty(tokens, outputs)
     kernel = nvrtc.load(
         "ring.cu",
@@ -115,12 +138,15 @@ def run(
             ("HELD", int(plan.held)),
             ("NORM", int(norm is not None)),
             ("GATE", gate),
+            ("ROWS", plan.height),
+            ("SPLIT", int(plan.splits != 1)),
         ),
     )
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
     w_map = maps.of(w, height)
     x_map = w_map if plan.held else nvrtc.TensorMap(x, width(tokens))
-    blocks = min(-(-outputs // height), sms * plan.blocks)
-    arguments: list[nvrtc.Argument] = [w_map, x_map, x, out, bias, residual, weight, eps, tokens, rows, cols]
-    kernel((blocks, 1, 1), 160, shared_bytes(plan, tokens, cols), arguments, dependent=True)
+    arguments: list[nvrtc.Argument] = [w_map, x_map, x, out, bias, residual, weight, workspace.sums, workspace.counters]
+    arguments += [eps, tokens, rows, cols]
+    blocks, threads = grid(plan, rows, cols, sms), plan.height * 2 + 32
+    kernel((blocks, 1, 1), threads, shared_bytes(plan, tokens, cols), arguments, dependent=True)
     return out

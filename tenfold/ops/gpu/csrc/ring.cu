@@ -5,18 +5,22 @@
 // before the kernel in front has ended (weights do not depend on it), and is small enough that the next kernel's block
 // fits beside this one on a multiprocessor and does the same.
 //
+// A tile is ROWS rows of w. Without SPLIT a block takes whole tiles. With it the steps of all tiles are dealt out in one
+// row, equally many to every block ("stream-K"), whatever the number of tiles: a tile then has several contributors. Each
+// leaves its sums in global memory, and whoever arrives last adds them up in the order of their steps.
+//
 // Compile-time: HALF, GATE as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · HELD 1: all of x lies
 // in shared memory, times the norm's weight with NORM 1 (the inverse root mean square follows after the sum); 0: x
-// travels through the ring beside the weights · BLOCKS of a multiprocessor.
+// travels through the ring beside the weights · BLOCKS of a multiprocessor · ROWS 64 or 128 · SPLIT.
 
 #include "fragments.h"
 
-#define CONSUMERS 128
+#define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
 #define STEP_COLS 128  // of a stage: two boxes of 64
-#define W_BOX 8192     // bytes: 64 rows of 64 columns
+#define W_BOX (ROWS * 128)  // bytes: ROWS rows of 64 columns
 #define X_BOX (N * 128)
 #define STAGE_BYTES (2 * W_BOX + (HELD ? 0 : 2 * X_BOX))
-#define PITCH 68  // floats between tokens of the finished tile
+#define PITCH (ROWS + 4)  // floats between tokens of the finished tile
 
 typedef unsigned long long u64;
 struct __align__(64) Map { u64 bytes[16]; };
@@ -65,14 +69,14 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], u64 a, u64 b, int ad
 #endif
 }
 
-#define CONSUMER_BARRIER() asm volatile("bar.sync 1, 128;" ::: "memory")
+#define CONSUMER_BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory")
 
 #if HELD
 // x into shared memory in the swizzled layout of wgmma: boxes of 64 columns, N tokens of 128 bytes each, whose 16-byte
 // pieces are permuted by the token's place among 8.
 __device__ __forceinline__ void hold(unsigned char *xs, float *scales, const u16 *x, const float *norm, float eps, int tokens, int cols, int steps) {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    for (int m = warp; m < tokens; m += 4) {
+    for (int m = warp; m < tokens; m += CONSUMERS / 32) {
         float total = 0.f;
 #pragma unroll 4
         for (int v = lane; v < steps * (STEP_COLS / 8); v += 32) {
@@ -100,8 +104,53 @@ __device__ __forceinline__ void hold(unsigned char *xs, float *scales, const u16
 }
 #endif
 
+// How the steps of all tiles are dealt out: `begin(block)` is the first of a block.
+struct Deal {
+    int steps, units;
+
+    __device__ __forceinline__ int begin(int block) const { return (int)((long long)block * units / gridDim.x); }
+    __device__ __forceinline__ int owner(int unit) const { return (int)(((long long)(unit + 1) * gridDim.x - 1) / units); }
+};
+
+#if SPLIT
+// Adds up what all contributors of a tile have of it; false: others still compute, and the last of them will.
+// d: a thread's sums of its own segment, then of all. Slots hold registers as they are, [register quad][thread]; a block
+// has two: of the tile it begins within, and of another.
+__device__ __forceinline__ bool meet(float (&d)[N / 2], const Deal &deal, int tile, float4 *slots, int *counters, int *last) {
+    const int first_unit = tile * deal.steps, from = deal.owner(first_unit), to = deal.owner(first_unit + deal.steps - 1);
+    if (from == to) return true;
+    auto slot = [&](int block) { return slots + (size_t)(2 * block + (deal.begin(block) < first_unit)) * (N / 8) * CONSUMERS; };
+    float4 *own = slot(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < N / 8; i++) own[i * CONSUMERS + threadIdx.x] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+    __threadfence();
+    CONSUMER_BARRIER();
+    if (threadIdx.x == 0) {
+        *last = atomicAdd(counters + tile, 1) == to - from;
+        if (*last) counters[tile] = 0;
+        __threadfence();
+    }
+    CONSUMER_BARRIER();
+    if (!*last) return false;
+    float sum[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) sum[i] = 0.f;
+    for (int block = from; block <= to; block++) {
+        float4 part[N / 8];
+        const float4 *theirs = slot(block);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) part[i] = __ldcg(theirs + i * CONSUMERS + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < N / 8; i++) sum[4 * i] += part[i].x, sum[4 * i + 1] += part[i].y, sum[4 * i + 2] += part[i].z, sum[4 * i + 3] += part[i].w;
+    }
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) d[i] = sum[i];
+    return true;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
-ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const u16 *x, u16 *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
+ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const u16 *x, u16 *out, const float *bias, const u16 *residual, const float *norm, float4 *slots, int *counters, float eps, int tokens, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
@@ -110,17 +159,28 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     u64 *barriers = (u64 *)(scales + N);
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
 #if GATE
-    const int height = 32, outputs = rows / 2;
+    const int height = ROWS / 2, outputs = rows / 2;
 #else
-    const int height = 64, outputs = rows;
+    const int height = ROWS, outputs = rows;
 #endif
     const int tiles = (outputs + height - 1) / height;
+#if SPLIT
+    int *last = (int *)(barriers + 2 * STAGES);
+    const Deal deal = {steps, tiles * steps};
+    const int first = deal.begin(blockIdx.x), mine = deal.begin(blockIdx.x + 1) - first;
+    auto tile_of = [&](int at) { return (first + at) / steps; };
+    auto step_of = [&](int at) { return (first + at) % steps; };
+#else
+    const int mine = blockIdx.x < tiles ? ((tiles - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
+    auto tile_of = [&](int at) { return blockIdx.x + at / steps * gridDim.x; };
+    auto step_of = [&](int at) { return at % steps; };
+#endif
 
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == CONSUMERS) {
         for (int s = 0; s < STAGES; s++) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 4;" :: "r"(empty + s * 8));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + s * 8), "n"(CONSUMERS / 32));
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
@@ -131,9 +191,9 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             u64 once, kept;
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
-            int count = 0, mine = blockIdx.x < tiles ? ((tiles - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
+            int count = 0;
             auto weights = [&](int at) {
-                int step = at % steps, row = (blockIdx.x + at / steps * gridDim.x) * height;
+                int step = step_of(at), row = tile_of(at) * height;
                 u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(STAGE_BYTES) : "memory");
 #pragma unroll
@@ -148,7 +208,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #if !HELD
                 u32 to = stage0 + at % STAGES * STAGE_BYTES + 2 * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, at % steps * STEP_COLS + b * 64, 0, barrier, kept);
+                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, 0, barrier, kept);
 #endif
             };
             for (; count < mine && count < STAGES; count++) weights(count);
@@ -167,13 +227,13 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #if HELD
     hold(xs, scales, x, norm, eps, tokens, cols, steps);
 #endif
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    int count = 0;
-    for (int at = blockIdx.x; at < tiles; at += gridDim.x) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows_at = (warp >> 2) * 64 * 128;  // bytes in a box
+    for (int count = 0; count < mine;) {
+        const int at = tile_of(count);
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
-        for (int step = 0; step < steps; step++, count++) {
+        for (int step = step_of(count); step < steps && count < mine; step++, count++) {
             const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
             const u32 tokens_at = HELD ? shared_address(xs) + step * 2 * X_BOX : stage + 2 * W_BOX;
             wait_for(full + count % STAGES * 8, count / STAGES & 1);
@@ -182,10 +242,13 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             for (int b = 0; b < 2; b++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    multiply(d, operand(stage + b * W_BOX + k * 32), operand(tokens_at + b * X_BOX + k * 32), 1);
+                    multiply(d, operand(stage + b * W_BOX + rows_at + k * 32), operand(tokens_at + b * X_BOX + k * 32), 1);
             asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(empty + count % STAGES * 8) : "memory");
         }
+#if SPLIT
+        if (!meet(d, deal, at, slots, counters, last)) continue;
+#endif
 #pragma unroll
         for (int n = 0; n < N / 8; n++) {
             float *p = tile + (n * 8 + (lane & 3) * 2) * PITCH + warp * 16 + (lane >> 2);
@@ -202,7 +265,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #endif
             if (bias) y += bias[row];
 #if GATE
-            float up = tile[token * PITCH + 32 + r];
+            float up = tile[token * PITCH + height + r];
 #if HELD && NORM
             up *= scale;
 #endif
