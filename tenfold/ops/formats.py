@@ -153,13 +153,13 @@ class Format:
         padded = torch.nn.functional.pad(dense.float(), (0, groups * size - cols))
         values = padded.view(rows, groups, size)
         if self.kind == "fp8":
-            scales = values.abs().amax(dim=2) / FP8_MAX
+            scales = divided(values.abs().amax(dim=2), FP8_MAX)
             scaled = (values * inverse(scales)[..., None]).clamp_(-FP8_MAX, FP8_MAX).flatten(1)[:, :cols]
             return Packed(scaled.to(torch.float8_e4m3fn), scales)
         codes = self.codes
         if self.zero:
             low, high = values.amin(dim=2).clamp_(max=0), values.amax(dim=2).clamp_(min=0)
-            scales = rounded((high - low) / (codes.highest - codes.lowest), scale_type)
+            scales = rounded(divided(high - low, codes.highest - codes.lowest), scale_type)
             zeros = (codes.lowest - low * inverse(scales)).round_().clamp_(codes.lowest, codes.highest)
         else:
             largest = values.gather(2, values.abs().argmax(dim=2, keepdim=True))[..., 0]
@@ -191,6 +191,11 @@ class Format:
         """One number of each group -> float32 [rows, cols], or [rows, 1] where a row has one group."""
         values = values.float()
         return values if values.shape[1] == 1 else values.repeat_interleave(self.group, dim=1)[:, :cols]
+
+
+def divided(values: Tensor, by: float) -> Tensor:
+    """values / by, the nearest number on every device: by a Python number CUDA multiplies with its inverse."""
+    return values / torch.full((), by, dtype=values.dtype, device=values.device)
 
 
 def inverse(scale: Tensor) -> Tensor:

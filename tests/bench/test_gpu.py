@@ -19,11 +19,9 @@ def test_loading_random_weights_holds_no_second_copy() -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    engine = make_engine("tenfold", Setup(MODEL, 0, 1, 256, "cuda", 1024))
+    make_engine("tenfold", Setup(MODEL, 0, 1, 256, "cuda", 1024))
     weights, largest = model_sizes(MODEL, "cuda").weights, 2 * 128256 * 2048
     assert torch.cuda.max_memory_allocated() - before < weights + 2 * largest + (1 << 30)
-    assert engine.capacity is not None
-    assert engine.capacity >= 1024
 
 
 def test_peers_and_we_take_turns_and_give_memory_back() -> None:
