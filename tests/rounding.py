@@ -15,10 +15,7 @@ sum inside a tensor core, is felt in units of the spread, the root of the sum of
 import torch
 from torch import Tensor
 
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half of the last bit, relative to the least it stands for
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-}  # half of the last bit, at the smallest number of its exponent
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half of the last bit of 1
 WEIGHTS = 6.0  # units of the spread where weights are rounded
 SUMS = 2.0**-12
 SUMS_FLOAT8 = 2.0**-8
