@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, ring, stream, stream4
+from tenfold.ops.gpu import nvrtc, ring, stream, stream_packed
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -172,23 +172,27 @@ class Lowbit:
         return run
 
 
-class Streamed4:
-    """Packed weights of 4 bits: `stream4.py`."""
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Packed weights of a few tokens: plans of one kind of `stream_packed.py`."""
+
+    kind: str
 
     def candidates(self, work: Work, sms: int) -> Iterator[str]:
         if self._takes(work):
-            yield from map(str, stream4.candidates(work.tokens, work.rows, work.cols))
+            yield from map(str, stream_packed.candidates(self.kind, work.tokens, work.rows, work.cols))
 
     def legal(self, name: str, work: Work) -> bool:
-        plan = stream4.parse(name)
-        return self._takes(work) and stream4.legal(plan, work.tokens, work.rows, work.cols)
+        plan = stream_packed.parse(name)
+        return self._takes(work) and stream_packed.legal(plan, work.tokens, work.rows, work.cols)
 
     def _takes(self, work: Work) -> bool:
-        return stream4.takes(work.format) and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
+        known = stream_packed.kind_of(work.format) == self.kind
+        return known and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        plan = stream4.parse(name)
-        return lambda context, x, w, fused: stream4.run(plan, context.sms, x, w, *fused.all())
+        plan = stream_packed.parse(name)
+        return lambda context, x, w, fused: stream_packed.run(plan, context.sms, x, w, *fused.all())
 
 
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -215,7 +219,7 @@ FAMILIES: dict[str, Family] = {
     "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
-    stream4.KIND: Streamed4(),
+    **{kind: Streamed(kind) for kind in stream_packed.CODES},
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
 OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
@@ -245,7 +249,8 @@ def legal(name: str, work: Work) -> bool:
 def rule(work: Work, sms: int) -> str:
     """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
     if is_format(work.format):
-        streamed = next(FAMILIES[stream4.KIND].candidates(work, sms), None) if work.tokens <= MOST_STREAMED else None
+        kind = stream_packed.kind_of(work.format) if work.tokens <= MOST_STREAMED else ""
+        streamed = next(FAMILIES[kind].candidates(work, sms), None) if kind else None
         if streamed is not None:
             return streamed
         return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
@@ -302,7 +307,13 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    own = (here / "norm.py", here / "stream.py", here / "stream4.py", here / "ring.py", here.parent / "elementwise.py")
+    own = (
+        here / "norm.py",
+        here / "stream.py",
+        here / "stream_packed.py",
+        here / "ring.py",
+        here.parent / "elementwise.py",
+    )
     sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), *own])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:

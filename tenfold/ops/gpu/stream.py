@@ -26,9 +26,9 @@ GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """How one linear operation runs. kind: "stream", "wide" or "stream4" (see `stream4`); warps of a block; chunks:
-    pieces of 32 columns (128 with stream4) under way; blocks of a multiprocessor; height: 16-row pieces of a tile;
-    slices of the columns (both 1 but with wide).
+    """How one linear operation runs. kind: "stream", "wide", or "stream4" and "stream8" (see `stream_packed`);
+    warps of a block; chunks: pieces of 32 columns (128 of packed weights) under way; blocks of a multiprocessor;
+    height: 16-row pieces of a tile; slices of the columns (both 1 but with wide).
     """
 
     kind: str

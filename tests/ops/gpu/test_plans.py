@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, ring, stream, stream4
+from tenfold.ops.gpu import decode, graphs, ring, stream, stream_packed
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -16,10 +16,14 @@ COLS = st.integers(1, 512).map(lambda n: 32 * n)
 
 @given(TOKENS, ROWS, COLS)
 def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int, cols: int) -> None:
-    for module in (stream, ring, stream4):
+    for module in (stream, ring):
         for plan in module.candidates(tokens, rows, cols, *((SMS,) if module is ring else ())):
             assert module.legal(plan, tokens, rows, cols)
             assert module.parse(str(plan)) == plan
+    for kind in stream_packed.CODES:
+        for plan in stream_packed.candidates(kind, tokens, rows, cols):
+            assert stream_packed.legal(plan, tokens, rows, cols)
+            assert stream_packed.parse(str(plan)) == plan
 
 
 @given(TOKENS, ROWS, COLS)
@@ -35,7 +39,8 @@ def test_the_rule_of_streams_is_legal_and_sums_fit(tokens: int, rows: int, cols:
     ("module", "name"),
     [
         *((stream, "stream:16x4"), (stream, "flat:1x2x3"), (ring, "ring:6x1x64:other"), (ring, "ring:6x1")),
-        (stream4, "stream:1x2x3"),
+        (stream_packed, "stream:1x2x3"),
+        (stream_packed, "stream8:1x2"),
     ],
 )
 def test_names_of_other_plans_are_refused(module: object, name: str) -> None:

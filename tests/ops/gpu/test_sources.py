@@ -10,11 +10,16 @@ pytest.importorskip("cuda.bindings.nvrtc")
 
 COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
 FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
+EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
 RING = {"STAGES": 4, "BLOCKS": 1, "NORM": 0, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 SOURCES = [
     ("stream.cu", COMMON | {"NT": 1, "BITS": 16}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1, "GATE": 1} | FOUR),
+    ("stream.cu", COMMON | {"NT": 1} | EIGHT | {"ZEROS": 1}),
+    ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"GROUP": 1 << 30}),
+    ("stream.cu", COMMON | {"NT": 1, "GATE": 2} | EIGHT | {"E4M3": 1, "GROUP": 1 << 30}),
+    ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"E4M3": 1}),
     ("wide.cu", COMMON | {"NT": 4, "ROWS": 2, "GATE": 2}),
     ("ring.cu", RING | {"N": 8, "HELD": 1, "HALF": 0, "NORM": 1}),
     ("ring.cu", RING | {"N": 64, "HELD": 0, "HALF": 1, "ROWS": 128, "SPLIT": 1}),

@@ -11,41 +11,49 @@
 //
 // Compile-time: HALF 0 bfloat16, 1 float16 · NT token tiles of 8 · WARPS · CHUNKS 32-column pieces a warp has under way
 // per row · BLOCKS of one multiprocessor · NORM 1: x is RMS-normed first · GATE 0 none, 1 silu, 2 gelu_tanh: rows of w
-// are gate then up and y = act(gate) * up · BITS of a weight: 16, or 4 in the layout of ops/formats.py with GROUP
-// columns (a multiple of 128) to a scale, SCALES their type (0 bfloat16, 1 float16, 2 float32) and ZEROS 1 where groups
-// have zeros. Codes become exact whole numbers in registers; a group's sum is scaled in float32.
+// are gate then up and y = act(gate) * up · BITS of a weight: 16, or 8 or 4 in the layouts of ops/formats.py with GROUP
+// columns (a multiple of 128) to a scale, SCALES their type (0 bfloat16, 1 float16, 2 float32), ZEROS 1 where groups have
+// zeros, and E4M3 1 where 8 bits are a float8. Codes become exact numbers in registers; a group's sum is scaled in
+// float32, a whole row's after its last column.
 
 #include "fragments.h"
 
 #define THREADS (WARPS * 32)
-#if BITS == 4
+#define LOADS (BITS == 8 ? 2 : 1)  // of 16 bytes a lane has of a chunk of a row
+#if BITS < 16
 #undef LANE_COLS
 #undef CHUNK_COLS
 #define LANE_COLS 32
 #define CHUNK_COLS 128
-#if HALF
-#define MAGIC 0x64006400u  // float16 pair 1024 + code
-#define MIDDLE 0x64086408u
+#define WHOLE_ROW (GROUP >= 1 << 30)
+#if BITS == 4
+#define BASE (HALF ? 1024.f : 128.f)  // added to a code by the bits above it
+#define MAGIC (HALF ? 0x64006400u : 0x43004300u)  // a pair of BASE
+#define MIDDLE (HALF ? 0x64086408u : 0x43084308u)  // and of BASE + 8
+#define NOTHING (ZEROS ? 0u : 0x88888888u)  // codes of zero
 #else
-#define MAGIC 0x43004300u  // bfloat16 pair 128 + code
-#define MIDDLE 0x43084308u
+#define BASE (HALF ? 1152.f : 0.f)
+#define MIDDLE (HALF ? 0x64806480u : 0u)
+#define NOTHING 0u
 #endif
 #endif
 
 // What a lane holds of a chunk of its two rows.
 struct Piece {
-    uint4 first, second;
-#if BITS == 4
+    uint4 first[LOADS], second[LOADS];
+#if BITS < 16
+#if !WHOLE_ROW
     float scale_first, scale_second;
+#endif
 #if ZEROS
-    u32 zero_first, zero_second;  // a pair of MAGIC + zero
+    u32 zero_first, zero_second;  // a pair of BASE + zero
 #endif
 #endif
 };
 
 struct Weights {
     const u16 *codes;
-#if BITS == 4
+#if BITS < 16
     const void *scales, *zeros;
 #endif
 };
@@ -65,7 +73,7 @@ __device__ __forceinline__ void tile_rows(const Shape &s, int tile, int g, int &
 #endif
 }
 
-#if BITS == 4
+#if BITS < 16
 __device__ __forceinline__ float number(const void *values, size_t at) {
 #if SCALES == 2
     return __ldg((const float *)values + at);
@@ -91,8 +99,47 @@ __device__ __forceinline__ u32 minus(u32 a, u32 b) {
     return d;
 }
 
+#if BITS == 4
 // Columns 2 i and 2 i + 1 of a word of codes, as exact numbers less their zero.
 __device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) { return minus((word >> 4 * i) & 0x000f000fu | MAGIC, zero); }
+#elif E4M3 && HALF
+// Columns 2 i and 2 i + 1 of a word.
+__device__ __forceinline__ u32 pair(u32 word, int i, u32) {
+    u32 d;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"((u16)(word >> 16 * i)));
+    return d;
+}
+#elif E4M3
+// Columns i and i + 2 of a word: the sign, and seven bits at the low end of exponent and mantissa are the number times
+// 2^-120, the smallest ones included.
+__device__ __forceinline__ u32 pair(u32 word, int i, u32) {
+    u32 high = i ? word : word << 8, seven = i ? word >> 4 : word << 4, d;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(high & 0x80008000u | seven & 0x07f007f0u), "r"(0x7b807b80u));
+    return d;
+}
+#elif HALF
+// Columns i and i + 2 of a word: 1024 + 128 + code, less that and the zero.
+__device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) { return minus((word >> 8 * i) & 0x00ff00ffu ^ 0x64806480u, zero); }
+#else
+// Columns i and i + 2 of a word: 128 + the low seven bits, less 128, or less 256 where the sign bit makes it that.
+__device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) {
+    const u32 code = word >> 8 * i, d = minus(code & 0x007f007fu | 0x43004300u, code & 0x00800080u | 0x43004300u);
+    return ZEROS ? minus(d, zero) : d;
+}
+#endif
+
+// The k-th 8 of a lane's 32 columns as four pairs.
+__device__ __forceinline__ void expand(u32 (&f)[4], const uint4 (&loads)[LOADS], int k, u32 zero) {
+#if BITS == 4
+    const u32 word = (&loads[0].x)[k];
+#pragma unroll
+    for (int j = 0; j < 4; j++) f[j] = pair(word, j, zero);
+#else
+    const u32 *words = &loads[k >> 1].x + (k & 1) * 2;
+#pragma unroll
+    for (int j = 0; j < 4; j++) f[j] = pair(words[j >> 1], j & 1, zero);
+#endif
+}
 #endif
 
 __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS], const Weights &w, const Shape &s, int tile, int step) {
@@ -104,25 +151,35 @@ __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS], const Weights
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         if (chunk + i < chunks) {
-            buffer[i].first = load_weight(p + (size_t)(chunk + i) * 32);
-            buffer[i].second = load_weight(q + (size_t)(chunk + i) * 32);
-#if BITS == 4
-            const int groups = (s.cols + GROUP - 1) / GROUP, group = (chunk + i) * CHUNK_COLS / GROUP;
+#pragma unroll
+            for (int k = 0; k < LOADS; k++) {
+                buffer[i].first[k] = load_weight(p + (size_t)((chunk + i) * LOADS + k) * 32);
+                buffer[i].second[k] = load_weight(q + (size_t)((chunk + i) * LOADS + k) * 32);
+            }
+#if BITS < 16 && (!WHOLE_ROW || ZEROS)
+            const int groups = (s.cols - 1) / GROUP + 1, group = (chunk + i) * CHUNK_COLS / GROUP;
             const size_t at = (size_t)first * groups + group, below = (size_t)second * groups + group;
+#if !WHOLE_ROW
             buffer[i].scale_first = number(w.scales, at), buffer[i].scale_second = number(w.scales, below);
+#endif
 #if ZEROS
-            float zero = number(w.zeros, at), other = number(w.zeros, below);
-            const float base = HALF ? 1024.f : 128.f;
-            buffer[i].zero_first = pack(base + zero, base + zero), buffer[i].zero_second = pack(base + other, base + other);
+            float zero = BASE + number(w.zeros, at), other = BASE + number(w.zeros, below);
+            buffer[i].zero_first = pack(zero, zero), buffer[i].zero_second = pack(other, other);
 #endif
 #endif
         } else {
-            buffer[i].first = buffer[i].second = make_uint4(0, 0, 0, 0);
-#if BITS == 4
-            buffer[i].scale_first = buffer[i].scale_second = 0.f;
-#if ZEROS
-            buffer[i].zero_first = buffer[i].zero_second = 0;
+#if BITS < 16
+            const u32 nothing = NOTHING;
+#else
+            const u32 nothing = 0;
 #endif
+#pragma unroll
+            for (int k = 0; k < LOADS; k++) buffer[i].first[k] = buffer[i].second[k] = make_uint4(nothing, nothing, nothing, nothing);
+#if BITS < 16 && !WHOLE_ROW
+            buffer[i].scale_first = buffer[i].scale_second = 0.f;
+#endif
+#if BITS < 16 && ZEROS
+            buffer[i].zero_first = buffer[i].zero_second = pack(BASE, BASE);
 #endif
         }
     }
@@ -134,21 +191,24 @@ __device__ __forceinline__ void multiply(float (&acc)[NT][4], const Piece (&buff
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         int col = min(chunk + i, last) * CHUNK_COLS + (lane & 3) * 8;
-#if BITS == 4
+#if BITS < 16
 #if ZEROS
         const u32 zero_first = buffer[i].zero_first, zero_second = buffer[i].zero_second;
 #else
         const u32 zero_first = MIDDLE, zero_second = MIDDLE;
 #endif
-        const u32 *a = &buffer[i].first.x, *b = &buffer[i].second.x;
+#if WHOLE_ROW
+        float (&part)[NT][4] = acc;
+#else
         float part[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; n++) part[n][0] = part[n][1] = part[n][2] = part[n][3] = 0.f;
+#endif
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             u32 f[4], g[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) f[j] = pair(a[k], j, zero_first), g[j] = pair(b[k], j, zero_second);
+            expand(f, buffer[i].first, k, zero_first);
+            expand(g, buffer[i].second, k, zero_second);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 int token = min(n * 8 + (lane >> 2), s.tokens - 1);
@@ -157,13 +217,15 @@ __device__ __forceinline__ void multiply(float (&acc)[NT][4], const Piece (&buff
                 mma(part[n], f[2], g[2], f[3], g[3], x.z, x.w);
             }
         }
+#if !WHOLE_ROW
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             acc[n][0] += buffer[i].scale_first * part[n][0], acc[n][1] += buffer[i].scale_first * part[n][1];
             acc[n][2] += buffer[i].scale_second * part[n][2], acc[n][3] += buffer[i].scale_second * part[n][3];
         }
+#endif
 #else
-        const uint4 &a = buffer[i].first, &b = buffer[i].second;
+        const uint4 &a = buffer[i].first[0], &b = buffer[i].second[0];
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             int token = min(n * 8 + (lane >> 2), s.tokens - 1);  // columns of tokens that are not there are never stored
@@ -175,13 +237,24 @@ __device__ __forceinline__ void multiply(float (&acc)[NT][4], const Piece (&buff
     }
 }
 
-// Where 8 columns lie in shared memory. A lane takes 32 neighbouring columns of 4-bit weights in four loads; lanes that
-// load together then find theirs side by side.
+// Where 8 columns lie in shared memory. A lane takes 32 neighbouring columns of 4-bit weights in four loads, twice 16 of
+// 8-bit ones in two each; lanes that load together then find theirs side by side.
 __device__ __forceinline__ int vector_at(int v) {
 #if BITS == 4
     return (v & ~15) | (v & 3) << 2 | (v >> 2 & 3);
+#elif BITS == 8
+    return (v & ~7) | (v & 1) << 2 | (v >> 1 & 3);
 #else
     return v;
+#endif
+}
+
+// 8 columns in the order in which pair() gives those of w.
+__device__ __forceinline__ uint4 ordered(uint4 a) {
+#if BITS == 8 && !(E4M3 && HALF)
+    return make_uint4(__byte_perm(a.x, a.y, 0x5410), __byte_perm(a.x, a.y, 0x7632), __byte_perm(a.z, a.w, 0x5410), __byte_perm(a.z, a.w, 0x7632));
+#else
+    return a;
 #endif
 }
 
@@ -211,7 +284,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const
                 a = make_uint4(pack(e0 * w0.x, e1 * w0.y), pack(e2 * w0.z, e3 * w0.w), pack(e4 * w1.x, e5 * w1.y), pack(e6 * w1.z, e7 * w1.w));
 #endif
 #endif
-                *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = a;
+                *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = NORM && HALF ? a : ordered(a);
             }
         }
     }
@@ -244,7 +317,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const
             a.y = pack(to_float(a.y & 0xffff) * k * w0.z, to_float(a.y >> 16) * k * w0.w);
             a.z = pack(to_float(a.z & 0xffff) * k * w1.x, to_float(a.z >> 16) * k * w1.y);
             a.w = pack(to_float(a.w & 0xffff) * k * w1.z, to_float(a.w >> 16) * k * w1.w);
-            *p = a;
+            *p = ordered(a);
         }
     }
     __syncthreads();
@@ -255,7 +328,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const
 }
 
 // Sum the warps' parts of a tile in order, and store it.
-__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, const float *scales, int tile, const Shape &s, u16 *out, const float *bias, const u16 *residual) {
+__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, const float *scales, const Weights &w, int tile, const Shape &s, u16 *out, const float *bias, const u16 *residual) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // partial[warp][token][16 rows]
 #pragma unroll
@@ -280,6 +353,9 @@ __device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, cons
         const float *p = partial + token * 16 + r;
 #pragma unroll
         for (int k = 0; k < WARPS; k++) sum += p[k * NT * 128];
+#if BITS < 16 && WHOLE_ROW
+        sum *= number(w.scales, row);
+#endif
 #if NORM && !HALF
         const float scale = scales[token];
         sum *= scale;
@@ -289,6 +365,9 @@ __device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, cons
         float up = 0.f;
 #pragma unroll
         for (int k = 0; k < WARPS; k++) up += p[k * NT * 128 + 8];
+#if BITS < 16 && WHOLE_ROW
+        up *= number(w.scales, rows + row);
+#endif
 #if NORM && !HALF
         up *= scale;
 #endif
@@ -321,7 +400,7 @@ stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros,
     asm volatile("griddepcontrol.launch_dependents;");
     Weights w;
     w.codes = codes;
-#if BITS == 4
+#if BITS < 16
     w.scales = scales_of, w.zeros = zeros;
 #endif
     Piece even[CHUNKS], odd[CHUNKS];
@@ -339,7 +418,7 @@ stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros,
 #define CONSUME(buffer, tile_in, step_in)                               \
     multiply(acc, buffer, xs, s, step_in);                              \
     if (step_in == steps - 1) {                                         \
-        finish(acc, partial + turn * WARPS * NT * 128, scales, tile_in, s, out, bias, residual); \
+        finish(acc, partial + turn * WARPS * NT * 128, scales, w, tile_in, s, out, bias, residual); \
         turn ^= 1;                                                      \
     }
     while (tile < s.tiles) {

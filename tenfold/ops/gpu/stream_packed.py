@@ -1,8 +1,8 @@
-"""Linear operations of a few tokens on 4-bit weights, at the speed of reading the codes: csrc/stream.cu with BITS 4.
+"""Linear operations of a few tokens on packed weights, at the speed of reading the codes: csrc/stream.cu with BITS 4, 8.
 
-Takes int4 formats of ops/formats.py whose groups are multiples of 128 columns, or whole rows, without a column order.
-Codes become exact whole numbers in registers, a group's sum is scaled in float32: no weight is rounded. Fuses what
-`stream` fuses.
+Takes the formats of ops/formats.py whose groups are multiples of 128 columns, or whole rows, without a column order.
+Codes become exact numbers in registers, a group's sum is scaled in float32: no weight is rounded, and activations keep
+their 16 bits. Fuses what `stream` fuses.
 """
 
 from collections.abc import Iterator
@@ -16,28 +16,35 @@ from tenfold.ops.gpu.stream import GATES, SHARED, SHARED_SM, StreamPlan, shared_
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
-KIND = "stream4"
+CODES = {"stream4": ("int4",), "stream8": ("int8", "fp8")}  # what each kind of plan reads
 CHUNK = 128  # columns
 MOST_TOKENS = 16
 WHOLE_ROW = 1 << 30  # GROUP where a row has one scale
 SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Warps, chunks, blocks. 4 bits: H100, 2026-11-28.
+SIZES = {
+    "stream4": ((8, 4, 2), (16, 1, 2), (16, 2, 1), (8, 4, 1), (8, 2, 2), (8, 2, 3), (4, 4, 3)),
+    "stream8": ((8, 2, 2), (16, 1, 2), (16, 2, 1), (8, 4, 1), (16, 1, 1), (4, 4, 2)),
+}
 
 
 def parse(name: str) -> StreamPlan:
     """The plan `str(plan)` names. Raises ValueError."""
     kind, _, sizes = name.partition(":")
     numbers = sizes.split("x")
-    if kind != KIND or len(numbers) != 3 or not all(n.isdigit() for n in numbers):
-        raise ValueError(f"{name!r} is no plan for 4-bit weights; allowed: {KIND}:WxCxB.")
-    return StreamPlan(KIND, *map(int, numbers))
+    if kind not in CODES or len(numbers) != 3 or not all(n.isdigit() for n in numbers):
+        raise ValueError(f"{name!r} is no plan that streams codes; allowed: stream4:WxCxB or stream8:WxCxB.")
+    return StreamPlan(kind, *map(int, numbers))
 
 
-def takes(format: str) -> bool:
-    """Whether matrices of this format can be read."""
+def kind_of(format: str) -> str:
+    """The kind of plan that reads matrices of this format, empty where none does."""
     if not is_format(format):
-        return False
-    kind = format_of(format)
-    return kind.kind == "int4" and not kind.order and kind.group % CHUNK == 0
+        return ""
+    found = format_of(format)
+    if found.order or found.group % CHUNK:
+        return ""
+    return next(kind for kind, codes in CODES.items() if found.kind in codes)
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
@@ -47,12 +54,13 @@ def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
     return 1 <= tokens <= MOST_TOKENS and cols % CHUNK == 0 and fits
 
 
-def candidates(tokens: int, rows: int, cols: int) -> Iterator[StreamPlan]:
-    """Plans worth timing, the rule's first (H100, 2026-11-28): one whose steps take all columns evenly, if there is."""
-    first = (8, 4, 2) if cols % (8 * 4 * CHUNK) == 0 else (16, 1, 2)
-    others = ((16, 2, 1), (8, 4, 1), (8, 2, 2), (8, 4, 2), (8, 2, 3), (16, 1, 2), (4, 4, 3))
-    for sizes in dict.fromkeys((first, *others)):
-        plan = StreamPlan(KIND, *sizes)
+def candidates(kind: str, tokens: int, rows: int, cols: int) -> Iterator[StreamPlan]:
+    """Plans worth timing, the rule's first: one whose steps take all columns evenly, if there is."""
+    first, second, *others = SIZES[kind]
+    if cols % (first[0] * first[1] * CHUNK):
+        first, second = second, first
+    for sizes in (first, second, *others):
+        plan = StreamPlan(kind, *sizes)
         if legal(plan, tokens, rows, cols):
             yield plan
 
@@ -67,7 +75,7 @@ def run(
     act: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `Kernels.linear` with a matrix whose format `takes` accepts; the plan must be legal."""
+    """As `Kernels.linear` with a matrix whose format the plan's kind reads; the plan must be legal."""
     tokens, cols = x.shape
     gate = GATES[act]
     format, packed = format_of(w.format), packed_of(w)
@@ -90,7 +98,8 @@ def defines(
 ) -> tuple[tuple[str, int], ...]:
     """Macros of the kernel."""
     return (
-        ("BITS", 4),
+        ("BITS", format.bits),
+        ("E4M3", int(format.kind == "fp8")),
         ("GROUP", format.group or WHOLE_ROW),
         ("SCALES", SCALES[scales]),
         ("ZEROS", int(format.zero)),
