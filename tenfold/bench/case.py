@@ -25,3 +25,10 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Figure:
     if len(ours) != len(theirs) or not ours:
         raise ValueError(f"{len(ours)} and {len(theirs)} samples do not pair; take one of each a round.")
     return Figure(tuple(a / b for a, b in zip(ours, theirs)))
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Of y over x by least squares; 0.0 where all x are the same."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / spread if spread else 0.0

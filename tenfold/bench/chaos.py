@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tenfold.bench.case import slope
 from tenfold.bench.claims import Claim, claim
 from tenfold.bench.malformed import throw
 from tenfold.bench.serving import (
@@ -366,18 +367,12 @@ def soak(server: ServerProcess, seconds: float) -> Slope:
     later = times[len(times) // 2 :]
     hours = [t / 3600 for t, _, _ in later]
     return Slope(
-        _slope(hours, [s / 2**20 for _, s, _ in later]),
-        _slope(hours, [e / 2**20 for _, _, e in later]),
+        slope(hours, [s / 2**20 for _, s, _ in later]),
+        slope(hours, [e / 2**20 for _, _, e in later]),
         requests,
         status(server)["pages_used"],
         times[:: max(1, len(times) // 200)],
     )
-
-
-def _slope(x: Sequence[float], y: Sequence[float]) -> float:
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / spread if spread else 0.0
 
 
 def attempt(name: str, scenario: Callable[[], Row]) -> Row:

@@ -1,8 +1,8 @@
 """`bench/results/claims.json`: one object for each number this project claims, met or not."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tenfold.bench.hardware import ROOT, commit, processor, today
@@ -85,3 +85,13 @@ def record(claims: Iterable[Claim], path: Path = CLAIMS) -> None:
     ordered = sorted(rows.values(), key=lambda c: (c.id[:1], int("".join(filter(str.isdigit, c.id)) or 0)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(c) for c in ordered], indent=1, ensure_ascii=False) + "\n")
+
+
+def signed(made: Claim, machine: Mapping[str, str]) -> Claim:
+    """A claim with the machine and version its numbers come from."""
+    return replace(
+        made,
+        hardware=machine.get("hardware") or made.hardware,
+        commit=machine.get("commit") or made.commit,
+        date=machine.get("date") or made.date,
+    )

@@ -7,14 +7,13 @@ project's, and where it is missing, arms whose names begin with one of LIBRARIES
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from tenfold.bench import arms
+from tenfold.bench import arms, soak
 from tenfold.bench.case import Figure, paired_ratio
-from tenfold.bench.claims import Claim, claim
+from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.report import by_model, results_in
 from tenfold.bench.single import Result, Row, loaded
 
@@ -37,16 +36,6 @@ def of_single(results: Sequence[Result]) -> list[Claim]:
     found = [*_eager(results, command), *_compiled(results, command), *_vllm(results, command)]
     found += [*_tpot(results, command), *_prefill(results, command)]
     return [signed(made, results[0].machine) for made in found]
-
-
-def signed(made: Claim, machine: Mapping[str, str]) -> Claim:
-    """A claim with the machine and version its numbers come from."""
-    return replace(
-        made,
-        hardware=machine.get("hardware") or made.hardware,
-        commit=machine.get("commit") or made.commit,
-        date=machine.get("date") or made.date,
-    )
 
 
 def points_of(results: Iterable[Result], engine: str) -> list[tuple[int, int]]:
@@ -282,4 +271,5 @@ def of_folder(folder: Path) -> list[Claim]:
         made += of_arms(arms.loaded(data))
     for data in found.get("kernels", ()):
         made += of_kernels(data["rows"], data["copy_gbs"], data["machine"], data.get("command", "tenfold tune"))
+    made += soak.claims_of([soak.loaded(data) for data in found.get("soak", ())])
     return made
