@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, ring, stream, stream_packed
+from tenfold.ops.gpu import nvrtc, ring, ring8, stream, stream_packed
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -195,6 +195,25 @@ class Streamed:
         return lambda context, x, w, fused: stream_packed.run(plan, context.sms, x, w, *fused.all())
 
 
+class Ring8:
+    """Float8 by float8: `ring8.py`."""
+
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        if self._takes(work):
+            yield from map(str, ring8.candidates(work.tokens, work.rows, work.cols, sms))
+
+    def legal(self, name: str, work: Work) -> bool:
+        plan = ring8.parse(name)
+        return self._takes(work) and ring8.legal(plan, work.tokens, work.rows, work.cols)
+
+    def _takes(self, work: Work) -> bool:
+        return ring8.takes(work.format) and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        plan = ring8.parse(name)
+        return lambda context, x, w, fused: ring8.run(plan, context.maps, context.sms, x, w, *fused.all())
+
+
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return stream.run(plan, context.sums, context.sms, x, w, *fused.all())
 
@@ -220,6 +239,7 @@ FAMILIES: dict[str, Family] = {
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     **{kind: Streamed(kind) for kind in stream_packed.CODES},
+    ring8.KIND: Ring8(),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
 OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
@@ -249,10 +269,10 @@ def legal(name: str, work: Work) -> bool:
 def rule(work: Work, sms: int) -> str:
     """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
     if is_format(work.format):
-        kind = stream_packed.kind_of(work.format) if work.tokens <= MOST_STREAMED else ""
-        streamed = next(FAMILIES[kind].candidates(work, sms), None) if kind else None
-        if streamed is not None:
-            return streamed
+        kind = stream_packed.kind_of(work.format) if work.tokens <= MOST_STREAMED else ring8.KIND
+        ours = next(FAMILIES[kind].candidates(work, sms), None) if kind else None
+        if ours is not None:
+            return ours
         return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
     if work.format != "dense":
         raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
@@ -307,14 +327,10 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    own = (
-        here / "norm.py",
-        here / "stream.py",
-        here / "stream_packed.py",
-        here / "ring.py",
-        here.parent / "elementwise.py",
+    ours = [here / f"{name}.py" for name in ("norm", "ring", "ring8", "stream", "stream_packed")]
+    sources = sorted(
+        [*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), here.parent / "elementwise.py", *ours]
     )
-    sources = sorted([*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), *own])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:
         digest.update(path.read_bytes())

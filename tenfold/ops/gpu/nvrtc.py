@@ -121,20 +121,21 @@ class _Block(ctypes.Structure):
 
 
 class TensorMap:
-    """How the tensor copy engine finds boxes of `height` rows and 64 columns in a matrix of 16-bit numbers. Rows and
+    """How the tensor copy engine finds boxes of `height` rows and 128 bytes in a matrix of 16- or 8-bit numbers. Rows and
     columns past the end read as zero. Boxes land in shared memory with the 128-byte swizzle.
     """
 
     def __init__(self, matrix: Tensor, height: int) -> None:
-        """matrix [rows, cols] contiguous, cols a multiple of 8; it must outlive the map. Raises RuntimeError."""
-        rows, cols = matrix.shape
+        """matrix [rows, cols] contiguous, whole 16 bytes to a row; it must outlive the map. Raises RuntimeError."""
+        (rows, cols), size = matrix.shape, matrix.element_size()
         self._memory = (ctypes.c_uint8 * 192)()
         address = ctypes.addressof(self._memory)
         self.block = _Block.from_address(address + -address % 64)
-        sizes, strides = (ctypes.c_uint64 * 2)(cols, rows), (ctypes.c_uint64 * 1)(cols * 2)
-        box, steps = (ctypes.c_uint32 * 2)(64, height), (ctypes.c_uint32 * 2)(1, 1)
+        sizes, strides = (ctypes.c_uint64 * 2)(cols, rows), (ctypes.c_uint64 * 1)(cols * size)
+        box, steps = (ctypes.c_uint32 * 2)(128 // size, height), (ctypes.c_uint32 * 2)(1, 1)
         driver = _driver()
-        kind = 9 if matrix.dtype == torch.bfloat16 else 6  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, _FLOAT16
+        # CU_TENSOR_MAP_DATA_TYPE_UINT8, _BFLOAT16, _FLOAT16
+        kind = 0 if size == 1 else 9 if matrix.dtype == torch.bfloat16 else 6
         # rank 2; no interleave; 128-byte swizzle; L2 promotion to 256 bytes; zeros out of bounds
         status = driver.cuTensorMapEncodeTiled(
             *(ctypes.byref(self.block), kind, 2, ctypes.c_void_p(matrix.data_ptr())),

@@ -1,4 +1,4 @@
-"""Linear operations of a few tokens on packed weights, at the speed of reading the codes: csrc/stream.cu with BITS 4, 8.
+"""Linear operations of a few tokens on packed weights, at the speed of reading the codes: csrc/stream.cu.
 
 Takes the formats of ops/formats.py whose groups are multiples of 128 columns, or whole rows, without a column order.
 Codes become exact numbers in registers, a group's sum is scaled in float32: no weight is rounded, and activations keep

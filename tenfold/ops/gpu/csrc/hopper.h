@@ -1,0 +1,66 @@
+// What kernels share that feed wgmma through the tensor copy engine: barriers, copies, descriptors of operands.
+
+typedef unsigned long long u64;
+struct __align__(64) Map { u64 bytes[16]; };
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void begin_barrier(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
+}
+
+// One arrival, and so many bytes to come by copies.
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}"
+        :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// A box of a matrix into shared memory, its first column and row; bytes past the matrix are zero.
+__device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
+        :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy) : "memory");
+}
+
+// Matrix descriptor of a K-major operand with the 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
+__device__ __forceinline__ u64 operand(u32 address) {
+    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ u32 there(u32 address, int rank) {
+    u32 other;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(address), "r"(rank));
+    return other;
+}
+
+// An arrival in another block, after all that this block's threads wrote before their last barrier.
+__device__ __forceinline__ void arrive_there(u32 barrier, int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(there(barrier, rank)) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}"
+        :: "r"(barrier), "r"(parity) : "memory");
+}
+
+// All threads of a cluster that have not ended.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ float4 load_there(u32 address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}

@@ -1,0 +1,77 @@
+// Tokens to float8 e4m3, RMS-normed first or not: codes[t] = x[t] / scales[t], where the largest of a token becomes 448. A
+// block takes a token. The kernel behind may begin at once and fetch weights meanwhile (programmatic dependent launch).
+//
+// Compile-time: HALF 0 bfloat16, 1 float16 · NORM · VECTORS of 8 columns of a thread.
+
+#define GATE 0
+#include "fragments.h"
+
+#define THREADS 256
+#define WARPS (THREADS / 32)
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, float eps, int cols) {
+    __shared__ float squares[WARPS], largests[WARPS];
+    const int vectors = cols / 8, tid = threadIdx.x;
+    const size_t row = (size_t)blockIdx.x * vectors;
+    asm volatile("griddepcontrol.launch_dependents;");
+#if NORM
+    float weights[VECTORS][8];  // they depend on no kernel
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int v = min(tid + i * THREADS, vectors - 1);
+        const float4 a = ((const float4 *)weight)[v * 2], b = ((const float4 *)weight)[v * 2 + 1];
+        weights[i][0] = a.x, weights[i][1] = a.y, weights[i][2] = a.z, weights[i][3] = a.w;
+        weights[i][4] = b.x, weights[i][5] = b.y, weights[i][6] = b.z, weights[i][7] = b.w;
+    }
+#endif
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    float values[VECTORS][8], square = 0.f, largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int v = tid + i * THREADS;
+        const uint4 a = v < vectors ? ((const uint4 *)x)[row + v] : make_uint4(0, 0, 0, 0);
+        const u32 *p = &a.x;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float e = to_float(p[j >> 1] >> 16 * (j & 1) & 0xffff);
+#if NORM
+            square += e * e;
+            e *= weights[i][j];
+#endif
+            values[i][j] = e;
+            largest = fmaxf(largest, fabsf(e));
+        }
+    }
+#pragma unroll
+    for (int d = 16; d; d >>= 1) {
+        square += __shfl_xor_sync(~0u, square, d);
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    }
+    if ((tid & 31) == 0) squares[tid >> 5] = square, largests[tid >> 5] = largest;
+    __syncthreads();
+    square = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) square += squares[w], largest = fmaxf(largest, largests[w]);
+    const float inverse = largest > 0.f ? __fdiv_rn(448.f, largest) : 0.f;
+    if (tid == 0) {
+        float scale = __fdiv_rn(largest, 448.f);
+#if NORM
+        scale *= rsqrtf(square / cols + eps);
+#endif
+        scales[blockIdx.x] = scale;
+    }
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int v = tid + i * THREADS;
+        if (v >= vectors) break;
+        u32 pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u16 pair;
+            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(values[i][j * 2 + 1] * inverse), "f"(values[i][j * 2] * inverse));
+            pairs[j] = pair;
+        }
+        codes[row + v] = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+    }
+}
