@@ -121,8 +121,8 @@ class _Block(ctypes.Structure):
 
 
 class TensorMap:
-    """How the tensor copy engine finds boxes of `height` rows and 128 bytes in a matrix of 16- or 8-bit numbers. Rows and
-    columns past the end read as zero. Boxes land in shared memory with the 128-byte swizzle.
+    """How the tensor copy engine finds boxes of `height` rows and 128 bytes in a matrix of 16- or 8-bit numbers. Rows
+    and columns past the end read as zero. Boxes land in shared memory with the 128-byte swizzle.
     """
 
     def __init__(self, matrix: Tensor, height: int) -> None:
