@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from tenfold.bench import arms, soak
+from tenfold.bench import arms, quality_gpu, soak
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.report import by_model, results_in
@@ -271,5 +271,7 @@ def of_folder(folder: Path) -> list[Claim]:
         made += of_arms(arms.loaded(data))
     for data in found.get("kernels", ()):
         made += of_kernels(data["rows"], data["copy_gbs"], data["machine"], data.get("command", "tenfold tune"))
+    for data in found.get("quality", ()):
+        made += quality_gpu.claims_of(quality_gpu.loaded(data))
     made += soak.claims_of([soak.loaded(data) for data in found.get("soak", ())])
     return made

@@ -41,7 +41,7 @@ def compare(reference: Any, candidate: Any, pieces: Sequence[Sequence[int]]) -> 
     count = 0
     for piece in pieces:
         expected, found = reference(piece)[:-1], candidate(piece)[:-1]
-        totals += _sums(expected, found, torch.tensor(piece[1:]))
+        totals += _sums(expected, found.to(expected.device), torch.tensor(piece[1:], device=expected.device)).cpu()
         count += len(piece) - 1
     reference_nll, nll, kl, agree = (totals / count).tolist()
     return Quality(count, math.exp(reference_nll), math.exp(nll), kl, agree)

@@ -27,22 +27,53 @@ PATHS: dict[str, dict[str, Any]] = {
 
 def forward(engine: Engine, ids: Sequence[int]) -> Tensor:
     """Logits [T, vocabulary] of one sequence in one step, over a KV store of its own."""
-    size = engine.config.page_size
+    size, device = engine.config.page_size, engine.device
     pages = -(-len(ids) // size)
     count = len(ids)
     step = Step(
-        token_ids=torch.tensor(list(ids)),
-        positions=torch.arange(count, dtype=torch.int32),
-        slots=torch.arange(count, dtype=torch.int32),
-        page_table=torch.arange(pages, dtype=torch.int32)[None],
-        query_start=torch.tensor([0, count], dtype=torch.int32),
-        kv_lengths=torch.tensor([count], dtype=torch.int32),
-        logits_rows=torch.arange(count),
+        token_ids=torch.tensor(list(ids), device=device),
+        positions=torch.arange(count, dtype=torch.int32, device=device),
+        slots=torch.arange(count, dtype=torch.int32, device=device),
+        page_table=torch.arange(pages, dtype=torch.int32, device=device)[None],
+        query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
+        kv_lengths=torch.tensor([count], dtype=torch.int32, device=device),
+        logits_rows=torch.arange(count, device=device),
         max_query=count,
         max_kv=count,
-        kv=KVStore(engine.kv.spec, pages, engine.device),
+        kv=KVStore(engine.kv.spec, pages, device),
     )
     return engine.model.forward(step)
+
+
+def decoded(engine: Engine, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits [T, vocabulary] of each piece, all of one length: token by token, the pieces of one step together, as
+    answers are made.
+    """
+    count, length = len(pieces), len(pieces[0])
+    size, device = engine.config.page_size, engine.device
+    pages = -(-length // size)
+    kv = KVStore(engine.kv.spec, count * pages, device)
+    ids = torch.tensor([list(piece) for piece in pieces], device=device)
+    table = torch.arange(count * pages, dtype=torch.int32, device=device).view(count, pages)
+    rows = torch.arange(count, device=device)
+    starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+    found = []
+    for place in range(length):
+        step = Step(
+            token_ids=ids[:, place].contiguous(),
+            positions=torch.full((count,), place, dtype=torch.int32, device=device),
+            slots=(table[:, 0] * size + place).contiguous(),
+            page_table=table,
+            query_start=starts,
+            kv_lengths=torch.full((count,), place + 1, dtype=torch.int32, device=device),
+            logits_rows=rows,
+            max_query=1,
+            max_kv=place + 1,
+            kv=kv,
+            decodes=count,
+        )
+        found.append(engine.model.forward(step).clone())
+    return list(torch.stack(found, dim=1))
 
 
 def run(
