@@ -54,8 +54,8 @@ class EngineConfig:
     weights: str = setting(
         "auto",
         "auto (as stored), dense (dequantise when loading), or quantise dense weights when loading: q8_0 (for CPUs), "
-        "fp8, int8, int4 (for GPUs)",
-        choices=("auto", "dense", "q8_0", "fp8", "int8", "int4"),
+        "fp8, int8, int4 (for GPUs; the head in 8 bits), fp8-blocks, int8-blocks, int4-blocks (the head as stored)",
+        choices=("auto", "dense", "q8_0", "fp8", "int8", "int4", "fp8-blocks", "int8-blocks", "int4-blocks"),
     )
     max_model_len: int = setting(
         0,

@@ -48,6 +48,7 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
     from tenfold.engine.memory import DTYPES, weight_bytes
     from tenfold.models.table import model_config
     from tenfold.weights.find import resolve
+    from tenfold.weights.load import head_copy
     from tenfold.weights.open import open_checkpoint
 
     config = EngineConfig(model, **dict(settings or {}))
@@ -57,11 +58,11 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
     checkpoint = open_checkpoint(resolve(model))
     shape = model_config(checkpoint.config)
     weights, _ = weight_bytes(checkpoint, config.weights, dtype, "native" if device.startswith("cpu") else "gpu")
-    table = shape.vocab_size * shape.hidden_size
+    table, shares = shape.vocab_size * shape.hidden_size, shape.tied and not head_copy(checkpoint, config.weights)
     count = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
     return Sizes(
         weights=weights,
-        streamed=weights if shape.tied else weights - table * dtype.itemsize,
+        streamed=weights if shares else weights - table * dtype.itemsize,
         kv_token=2 * shape.layers * shape.kv_size * kv_dtype.itemsize,
         flops_token=2 * (count - table * (1 if shape.tied else 2)),
         layers=shape.layers,

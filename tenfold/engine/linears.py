@@ -1,4 +1,5 @@
-"""The linear operations of a model, found by running its forward on nothing: shapes and uses, no weights.
+"""The linear operations and attentions of a model, found by running its forward on nothing: shapes and uses, no
+weights.
 
 Invariant: no matrix of the checkpoint is read or allocated, so a model of any size is answered for at once.
 """
@@ -14,21 +15,21 @@ from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops.formats import is_format
 from tenfold.ops.gpu.arms import Use, Work
-from tenfold.ops.kernels import Kernels, Norm, Replay, Separate, run
+from tenfold.ops.kernels import AttentionSpec, Kernels, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.load import Weights, check_shape, loaded_storage
+from tenfold.weights.load import Weights
 
 
 class Tracing(Separate):
-    """Kernels that compute nothing and write down every linear operation they are asked for."""
+    """Kernels that compute nothing and write down every linear operation and attention they are asked for, in order."""
 
     name = "tracing"
     reason = ""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.works: list[Work] = []
+        self.calls: list[Work | AttentionSpec] = []
 
     def replay(self) -> Replay:
         return run
@@ -56,30 +57,27 @@ class Tracing(Separate):
         residual: Tensor | None = None,
     ) -> Tensor:
         use = Use(norm is not None, act, residual is not None)
-        self.works.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
+        self.calls.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
         return torch.zeros(len(x), w.rows // 2 if act else w.rows)
 
     def attention(self, qkv: Tensor, *arguments: Any) -> Tensor:
-        spec = next(a for a in arguments if hasattr(a, "head_dim"))
+        spec = next(a for a in arguments if isinstance(a, AttentionSpec))
+        self.calls.append(spec)
         return torch.zeros(len(qkv), spec.heads * spec.head_dim)
 
 
 class Shapes(Weights):
     """Weights whose matrices have a shape and a format only."""
 
-    def matrix(self, *names: str, rows: Sequence[int] | None = None, cols: int | None = None) -> Matrix:
-        parts = [self._take(name) for name in names]
-        for i, part in enumerate(parts):
-            check_shape(part, (part.shape[0] if rows is None else rows[i], part.shape[-1] if cols is None else cols))
-        stored = {loaded_storage(self.mode, part.name, part.storage, part.shape) for part in parts}
-        one = stored.pop() if len(stored) == 1 else ""
+    def _make(self, parts: Sequence[RawTensor], storages: Sequence[str]) -> Matrix:
+        one = storages[0] if len(set(storages)) == 1 else ""
         made = Matrix(one if is_format(one) else "dense", sum(p.shape[0] for p in parts), parts[0].shape[-1], ())
         self.matrices.append(made)
         return made
 
 
-def linear_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work]:
-    """Every different linear operation of a decode step on a GPU, in the order of the forward, for one token.
+def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work | AttentionSpec]:
+    """Every linear operation and attention of a decode step on a GPU, in the order of the forward, for one token.
 
     mode: as `Weights`. Raises ValueError for a model that cannot be built.
     """
@@ -102,4 +100,14 @@ def linear_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto")
             kv=store,
         )
     )
-    return list(dict.fromkeys(kernels.works))
+    return kernels.calls
+
+
+def linear_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work]:
+    """Every different linear operation, as `traced`."""
+    return [call for call in dict.fromkeys(traced(checkpoint, dtype, mode)) if isinstance(call, Work)]
+
+
+def attention_specs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[AttentionSpec]:
+    """Every different attention, as `traced`."""
+    return [call for call in dict.fromkeys(traced(checkpoint, dtype)) if isinstance(call, AttentionSpec)]

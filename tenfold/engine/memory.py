@@ -19,7 +19,7 @@ from tenfold.ops.blocks import DENSE, storage_bytes
 from tenfold.ops.cpu.repack import cpu_storage
 from tenfold.ops.formats import is_format
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.load import TARGETS, loaded_storage
+from tenfold.weights.load import TABLE, TARGETS, head_copy, loaded_storage
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -296,15 +296,21 @@ def _parameters(model: ModelConfig) -> int:
 
 def weight_bytes(checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels: str) -> tuple[int, bool]:
     """Bytes the weights will take when loaded in this mode, and whether any run quantised. Reads no weights."""
-    total, quantised = 0, False
+    loaded = []
     for name in checkpoint.names():
         raw = checkpoint.tensor(name)
-        storage = kept_storage(loaded_storage(mode, name, raw.storage, raw.shape), kernels)
-        if storage and len(raw.shape) == 2:
-            total += storage_bytes(storage, raw.shape)
+        loaded.append((loaded_storage(mode, name, raw.storage, raw.shape), raw.shape))
+    copy = head_copy(checkpoint, mode)
+    if copy:
+        loaded.append((copy, checkpoint.tensor(TABLE).shape))
+    total, quantised = 0, False
+    for stored, shape in loaded:
+        storage = kept_storage(stored, kernels)
+        if storage and len(shape) == 2:
+            total += storage_bytes(storage, shape)
             quantised = True
         else:
-            total += math.prod(raw.shape) * dtype.itemsize
+            total += math.prod(shape) * dtype.itemsize
     return total, quantised
 
 

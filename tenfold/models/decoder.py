@@ -132,7 +132,7 @@ class Decoder:
         ]
         self.norm = make_norm(weights, "model.norm.weight", config.hidden_size, config.norm_eps, self.unit)
         head = (
-            table
+            weights.tied_head(table)
             if config.tied
             else weights.matrix("lm_head.weight", rows=[config.vocab_size], cols=config.hidden_size)
         )

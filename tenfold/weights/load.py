@@ -12,11 +12,13 @@ from tenfold.ops.kernels import Kernels
 from tenfold.ops.matrix import Deferred, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint, CheckpointError
 
-# What dense weights are quantised to when loading.
-TARGETS = {"q8_0": "Q8_0", "fp8": "fp8a8", "int8": "int8g128", "int4": "int4g128"}
+# What dense weights are quantised to when loading: matrices of the blocks, and the head, which decides the token and
+# gets no fewer than 8 bits. "-blocks" modes keep it as it is.
+PACKED = {"fp8": "fp8a8", "int8": "int8g128", "int4": "int4g128"}
+TARGETS = {"q8_0": "Q8_0", **PACKED, **{f"{mode}-blocks": target for mode, target in PACKED.items()}}
+HEADS = {"q8_0": "Q8_0", "fp8": "fp8a8", "int8": "int8g128", "int4": "int8g128"}
 MODES = ("auto", "dense", *TARGETS)
-# Packed formats leave these as they are: they are looked up or decide the token, and cost little.
-OUTSIDE = ("model.embed_tokens.weight", "lm_head.weight")
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Buffers that old exports saved; they are computed, not read.
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
@@ -25,8 +27,8 @@ COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 class Weights:
     """The tensors of one checkpoint, made into matrices of `kernels` and vectors on `device`.
 
-    mode: "auto" keeps what the file stores, "dense" dequantises first; "q8_0", "fp8", "int8" and "int4" quantise dense
-    matrices to TARGETS, all but "q8_0" those of the blocks only.
+    mode: "auto" keeps what the file stores, "dense" dequantises first; others quantise dense matrices of the blocks to
+    TARGETS and the head to HEADS, and "q8_0" the embedding table too.
     progress(done, total) is called after each tensor. Raises ValueError for an unknown mode.
     """
 
@@ -60,7 +62,16 @@ class Weights:
         for i, part in enumerate(parts):
             wanted = (part.shape[0] if rows is None else rows[i], part.shape[-1] if cols is None else cols)
             check_shape(part, wanted)
-        self.matrices.append(self.kernels.matrix([self._convert(part) for part in parts]))
+        return self._make(parts, [loaded_storage(self.mode, part.name, part.storage, part.shape) for part in parts])
+
+    def tied_head(self, table: Matrix) -> Matrix:
+        """The head of a model whose embedding table it is: the table itself, or in modes that pack heads a copy."""
+        storage = head_copy(self.checkpoint, self.mode)
+        return self._make([self._take(TABLE)], [storage]) if storage else table
+
+    def _make(self, parts: Sequence[RawTensor], storages: Sequence[str]) -> Matrix:
+        """parts, handed to the kernels as storages say."""
+        self.matrices.append(self.kernels.matrix(list(map(self._convert, parts, storages))))
         return self.matrices[-1]
 
     def vector(self, *names: str, size: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,8 +127,7 @@ class Weights:
             self.progress(len(self.used), len(self._names))
         return raw
 
-    def _convert(self, part: RawTensor) -> RawTensor:
-        storage = loaded_storage(self.mode, part.name, part.storage, part.shape)
+    def _convert(self, part: RawTensor, storage: str) -> RawTensor:
         if isinstance(part, Deferred):
             part = part.on(self.device)
         if storage == part.storage:
@@ -134,13 +144,23 @@ def loaded_storage(mode: str, name: str, storage: str, shape: tuple[int, ...]) -
         return storage
     if mode == "dense":
         return storage if storage in DENSE else "F32"
-    target = TARGETS.get(mode, "")
+    target = (HEADS if name == HEAD else TARGETS).get(mode, "")
     if target == "Q8_0":
         wide = storage in DENSE or storage.startswith("fp8")
         return target if wide and shape[1] % BLOCKS[target].elements == 0 else storage
-    if not target or storage not in DENSE or name in OUTSIDE or format_of(target).obstacle(shape[1]):
+    if not target or storage not in DENSE or name == TABLE or format_of(target).obstacle(shape[1]):
         return storage
     return target
+
+
+def head_copy(checkpoint: Checkpoint, mode: str) -> str:
+    """What the head of a model without one of its own is stored as, empty where it is the embedding table itself."""
+    names = set(checkpoint.names())
+    if HEAD in names or TABLE not in names:
+        return ""
+    raw = checkpoint.tensor(TABLE)
+    table, head = (loaded_storage(mode, name, raw.storage, raw.shape) for name in (TABLE, HEAD))
+    return "" if table == head else head
 
 
 def check_shape(part: RawTensor, wanted: tuple[int, int]) -> None:

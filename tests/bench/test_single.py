@@ -277,5 +277,5 @@ def test_the_driver_needs_nothing_but_the_engine(tmp_path: Path) -> None:
 
 def test_fewer_bits_make_a_lower_floor() -> None:
     whole, packed = (model_sizes("shape:llama-2-7b", "cuda", {"weights": w}) for w in ("auto", "int4"))
-    assert 3.4 < whole.streamed / packed.streamed < 4  # a quarter, and the scales; the head stays as it is
+    assert 3.6 < whole.streamed / packed.streamed < 4  # a quarter, the scales, and a head of 8 bits
     assert whole.kv_token == packed.kv_token

@@ -44,4 +44,6 @@ def test_every_family(tiny: Callable[[str], Path], name: str) -> None:
 
 def test_weights_that_are_quantised_when_loaded() -> None:
     works = linears.linear_works(open_checkpoint("shape:qwen3-8b"), torch.bfloat16, "int4")
+    assert [w.format for w in works] == ["int4g128"] * 4 + ["int8g128"]
+    works = linears.linear_works(open_checkpoint("shape:qwen3-8b"), torch.bfloat16, "int4-blocks")
     assert [w.format for w in works] == ["int4g128"] * 4 + ["dense"]

@@ -236,6 +236,17 @@ def test_weights_are_counted_as_they_will_be_loaded(
     assert weight_bytes(checkpoint, mode, torch.float32, kernels) == (expected, quantised)
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("auto", 4096 * 2), ("int4", 4096 * 3 + 64 * 2), ("int4-blocks", 4096 * 2), ("q8_0", 4096 * 2)],
+)
+def test_a_packed_head_beside_its_table_counts(mode: str, expected: int) -> None:
+    checkpoint: Any = Files("F16")
+    table = RawTensor("model.embed_tokens.weight", "F16", (64, 64), torch.zeros(64, 64, dtype=torch.float16))
+    checkpoint.tensors = {table.name: table}
+    assert weight_bytes(checkpoint, mode, torch.bfloat16, "gpu")[0] == expected
+
+
 def test_free_memory_is_something() -> None:
     assert 1 << 20 < free_memory(CPU) < 1 << 50
 

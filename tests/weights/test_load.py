@@ -12,7 +12,7 @@ from tenfold.ops.blocks import dequantize, quantize
 from tenfold.ops.matrix import RawTensor
 from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
-from tenfold.weights.load import Weights
+from tenfold.weights.load import HEAD, TABLE, Weights
 
 
 class Memory:
@@ -101,13 +101,25 @@ def test_modes(mode: str, storages: list[str]) -> None:
     assert (error > 0) == (mode in steps)
 
 
-@pytest.mark.parametrize(("mode", "storage"), [("int4", "F32"), ("fp8", "F32"), ("q8_0", "Q8_0")])
-def test_table_and_head_keep_their_numbers_in_packed_modes(mode: str, storage: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "table", "head"),
+    [
+        *(("int4", "F32", "int8g128"), ("int8", "F32", "int8g128"), ("fp8", "F32", "fp8a8"), ("q8_0", "Q8_0", "Q8_0")),
+        *(("int4-blocks", "F32", "F32"), ("fp8-blocks", "F32", "F32"), ("auto", "F32", "F32"), ("dense", "F32", "F32")),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_packed_and_the_table_is_not(tied: bool, mode: str, table: str, head: str) -> None:
+    """A table that is the head, too, is kept beside a packed copy, so what is looked up stays exact."""
     kernels = Recorder()
-    names = ("model.embed_tokens.weight", "lm_head.weight")
+    names = (TABLE,) if tied else (TABLE, HEAD)
     weights = Weights(Memory(*(raw(name, 4, 32) for name in names)), kernels, mode=mode)
-    assert [weights.matrix(name).rows for name in names] == [4, 4]
-    assert kernels.storages == [storage] * 2
+    found = weights.matrix(TABLE)
+    other = weights.tied_head(found) if tied else weights.matrix(HEAD)
+    assert kernels.storages == [table] + [head] * (not tied or table != head)
+    assert (other is found) == (tied and table == head)
+    assert other.rows == 4
+    assert weights.unused() == []
 
 
 def test_q8_0_takes_float8_too() -> None:
