@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, plots, single
+from tenfold.bench import arms, launches, plots, single
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load
 from tenfold.bench.hardware import ROOT
 from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "gpu.md")
 
 
 def table(claims: Sequence[Claim]) -> str:
@@ -143,6 +143,27 @@ def arms_table(result: arms.Result) -> str:
     return "\n".join(lines)
 
 
+def launches_table(result: launches.Result) -> str:
+    """Launches and MiB of a block and of a step, a point a row; then the operations of a block at the first point."""
+    head = ["batch", "context", "launches a block", "beside blocks", "a step", "MiB a block", "weights", "KV", "rest"]
+    lines = [_cells(head), _cells(["---"] * len(head))]
+    for row in result.rows:
+        parts = [[m.weights, m.kv, m.activations] for m in row.moved[:-1]]
+        sums = [sum(column) / launches.MIB for column in zip(*parts)]
+        cells = [str(row.batch), str(row.context), str(row.per_block), str(sum(row.rest.values()))]
+        cells += [str(row.per_step(result.layers)), *(f"{n:.1f}" for n in (sum(sums), *sums))]
+        lines.append(_cells(cells))
+    first, machine = result.rows[0], result.machine
+    lines += ["", f"A block launches {launches.named(first.block)}; beside the blocks {launches.named(first.rest)}."]
+    lines += ["", _cells(["operation", "weights MiB", "KV MiB", "activations KiB"]), _cells(["---"] * 4)]
+    for m in first.moved:
+        numbers = [f"{m.weights / launches.MIB:.2f}", f"{m.kv / launches.MIB:.2f}", f"{m.activations / 1024:.1f}"]
+        lines.append(_cells([m.op, *numbers]))
+    lines += ["", f"Operations at batch {first.batch}, the head last. {result.model}, {result.kernels} on "]
+    lines[-1] += f"{machine.get('hardware', '')}, commit {machine.get('commit', '')}, {machine.get('date', '')}."
+    return "\n".join(lines)
+
+
 def lines_table(data: Mapping[str, Any]) -> str:
     """A result that comes with its lines, as a block of text."""
     return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
@@ -174,7 +195,9 @@ def tables(folder: Path) -> str:
         if measured := [result for result in results if result.rows]:
             parts.append(f"### {model}\n\n{grid_table(measured)}")
     parts += [f"### Arms, {data['model']}\n\n{arms_table(arms.loaded(data))}" for data in found.get("arms", ())]
-    for suite in ("throughput", "serving"):
+    for result in map(launches.loaded, found.get("launches", ())):
+        parts += [f"### Launches and bytes, {result.model.partition('@')[0]}\n\n{launches_table(result)}"]
+    for suite in ("throughput", "serving", "soak", "quality"):
         parts += [f"### {suite.capitalize()}\n\n{lines_table(data)}" for data in found.get(suite, ())]
     return "\n\n".join(parts) + "\n"
 
