@@ -10,7 +10,7 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.bench import claims_gpu, quality_gpu
 from tenfold.bench.quality import Quality
-from tenfold.bench.quality_gpu import Difference, claims_of, first_differences, loaded
+from tenfold.bench.quality_gpu import Difference, chance, claims_of, first_differences, loaded, together
 from tenfold.bench.quality_run import decoded, forward
 from tenfold.engine.core import Engine
 
@@ -33,7 +33,9 @@ def test_token_by_token_is_the_same_forward(tiny: Callable[[str], Path]) -> None
     engine = Engine.load(EngineConfig(str(path), "cpu", "float32", "torch", max_model_len=64, max_batch=2))
     pieces = [[5, 9, 11, 40, 7] * 4, [6, 6, 20, 31, 8] * 4]
     with torch.inference_mode():
+        one_by_one = together(engine, pieces, 1)
         for piece, found in zip(pieces, decoded(engine, pieces)):
+            torch.testing.assert_close(one_by_one(piece), found, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(found, forward(engine, piece), rtol=1e-4, atol=1e-4)
 
 
@@ -66,6 +68,7 @@ def test_claims_are_met_by_what_is_near_and_only_by_that(result: quality_gpu.Res
     assert [(c.id, c.met) for c in made] == [("F8", True)] * 3
     result.greedy["float32"] = [Difference(1, 4, 2e-5)]
     result.quality = dict.fromkeys(names, far)
+    assert chance(far) == pytest.approx((2e-4 / 10) ** 0.5)
     greedy, *rest = claims_of(result)
     assert (greedy.value, greedy.met) == (1, False)
     assert "prompt 1 differs from token 4 on by a logit gap of 2e-05" in greedy.note
