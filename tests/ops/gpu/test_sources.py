@@ -1,8 +1,10 @@
 """The CUDA C++ compiles for Hopper on any machine that has NVRTC, a GPU or not."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tenfold.ops.gpu import nvrtc
 
@@ -57,3 +59,24 @@ def test_the_compilers_complaint_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
     with pytest.raises(nvrtc.CompileError, match=r"wide\.cu.*ROWS"):
         nvrtc.compiled("wide.cu", "sm_90a", COMMON | {"NT": 1})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "columns"),
+    [(torch.bfloat16, 9, 64), (torch.float16, 6, 64), (torch.float8_e4m3fn, 0, 128)],
+    ids=str,
+)
+def test_maps_of_matrices_describe_their_numbers(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: int, columns: int
+) -> None:
+    told = []
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, block: Any, kind: int, rank: int, at: Any, *sizes: Any) -> int:  # noqa: N802
+            told.append((kind, rank, *(list(size) for size in sizes[:3])))
+            return 0
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    matrix = torch.zeros(96, 512, dtype=torch.uint8).view(dtype)
+    nvrtc.TensorMap(matrix, 64)
+    assert told == [(kind, 2, [matrix.shape[1], 96], [512], [columns, 64])]
