@@ -72,7 +72,7 @@ def test_maps_of_matrices_describe_their_numbers(
     told = []
 
     class Driver:
-        def cuTensorMapEncodeTiled(self, block: Any, kind: int, rank: int, at: Any, *sizes: Any) -> int:  # noqa: N802
+        def cuTensorMapEncodeTiled(self, block: Any, kind: int, rank: int, at: Any, *sizes: Any) -> int:
             told.append((kind, rank, *(list(size) for size in sizes[:3])))
             return 0
 
