@@ -91,6 +91,13 @@ class EngineConfig:
         "flat (FlashDecoding++'s flat GEMM where it can, else cuBLAS), flat-1 (no buffering), flat-2 (double buffers)",
         choices=("auto", "library", "flat", "flat-1", "flat-2"),
     )
+    merge: str = setting(
+        "auto",
+        "GPU decode attention, how splits of a context meet: auto (the arm measured by `tenfold tune`, else a rule), "
+        "global (the last of them merges through global memory), cluster (through shared memory of a cluster), launch "
+        "(a second launch merges)",
+        choices=("auto", "global", "cluster", "launch"),
+    )
     speculate: str = setting(
         "",
         "guess tokens ahead and check several in one step; answers stay the same: ngram (what followed when the latest "

@@ -45,7 +45,7 @@ class Opened:
     def choose(self) -> None:
         config = self.config
         dtype = DTYPES.get(config.dtype) or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        options = Options(config.graphs, config.softmax, config.gemm)
+        options = Options(config.graphs, config.softmax, config.gemm, config.merge)
         self.kernels = make_kernels(config.kernels, self.device, dtype, config.threads, options)
         self.weights, quantised = weight_bytes(self.checkpoint, config.weights, dtype, self.kernels.name)
         self.draft: Draft | None = None

@@ -21,19 +21,25 @@ GEMM = ("library", "flat", "flat-1", "flat-2")
 """What runs linear operations on dense weights: cuBLAS; the flat GEMM of FlashDecoding++ up to 64 tokens; that without
 buffering; that with the paper's double buffering."""
 
+MERGE = ("global", "cluster", "launch")
+"""How splits of a context meet in decode attention: the last of them merges all through global memory; blocks of a
+cluster merge through each other's shared memory; a second launch merges."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """What a user fixed by hand about GPU kernels. graphs: capture steps of decodes; softmax: an arm of SOFTMAX; gemm:
-    one of GEMM; "auto": what was measured, else a rule. Raises ValueError.
+    one of GEMM; merge: one of MERGE; "auto": what was measured, else a rule. Raises ValueError.
     """
 
     graphs: bool = True
     softmax: str = "auto"
     gemm: str = "auto"
+    merge: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("softmax", ("auto", *SOFTMAX)), ("gemm", ("auto", *GEMM))):
+        for name, arms in (("softmax", SOFTMAX), ("gemm", GEMM), ("merge", MERGE)):
+            allowed = ("auto", *arms)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
 

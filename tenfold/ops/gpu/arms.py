@@ -327,10 +327,9 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    ours = [here / f"{name}.py" for name in ("norm", "ring", "ring8", "stream", "stream_packed")]
-    sources = sorted(
-        [*here.glob("csrc/*"), *(here.parent / "gemm").glob("*.py"), here.parent / "elementwise.py", *ours]
-    )
+    ours = [here / f"{name}.py" for name in ("norm", "ring", "ring8", "stream", "stream_packed", "decode")]
+    triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
+    sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])
     digest = hashlib.sha256(torch.__version__.encode())
     for path in sources:
         digest.update(path.read_bytes())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tenfold.ops import elementwise, formats
-from tenfold.ops.attention import decode as split_kv
-from tenfold.ops.attention.attend import Arms, attend
-from tenfold.ops.gpu import arms, decode, graphs, nvrtc
+from tenfold.ops.attention.attend import attend
+from tenfold.ops.gpu import arms, graphs, nvrtc
+from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
@@ -49,8 +49,7 @@ class Gpu(Oracle):
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         table = arms.table(torch.cuda.get_device_name(self.device))
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
-        self._decoding: decode.Workspace | None = None
-        self._attending = split_kv.Workspace(self.device)
+        self.attending = Attending(self.device, self.sms, table, options.merge)
         self._unified = False  # whether any layer runs with a unified maximum
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self._count_at = 0.0
@@ -120,26 +119,16 @@ class Gpu(Oracle):
         decodes: int = 0,
         shared: bool = False,
     ) -> Tensor:
-        requests = len(kv_lengths)
+        requests, page_size = len(kv_lengths), keys.shape[2]
         alone = max_query == 1 and requests == len(qkv) and not shared  # else all must be written before any is read
-        if alone and decode.legal(spec, keys.dtype, keys.shape[2]):
-            longest = page_table.shape[1] * keys.shape[2]  # a captured step serves contexts up to its page table
-            plan = decode.plan(spec, requests, longest, self.sms, self._softmax(phi))
-            workspace = self._decode_workspace(requests, spec.kv_heads)
-            return decode.run(
-                *(plan, workspace, qkv, table, positions, slots, keys, values, page_table, kv_lengths),
-                *(spec, q_norm, k_norm, phi),
-            )
-        q = self.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
         if max_query == 1:
-            max_kv = page_table.shape[1] * keys.shape[2]
-        return attend(
-            *(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv),
-            workspace=self._attending,
-            sms=self.sms,
-            arms=Arms(softmax=self._softmax(phi)),
-            phi=phi,
-            decodes=decodes,
+            max_kv = page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
+        softmax = self._softmax(phi)
+        reading = Reading(spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
+        arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
+        return self.attending.run(
+            *(arm, qkv, table, positions, slots, keys, values, page_table, query_start, kv_lengths, spec),
+            *(max_query, max_kv, q_norm, k_norm, phi, decodes, softmax),
         )
 
     def attend(
@@ -157,7 +146,7 @@ class Gpu(Oracle):
     ) -> Tensor:
         return attend(
             *(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv, lse),
-            workspace=self._attending,
+            workspace=self.attending.splits,
             sms=self.sms,
         )
 
@@ -168,7 +157,7 @@ class Gpu(Oracle):
         now = time.monotonic()
         if now >= self._count_at:  # the numbers come when the device gets there; nobody waits for them
             self._count_at = now + COUNT_EVERY
-            counters = [w.recomputed for w in (self._attending, self._decoding) if w is not None]
+            counters = [w.recomputed for w in (self.attending.splits, self.attending.decoding) if w is not None]
             for place, counter in zip(self._counts.split(1), counters):
                 place.copy_(counter, non_blocking=True)
         return int(self._counts.sum())
@@ -180,10 +169,3 @@ class Gpu(Oracle):
             chosen = "lazy" if phi is None else "unified"
         self._unified |= phi is not None and chosen in ("unified", "paper")
         return chosen
-
-    def _decode_workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
-        known = self._decoding
-        if known is None or known.pairs < requests * kv_heads:
-            known = decode.Workspace(self.device, self.sms, max(requests, graphs.LARGEST) * kv_heads)
-            self._decoding = known  # an eager step, before any graph of this size is captured
-        return known

@@ -85,7 +85,7 @@ def gpu_works(opened: Opened) -> "tuple[list[Work], Arms]":
     """The linear operations of a model and the arms of its GPU. Raises ValueError where our kernels are not used."""
     config = opened.config
     dtype = DTYPES.get(config.dtype) or DTYPES["bfloat16"]
-    options = Options(config.graphs, config.softmax, config.gemm)
+    options = Options(config.graphs, config.softmax, config.gemm, config.merge)
     kernels = make_kernels(config.kernels, opened.device, dtype, config.threads, options)
     refuse_others(kernels, "gpu")
     from tenfold.engine.linears import linear_works

@@ -1,0 +1,294 @@
+"""Which implementation ("arm") of attention runs on a GPU: the table of choices over our kernels and other projects'.
+
+A `Reading` says what is read: whose heads, how many requests or new tokens, how long a context. Arms of decodes are
+plans of csrc/decode.cu by name ("decode:8x1:s4:cluster"), "triton" (or "triton:two", whose splits meet in a second
+launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS` and libraries. A plan's
+softmax is not part of its name: it was measured with "lazy", and what runs is whichever is in use. Where nothing was
+measured `rule` decides.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tenfold.ops import elementwise
+from tenfold.ops.attention import attend as attend_module
+from tenfold.ops.attention import decode as split_kv
+from tenfold.ops.attention import third_party
+from tenfold.ops.choose import Choice, Key, Table
+from tenfold.ops.gpu import decode, graphs
+from tenfold.ops.gpu.decode import DecodePlan
+from tenfold.ops.kernels import AttentionSpec, Norm
+
+REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
+LONGEST = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+"""Numbers of requests and lengths of contexts that are measured; others run what the next larger one does, and more
+than the last the rule."""
+TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of a chunk, likewise
+MANY = TOKENS[-1] + 1
+TRITON, TRITON_TWO = "triton", "triton:two"
+CHUNKS = tuple(name for name in attend_module.CHUNKS if name != "sdpa")  # which needs lengths on the host
+PLAN = re.compile(r"decode:(\d+)x(\d+):s(\d+):(cluster|global)")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One attention: `requests` decodes of contexts up to `longest` tokens, or where tokens is not 0 that many new
+    tokens in all.
+    """
+
+    spec: AttentionSpec
+    requests: int
+    longest: int
+    page_size: int
+    dtype: torch.dtype = torch.bfloat16
+    tokens: int = 0
+
+    @property
+    def op(self) -> str:
+        """The operation of a table's key."""
+        s = self.spec
+        kind = "prefill attention" if self.tokens else "attention"
+        more = (f" window {s.window}" if s.window else "") + (f" softcap {s.softcap:g}" if s.softcap else "")
+        return f"{kind} {s.heads}/{s.kv_heads} heads of {s.head_dim}{more}"
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values that contexts of the full length have; the floor counts those a query sees."""
+        return 2 * self.requests * self.longest * self.spec.kv_heads * self.spec.head_dim * self.dtype.itemsize
+
+
+def bucket(value: int, measured: tuple[int, ...]) -> int:
+    """The least measured number that is at least `value`; 0: none is."""
+    return next((one for one in measured if value <= one), 0)
+
+
+def at(reading: Reading) -> Reading | None:
+    """The measured reading that stands for this one; None: none does."""
+    if reading.tokens:
+        tokens = bucket(reading.tokens, TOKENS)
+        return replace(reading, requests=1, longest=tokens, tokens=tokens) if tokens else None
+    requests, longest = bucket(reading.requests, REQUESTS), bucket(reading.longest, LONGEST)
+    return replace(reading, requests=requests, longest=longest) if requests and longest else None
+
+
+def key(reading: Reading, sms: int) -> Key:
+    """Where the table keeps what was measured of a reading: rows are tokens of a page, cols those of a context."""
+    stored = str(reading.dtype).removeprefix("torch.")
+    return Key(reading.op, reading.page_size, reading.longest, stored, reading.tokens or reading.requests, sms)
+
+
+def parse(name: str) -> DecodePlan:
+    """The plan of this name, with the lazy softmax. Raises ValueError."""
+    found = PLAN.fullmatch(name)
+    if found is None:
+        raise ValueError(
+            f"{name!r} is no plan of decode attention; allowed: decode:WARPSxBLOCKS:sSPLITS:cluster|global."
+        )
+    warps, blocks, splits = (int(n) for n in found.groups()[:3])
+    return DecodePlan(warps, blocks, splits, "lazy", found[4] == "cluster")
+
+
+def name_of(plan: DecodePlan) -> str:
+    merge = "cluster" if plan.cluster else "global"
+    return f"decode:{plan.warps}x{plan.blocks}:s{plan.splits}:{merge}"
+
+
+def rule(reading: Reading, sms: int) -> str:
+    """The arm where nothing was measured."""
+    if reading.tokens:
+        return CHUNKS[0]
+    if decode.legal(reading.spec, reading.dtype, reading.page_size):
+        return name_of(decode.plan(reading.spec, reading.requests, reading.longest, sms))
+    return TRITON
+
+
+def candidates(reading: Reading, sms: int) -> list[str]:
+    """The arms worth timing, the rule's first."""
+    others = third_party.legal(reading.spec, reading.dtype, reading.page_size, bool(reading.tokens))
+    if reading.tokens:
+        return [*CHUNKS, *others]
+    plans = map(name_of, own_plans(reading, sms))
+    return list(dict.fromkeys([rule(reading, sms), *(n for n in plans if legal(n, reading, sms)), TRITON, *others]))
+
+
+def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
+    """No splits, splits that fill the GPU half, once or twice, and clusters; in blocks of four and of eight warps."""
+    spec = reading.spec
+    wide = spec.head_dim > 64
+    pairs = reading.requests * spec.kv_heads
+    for warps, blocks in ((4, 3 if wide else 4), (8, 1 if wide else 2)):
+        full = sms * blocks // pairs
+        for splits in sorted({1, full // 2, full, 2 * full}):
+            yield DecodePlan(warps, blocks, splits, "lazy", False)
+    for splits in (2, 4, decode.LARGEST_CLUSTER):
+        yield DecodePlan(8, 1 if wide else 2, splits, "lazy", True)
+
+
+def legal(name: str, reading: Reading, sms: int) -> bool:
+    """Whether an arm can do a reading here and now."""
+    chunks = bool(reading.tokens)
+    if name in third_party.LIBRARIES:
+        return name in third_party.legal(reading.spec, reading.dtype, reading.page_size, chunks)
+    if chunks:
+        return name in CHUNKS
+    if name in (TRITON, TRITON_TWO):
+        return True
+    spec, longest = reading.spec, reading.longest
+    if not PLAN.fullmatch(name) or not decode.legal(spec, reading.dtype, reading.page_size):
+        return False
+    plan = parse(name)
+    tiles = -(-min(longest, spec.window + decode.TILE if spec.window else longest) // (decode.TILE * plan.warps))
+    if plan.splits > 1 and plan.splits > tiles:
+        return False  # a warp would have nothing to read
+    if plan.cluster:
+        return plan.splits in (2, 4, 8) and spec.heads // spec.kv_heads * spec.head_dim % plan.splits == 0
+    room = reading.requests * spec.kv_heads * plan.splits <= 4 * sms  # of `decode.Workspace`
+    return plan.splits == 1 or (
+        plan.splits > 1 and room and plan.splits <= decode.most_splits(spec.head_dim, plan.warps)
+    )
+
+
+def choice(reading: Reading, table: Table, sms: int, merge: str = "auto") -> Choice:
+    """What runs. A measured arm that cannot do just this reading gives way to the rule. merge: what a user fixed."""
+    stands = at(reading)
+    place = key(stands or reading, sms)
+    chosen = fixed(merge, reading, sms)
+    if chosen is not None:
+        return Choice(place, chosen, "fixed", table.times(place).get(chosen))
+    first = rule(reading, sms)
+    if stands is None:
+        return Choice(place, first, "rule")
+    found = table.pick(place, rule(stands, sms))
+    if found.source == "rule" or not legal(found.arm, reading, sms):
+        return Choice(place, first, "rule")
+    return found
+
+
+def fixed(merge: str, reading: Reading, sms: int) -> str | None:
+    """The arm where a user fixed how splits meet, of `kernels.MERGE`; None: that leaves it open."""
+    if merge == "auto" or reading.tokens:
+        return None
+    first = rule(reading, sms)
+    if merge == "launch":
+        return TRITON_TWO
+    if first == TRITON:
+        return None
+    plan = parse(first)
+    if merge == "global":
+        return name_of(replace(plan, cluster=False))
+    splits = 1 << (min(decode.LARGEST_CLUSTER, plan.splits).bit_length() - 1)
+    wanted = name_of(replace(plan, splits=splits, cluster=splits > 1))
+    return wanted if legal(wanted, reading, sms) else first
+
+
+class Attending:
+    """Attention of one device, each reading by the arm that was measured to be the fastest, unless a user fixed how
+    splits meet (merge, of `kernels.MERGE`).
+    """
+
+    def __init__(self, device: torch.device, sms: int, table: Table, merge: str = "auto") -> None:
+        self.device = device
+        self.sms = sms
+        self.table = table
+        self.merge = merge
+        self.splits = split_kv.Workspace(device)
+        self.decoding: decode.Workspace | None = None
+        self.seen: dict[AttentionSpec, None] = {}
+        self._known: dict[tuple[Reading, str], str | DecodePlan] = {}
+
+    def pick(self, reading: Reading, softmax: str) -> str | DecodePlan:
+        """The plan of our own kernel of decodes, or the name of another arm."""
+        if reading.tokens:
+            reading = at(reading) or replace(reading, requests=1, longest=1, tokens=MANY)  # few kinds to remember
+        found = self._known.get((reading, softmax))
+        if found is None:
+            self.seen[reading.spec] = None
+            found = self._known[reading, softmax] = bound(
+                choice(reading, self.table, self.sms, self.merge).arm, softmax
+            )
+        return found
+
+    def run(
+        self,
+        arm: str | DecodePlan,
+        qkv: Tensor,
+        table: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        page_table: Tensor,
+        query_start: Tensor,
+        kv_lengths: Tensor,
+        spec: AttentionSpec,
+        max_query: int,
+        max_kv: int,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        phi: Tensor | None = None,
+        decodes: int = 0,
+        softmax: str = "lazy",
+    ) -> Tensor:
+        """As `Kernels.attention`, by the arm that is named."""
+        if isinstance(arm, DecodePlan):
+            workspace = self._workspace(len(kv_lengths), spec.kv_heads)
+            rest = (page_table, kv_lengths, spec, q_norm, k_norm, phi)
+            return decode.run(arm, workspace, qkv, table, positions, slots, keys, values, *rest)
+        q = elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
+        read = (q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
+        if arm in third_party.LIBRARIES:
+            return third_party.LIBRARIES[arm].run(*read)
+        how = attend_module.Arms(softmax, "two" if arm == TRITON_TWO else "last", arm if arm in CHUNKS else CHUNKS[0])
+        return attend_module.attend(*read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=decodes)
+
+    def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
+        known = self.decoding
+        if known is None or known.pairs < requests * kv_heads:
+            known = decode.Workspace(self.device, self.sms, max(requests, graphs.LARGEST) * kv_heads)
+            self.decoding = known  # an eager step, before any graph of this size is captured
+        return known
+
+    def explain(self, page_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
+        """What runs each attention that was asked for, at every measured number of requests and length."""
+        every = readings(list(self.seen), page_size, dtype, LONGEST[-1])
+        return [choice(reading, self.table, self.sms, self.merge) for reading in every]
+
+
+def bound(name: str, softmax: str) -> str | DecodePlan:
+    """An arm as `Attending.run` takes it."""
+    return replace(parse(name), softmax=softmax) if PLAN.fullmatch(name) else name
+
+
+def readings(
+    specs: list[AttentionSpec], page_size: int, dtype: torch.dtype, most_tokens: int, most_bytes: int = 0
+) -> list[Reading]:
+    """What is measured of a model: every number of requests and every context up to most_tokens; most_bytes: of the
+    keys and values of one reading (0: no limit).
+    """
+    longest = [n for n in LONGEST if n <= max(LONGEST[0], most_tokens)]
+    every = [Reading(spec, r, n, page_size, dtype) for spec in specs for r in REQUESTS for n in longest]
+    every += [Reading(spec, 1, t, page_size, dtype, t) for spec in specs for t in TOKENS if t <= most_tokens]
+    return [reading for reading in every if not most_bytes or reading.nbytes <= most_bytes]
+
+
+def floor_bytes(reading: Reading) -> int:
+    """Bytes that a reading cannot but move: keys and values in sight, queries and results; contexts are three quarters
+    of the longest, as they are measured.
+    """
+    spec, size = reading.spec, reading.dtype.itemsize
+    context = measured_context(reading)
+    seen = min(context, spec.window) if spec.window else context
+    rows = reading.tokens or reading.requests
+    kept = reading.requests * seen * 2 * spec.kv_heads
+    return size * spec.head_dim * (kept + rows * 2 * (spec.heads + spec.kv_heads))
+
+
+def measured_context(reading: Reading) -> int:
+    """Tokens of each context that a reading is measured with: a captured step serves lengths from half of what its
+    page table has room for.
+    """
+    return reading.longest if reading.tokens else max(1, reading.longest * 3 // 4)

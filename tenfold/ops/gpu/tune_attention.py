@@ -1,0 +1,98 @@
+"""Measure the arms of attention on a GPU and write them into the table of choices, as `tune` does for linear ones.
+
+Keys and values are random and rotate through more sets than the L2 cache holds. Arms that do not fuse what stands
+before attention (norms of heads, rotary embedding, the write into pages) are timed with the launch that does it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.attention.tune import paged
+from tenfold.ops.gpu import attending
+from tenfold.ops.gpu.attending import Attending, Reading
+from tenfold.ops.gpu.timing import Arm
+from tenfold.ops.gpu.tune import Progress, Timer
+
+KEPT = 8 << 30  # bytes of keys and values of the largest reading that is measured
+
+
+def tune(
+    readings: Sequence[Reading],
+    running: Attending,
+    timer: Timer,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Time every legal arm of each reading and save the table of `running`. Returns how many were measured."""
+    table, sms = running.table, running.sms
+    todo = [r for r in readings if force or not table.times(attending.key(r, sms))]
+    for done, reading in enumerate(todo):
+        if progress:
+            what = f"{reading.tokens} tokens" if reading.tokens else f"{reading.requests} x {reading.longest} tokens"
+            progress(done, len(todo), f"{reading.op}, {what}")
+        table.record(attending.key(reading, sms), measure(reading, running, timer))
+        table.save()
+    return len(todo)
+
+
+def measure(
+    reading: Reading, running: Attending, timer: Timer, names: Sequence[str] = (), softmax: str = "lazy"
+) -> dict[str, float]:
+    """Microseconds of arms, all that are legal unless some are named; what the rule's computes is the reference.
+
+    Raises ValueError where none can run.
+    """
+    first = attending.rule(reading, running.sms)
+    inputs = Inputs(reading, timer.copies(reading.nbytes), running.device)
+    names = names or attending.candidates(reading, running.sms)
+    arms = {name: inputs.bind(name, running, softmax) for name in names}
+    times = timer.measure(arms, len(inputs.stores), inputs.bind(first, running, softmax))
+    if not times:
+        raise ValueError(
+            f"None of {len(arms)} arms could run {reading.op} for {reading.requests} x {reading.longest} tokens; the "
+            "log says why. Other processes on this GPU may hold its memory."
+        )
+    return times
+
+
+class Inputs:
+    """Random queries, and `copies` sets of keys and values, for one reading."""
+
+    def __init__(self, reading: Reading, copies: int, device: torch.device) -> None:
+        self.reading = reading
+        spec, dtype, page = reading.spec, reading.dtype, reading.page_size
+        context = attending.measured_context(reading)
+        count = reading.tokens or reading.requests
+        self.stores = [
+            paged(spec, reading.requests, reading.longest, page, dtype, device, seed) for seed in range(copies)
+        ]
+        self.qkv = torch.randn(count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype, device=device)
+        self.rope = torch.randn(reading.longest, max(2, spec.rotary_dim), device=device)
+        self.lengths = torch.full((reading.requests,), context, dtype=torch.int32, device=device)
+        self.positions = self.lengths - 1
+        starts = range(reading.requests + 1)
+        if reading.tokens:
+            self.positions = torch.arange(count, dtype=torch.int32, device=device)
+            starts = range(0, 2 * count, count)
+        self.starts = torch.tensor(list(starts), dtype=torch.int32, device=device)
+        self.max_query = reading.tokens or 1
+
+    def slots(self, table: Tensor) -> Tensor:
+        """Where the new tokens' keys and values go."""
+        page, positions = self.reading.page_size, self.positions.long()
+        rows = torch.zeros_like(positions) if self.reading.tokens else torch.arange(len(positions), device=table.device)
+        return (table[rows, positions // page] * page + positions % page).int()
+
+    def bind(self, name: str, running: Attending, softmax: str) -> Arm:
+        arm, spec = attending.bound(name, softmax), self.reading.spec
+        slots = [self.slots(table) for _, _, table in self.stores]
+
+        def call(i: int) -> Tensor:
+            keys, values, table = self.stores[i]
+            before = (arm, self.qkv, self.rope, self.positions, slots[i], keys, values)
+            counts = (self.max_query, self.reading.longest)
+            return running.run(*before, table, self.starts, self.lengths, spec, *counts, softmax=softmax)
+
+        return call

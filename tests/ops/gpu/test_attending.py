@@ -1,0 +1,296 @@
+"""Choosing among arms of attention: rule, table, what a user fixed, other projects' kernels where they are there.
+
+Timers and libraries are fake; nothing needs a GPU.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tenfold.base.config import EngineConfig
+from tenfold.ops.choose import Table
+from tenfold.ops.kernels import MERGE, AttentionSpec, Options
+from tenfold.ops.oracle import Oracle
+
+attending = pytest.importorskip("tenfold.ops.gpu.attending")
+tuning = pytest.importorskip("tenfold.ops.gpu.tune_attention")
+third_party = pytest.importorskip("tenfold.ops.attention.third_party")
+decode = pytest.importorskip("tenfold.ops.gpu.decode")
+
+SMS = 132
+CPU = torch.device("cpu")
+SPEC = AttentionSpec(32, 8, 128, 128**-0.5, 0, 0.0, 128)
+READING = attending.Reading(SPEC, 1, 8192, 16)
+Reading = attending.Reading
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    return Table("gpu H100", "1", tmp_path / "gpu.json")
+
+
+@given(
+    st.sampled_from([(32, 32), (32, 8), (28, 4), (8, 8), (9, 3), (16, 2)]),
+    st.sampled_from([64, 96, 128]),
+    st.integers(1, 300),
+    st.integers(1, 1 << 18),
+    st.sampled_from([0, 100, 4096]),
+)
+def test_candidates_are_legal_hold_the_rule_and_find_room(
+    heads: tuple[int, int], head_dim: int, requests: int, longest: int, window: int
+) -> None:
+    reading = Reading(AttentionSpec(*heads, head_dim, head_dim**-0.5, window, 0.0, head_dim), requests, longest, 16)
+    found = attending.candidates(reading, SMS)
+    assert found[0] == attending.rule(reading, SMS)
+    assert attending.TRITON in found
+    assert len(found) == len(set(found))
+    for name in found:
+        assert attending.legal(name, reading, SMS)
+        if name.startswith("decode:"):
+            plan = attending.parse(name)
+            assert attending.name_of(plan) == name
+            assert requests * heads[1] * plan.splits <= 4 * SMS or plan.splits == 1 or plan.cluster
+            assert plan.cluster or plan.splits <= max(1, decode.most_splits(head_dim, plan.warps))
+
+
+@pytest.mark.parametrize("name", ["decode:lazy:8x1:s4:cluster", "decode:8x1:s4", "triton", "", "decode:8x1:s4:both"])
+def test_names_of_no_plan_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="allowed: decode:WARPS"):
+        attending.parse(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["gone", "decode:8x1:s0:global", "flashinfer", "flash-attn-3", "tiles", "decode:8x1:s3:cluster"]
+)
+def test_arms_that_cannot_run_here_are_not_legal(name: str) -> None:
+    assert not attending.legal(name, READING, SMS)
+
+
+def test_what_was_measured_runs_where_it_can(table: Table) -> None:
+    best = "decode:4x3:s12:global"
+    table.record(attending.key(READING, SMS), {attending.rule(READING, SMS): 30.0, best: 20.0, "gone": 1.0})
+    assert attending.choice(READING, table, SMS).source == "rule"  # the fastest is not there any more
+    table.record(attending.key(READING, SMS), {attending.rule(READING, SMS): 30.0, best: 20.0, "triton": 25.0})
+    found = attending.choice(READING, table, SMS)
+    assert (found.arm, found.source, found.runner_up) == (best, "measured", "triton")
+    assert attending.choice(replace(READING, longest=5000), table, SMS).arm == best  # the next that was measured
+    for other in ({"longest": 9000}, {"longest": 4096}, {"requests": 2}, {"page_size": 32}, {"dtype": torch.float16}):
+        assert attending.choice(replace(READING, **other), table, SMS).source == "rule"
+    windowed = replace(READING, spec=replace(SPEC, window=100))
+    assert attending.choice(windowed, table, SMS).source == "rule"
+
+
+def test_splits_that_a_shorter_context_cannot_fill_give_way(table: Table) -> None:
+    at = replace(READING, longest=256)
+    table.record(attending.key(at, SMS), {"decode:4x3:s4:global": 1.0})
+    assert attending.choice(at, table, SMS).source == "measured"
+    assert attending.choice(replace(at, longest=128), table, SMS).source == "rule"
+
+
+def test_chunks_are_chosen_by_their_tokens(table: Table) -> None:
+    chunk = Reading(SPEC, 3, 9000, 16, tokens=700)
+    first = attending.rule(chunk, SMS)
+    assert attending.candidates(chunk, SMS)[0] == first
+    other = next(iter(set(attending.CHUNKS) - {first}), first)
+    table.record(attending.key(attending.at(chunk), SMS), {first: 9.0, other: 5.0})
+    assert attending.choice(chunk, table, SMS).arm == other
+    assert attending.choice(replace(chunk, tokens=65), table, SMS).source == "rule"
+    assert attending.choice(replace(chunk, tokens=1 << 20), table, SMS).source == "rule"
+
+
+@pytest.mark.parametrize(
+    ("merge", "requests", "longest", "arm"),
+    [
+        ("global", 1, 1024, "decode:8x1:s8:global"),
+        ("cluster", 1, 1024, "decode:8x1:s8:cluster"),
+        ("launch", 1, 1024, "triton:two"),
+        ("cluster", 1, 32768, "decode:8x1:s8:cluster"),  # as many as a cluster has
+        ("global", 1, 32768, "decode:8x1:s16:global"),
+        ("cluster", 64, 1024, "decode:4x3:s1:global"),  # nothing to merge
+    ],
+)
+def test_what_a_user_fixed_runs(table: Table, merge: str, requests: int, longest: int, arm: str) -> None:
+    reading = Reading(SPEC, requests, longest, 16)
+    table.record(attending.key(reading, SMS), {"triton": 1.0})
+    found = attending.choice(reading, table, SMS, merge)
+    assert (found.arm, found.source) == (arm, "fixed")
+    assert attending.choice(replace(reading, tokens=99), table, SMS, merge).source == "rule"
+
+
+def test_the_settings_of_an_engine_are_what_kernels_take() -> None:
+    choices = {field.name: field.metadata["choices"] for field in fields(EngineConfig) if "choices" in field.metadata}
+    assert choices["merge"] == ("auto", *MERGE)
+    assert all(Options(merge=merge).merge == merge for merge in choices["merge"])
+    with pytest.raises(ValueError, match="cluster"):
+        Options(merge="both")
+
+
+# Running
+
+
+SMALL = AttentionSpec(4, 2, 16, 0.25, 0, 0.0, 16)
+
+
+def inputs(tokens: int = 0, spec: AttentionSpec = SMALL, page: int = 16) -> Any:
+    return tuning.Inputs(Reading(spec, 2, 64, page, torch.float32, tokens), 1, CPU)
+
+
+def oracle(found: Any) -> Tensor:
+    """What the same step gives in plain PyTorch."""
+    keys, values, table = found.stores[0]
+    spec, counts = found.reading.spec, (found.max_query, found.reading.longest)
+    before = (found.qkv, found.rope, found.positions, found.slots(table), keys, values)
+    return Oracle("cpu", torch.float32).attention(*before, table, found.starts, found.lengths, spec, *counts)
+
+
+@pytest.mark.parametrize(("arm", "tokens"), [("triton", 0), ("triton:two", 0), ("tiles", 48)])
+def test_arms_compute_attention(table: Table, arm: str, tokens: int) -> None:
+    found = inputs(tokens) if not tokens else tuning.Inputs(Reading(SMALL, 1, 48, 16, torch.float32, 48), 1, CPU)
+    result = found.bind(arm, attending.Attending(CPU, SMS, table), "lazy")(0)
+    torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
+
+
+def test_plans_are_remembered_and_carry_the_softmax_in_use(table: Table) -> None:
+    one = attending.Attending(CPU, SMS, table)
+    for softmax in ("lazy", "unified"):
+        plan = one.pick(READING, softmax)
+        assert plan == decode.plan(SPEC, 1, 8192, SMS, softmax)
+        assert one.pick(READING, softmax) is plan
+    for tokens in range(9000, 9400):
+        one.pick(replace(READING, tokens=tokens), "lazy")
+    assert len(one._known) == 3
+    assert {choice.key.op for choice in one.explain()} == {
+        "attention 32/8 heads of 128",
+        "prefill attention 32/8 heads of 128",
+    }
+
+
+# Other projects' kernels, which are not installed here: modules that say what they were given
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], dict[str, Any]]]:
+    """`fake(module, function)` installs a library that computes nothing but zeros, and returns what it was given."""
+    third_party.installed.cache_clear()
+
+    def install(module: str, function: str) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+
+        def run(q: Tensor, *rest: Any, **named: Any) -> Tensor:
+            given.update(named, q=q, rest=rest)
+            return torch.zeros_like(q)
+
+        for part in (module.partition(".")[0], module):
+            made = ModuleType(part)
+            made.__spec__ = object()  # type: ignore[assignment]
+            setattr(made, function, run)
+            monkeypatch.setitem(sys.modules, part, made)
+        return given
+
+    yield install
+    third_party.installed.cache_clear()
+    third_party.workspace.cache_clear()
+
+
+def test_flashinfer_is_an_arm_of_decodes_where_it_is_installed(table: Table, fake: Any) -> None:
+    given = fake("flashinfer.decode", "trtllm_batch_decode_with_kv_cache")
+    assert "flashinfer" in attending.candidates(READING, SMS)
+    assert "flashinfer" not in attending.candidates(replace(READING, tokens=64), SMS)
+    assert "flashinfer" not in attending.candidates(replace(READING, spec=replace(SPEC, softcap=9.0)), SMS)
+    table.record(attending.key(READING, SMS), {attending.rule(READING, SMS): 9.0, "flashinfer": 5.0})
+    assert attending.choice(READING, table, SMS).arm == "flashinfer"
+    found = inputs(spec=replace(SMALL, window=20))
+    result = found.bind("flashinfer", attending.Attending(CPU, SMS, table), "lazy")(0)
+    keys, values, pages = found.stores[0]
+    assert result.shape == (2, 64)
+    assert given["q"].shape == (2, 4, 16)
+    assert given["rest"][0] == (keys, values)
+    assert given["rest"][2] is pages
+    assert given["rest"][3] is found.lengths
+    assert (given["bmm1_scale"], given["window_left"], given["kv_layout"]) == (0.25, 19, "HND")
+
+
+def test_flash_attn_3_takes_chunks_too(table: Table, fake: Any) -> None:
+    given = fake("flash_attn_interface", "flash_attn_with_kvcache")
+    assert "flash-attn-3" in attending.candidates(READING, SMS)
+    assert "flash-attn-3" in attending.candidates(replace(READING, tokens=64), SMS)
+    found = tuning.Inputs(Reading(replace(SMALL, window=20), 1, 48, 16, torch.float32, 48), 1, CPU)
+    assert found.bind("flash-attn-3", attending.Attending(CPU, SMS, table), "lazy")(0).shape == (48, 64)
+    keys, _, pages = found.stores[0]
+    assert given["rest"][0].shape == (3, 16, 2, 16)
+    assert given["rest"][0].data_ptr() == keys.data_ptr()
+    assert given["page_table"] is pages
+    assert given["cu_seqlens_q"].tolist() == [0, 48]
+    assert (given["max_seqlen_q"], given["window_size"], given["causal"]) == (48, (19, 0), True)
+
+
+def test_flash_attn_2_wants_large_pages(table: Table, fake: Any) -> None:
+    given = fake("flash_attn", "flash_attn_with_kvcache")
+    assert "flash-attn-2" not in attending.candidates(READING, SMS)
+    assert "flash-attn-2" in attending.candidates(replace(READING, page_size=256), SMS)
+    found = inputs(page=64)
+    assert found.bind("flash-attn-2", attending.Attending(CPU, SMS, table), "lazy")(0).shape == (2, 64)
+    assert given["q"].shape == (2, 1, 4, 16)
+    assert given["block_table"] is found.stores[0][2]
+
+
+# Tuning
+
+
+class FakeTimer:
+    """Calls nothing but the reference; the time of an arm is its place."""
+
+    def __init__(self, times: Mapping[str, float] | None = None) -> None:
+        self.times, self.asked = times, []  # type: ignore[var-annotated]
+
+    def copies(self, nbytes: int) -> int:
+        return 1
+
+    def measure(self, arms: Any, copies: int, reference: Any = None, farthest: float = 0.0) -> dict[str, float]:
+        self.asked.append(list(arms))
+        return dict(self.times) if self.times is not None else {name: 1.0 + i for i, name in enumerate(arms)}
+
+    def memory_microseconds(self) -> dict[str, float]:
+        return {"copy": 700.0}
+
+
+def test_tuning_goes_on_where_it_was(table: Table) -> None:
+    running, timer = attending.Attending(CPU, SMS, table), FakeTimer()
+    every = attending.readings([SMALL], 16, torch.float32, 300)
+    assert {(r.requests, r.longest) for r in every if not r.tokens} == {(n, 256) for n in attending.REQUESTS}
+    assert [r.tokens for r in every if r.tokens] == [64, 256]
+    said: list[str] = []
+    assert tuning.tune(every[:2], running, timer, progress=lambda done, total, what: said.append(what)) == 2
+    assert said == ["attention 4/2 heads of 16, 1 x 256 tokens", "attention 4/2 heads of 16, 2 x 256 tokens"]
+    assert timer.asked == [["triton"]] * 2
+    again = attending.Attending(CPU, SMS, Table(table.device, "1", table.path))
+    assert tuning.tune(every[:3], again, timer) == 1
+    assert tuning.tune(every[:3], again, timer, force=True) == 3
+
+
+def test_nothing_that_runs_is_an_error(table: Table) -> None:
+    with pytest.raises(ValueError, match="None of 1 arms could run attention 4/2"):
+        tuning.measure(Reading(SMALL, 1, 64, 16, torch.float32), attending.Attending(CPU, SMS, table), FakeTimer({}))
+
+
+def test_readings_that_would_take_too_much_memory_are_left_out() -> None:
+    every = attending.readings([SPEC], 16, torch.bfloat16, 1 << 20, 1 << 30)
+    assert max(r.nbytes for r in every) == 1 << 30
+    assert Reading(SPEC, 2, 131072, 16) in every
+    assert Reading(SPEC, 4, 131072, 16) not in every
+
+
+def test_the_floor_counts_what_a_query_sees() -> None:
+    token = 2 * 8 * 128 * 2
+    own = 2 * 128 * 2 * (32 + 8)
+    assert attending.floor_bytes(READING) == 6144 * token + own
+    assert attending.floor_bytes(replace(READING, spec=replace(SPEC, window=100))) == 100 * token + own
