@@ -63,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for batch in (1, 8):
                 result["rows"] += decodes(spec, batch, given.context, timer)
         if "prefill" in parts:
-            plans = attention.prefill_candidates(spec)[:4]
+            ours = attention.chunk_candidates(spec, ("lazy", "online", "unified"))
+            plans: list[attention.PrefillPlan | attention.ChunkPlan] = [*ours, *attention.prefill_candidates(spec)[:4]]
             for timing in attention.measure_prefill(spec, 1, given.prompt, plans):
                 result["rows"].append(row("prefill", spec, 1, timing.name, timing.microseconds, 0, given.prompt))
         given.out.write_text(json.dumps(result, indent=1))

@@ -1,4 +1,4 @@
-"""`Kernels.attend` made of the Triton kernels: a step's leading decodes split their contexts, chunks run in tiles.
+"""`Kernels.attend`: a step's leading decodes split their contexts (Triton), chunks run in tiles (CUDA C++, or Triton).
 
 Nothing is read back from the device: how a step divides follows from integers that the host has anyway.
 """
@@ -13,21 +13,24 @@ from torch.nn.attention.bias import causal_lower_right
 
 from tenfold.ops.attention import decode, prefill
 from tenfold.ops.attention.plan import MOST_ROWS, plan_decode, plan_prefill, power_of_two
+from tenfold.ops.gpu import prefill as tensor_prefill
 from tenfold.ops.kernels import AttentionSpec
 
-CHUNKS = ("tiles", "sdpa")
+CHUNKS = ("wgmma", "tiles", "sdpa")
+LEAST_CHUNK = 64  # new tokens of the longest chunk from which on "wgmma" is used; to be measured
 SHORT = 16  # new tokens of a request, at most, for which splitting the context can pay
 
 
 @dataclass(frozen=True, slots=True)
 class Arms:
-    """softmax, merge: as in `plan`. chunks: "tiles", our kernel; "sdpa", PyTorch's attention, request by request, where
-    the layer has neither window nor softcap, lengths are known to the host and no log-sum-exp is wanted.
+    """softmax, merge: as in `plan`. chunks: "wgmma", the kernel in CUDA C++ where it can run and chunks are long;
+    "tiles", the one in Triton, which takes all else; "sdpa", PyTorch's attention, request by request, where the layer
+    has neither window nor softcap, lengths are known to the host and no log-sum-exp is wanted.
     """
 
     softmax: str = "lazy"
     merge: str = "last"
-    chunks: str = "tiles"
+    chunks: str = "wgmma"
 
     def __post_init__(self) -> None:
         if self.chunks not in CHUNKS:
@@ -81,12 +84,33 @@ def attend(
         table, starts, contexts = tables
         own = (plan, workspace, q, keys, values, table, contexts, spec)
         return decode.run(*own, query_start=starts, phi=phi, lse=lse, out=out)
+    if arms.chunks == "wgmma" and suits(spec, q, keys, arms.softmax, max_query):
+        return tensor_prefill.run(
+            *(tensor_prefill.rule(spec, arms.softmax), workspace.queue, sms, q, keys, values, *tables, spec, max_query),
+            recomputed=workspace.recomputed,
+            phi=phi,
+            lse=lse,
+            out=out,
+        )
     return prefill.run(
         *(plan_prefill(spec, arms.softmax), q, keys, values, *tables, spec, max_query),
         recomputed=workspace.recomputed,
         phi=phi,
         lse=lse,
         out=out,
+    )
+
+
+def suits(spec: AttentionSpec, q: Tensor, keys: Tensor, softmax: str, max_query: int) -> bool:
+    """Whether chunks run through the kernel in CUDA C++. Shorter ones leave most of its tiles empty, which have a row
+    for every token of one query head; Triton's have rows for all query heads of a KV head. To be measured.
+    """
+    return (
+        max_query >= LEAST_CHUNK
+        and softmax in tensor_prefill.ARMS
+        and q.dtype == keys.dtype
+        and tensor_prefill.legal(spec, keys.dtype, keys.shape[2])
+        and tensor_prefill.runs_on(q.device)
     )
 
 

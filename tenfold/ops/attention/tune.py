@@ -17,6 +17,8 @@ from torch.nn.attention.bias import causal_lower_right
 from tenfold.ops.attention import decode, prefill
 from tenfold.ops.attention.attend import library
 from tenfold.ops.attention.plan import MOST_SPLITS, DecodePlan, PrefillPlan, plan_decode, plan_prefill, seen
+from tenfold.ops.gpu import prefill as tensor_prefill
+from tenfold.ops.gpu.prefill import ChunkPlan
 from tenfold.ops.kernels import AttentionSpec
 
 COLD_BYTES = 160 << 20  # of all sets together: three times the L2 cache of an H100
@@ -106,8 +108,23 @@ def measure_decode(
     return show(timings, "GB/s", say)
 
 
+def chunk_candidates(
+    spec: AttentionSpec,
+    softmax: Sequence[str] = ("lazy",),
+    *,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[ChunkPlan]:
+    """Plans of the kernel in CUDA C++ worth timing for chunks on the current CUDA device, if it can run; the rule's
+    comes first.
+    """
+    if not tensor_prefill.legal(spec, dtype, page_size) or not tensor_prefill.runs_on(torch.device("cuda")):
+        return []
+    return list(tensor_prefill.candidates(spec, [arm for arm in softmax if arm in tensor_prefill.ARMS]))
+
+
 def prefill_candidates(spec: AttentionSpec, softmax: Sequence[str] = ("lazy",)) -> list[PrefillPlan]:
-    """Plans worth timing for chunks; the rule's come first."""
+    """Plans of the kernel in Triton worth timing for chunks; the rule's come first."""
     shapes = [(64, 64, 4, 3), (64, 64, 4, 5), (128, 64, 8, 3), (128, 64, 8, 5), (128, 128, 8, 3), (64, 128, 4, 3)]
     if spec.head_dim > 128:
         shapes = [(64, 32, 4, 3), (64, 32, 4, 5), (128, 32, 8, 3), (64, 64, 4, 3), (128, 64, 8, 3)]
@@ -121,7 +138,7 @@ def measure_prefill(
     spec: AttentionSpec,
     requests: int,
     tokens: int,
-    plans: Sequence[PrefillPlan],
+    plans: Sequence[PrefillPlan | ChunkPlan],
     *,
     prefix: int = 0,
     page_size: int = 16,
@@ -142,10 +159,14 @@ def measure_prefill(
     lengths = torch.full((requests,), context, dtype=torch.int32, device=device)
     phi = torch.full((spec.heads,), 2.0, device=device)
     recomputed = torch.zeros(1, dtype=torch.int64, device=device)
+    queue = torch.zeros(2, dtype=torch.int32, device=device)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def ours(plan: PrefillPlan) -> Callable[[], object]:
-        own = (plan, q, keys, values, table, starts, lengths, spec, tokens)
-        return lambda: prefill.run(*own, recomputed=recomputed, phi=phi, out=out)
+    def ours(plan: PrefillPlan | ChunkPlan) -> Callable[[], object]:
+        own = (q, keys, values, table, starts, lengths, spec, tokens)
+        if isinstance(plan, ChunkPlan):
+            return lambda: tensor_prefill.run(plan, queue, sms, *own, recomputed=recomputed, phi=phi, out=out)
+        return lambda: prefill.run(plan, *own, recomputed=recomputed, phi=phi, out=out)
 
     calls: dict[str, Callable[[], object]] = {str(plan): ours(plan) for plan in plans}
     if not spec.window and not spec.softcap:

@@ -121,24 +121,28 @@ class _Block(ctypes.Structure):
 
 
 class TensorMap:
-    """How the tensor copy engine finds boxes of `height` rows and 128 bytes in a matrix of 16- or 8-bit numbers. Rows
-    and columns past the end read as zero. Boxes land in shared memory with the 128-byte swizzle.
+    """How the tensor copy engine finds boxes of `height` rows and 128 bytes in matrices of 16- or 8-bit numbers. Rows
+    and columns past the end read as zero, and so do matrices. Boxes land in shared memory with the 128-byte swizzle.
     """
 
-    def __init__(self, matrix: Tensor, height: int) -> None:
-        """matrix [rows, cols] contiguous, whole 16 bytes to a row; it must outlive the map. Raises RuntimeError."""
-        (rows, cols), size = matrix.shape, matrix.element_size()
+    def __init__(self, matrices: Tensor, height: int) -> None:
+        """matrices [..., rows, cols], up to five dimensions, cols contiguous, other strides whole 16 bytes; it must
+        outlive the map. Coordinates of a box are given from the last dimension on. Raises RuntimeError.
+        """
+        rank, each = matrices.dim(), matrices.element_size()
         self._memory = (ctypes.c_uint8 * 192)()
         address = ctypes.addressof(self._memory)
         self.block = _Block.from_address(address + -address % 64)
-        sizes, strides = (ctypes.c_uint64 * 2)(cols, rows), (ctypes.c_uint64 * 1)(cols * size)
-        box, steps = (ctypes.c_uint32 * 2)(128 // size, height), (ctypes.c_uint32 * 2)(1, 1)
+        sizes = (ctypes.c_uint64 * rank)(*reversed(matrices.shape))
+        strides = (ctypes.c_uint64 * (rank - 1))(*(each * stride for stride in reversed(matrices.stride()[:-1])))
+        box = (ctypes.c_uint32 * rank)(128 // each, height, *[1] * (rank - 2))
+        steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         driver = _driver()
         # CU_TENSOR_MAP_DATA_TYPE_UINT8, _BFLOAT16, _FLOAT16
-        kind = 0 if size == 1 else 9 if matrix.dtype == torch.bfloat16 else 6
-        # rank 2; no interleave; 128-byte swizzle; L2 promotion to 256 bytes; zeros out of bounds
+        kind = 0 if each == 1 else 9 if matrices.dtype == torch.bfloat16 else 6
+        # no interleave; 128-byte swizzle; L2 promotion to 256 bytes; zeros out of bounds
         status = driver.cuTensorMapEncodeTiled(
-            *(ctypes.byref(self.block), kind, 2, ctypes.c_void_p(matrix.data_ptr())),
+            *(ctypes.byref(self.block), kind, rank, ctypes.c_void_p(matrices.data_ptr())),
             *(sizes, strides, box, steps, 0, 3, 3, 0),
         )
         check(driver, status, "cuTensorMapEncodeTiled")

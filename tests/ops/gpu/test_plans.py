@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, ring, ring8, stream, stream_packed
+from tenfold.ops.gpu import decode, graphs, prefill, ring, ring8, stream, stream_packed
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -79,6 +79,38 @@ def test_the_kernel_of_decodes_refuses_what_it_cannot_do() -> None:
     assert not decode.legal(spec, torch.bfloat16, 8)
     assert not decode.legal(AttentionSpec(32, 8, 96, 1.0), torch.bfloat16, 16)
     assert not decode.legal(AttentionSpec(64, 2, 128, 1.0), torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize("head_dim", prefill.HEAD_DIMS)
+def test_plans_of_chunks_fit_and_their_names_lead_back(head_dim: int) -> None:
+    spec = AttentionSpec(32, 8, head_dim, 1.0)
+    plans = list(prefill.candidates(spec, prefill.ARMS))
+    assert len(set(plans)) == len(plans)
+    assert plans[: len(prefill.ARMS)] == [prefill.rule(spec, arm) for arm in prefill.ARMS]
+    for plan in plans:
+        assert prefill.fits(plan, head_dim)
+        assert prefill.parse(str(plan)) == plan
+        assert dict(prefill.defines(plan, spec, torch.float16, 48))["BOX"] in (16, 48)
+
+
+@pytest.mark.parametrize(
+    "name", ["wgmma:paper:2x128x2:turns", "wgmma:lazy:4x128x2:turns", "tiles", "wgmma:lazy:2x128x2"]
+)
+def test_names_of_no_plan_of_chunks_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="allowed: wgmma"):
+        prefill.parse(name)
+
+
+def test_the_kernel_of_chunks_refuses_what_it_cannot_do() -> None:
+    spec = AttentionSpec(32, 8, 128, 1.0)
+    assert prefill.legal(spec, torch.bfloat16, 16)
+    assert prefill.legal(AttentionSpec(64, 2, 64, 1.0, 100, 30.0), torch.float16, 48)
+    assert not prefill.legal(spec, torch.float32, 16)
+    assert not prefill.legal(spec, torch.bfloat16, 8)
+    assert not prefill.legal(AttentionSpec(32, 8, 96, 1.0), torch.bfloat16, 16)
+    assert not prefill.runs_on(torch.device("cpu"))
+    assert not prefill.fits(prefill.ChunkPlan(stages=4), 128)
+    assert not prefill.fits(prefill.ChunkPlan(3, 96), 128)
 
 
 @given(st.integers(1, 600), st.integers(1, 70_000))
