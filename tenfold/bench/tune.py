@@ -1,7 +1,8 @@
 """Tune a GPU for models without the command line's packages: `python -m tenfold.bench.tune --model shape:llama-3-8b`.
 
-Measures the arms of every linear operation, writes the table of choices, and prints what runs. `tenfold tune` does the
-same for one model. `--stages FILE` also times the flat GEMM with no buffering, double buffering and more.
+Measures the arms of every linear operation and attention, writes the table of choices, and prints what runs. `tenfold
+tune` does the same for one model. `--stages FILE` also times the flat GEMM with no buffering, double buffering and
+more.
 """
 
 import argparse
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 
 from tenfold.bench.hardware import machine
-from tenfold.engine.linears import linear_works
+from tenfold.engine.linears import attention_specs, linear_works
 from tenfold.engine.memory import DTYPES
 from tenfold.ops.choose import Table
 from tenfold.ops.gemm import flat
-from tenfold.ops.gpu import arms, report, tune
+from tenfold.ops.gpu import arms, report, tune, tune_attention
+from tenfold.ops.gpu.attending import Attending, readings
 from tenfold.ops.gpu.timing import GpuTimer
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
+
+PAGE = 16  # tokens of a page, as engines have them
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="auto", help="as the engine's setting: auto, int4, int8, fp8")
     parser.add_argument("--batches", default=",".join(map(str, arms.BATCHES)))
     parser.add_argument("--families", default="", help=f"of {', '.join(arms.FAMILIES)}; without it all")
+    parser.add_argument("--parts", default="linear,attention", help="what to measure, a comma between two")
+    parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest context of attention")
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
     parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
     given = parser.parse_args(arguments)
@@ -41,11 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device)
     table = Table(f"gpu {name}", arms.version(), Path(given.out)) if given.out else arms.table(name)
     running = tune.open_arms(device, dtype, table)
-    works = [
-        work
-        for model in given.model.split(",")
-        for work in linear_works(open_checkpoint(resolve(model)), dtype, given.weights)
-    ]
+    checkpoints = [open_checkpoint(resolve(model)) for model in given.model.split(",")]
+    works = [work for one in checkpoints for work in linear_works(one, dtype, given.weights)]
     batches = [int(batch) for batch in given.batches.split(",")]
     families = [family for family in given.families.split(",") if family]
     begin = time.monotonic()
@@ -53,15 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def progress(done: int, total: int, what: str) -> None:
         print(f"{done + 1}/{total}  {time.monotonic() - begin:.0f} s  {what}", file=sys.stderr, flush=True)
 
-    tune.tune(works, running, GpuTimer(device), batches, families, given.force, progress)
+    parts, reader = given.parts.split(","), Attending(device, running.sms, table)
+    if "linear" in parts:
+        tune.tune(works, running, GpuTimer(device), batches, families, given.force, progress)
+    specs = list(dict.fromkeys(spec for one in checkpoints for spec in attention_specs(one, dtype)))
+    reads = readings(specs, PAGE, dtype, given.longest, tune_attention.KEPT)
+    if "attention" in parts:
+        tune_attention.tune(reads, reader, GpuTimer(device), given.force, progress)
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):
         print("\n".join(report.chart(shape)))
+    print("\n".join(map(told, report.attention(reads, table, running.sms))))
     if given.stages:
         rows = stages(works, running, GpuTimer(device), [batch for batch in batches if batch <= flat.MOST_TOKENS])
         Path(given.stages).write_text(json.dumps({"machine": machine("cuda"), "rows": rows}, indent=1))
     return 0
+
+
+def told(line: report.Read) -> str:
+    """One attention in a line."""
+    share = "" if line.share is None else f", {line.share:.0%} of the floor"
+    return f"{line.reading.tokens or line.reading.requests} x {line.reading.longest}: {line.choice}{share}"
 
 
 def stages(

@@ -47,7 +47,9 @@ def choices(engine: Engine) -> tuple[Choice, ...]:
     if getattr(kernels, "name", "") == "native":
         return tuple(_row(choice) for choice in arms.explain(engine.matrices))
     if getattr(kernels, "name", "") == "gpu":
-        return tuple(_row(choice) for choice in kernels.arms.explain())
+        pages = (engine.config.page_size, engine.kv.spec.dtype, engine.max_model_len)
+        every = [*kernels.arms.explain(), *kernels.attending.explain(*pages)]
+        return tuple(_row(choice) for choice in every)
     return (_only(getattr(kernels, "name", ""), getattr(kernels, "reason", "")),)
 
 

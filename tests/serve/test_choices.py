@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from tenfold.ops.choose import Table
+from tenfold.ops.kernels import AttentionSpec
 from tenfold.serve.cli import choices
 
 arms = pytest.importorskip("tenfold.ops.gpu.arms")
+attending = pytest.importorskip("tenfold.ops.gpu.attending")
+tuning = pytest.importorskip("tenfold.ops.gpu.tune")
 
 
 def test_the_table_and_charts_of_a_gpu(tmp_path, capsys):
@@ -25,6 +28,22 @@ def test_the_table_and_charts_of_a_gpu(tmp_path, capsys):
     assert any(line.startswith("linear+norm 6144 x 4096 bfloat16; M1 -, M2 1") for line in lines)
 
 
+def test_the_table_of_attention(tmp_path, capsys):
+    table, spec = Table("gpu", "1", tmp_path / "t.json"), AttentionSpec(32, 8, 128, 0.1)
+    every = attending.readings([spec], 16, torch.bfloat16, 8192)
+    at = attending.Reading(spec, 8, 4096, 16)
+    table.record(attending.key(at, 132), {attending.rule(at, 132): 40.0, "decode:4x3:s3:global": 30.0})
+    table.record(tuning.copy_key(132), {"copy": 1000.0})
+    choices.show_attention(every, attending.Attending("cpu", 132, table))
+    head, row, *chunks = capsys.readouterr().out.splitlines()[1:]
+    assert head.split()[:4] == ["ATTENTION", "TOKENS", "CONTEXT", "PAGE"]
+    assert row.split()[:9] == ["attention", "32/8", "heads", "of", "128", "8", "4096", "16", "132"]
+    assert "decode:4x3:s3:global" in row
+    assert f"{attending.rule(at, 132)} takes 40.0 us" in row
+    assert "157%" in row  # 96 MiB in 30 us are more than a copy of 1 GiB in 1000 us can be
+    assert len(chunks) == 5
+
+
 def test_kernels_without_choices_are_refused():
     with pytest.raises(ValueError, match="one way"):
         choices.refuse_others(SimpleNamespace(name="torch", reason="there is no GPU"), "gpu")
@@ -32,9 +51,9 @@ def test_kernels_without_choices_are_refused():
 
 def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
     """The device is made up; what runs is what a Hopper GPU without a table would run."""
-    kernels = SimpleNamespace(
-        name="gpu", reason="", arms=SimpleNamespace(table=Table("gpu", "1", tmp_path / "t"), sms=132, gemm="auto")
-    )
+    table = Table("gpu", "1", tmp_path / "t")
+    linear = SimpleNamespace(table=table, sms=132, gemm="auto")
+    kernels = SimpleNamespace(name="gpu", reason="", arms=linear, attending=attending.Attending("cpu", 132, table))
     opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu"))
     monkeypatch.setattr(opened, "device", torch.device("cuda"))
     monkeypatch.setattr(choices, "Opened", lambda config: opened)
@@ -43,3 +62,6 @@ def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "linear+norm+silu  256 x 64" in text
     assert "stream:" in text
+    assert "attention 4/2 heads of 16 " in text
+    assert "triton" in text  # heads of 16 are too small for our own kernel
+    assert "prefill attention 4/2 heads of 16 " in text

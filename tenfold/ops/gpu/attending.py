@@ -252,9 +252,9 @@ class Attending:
             self.decoding = known  # an eager step, before any graph of this size is captured
         return known
 
-    def explain(self, page_size: int = 16, dtype: torch.dtype = torch.bfloat16) -> list[Choice]:
+    def explain(self, page_size: int, dtype: torch.dtype, longest: int) -> list[Choice]:
         """What runs each attention that was asked for, at every measured number of requests and length."""
-        every = readings(list(self.seen), page_size, dtype, LONGEST[-1])
+        every = readings(list(self.seen), page_size, dtype, longest)
         return [choice(reading, self.table, self.sms, self.merge) for reading in every]
 
 

@@ -1,4 +1,4 @@
-"""What the table of choices says of linear operations: what runs, how near it is to the floor, and from how many tokens
+"""What the table of choices says: what runs, how near it is to the floor, and of linear operations from how many tokens
 on which kind of kernel wins (FlashDecoding++, 2.3).
 """
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 
 from tenfold.ops import formats
 from tenfold.ops.choose import Choice, Table
-from tenfold.ops.gpu import arms
+from tenfold.ops.gpu import arms, attending
 from tenfold.ops.gpu.arms import OWN, Work
+from tenfold.ops.gpu.attending import Reading
 from tenfold.ops.gpu.tune import copy_key, distinct
 
 BAR = 40  # characters of the longest bar
+TYPICAL = [(requests, longest) for requests in (1, 8, 64) for longest in (1024, 8192, 32768)]
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One work at one number of tokens. floor: microseconds that moving its bytes takes at the rate of a copy, None
-    where no copy was measured.
+class Timed:
+    """What runs. floor: microseconds that moving its bytes takes at the rate of a copy, None where no copy was
+    measured.
     """
 
-    work: Work
     choice: Choice
     floor: float | None
 
@@ -29,6 +30,20 @@ class Line:
         """Floor over time: 1.0 is as fast as memory allows."""
         took = self.choice.microseconds
         return None if took is None or self.floor is None else self.floor / took
+
+
+@dataclass(frozen=True, slots=True)
+class Line(Timed):
+    """One work at one number of tokens."""
+
+    work: Work
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Timed):
+    """One attention. Chunks have no floor: arithmetic bounds them, not memory."""
+
+    reading: Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +66,25 @@ def explain(
     for work in distinct(works):
         each = [replace(work, tokens=batch) for batch in batches]
         lines = tuple(
-            Line(one, arms.choice(one, table, sms, gemm), None if rate is None else moved(one) / rate / 1e3)
+            Line(arms.choice(one, table, sms, gemm), None if rate is None else moved(one) / rate / 1e3, one)
             for one in each
         )
         found.append(Shape(lines, *inflections(each, table, sms)))
     return found
+
+
+def attention(readings: Iterable[Reading], table: Table, sms: int, merge: str = "auto") -> list[Read]:
+    """Every reading that was measured; of a kind of which none was, those of TYPICAL. merge: what a user fixed."""
+    rate = bandwidth(table, sms)
+    kinds: dict[str, list[Reading]] = {}
+    for reading in readings:
+        kinds.setdefault(reading.op, []).append(reading)
+    found = []
+    for every in kinds.values():
+        measured = [r for r in every if table.times(attending.key(r, sms))]
+        found += measured or [r for r in every if r.tokens or (r.requests, r.longest) in TYPICAL]
+    floors = [None if rate is None or r.tokens else attending.floor_bytes(r) / rate / 1e3 for r in found]
+    return [Read(attending.choice(r, table, sms, merge), floor, r) for r, floor in zip(found, floors)]
 
 
 def bandwidth(table: Table, sms: int, how: str = "copy") -> float | None:

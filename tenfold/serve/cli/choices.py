@@ -1,4 +1,6 @@
-"""`tenfold explain` and `tenfold tune`: what runs each linear operation of a model on this device, and measuring it."""
+"""`tenfold explain` and `tenfold tune`: what runs each linear operation and attention of a model on this device, and
+measuring it.
+"""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -6,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tenfold.base.config import EngineConfig
 from tenfold.engine.memory import DTYPES
 from tenfold.engine.opened import Opened
-from tenfold.models.table import build_model
+from tenfold.models.table import build_model, model_config
 from tenfold.ops.choose import Choice
 from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.tune import tune_linear
@@ -18,7 +20,8 @@ from tenfold.weights.load import Weights
 
 if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.ops.gpu.arms import Arms, Work
-    from tenfold.ops.gpu.report import Line
+    from tenfold.ops.gpu.attending import Attending, Reading
+    from tenfold.ops.gpu.report import Line, Read
 
 
 class Collecting(Weights):
@@ -36,7 +39,9 @@ def explain(config: EngineConfig) -> None:
     """Print one row for each shape and batch size; on a GPU a chart of each shape too."""
     opened = Opened(config)
     if opened.device.type == "cuda":
-        show_gpu(*gpu_works(opened))
+        kernels = gpu_kernels(opened)
+        show_gpu(gpu_works(opened), kernels.arms)
+        show_attention(gpu_readings(opened), kernels.attending)
     else:
         show(arms.explain(matrices(opened)))
 
@@ -56,14 +61,18 @@ def tune(config: EngineConfig) -> None:
 
 
 def tune_gpu(opened: Opened, progress: "Progress") -> None:
+    from tenfold.ops.gpu import tune_attention
     from tenfold.ops.gpu.timing import GpuTimer
     from tenfold.ops.gpu.tune import tune as tune_works
 
-    works, running = gpu_works(opened)
-    tune_works(works, running, GpuTimer(opened.device), progress=progress)
+    kernels, timer = gpu_kernels(opened), GpuTimer(opened.device)
+    works, readings = gpu_works(opened), gpu_readings(opened, tune_attention.KEPT)
+    tune_works(works, kernels.arms, timer, progress=progress)
+    tune_attention.tune(readings, kernels.attending, timer, progress=progress)
     progress.end()
-    show_gpu(works, running)
-    print(f"saved in {running.table.path}", file=sys.stderr)
+    show_gpu(works, kernels.arms)
+    show_attention(readings, kernels.attending)
+    print(f"saved in {kernels.arms.table.path}", file=sys.stderr)
 
 
 class Progress:
@@ -81,16 +90,34 @@ class Progress:
             print(end="\x1b[K", file=sys.stderr)
 
 
-def gpu_works(opened: Opened) -> "tuple[list[Work], Arms]":
-    """The linear operations of a model and the arms of its GPU. Raises ValueError where our kernels are not used."""
+def gpu_kernels(opened: Opened) -> Any:
+    """The kernels of the GPU. Raises ValueError where our own are not used."""
     config = opened.config
-    dtype = DTYPES.get(config.dtype) or DTYPES["bfloat16"]
     options = Options(config.graphs, config.softmax, config.gemm, config.merge)
-    kernels = make_kernels(config.kernels, opened.device, dtype, config.threads, options)
+    kernels = make_kernels(config.kernels, opened.device, gpu_dtype(config), config.threads, options)
     refuse_others(kernels, "gpu")
+    return kernels
+
+
+def gpu_dtype(config: EngineConfig) -> Any:
+    return DTYPES.get(config.dtype) or DTYPES["bfloat16"]
+
+
+def gpu_works(opened: Opened) -> "list[Work]":
+    """The linear operations of a model."""
     from tenfold.engine.linears import linear_works
 
-    return linear_works(opened.checkpoint, dtype, config.weights), kernels.arms  # type: ignore[attr-defined]
+    return linear_works(opened.checkpoint, gpu_dtype(opened.config), opened.config.weights)
+
+
+def gpu_readings(opened: Opened, most_bytes: int = 0) -> "list[Reading]":
+    """The attentions of a model for every measured number of requests and length that it may have."""
+    from tenfold.engine.linears import attention_specs
+    from tenfold.ops.gpu.attending import readings
+
+    config, dtype = opened.config, gpu_dtype(opened.config)
+    longest = config.max_model_len or model_config(opened.checkpoint.config).max_positions
+    return readings(attention_specs(opened.checkpoint, dtype), config.page_size, dtype, longest, most_bytes)
 
 
 def refuse_others(kernels: Any, name: str) -> None:
@@ -128,6 +155,23 @@ def show_gpu(works: "list[Work]", running: "Arms") -> None:
     if rate is not None:
         print(f"\nfloor: bytes moved at {rate:.0f} GB/s, the rate of a copy on this GPU{reading(running)}")
     print("M1: first batch at which a flat kernel beats the GEMV; M2: first at which the library beats both")
+
+
+def show_attention(readings: "list[Reading]", running: "Attending") -> None:
+    """A table of every attention that was measured, and of a few where nothing was."""
+    from tenfold.ops.gpu import report
+
+    lines = report.attention(readings, running.table, running.sms, running.merge)
+    head = ("ATTENTION", "TOKENS", "CONTEXT", "PAGE", "SMS", "RUNS", "TIME", "FLOOR", "SHARE", "BECAUSE")
+    print("\n" + columns([head, *map(attention_row, lines)]))
+
+
+def attention_row(line: "Read") -> tuple[str, ...]:
+    key, choice = line.choice.key, line.choice
+    sizes = (str(line.reading.tokens or line.reading.requests), str(line.reading.longest), str(line.reading.page_size))
+    took, floor = microseconds(choice.microseconds), microseconds(line.floor)
+    share = "" if line.share is None else f"{line.share:.0%}"
+    return (key.op, *sizes, str(key.budget), choice.arm, took, floor, share, because(choice))
 
 
 def reading(running: "Arms") -> str:

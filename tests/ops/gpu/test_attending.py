@@ -168,7 +168,7 @@ def test_plans_are_remembered_and_carry_the_softmax_in_use(table: Table) -> None
     for tokens in range(9000, 9400):
         one.pick(replace(READING, tokens=tokens), "lazy")
     assert len(one._known) == 3
-    assert {choice.key.op for choice in one.explain()} == {
+    assert {choice.key.op for choice in one.explain(16, torch.bfloat16, 8192)} == {
         "attention 32/8 heads of 128",
         "prefill attention 32/8 heads of 128",
     }
