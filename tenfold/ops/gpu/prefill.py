@@ -61,9 +61,9 @@ def shared_bytes(plan: ChunkPlan, head_dim: int) -> int:
 
 
 def fits(plan: ChunkPlan, head_dim: int) -> bool:
-    """Whether a block of the plan fits into a multiprocessor with no registers spilt."""
+    """Whether a block of the plan fits into a multiprocessor, its sums, scores and weights in registers."""
     apart = plan.order == "apart"
-    taken = head_dim // 2 + plan.tile // 2 + (0 if apart else plan.tile // 4)  # sums, scores and, beside them, weights
+    taken = head_dim // 2 + plan.tile // 2 + (0 if apart else plan.tile // 4)  # weights stand beside the scores
     most = 184 if plan.groups == 2 else 128 if apart else 112  # of 232 and 160
     return plan.tile in TILES and plan.stages >= 2 and shared_bytes(plan, head_dim) <= SHARED and taken <= most
 
