@@ -5,6 +5,7 @@ is measured. A row whose settings this version does not have is skipped with a s
 """
 
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,6 +21,7 @@ from tenfold.bench.hardware import machine
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 Settings = tuple[tuple[str, Any], ...]
+CALIBRATED = 1024  # tokens of a window
 DECODES = ((1, 1024), (8, 1024))
 LONG = ((1, 8192), (8, 8192))
 
@@ -46,14 +48,22 @@ CASES = (
     Case("softmax", "lazy rescale over online maximum", of("softmax", "online"), of("softmax", "lazy"), LONG),
     Case("softmax", "unified maximum, epilogue guard", of("softmax", "online"), of("softmax", "unified"), LONG),
     Case("softmax", "unified maximum, guard of the paper", of("softmax", "online"), of("softmax", "paper"), LONG),
-    Case("merge", "last split merges, over a second launch", of("merge", "launch"), of("merge", "last"), LONG),
-    Case("merge", "atomic sums, over a second launch", of("merge", "launch"), of("merge", "atomic"), LONG),
+    Case("merge", "the last split merges, over a second launch", of("merge", "launch"), of("merge", "global"), LONG),
+    Case(
+        "merge",
+        "a cluster merges, over global memory",
+        of("merge", "global"),
+        of("merge", "cluster"),
+        (*DECODES, *LONG),
+    ),
+    Case("merge", "measured or rule, over a second launch", of("merge", "launch"), of("merge", "auto"), LONG),
     Case("gemm", "flat GEMM over cuBLAS", of("gemm", "library"), of("gemm", "flat")),
     Case("gemm", "two stages over one", of("gemm", "flat-1"), of("gemm", "flat-2")),
     Case("gemm", "n stages over two", of("gemm", "flat-2"), of("gemm", "flat")),
     Case("dispatch", "measured table over cuBLAS always", of("gemm", "library"), of("gemm", "auto")),
     Case("dispatch", "measured table over the flat GEMM always", of("gemm", "flat"), of("gemm", "auto")),
     Case("weights", "int4 over bfloat16", (), of("weights", "int4"), ((1, 1024), (8, 1024))),
+    Case("weights", "int8 over bfloat16", (), of("weights", "int8"), ((1, 1024), (8, 1024))),
     Case("weights", "fp8 over bfloat16", (), of("weights", "fp8"), ((1, 1024), (64, 512))),
 )
 
@@ -95,6 +105,7 @@ class Result:
     command: str = ""
     rows: list[Row] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         rows = [
@@ -102,7 +113,7 @@ class Result:
             f"on {Figure(tuple(r.on_ms)).median:7.3f} ms, {r.gain.median:.2f}x"
             for r in self.rows
         ]
-        return rows + [f"{name}: skipped, {why}" for name, why in self.skipped]
+        return rows + [f"{name}: skipped, {why}" for name, why in self.skipped] + self.notes
 
     def plain(self) -> dict[str, Any]:
         return {"suite": "arms", "lines": self.lines()} | asdict(self)
@@ -112,7 +123,7 @@ def loaded(data: Mapping[str, Any]) -> Result:
     """The result that `plain` made."""
     rows = [Row(**row) for row in data["rows"]]
     skipped = [(name, why) for name, why in data["skipped"]]
-    return Result(data["model"], data["machine"], data["command"], rows, skipped)
+    return Result(data["model"], data["machine"], data["command"], rows, skipped, data.get("notes", []))
 
 
 def run(
@@ -137,7 +148,12 @@ def run(
     result.skipped = [(case.name, why) for case in cases if (why := obstacle(case))]
     for name, why in result.skipped:
         say(f"{name}: skipped, {why}")
-    pool = Pool(model, device, threads, dict(common or {}))
+    given = dict(common or {})
+    if is_shape(model) and any(needs_phi(case) for case, _ in ready):
+        result.notes.append(calibrated(model, device, given))
+        given = {"softmax": "lazy"} | given  # what other rows ran before anything was measured
+    result.notes += table_note(device)
+    pool = Pool(model, device, threads, given)
     vocabulary = model_sizes(model, device).vocab
     for case, wanted in ready:
         points = tuple(p for p in wanted if p.cached <= room)
@@ -162,6 +178,41 @@ def run(
             say(text)
         done(result)
     return result
+
+
+def needs_phi(case: Case) -> bool:
+    """Whether an arm subtracts a maximum that must have been measured."""
+    return any(name == "softmax" and value in ("unified", "paper") for name, value in (*case.off, *case.on))
+
+
+def calibrated(model: str, device: str, settings: Mapping[str, Any]) -> str:
+    """Measure the attention scores of a shape's random weights on random tokens, and say how many layers they serve."""
+    from tenfold.engine.calibrate import calibrate_ids
+    from tenfold.engine.memory import DTYPES
+    from tenfold.weights.softmax import save
+
+    rng = random.Random(1)
+    vocabulary = model_sizes(model, device).vocab
+    pieces = [rng.choices(range(vocabulary), k=CALIBRATED) for _ in range(2)]
+    found, opened = calibrate_ids(EngineConfig(model, device, **dict(settings)), pieces)
+    save(found, opened.checkpoint)
+    phis = found.phi(DTYPES[opened.config.dtype])
+    served = sum(phi is not None for phi in phis)
+    return f"a unified maximum, measured on {found.tokens} random tokens, serves {served} of {len(phis)} layers"
+
+
+def table_note(device: str) -> list[str]:
+    """How much was measured on this GPU, which is what "auto" goes by."""
+    if device == "cpu":
+        return []
+    import torch
+
+    try:
+        from tenfold.ops.gpu.arms import table
+    except ImportError:  # without Triton there is nothing to choose from
+        return []
+    held = len(table(torch.cuda.get_device_name(device)))
+    return [f"the table of choices held {held} measurements" + ("" if held else ": auto is the rule")]
 
 
 def pairs_room(model: str, device: str) -> float:

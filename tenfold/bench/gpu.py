@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, load, single, throughput
+from tenfold.bench import arms, launches, load, single, throughput
 from tenfold.bench.fit import Point
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import parse
@@ -158,7 +158,25 @@ def under_load(job: Job) -> None:
     job.path.write_text(json.dumps(stamped(data, job), indent=1))
 
 
+def tuned(job: Job) -> None:
+    """The table of choices that the engines of later parts go by; what it holds is not measured again."""
+    from tenfold.bench import tune  # Triton is there on GPU machines only
+
+    tune.main(["--model", job.model])
+
+
+def counted(job: Job) -> None:
+    """Launches and bytes of a step."""
+    found = launches.measure(
+        *(job.model, job.options["device"], job.numbers("batch"), [1024], job.options["set"], say),
+        command=job.options["command"],
+    )
+    job.path.write_text(json.dumps(stamped(found.plain(), job), indent=1))
+
+
 PARTS: dict[str, Callable[[Job], None]] = {
+    "tune": tuned,
+    "launches": counted,
     "single": ours,
     "hf": against("hf-generate"),
     "hf-compiled": against("hf-compiled"),

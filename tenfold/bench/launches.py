@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.base.config import EngineConfig
-from tenfold.bench.gpu import settings
 from tenfold.bench.hardware import machine
 from tenfold.engine.core import Engine
 from tenfold.engine.linears import traced
@@ -309,6 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu-launches/launches.json"))
     given = parser.parse_args(arguments)
+    from tenfold.bench.gpu import settings  # which has this as one of its parts
+
     batches, contexts = ([int(n) for n in text.split(",")] for text in (given.batch, given.context))
     command = f"python -m tenfold.bench.launches --model {given.model} --batch {given.batch} --context {given.context}"
     result = measure(given.model, given.device, batches, contexts, settings(given.set), command=command)

@@ -139,6 +139,7 @@ def arms_table(result: arms.Result) -> str:
     machine = result.machine
     lines += ["", f"TPOT, medians of interleaved rounds. {result.model} on {machine.get('hardware', '')}, commit "]
     lines[-1] += f"{machine.get('commit', '')}, {machine.get('date', '')}."
+    lines += [f"{note[:1].upper()}{note[1:]}." for note in result.notes]
     lines += [f"Not measured: {name}, {why}." for name, why in result.skipped]
     return "\n".join(lines)
 

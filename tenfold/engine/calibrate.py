@@ -157,6 +157,20 @@ def calibrate(
     return found, opened
 
 
+def calibrate_ids(config: EngineConfig, pieces: Sequence[list[int]]) -> tuple[SoftmaxStatistics, Opened]:
+    """Statistics over windows of token ids, for models without a tokenizer. Raises ValueError as `calibrate`."""
+    opened = Opened(config)
+    opened.choose()
+    opened.memory.require()
+    ranges = Ranges(opened.shape.layers, opened.shape.heads)
+    measure(opened, ranges, pieces, max(map(len, pieces)), lambda: None, _silent, _silent)
+    return ranges.result(identity(opened.checkpoint), hashlib.sha256(repr(pieces).encode()).hexdigest()), opened
+
+
+def _silent(done: int, total: int) -> None:
+    pass
+
+
 def windows(text: Text, content: str, size: int, count: int) -> list[list[int]]:
     """Token ids of the first windows, each with what the model expects before a text. Raises ValueError."""
     tokens = text.encode(content, add_special_tokens=False)

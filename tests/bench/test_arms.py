@@ -2,12 +2,17 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench import arms
 from tenfold.bench.arms import CASES, Case, of
+from tenfold.bench.engines import Engine, Setup
+from tenfold.weights.open import open_checkpoint
+from tenfold.weights.softmax import load_phi
 
 
 def test_cases_differ_between_off_and_on_and_have_names_of_their_own() -> None:
@@ -45,6 +50,37 @@ def test_a_case_is_measured_in_turn_and_a_broken_one_stops_nothing() -> None:
     ]
     assert seen == [2, 3]
     assert {name for name, _ in found.skipped} == {"wings", "broken"}
+    assert arms.loaded(json.loads(json.dumps(found.plain()))) == found
+
+
+def test_every_case_can_be_set_in_this_version() -> None:
+    assert {case.name: why for case in CASES if (why := arms.obstacle(case))} == {}
+    groups = {case.group for case in CASES}
+    assert groups == {"kernels", "launches", "softmax", "merge", "gemm", "dispatch", "weights"}
+
+
+def test_a_unified_maximum_is_measured_first_and_leaves_other_rows_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
+    made: list[dict[str, object]] = []
+    original = arms.make_engine
+
+    def make(name: str, setup: Setup) -> Engine:
+        made.append(dict(setup.settings))
+        checkpoint = open_checkpoint(Path(setup.model))
+        assert load_phi(checkpoint, 1, 4, torch.bfloat16) is not None
+        return original(name, setup)
+
+    monkeypatch.setattr(arms, "make_engine", make)
+    cases = [
+        Case("softmax", "unified", of("softmax", "online"), of("softmax", "unified"), ((1, 8),)),
+        Case("launches", "ahead", of("lookahead", 0), of("lookahead", 1), ((1, 8),)),
+    ]
+    found = arms.run("shape:tiny@layers=1", "cpu", 1, 4, cases=cases, threads=1, say=lambda _: None)
+    assert [settings["softmax"] for settings in made] == ["online", "unified", "lazy", "lazy"]
+    assert found.notes == ["a unified maximum, measured on 2048 random tokens, serves 1 of 1 layers"]
+    assert found.notes[0] in found.lines()
     assert arms.loaded(json.loads(json.dumps(found.plain()))) == found
 
 
