@@ -269,10 +269,11 @@ def legal(name: str, work: Work) -> bool:
 def rule(work: Work, sms: int) -> str:
     """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
     if is_format(work.format):
-        kind = stream_packed.kind_of(work.format) if work.tokens <= MOST_STREAMED else ring8.KIND
-        ours = next(FAMILIES[kind].candidates(work, sms), None) if kind else None
-        if ours is not None:
-            return ours
+        few = stream_packed.kind_of(work.format) if work.tokens <= MOST_STREAMED else ""
+        ours = [FAMILIES[kind].candidates(work, sms) for kind in (few, ring8.KIND) if kind]
+        first = next(chain.from_iterable(ours), None)
+        if first is not None:
+            return first
         return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
     if work.format != "dense":
         raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
