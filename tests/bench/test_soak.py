@@ -23,7 +23,8 @@ def sample(seconds: float, resident: int = 0, allocated: int = 0) -> Sample:
 def result(**own: Any) -> Result:
     made = Result("shape:llama-3-8b@positions=1408", {"hardware": "H", "commit": "c", "date": "d"}, "soak it", {})
     made.minutes, made.kinds, made.pages_held, made.samples = 10.0, {"greedy": 5}, 0, [sample(0.0), sample(600.0)]
-    made.slopes = {"process": 1.0, "GPU memory allocated": 2.0, "GPU memory reserved": 0.0}
+    made.growth = {"process": 1.0, "GPU memory allocated": 2.0, "GPU memory reserved": 0.0}
+    made.slopes = {name: 9 * value for name, value in made.growth.items()}
     for name, value in own.items():
         setattr(made, name, value)
     return made
@@ -106,13 +107,15 @@ def test_slopes_are_of_the_second_half() -> None:
 
 
 def test_runs_of_one_model_are_told_together() -> None:
-    runs = [result(samples=[sample(0.0, allocated=9), sample(1.0)]), result(slopes={"process": 30.0}), result()]
+    runs = [result(samples=[sample(0.0, allocated=9), sample(1.0)]), result(growth={"process": 40.0}), result()]
     minutes, *rest = soak.claims_of(runs)
     assert (minutes.value, minutes.met, minutes.hardware) == (30.0, True, "H")
     assert "3 runs of 10.0, 10.0, 10.0 min, each an engine of its own" in minutes.note
-    slopes = {claim.what: claim for claim in rest}
-    assert not slopes["slope under soak, process, llama-3-8b"].met
-    assert slopes["slope under soak, GPU memory allocated, llama-3-8b"].value == 2.0
+    growth = {claim.what: claim for claim in rest}
+    assert not growth["growth under soak, process, worst of 3 runs, llama-3-8b"].met
+    allocated = growth["growth under soak, GPU memory allocated, worst of 2 runs, llama-3-8b"]
+    assert (allocated.value, allocated.met) == (2.0, True)
+    assert "+18.0, +18.0" in allocated.note
 
 
 def test_a_run_that_failed_counts_for_nothing() -> None:
