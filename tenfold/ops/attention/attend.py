@@ -17,8 +17,8 @@ from tenfold.ops.gpu import prefill as tensor_prefill
 from tenfold.ops.kernels import AttentionSpec
 
 CHUNKS = ("wgmma", "tiles", "sdpa")
-LEAST_CHUNK = 64  # new tokens of the longest chunk from which on "wgmma" is used; to be measured
 SHORT = 16  # new tokens of a request, at most, for which splitting the context can pay
+LEAST_CHUNK = SHORT + 1  # new tokens of the longest chunk from which on "wgmma" is used (H100, 2026-11-28)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,17 @@ def attend(
         return decode.run(*own, query_start=starts, phi=phi, lse=lse, out=out)
     if arms.chunks == "wgmma" and suits(spec, q, keys, arms.softmax, max_query):
         return tensor_prefill.run(
-            *(tensor_prefill.rule(spec, arms.softmax), workspace.queue, sms, q, keys, values, *tables, spec, max_query),
+            *(
+                tensor_prefill.rule(spec, arms.softmax, max_query),
+                workspace.queue,
+                sms,
+                q,
+                keys,
+                values,
+                *tables,
+                spec,
+                max_query,
+            ),
             recomputed=workspace.recomputed,
             phi=phi,
             lse=lse,
@@ -103,7 +113,7 @@ def attend(
 
 def suits(spec: AttentionSpec, q: Tensor, keys: Tensor, softmax: str, max_query: int) -> bool:
     """Whether chunks run through the kernel in CUDA C++. Shorter ones leave most of its tiles empty, which have a row
-    for every token of one query head; Triton's have rows for all query heads of a KV head. To be measured.
+    for every token of one query head; Triton's have rows for all query heads of a KV head.
     """
     return (
         max_query >= LEAST_CHUNK

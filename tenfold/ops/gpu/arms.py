@@ -277,11 +277,16 @@ def rule(work: Work, sms: int) -> str:
         return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
     if work.format != "dense":
         raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
+    return next((str(plan) for plan in own(work, sms) if plan is not None and legal(str(plan), work)), "cublas")
+
+
+def own(work: Work, sms: int) -> Iterator[Any]:
+    """The rules of our kernels for dense weights, the best first; where none is legal the library does the work."""
+    sizes = (work.tokens, work.rows, work.cols, sms)
     if 0 < work.tokens <= MOST_STREAMED:
-        plan = stream.rule(work.tokens, work.rows, work.cols, sms)
-        if plan is not None and legal(str(plan), work):
-            return str(plan)
-    return "cublas"
+        yield stream.rule(*sizes)
+    if MOST_STREAMED < work.tokens <= ring.MOST_TOKENS:
+        yield ring.rule(*sizes)
 
 
 def bucket(tokens: int) -> int:

@@ -146,7 +146,7 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
         return False  # a warp would have nothing to read
     if plan.cluster:
         return plan.splits in (2, 4, 8) and spec.heads // spec.kv_heads * spec.head_dim % plan.splits == 0
-    room = reading.requests * spec.kv_heads * plan.splits <= 4 * sms  # of `decode.Workspace`
+    room = reading.requests * spec.kv_heads * plan.splits <= decode.MOST_PARTIAL * sms  # of `decode.Workspace`
     return plan.splits == 1 or (
         plan.splits > 1 and room and plan.splits <= decode.most_splits(spec.head_dim, plan.warps)
     )

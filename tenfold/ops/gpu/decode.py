@@ -13,6 +13,7 @@ MOST_GROUP = 8
 TILE = 16  # tokens
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
+MOST_PARTIAL = 8  # splits of all pairs, for each multiprocessor
 PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
 
 
@@ -51,13 +52,14 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     pairs = requests * spec.kv_heads
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
     small, large = (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
-    if pairs > 1.5 * sms:
-        return DecodePlan(*small, 1, softmax, False)
     longest = -(-seen // (TILE * large[0]))
-    if pairs > sms // 2 or longest == 1:
+    if longest == 1:
         return DecodePlan(*large, 1, softmax, False)
-    if pairs > sms // 4:
-        return DecodePlan(*large, 2, softmax, True)
+    if pairs > 1.5 * sms:  # splits even out what one block a pair leaves idle in the last round
+        splits = 3 if pairs < 2.5 * sms and seen > 2 * SHORT else 1
+        return DecodePlan(*small, splits, softmax, False)
+    if pairs > sms // 2:
+        return DecodePlan(*large, 1, softmax, False)
     if pairs > sms // 8 or seen > SHORT:
         warps, blocks = small if pairs > sms // 8 else large
         splits = min(sms * blocks // pairs, -(-seen // (TILE * 2 * warps)), most_splits(spec.head_dim, warps))
@@ -80,7 +82,7 @@ class Workspace:
         """pairs: of a request and a KV head, at most."""
         self.pairs = pairs
         partial = MOST_GROUP * max(HEAD_DIMS) + 2 * MOST_GROUP
-        self.sums = torch.empty(4 * sms * partial, dtype=torch.float32, device=device)
+        self.sums = torch.empty(MOST_PARTIAL * sms * partial, dtype=torch.float32, device=device)
         self.counters = torch.zeros(pairs, dtype=torch.int32, device=device)
         self.recomputed = torch.zeros(1, dtype=torch.int64, device=device)
 

@@ -18,6 +18,7 @@ HEAD_DIMS = (64, 128)
 TILES = (64, 96, 128, 160)
 LEAST_PAGE = 16  # tokens: two groups of the 8 rows that the swizzle permutes
 SHARED = 227 << 10  # bytes of a block at most
+LONG_CHUNK = 1536  # new tokens
 OTHER_BYTES = 1024 + 512  # alignment; barriers and the item at work
 
 
@@ -78,9 +79,13 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == nvrtc.LEAST_CAPABILITY
 
 
-def rule(spec: AttentionSpec, softmax: str = "lazy") -> ChunkPlan:
-    """The plan where nothing was measured."""
-    return ChunkPlan(softmax=softmax)
+def rule(spec: AttentionSpec, softmax: str = "lazy", max_query: int = LONG_CHUNK) -> ChunkPlan:
+    """The plan where nothing was measured (H100, 2026-11-28). max_query: new tokens of the longest chunk; tall tiles
+    read keys less often, and short chunks leave them half empty.
+    """
+    if max_query < LONG_CHUNK:
+        return ChunkPlan(2, 128, 2, "overlap", softmax)
+    return ChunkPlan(3, 128, 2, "apart", softmax)
 
 
 # warpgroups, tokens of a tile, stages

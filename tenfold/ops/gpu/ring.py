@@ -94,6 +94,18 @@ def candidates(tokens: int, rows: int, cols: int, sms: int) -> Iterator[RingPlan
                     yield plan
 
 
+def rule(tokens: int, rows: int, cols: int, sms: int) -> RingPlan | None:
+    """The plan where nothing was measured (H100, 2026-11-28). None: the library is as fast or faster, as with many
+    tokens and few rows.
+    """
+    few = -(-rows // 64) < 0.7 * sms
+    if tokens > 16:
+        plan = RingPlan(6, 1)
+    else:
+        plan = RingPlan(8, 1, splits=2 if few else 1)
+    return plan if legal(plan, tokens, rows, cols) and not (few and tokens > 16) else None
+
+
 class Maps:
     """Tensor maps of weight matrices, made once for each."""
 

@@ -31,7 +31,10 @@
 #define LOG2E 1.4426950408889634f
 #define LEAST (CLUSTER ? WARPS : 2 * WARPS)       // tiles of a split: fewer, and merging costs more than it saves
 #define HEADS ((GROUP + 2 + WARPS - 1) / WARPS)  // of q, k and v that a warp prepares
-#define PARTIAL (GROUP * D + 2 * GROUP)  // floats a split leaves: sums, then maxima and denominators
+#define PARTIAL (GROUP * D + (2 * GROUP + 3) / 4 * 4)  // floats a split leaves: sums, then maxima and denominators
+#define QUADS (GROUP * D / 4)
+#define PARTS (THREADS / QUADS > 1 ? THREADS / QUADS : 1)  // of the splits, when they are merged
+#define AHEAD 8  // partial sums a merging thread has on their way
 
 struct Args {
     const u16 *keys, *values;
@@ -206,6 +209,9 @@ struct Shared {
     float raw[WARPS][D];
     float out[WARPS][GROUP][D];
     float top[WARPS][GROUP], sum[WARPS][GROUP];
+#if !CLUSTER
+    float4 merged[PARTS][QUADS];
+#endif
     int flag;
 };
 
@@ -261,7 +267,74 @@ __device__ __forceinline__ void join(State &state, Shared &sh) {
     __syncthreads();
 }
 
-
+#if !CLUSTER
+// Add up what `active` splits left at `all`, as `join` does for warps. All latencies overlap: the first partial sums are
+// under way while maxima and denominators come, which lie in memory of the other warps' sums (plan() bounds the number
+// of splits accordingly), and where there are more threads than features each group of them takes some of the splits.
+__device__ __forceinline__ void merge(const float *all, int active, Shared &sh) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = QUADS <= THREADS ? threadIdx.x / QUADS : 0;
+    float *weights = &sh.out[1][0][0], *sums = weights + active * GROUP;
+    int quad = QUADS <= THREADS ? threadIdx.x % QUADS : threadIdx.x;
+    float4 values[AHEAD];
+    auto load = [&](int from) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int k = from + i * PARTS;
+            values[i] = k < active ? __ldcg((const float4 *)(all + (size_t)k * PARTIAL) + quad) : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+    };
+    if (part < PARTS) load(part);
+    for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
+        const float *own = all + (size_t)(e / GROUP) * PARTIAL + GROUP * D;
+        weights[e] = __ldcg(own + e % GROUP), sums[e] = __ldcg(own + GROUP + e % GROUP);
+    }
+    __syncthreads();
+    for (int h = warp; h < GROUP; h += WARPS) {
+        float top = -INFINITE, sum = 0.f;
+        for (int k = lane; k < active; k += 32) top = fmaxf(top, weights[k * GROUP + h]);
+#pragma unroll
+        for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
+        for (int k = lane; k < active; k += 32) {
+            const float own = weights[k * GROUP + h], factor = SOFTMAX >= 2 ? 1.f : own == -INFINITE ? 0.f : exp2f(own - top);
+            weights[k * GROUP + h] = factor;
+            sum += factor * sums[k * GROUP + h];
+        }
+#pragma unroll
+        for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+        if (lane == 0) sh.raw[0][h] = top, sh.raw[0][GROUP + h] = sum;
+    }
+    __syncthreads();
+    while (quad < QUADS && part < PARTS) {
+        const int h = quad * 4 / D;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int from = part;;) {
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int k = from + i * PARTS;
+                const float factor = k < active ? weights[k * GROUP + h] : 0.f;
+                sum.x += factor * values[i].x, sum.y += factor * values[i].y, sum.z += factor * values[i].z, sum.w += factor * values[i].w;
+            }
+            from += AHEAD * PARTS;
+            if (from >= active) break;
+            load(from);
+        }
+        sh.merged[part][quad] = sum;
+        quad += THREADS;
+        if (quad < QUADS) load(part);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < QUADS; e += THREADS) {
+        float4 sum = sh.merged[0][e];
+#pragma unroll
+        for (int p = 1; p < PARTS; p++) {
+            const float4 more = sh.merged[p][e];
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        ((float4 *)&sh.out[0][0][0])[e] = sum;
+    }
+    __syncthreads();
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 decode(const u16 *qkv, const float *rope, const int *positions, const int *slots, u16 *keys, u16 *values, const int *tables, const int *lengths, const float *q_norm, const float *k_norm, const float *phis, u16 *result, float *lse, float *workspace, int *counters, unsigned long long *recomputed, float eps, float scale, float softcap, float low, float high, int kv_heads, int page_size, int columns, int rotary, int window) {
@@ -417,7 +490,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     const size_t pair = (size_t)request * kv_heads + head;
     if (active > 1) {
         float *mine = workspace + (pair * splits + split) * PARTIAL;
-        for (int e = threadIdx.x; e < GROUP * D; e += THREADS) __stcg(mine + e, sh.out[0][e / D][e % D]);
+        for (int e = threadIdx.x; e < QUADS; e += THREADS) __stcg((float4 *)mine + e, ((const float4 *)&sh.out[0][0][0])[e]);
         for (int e = threadIdx.x; e < 2 * GROUP; e += THREADS) __stcg(mine + GROUP * D + e, sh.raw[0][e]);
         __threadfence();
         __syncthreads();
@@ -431,30 +504,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         if (!sh.flag) return;
         bad = sh.flag > 1;
         __threadfence();
-        // Weights of the splits first, in memory of the other warps' sums (plan() bounds their number accordingly).
-        const float *all = workspace + pair * splits * PARTIAL;
-        float *tops = &sh.out[1][0][0], *sums = tops + active * GROUP;
-        for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
-            const float *part = all + (size_t)(e / GROUP) * PARTIAL + GROUP * D;
-            tops[e] = __ldcg(part + e % GROUP), sums[e] = __ldcg(part + GROUP + e % GROUP);
-        }
-        __syncthreads();
-        for (int e = threadIdx.x; e < GROUP * D; e += THREADS) {
-            int h = e / D;
-            float top = tops[h], out = 0.f, sum = 0.f;
-            if (SOFTMAX < 2)
-                for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + h]);
-#pragma unroll 8
-            for (int k = 0; k < active; k++) {
-                float own = tops[k * GROUP + h], part = __ldcg(all + (size_t)k * PARTIAL + e);
-                float factor = SOFTMAX >= 2 ? 1.f : own == -INFINITE ? 0.f : exp2f(own - top);
-                out += factor * part;
-                sum += factor * sums[k * GROUP + h];
-            }
-            sh.out[0][h][e % D] = out;
-            if (e % D == 0) sh.raw[0][h] = top, sh.raw[0][GROUP + h] = sum;
-        }
-        __syncthreads();
+        merge(workspace + pair * splits * PARTIAL, active, sh);
     }
 #endif
 #if SOFTMAX >= 2
