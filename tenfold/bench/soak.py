@@ -469,10 +469,8 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
             values = [r.growth[where] for r in runs if where in r.growth]
             if values:
                 trends = ", ".join(f"{r.slopes[where]:+.1f}" for r in runs if where in r.slopes)
-                note = (
-                    f"each run's last sample less that of its middle; by least squares over the second half {trends} "
-                )
-                note += "MiB/h, where a run of 9 minutes tells no less than some 20 MiB/h from nothing"
+                note = f"each run's last sample less that of its middle; over that time {trends} MiB/h by least "
+                note += "squares, which a run of minutes bounds only loosely"
                 more: dict[str, Any] = {"at_most": MOST_GROWTH, "spread": (min(values), max(values)), "note": note}
                 what = f"growth under soak, {where}, worst of {len(values)} runs, {model}"
                 found.append(claim("F9", what, max(values), "MiB", command, **more))
