@@ -74,9 +74,9 @@ def test_buckets(tokens: int, bucket: int) -> None:
     ("work", "first"),
     [
         (QKV, "stream"),
-        (Work(6144, 4096, "dense", Use(), 16), "ring:8x1x64"),
-        (Work(4096, 14336, "dense", Use(), 16), "ring:8x1x64:s2"),
-        (Work(6144, 4096, "dense", Use(), 64), "ring:6x1x64"),
+        (Work(6144, 4096, "dense", Use(), 16), "ring"),
+        (Work(4096, 14336, "dense", Use(), 16), "ring"),
+        (Work(6144, 4096, "dense", Use(), 64), "ring"),
         (Work(4096, 4096, "dense", Use(), 64), "cublas"),
         (Work(6144, 4096, "dense", Use(), 65), "cublas"),
         (Work(6144, 4096, "dense", Use(), 4000), "cublas"),

@@ -68,7 +68,7 @@ def test_splits_find_room_to_merge(
     elif plan.splits > 1:
         assert plan.splits <= decode.most_splits(head_dim, plan.warps)
         partial = decode.MOST_GROUP * max(decode.HEAD_DIMS) + 2 * decode.MOST_GROUP
-        assert requests * spec.kv_heads * plan.splits <= 4 * SMS
+        assert requests * spec.kv_heads * plan.splits <= decode.MOST_PARTIAL * SMS
         assert partial >= spec.heads // spec.kv_heads * (head_dim + 2)
 
 
