@@ -5,27 +5,21 @@ Invariant: `end` leaves no process, no file descriptor and no file of it behind,
 
 import logging
 import os
-import shutil
+import select
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack, suppress
-from pathlib import Path
-
-import zmq
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine import wire
+from tenfold.engine.channel import MOST, Channel
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 90  # characters of a socket's path; systems allow about 104
-NOBLOCK = int(zmq.NOBLOCK)
 DATAGRAM = 1 << 18  # bytes; longer messages go by the other socket
-LAST = 100  # milliseconds in which what a process sent before its end has come through
 DYING = 10.0  # seconds a killed process may take to be gone; only the kernel can delay it
 DUMPING = 0.5  # seconds to write the stacks before it is killed
 
@@ -33,14 +27,12 @@ DUMPING = 0.5  # seconds to write the stacks before it is killed
 class Child:
     """Starts `process` with an engine made by `factory` ("module:class"). beat: seconds between its heartbeats.
 
-    Messages go through two sockets in a folder that only this user can open, and that is gone once both are connected
-    (`settle`): so nobody else ever can, and nothing is left if this process is killed. What says that requests have
-    begun comes through a pair of sockets without a name, and is there even if the process is killed the moment after.
-    Raises OSError where the process cannot be started.
+    Messages go through a pair of connected sockets that have no name, so nobody else can ever speak to either end and
+    nothing is left if this process is killed. What says that requests have begun comes through a second pair. Raises
+    OSError where the process cannot be started.
     """
 
     def __init__(self, factory: str, config: EngineConfig, beat: float) -> None:
-        self._lock = threading.Lock()
         self._cleanup = ExitStack()
         try:
             self._open(factory, config, beat)
@@ -49,34 +41,20 @@ class Child:
             raise
 
     def _open(self, factory: str, config: EngineConfig, beat: float) -> None:
-        self._folder = private_folder()
-        self._cleanup.callback(self.settle)
-        events, commands = (f"ipc://{self._folder}/{name}" for name in ("events", "commands"))
-        context = zmq.Context()
-        self._cleanup.callback(context.term)
-        self._events = context.socket(zmq.PULL)
-        self._commands = context.socket(zmq.PUSH)
-        for end in (self._events, self._commands):
-            self._cleanup.callback(end.close, 0)
-            end.sndhwm = end.rcvhwm = 0
-        self._events.bind(events)
-        self._commands.connect(commands)  # messages wait here until it listens
-        self._begun, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._cleanup.callback(self._begun.close)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._channel = Channel(ours)
+        self._cleanup.callback(self._channel.close)
         with theirs:
-            self._process = self._start(theirs.fileno())
-            begun = theirs.fileno()
-        self._cleanup.callback(self._reap)
-        self._pidfd = self._watch_process()
-        self._poller = zmq.Poller()
-        for readable in (self._events, *((self._pidfd,) if self._pidfd != -1 else ())):
-            self._poller.register(readable, zmq.POLLIN)
-        self._waker = -1
-        level = logging.getLogger("tenfold").getEffectiveLevel()
-        self._introduce(wire.Start(factory, config, events, commands, begun, beat, level))
-        self._commands.send(wire.encode(wire.Hello()))
+            self._begun, begun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._cleanup.callback(self._begun.close)
+            with begun:
+                self._process = self._start(theirs.fileno(), begun.fileno())
+                self._cleanup.callback(self._reap)
+                self._pidfd = self._watch_process()
+                level = logging.getLogger("tenfold").getEffectiveLevel()
+                self._introduce(wire.Start(factory, config, theirs.fileno(), begun.fileno(), beat, level))
 
-    def _start(self, begun: int) -> "subprocess.Popen[bytes]":
+    def _start(self, *descriptors: int) -> "subprocess.Popen[bytes]":
         # -P and PYTHONPATH: it imports from where this process does, and never from the current folder by accident.
         path = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         return subprocess.Popen(
@@ -84,7 +62,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,  # ours may carry an answer
             env={**os.environ, "PYTHONPATH": path},
-            pass_fds=(begun,),
+            pass_fds=descriptors,
         )
 
     def _watch_process(self) -> int:
@@ -99,10 +77,6 @@ class Child:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended already, which `ended` will say
             wire.write_start(self._process.stdin, start)
-
-    def settle(self) -> None:
-        """Remove the sockets' folder: the process has said that it is connected, or it is over."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def pid(self) -> int:
@@ -119,50 +93,42 @@ class Child:
         known = {s.value: s.name for s in signal.Signals}
         return f"was ended by {known.get(-code, f'signal {-code}')}"
 
+    def has_room(self, message: bytes) -> bool:
+        """Whether the process has read enough of what it was sent to be sent this, too."""
+        return self._channel.waiting + len(message) < MOST
+
     def send(self, message: bytes) -> None:
         """From any thread; never waits. Goes nowhere once the process has ended."""
-        with self._lock:
-            if not self._commands.closed:
-                self._commands.send(message, zmq.NOBLOCK)
+        self._channel.send(message)
 
     def receive(self, seconds: float, wake: int) -> list[wire.Event]:
         """What has come, after waiting for something: an event, the end of the process, or `wake` to be readable."""
-        if self._waker != wake:
-            self._poller.register(wake, zmq.POLLIN)
-            self._waker = wake
-        self._poller.poll(int(seconds * 1000))
+        readable(seconds, wake, self._pidfd, -1 if self._channel.ended else self._channel.fd)
         return self.read()
 
     def wait(self, seconds: float, wake: int) -> None:
         """As `receive`, where another thread reads the events."""
-        poller = zmq.Poller()
-        for readable in (wake, self._pidfd):
-            if readable != -1:
-                poller.register(readable, zmq.POLLIN)
-        poller.poll(int(seconds * 1000))
-
-    def rest(self) -> list[wire.Event]:
-        """More of what a process sent before it ended; nothing once that was all."""
-        self._events.poll(LAST)
-        return self.read()
+        readable(seconds, wake, self._pidfd)
 
     @property
     def fd(self) -> int:
-        """Readable when there may be something to `read`: ZeroMQ tells of a change once, so all has to be read then."""
-        return int(self._events.get(zmq.FD))
+        """Readable when there may be something to `read`, and at the end."""
+        return self._channel.fd
+
+    @property
+    def silent(self) -> bool:
+        """Whether it will never send anything again, for its end is closed."""
+        return self._channel.ended
 
     def read(self) -> list[wire.Event]:
         """Messages that are here, first those that say what has begun; they are read last, so that none is missing
-        that was sent before an output.
+        that was sent before an output. Raises msgspec.MsgspecError.
         """
-        events: list[wire.Event] = []
-        with suppress(zmq.Again):
-            while True:
-                events.append(wire.decode_event(self._events.recv(NOBLOCK)))
+        events: list[wire.Event] = [wire.decode_event(message) for message in self._channel.read()]
         begun: list[wire.Event] = []
         with suppress(BlockingIOError):
-            while True:
-                begun.append(wire.decode_event(self._begun.recv(DATAGRAM, socket.MSG_DONTWAIT)))
+            while message := self._begun.recv(DATAGRAM, socket.MSG_DONTWAIT):
+                begun.append(wire.decode_event(message))
         return begun + events
 
     def dump(self) -> None:
@@ -181,8 +147,6 @@ class Child:
 
     def end(self) -> None:
         """Kill it if it still runs, and clean up. Idempotent."""
-        with self._lock:
-            self._commands.close(0)
         self._cleanup.close()
 
     def _reap(self) -> None:
@@ -197,10 +161,13 @@ class Child:
             logger.error("engine process %d was killed and is still there", process.pid)
 
 
-def private_folder() -> Path:
-    """A new folder for sockets, whose paths must be short."""
-    place = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="tenfold-", dir=place if len(place) < LONGEST - 32 else "/tmp"))
+def readable(seconds: float, *descriptors: int) -> None:
+    """Wait until one of them can be read, or the time is up; -1 stands for none."""
+    poller = select.poll()
+    for descriptor in descriptors:
+        if descriptor != -1:
+            poller.register(descriptor, select.POLLIN)
+    poller.poll(1e3 * seconds)
 
 
 class Wake:
@@ -219,9 +186,7 @@ class Wake:
 
     def wait(self, seconds: float) -> None:
         """Until it is set, or the time is up; then it is not set any more."""
-        poller = zmq.Poller()
-        poller.register(self.fd, zmq.POLLIN)
-        poller.poll(int(seconds * 1000))
+        readable(seconds, self.fd)
         self.clear()
 
     def clear(self) -> None:

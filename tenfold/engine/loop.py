@@ -97,6 +97,16 @@ class Loop(Protocol):
     def close(self, patience: float | None = None) -> None: ...
 
 
+class Commands(Protocol):
+    """Where a loop's commands come from, if not from other threads alone. Both methods call the loop's, on the loop's
+    thread: `take` for what is here; `wait` waits where there is nothing yet.
+    """
+
+    def take(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 class Open:
     """A request under way: its receiver and the answers without a finish reason."""
 
@@ -137,7 +147,8 @@ class EngineLoop:
 
     watchdog: seconds without progress after which stacks and the scheduler's state go to the log (0: never).
     on_failure: called on the loop's thread when the engine fails, in place of ending the requests; must not return.
-    on_step: called there after each step.
+    on_step: called there after each step. commands: the loop's thread reads them itself; nothing then ends its wait
+    for work but they.
     """
 
     restarts = 0
@@ -149,8 +160,10 @@ class EngineLoop:
         watchdog: float = 0.0,
         on_failure: Callable[[BaseException], None] | None = None,
         on_step: Callable[[], None] | None = None,
+        commands: Commands | None = None,
     ) -> None:
         self._load = load
+        self._source = commands
         self._on_step = on_step
         self._on_failure = on_failure
         self._open: dict[str, Open] = {}
@@ -237,11 +250,19 @@ class EngineLoop:
         """Ends the loop after the step under way, for which it waits `patience` seconds (None: as long as it takes);
         open requests end with reason "abort". Idempotent.
         """
+        self.end()
+        if threading.current_thread() is not self._thread:  # the garbage collector may call this on any thread
+            self._thread.join(patience)
+
+    def end(self) -> None:
+        """As `close`, without waiting."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:  # the garbage collector may call this on any thread
-            self._thread.join(patience)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the loop has ended, after waiting for that."""
+        return self._ended.wait(seconds)
 
     def _post(self, command: Callable[[Engine], None]) -> None:
         with self._changed:
@@ -301,7 +322,12 @@ class EngineLoop:
 
     def _wait_for_work(self, engine: Engine) -> bool:
         """Returns at once while there is work; False when the loop is to end."""
-        if not engine.has_work:
+        if self._source is not None:
+            self._source.take()
+            while not (engine.has_work or self._commands or self._closing):
+                self.busy = False
+                self._source.wait()
+        elif not engine.has_work:
             with self._changed:
                 self.busy = bool(self._commands)
                 self._changed.wait_for(lambda: self._commands or self._closing)

@@ -10,19 +10,19 @@ import faulthandler
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import sys
 import threading
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
-
-import zmq
 
 from tenfold.base.log import Timeline
 from tenfold.base.table import entry
 from tenfold.engine import wire
+from tenfold.engine.channel import MOST, Channel
 from tenfold.engine.loop import Batch, EngineDead, EngineLoop
 from tenfold.engine.request import Output, QueueFull
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = ("SIGINT", "SIGTERM", "SIGHUP")
 PR_SET_PDEATHSIG = 1  # prctl: the signal to get when the parent ends
-FLUSH = 2000  # milliseconds for the last messages to reach the parent
+FLUSH = 2.0  # seconds for the last messages to reach the parent
 TRIM = 60.0  # seconds between two times that free memory is given back
 
 # How an exception is called on the wire, the first that fits.
@@ -39,21 +39,26 @@ REFUSALS: dict[str, type[Exception]] = {"queue": QueueFull, "value": ValueError,
 
 
 class Events:
-    """The way to the parent; may be used from any thread, never waits. begun: as in `wire.Start`."""
+    """The way to the parent; may be used from any thread, never waits. begun: as in `wire.Start`.
 
-    def __init__(self, address: str, begun: int) -> None:
+    A parent that does not read for long, for it is stopped or stuck, misses heartbeats and log records first; the
+    process ends before more than `channel.MOST` bytes wait for it.
+    """
+
+    def __init__(self, channel: Channel, begun: int) -> None:
         self._begun = socket.socket(fileno=begun)
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH)
-        self._socket.sndhwm = 0
-        self._socket.connect(address)
-        self._lock = threading.Lock()
+        self._channel = channel
 
     def send(self, event: wire.Message) -> None:
+        if self._channel.waiting and isinstance(event, wire.Beat):
+            return  # one that says more will follow
         message = wire.encode(event)
-        with self._lock:
-            if not self._socket.closed:
-                self._socket.send(message)
+        if self._channel.waiting + len(message) > MOST // 2 and isinstance(event, wire.Log):
+            return
+        if self._channel.waiting + len(message) > MOST:
+            os.write(2, b"the engine process ends, for nobody reads what it sends\n")
+            os._exit(4)
+        self._channel.send(message)
 
     def begin(self, ids: list[str]) -> None:
         """Tell which requests begin. Has reached the parent when it returns, whatever becomes of this process."""
@@ -65,9 +70,52 @@ class Events:
 
     def close(self) -> None:
         """Waits until all has been sent, for a moment."""
+        self._channel.close(FLUSH)
+
+
+class Commands:
+    """The way from the parent. The engine's thread reads it itself, between steps and when there is nothing to do, so
+    that a request wakes one thread; what comes in a step that takes long is read by `look`.
+
+    obey: called for each command, on the thread that has read it.
+    """
+
+    def __init__(self, channel: Channel, obey: Callable[[wire.Command], None]) -> None:
+        self._channel = channel
+        self._obey = obey
+        self._lock = threading.Lock()  # commands are obeyed in their order
+        self._waits = False  # the engine's thread does, and reads what comes
+        self._poller = select.poll()
+        self._poller.register(channel.fd, select.POLLIN)
+
+    def take(self) -> None:
+        """Obey what is here."""
         with self._lock:
-            self._socket.close(FLUSH)
-        self._context.term()
+            self._waits = False
+            self._read()
+
+    def wait(self) -> None:
+        """Obey what is here, or if it is nothing what comes next."""
+        with self._lock:
+            self._waits = not self._read()
+        if self._waits:
+            self._poller.poll()
+            self.take()
+
+    def look(self) -> None:
+        """`take`, from another thread, unless the engine's waits for commands."""
+        with self._lock:
+            if not self._waits:
+                self._read()
+
+    def _read(self) -> bool:
+        """Whether there was a command. The process ends with its parent."""
+        messages = self._channel.read()
+        for message in messages:
+            self._obey(wire.decode_command(message))
+        if self._channel.ended:
+            os._exit(3)
+        return bool(messages)
 
 
 class Relay(logging.Handler):
@@ -131,29 +179,32 @@ class EngineProcess:
 
     def __init__(self, start: wire.Start) -> None:
         self._start = start
-        self._events = Events(start.events, start.begun)
+        channel = Channel(socket.socket(fileno=start.channel))
+        self._events = Events(channel, start.begun)
+        self._commands = Commands(channel, self._obey)
         self._answers = Answers(self._events)
         logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Relay(self._events)])
         logging.getLogger("tenfold").setLevel(start.level)
 
     def run(self) -> NoReturn:
-        commands = zmq.Context().socket(zmq.PULL)
-        commands.rcvhwm = 0
-        commands.bind(self._start.commands)
         try:
             answers = self._answers
-            loop = answers.loop = EngineLoop(self._load, on_failure=self._fail, on_step=answers.after_step)
+            loop = answers.loop = EngineLoop(
+                self._load, on_failure=self._fail, on_step=answers.after_step, commands=self._commands
+            )
         except BaseException as error:
             self._fail(error)
         assert loop.facts is not None, "the engine has no facts()"
         gc.freeze()  # a model and its tokenizer stay; a collection that walks them would show as a pause between tokens
-        commands.recv()  # Hello
         self._events.send(wire.Ready(loop.facts, loop.stats()))
-        threading.Thread(target=self._beat, args=(loop,), daemon=True).start()
-        while self._obey(loop, wire.decode_command(commands.recv())):
-            pass
-        loop.close()
+        self._beat(loop)
+        while not loop.wait(self._start.beat):
+            self._beat(loop)
+            self._commands.look()
         self._exit(0)
+
+    def _beat(self, loop: EngineLoop) -> None:
+        self._events.send(wire.Beat(loop.stats(), loop.busy, loop.turns, loop.age, loop.describe()))
 
     def _load(self) -> Any:
         timeline = Timeline()
@@ -163,8 +214,9 @@ class EngineProcess:
         engine.on_start = self._events.begin
         return engine
 
-    def _obey(self, loop: EngineLoop, command: wire.Command) -> bool:
-        """False for the last command."""
+    def _obey(self, command: wire.Command) -> None:
+        loop = self._answers.loop
+        assert loop is not None
         match command:
             case wire.Submit(id):
                 try:
@@ -176,17 +228,7 @@ class EngineProcess:
             case wire.Dump():
                 loop.dump()
             case wire.Stop():
-                return False
-        return True
-
-    def _beat(self, loop: EngineLoop) -> None:
-        trim_at = time.monotonic()
-        while True:
-            self._events.send(wire.Beat(loop.stats(), loop.busy, loop.turns, loop.age, loop.describe()))
-            if time.monotonic() >= trim_at:
-                give_back()
-                trim_at = time.monotonic() + TRIM
-            time.sleep(self._start.beat)
+                loop.end()
 
     def _fail(self, error: BaseException) -> NoReturn:
         told = failure(error)

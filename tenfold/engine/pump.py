@@ -42,7 +42,7 @@ class Pump:
         self._resting = True  # looks when GATHER is over, not when it is woken
         self._looked = -GATHER  # when there was something, in the loop's time
         self._nudged = False
-        # A descriptor of its own: ZeroMQ's may be closed, and its number used anew, while the loop still has it.
+        # A descriptor of its own: the child's may be closed, and its number used anew, while the loop still has it.
         self._fd = os.dup(child.fd)
         self.turns = 0  # times it has looked
         try:
@@ -77,7 +77,7 @@ class Pump:
         if self._take_all():
             self._looked = self._loop.time()
             self._loop.call_later(GATHER, self._begin)
-        elif not self._stopped:
+        elif not (self._stopped or self._child.silent):
             self._resting = False
             self._loop.add_reader(self._fd, self._look)
 
@@ -87,6 +87,8 @@ class Pump:
 
     def _look(self) -> None:
         if not self._take_all():
+            if self._child.silent and not self._stopped:  # its end would wake the loop again and again
+                self._loop.remove_reader(self._fd)
             return
         before, self._looked = self._looked, self._loop.time()
         if self._looked - before < GATHER and not (self._stopped or self._resting):

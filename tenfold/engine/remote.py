@@ -299,6 +299,9 @@ class RemoteLoop:
         except (ValueError, TypeError, OverflowError) as error:
             del self._open[entry.request.id]
             return _unsendable(entry.request, error)
+        if not self._child.has_room(message):
+            del self._open[entry.request.id]
+            return self._queue_full("the engine has not read what it was sent")
         entry.lives += 1
         self._child.send(message)
         return None
@@ -362,7 +365,7 @@ class RemoteLoop:
         self._broken = None
         try:
             child = Child(self._factory, self._config, self._beat)
-        except Exception as error:  # of the system or of ZeroMQ: no memory, no disk, no file descriptors
+        except Exception as error:  # of the system: no memory, no file descriptors
             return f"could not be started: {type(error).__name__}: {error}", 0.0
         try:
             why = self._load(child)
@@ -386,7 +389,7 @@ class RemoteLoop:
         begun = time.monotonic()
         while not (self._closing or self._restart):
             ended = child.ended  # first, so that what it sent before its end is read below
-            for event in child.rest() if ended else self._receive(child):
+            for event in child.read() if ended else self._receive(child):
                 if isinstance(event, wire.Ready):
                     self._begin(child, event, time.monotonic() - begun)
                 elif isinstance(event, wire.Failed):
@@ -403,7 +406,6 @@ class RemoteLoop:
 
     def _begin(self, child: Child, event: wire.Ready, seconds: float) -> None:
         """The engine takes requests, first those that wait for it, in their order."""
-        child.settle()
         refused: list[tuple[_Sent, ValueError]] = []
         with self._lock:
             self.facts, self._stats, self._child = event.facts, event.stats, child
@@ -489,7 +491,7 @@ class RemoteLoop:
 
     def _take_rest(self, child: Child) -> None:
         """What a process that has ended had sent."""
-        while events := child.rest():
+        while events := child.read():
             for event in events:
                 self._take(event)
 

@@ -25,24 +25,19 @@ class Message(msgspec.Struct, array_like=True, tag=True, gc=False):
 
 class Start(Message):
     """The one message on the engine process's standard input. factory: "module:class" whose `load` makes the engine.
-    events, commands: addresses of sockets. begun: file descriptor of a datagram socket for Started. beat: seconds
-    between heartbeats. level: of the log.
+    channel: file descriptor of the socket for everything else. begun: that of a datagram socket for Started. beat:
+    seconds between heartbeats. level: of the log.
     """
 
     factory: str
     config: EngineConfig
-    events: str
-    commands: str
+    channel: int
     begun: int
     beat: float
     level: int
 
 
 # Commands: from the API process
-
-
-class Hello(Message):
-    """The first; its arrival shows that commands arrive."""
 
 
 class Submit(Message):
@@ -64,14 +59,14 @@ class Stop(Message):
     """End after the step under way; open requests are aborted."""
 
 
-Command = Hello | Submit | Abort | Dump | Stop
+Command = Submit | Abort | Dump | Stop
 
 
 # Events: from the engine process
 
 
 class Ready(Message):
-    """The engine is loaded, and Hello has come."""
+    """The engine is loaded."""
 
     facts: Facts
     stats: Stats

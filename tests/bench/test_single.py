@@ -264,7 +264,7 @@ def test_the_driver_needs_nothing_but_the_engine(tmp_path: Path) -> None:
 
     script = (
         "import sys\n"
-        "for name in ('fastapi', 'pydantic', 'zmq', 'llguidance', 'uvicorn', 'httptools', 'typer',\n"
+        "for name in ('fastapi', 'pydantic', 'llguidance', 'uvicorn', 'httptools', 'typer',\n"
         "             'prometheus_client', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "from tenfold.bench import gpu\n"

@@ -20,6 +20,7 @@ class Pipe:
         os.set_blocking(self.fd, False)
         self.messages = []
         self.reads = 0
+        self.silent = False
 
     def put(self, *messages):
         self.messages += messages
@@ -28,15 +29,21 @@ class Pipe:
     def read(self):
         self.reads += 1
         with suppress(BlockingIOError):
-            os.read(self.fd, 100)
+            self.silent = not os.read(self.fd, 100)
         found, self.messages = self.messages, []
         if "broken" in found:
             raise msgspec.DecodeError("no message")
         return found
 
+    def end(self):
+        """As a process that ends: readable from now on, and nothing there."""
+        os.close(self.write)
+        self.write = -1
+
     def close(self):
         os.close(self.fd)
-        os.close(self.write)
+        if self.write != -1:
+            os.close(self.write)
 
 
 @pytest.fixture
@@ -122,6 +129,26 @@ def test_after_stop_nothing_is_taken_and_nothing_left(child):
         assert not pump.nudge()
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(pump._fd)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("messages", [[], [1], [1, 2]])
+def test_the_end_of_a_child_does_not_keep_the_loop_busy(child, messages):
+    async def main():
+        taken = []
+        pump = Pump(asyncio.get_running_loop(), child, taken.append, taken.append)
+        await until(lambda: pump.turns)
+        for i, message in enumerate(messages):
+            child.put(message)
+            while len(taken) <= i:
+                await asyncio.sleep(0.001)
+        child.end()
+        await until(lambda: child.silent)
+        turns = pump.turns
+        await asyncio.sleep(0.05)
+        assert pump.turns <= turns + 1
+        pump.stop()
 
     asyncio.run(main())
 
