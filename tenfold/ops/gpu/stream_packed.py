@@ -5,7 +5,9 @@ Codes become exact numbers in registers, a group's sum is scaled in float32: no 
 their 16 bits. Fuses what `stream` fuses.
 """
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,11 +32,11 @@ SIZES = {
 
 def parse(name: str) -> StreamPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    kind, _, sizes = name.partition(":")
-    numbers = sizes.split("x")
-    if kind not in CODES or len(numbers) != 3 or not all(n.isdigit() for n in numbers):
-        raise ValueError(f"{name!r} is no plan that streams codes; allowed: stream4:WxCxB or stream8:WxCxB.")
-    return StreamPlan(kind, *map(int, numbers))
+    found = re.fullmatch(rf"({'|'.join(CODES)}):(\d+)x(\d+)x(\d+)(?::a(\d+))?", name)
+    if not found:
+        raise ValueError(f"{name!r} is no plan that streams codes; allowed: stream4:WxCxB or stream8:WxCxB, and :aN.")
+    kind, warps, chunks, blocks, ahead = found.groups()
+    return StreamPlan(kind, int(warps), int(chunks), int(blocks), ahead=int(ahead or 0))
 
 
 def kind_of(format: str) -> str:
@@ -59,8 +61,9 @@ def candidates(kind: str, tokens: int, rows: int, cols: int) -> Iterator[StreamP
     first, second, *others = SIZES[kind]
     if cols % (first[0] * first[1] * CHUNK):
         first, second = second, first
-    for sizes in (first, second, *others):
-        plan = StreamPlan(kind, *sizes)
+    plans = [StreamPlan(kind, *sizes) for sizes in (first, second, *others)]
+    plans += [replace(plan, ahead=ahead) for plan in plans[:2] for ahead in (1, 4)]
+    for plan in plans:
         if legal(plan, tokens, rows, cols):
             yield plan
 
@@ -99,6 +102,7 @@ def defines(
     """Macros of the kernel."""
     return (
         ("BITS", format.bits),
+        ("AHEAD", plan.ahead),
         ("E4M3", int(format.kind == "fp8")),
         ("GROUP", format.group or WHOLE_ROW),
         ("SCALES", SCALES[scales]),

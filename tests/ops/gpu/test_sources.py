@@ -11,14 +11,14 @@ from tenfold.ops.gpu import nvrtc
 pytest.importorskip("cuda.bindings.nvrtc")
 
 COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
-FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
-EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
+FOUR = {"BITS": 4, "AHEAD": 0, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
+EIGHT = {"BITS": 8, "AHEAD": 4, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
 RING = {"STAGES": 4, "BLOCKS": 1, "NORM": 0, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
-    ("stream.cu", COMMON | {"NT": 1, "BITS": 16}),
+    ("stream.cu", COMMON | {"NT": 1, "BITS": 16, "AHEAD": 3}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1, "GATE": 1} | FOUR),
     ("stream.cu", COMMON | {"NT": 1} | EIGHT | {"ZEROS": 1}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"GROUP": 1 << 30}),
