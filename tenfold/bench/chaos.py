@@ -15,8 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -397,25 +397,38 @@ SHARED: dict[str, Callable[[ServerProcess], Row]] = {
 ALONE: dict[str, Callable[[str], Row]] = {"disk": disk_full, "clock": clock_jumps, "drain": drain}
 
 
+NONE = "none"
+
+
+def chosen(only: Sequence[str]) -> list[str]:
+    """The names of scenarios, in their order: all where `only` is empty, none for NONE. Raises ValueError."""
+    known = [*SHARED, *ALONE]
+    if list(only) == [NONE]:
+        return []
+    if unknown := sorted(set(only) - set(known)):
+        raise ValueError(f"scenario is {unknown[0]!r}; allowed: {', '.join(known)}; {NONE} alone for no scenario.")
+    return [name for name in known if not only or name in only]
+
+
 def run(
     model: str, only: Sequence[str], soak_seconds: float, say: Callable[[Row], None]
 ) -> tuple[list[Row], Slope | None]:
-    """The scenarios, `only` some where given, each row told as it comes; then the soak on a server of its own."""
+    """The scenarios that are `chosen`, each row told as it comes; then the soak on a server of its own."""
     rows: list[Row] = []
-    wanted = set(only or (*SHARED, *ALONE))
-    if unknown := sorted(wanted - set(SHARED) - set(ALONE)):
-        raise ValueError(f"scenario is {unknown[0]!r}; allowed: {', '.join((*SHARED, *ALONE))}.")
+    wanted = chosen(only)
 
     def take(name: str, scenario: Callable[[], Row]) -> None:
         rows.append(attempt(name, scenario))
         say(rows[-1])
 
-    if wanted & set(SHARED):
+    if any(name in SHARED for name in wanted):
         with serving("--model", model, *OPTIONS) as server:
-            for name in [name for name in SHARED if name in wanted]:
-                take(name, partial(SHARED[name], server))
-    for name in [name for name in ALONE if name in wanted]:
-        take(name, partial(ALONE[name], model))
+            for name in wanted:
+                if name in SHARED:
+                    take(name, partial(SHARED[name], server))
+    for name in wanted:
+        if name in ALONE:
+            take(name, partial(ALONE[name], model))
     if not soak_seconds:
         return rows, None
     with serving("--model", model, *OPTIONS) as server:
@@ -434,8 +447,25 @@ def soak_line(slope: Slope, minutes: float) -> str:
     )
 
 
+def beside(before: Mapping[str, Any], rows: Sequence[Row], slope: Slope | None, origin: str) -> dict[str, Any]:
+    """What is kept of a run: its scenarios and its soak; where it had only one of them, the other is still that of
+    `before`, what was kept until now. origin: what a part was measured with.
+    """
+    kept: dict[str, Any] = {"rows": [], "soak": None, "origin": {}} | dict(before)
+    kept["origin"] = dict(kept["origin"])
+    new: dict[str, Any] = {"rows": [asdict(row) for row in rows], "soak": asdict(slope) if slope else None}
+    for part, found in new.items():
+        if found:
+            kept[part], kept["origin"][part] = found, origin
+    return kept
+
+
 def claims_of(rows: Sequence[Row], slope: Slope | None, minutes: float) -> list[Claim]:
-    command = f"tenfold bench chaos --soak {minutes:g}"
+    command = f"tenfold bench chaos{'' if rows else f' --only {NONE}'} --soak {minutes:g}"
+    return (bad_days(rows, command) if rows else []) + (memory(slope, minutes, command) if slope else [])
+
+
+def bad_days(rows: Sequence[Row], command: str) -> list[Claim]:
     note = "; ".join(line(row) for row in rows)
     passed = sum(row.passed for row in rows)
     what = "bad days a server survives: nothing hangs, nothing leaks"
@@ -445,8 +475,10 @@ def claims_of(rows: Sequence[Row], slope: Slope | None, minutes: float) -> list[
         if row.recovery is not None:
             what = f"recovery, {row.scenario}"
             claims.append(claim("S4", what, row.recovery, "s", command, at_most=30.0, note=row.what))
-    if slope is not None:
-        what = f"memory slope under {minutes:g} minutes of mixed load, server and engine process together"
-        note = soak_line(slope, minutes)
-        claims.append(claim("S4", what, slope.server + slope.engine, "MiB/h", command, at_most=20.0, note=note))
     return claims
+
+
+def memory(slope: Slope, minutes: float, command: str) -> list[Claim]:
+    what = f"memory slope under {minutes:g} minutes of mixed load, server and engine process together"
+    both = slope.server + slope.engine
+    return [claim("S4", what, both, "MiB/h", command, at_most=20.0, note=soak_line(slope, minutes))]

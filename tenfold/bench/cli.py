@@ -273,7 +273,7 @@ def cancel_command(model: Model = "default", rounds: Rounds = 10, keep: Record =
 def chaos_command(
     model: Model = "default",
     soak: Annotated[float, typer.Option(min=0, help="Minutes of mixed load at the end, for memory over time.")] = 0.0,
-    only: Annotated[str, typer.Option(help="Scenarios, comma-separated; empty: all.")] = "",
+    only: Annotated[str, typer.Option(help="Scenarios, comma-separated; empty: all; none: the soak alone.")] = "",
     keep: Record = False,
 ) -> None:
     """What a server does on bad days: killed, stopped, flooded, starved of disk, its clock moved (S4)."""
@@ -285,7 +285,7 @@ def chaos_command(
         typer.echo(chaos.soak_line(slope, soak))
     if keep:
         record(chaos.claims_of(rows, slope, soak))
-        cpu.save("chaos", {"rows": [asdict(row) for row in rows], "soak": asdict(slope) if slope else None})
+        cpu.save("chaos", chaos.beside(cpu.kept("chaos"), rows, slope, f"commit {commit()}, {today()}"))
     if not all(row.passed for row in rows):
         raise typer.Exit(1)
 

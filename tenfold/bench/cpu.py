@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim
@@ -115,9 +116,20 @@ def claims_of(speeds: Speeds, label: str, command: str, targets: Targets) -> lis
     return claims
 
 
+def place(name: str) -> Path:
+    return ROOT / "bench" / "results" / f"{name}.json"
+
+
+def kept(name: str) -> dict[str, Any]:
+    """The data of a raw result file, as `save` wrote it; empty where there is none."""
+    path = place(name)
+    data: dict[str, Any] = json.loads(path.read_text())["data"] if path.exists() else {}
+    return data
+
+
 def save(name: str, data: object) -> Path:
     """Write a raw result file beside the claims."""
-    path = ROOT / "bench" / "results" / f"{name}.json"
+    path = place(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "hardware": processor(),
