@@ -4,7 +4,7 @@ Nothing is read back from the device: how a step divides follows from integers t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,14 @@ LEAST_CHUNK = SHORT + 1  # new tokens of the longest chunk from which on "wgmma"
 class Arms:
     """softmax, merge: as in `plan`. chunks: "wgmma", the kernel in CUDA C++ where it can run and chunks are long;
     "tiles", the one in Triton, which takes all else; "sdpa", PyTorch's attention, request by request, where the layer
-    has neither window nor softcap, lengths are known to the host and no log-sum-exp is wanted.
+    has neither window nor softcap, lengths are known to the host and no log-sum-exp is wanted. plan: of "wgmma", whose
+    softmax is replaced; None: its rule's.
     """
 
     softmax: str = "lazy"
     merge: str = "last"
     chunks: str = "wgmma"
+    plan: tensor_prefill.ChunkPlan | None = None
 
     def __post_init__(self) -> None:
         if self.chunks not in CHUNKS:
@@ -86,17 +88,7 @@ def attend(
         return decode.run(*own, query_start=starts, phi=phi, lse=lse, out=out)
     if arms.chunks == "wgmma" and suits(spec, q, keys, arms.softmax, max_query):
         return tensor_prefill.run(
-            *(
-                tensor_prefill.rule(spec, arms.softmax, max_query),
-                workspace.queue,
-                sms,
-                q,
-                keys,
-                values,
-                *tables,
-                spec,
-                max_query,
-            ),
+            *(plan_chunks(spec, arms, max_query), workspace.queue, sms, q, keys, values, *tables, spec, max_query),
             recomputed=workspace.recomputed,
             phi=phi,
             lse=lse,
@@ -109,6 +101,13 @@ def attend(
         lse=lse,
         out=out,
     )
+
+
+def plan_chunks(spec: AttentionSpec, arms: Arms, max_query: int) -> tensor_prefill.ChunkPlan:
+    """The plan of "wgmma"."""
+    if arms.plan is None:
+        return tensor_prefill.rule(spec, arms.softmax, max_query)
+    return replace(arms.plan, softmax=arms.softmax)
 
 
 def suits(spec: AttentionSpec, q: Tensor, keys: Tensor, softmax: str, max_query: int) -> bool:

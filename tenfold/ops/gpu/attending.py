@@ -2,9 +2,9 @@
 
 A `Reading` says what is read: whose heads, how many requests or new tokens, how long a context. Arms of decodes are
 plans of csrc/decode.cu by name ("decode:8x1:s4:cluster"), "triton" (or "triton:two", whose splits meet in a second
-launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS` and libraries. A plan's
-softmax is not part of its name: it was measured with "lazy", and what runs is whichever is in use. Where nothing was
-measured `rule` decides.
+launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS`, plans of
+csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries. A plan's softmax is not part of its name: it was measured with
+"lazy", and what runs is whichever is in use. Where nothing was measured `rule` decides.
 """
 
 import re
@@ -19,25 +19,29 @@ from tenfold.ops.attention import attend as attend_module
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention import third_party
 from tenfold.ops.choose import Choice, Key, Table
-from tenfold.ops.gpu import decode, graphs
+from tenfold.ops.gpu import decode, graphs, prefill
 from tenfold.ops.gpu.decode import DecodePlan
+from tenfold.ops.gpu.prefill import ChunkPlan
 from tenfold.ops.kernels import AttentionSpec, Norm
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 """Numbers of requests and lengths of contexts that are measured; others run what the next larger one does, and more
 than the last the rule."""
-TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of a chunk, likewise
+TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of the longest chunk, likewise
 MANY = TOKENS[-1] + 1
 TRITON, TRITON_TWO = "triton", "triton:two"
 CHUNKS = tuple(name for name in attend_module.CHUNKS if name != "sdpa")  # which needs lengths on the host
 PLAN = re.compile(r"decode:(\d+)x(\d+):s(\d+):(cluster|global)")
+CHUNK_PLAN = "wgmma:"  # how names of plans of chunks begin
+
+Arm = str | DecodePlan | ChunkPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One attention: `requests` decodes of contexts up to `longest` tokens, or where tokens is not 0 that many new
-    tokens in all.
+    """One attention: `requests` decodes of contexts up to `longest` tokens, or where tokens is not 0 chunks of at most
+    that many new tokens.
     """
 
     spec: AttentionSpec
@@ -97,6 +101,18 @@ def name_of(plan: DecodePlan) -> str:
     return f"decode:{plan.warps}x{plan.blocks}:s{plan.splits}:{merge}"
 
 
+def parse_chunk(name: str) -> ChunkPlan:
+    """The plan of chunks of this name, with the lazy softmax. Raises ValueError."""
+    return prefill.parse(name.replace(CHUNK_PLAN, f"{CHUNK_PLAN}lazy:", 1))
+
+
+def chunk_plans(reading: Reading) -> list[str]:
+    """Names of the plans of csrc/prefill.cu that can do a reading."""
+    if not prefill.legal(reading.spec, reading.dtype, reading.page_size):
+        return []
+    return [str(plan).replace(f"{CHUNK_PLAN}lazy:", CHUNK_PLAN) for plan in prefill.candidates(reading.spec)]
+
+
 def rule(reading: Reading, sms: int) -> str:
     """The arm where nothing was measured."""
     if reading.tokens:
@@ -110,7 +126,7 @@ def candidates(reading: Reading, sms: int) -> list[str]:
     """The arms worth timing, the rule's first."""
     others = third_party.legal(reading.spec, reading.dtype, reading.page_size, bool(reading.tokens))
     if reading.tokens:
-        return [*CHUNKS, *others]
+        return [*CHUNKS, *chunk_plans(reading), *others]
     plans = map(name_of, own_plans(reading, sms))
     return list(dict.fromkeys([rule(reading, sms), *(n for n in plans if legal(n, reading, sms)), TRITON, *others]))
 
@@ -134,7 +150,7 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
     if name in third_party.LIBRARIES:
         return name in third_party.legal(reading.spec, reading.dtype, reading.page_size, chunks)
     if chunks:
-        return name in CHUNKS
+        return name in CHUNKS or name in chunk_plans(reading)
     if name in (TRITON, TRITON_TWO):
         return True
     spec, longest = reading.spec, reading.longest
@@ -198,10 +214,10 @@ class Attending:
         self.splits = split_kv.Workspace(device)
         self.decoding: decode.Workspace | None = None
         self.seen: dict[AttentionSpec, None] = {}
-        self._known: dict[tuple[Reading, str], str | DecodePlan] = {}
+        self._known: dict[tuple[Reading, str], Arm] = {}
 
-    def pick(self, reading: Reading, softmax: str) -> str | DecodePlan:
-        """The plan of our own kernel of decodes, or the name of another arm."""
+    def pick(self, reading: Reading, softmax: str) -> Arm:
+        """The plan of a kernel of our own, or the name of another arm."""
         if reading.tokens:
             reading = at(reading) or replace(reading, requests=1, longest=1, tokens=MANY)  # few kinds to remember
         found = self._known.get((reading, softmax))
@@ -214,7 +230,7 @@ class Attending:
 
     def run(
         self,
-        arm: str | DecodePlan,
+        arm: Arm,
         qkv: Tensor,
         table: Tensor,
         positions: Tensor,
@@ -240,9 +256,15 @@ class Attending:
             return decode.run(arm, workspace, qkv, table, positions, slots, keys, values, *rest)
         q = elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
         read = (q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
-        if arm in third_party.LIBRARIES:
+        if isinstance(arm, str) and arm in third_party.LIBRARIES:
             return third_party.LIBRARIES[arm].run(*read)
-        how = attend_module.Arms(softmax, "two" if arm == TRITON_TWO else "last", arm if arm in CHUNKS else CHUNKS[0])
+        how = attend_module.Arms(softmax)
+        if isinstance(arm, ChunkPlan):
+            how = replace(how, plan=arm)
+        elif arm == TRITON_TWO:
+            how = replace(how, merge="two")
+        elif arm in CHUNKS:
+            how = replace(how, chunks=arm)
         return attend_module.attend(*read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=decodes)
 
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
@@ -258,8 +280,10 @@ class Attending:
         return [choice(reading, self.table, self.sms, self.merge) for reading in every]
 
 
-def bound(name: str, softmax: str) -> str | DecodePlan:
+def bound(name: str, softmax: str) -> Arm:
     """An arm as `Attending.run` takes it."""
+    if name.startswith(CHUNK_PLAN):
+        return parse_chunk(name)
     return replace(parse(name), softmax=softmax) if PLAN.fullmatch(name) else name
 
 

@@ -124,7 +124,7 @@ class Gpu(Oracle):
         if max_query == 1:
             max_kv = page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
         softmax = self._softmax(phi)
-        reading = Reading(spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
+        reading = Reading(spec, requests, max_kv, page_size, keys.dtype, 0 if alone else max_query)
         arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
         return self.attending.run(
             *(arm, qkv, table, positions, slots, keys, values, page_table, query_start, kv_lengths, spec),

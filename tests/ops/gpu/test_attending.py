@@ -23,6 +23,7 @@ from tenfold.ops.oracle import Oracle
 
 attending = pytest.importorskip("tenfold.ops.gpu.attending")
 tuning = pytest.importorskip("tenfold.ops.gpu.tune_attention")
+attend = pytest.importorskip("tenfold.ops.attention.attend")
 third_party = pytest.importorskip("tenfold.ops.attention.third_party")
 decode = pytest.importorskip("tenfold.ops.gpu.decode")
 
@@ -98,6 +99,37 @@ def test_splits_that_a_shorter_context_cannot_fill_give_way(table: Table) -> Non
     table.record(attending.key(at, SMS), {"decode:4x3:s4:global": 1.0})
     assert attending.choice(at, table, SMS).source == "measured"
     assert attending.choice(replace(at, longest=128), table, SMS).source == "rule"
+
+
+def test_plans_of_chunks_have_names_that_lead_back() -> None:
+    chunk = Reading(SPEC, 1, 1024, 16, tokens=1024)
+    plans = [name for name in attending.candidates(chunk, SMS) if name.startswith("wgmma:")]
+    assert len(plans) > 5
+    assert all(attending.legal(name, chunk, SMS) for name in plans)
+    assert [str(attending.bound(name, "online")) for name in plans] == [
+        name.replace("wgmma:", "wgmma:lazy:") for name in plans
+    ]
+    assert not attending.legal(plans[0], replace(chunk, page_size=8), SMS)
+    assert not attending.legal("wgmma:2x999x2:apart", chunk, SMS)
+    assert not attending.legal(plans[0], READING, SMS)
+
+
+def test_a_plan_of_chunks_reaches_the_kernel(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(attend.tensor_prefill, "runs_on", lambda device: True)
+
+    def run(plan: Any, *rest: Any, out: Tensor, **named: Any) -> Tensor:
+        given.append(plan)
+        return out
+
+    monkeypatch.setattr(attend.tensor_prefill, "run", run)
+    spec = AttentionSpec(4, 2, 64, 0.125, 0, 0.0, 64)
+    found = tuning.Inputs(Reading(spec, 1, 48, 16, torch.float16, 48), 1, CPU)
+    for arm in ("wgmma", "wgmma:2x96x3:turns"):
+        for softmax in ("lazy", "online"):
+            found.bind(arm, attending.Attending(CPU, SMS, table), softmax)(0)
+    rule = [attend.tensor_prefill.rule(spec, softmax, 48) for softmax in ("lazy", "online")]
+    assert given == [*rule, *(attend.tensor_prefill.ChunkPlan(2, 96, 3, "turns", s) for s in ("lazy", "online"))]
 
 
 def test_chunks_are_chosen_by_their_tokens(table: Table) -> None:
