@@ -3,6 +3,7 @@
 Timers and libraries are fake; nothing needs a GPU.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -193,6 +194,53 @@ def test_arms_compute_attention(table: Table, arm: str, tokens: int) -> None:
     found = inputs(tokens) if not tokens else tuning.Inputs(Reading(SMALL, 1, 48, 16, torch.float32, 48), 1, CPU)
     result = found.bind(arm, attending.Attending(CPU, SMS, table), "lazy")(0)
     torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
+
+
+def test_decodes_go_to_our_kernel_with_what_it_takes(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = inputs()
+    given = inspect.signature(decode.run)
+    seen: list[dict[str, Any]] = []
+
+    def run(*args: Any, **named: Any) -> Tensor:
+        seen.append(given.bind(*args, **named).arguments)
+        return args[2][:, :64]
+
+    monkeypatch.setattr(decode, "run", run)
+    running = attending.Attending(CPU, SMS, table)
+    found.bind("decode:8x1:s2:cluster", running, "online")(0)
+    (call,) = seen
+    keys, values, pages = found.stores[0]
+    assert call["plan"] == decode.DecodePlan(8, 1, 2, "online", True)
+    assert call["workspace"] is running.decoding
+    names = ("qkv", "rope", "positions", "keys", "values", "page_table", "kv_lengths", "spec")
+    wanted = (found.qkv, found.rope, found.positions, keys, values, pages, found.lengths, SMALL)
+    assert all(call[name] is value for name, value in zip(names, wanted))
+    assert call["phi"] is None
+
+
+@pytest.mark.parametrize("tokens", [0, 48])
+def test_kernels_of_a_gpu_run_what_was_picked(table: Table, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    native = pytest.importorskip("tenfold.ops.gpu.native")
+    gpu = native.Gpu.__new__(native.Gpu)
+    Oracle.__init__(gpu, CPU, torch.float32)
+    gpu.options, gpu._unified, gpu.attending = Options(), False, attending.Attending(CPU, SMS, table)
+    picked: list[Any] = []
+    original = gpu.attending.pick
+
+    def pick(*given: Any) -> Any:
+        picked.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(gpu.attending, "pick", pick)
+    found = tuning.Inputs(Reading(SMALL, 1 if tokens else 2, 48 if tokens else 64, 16, torch.float32, tokens), 1, CPU)
+    keys, values, pages = found.stores[0]
+    counts = (found.max_query, 48)  # of decodes, the page table has room for more than that
+    before = (found.qkv, found.rope, found.positions, found.slots(pages), keys, values)
+    result = gpu.attention(*before, pages, found.starts, found.lengths, SMALL, *counts)
+    torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
+    ((reading, softmax),) = picked
+    assert reading == found.reading
+    assert softmax == "lazy"
 
 
 def test_plans_are_remembered_and_carry_the_softmax_in_use(table: Table) -> None:
