@@ -7,6 +7,7 @@ travel with the weights, and a norm runs before them. Bias, gate and residual ar
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,10 +111,10 @@ class Maps:
     """Tensor maps of weight matrices, made once for each."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int, int, int], nvrtc.TensorMap] = {}
+        self._known: dict[tuple[Any, ...], nvrtc.TensorMap] = {}
 
     def of(self, matrix: Tensor, height: int) -> nvrtc.TensorMap:
-        key = (matrix.data_ptr(), *matrix.shape, height)
+        key = (matrix.data_ptr(), matrix.dtype, *matrix.shape, height)  # memory is used again
         if key not in self._known:
             self._known[key] = nvrtc.TensorMap(matrix, height)
         return self._known[key]
