@@ -37,6 +37,7 @@ from tenfold.weights.open import open_checkpoint
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 KERNEL, COPY, FILL = 0, 1, 2  # CUgraphNodeType
+KEPT = 2 << 30  # bytes of keys and values of each of two models on a GPU
 LONGEST_NAME = 60  # characters
 MIB = 1 << 20
 
@@ -275,7 +276,8 @@ def measure(
     model = at_least_positions(model, longest)
     engines = []
     for layers in (1, 2):
-        config: dict[str, Any] = {"device": device, "max_model_len": longest, "graphs": False, "kv_memory": 1 << 28}
+        config: dict[str, Any] = {"device": device, "max_model_len": longest, "graphs": False}
+        config["kv_memory"] = KEPT if device.startswith("cuda") else 0
         join = "," if "@" in model else "@"
         engines.append(
             Engine.load(EngineConfig(f"{model}{join}layers={layers}", **config | (own or {})), tokens_only=True)

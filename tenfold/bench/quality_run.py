@@ -47,32 +47,33 @@ def forward(engine: Engine, ids: Sequence[int]) -> Tensor:
 
 def decoded(engine: Engine, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits [T, vocabulary] of each piece, all of one length: token by token, the pieces of one step together, as
-    answers are made.
+    answers are made. Inputs lie at one place, so that a GPU replays its graph.
     """
     count, length = len(pieces), len(pieces[0])
     size, device = engine.config.page_size, engine.device
     pages = -(-length // size)
-    kv = KVStore(engine.kv.spec, count * pages, device)
     ids = torch.tensor([list(piece) for piece in pieces], device=device)
     table = torch.arange(count * pages, dtype=torch.int32, device=device).view(count, pages)
-    rows = torch.arange(count, device=device)
-    starts = torch.arange(count + 1, dtype=torch.int32, device=device)
+    zeros = torch.zeros(count, dtype=torch.int32, device=device)
+    step = Step(
+        token_ids=ids[:, 0].clone(),
+        positions=zeros.clone(),
+        slots=table[:, 0] * size,
+        page_table=table,
+        query_start=torch.arange(count + 1, dtype=torch.int32, device=device),
+        kv_lengths=zeros + 1,
+        logits_rows=torch.arange(count, device=device),
+        max_query=1,
+        max_kv=1,
+        kv=KVStore(engine.kv.spec, count * pages, device),
+        decodes=count,
+    )
     found = []
     for place in range(length):
-        step = Step(
-            token_ids=ids[:, place].contiguous(),
-            positions=torch.full((count,), place, dtype=torch.int32, device=device),
-            slots=(table[:, 0] * size + place).contiguous(),
-            page_table=table,
-            query_start=starts,
-            kv_lengths=torch.full((count,), place + 1, dtype=torch.int32, device=device),
-            logits_rows=rows,
-            max_query=1,
-            max_kv=place + 1,
-            kv=kv,
-            decodes=count,
-        )
-        found.append(engine.model.forward(step).clone())
+        step.token_ids.copy_(ids[:, place])
+        found.append(engine.model.forward(replace(step, max_kv=place + 1)).clone())
+        for tensor in (step.positions, step.slots, step.kv_lengths):
+            tensor += 1  # the pages of a piece follow each other
     return list(torch.stack(found, dim=1))
 
 
