@@ -121,3 +121,13 @@ def test_steps_are_padded_to_few_shapes(requests: int, pages: int) -> None:
     assert padded <= 2 * requests or requests == 3
     assert columns <= max(8, 2 * pages)
     assert graphs.bucket(padded, columns) == (padded, columns)
+
+
+def test_memory_that_is_used_again_for_other_numbers_has_another_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.dtype] = []
+    monkeypatch.setattr(ring.nvrtc, "TensorMap", lambda matrix, height: made.append(matrix.dtype) or len(made))
+    maps, memory = ring.Maps(), torch.zeros(8, 64, dtype=torch.bfloat16)
+    bytes_ = memory.view(torch.uint8)[:, :64]
+    assert bytes_.data_ptr() == memory.data_ptr()
+    assert [maps.of(matrix, 64) for matrix in (memory, bytes_, memory)] == [1, 2, 1]
+    assert made == [torch.bfloat16, torch.uint8]
