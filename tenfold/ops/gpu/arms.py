@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, ring, ring8, stream, stream_packed
+from tenfold.ops.gpu import nvrtc, ring, ring8, sliced, stream, stream_packed
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -222,6 +222,10 @@ def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused:
     return ring.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
 
 
+def run_sliced(plan: ring8.Ring8Plan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
+    return sliced.run(plan, context.maps, context.sms, x, w, *fused.all())
+
+
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return flat.run(plan, context.sums, x, w, *fused.all())
 
@@ -236,13 +240,14 @@ FAMILIES: dict[str, Family] = {
     "stream": Dense("stream", stream, True, run_stream),
     "wide": Dense("wide", stream, False, run_stream),
     "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
+    sliced.KIND: Dense(sliced.KIND, sliced, True, run_sliced, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     **{kind: Streamed(kind) for kind in stream_packed.CODES},
     ring8.KIND: Ring8(),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
-OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
+OWN = ("stream", "wide", "ring", "sliced", "flat")  # flat products of ours, the paper's ImplB
 
 
 def family(name: str) -> Family:
@@ -333,7 +338,7 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    ours = [here / f"{name}.py" for name in ("norm", "ring", "ring8", "stream", "stream_packed", "decode")]
+    ours = [here / f"{name}.py" for name in ("norm", "ring", "ring8", "sliced", "stream", "stream_packed", "decode")]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])
     digest = hashlib.sha256(torch.__version__.encode())

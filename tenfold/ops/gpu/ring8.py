@@ -32,13 +32,16 @@ MOST_COLS = THREADS * 8 * 16  # a token in registers
 
 @dataclass(frozen=True, slots=True)
 class Ring8Plan:
-    """stages of the ring, each 256 columns of 64 rows, and slices of the columns: blocks of a cluster."""
+    """stages of the ring, each 256 bytes of 64 rows, and slices of the columns: blocks of a cluster. kind: "ring8", or
+    "sliced" (see `sliced`).
+    """
 
     stages: int
     slices: int
+    kind: str = KIND
 
     def __str__(self) -> str:
-        return f"{KIND}:{self.stages}x{self.slices}"
+        return f"{self.kind}:{self.stages}x{self.slices}"
 
 
 def parse(name: str) -> Ring8Plan:
@@ -155,6 +158,7 @@ def run(
 def defines(plan: Ring8Plan, dtype: torch.dtype, tokens: int, gate: int, grouped: bool) -> tuple[tuple[str, int], ...]:
     """Macros of csrc/ring8.cu."""
     return (
+        ("BITS", 8 if plan.kind == KIND else 16),
         ("HALF", nvrtc.HALF[dtype]),
         ("GATE", gate),
         ("N", width(tokens)),

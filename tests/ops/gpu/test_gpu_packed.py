@@ -1,4 +1,5 @@
-"""On a GPU: kernels of packed weights against float64, with every code in every place, each plan, and what is fused.
+"""On a GPU: kernels of packed weights and those of their sources against float64: every code in every place, each plan,
+and what is fused.
 
 How far a result may lie away is `tests/rounding.py`; float8 tokens are compared as they were rounded.
 """
@@ -14,6 +15,7 @@ from tenfold.ops.matrix import Matrix
 from tests.rounding import excess
 
 ring8 = pytest.importorskip("tenfold.ops.gpu.ring8")
+sliced = pytest.importorskip("tenfold.ops.gpu.sliced")
 stream_packed = pytest.importorskip("tenfold.ops.gpu.stream_packed")
 
 pytestmark = [
@@ -63,6 +65,14 @@ def test_float8_by_float8(format: str, count: int, rows: int, cols: int, dtype: 
     for plan in ring8.candidates(count, rows, cols, SMS):
         got = ring8.run(plan, maps, SMS, x, w)
         assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, plan
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("count", "rows", "cols"), [(9, 72, 200), (17, 1000, 520), (32, 512, 4096), (61, 1000, 1152)])
+def test_sliced(count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    w, x, maps = tokens(rows, cols, dtype), tokens(count, cols, dtype), ring8.Maps()
+    for plan in sliced.candidates(count, rows, cols, SMS):
+        assert excess(sliced.run(plan, maps, SMS, x, w), x, w, dtype) <= 1, plan
 
 
 @pytest.mark.parametrize(("format", "count"), [("int8g128z", 3), ("fp8", 16), ("int4", 8), ("fp8a8", 40)])

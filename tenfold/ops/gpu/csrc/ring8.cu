@@ -1,5 +1,5 @@
-// y[tokens, rows] = x[tokens, cols] @ w[rows, cols]^T for up to 64 tokens, both in float8 e4m3: a scale for each token,
-// and for each row of w or 128 columns of it.
+// y[tokens, rows] = x[tokens, cols] @ w[rows, cols]^T for up to 64 tokens. Both in 16 bits; or both in float8 e4m3, with a
+// scale for each token, and for each row of w or 128 columns of it.
 //
 // Blocks of a cluster share tiles of 64 rows and divide the columns. Each holds its columns of all tokens in shared memory
 // from beginning to end, so x is read once, and w streams past it through a ring that one warp keeps full: before the
@@ -8,31 +8,42 @@
 //
 // Tensor cores add float8 in about 14 bits; sums of 128 columns meet in float32.
 //
-// Compile-time: HALF, GATE as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES of 256 columns · SLICES of
-// the columns, the blocks of a cluster: 1, 2, 4 or 8 · GROUPED 1: scales of 128 columns.
+// Compile-time: BITS 8 or 16 · HALF, GATE as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES of 256
+// bytes of columns · SLICES of the columns, the blocks of a cluster: 1, 2, 4 or 8 · GROUPED 1: scales of 128 columns.
 
 #include "fragments.h"
 #include "hopper.h"
 
 #define CONSUMERS 128
-#define W_BOX 8192  // bytes: 64 rows of 128 columns
+#define BOX_COLS (1024 / BITS)
+#define W_BOX 8192  // bytes: 64 rows of 128 bytes
 #define X_BOX (N * 128)
 #define STAGE_BYTES (2 * W_BOX)
 #define PITCH 68  // floats between tokens of the finished tile
 
+#if BITS == 8
+#define NUMBERS "k32.f32.e4m3.e4m3"
+#define MAJOR ""
+#elif HALF
+#define NUMBERS "k16.f32.f16.f16"
+#define MAJOR ", 0, 0"
+#else
+#define NUMBERS "k16.f32.bf16.bf16"
+#define MAJOR ", 0, 0"
+#endif
 __device__ __forceinline__ void multiply(float (&d)[N / 2], u64 a, u64 b, int add) {
 #if N == 8
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\nwgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, %4, %5, p, 1, 1;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\nwgmma.mma_async.sync.aligned.m64n8" NUMBERS " {%0,%1,%2,%3}, %4, %5, p, 1, 1" MAJOR ";\n}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b), "r"(add));
 #elif N == 16
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\nwgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\nwgmma.mma_async.sync.aligned.m64n16" NUMBERS " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1" MAJOR ";\n}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) : "l"(a), "l"(b), "r"(add));
 #elif N == 32
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32" NUMBERS " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1" MAJOR ";\n}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) : "l"(a), "l"(b), "r"(add));
 #else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1;\n}"
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64" NUMBERS " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1" MAJOR ";\n}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
           "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
@@ -42,7 +53,7 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], u64 a, u64 b, int ad
 
 #define CONSUMER_BARRIER() asm volatile("bar.sync 1, 128;" ::: "memory")
 
-// 64 rows times one box of 128 columns, under way afterwards.
+// 64 rows times one box of columns, under way afterwards.
 __device__ __forceinline__ void multiply_box(float (&d)[N / 2], u32 w, u32 x) {
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply(d, operand(w + k * 32), operand(x + k * 32), k);
@@ -66,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1)
 ring8(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const float *scales, const float *token_scales, u16 *out, const float *bias, const u16 *residual, int tokens, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
-    const int boxes = (cols + 127) / 128, each = (boxes + SLICES - 1) / SLICES, steps = (each + 1) / 2;
+    const int boxes = (cols + BOX_COLS - 1) / BOX_COLS, each = (boxes + SLICES - 1) / SLICES, steps = (each + 1) / 2;
     const int rank = blockIdx.x % SLICES, begin = rank * each, mine = max(0, min(each, boxes - begin));
     float *tile = (float *)(memory + STAGES * STAGE_BYTES + steps * 2 * X_BOX);
     const u32 stage0 = shared_address(memory), x0 = stage0 + STAGES * STAGE_BYTES, tile0 = shared_address(tile);
@@ -98,7 +109,7 @@ ring8(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, cons
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
             const int count = first < tiles ? ((tiles - 1 - first) / clusters + 1) * steps : 0;
             // A box of this block, or one past all columns, of zeros.
-            auto column = [&](int box) { return (box < mine ? begin + box : boxes) * 128; };
+            auto column = [&](int box) { return (box < mine ? begin + box : boxes) * BOX_COLS; };
             auto weights = [&](int at) {
                 const int step = at % steps, row = (first + at / steps * clusters) * height;
                 const u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
@@ -196,19 +207,25 @@ ring8(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, cons
                     up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
 #endif
                 }
+#if BITS == 8
                 const float scale = token_scales[token];
+#endif
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const int row = at * height + r + e;
                     if (row >= outputs) break;
-#if GROUPED
+#if BITS == 16
+                    float v = y[e];
+#elif GROUPED
                     float v = y[e] * scale;
 #else
                     float v = y[e] * scale * scales[row];
 #endif
                     if (bias) v += bias[row];
 #if GATE
-#if GROUPED
+#if BITS == 16
+                    float u = up[e];
+#elif GROUPED
                     float u = up[e] * scale;
 #else
                     float u = up[e] * scale * scales[outputs + row];
