@@ -270,6 +270,7 @@ class Soak:
         self.tokens: Counter[tuple[str, int]] = Counter()
         self.cancels: list[tuple[float, str]] = []  # heap of turns and requests
         self.turns = 0
+        self.before = engine.stats()  # what the warm-up counted
         self.rate = plan.rate
         self.begin = time.monotonic()
 
@@ -353,11 +354,11 @@ class Soak:
             torch.cuda.memory_allocated(self.engine.device) if gpu else 0,
             torch.cuda.memory_reserved(self.engine.device) if gpu else 0,
             resident(os.getpid()),
-            stats.steps,
-            stats.preemptions,
+            stats.steps - self.before.steps,
+            stats.preemptions - self.before.preemptions,
             stats.running,
             stats.waiting,
-            stats.generated_tokens,
+            stats.generated_tokens - self.before.generated_tokens,
         )
         self.result.samples.append(found)
         if len(self.result.samples) % 10 == 1:
@@ -368,7 +369,7 @@ class Soak:
         result, stats = self.result, self.engine.stats()
         result.minutes = (time.monotonic() - self.begin) / 60
         result.pages, result.pages_held = stats.pages, stats.pages_used
-        result.prefix_hit_tokens = stats.prefix_hit_tokens
+        result.prefix_hit_tokens = stats.prefix_hit_tokens - self.before.prefix_hit_tokens
         result.faults += [f"{name} never ended" for name in self.open]
         if stats.running or stats.waiting:
             result.faults.append(f"{stats.running} run and {stats.waiting} wait after the end")
@@ -376,7 +377,7 @@ class Soak:
             self.engine.prefix.clear()
         if (free := self.engine.stats().pages_free) != stats.pages:
             result.faults.append(f"{free} of {stats.pages} pages are free once the prefix cache is cleared")
-        if not stats.preemptions:
+        if not result.preemptions:
             result.faults.append("nobody was preempted: there was too much KV memory for this load")
         result.slopes, result.growth = slopes(result.samples), growth(result.samples)
 
@@ -435,12 +436,24 @@ def run(
         faulthandler.dump_traceback(sys.stderr)
         hung(result)
 
+    warm_up(engine, plan)
     watch = Watch(patience, stuck)
     try:
         Soak(engine, plan, result, watch, say).run()
     finally:
         watch.close()
     return result
+
+
+def warm_up(engine: Engine, plan: Plan) -> None:
+    """Run a few requests of each kind, so that compiling kernels is no pause of the soak."""
+    crowd = Crowd(replace(plan, seed=plan.seed + 1000), engine.vocab_size, grammars_of(engine))
+    for _ in range(2 * len(crowd.kinds)):
+        engine.add(crowd.next()[1])
+    while engine.has_work:
+        engine.step()
+    if engine.prefix is not None:
+        engine.prefix.clear()
 
 
 # Several runs
