@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,15 +26,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tenfold.base.config import EngineConfig
 from tenfold.bench.hardware import machine
 from tenfold.engine.core import Engine
-from tenfold.engine.linears import traced
 from tenfold.engine.memory import DTYPES
 from tenfold.nn.step import Step
 from tenfold.ops.formats import format_of
-from tenfold.ops.gpu.arms import Work
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 from tenfold.weights.shapes import at_least_positions, is_shape
+
+if TYPE_CHECKING:  # Triton comes with it, which tables of results do not need
+    from tenfold.ops.gpu.arms import Work
 
 KERNEL, COPY, FILL = 0, 1, 2  # CUgraphNodeType
 KEPT = 2 << 30  # bytes of keys and values of each of two models on a GPU
@@ -119,22 +120,22 @@ def named(launches: dict[str, int]) -> str:
 # Bytes
 
 
-def moved(call: Work | AttentionSpec, batch: int, context: int, dtype: torch.dtype) -> Moved:
+def moved(call: "Work | AttentionSpec", batch: int, context: int, dtype: torch.dtype) -> Moved:
     """Bytes of one operation for `batch` tokens, each with `context` tokens in the cache, itself among them."""
     size = dtype.itemsize
-    if isinstance(call, Work):
-        outputs = call.rows // 2 if call.use.act else call.rows
-        weights = call.rows * call.cols * size
-        if call.format != "dense":
-            weights = format_of(call.format).nbytes(call.rows, call.cols)
-        activations = batch * size * (call.cols + outputs * (2 if call.use.residual else 1))
-        return Moved(f"{call.use} {call.rows} x {call.cols}", weights, 0, activations)
-    seen = min(context, call.window) if call.window else context
-    token = 2 * call.kv_heads * call.head_dim * size
-    # qkv in, heads out; old keys and values in, the new ones out
-    activations = batch * size * call.head_dim * (2 * call.heads + 2 * call.kv_heads)
-    name = f"attention {call.heads}/{call.kv_heads} heads of {call.head_dim}"
-    return Moved(name, 0, batch * ((seen - 1) * token + token), activations)
+    if isinstance(call, AttentionSpec):
+        seen = min(context, call.window) if call.window else context
+        token = 2 * call.kv_heads * call.head_dim * size
+        # qkv in, heads out; old keys and values in, the new ones out
+        activations = batch * size * call.head_dim * (2 * call.heads + 2 * call.kv_heads)
+        name = f"attention {call.heads}/{call.kv_heads} heads of {call.head_dim}"
+        return Moved(name, 0, batch * seen * token, activations)
+    outputs = call.rows // 2 if call.use.act else call.rows
+    weights = call.rows * call.cols * size
+    if call.format != "dense":
+        weights = format_of(call.format).nbytes(call.rows, call.cols)
+    activations = batch * size * (call.cols + outputs * (2 if call.use.residual else 1))
+    return Moved(f"{call.use} {call.rows} x {call.cols}", weights, 0, activations)
 
 
 # Launches
@@ -270,6 +271,8 @@ def measure(
     command: str = "",
 ) -> Result:
     """Count steps of a shape. own: fields of EngineConfig. Raises ValueError for a model that is no shape."""
+    from tenfold.engine.linears import traced
+
     if not is_shape(model):
         raise ValueError(f"{model!r} is no shape; launches are counted on two sizes of one, such as shape:llama-3-8b.")
     longest = max(contexts) + 16

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from tenfold.bench import launches, report
-from tenfold.engine.linears import traced
-from tenfold.ops.gpu.arms import Use, Work
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
+arms = pytest.importorskip("tenfold.ops.gpu.arms")
+traced = pytest.importorskip("tenfold.engine.linears").traced
+Use, Work = arms.Use, arms.Work
 SPEC = AttentionSpec(8, 2, 64, 0.1)
 TORCH = {"kernels": "torch"}
 
