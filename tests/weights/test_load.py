@@ -104,7 +104,8 @@ def test_modes(mode: str, storages: list[str]) -> None:
 @pytest.mark.parametrize(
     ("mode", "table", "head"),
     [
-        *(("int4", "F32", "int8g128"), ("int8", "F32", "int8g128"), ("fp8", "F32", "int8g128"), ("q8_0", "Q8_0", "Q8_0")),
+        *((packed, "F32", "int8g128") for packed in ("int4", "int8", "fp8")),
+        ("q8_0", "Q8_0", "Q8_0"),
         *(("int4-blocks", "F32", "F32"), ("fp8-blocks", "F32", "F32"), ("auto", "F32", "F32"), ("dense", "F32", "F32")),
     ],
 )
