@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, ring, ring8, sliced, stream, stream_packed
+from tenfold.ops.gpu import nvrtc, quantize, ring, ring8, sliced, stream, stream_packed
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -195,23 +195,30 @@ class Streamed:
         return lambda context, x, w, fused: stream_packed.run(plan, context.sms, x, w, *fused.all())
 
 
-class Ring8:
-    """Float8 by float8: `ring8.py`."""
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """Float8 by float8: plans of one kind of one module."""
+
+    kind: str
+    module: Any
+    run: Callable[[Any, Context, Tensor, Matrix, Fused], Tensor]
 
     def candidates(self, work: Work, sms: int) -> Iterator[str]:
         if self._takes(work):
-            yield from map(str, ring8.candidates(work.tokens, work.rows, work.cols, sms))
+            sizes = (work.tokens, work.rows, work.cols, sms)
+            yield from map(str, self.module.candidates(*sizes, kind=self.kind))
 
     def legal(self, name: str, work: Work) -> bool:
-        plan = ring8.parse(name)
-        return self._takes(work) and ring8.legal(plan, work.tokens, work.rows, work.cols)
+        plan = self.module.parse(name)
+        return self._takes(work) and bool(self.module.legal(plan, work.tokens, work.rows, work.cols))
 
     def _takes(self, work: Work) -> bool:
-        return ring8.takes(work.format) and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
+        known = quantize.takes(work.format) and work.dtype in nvrtc.HALF
+        return known and not work.rows % (2 if work.use.act else 1)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        plan = ring8.parse(name)
-        return lambda context, x, w, fused: ring8.run(plan, context.maps, context.sms, x, w, *fused.all())
+        plan, run = self.module.parse(name), self.run
+        return lambda context, x, w, fused: run(plan, context, x, w, fused)
 
 
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -224,6 +231,14 @@ def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused:
 
 def run_sliced(plan: ring8.Ring8Plan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return sliced.run(plan, context.maps, context.sms, x, w, *fused.all())
+
+
+def run_ring_fp8(plan: ring.RingPlan, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+    return ring.run_fp8(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
+
+
+def run_ring8(plan: ring8.Ring8Plan, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+    return ring8.run(plan, context.maps, context.sms, x, w, *fused.all())
 
 
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -244,7 +259,8 @@ FAMILIES: dict[str, Family] = {
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     **{kind: Streamed(kind) for kind in stream_packed.CODES},
-    ring8.KIND: Ring8(),
+    ring.FLOAT8: Float8(ring.FLOAT8, ring, run_ring_fp8),
+    ring8.KIND: Float8(ring8.KIND, ring8, run_ring8),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
 OWN = ("stream", "wide", "ring", "sliced", "flat")  # flat products of ours, the paper's ImplB

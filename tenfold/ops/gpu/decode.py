@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.gpu import nvrtc
+from tenfold.ops.gpu.stream import SHARED_SM
 from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Norm
 
 HEAD_DIMS = (64, 128)
@@ -73,6 +74,14 @@ def most_splits(head_dim: int, warps: int) -> int:
     return (warps - 1) * head_dim // 2
 
 
+def padding(plan: DecodePlan) -> int:
+    """Shared memory that nobody uses, so that two blocks of a multiprocessor are not three: blocks come as the kernel
+    before ends, here earlier and there later, and the multiprocessors that are free first must not take more than
+    their part.
+    """
+    return SHARED_SM // 3 if plan.blocks == 2 else 0
+
+
 class Workspace:
     """Partial results of splits and arrival counters; `recomputed` [1] int64 counts query heads whose unified maximum
     did not hold. Kept at one place for graphs.
@@ -131,7 +140,7 @@ def run(
     kernel(
         (plan.splits, spec.kv_heads, requests),
         plan.warps * 32,
-        0,
+        padding(plan),
         [
             *(qkv, rope, positions, slots, keys, values, page_table, kv_lengths),
             None if q_norm is None else q_norm.weight,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import format_of, is_format, packed_of
+from tenfold.ops.formats import format_of, packed_of
 from tenfold.ops.gpu import nvrtc
+from tenfold.ops.gpu.quantize import MOST_COLS, quantize
 from tenfold.ops.gpu.ring import Maps, width
 from tenfold.ops.gpu.stream import GATES, SHARED
 from tenfold.ops.kernels import Norm
@@ -26,8 +27,6 @@ PITCH = 68
 SLICES = (1, 2, 4, 8)
 LEAST_STAGES, MOST_STAGES = 3, 12
 NEIGHBOURS = 16  # multiprocessors that clusters of up to 8 blocks fill whole (GPCs of an H100 have 16 or 18)
-THREADS = 256  # of a block that rounds a token
-MOST_COLS = THREADS * 8 * 16  # a token in registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +51,6 @@ def parse(name: str) -> Ring8Plan:
             f"{name!r} is no plan of float8 by float8; allowed: {KIND}:STAGESxSLICES, 1, 2, 4 or 8 slices."
         )
     return Ring8Plan(int(found[1]), int(found[2]))
-
-
-def takes(format: str) -> bool:
-    """Whether matrices of this format can be read."""
-    if not is_format(format):
-        return False
-    found = format_of(format)
-    return found.kind == "fp8" and found.activations == 8 and not found.order and found.group in (0, BOX)
 
 
 def pieces(size: int, each: int) -> int:
@@ -88,13 +79,13 @@ def legal(plan: Ring8Plan, tokens: int, rows: int, cols: int) -> bool:
     return 1 <= tokens <= MOST_TOKENS and cols % 16 == 0 and 0 < cols <= MOST_COLS and rows > 0 and fits
 
 
-def candidates(tokens: int, rows: int, cols: int, sms: int) -> Iterator[Ring8Plan]:
+def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = KIND) -> Iterator[Ring8Plan]:
     """Plans worth timing, the rule's first: the least that one block must read, then a ring that is not too short."""
     found = []
     for slices in SLICES:
         room = SHARED - shared_bytes(Ring8Plan(0, slices), tokens, cols)
         most = min(MOST_STAGES, room // (STAGE + 16))
-        found += [Ring8Plan(n, slices) for n in (most, most - 2) if n >= LEAST_STAGES]
+        found += [Ring8Plan(n, slices, kind) for n in (most, most - 2) if n >= LEAST_STAGES]
 
     def rank(plan: Ring8Plan) -> tuple[int, bool, int, int]:
         turns = pieces(pieces(rows, 64), clusters(plan, sms))
@@ -103,24 +94,6 @@ def candidates(tokens: int, rows: int, cols: int, sms: int) -> Iterator[Ring8Pla
     for plan in sorted(found, key=rank):
         if legal(plan, tokens, rows, cols):
             yield plan
-
-
-def quantize(x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
-    """x [T, cols] bfloat16 or float16, normed where there is a norm -> float8_e4m3fn codes [T, cols], float32 scales
-    [T]: the largest of a token becomes 448.
-    """
-    tokens, cols = x.shape
-    codes = torch.empty(tokens, cols, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    vectors = pieces(cols, 8 * THREADS)
-    kernel = nvrtc.load("quantize.cu", "quantize", quantize_defines(x.dtype, norm is not None, vectors))
-    weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-    kernel((tokens, 1, 1), THREADS, 0, [x, weight, codes, scales, eps, cols], dependent=True)
-    return codes, scales
-
-
-def quantize_defines(dtype: torch.dtype, norm: bool, vectors: int) -> tuple[tuple[str, int], ...]:
-    return (("HALF", nvrtc.HALF[dtype]), ("NORM", int(norm)), ("VECTORS", vectors))
 
 
 def run(

@@ -14,6 +14,8 @@ from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 from tests.rounding import excess
 
+quantize = pytest.importorskip("tenfold.ops.gpu.quantize")
+ring = pytest.importorskip("tenfold.ops.gpu.ring")
 ring8 = pytest.importorskip("tenfold.ops.gpu.ring8")
 sliced = pytest.importorskip("tenfold.ops.gpu.sliced")
 stream_packed = pytest.importorskip("tenfold.ops.gpu.stream_packed")
@@ -60,10 +62,14 @@ def test_streamed(format: str, count: int, rows: int, cols: int, dtype: torch.dt
 @pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 1040), (9, 72, 400), (32, 512, 4096), (61, 1000, 1152)])
 def test_float8_by_float8(format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
     w, x, maps = matrix(format, rows, cols), tokens(count, cols, dtype), ring8.Maps()
-    codes, scales = ring8.quantize(x)
+    codes, scales = quantize.quantize(x)
     rounded = codes.double() * scales.double()[:, None]
-    for plan in ring8.candidates(count, rows, cols, SMS):
-        got = ring8.run(plan, maps, SMS, x, w)
+    workspace = ring.Workspace(torch.device("cuda"))
+    results = {plan: ring8.run(plan, maps, SMS, x, w) for plan in ring8.candidates(count, rows, cols, SMS)}
+    for plan in ring.candidates(count, rows, cols, SMS, ring.FLOAT8):
+        results[plan] = ring.run_fp8(plan, maps, workspace, SMS, x, w)
+    assert {plan.kind for plan in results} == {ring8.KIND, ring.FLOAT8}
+    for plan, got in results.items():
         assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, plan
 
 
@@ -89,7 +95,7 @@ def test_what_is_fused(format: str, count: int, fused: str, dtype: torch.dtype) 
     if norm is not None:
         read = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
     if count > stream_packed.MOST_TOKENS:
-        codes, scales = ring8.quantize(x, norm)
+        codes, scales = quantize.quantize(x, norm)
         assert ((codes.double() * scales.double()[:, None] - read).abs() <= read.abs().amax(1)[:, None] / 28).all()
         read = codes.double() * scales.double()[:, None]
         plan = next(ring8.candidates(count, rows, cols, SMS))
@@ -111,7 +117,7 @@ def test_what_is_fused(format: str, count: int, fused: str, dtype: torch.dtype) 
 def test_tokens_are_rounded_to_the_nearest_float8(cols: int, dtype: torch.dtype) -> None:
     x = tokens(5, cols, dtype)
     x[2] = 0
-    codes, scales = ring8.quantize(x)
+    codes, scales = quantize.quantize(x)
     assert torch.allclose(scales, x.float().abs().amax(1) / 448, rtol=1e-6)
     scaled = (x.double() / scales.double().clamp(min=1e-30)[:, None]).nan_to_num()
     assert ((codes.double() - scaled).abs() <= (scaled.abs() / 16).clamp_(min=2**-10) * 1.001).all()

@@ -11,63 +11,21 @@
 //
 // Compile-time: HALF, GATE as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · HELD 1: all of x lies
 // in shared memory, times the norm's weight with NORM 1 (the inverse root mean square follows after the sum); 0: x
-// travels through the ring beside the weights · BLOCKS of a multiprocessor · ROWS 64 or 128 · SPLIT.
+// travels through the ring beside the weights · BLOCKS of a multiprocessor · ROWS 64 or 128 · SPLIT · BITS of numbers: 16,
+// or 8, float8 e4m3 with a scale for each token, and for each row of w or, with GROUPED 1, for 128 columns of it. Tensor
+// cores add float8 in about 14 bits, so sums of 128 columns meet in float32.
 
 #include "fragments.h"
+#include "hopper.h"
+#include "narrow.h"
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
-#define STEP_COLS 128  // of a stage: two boxes of 64
-#define W_BOX (ROWS * 128)  // bytes: ROWS rows of 64 columns
+#define BOX_COLS (1024 / BITS)
+#define STEP_COLS (2 * BOX_COLS)  // of a stage
+#define W_BOX (ROWS * 128)  // bytes
 #define X_BOX (N * 128)
 #define STAGE_BYTES (2 * W_BOX + (HELD ? 0 : 2 * X_BOX))
 #define PITCH (ROWS + 4)  // floats between tokens of the finished tile
-
-typedef unsigned long long u64;
-struct __align__(64) Map { u64 bytes[16]; };
-
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}"
-        :: "r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
-        :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy) : "memory");
-}
-
-// Matrix descriptor of a K-major operand with the 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
-__device__ __forceinline__ u64 operand(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
-
-#if HALF
-#define KIND "f16.f16"
-#else
-#define KIND "bf16.bf16"
-#endif
-__device__ __forceinline__ void multiply(float (&d)[N / 2], u64 a, u64 b, int add) {
-#if N == 8
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32." KIND " {%0,%1,%2,%3}, %4, %5, p, 1, 1, 0, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(a), "l"(b), "r"(add));
-#elif N == 16
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\nwgmma.mma_async.sync.aligned.m64n16k16.f32." KIND " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, 0, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) : "l"(a), "l"(b), "r"(add));
-#elif N == 32
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32." KIND " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 0, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]) : "l"(a), "l"(b), "r"(add));
-#else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." KIND " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) : "l"(a), "l"(b), "r"(add));
-#endif
-}
 
 #define CONSUMER_BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory")
 
@@ -101,6 +59,51 @@ __device__ __forceinline__ void hold(unsigned char *xs, float *scales, const u16
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     CONSUMER_BARRIER();
+}
+#endif
+
+// ROWS rows times one box of columns, under way afterwards.
+__device__ __forceinline__ void multiply_box(float (&d)[N / 2], u32 w, u32 x, int add) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply(d, operand(w + k * 32), operand(x + k * 32), add | k);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+#if BITS == 8
+// Scales of two boxes for this thread's rows, lane / 4 and lane / 4 + 8 of a warp's 16; 1 where the epilogue scales rows.
+struct Scales {
+    float upper[2], lower[2];
+
+    __device__ __forceinline__ Scales(const float *scales, int first, int outputs, int rows, int box, int boxes) {
+        upper[0] = upper[1] = lower[0] = lower[1] = 1.f;
+#if GROUPED
+        const int r = (threadIdx.x >> 5) * 16 + (threadIdx.x >> 2 & 7);
+#pragma unroll
+        for (int b = 0; b < 2; b++) {
+            const int at = min(box + b, boxes - 1);
+            upper[b] = __ldg(scales + (size_t)row(first, r, outputs, rows) * boxes + at);
+            lower[b] = __ldg(scales + (size_t)row(first, r + 8, outputs, rows) * boxes + at);
+        }
+#endif
+    }
+
+    // Of w, where row r of a tile lies.
+    __device__ __forceinline__ static int row(int first, int r, int outputs, int rows) {
+#if GATE
+        return (r >= ROWS / 2 ? outputs : 0) + min(first + r % (ROWS / 2), outputs - 1);
+#else
+        return min(first + r, rows - 1);
+#endif
+    }
+};
+
+// Adds a finished product.
+__device__ __forceinline__ void add_box(float (&sums)[N / 2], float (&d)[N / 2], float upper, float lower) {
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
+        sums[i] += d[i] * (i & 2 ? lower : upper);
+    }
 }
 #endif
 
@@ -150,7 +153,7 @@ __device__ __forceinline__ bool meet(float (&d)[N / 2], const Deal &deal, int ti
 #endif
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
-ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const u16 *x, u16 *out, const float *bias, const u16 *residual, const float *norm, float4 *slots, int *counters, float eps, int tokens, int rows, int cols) {
+ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const u16 *x, const float *row_scales, const float *token_scales, u16 *out, const float *bias, const u16 *residual, const float *norm, float4 *slots, int *counters, float eps, int tokens, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
@@ -163,7 +166,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #else
     const int height = ROWS, outputs = rows;
 #endif
-    const int tiles = (outputs + height - 1) / height;
+    const int tiles = (outputs + height - 1) / height, boxes = (cols + BOX_COLS - 1) / BOX_COLS;
 #if SPLIT
     int *last = (int *)(barriers + 2 * STAGES);
     const Deal deal = {steps, tiles * steps};
@@ -179,8 +182,8 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == CONSUMERS) {
         for (int s = 0; s < STAGES; s++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(full + s * 8));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(empty + s * 8), "n"(CONSUMERS / 32));
+            begin_barrier(full + s * 8, 1);
+            begin_barrier(empty + s * 8, CONSUMERS / 32);
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
@@ -195,12 +198,12 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             auto weights = [&](int at) {
                 int step = step_of(at), row = tile_of(at) * height;
                 u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
-                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(STAGE_BYTES) : "memory");
+                expect(barrier, STAGE_BYTES);
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
-                    fetch(to + b * W_BOX, &w_map, step * STEP_COLS + b * 64, row, barrier, once);
+                    fetch(to + b * W_BOX, &w_map, step * STEP_COLS + b * BOX_COLS, row, barrier, once);
 #if GATE
-                    fetch(to + b * W_BOX + W_BOX / 2, &w_map, step * STEP_COLS + b * 64, outputs + row, barrier, once);
+                    fetch(to + b * W_BOX + W_BOX / 2, &w_map, step * STEP_COLS + b * BOX_COLS, outputs + row, barrier, once);
 #endif
                 }
             };
@@ -208,11 +211,11 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #if !HELD
                 u32 to = stage0 + at % STAGES * STAGE_BYTES + 2 * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, 0, barrier, kept);
+                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
 #endif
             };
             for (; count < mine && count < STAGES; count++) weights(count);
-            asm volatile("griddepcontrol.wait;" ::: "memory");
+            asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
             for (int at = 0; at < count; at++) inputs(at);
             for (; count < mine; count++) {
                 wait_for(empty + count % STAGES * 8, (count / STAGES - 1) & 1);
@@ -238,13 +241,22 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             const u32 tokens_at = HELD ? shared_address(xs) + step * 2 * X_BOX : stage + 2 * W_BOX;
             wait_for(full + count % STAGES * 8, count / STAGES & 1);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-            for (int b = 0; b < 2; b++)
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    multiply(d, operand(stage + b * W_BOX + rows_at + k * 32), operand(tokens_at + b * X_BOX + k * 32), 1);
-            asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (lane == 0) asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(empty + count % STAGES * 8) : "memory");
+#if BITS == 16
+            multiply_box(d, stage + rows_at, tokens_at, 1);
+            multiply_box(d, stage + W_BOX + rows_at, tokens_at + X_BOX, 1);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (lane == 0) arrive(empty + count % STAGES * 8);
+#else
+            float even[N / 2], odd[N / 2];
+            const Scales scales_of(row_scales, at * height, outputs, rows, 2 * step, boxes);
+            multiply_box(even, stage + rows_at, tokens_at, 0);
+            multiply_box(odd, stage + W_BOX + rows_at, tokens_at + X_BOX, 0);
+            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            add_box(d, even, scales_of.upper[0], scales_of.lower[0]);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            if (lane == 0) arrive(empty + count % STAGES * 8);
+            add_box(d, odd, scales_of.upper[1], scales_of.lower[1]);
+#endif
         }
 #if SPLIT
         if (!meet(d, deal, at, slots, counters, last)) continue;
@@ -259,14 +271,19 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             int token = i / height, r = i % height, row = at * height + r;
             if (row >= outputs) continue;
             float y = tile[token * PITCH + r];
-#if HELD && NORM
+#if BITS == 8
+            const float scale = token_scales[token];
+            y *= GROUPED ? scale : scale * row_scales[row];
+#elif HELD && NORM
             const float scale = scales[token];
             y *= scale;
 #endif
             if (bias) y += bias[row];
 #if GATE
             float up = tile[token * PITCH + height + r];
-#if HELD && NORM
+#if BITS == 8
+            up *= GROUPED ? scale : scale * row_scales[outputs + row];
+#elif HELD && NORM
             up *= scale;
 #endif
             if (bias) up += bias[outputs + row];
