@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, quantize, ring, ring8, sliced, stream, stream_packed
+from tenfold.ops.gpu import nvrtc, quantize, ring, stream, stream_packed
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -195,30 +195,26 @@ class Streamed:
         return lambda context, x, w, fused: stream_packed.run(plan, context.sms, x, w, *fused.all())
 
 
-@dataclass(frozen=True, slots=True)
 class Float8:
-    """Float8 by float8: plans of one kind of one module."""
-
-    kind: str
-    module: Any
-    run: Callable[[Any, Context, Tensor, Matrix, Fused], Tensor]
+    """Float8 by float8 through the ring: `ring.run_fp8`."""
 
     def candidates(self, work: Work, sms: int) -> Iterator[str]:
         if self._takes(work):
-            sizes = (work.tokens, work.rows, work.cols, sms)
-            yield from map(str, self.module.candidates(*sizes, kind=self.kind))
+            yield from map(str, ring.candidates(work.tokens, work.rows, work.cols, sms, ring.FLOAT8))
 
     def legal(self, name: str, work: Work) -> bool:
-        plan = self.module.parse(name)
-        return self._takes(work) and bool(self.module.legal(plan, work.tokens, work.rows, work.cols))
+        plan = ring.parse(name)
+        return self._takes(work) and ring.legal(plan, work.tokens, work.rows, work.cols)
 
     def _takes(self, work: Work) -> bool:
         known = quantize.takes(work.format) and work.dtype in nvrtc.HALF
         return known and not work.rows % (2 if work.use.act else 1)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        plan, run = self.module.parse(name), self.run
-        return lambda context, x, w, fused: run(plan, context, x, w, fused)
+        plan = ring.parse(name)
+        return lambda context, x, w, fused: ring.run_fp8(
+            plan, context.maps, context.sums, context.sms, x, w, *fused.all()
+        )
 
 
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -227,18 +223,6 @@ def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, 
 
 def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return ring.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
-
-
-def run_sliced(plan: ring8.Ring8Plan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
-    return sliced.run(plan, context.maps, context.sms, x, w, *fused.all())
-
-
-def run_ring_fp8(plan: ring.RingPlan, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
-    return ring.run_fp8(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
-
-
-def run_ring8(plan: ring8.Ring8Plan, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
-    return ring8.run(plan, context.maps, context.sms, x, w, *fused.all())
 
 
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -255,15 +239,13 @@ FAMILIES: dict[str, Family] = {
     "stream": Dense("stream", stream, True, run_stream),
     "wide": Dense("wide", stream, False, run_stream),
     "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
-    sliced.KIND: Dense(sliced.KIND, sliced, True, run_sliced, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     **{kind: Streamed(kind) for kind in stream_packed.CODES},
-    ring.FLOAT8: Float8(ring.FLOAT8, ring, run_ring_fp8),
-    ring8.KIND: Float8(ring8.KIND, ring8, run_ring8),
+    ring.FLOAT8: Float8(),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
-OWN = ("stream", "wide", "ring", "sliced", "flat")  # flat products of ours, the paper's ImplB
+OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
 
 
 def family(name: str) -> Family:
@@ -290,11 +272,13 @@ def legal(name: str, work: Work) -> bool:
 def rule(work: Work, sms: int) -> str:
     """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
     if is_format(work.format):
-        few = stream_packed.kind_of(work.format) if work.tokens <= MOST_STREAMED else ""
-        ours = [FAMILIES[kind].candidates(work, sms) for kind in (few, ring8.KIND) if kind]
-        first = next(chain.from_iterable(ours), None)
-        if first is not None:
-            return first
+        few = stream_packed.kind_of(work.format)
+        if work.tokens > (MOST_STREAMED if quantize.takes(work.format) else stream_packed.MOST_TOKENS):
+            few = ""
+        first = next(FAMILIES[few].candidates(work, sms), None) if few else None
+        plan = first or str(ring.rule_fp8(work.tokens))
+        if legal(plan, work):
+            return plan
         return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
     if work.format != "dense":
         raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
@@ -354,7 +338,7 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    ours = [here / f"{name}.py" for name in ("norm", "ring", "ring8", "sliced", "stream", "stream_packed", "decode")]
+    ours = [here / f"{name}.py" for name in ("norm", "quantize", "ring", "stream", "stream_packed", "decode")]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])
     digest = hashlib.sha256(torch.__version__.encode())

@@ -123,6 +123,11 @@ def rule(tokens: int, rows: int, cols: int, sms: int) -> RingPlan | None:
     return plan if legal(plan, tokens, rows, cols) and not (few and tokens > 16) else None
 
 
+def rule_fp8(tokens: int) -> RingPlan:
+    """The same for float8 by float8, legal or not."""
+    return RingPlan(10 if tokens <= 16 else 5, 1, kind=FLOAT8)
+
+
 class Maps:
     """Tensor maps of weight matrices, made once for each."""
 

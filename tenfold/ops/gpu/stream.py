@@ -9,7 +9,7 @@ as the oracle, and `wide` refuses, for x * weight might overflow).
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 class StreamPlan:
     """How one linear operation runs. kind: "stream", "wide", or "stream4" and "stream8" (see `stream_packed`);
     warps of a block; chunks: pieces of 32 columns (128 of packed weights) under way; blocks of a multiprocessor;
-    height: 16-row pieces of a tile; slices of the columns (both 1 but with wide); ahead: steps asked into the L2 cache
-    before the kernel in front has ended (not with wide).
+    height: 16-row pieces of a tile; slices of the columns (both 1 but with wide).
     """
 
     kind: str
@@ -39,24 +38,18 @@ class StreamPlan:
     blocks: int
     height: int = 1
     slices: int = 1
-    ahead: int = 0
 
     def __str__(self) -> str:
         name = f"{self.kind}:{self.warps}x{self.chunks}x{self.blocks}"
-        if self.kind == "wide":
-            return f"{name}x{self.height}:s{self.slices}"
-        return f"{name}:a{self.ahead}" if self.ahead else name
+        return f"{name}x{self.height}:s{self.slices}" if self.kind == "wide" else name
 
 
 def parse(name: str) -> StreamPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"stream:(\d+)x(\d+)x(\d+)(?::a(\d+))?|wide:(\d+)x(\d+)x(\d+)x(\d+):s(\d+)", name)
+    found = re.fullmatch(r"stream:(\d+)x(\d+)x(\d+)|wide:(\d+)x(\d+)x(\d+)x(\d+):s(\d+)", name)
     if not found:
-        raise ValueError(f"{name!r} is no streaming plan; allowed: stream:WxCxB, stream:WxCxB:aN or wide:WxCxBxH:sS.")
-    warps, chunks, blocks, ahead, *sliced = (int(n or 0) for n in found.groups())
-    if name.startswith("stream"):
-        return StreamPlan("stream", warps, chunks, blocks, ahead=ahead)
-    return StreamPlan("wide", *sliced)
+        raise ValueError(f"{name!r} is no streaming plan; allowed: stream:WxCxB or wide:WxCxBxH:sS.")
+    return StreamPlan(name.partition(":")[0], *(int(n) for n in found.groups() if n))
 
 
 def token_tiles(tokens: int) -> int:
@@ -96,7 +89,6 @@ def candidates(tokens: int, rows: int, cols: int) -> Iterator[StreamPlan]:
     """Plans worth timing."""
     nt = token_tiles(tokens)
     plans = [StreamPlan("stream", *sizes) for sizes in ((16, 4, 1), (8, 4, 2), (8, 4, 1), (16, 2, 1))]
-    plans += [replace(plan, ahead=ahead) for plan in plans[:2] for ahead in (1, 3)]
     heights = (1,) if nt < 2 else (1, 2) if nt < 8 else (2, 1)
     for slices in (1, 2, 3, 4, 6, 8):
         for height in heights:
@@ -163,7 +155,7 @@ def run(
     tiles = -(-(rows // 2) // 8) if gate else -(-rows // 16)
     slots = sms * plan.blocks
     if plan.kind == "stream":
-        kernel = nvrtc.load("stream.cu", "stream", (*defines, ("BITS", 16), ("AHEAD", plan.ahead)))
+        kernel = nvrtc.load("stream.cu", "stream", (*defines, ("BITS", 16)))
         arguments = [x, w, None, None, out, bias, residual, weight, eps, tokens, rows, cols]
         blocks = min(tiles, slots)
     else:

@@ -7,7 +7,6 @@ their 16 bits. Fuses what `stream` fuses.
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,18 +24,20 @@ WHOLE_ROW = 1 << 30  # GROUP where a row has one scale
 SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Warps, chunks, blocks. 4 bits: H100, 2026-11-28.
 SIZES = {
-    "stream4": ((8, 4, 2), (16, 1, 2), (16, 2, 1), (8, 4, 1), (8, 2, 2), (8, 2, 3), (4, 4, 3)),
-    "stream8": ((8, 2, 2), (16, 1, 2), (16, 2, 1), (8, 4, 1), (16, 1, 1), (4, 4, 2)),
+    "stream4": ((8, 4, 2), (16, 1, 2), (8, 4, 1), (8, 2, 2), (8, 2, 3), (4, 4, 3)),
+    "stream8": ((8, 4, 1), (16, 1, 2), (8, 2, 2), (16, 1, 1), (4, 4, 2)),
 }
+MANY = (16, 2, 1)  # the same for more than FEW tokens (H100, 2026-11-28)
+FEW = 2
 
 
 def parse(name: str) -> StreamPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(rf"({'|'.join(CODES)}):(\d+)x(\d+)x(\d+)(?::a(\d+))?", name)
+    found = re.fullmatch(rf"({'|'.join(CODES)}):(\d+)x(\d+)x(\d+)", name)
     if not found:
-        raise ValueError(f"{name!r} is no plan that streams codes; allowed: stream4:WxCxB or stream8:WxCxB, and :aN.")
-    kind, warps, chunks, blocks, ahead = found.groups()
-    return StreamPlan(kind, int(warps), int(chunks), int(blocks), ahead=int(ahead or 0))
+        raise ValueError(f"{name!r} is no plan that streams codes; allowed: stream4:WxCxB or stream8:WxCxB.")
+    kind, *sizes = found.groups()
+    return StreamPlan(kind, *map(int, sizes))
 
 
 def kind_of(format: str) -> str:
@@ -61,8 +62,8 @@ def candidates(kind: str, tokens: int, rows: int, cols: int) -> Iterator[StreamP
     first, second, *others = SIZES[kind]
     if cols % (first[0] * first[1] * CHUNK):
         first, second = second, first
-    plans = [StreamPlan(kind, *sizes) for sizes in (first, second, *others)]
-    plans += [replace(plan, ahead=ahead) for plan in plans[:2] for ahead in (1, 4)]
+    sizes = [MANY, first, second, *others] if tokens > FEW else [first, second, MANY, *others]
+    plans = [StreamPlan(kind, *one) for one in dict.fromkeys(sizes)]
     for plan in plans:
         if legal(plan, tokens, rows, cols):
             yield plan
@@ -102,7 +103,6 @@ def defines(
     """Macros of the kernel."""
     return (
         ("BITS", format.bits),
-        ("AHEAD", plan.ahead),
         ("E4M3", int(format.kind == "fp8")),
         ("GROUP", format.group or WHOLE_ROW),
         ("SCALES", SCALES[scales]),

@@ -4,6 +4,8 @@ and what is fused.
 How far a result may lie away is `tests/rounding.py`; float8 tokens are compared as they were rounded.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,6 @@ from tests.rounding import excess
 
 quantize = pytest.importorskip("tenfold.ops.gpu.quantize")
 ring = pytest.importorskip("tenfold.ops.gpu.ring")
-ring8 = pytest.importorskip("tenfold.ops.gpu.ring8")
-sliced = pytest.importorskip("tenfold.ops.gpu.sliced")
 stream_packed = pytest.importorskip("tenfold.ops.gpu.stream_packed")
 
 pytestmark = [
@@ -61,24 +61,13 @@ def test_streamed(format: str, count: int, rows: int, cols: int, dtype: torch.dt
 @pytest.mark.parametrize("format", FLOAT8)
 @pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 1040), (9, 72, 400), (32, 512, 4096), (61, 1000, 1152)])
 def test_float8_by_float8(format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
-    w, x, maps = matrix(format, rows, cols), tokens(count, cols, dtype), ring8.Maps()
+    w, x, maps = matrix(format, rows, cols), tokens(count, cols, dtype), ring.Maps()
     codes, scales = quantize.quantize(x)
     rounded = codes.double() * scales.double()[:, None]
     workspace = ring.Workspace(torch.device("cuda"))
-    results = {plan: ring8.run(plan, maps, SMS, x, w) for plan in ring8.candidates(count, rows, cols, SMS)}
     for plan in ring.candidates(count, rows, cols, SMS, ring.FLOAT8):
-        results[plan] = ring.run_fp8(plan, maps, workspace, SMS, x, w)
-    assert {plan.kind for plan in results} == {ring8.KIND, ring.FLOAT8}
-    for plan, got in results.items():
+        got = ring.run_fp8(plan, maps, workspace, SMS, x, w)
         assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, plan
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("count", "rows", "cols"), [(9, 72, 200), (17, 1000, 520), (32, 512, 4096), (61, 1000, 1152)])
-def test_sliced(count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
-    w, x, maps = tokens(rows, cols, dtype), tokens(count, cols, dtype), ring8.Maps()
-    for plan in sliced.candidates(count, rows, cols, SMS):
-        assert excess(sliced.run(plan, maps, SMS, x, w), x, w, dtype) <= 1, plan
 
 
 @pytest.mark.parametrize(("format", "count"), [("int8g128z", 3), ("fp8", 16), ("int4", 8), ("fp8a8", 40)])
@@ -98,8 +87,8 @@ def test_what_is_fused(format: str, count: int, fused: str, dtype: torch.dtype) 
         codes, scales = quantize.quantize(x, norm)
         assert ((codes.double() * scales.double()[:, None] - read).abs() <= read.abs().amax(1)[:, None] / 28).all()
         read = codes.double() * scales.double()[:, None]
-        plan = next(ring8.candidates(count, rows, cols, SMS))
-        got = ring8.run(plan, ring8.Maps(), SMS, x, w, bias, norm, act, residual)
+        plan, workspace = ring.rule_fp8(count), ring.Workspace(torch.device("cuda"))
+        got = ring.run_fp8(plan, ring.Maps(), workspace, SMS, x, w, bias, norm, act, residual)
     else:
         plan = next(stream_packed.candidates(stream_packed.kind_of(format), count, rows, cols))
         got = stream_packed.run(plan, SMS, x, w, bias, norm, act, residual)
@@ -129,12 +118,15 @@ def test_bits_repeat_in_a_graph_whose_products_follow_each_other(format: str, co
         matrix(format, 1024, 1024),
         matrix(format, 1024, 1024),
         tokens(count, 1024, TYPES[0]),
-        ring8.Maps(),
+        ring.Maps(),
     )
+
+    workspace = ring.Workspace(torch.device("cuda"))
 
     def product(x: Tensor, w: Matrix) -> Tensor:
         if count > stream_packed.MOST_TOKENS:
-            return ring8.run(next(ring8.candidates(count, 1024, 1024, SMS)), maps, SMS, x, w)  # type: ignore[no-any-return]
+            plan = replace(ring.rule_fp8(count), splits=0)
+            return ring.run_fp8(plan, maps, workspace, SMS, x, w)  # type: ignore[no-any-return]
         plan = next(stream_packed.candidates(stream_packed.kind_of(format), count, 1024, 1024))
         return stream_packed.run(plan, SMS, x, w)  # type: ignore[no-any-return]
 

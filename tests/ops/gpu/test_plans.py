@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, prefill, ring, ring8, sliced, stream, stream_packed
+from tenfold.ops.gpu import decode, graphs, prefill, ring, stream, stream_packed
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -16,7 +16,7 @@ COLS = st.integers(1, 512).map(lambda n: 32 * n)
 
 @given(TOKENS, ROWS, COLS)
 def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int, cols: int) -> None:
-    for module in (stream, ring, ring8, sliced):
+    for module in (stream, ring):
         for plan in module.candidates(tokens, rows, cols, *(() if module is stream else (SMS,))):
             assert module.legal(plan, tokens, rows, cols)
             assert module.parse(str(plan)) == plan
@@ -41,7 +41,7 @@ def test_the_rule_of_streams_is_legal_and_sums_fit(tokens: int, rows: int, cols:
         *((stream, "stream:16x4"), (stream, "flat:1x2x3"), (ring, "ring:6x1x64:other"), (ring, "ring:6x1")),
         (stream_packed, "stream:1x2x3"),
         (stream_packed, "stream8:1x2"),
-        *((ring8, "ring8:4x3"), (ring8, "ring:4x1x64"), (sliced, "ring8:4x2"), (sliced, "sliced:4x3")),
+        (ring, "ring-fp8:6x1"),
     ],
 )
 def test_names_of_other_plans_are_refused(module: object, name: str) -> None:

@@ -11,14 +11,14 @@ from tenfold.ops.gpu import nvrtc
 pytest.importorskip("cuda.bindings.nvrtc")
 
 COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
-FOUR = {"BITS": 4, "AHEAD": 0, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
-EIGHT = {"BITS": 8, "AHEAD": 4, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
+FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
+EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
 RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "NORM": 0, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
-    ("stream.cu", COMMON | {"NT": 1, "BITS": 16, "AHEAD": 3}),
+    ("stream.cu", COMMON | {"NT": 1, "BITS": 16}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1, "GATE": 1} | FOUR),
     ("stream.cu", COMMON | {"NT": 1} | EIGHT | {"ZEROS": 1}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"GROUP": 1 << 30}),
@@ -28,9 +28,6 @@ SOURCES = [
     ("ring.cu", RING | {"N": 8, "HELD": 1, "HALF": 0, "NORM": 1}),
     ("ring.cu", RING | {"N": 64, "HELD": 0, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HELD": 0, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),
-    ("ring8.cu", {"BITS": 8, "HALF": 0, "GATE": 1, "N": 64, "STAGES": 6, "SLICES": 4, "GROUPED": 0}),
-    ("ring8.cu", {"BITS": 8, "HALF": 1, "GATE": 0, "N": 16, "STAGES": 4, "SLICES": 1, "GROUPED": 1}),
-    ("ring8.cu", {"BITS": 16, "HALF": 1, "GATE": 2, "N": 32, "STAGES": 4, "SLICES": 8, "GROUPED": 0}),
     ("quantize.cu", {"HALF": 0, "NORM": 1, "VECTORS": 7}),
     ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),

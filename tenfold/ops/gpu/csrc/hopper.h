@@ -35,32 +35,3 @@ __device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, 
 __device__ __forceinline__ u64 operand(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
-
-// The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ u32 there(u32 address, int rank) {
-    u32 other;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(address), "r"(rank));
-    return other;
-}
-
-// An arrival in another block, after all that this block's threads wrote before their last barrier.
-__device__ __forceinline__ void arrive_there(u32 barrier, int rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" :: "r"(there(barrier, rank)) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_cluster(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}"
-        :: "r"(barrier), "r"(parity) : "memory");
-}
-
-// All threads of a cluster that have not ended.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-__device__ __forceinline__ float4 load_there(u32 address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-    return v;
-}

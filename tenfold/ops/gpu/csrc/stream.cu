@@ -14,8 +14,7 @@
 // are gate then up and y = act(gate) * up · BITS of a weight: 16, or 8 or 4 in the layouts of ops/formats.py with GROUP
 // columns (a multiple of 128) to a scale, SCALES their type (0 bfloat16, 1 float16, 2 float32), ZEROS 1 where groups have
 // zeros, and E4M3 1 where 8 bits are a float8. Codes become exact numbers in registers; a group's sum is scaled in
-// float32, a whole row's after its last column. AHEAD steps of a block, after its first, are asked into the L2 cache
-// while it waits for the kernel before: registers hold one step only.
+// float32, a whole row's after its last column.
 
 #include "fragments.h"
 
@@ -190,19 +189,6 @@ __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS], const Weights
             buffer[i].zero_first = buffer[i].zero_second = pack(BASE, BASE);
 #endif
         }
-    }
-}
-
-// Asks for the AHEAD steps that follow a block's first, a row of a step by each thread.
-__device__ __forceinline__ void look_ahead(const Weights &w, const Shape &s, int steps) {
-    const int bytes = WARPS * CHUNKS * LOADS * 64, row_bytes = s.cols * BITS / 8, r = threadIdx.x % 16;
-    for (int i = threadIdx.x / 16; i < AHEAD; i += THREADS / 16) {
-        const int tile = blockIdx.x + (i + 1) / steps * gridDim.x, begin = (i + 1) % steps * bytes;
-        if (tile >= s.tiles) continue;
-        int first, second;
-        tile_rows(s, tile, r & 7, first, second);
-        const char *p = (const char *)w.codes + (size_t)(r < 8 ? first : second) * row_bytes + begin;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(min(bytes, row_bytes - begin)) : "memory");
     }
 }
 
@@ -430,7 +416,6 @@ stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros,
     for (int n = 0; n < NT; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;
     int tile = blockIdx.x, step = 0, turn = 0;
     if (tile < s.tiles) load_step(even, w, s, tile, 0);
-    if (AHEAD) look_ahead(w, s, steps);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     stage(xs, partial + WARPS * NT * 128, scales, x, norm, eps, s);
 
