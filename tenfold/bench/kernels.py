@@ -28,7 +28,7 @@ from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
 PARTS = ("linear", "attention", "prefill")
-FAMILIES = ("stream", "wide", "ring", "flat", "gemv", "cublas")
+FAMILIES = ("stream", "ring", "flat", "gemv", "cublas")
 Row = dict[str, Any]
 
 

@@ -14,7 +14,7 @@ from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops.formats import is_format
-from tenfold.ops.gpu.arms import Use, Work
+from tenfold.ops.gpu.arms import HEAD, Use, Work
 from tenfold.ops.kernels import AttentionSpec, Kernels, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
@@ -59,6 +59,10 @@ class Tracing(Separate):
         use = Use(norm is not None, act, residual is not None)
         self.calls.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
         return torch.zeros(len(x), w.rows // 2 if act else w.rows)
+
+    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+        self.calls.append(Work(w.rows, w.cols, w.format, HEAD, len(x), self.dtype))
+        return torch.zeros(len(x), w.rows)
 
     def attention(self, qkv: Tensor, *arguments: Any) -> Tensor:
         spec = next(a for a in arguments if isinstance(a, AttentionSpec))

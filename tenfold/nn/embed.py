@@ -29,5 +29,5 @@ class Head:
         self.softcap = softcap
 
     def __call__(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        logits = self.kernels.linear(x, self.weight, norm=norm.spec).float()
+        logits = self.kernels.logits(x, self.weight, norm.spec)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits

@@ -139,6 +139,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+        """`linear` of a model's head, in float32 [T, rows]; better not rounded to the compute type before."""
+        ...
+
     def rope_write(
         self,
         qkv: Tensor,
@@ -209,6 +213,9 @@ class Separate:
     @property
     def recomputed(self) -> int:
         return 0
+
+    def logits(self: Any, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+        return self.linear(x, w, norm=norm).float()
 
     def graph(self) -> Replay:
         return run

@@ -32,15 +32,27 @@ MOST_STREAMED = 8  # tokens up to which the rule takes our own kernels (H100, 20
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a model uses a matrix: whether it norms before, its gate, whether it adds a residual after."""
+    """How a model uses a matrix: whether it norms before, its gate, whether it adds a residual after, and whether the
+    result is wanted in float32 (logits).
+    """
 
     norm: bool = False
     act: str | None = None
     residual: bool = False
+    float32: bool = False
 
     def __str__(self) -> str:
-        parts = ("norm" if self.norm else None, self.act, "residual" if self.residual else None)
+        parts = (
+            "norm" if self.norm else None,
+            self.act,
+            "residual" if self.residual else None,
+            "float32" if self.float32 else None,
+        )
         return "+".join(["linear", *filter(None, parts)])
+
+
+HEAD = Use(norm=True, float32=True)
+LOGITS = len(ACTS) * 4  # of `Matrix.arms`, behind the uses that `Arms.__call__` numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +74,17 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """What goes with x and w: the last arguments of every `run`."""
+    """What goes with x and w: the last arguments of every `run`. float32: the result had better be of that type, which
+    not every arm can make.
+    """
 
     bias: Tensor | None = None
     norm: Norm | None = None
     act: str | None = None
     residual: Tensor | None = None
+    float32: bool = False
 
-    def all(self) -> tuple[Any, ...]:
+    def all(self) -> tuple[Tensor | None, Norm | None, str | None, Tensor | None]:
         return self.bias, self.norm, self.act, self.residual
 
 
@@ -112,7 +127,7 @@ class Library:
         def run(context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
             if fused.norm is not None:
                 x, fused = norms.run(x, fused.norm), replace(fused, norm=None)
-            return dense.linear(x, w.data[0], *fused.all())
+            return dense.linear(x, w.data[0], *fused.all(), float32=fused.float32)
 
         return run
 
@@ -192,7 +207,9 @@ class Streamed:
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         plan = stream_packed.parse(name)
-        return lambda context, x, w, fused: stream_packed.run(plan, context.sms, x, w, *fused.all())
+        return lambda context, x, w, fused: stream_packed.run(
+            plan, context.sms, x, w, *fused.all(), float32=fused.float32
+        )
 
 
 class Float8:
@@ -218,11 +235,11 @@ class Float8:
 
 
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
-    return stream.run(plan, context.sums, context.sms, x, w, *fused.all())
+    return stream.run(plan, context.sms, x, w, *fused.all(), float32=fused.float32)
 
 
 def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
-    return ring.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
+    return ring.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32)
 
 
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -237,7 +254,6 @@ PACKED = Lowbit()
 FAMILIES: dict[str, Family] = {
     "cublas": Library(),
     "stream": Dense("stream", stream, True, run_stream),
-    "wide": Dense("wide", stream, False, run_stream),
     "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
@@ -245,7 +261,7 @@ FAMILIES: dict[str, Family] = {
     ring.FLOAT8: Float8(),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
-OWN = ("stream", "wide", "ring", "flat")  # flat products of ours, the paper's ImplB
+OWN = ("stream", "ring", "flat")  # flat products of ours, the paper's ImplB
 
 
 def family(name: str) -> Family:
@@ -287,11 +303,10 @@ def rule(work: Work, sms: int) -> str:
 
 def own(work: Work, sms: int) -> Iterator[Any]:
     """The rules of our kernels for dense weights, the best first; where none is legal the library does the work."""
-    sizes = (work.tokens, work.rows, work.cols, sms)
-    if 0 < work.tokens <= MOST_STREAMED:
-        yield stream.rule(*sizes)
-    if MOST_STREAMED < work.tokens <= ring.MOST_TOKENS:
-        yield ring.rule(*sizes)
+    sizes = (work.tokens, work.rows, work.cols)
+    if work.tokens <= MOST_STREAMED:
+        yield next(stream.candidates(*sizes), None)
+    yield ring.rule(*sizes, sms)
 
 
 def bucket(tokens: int) -> int:
@@ -386,6 +401,14 @@ class Arms:
             )
             run = w.arms[at] = self.pick(work)
         return run(self.context, x, w, Fused(bias, norm, act, residual))
+
+    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+        """As `Kernels.logits`."""
+        at = x.shape[0] * 16 + LOGITS
+        run = w.arms.get(at)
+        if run is None:
+            run = w.arms[at] = self.pick(Work(w.rows, w.cols, w.format, HEAD, x.shape[0], self.dtype))
+        return run(self.context, x, w, Fused(None, norm, float32=True)).float()
 
     def pick(self, work: Work) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         self.seen[replace(work, tokens=1)] = None

@@ -76,6 +76,9 @@ class Gpu(Oracle):
     ) -> Tensor:
         return self.arms(x, w, bias, norm, act, residual)
 
+    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+        return self.arms.logits(x, w, norm)
+
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
         return elementwise.embed(ids, self.dense(table), scale)
 

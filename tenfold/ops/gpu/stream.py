@@ -1,10 +1,9 @@
-"""Linear operations of a few tokens at the speed of reading the weights: csrc/stream.cu and csrc/wide.cu.
+"""Linear operations of a few tokens at the speed of reading the weights: csrc/stream.cu.
 
-`stream` holds all of x in shared memory (up to 16 tokens), `wide` a slice of its columns (up to 64). Both take weights
-as Hugging Face stores them, [rows, cols] bfloat16 or float16, read each once, and fuse the RMS norm before, and bias,
-gate and residual after. Results repeat bit for bit. With a norm, x * weight is rounded and the sum scaled by the
-inverse root mean square, where the oracle rounds the product of all three; both round once (`stream` in float16 does
-as the oracle, and `wide` refuses, for x * weight might overflow).
+All of x, up to 16 tokens, lies in shared memory. Weights are taken as Hugging Face stores them, [rows, cols] bfloat16
+or float16, and read once; the RMS norm before, and bias, gate and residual after are fused. Results repeat bit for bit.
+With a norm in bfloat16, x * weight is rounded and the sum scaled by the inverse root mean square, where the oracle
+rounds the product of all three; both round once.
 """
 
 import re
@@ -17,7 +16,7 @@ from torch import Tensor
 from tenfold.ops.gpu import nvrtc
 from tenfold.ops.kernels import Norm
 
-MOST_TOKENS = {"stream": 16, "wide": 64}
+MOST_TOKENS = 16
 SHARED = 227 << 10  # bytes of shared memory a block may use on Hopper
 SHARED_SM = 228 << 10  # of a multiprocessor; a block also costs 1 KiB
 WORKSPACE = 64 << 20  # bytes for partial sums
@@ -27,94 +26,52 @@ GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """How one linear operation runs. kind: "stream", "wide", or "stream4" and "stream8" (see `stream_packed`);
-    warps of a block; chunks: pieces of 32 columns (128 of packed weights) under way; blocks of a multiprocessor;
-    height: 16-row pieces of a tile; slices of the columns (both 1 but with wide).
+    """How a linear operation runs. kind: "stream", or "stream4" and "stream8" (see `stream_packed`); warps of a block;
+    chunks: pieces of 32 columns (128 of packed weights) under way; blocks of a multiprocessor.
     """
 
     kind: str
     warps: int
     chunks: int
     blocks: int
-    height: int = 1
-    slices: int = 1
 
     def __str__(self) -> str:
-        name = f"{self.kind}:{self.warps}x{self.chunks}x{self.blocks}"
-        return f"{name}x{self.height}:s{self.slices}" if self.kind == "wide" else name
+        return f"{self.kind}:{self.warps}x{self.chunks}x{self.blocks}"
 
 
 def parse(name: str) -> StreamPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"stream:(\d+)x(\d+)x(\d+)|wide:(\d+)x(\d+)x(\d+)x(\d+):s(\d+)", name)
+    found = re.fullmatch(r"stream:(\d+)x(\d+)x(\d+)", name)
     if not found:
-        raise ValueError(f"{name!r} is no streaming plan; allowed: stream:WxCxB or wide:WxCxBxH:sS.")
-    return StreamPlan(name.partition(":")[0], *(int(n) for n in found.groups() if n))
+        raise ValueError(f"{name!r} is no streaming plan; allowed: stream:WxCxB.")
+    return StreamPlan("stream", *map(int, found.groups()))
 
 
 def token_tiles(tokens: int) -> int:
-    """Tiles of 8 tokens the kernel is compiled for: 1, 2, 4 or 8."""
-    return 1 << max(0, (tokens - 1) // 8).bit_length()
+    """Tiles of 8 tokens the kernel is compiled for: 1 or 2."""
+    return -(-tokens // 8)
 
 
 def shared_bytes(plan: StreamPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
-    pieces = -(-(cols // 32) // plan.slices)
-    x = tokens * (pieces | 1) * 64
     nt = token_tiles(tokens)
-    return x + (0 if plan.kind == "wide" else 2 * plan.warps * nt * 512 + nt * 32)
-
-
-def workspace_bytes(plan: StreamPlan, tokens: int, rows: int) -> int:
-    """Global memory for partial sums; 0 where the columns are not sliced."""
-    nt = token_tiles(tokens)
-    if plan.kind == "stream":
-        return 0
-    tiles = -(-rows // (16 * plan.height))
-    partial = tiles * plan.slices * plan.height * nt * 512 if plan.slices > 1 else 0
-    return partial + plan.slices * nt * 32 + 256
+    return tokens * (cols // 32 | 1) * 64 + 2 * plan.warps * nt * 512 + nt * 32
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
-    """Whether the plan can run a product of these sizes (`wide` with a norm only in bfloat16)."""
-    if not 1 <= tokens <= MOST_TOKENS[plan.kind] or cols % 32 or cols // 32 < plan.slices:
+    """Whether the plan can run a product of these sizes."""
+    if not 1 <= tokens <= MOST_TOKENS or cols % 32:
         return False
     shared = shared_bytes(plan, tokens, cols)
-    if shared > SHARED or (shared + 1024) * plan.blocks > SHARED_SM:
-        return False
-    return workspace_bytes(plan, tokens, rows) <= WORKSPACE and -(-rows // 16) <= MOST_TILES
+    return shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM
 
 
 def candidates(tokens: int, rows: int, cols: int) -> Iterator[StreamPlan]:
-    """Plans worth timing."""
-    nt = token_tiles(tokens)
-    plans = [StreamPlan("stream", *sizes) for sizes in ((16, 4, 1), (8, 4, 2), (8, 4, 1), (16, 2, 1))]
-    heights = (1,) if nt < 2 else (1, 2) if nt < 8 else (2, 1)
-    for slices in (1, 2, 3, 4, 6, 8):
-        for height in heights:
-            plans += [StreamPlan("wide", 8, 4 if height == 1 else 2, 1, height, slices)]
-            if nt <= 2 and height == 1:
-                plans += [StreamPlan("wide", 16, 2, 1, 1, slices), StreamPlan("wide", 8, 4, 2, 1, slices)]
-    for plan in plans:
+    """Plans worth timing, the rule's first (H100, 2026-11-28)."""
+    for sizes in ((16, 4, 1), (8, 4, 2), (8, 4, 1), (16, 2, 1)):
+        plan = StreamPlan("stream", *sizes)
         if legal(plan, tokens, rows, cols):
             yield plan
-
-
-def rule(tokens: int, rows: int, cols: int, sms: int) -> StreamPlan | None:
-    """The plan where nothing was measured (H100, 2026-11-28): all of x in shared memory for up to 8 tokens, else the
-    fewest slices that keep every warp busy. None: no plan is legal or worth it.
-    """
-    plan = StreamPlan("stream", 16, 4, 1)
-    if tokens <= 8 and legal(plan, tokens, rows, cols):
-        return plan
-    height = 2 if tokens > 16 else 1
-    warps = 8 * sms
-    for slices in (1, 2, 3, 4, 6, 8):
-        plan = StreamPlan("wide", 8, 4 if height == 1 else 2, 1, height, slices)
-        busy = -(-rows // (16 * height)) * slices >= 0.9 * warps
-        if (busy or slices == 8) and legal(plan, tokens, rows, cols):
-            return plan
-    return None
 
 
 class Workspace:
@@ -127,7 +84,6 @@ class Workspace:
 
 def run(
     plan: StreamPlan,
-    workspace: Workspace,
     sms: int,
     x: Tensor,
     w: Tensor,
@@ -135,34 +91,35 @@ def run(
     norm: Norm | None = None,
     act: str | None = None,
     residual: Tensor | None = None,
+    float32: bool = False,
 ) -> Tensor:
-    """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal."""
+    """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal. float32: the result's type."""
     tokens, cols = x.shape
     rows = w.shape[0]
     gate = GATES[act]
-    out = x.new_empty(tokens, rows // 2 if gate else rows)
-    defines = [
-        ("HALF", nvrtc.HALF[x.dtype]),
-        ("NT", token_tiles(tokens)),
-        ("WARPS", plan.warps),
-        ("CHUNKS", plan.chunks),
-        ("BLOCKS", plan.blocks),
-        ("NORM", int(norm is not None)),
-        ("GATE", gate),
-    ]
+    out = x.new_empty(tokens, rows // 2 if gate else rows, dtype=torch.float32 if float32 else x.dtype)
+    kernel = nvrtc.load(
+        "stream.cu",
+        "stream",
+        (
+            ("BITS", 16),
+            ("HALF", nvrtc.HALF[x.dtype]),
+            ("FLOAT32", int(float32)),
+            ("NT", token_tiles(tokens)),
+            ("WARPS", plan.warps),
+            ("CHUNKS", plan.chunks),
+            ("BLOCKS", plan.blocks),
+            ("NORM", int(norm is not None)),
+            ("GATE", gate),
+        ),
+    )
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-    shared = shared_bytes(plan, tokens, cols)
     tiles = -(-(rows // 2) // 8) if gate else -(-rows // 16)
-    slots = sms * plan.blocks
-    if plan.kind == "stream":
-        kernel = nvrtc.load("stream.cu", "stream", (*defines, ("BITS", 16)))
-        arguments = [x, w, None, None, out, bias, residual, weight, eps, tokens, rows, cols]
-        blocks = min(tiles, slots)
-    else:
-        kernel = nvrtc.load("wide.cu", "wide", (*defines, ("ROWS", plan.height)))
-        arguments = [x, w, out, bias, residual, weight, workspace.sums, workspace.counters]
-        arguments += [eps, tokens, rows, cols, plan.slices]
-        groups = min(slots // plan.slices, -(-tiles // (plan.height * plan.warps)))
-        blocks = groups * plan.slices
-    kernel((blocks, 1, 1), plan.warps * 32, shared, arguments, dependent=True)
+    kernel(
+        (min(tiles, sms * plan.blocks), 1, 1),
+        plan.warps * 32,
+        shared_bytes(plan, tokens, cols),
+        [x, w, None, None, out, bias, residual, weight, eps, tokens, rows, cols],
+        dependent=True,
+    )
     return out

@@ -78,13 +78,17 @@ def run(
     norm: Norm | None = None,
     act: str | None = None,
     residual: Tensor | None = None,
+    float32: bool = False,
 ) -> Tensor:
-    """As `Kernels.linear` with a matrix whose format the plan's kind reads; the plan must be legal."""
+    """As `Kernels.linear` with a matrix whose format the plan's kind reads; the plan must be legal. float32: the
+    result's type.
+    """
     tokens, cols = x.shape
     gate = GATES[act]
     format, packed = format_of(w.format), packed_of(w)
-    out = x.new_empty(tokens, w.rows // 2 if gate else w.rows)
-    kernel = nvrtc.load("stream.cu", "stream", defines(plan, format, packed.scales.dtype, x, norm is not None, gate))
+    out = x.new_empty(tokens, w.rows // 2 if gate else w.rows, dtype=torch.float32 if float32 else x.dtype)
+    macros = defines(plan, format, packed.scales.dtype, x, norm is not None, gate)
+    kernel = nvrtc.load("stream.cu", "stream", (*macros, ("FLOAT32", int(float32))))
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
     tiles = -(-(w.rows // 2) // 8) if gate else -(-w.rows // 16)
     kernel(

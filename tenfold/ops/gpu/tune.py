@@ -129,7 +129,7 @@ def inputs(work: Work, device: torch.device) -> tuple[torch.Tensor, Fused]:
     outputs = work.rows // 2 if use.act else work.rows
     norm = Norm(normal(work.cols, dtype=torch.float32) * 0.1 + 1, 1e-5) if use.norm else None
     residual = normal(work.tokens, outputs, dtype=work.dtype) if use.residual else None
-    return normal(work.tokens, work.cols, dtype=work.dtype), Fused(None, norm, use.act, residual)
+    return normal(work.tokens, work.cols, dtype=work.dtype), Fused(None, norm, use.act, residual, use.float32)
 
 
 def weights(work: Work, timer: Timer, device: torch.device) -> list[Matrix]:

@@ -120,7 +120,7 @@ def test_candidates_are_legal_and_hold_the_rule_and_the_library(tokens: int) -> 
 def test_norms_that_might_overflow_in_float16_are_no_candidates() -> None:
     for tokens in (1, 32):
         found = arms.candidates(Work(6144, 4096, "dense", Use(norm=True), tokens, torch.float16), SMS)
-        assert not {name.partition(":")[0] for name in found} & {"wide", "flat"}
+        assert not {name.partition(":")[0] for name in found} & {"flat"}
 
 
 @pytest.mark.parametrize("name", ["gone:1x2", "stream:axb", "flat:1", "", "cublas:2"])
@@ -327,5 +327,5 @@ def test_a_wrong_result_is_told_from_a_rounded_one() -> None:
 
 
 def test_plans_that_share_a_kernel_are_compiled_once() -> None:
-    names = ["flat:64x128x4:s1", "flat:64x128x4:s2", "flat:64x128x4:s16", "wide:8x4x1x1:s3", "fused:64x64x16:s2:w4:n3"]
+    names = ["flat:64x128x4:s1", "flat:64x128x4:s2", "flat:64x128x4:s16", "stream:8x4x1", "fused:64x64x16:s2:w4:n3"]
     assert len({timing.kernel(name) for name in names}) == 4

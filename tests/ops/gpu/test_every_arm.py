@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.timeout(600),  # a kernel compiles in a second, and there are hundreds
 ]
 
-USES = [arms.Use(), arms.Use(norm=True), arms.Use(norm=True, act="silu"), arms.Use(residual=True)]
+USES = [arms.Use(), arms.Use(norm=True), arms.Use(norm=True, act="silu"), arms.Use(residual=True), arms.HEAD]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -27,12 +27,13 @@ def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int
 
 
 @given(TOKENS, ROWS, COLS)
-def test_the_rule_of_streams_is_legal_and_sums_fit(tokens: int, rows: int, cols: int) -> None:
-    plan = stream.rule(tokens, rows, cols, SMS)
-    if plan is not None:
-        assert stream.legal(plan, tokens, rows, cols)
-        assert stream.workspace_bytes(plan, tokens, rows) <= stream.WORKSPACE
-        assert stream.shared_bytes(plan, tokens, cols) <= stream.SHARED
+def test_sums_of_a_ring_fit(tokens: int, rows: int, cols: int) -> None:
+    for plan in ring.candidates(tokens, rows, cols, SMS):
+        blocks = ring.grid(plan, rows, cols, SMS)
+        assert blocks > 0
+        assert ring.shared_bytes(plan, tokens, cols) <= ring.SHARED
+        if plan.splits != 1:
+            assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= ring.WORKSPACE
 
 
 @pytest.mark.parametrize(

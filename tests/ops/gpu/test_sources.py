@@ -14,7 +14,7 @@ COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
 FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
 EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
-RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "NORM": 0, "GATE": 1, "ROWS": 64, "SPLIT": 0}
+RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
@@ -24,10 +24,9 @@ SOURCES = [
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"GROUP": 1 << 30}),
     ("stream.cu", COMMON | {"NT": 1, "GATE": 2} | EIGHT | {"E4M3": 1, "GROUP": 1 << 30}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"E4M3": 1}),
-    ("wide.cu", COMMON | {"NT": 4, "ROWS": 2, "GATE": 2}),
-    ("ring.cu", RING | {"N": 8, "HELD": 1, "HALF": 0, "NORM": 1}),
-    ("ring.cu", RING | {"N": 64, "HELD": 0, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
-    ("ring.cu", RING | {"BITS": 8, "N": 32, "HELD": 0, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),
+    ("ring.cu", RING | {"N": 8, "HALF": 0}),
+    ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
+    ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),
     ("quantize.cu", {"HALF": 0, "NORM": 1, "VECTORS": 7}),
     ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),
@@ -60,8 +59,8 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypa
 
 def test_the_compilers_complaint_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
-    with pytest.raises(nvrtc.CompileError, match=r"wide\.cu.*ROWS"):
-        nvrtc.compiled("wide.cu", "sm_90a", COMMON | {"NT": 1})
+    with pytest.raises(nvrtc.CompileError, match=r"ring\.cu.*ROWS"):
+        nvrtc.compiled("ring.cu", "sm_90a", {"N": 8, "BITS": 16, "HALF": 0})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 // What kernels that stream weights through mma.m16n8k16 share: conversions, loads, the instruction, activations.
-// HALF 0 bfloat16, 1 float16 · GATE 0 none, 1 silu, 2 gelu_tanh.
+// HALF 0 bfloat16, 1 float16 · GATE 0 none, 1 silu, 2 gelu_tanh · FLOAT32 1: results are not rounded to 16 bits.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -25,6 +25,14 @@ __device__ __forceinline__ u32 pack(float lo, float hi) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
 #endif
     return r;
+}
+
+__device__ __forceinline__ void store(void *out, size_t at, float y) {
+#if FLOAT32
+    ((float *)out)[at] = y;
+#else
+    ((u16 *)out)[at] = (u16)(pack(y, 0.f) & 0xffff);
+#endif
 }
 
 __device__ __forceinline__ float round_trip(float v) { return to_float(pack(v, 0.f) & 0xffff); }

@@ -9,11 +9,10 @@
 // row, equally many to every block ("stream-K"), whatever the number of tiles: a tile then has several contributors. Each
 // leaves its sums in global memory, and whoever arrives last adds them up in the order of their steps.
 //
-// Compile-time: HALF, GATE as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · HELD 1: all of x lies
-// in shared memory, times the norm's weight with NORM 1 (the inverse root mean square follows after the sum); 0: x
-// travels through the ring beside the weights · BLOCKS of a multiprocessor · ROWS 64 or 128 · SPLIT · BITS of numbers: 16,
-// or 8, float8 e4m3 with a scale for each token, and for each row of w or, with GROUPED 1, for 128 columns of it. Tensor
-// cores add float8 in about 14 bits, so sums of 128 columns meet in float32.
+// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
+// multiprocessor · ROWS 64 or 128 · SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale for each token, and for
+// each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
+// columns meet in float32.
 
 #include "fragments.h"
 #include "hopper.h"
@@ -24,43 +23,10 @@
 #define STEP_COLS (2 * BOX_COLS)  // of a stage
 #define W_BOX (ROWS * 128)  // bytes
 #define X_BOX (N * 128)
-#define STAGE_BYTES (2 * W_BOX + (HELD ? 0 : 2 * X_BOX))
+#define STAGE_BYTES (2 * W_BOX + 2 * X_BOX)
 #define PITCH (ROWS + 4)  // floats between tokens of the finished tile
 
 #define CONSUMER_BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory")
-
-#if HELD
-// x into shared memory in the swizzled layout of wgmma: boxes of 64 columns, N tokens of 128 bytes each, whose 16-byte
-// pieces are permuted by the token's place among 8.
-__device__ __forceinline__ void hold(unsigned char *xs, float *scales, const u16 *x, const float *norm, float eps, int tokens, int cols, int steps) {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    for (int m = warp; m < tokens; m += CONSUMERS / 32) {
-        float total = 0.f;
-#pragma unroll 4
-        for (int v = lane; v < steps * (STEP_COLS / 8); v += 32) {
-            uint4 a = make_uint4(0, 0, 0, 0);
-            if (v * 8 < cols) {
-                a = *(const uint4 *)(x + (size_t)m * cols + v * 8);
-#if NORM
-                float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
-                float e0 = to_float(a.x & 0xffff), e1 = to_float(a.x >> 16), e2 = to_float(a.y & 0xffff), e3 = to_float(a.y >> 16);
-                float e4 = to_float(a.z & 0xffff), e5 = to_float(a.z >> 16), e6 = to_float(a.w & 0xffff), e7 = to_float(a.w >> 16);
-                total += e0 * e0 + e1 * e1 + e2 * e2 + e3 * e3 + e4 * e4 + e5 * e5 + e6 * e6 + e7 * e7;
-                a = make_uint4(pack(e0 * w0.x, e1 * w0.y), pack(e2 * w0.z, e3 * w0.w), pack(e4 * w1.x, e5 * w1.y), pack(e6 * w1.z, e7 * w1.w));
-#endif
-            }
-            *(uint4 *)(xs + (size_t)(v >> 3) * X_BOX + m * 128 + (((v & 7) ^ (m & 7)) << 4)) = a;
-        }
-#if NORM
-#pragma unroll
-        for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-        if (lane == 0) scales[m] = rsqrtf(total / cols + eps);
-#endif
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    CONSUMER_BARRIER();
-}
-#endif
 
 // ROWS rows times one box of columns, under way afterwards.
 __device__ __forceinline__ void multiply_box(float (&d)[N / 2], u32 w, u32 x, int add) {
@@ -153,13 +119,12 @@ __device__ __forceinline__ bool meet(float (&d)[N / 2], const Deal &deal, int ti
 #endif
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
-ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const u16 *x, const float *row_scales, const float *token_scales, u16 *out, const float *bias, const u16 *residual, const float *norm, float4 *slots, int *counters, float eps, int tokens, int rows, int cols) {
+ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const float *row_scales, const float *token_scales, void *out, const float *bias, const u16 *residual, float4 *slots, int *counters, int tokens, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
-    unsigned char *xs = memory + STAGES * STAGE_BYTES;
-    float *tile = (float *)(xs + (HELD ? steps * 2 * X_BOX : 0)), *scales = tile + N * PITCH;
-    u64 *barriers = (u64 *)(scales + N);
+    float *tile = (float *)(memory + STAGES * STAGE_BYTES);
+    u64 *barriers = (u64 *)(tile + N * PITCH);
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
 #if GATE
     const int height = ROWS / 2, outputs = rows / 2;
@@ -208,11 +173,9 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 }
             };
             auto inputs = [&](int at) {
-#if !HELD
                 u32 to = stage0 + at % STAGES * STAGE_BYTES + 2 * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
                 for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
-#endif
             };
             for (; count < mine && count < STAGES; count++) weights(count);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
@@ -227,9 +190,6 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     }
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#if HELD
-    hold(xs, scales, x, norm, eps, tokens, cols, steps);
-#endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows_at = (warp >> 2) * 64 * 128;  // bytes in a box
     for (int count = 0; count < mine;) {
         const int at = tile_of(count);
@@ -238,7 +198,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
         for (int step = step_of(count); step < steps && count < mine; step++, count++) {
             const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
-            const u32 tokens_at = HELD ? shared_address(xs) + step * 2 * X_BOX : stage + 2 * W_BOX;
+            const u32 tokens_at = stage + 2 * W_BOX;
             wait_for(full + count % STAGES * 8, count / STAGES & 1);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #if BITS == 16
@@ -274,23 +234,18 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #if BITS == 8
             const float scale = token_scales[token];
             y *= GROUPED ? scale : scale * row_scales[row];
-#elif HELD && NORM
-            const float scale = scales[token];
-            y *= scale;
 #endif
             if (bias) y += bias[row];
 #if GATE
             float up = tile[token * PITCH + height + r];
 #if BITS == 8
             up *= GROUPED ? scale : scale * row_scales[outputs + row];
-#elif HELD && NORM
-            up *= scale;
 #endif
             if (bias) up += bias[outputs + row];
             y = round_trip(activate(round_trip(y))) * round_trip(up);
 #endif
             if (residual) y = round_trip(y) + to_float(residual[(size_t)token * outputs + row]);
-            out[(size_t)token * outputs + row] = (u16)(pack(y, 0.f) & 0xffff);
+            store(out, (size_t)token * outputs + row, y);
         }
         CONSUMER_BARRIER();
     }

@@ -335,7 +335,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *sums, float *scales, const
 }
 
 // Sum the warps' parts of a tile in order, and store it.
-__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, const float *scales, const Weights &w, int tile, const Shape &s, u16 *out, const float *bias, const u16 *residual) {
+__device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, const float *scales, const Weights &w, int tile, const Shape &s, void *out, const float *bias, const u16 *residual) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     // partial[warp][token][16 rows]
 #pragma unroll
@@ -382,12 +382,12 @@ __device__ __forceinline__ void finish(float (&acc)[NT][4], float *partial, cons
         sum = round_trip(activate(round_trip(sum))) * round_trip(up);
 #endif
         if (residual) sum = round_trip(sum) + to_float(residual[(size_t)token * rows + row]);
-        out[(size_t)token * rows + row] = (u16)(pack(sum, 0.f) & 0xffff);
+        store(out, (size_t)token * rows + row, sum);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, u16 *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
+stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, void *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
     extern __shared__ uint4 memory[];
     Shape s;
     s.tokens = tokens;
