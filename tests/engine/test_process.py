@@ -1,14 +1,19 @@
 """What an engine process does for the machine it runs on."""
 
 import ctypes
+import logging
 import os
 import platform
+import socket
 import sys
 import threading
 
 import pytest
 
-from tenfold.engine.process import SCHED_ATTR, SLICE, let_others_in
+from tenfold.engine import process, wire
+from tenfold.engine.channel import Channel
+from tenfold.engine.facts import Stats
+from tenfold.engine.process import SCHED_ATTR, SLICE, Events, let_others_in
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 
@@ -40,3 +45,31 @@ def test_an_engines_threads_have_long_slices_and_else_what_they_had():
     assert after == (*before[:5], SLICE, *before[6:])
     assert child == after
     assert attributes()[5] != SLICE
+
+
+def test_a_parent_that_does_not_read_misses_heartbeats_then_the_log_and_then_its_engine(monkeypatch):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(process, "MOST", 1 << 20)
+    monkeypatch.setattr(os, "_exit", end)
+    ours, theirs = (Channel(end) for end in socket.socketpair())
+    events = Events(ours, os.dup(ours.fd))
+    beat = wire.Beat(Stats(*[0] * 15), False, 0, 0.0, "")
+    events.send(beat)
+    log = wire.Log("tenfold", logging.WARNING, "x" * 100_000)
+    for _ in range(100):
+        events.send(log)
+    waiting = ours.waiting
+    assert 300_000 < waiting <= 1 << 19
+    events.send(beat)
+    assert ours.waiting == waiting
+    failed = wire.Failed("value", "x" * 100_000)
+    with pytest.raises(SystemExit, match="4"):
+        all(events.send(failed) is None for _ in range(100))
+    assert waiting < ours.waiting <= 1 << 20
+    kinds = [type(wire.decode_event(message)) for message in theirs.read()]
+    assert kinds[:2] == [wire.Beat, wire.Log]
+    theirs.close()
+    events.close()
+    os.close(events._begun.detach())
