@@ -5,7 +5,7 @@ Invariant: no matrix of the checkpoint is read or allocated, so a model of any s
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops.formats import is_format
 from tenfold.ops.gpu.arms import HEAD, Use, Work
-from tenfold.ops.kernels import AttentionSpec, Kernels, Norm, Replay, Separate, run
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights
@@ -64,10 +64,9 @@ class Tracing(Separate):
         self.calls.append(Work(w.rows, w.cols, w.format, HEAD, len(x), self.dtype))
         return torch.zeros(len(x), w.rows)
 
-    def attention(self, qkv: Tensor, *arguments: Any) -> Tensor:
-        spec = next(a for a in arguments if isinstance(a, AttentionSpec))
-        self.calls.append(spec)
-        return torch.zeros(len(qkv), spec.heads * spec.head_dim)
+    def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        self.calls.append(heads.spec)
+        return torch.zeros(len(qkv), heads.spec.heads * heads.spec.head_dim)
 
 
 class Shapes(Weights):

@@ -246,8 +246,12 @@ class Rows:
         if ondevice:
             token_ids[:ondevice] = self.last_token[rows[:ondevice]]
         step = Step(
-            *(token_ids, positions, slots, page_table, query_start, kv_lengths, logits_rows),
-            *(max_query, max_kv, self.kv, decodes, max_query == 1 and decodes > len(entries)),
+            *(positions, slots, page_table, query_start, kv_lengths, max_query, max_kv),
+            decodes=decodes,
+            shared=max_query == 1 and decodes > len(entries),
+            token_ids=token_ids,
+            logits_rows=logits_rows,
+            kv=self.kv,
         )
         return Batch(step, entries, sampled, picks, rows)
 

@@ -19,7 +19,7 @@ from tenfold.nn.norm import RMSNorm
 from tenfold.nn.rope import rope_table
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import proven_phi, score_bound
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import load_phi
 
@@ -77,20 +77,20 @@ class Source:
         return Attention(
             self.weights.kernels,
             self.layer,
-            spec,
+            self._heads(spec, q_norm, k_norm),
             self.linear(qkv, rows if len(qkv) == 3 else [sum(rows)], c.hidden_size, c.qkv_bias),
             self.linear([out], [c.hidden_size], c.q_size, c.out_bias),
-            self.rope,
-            q_norm,
-            k_norm,
-            self._phi(spec, q_norm, k_norm),
         )
 
-    def _phi(self, spec: AttentionSpec, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor | None:
+    def _heads(self, spec: AttentionSpec, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Heads:
+        q, k = (None if n is None else n.spec for n in (q_norm, k_norm))
+        return Heads(spec, self.rope, q, k, self._phi(spec, q, k))
+
+    def _phi(self, spec: AttentionSpec, q_norm: Norm | None, k_norm: Norm | None) -> Tensor | None:
         """What was measured, else what norms of the heads or a soft cap prove to serve any text."""
         phi = self.phi
         if phi is None and self.weights.device.type != "cpu":
-            norms = [None if n is None else n.spec.weight for n in (q_norm, k_norm)]
+            norms = [None if n is None else n.weight for n in (q_norm, k_norm)]
             phi = proven_phi(score_bound(spec, *norms), spec.heads, self.weights.dtype)
         return None if phi is None else phi.to(self.weights.device)
 

@@ -77,6 +77,43 @@ class AttentionSpec:
     rotary_dim: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Heads:
+    """The attention of one layer. rope: the table of `rope_write`; q_norm, k_norm: norms of each head, where the family
+    has them; phi [heads] float32: a unified maximum of the scores of each head, measured before, which may change the
+    time, never the result.
+    """
+
+    spec: AttentionSpec
+    rope: Tensor
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    phi: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contexts:
+    """Where the T tokens of a step's R requests go, packed one request after the other, and what they read.
+
+    positions [T] int32, place in the request's sequence · slots [T] int32, where each token's K and V go (page *
+    page_size + offset) · page_table [R, P] int32 · query_start [R+1] int32, request r owns tokens
+    query_start[r]:query_start[r+1] · kv_lengths [R] int32, tokens of r in the cache after this step · max_query,
+    max_kv: host integers, the longest of each · decodes: host integer, leading requests that have one token each (there
+    may be more) · shared: whether a request may read what another one of this step writes (a sequence's guesses are
+    requests of their own). Tensors are contiguous, on the kernels' device.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    page_table: Tensor
+    query_start: Tensor
+    kv_lengths: Tensor
+    max_query: int
+    max_kv: int
+    decodes: int = 0
+    shared: bool = False
+
+
 class Replay(Protocol):
     """See `Kernels.replay`."""
 
@@ -180,30 +217,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def attention(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        page_table: Tensor,
-        query_start: Tensor,
-        kv_lengths: Tensor,
-        spec: AttentionSpec,
-        max_query: int,
-        max_kv: int,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
-        phi: Tensor | None = None,
-        decodes: int = 0,
-        shared: bool = False,
-    ) -> Tensor:
-        """`attend` on what `rope_write` returns. phi [heads] float32: a unified maximum of the scores of each head,
-        measured before; it may change the time, never the result. decodes: leading requests of one token each (none
-        need be named). shared: a request may read what another writes. -> [T, heads * head_dim].
-        """
+    def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        """`attend` on what `rope_write` returns, qkv [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
         ...
 
 
@@ -223,28 +238,14 @@ class Separate:
     def bucket(self, requests: int, pages: int) -> tuple[int, int]:
         return requests, -(-pages // PAGE_STRIDE) * PAGE_STRIDE
 
-    def attention(
-        self: Any,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        page_table: Tensor,
-        query_start: Tensor,
-        kv_lengths: Tensor,
-        spec: AttentionSpec,
-        max_query: int,
-        max_kv: int,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
-        phi: Tensor | None = None,
-        decodes: int = 0,
-        shared: bool = False,
-    ) -> Tensor:
-        q = self.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
-        return self.attend(q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
+    def attention(self: Any, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        q = self.rope_write(
+            *(qkv, heads.rope, step.positions, step.slots, keys, values, heads.spec, heads.q_norm, heads.k_norm)
+        )
+        return self.attend(
+            *(q, keys, values, step.page_table, step.query_start, step.kv_lengths, heads.spec),
+            *(step.max_query, step.max_kv),
+        )
 
 
 def run(forward: Callable[[Any], Tensor], step: Any) -> Tensor:

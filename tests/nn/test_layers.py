@@ -10,7 +10,7 @@ from tenfold.nn.linear import Linear
 from tenfold.nn.mlp import MLP
 from tenfold.nn.norm import RMSNorm
 from tenfold.nn.rope import RopeSpec, rope_table
-from tenfold.ops.kernels import AttentionSpec, Kernels
+from tenfold.ops.kernels import AttentionSpec, Heads, Kernels
 from tenfold.ops.matrix import RawTensor
 from tests.steps import Sequences, make_store
 
@@ -65,7 +65,7 @@ def test_attention_layers_keep_apart(kernels: Kernels) -> None:
     spec = AttentionSpec(heads=2, kv_heads=1, head_dim=16, scale=0.25, rotary_dim=16)
     rope = rope_table(RopeSpec(1e4, 16, 64), 64)
     qkv, out = linear(kernels, random(64, 32, seed=1)), linear(kernels, random(32, 32, seed=2))
-    layers = [Attention(kernels, i, spec, qkv, out, rope) for i in range(2)]
+    layers = [Attention(kernels, i, Heads(spec, rope), qkv, out) for i in range(2)]
     store = make_store(layers=2, kv_heads=1, head_dim=16, page_size=4)
     sequences = Sequences(store)
     x = random(5, 32, seed=3)

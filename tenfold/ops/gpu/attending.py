@@ -22,7 +22,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.gpu import decode, graphs, prefill
 from tenfold.ops.gpu.decode import DecodePlan
 from tenfold.ops.gpu.prefill import ChunkPlan
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -232,30 +232,23 @@ class Attending:
         self,
         arm: Arm,
         qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
+        heads: Heads,
         keys: Tensor,
         values: Tensor,
-        page_table: Tensor,
-        query_start: Tensor,
-        kv_lengths: Tensor,
-        spec: AttentionSpec,
-        max_query: int,
+        step: Contexts,
         max_kv: int,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
-        phi: Tensor | None = None,
-        decodes: int = 0,
         softmax: str = "lazy",
     ) -> Tensor:
-        """As `Kernels.attention`, by the arm that is named."""
+        """As `Kernels.attention`, by the arm that is named; max_kv: of the step, or more."""
+        spec, phi = heads.spec, heads.phi
+        write = (qkv, heads.rope, step.positions, step.slots, keys, values)
+        norms = (heads.q_norm, heads.k_norm)
         if isinstance(arm, DecodePlan):
-            workspace = self._workspace(len(kv_lengths), spec.kv_heads)
-            rest = (page_table, kv_lengths, spec, q_norm, k_norm, phi)
-            return decode.run(arm, workspace, qkv, table, positions, slots, keys, values, *rest)
-        q = elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
-        read = (q, keys, values, page_table, query_start, kv_lengths, spec, max_query, max_kv)
+            workspace = self._workspace(len(step.kv_lengths), spec.kv_heads)
+            return decode.run(arm, workspace, *write, step.page_table, step.kv_lengths, spec, *norms, phi)
+        q = elementwise.rope_write(*write, spec, *norms)
+        contexts = (step.page_table, step.query_start, step.kv_lengths)
+        read = (q, keys, values, *contexts, spec, step.max_query, max_kv)
         if isinstance(arm, str) and arm in third_party.LIBRARIES:
             return third_party.LIBRARIES[arm].run(*read)
         how = attend_module.Arms(softmax)
@@ -265,7 +258,7 @@ class Attending:
             how = replace(how, merge="two")
         elif arm in CHUNKS:
             how = replace(how, chunks=arm)
-        return attend_module.attend(*read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=decodes)
+        return attend_module.attend(*read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=step.decodes)
 
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
         known = self.decoding

@@ -14,7 +14,7 @@ from tenfold.ops import elementwise, formats
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.gpu import arms, graphs, nvrtc
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
-from tenfold.ops.kernels import FREE, AttentionSpec, Norm, Options, Replay, run
+from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
@@ -102,37 +102,15 @@ class Gpu(Oracle):
     ) -> Tensor:
         return elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
 
-    def attention(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        page_table: Tensor,
-        query_start: Tensor,
-        kv_lengths: Tensor,
-        spec: AttentionSpec,
-        max_query: int,
-        max_kv: int,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
-        phi: Tensor | None = None,
-        decodes: int = 0,
-        shared: bool = False,
-    ) -> Tensor:
-        requests, page_size = len(kv_lengths), keys.shape[2]
-        alone = max_query == 1 and requests == len(qkv) and not shared  # else all must be written before any is read
-        if max_query == 1:
-            max_kv = page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
-        softmax = self._softmax(phi)
-        reading = Reading(spec, requests, max_kv, page_size, keys.dtype, 0 if alone else max_query)
+    def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        requests, page_size, max_kv = len(step.kv_lengths), keys.shape[2], step.max_kv
+        alone = step.max_query == 1 and requests == len(qkv) and not step.shared  # else all is written, then read
+        if step.max_query == 1:
+            max_kv = step.page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
+        softmax = self._softmax(heads.phi)
+        reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
         arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
-        return self.attending.run(
-            *(arm, qkv, table, positions, slots, keys, values, page_table, query_start, kv_lengths, spec),
-            *(max_query, max_kv, q_norm, k_norm, phi, decodes, softmax),
-        )
+        return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax)
 
     def attend(
         self,

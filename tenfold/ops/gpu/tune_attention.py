@@ -14,6 +14,7 @@ from tenfold.ops.gpu import attending
 from tenfold.ops.gpu.attending import Attending, Reading
 from tenfold.ops.gpu.timing import Arm
 from tenfold.ops.gpu.tune import Progress, Timer
+from tenfold.ops.kernels import Contexts, Heads
 
 KEPT = 8 << 30  # bytes of keys and values of the largest reading that is measured
 
@@ -79,6 +80,15 @@ class Inputs:
         self.starts = torch.tensor(list(starts), dtype=torch.int32, device=device)
         self.max_query = reading.tokens or 1
 
+    @property
+    def heads(self) -> Heads:
+        return Heads(self.reading.spec, self.rope)
+
+    def contexts(self, table: Tensor) -> Contexts:
+        """Of the pages in a table."""
+        rest = (table, self.starts, self.lengths, self.max_query, self.reading.longest)
+        return Contexts(self.positions, self.slots(table), *rest)
+
     def slots(self, table: Tensor) -> Tensor:
         """Where the new tokens' keys and values go."""
         page, positions = self.reading.page_size, self.positions.long()
@@ -86,13 +96,11 @@ class Inputs:
         return (table[rows, positions // page] * page + positions % page).int()
 
     def bind(self, name: str, running: Attending, softmax: str) -> Arm:
-        arm, spec = attending.bound(name, softmax), self.reading.spec
-        slots = [self.slots(table) for _, _, table in self.stores]
+        arm, heads = attending.bound(name, softmax), self.heads
+        contexts = [self.contexts(table) for _, _, table in self.stores]
 
         def call(i: int) -> Tensor:
-            keys, values, table = self.stores[i]
-            before = (arm, self.qkv, self.rope, self.positions, slots[i], keys, values)
-            counts = (self.max_query, self.reading.longest)
-            return running.run(*before, table, self.starts, self.lengths, spec, *counts, softmax=softmax)
+            keys, values, _ = self.stores[i]
+            return running.run(arm, self.qkv, heads, keys, values, contexts[i], self.reading.longest, softmax)
 
         return call

@@ -45,16 +45,16 @@ def make_step(store, starts, counts, seed=0):
     rows = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(counts))
     slots = table[rows, positions.long() // PAGE] * PAGE + positions % PAGE
     return Step(
-        torch.randint(0, 90, (len(positions),), generator=g),
-        positions,
-        slots,
-        table,
-        torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32),
-        torch.tensor(ends, dtype=torch.int32),
-        torch.arange(len(starts)),
-        max(counts),
-        max(ends),
-        store,
+        token_ids=torch.randint(0, 90, (len(positions),), generator=g),
+        positions=positions,
+        slots=slots,
+        page_table=table,
+        query_start=torch.tensor([0, *torch.tensor(counts).cumsum(0)], dtype=torch.int32),
+        kv_lengths=torch.tensor(ends, dtype=torch.int32),
+        logits_rows=torch.arange(len(starts)),
+        max_query=max(counts),
+        max_kv=max(ends),
+        kv=store,
     )
 
 

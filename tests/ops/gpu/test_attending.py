@@ -184,9 +184,7 @@ def inputs(tokens: int = 0, spec: AttentionSpec = SMALL, page: int = 16) -> Any:
 def oracle(found: Any) -> Tensor:
     """What the same step gives in plain PyTorch."""
     keys, values, table = found.stores[0]
-    spec, counts = found.reading.spec, (found.max_query, found.reading.longest)
-    before = (found.qkv, found.rope, found.positions, found.slots(table), keys, values)
-    return Oracle("cpu", torch.float32).attention(*before, table, found.starts, found.lengths, spec, *counts)
+    return Oracle("cpu", torch.float32).attention(found.qkv, found.heads, keys, values, found.contexts(table))
 
 
 @pytest.mark.parametrize(("arm", "tokens"), [("triton", 0), ("triton:two", 0), ("tiles", 48)])
@@ -234,9 +232,8 @@ def test_kernels_of_a_gpu_run_what_was_picked(table: Table, monkeypatch: pytest.
     monkeypatch.setattr(gpu.attending, "pick", pick)
     found = tuning.Inputs(Reading(SMALL, 1 if tokens else 2, 48 if tokens else 64, 16, torch.float32, tokens), 1, CPU)
     keys, values, pages = found.stores[0]
-    counts = (found.max_query, 48)  # of decodes, the page table has room for more than that
-    before = (found.qkv, found.rope, found.positions, found.slots(pages), keys, values)
-    result = gpu.attention(*before, pages, found.starts, found.lengths, SMALL, *counts)
+    step = replace(found.contexts(pages), max_kv=48)  # of decodes, the page table has room for more than that
+    result = gpu.attention(found.qkv, found.heads, keys, values, step)
     torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
     ((reading, softmax),) = picked
     assert reading == found.reading

@@ -55,9 +55,7 @@ def check(tmp_path: Path, reading: Any) -> None:
     inputs = tuning.Inputs(reading, 2, running.device)
     keys, values, table = inputs.stores[0]
     oracle = Oracle(running.device, reading.dtype)
-    before = (inputs.qkv, inputs.rope, inputs.positions, inputs.slots(table), keys, values)
-    rest = (table, inputs.starts, inputs.lengths, reading.spec, inputs.max_query, reading.longest)
-    expected = oracle.attention(*before, *rest).double()
+    expected = oracle.attention(inputs.qkv, inputs.heads, keys, values, inputs.contexts(table)).double()
     for name in names:
         result = inputs.bind(name, running, "lazy")(0).double()
         assert (result - expected).norm() <= timing.FARTHEST * expected.norm(), name
