@@ -41,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", default="stream,ring", help=f"of {', '.join(FAMILIES)}; cublas is always timed")
     parser.add_argument("--context", type=int, default=32768, help="tokens, for decode attention")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens, for prefill attention")
+    parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     given = parser.parse_args(arguments)
     device = torch.device("cuda")
     parts, batches = given.parts.split(","), [int(b) for b in given.batches.split(",")]
     result: dict[str, Any] = {
         "suite": "kernels",
-        "machine": machine("cuda"),
+        "machine": machine("cuda") | ({"commit": given.commit} if given.commit else {}),
         "command": f"python -m tenfold.bench.kernels --models {given.models} --parts {given.parts}",
         "copy_gbs": copy_bandwidth("cuda"),
         "rows": [],
