@@ -5,7 +5,7 @@ so those of a step in flight are never overwritten; their tensors are made anew 
 so that a steady decode step costs a handful of vector operations on the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -19,7 +19,7 @@ from tenfold.engine.speculate.verify import draws
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import Separate
 
-ALIGN = 16  # elements; keeps every input tensor 64-byte aligned
+ALIGN = 64  # bytes between the beginnings of input tensors
 
 Shape = tuple[int, int, int, int, int]  # tokens, requests, page columns, logits, sampled
 
@@ -36,60 +36,53 @@ class Place:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._memory = {t: torch.empty(0, dtype=t, device=device) for t in (torch.int32, torch.int64)}
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
 
     def put(self, host: Tensor) -> Tensor:
-        """Start to copy a host array here."""
-        memory = self._memory[host.dtype]
-        if memory.numel() < host.numel():
-            memory = self._memory[host.dtype] = torch.empty(2 * host.numel(), dtype=host.dtype, device=memory.device)
-        return memory[: host.numel()].copy_(host, non_blocking=True)
+        """Start to copy a host array of bytes here."""
+        if self._memory.numel() < host.numel():
+            self._memory = torch.empty(2 * host.numel(), dtype=torch.uint8, device=self._memory.device)
+        return self._memory[: host.numel()].copy_(host, non_blocking=True)
 
 
 class Buffer:
-    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, copies in
-    `place` on a device.
+    """Host arrays for the inputs of one step, and the tensors the model sees: the same memory on a CPU, on a device a
+    copy in `place`, made in one piece.
     """
 
     def __init__(self, place: Place | None) -> None:
         self.place = place
         self.shape: Shape | None = None
-        self._host32 = torch.empty(0, dtype=torch.int32)
-        self._host64 = torch.empty(0, dtype=torch.int64)
+        self._host = torch.empty(0, dtype=torch.uint8)
 
     def reshape(self, shape: Shape) -> None:
         """Arrays and tensors for a step of this shape; the memory grows when it must."""
         tokens, requests, columns, logits, sampled = shape
-        self._spans32, self._size32 = _spans((tokens, tokens, requests * columns, requests + 1, requests))
-        self._spans64, self._size64 = _spans((tokens, logits, sampled))
-        self._host32 = self._grown(self._host32, self._size32)
-        self._host64 = self._grown(self._host64, self._size64)
-        parts = self._cut(self._host32, self._host64, requests)
-        self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths = (p.numpy() for p in parts[:5])
-        self.token_ids, self.logits_rows, self.rows = (p.numpy() for p in parts[5:])
-        self._parts = parts
+        sizes = (tokens, tokens, requests * columns, requests + 1, requests)
+        self._spans, self._size = _spans([4 * n for n in sizes] + [8 * n for n in (tokens, logits, sampled)])
+        if self._host.numel() < self._size:
+            self._host = torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=self.place is not None)
+        self._parts = self._cut(self._host, requests)
+        self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths = (
+            part.numpy() for part in self._parts[:5]
+        )
+        self.token_ids, self.logits_rows, self.rows = (part.numpy() for part in self._parts[5:])
         self.shape = shape
 
     def tensors(self) -> tuple[Tensor, ...]:
         """positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows."""
         if self.place is None:
             return self._parts
-        device32 = self.place.put(self._host32[: self._size32])
-        device64 = self.place.put(self._host64[: self._size64])
-        return self._cut(device32, device64, len(self.kv_lengths))
+        return self._cut(self.place.put(self._host[: self._size]), len(self.kv_lengths))
 
-    def _cut(self, memory32: Tensor, memory64: Tensor, requests: int) -> tuple[Tensor, ...]:
-        positions, slots, table, *rest = (memory32[a:b] for a, b in self._spans32)
-        return (positions, slots, table.view(requests, -1), *rest, *(memory64[a:b] for a, b in self._spans64))
-
-    def _grown(self, host: Tensor, size: int) -> Tensor:
-        if host.numel() >= size:
-            return host
-        return torch.empty(2 * size, dtype=host.dtype, pin_memory=self.place is not None)
+    def _cut(self, memory: Tensor, requests: int) -> tuple[Tensor, ...]:
+        types = (torch.int32,) * 5 + (torch.int64,) * 3
+        positions, slots, table, *rest = (memory[a:b].view(type) for type, (a, b) in zip(types, self._spans))
+        return (positions, slots, table.view(requests, -1), *rest)
 
 
-def _spans(sizes: tuple[int, ...]) -> tuple[list[tuple[int, int]], int]:
-    """Where parts of these sizes lie one after the other, each aligned; and the size of all."""
+def _spans(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
+    """Where parts of so many bytes lie one after the other, each aligned; and the size of all."""
     spans, start = [], 0
     for size in sizes:
         spans.append((start, start + size))

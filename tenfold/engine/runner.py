@@ -63,6 +63,7 @@ class Runner:
         self.device = device
         self.rows = Rows(max_batch, -(-max_len // kv.spec.page_size), kv, device, lookahead, bucket=bucket)
         self.sampler = Sampler(max_batch, model.config.vocab_size, device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sample_plan: SamplePlan | None = None
         self._planned_for: tuple[Sequence, ...] = ()
 
@@ -83,7 +84,7 @@ class Runner:
         raises; then they may be run again, for all they have done is to write K and V where they will again.
         """
         with torch.inference_mode():
-            pending = Pending(entries, self.device)
+            pending = Pending(entries, self._copies)
             pooling = tuple([e for e in entries if e.sequence.request.pool is not None])
             rest = entries
             if pooling:
@@ -167,11 +168,12 @@ class Forward:
 class Pending:
     """A launched step. `result()` waits for the device, once."""
 
-    def __init__(self, entries: tuple[Entry, ...], device: torch.device) -> None:
+    def __init__(self, entries: tuple[Entry, ...], copies: "torch.cuda.Stream | None") -> None:
+        """copies: the stream on which tokens go to the host, None on a CPU."""
         self.entries = entries
         self.pooled: dict[int, Tensor] = {}
         self.prompt_logs: list[tuple[Entry, tuple[Tensor, Tensor, Tensor], list[int]]] = []
-        self._cuda = device.type == "cuda"
+        self._copies = copies
         self._sampled: tuple[Entry, ...] = ()
         self._drawn: tuple[Entry, ...] = ()
         self._plan: SamplePlan | None = None
@@ -183,11 +185,14 @@ class Pending:
         """Start the way of the tokens to the host."""
         self._sampled, self._drawn, self._plan, self._result = sampled, drawn, plan, result
         self._host = result.tokens
-        if self._cuda:
+        if self._copies is not None:
             self._host = torch.empty(result.tokens.shape, dtype=torch.int64, pin_memory=True)
-            self._host.copy_(result.tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):  # the next step does not wait for this copy
+                self._host.copy_(result.tokens, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
+            result.tokens.record_stream(self._copies)
 
     def result(self) -> Tokens:
         if self._event is not None:
