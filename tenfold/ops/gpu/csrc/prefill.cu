@@ -22,9 +22,7 @@
 // once, a divisor of page and tile and a multiple of 16 · WGS 2 or 3 · STAGES · SOFTMAX · OVERLAP · PING (with OVERLAP) · WINDOW · CAP.
 
 #include "fragments.h"
-
-typedef unsigned long long u64;
-struct __align__(64) Map { u64 bytes[16]; };
+#include "hopper.h"
 
 #define ROWS (WGS * 64)
 #define THREADS (WGS * 128 + 128)
@@ -88,22 +86,6 @@ struct Shared {
     unsigned next, noted[2];  // where the next of them goes; the last item of each parity that was noted
 };
 
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra done;\nbra wait;\ndone:\n}"
-        :: "r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void fetch_queries(u32 to, const Map *map, int column, int row, u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
@@ -116,11 +98,7 @@ __device__ __forceinline__ void fetch_page(u32 to, const Map *map, int column, i
         :: "r"(to), "l"(map), "r"(column), "r"(row), "r"(head), "r"(page), "r"(barrier) : "memory");
 }
 
-// Matrix descriptors with the 128-byte swizzle: columns of the product's inner dimension contiguous (queries, keys), or
-// those of its outer one (values).
-__device__ __forceinline__ u64 inner(u32 address) {
-    return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
+// Matrix descriptor of values, whose contiguous columns are the product's outer dimension, with the 128-byte swizzle.
 __device__ __forceinline__ u64 outer(u32 address) {
     return (u64)((address & 0x3ffff) >> 4) | (u64)(TILE * 8) << 16 | (u64)64 << 32 | (u64)1 << 62;
 }
@@ -478,7 +456,7 @@ __device__ __forceinline__ void consume(const Item &item, const Task &t, Shared 
     const u32 k_full = shared_address(sh->barriers.k_full), k_empty = shared_address(sh->barriers.k_empty);
     const u32 v_full = shared_address(sh->barriers.v_full), v_empty = shared_address(sh->barriers.v_empty);
     const u32 q_empty = shared_address(&sh->barriers.q_empty);
-    const u64 queries = inner(q + warpgroup * (HALVES * 64 * 128)), keys = inner(k), values = outer(shared_address(v));
+    const u64 queries = operand(q + warpgroup * (HALVES * 64 * 128)), keys = operand(k), values = outer(shared_address(v));
     const int begin = item.begin(t.window), end = item.end();
     const int above = item.place() + warpgroup * 64, place = above + warp * 16 + (lane >> 2);  // first row: of all, of this thread
     const int ragged = (end * TILE > item.length && item.length % BOX) ? item.length - (end - 1) * TILE : -1;
@@ -616,7 +594,7 @@ prefill(const __grid_constant__ Map q_map, const __grid_constant__ Map k_map, co
     const Task t = {table, starts, lengths, phi, out, lse, recomputed, queue, scale, cap, least, most, requests, columns, heads, group, pages, window};
 
     if (threadIdx.x == 0) {
-        auto create = [](u64 &barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(&barrier)), "r"(count)); };
+        auto create = [](u64 &barrier, int count) { begin_barrier(shared_address(&barrier), count); };
         create(sh->barriers.q_full, 1), create(sh->barriers.q_empty, WGS * 4), create(sh->barriers.done, WGS * 4);
         for (int i = 0; i < STAGES; i++) {
             create(sh->barriers.k_full[i], 1), create(sh->barriers.k_empty[i], WGS * 4);
