@@ -237,7 +237,7 @@ class Rows:
     ) -> Batch:
         positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows = buffer.tensors()
         if ondevice:
-            token_ids[:ondevice] = self.last_token[rows[:ondevice]]
+            torch.index_select(self.last_token, 0, rows[:ondevice], out=token_ids[:ondevice])
         step = Step(
             *(positions, slots, page_table, query_start, kv_lengths, max_query, max_kv),
             decodes=decodes,
