@@ -1,0 +1,107 @@
+"""Clipped dynamic quantisation per token and group (arXiv 2405.06219, section 3), and back.
+
+Invariant: what `quantize` returns is all that is stored; `dequantize` uses nothing else, and attention computes with
+exactly what it gives.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenfold.cache.skvq.packing import LEVELS, pack, unpack
+
+LEAST_SCALE = 1e-5
+E4M3_LARGEST = 448.0
+STORED = {"e4m3": torch.float8_e4m3fn, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grouping:
+    """How the keys, or the values, of one layer are grouped. C channels (kv_heads * head_dim) in G groups.
+
+    group [C] int64: the group of each channel, the same number of channels each, inside one span of heads; clip [G]
+    float32 in (0, 1]: what a token's minimum and maximum are multiplied by; unit [G] float32, powers of two:
+    parameters are stored in multiples of it, which keeps small ones out of the subnormal numbers of E4M3; shift [C]
+    float32: taken off before and added after. The groups of a span are consecutive.
+    """
+
+    group: Tensor
+    clip: Tensor
+    unit: Tensor
+    shift: Tensor
+
+    @property
+    def order(self) -> Tensor:
+        """[G, C / G] int64: the channels of each group, in ascending order."""
+        return self.group.argsort(stable=True).view(len(self.clip), -1)
+
+    def to(self, device: torch.device | str) -> "Grouping":
+        return Grouping(*(t.to(device) for t in (self.group, self.clip, self.unit, self.shift)))
+
+
+def plain(channels: int, group: int) -> Grouping:
+    """Groups of neighbouring channels, nothing clipped, nothing shifted. Raises ValueError."""
+    if channels % group:
+        raise ValueError(f"{channels} channels cannot be cut into groups of {group}; take a divisor.")
+    ones = torch.ones(channels // group)
+    return Grouping(torch.arange(channels) // group, ones, ones, torch.zeros(channels))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """Of T tokens: codes [T, C] uint8 in the order of channels, parameters [T, G, 2], scale and zero of each group in
+    multiples of the grouping's unit, float8_e4m3fn or float16.
+    """
+
+    codes: Tensor
+    parameters: Tensor
+
+
+def quantize(x: Tensor, grouping: Grouping, bits: float, parameters: str = "e4m3") -> Quantized:
+    """x [T, C] of any floating type, finite.
+
+    With lo, hi the minimum and maximum of a group's (x - shift), times clip:
+    scale = max((hi - lo) / (levels - 1), 1e-5), code = round(clamp((x - shift - lo) / scale, 0, levels - 1)).
+    Codes come from the scale and zero before they are rounded to the type that is stored.
+    """
+    order, top = grouping.order, LEVELS[bits] - 1
+    grouped = (x.float() - grouping.shift)[:, order]
+    lo, hi = (grouping.clip * edge for edge in (grouped.amin(-1), grouped.amax(-1)))
+    scale = ((hi - lo) / top).clamp(min=LEAST_SCALE)
+    codes = ((grouped - lo[..., None]) / scale[..., None]).clamp(0, top).round().to(torch.uint8)
+    flat = torch.empty_like(codes.flatten(1))
+    flat[:, order.flatten()] = codes.flatten(1)
+    return Quantized(flat, stored(torch.stack((scale, lo), -1) / grouping.unit[:, None], parameters))
+
+
+def stored(parameters: Tensor, name: str) -> Tensor:
+    """Rounded to the type of the name; what E4M3 cannot hold becomes its largest number instead of NaN."""
+    dtype = STORED[name]
+    largest = E4M3_LARGEST if name == "e4m3" else torch.finfo(dtype).max
+    return parameters.clamp(-largest, largest).to(dtype)
+
+
+def dequantize(quantized: Quantized, grouping: Grouping) -> Tensor:
+    """`code * scale + zero + shift`, [T, C] float32."""
+    parameters = quantized.parameters.float() * grouping.unit[:, None]
+    scale, zero = (p[:, grouping.group] for p in parameters.unbind(-1))
+    return quantized.codes.float() * scale + zero + grouping.shift
+
+
+def rounded(x: Tensor, grouping: Grouping, bits: float, parameters: str = "e4m3") -> Tensor:
+    """What x [T, C] is after it was stored, float32."""
+    return dequantize(quantize(x, grouping, bits, parameters), grouping)
+
+
+def to_bytes(quantized: Quantized, bits: float, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """The codes by head [T, kv_heads, bytes] uint8 (`packing`) and the parameters [T, G, bytes] uint8: of each group
+    its scale, then its zero.
+    """
+    heads = quantized.codes.unflatten(1, (kv_heads, -1))
+    return pack(heads, bits), quantized.parameters.contiguous().view(torch.uint8)
+
+
+def from_bytes(codes: Tensor, parameters: Tensor, bits: float, head_dim: int, name: str = "e4m3") -> Quantized:
+    """The inverse of `to_bytes`; name: type of the parameters."""
+    return Quantized(unpack(codes, bits, head_dim).flatten(1), parameters.contiguous().view(STORED[name]))
