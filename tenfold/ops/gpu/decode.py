@@ -56,9 +56,14 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     longest = -(-seen // (TILE * large[0]))
     if longest == 1:
         return DecodePlan(*large, 1, softmax, False)
-    if pairs > 1.5 * sms:  # splits even out what one block a pair leaves idle in the last round
-        splits = 3 if pairs < 2.5 * sms and seen > 2 * SHORT else 1
-        return DecodePlan(*small, splits, softmax, False)
+    if pairs > 1.5 * sms:
+        if pairs < 2.5 * sms and seen > 2 * SHORT:  # splits even out what one block a pair leaves idle at the end
+            return DecodePlan(*small, 3, softmax, False)
+        if pairs <= 2 * sms:  # two blocks on every multiprocessor
+            return DecodePlan(4, 2, 1, softmax, False)
+        if small[1] * sms < pairs <= 4 * sms:  # all at once, where larger blocks would leave a few for a second round
+            return DecodePlan(2, 4, 1, softmax, False)
+        return DecodePlan(*small, 1, softmax, False)
     if pairs > sms // 2:
         return DecodePlan(*large, 1, softmax, False)
     if pairs > sms // 8 or seen > SHORT:
@@ -74,12 +79,22 @@ def most_splits(head_dim: int, warps: int) -> int:
     return (warps - 1) * head_dim // 2
 
 
-def padding(plan: DecodePlan) -> int:
-    """Shared memory that nobody uses, so that two blocks of a multiprocessor are not three: blocks come as the kernel
-    before ends, here earlier and there later, and the multiprocessors that are free first must not take more than
-    their part.
+def shared_bytes(plan: DecodePlan, spec: AttentionSpec) -> int:
+    """Shared memory that a block uses: what `Shared` in csrc/decode.cu takes."""
+    group, d = spec.heads // spec.kv_heads, spec.head_dim
+    quads = group * d // 4
+    merged = 0 if plan.cluster else max(1, plan.warps * 32 // quads) * quads * 16
+    return 20 * (d + 8) + 4 * plan.warps * (d + group * d + 2 * group) + merged + 4
+
+
+def padding(plan: DecodePlan, spec: AttentionSpec) -> int:
+    """Shared memory that nobody uses, so that a multiprocessor holds the plan's two or four blocks and no more: blocks
+    come as the kernel before ends, here earlier and there later, and the multiprocessors that are free first must not
+    take more than their part.
     """
-    return SHARED_SM // 3 if plan.blocks == 2 else 0
+    if plan.blocks not in (2, 4) or plan.splits > 1:
+        return 0
+    return max(0, int(SHARED_SM / (plan.blocks + 0.5)) - 1024 - shared_bytes(plan, spec))
 
 
 class Workspace:
@@ -140,7 +155,7 @@ def run(
     kernel(
         (plan.splits, spec.kv_heads, requests),
         plan.warps * 32,
-        padding(plan),
+        padding(plan, spec),
         [
             *(qkv, rope, positions, slots, keys, values, page_table, kv_lengths),
             None if q_norm is None else q_norm.weight,

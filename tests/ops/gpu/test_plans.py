@@ -132,3 +132,15 @@ def test_memory_that_is_used_again_for_other_numbers_has_another_map(monkeypatch
     assert bytes_.data_ptr() == memory.data_ptr()
     assert [maps.of(matrix, 64) for matrix in (memory, bytes_, memory)] == [1, 2, 1]
     assert made == [torch.bfloat16, torch.uint8]
+
+
+@given(
+    st.integers(1, 8),
+    st.sampled_from([64, 128]),
+    st.sampled_from([(4, 2), (2, 4), (8, 2), (4, 4)]),
+)
+def test_padding_keeps_out_one_block_more(group: int, head_dim: int, sizes: tuple[int, int]) -> None:
+    spec, plan = AttentionSpec(8 * group, 8, head_dim, 1.0), decode.DecodePlan(*sizes, 1, "lazy", False)
+    block = decode.shared_bytes(plan, spec) + decode.padding(plan, spec) + 1024
+    assert plan.blocks * block <= decode.SHARED_SM or not decode.padding(plan, spec)
+    assert (plan.blocks + 1) * block > decode.SHARED_SM
