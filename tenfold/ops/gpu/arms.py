@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, quantize, ring, stream, stream_packed
+from tenfold.ops.gpu import nvrtc, quantize, ring, ring_packed, stream, stream_packed
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -212,6 +212,31 @@ class Streamed:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PackedRing:
+    """Packed weights through the ring: plans of one kind of `ring_packed.py`."""
+
+    kind: str
+
+    def candidates(self, work: Work, sms: int) -> Iterator[str]:
+        if self._takes(work):
+            yield from map(str, ring_packed.candidates(self.kind, work.tokens, work.rows, work.cols, sms))
+
+    def legal(self, name: str, work: Work) -> bool:
+        plan = ring_packed.parse(name)
+        return self._takes(work) and ring_packed.legal(plan, work.tokens, work.rows, work.cols)
+
+    def _takes(self, work: Work) -> bool:
+        known = ring_packed.kind_of(work.format) == self.kind
+        return known and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
+
+    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
+        plan = ring_packed.parse(name)
+        return lambda context, x, w, fused: ring_packed.run(
+            plan, context.maps, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32
+        )
+
+
 class Float8:
     """Float8 by float8 through the ring: `ring.run_fp8`."""
 
@@ -258,6 +283,7 @@ FAMILIES: dict[str, Family] = {
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
     **{kind: Streamed(kind) for kind in stream_packed.CODES},
+    **{kind: PackedRing(kind) for kind in ring_packed.CODES},
     ring.FLOAT8: Float8(),
     **dict.fromkeys(lowbit.KINDS, PACKED),
 }
@@ -353,7 +379,9 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    ours = [here / f"{name}.py" for name in ("norm", "quantize", "ring", "stream", "stream_packed", "decode")]
+    ours = [
+        here / f"{name}.py" for name in ("norm", "quantize", "ring", "ring_packed", "stream", "stream_packed", "decode")
+    ]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])
     digest = hashlib.sha256(torch.__version__.encode())

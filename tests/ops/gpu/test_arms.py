@@ -117,6 +117,20 @@ def test_candidates_are_legal_and_hold_the_rule_and_the_library(tokens: int) -> 
     assert ("gemv" in families, "stream" in families, "flat" in families) == (tokens <= 4, tokens <= 16, tokens <= 64)
 
 
+@pytest.mark.parametrize(
+    ("format", "tokens", "kind"),
+    [("int4g128z", 64, "ring4"), ("int8", 9, "ring8"), ("fp8", 33, "ring8"), ("fp8g128a8", 1, "ring8")],
+)
+def test_packed_weights_may_come_through_a_ring(format: str, tokens: int, kind: str) -> None:
+    found = arms.candidates(Work(6144, 4096, format, Use(norm=True, act="silu"), tokens), SMS)
+    assert kind in {name.partition(":")[0] for name in found}
+    for other in ("dense", "int4g64", "int8g128o"):
+        names = arms.candidates(Work(6144, 4096, other, Use(), tokens), SMS)
+        assert not {name.partition(":")[0] for name in names} & {"ring4", "ring8"}
+    assert not arms.legal("ring4:8x1x64", Work(6144, 4096, "int8", Use(), 8))
+    assert not arms.legal(f"{kind}:8x1x64", Work(6144, 4096, format, Use(), 65))
+
+
 def test_norms_that_might_overflow_in_float16_are_no_candidates() -> None:
     for tokens in (1, 32):
         found = arms.candidates(Work(6144, 4096, "dense", Use(norm=True), tokens, torch.float16), SMS)
@@ -254,7 +268,7 @@ def test_tuning_some_families_times_the_rule_and_the_library_too(table: Table) -
 def test_tuning_packed_weights(table: Table) -> None:
     timer = FakeTimer()
     tuning.tune([Work(64, 128, "int4g128", Use(norm=True), 1)], running(table), timer, (1,))
-    assert {name.partition(":")[0] for name in timer.measured[0]} == {"stream4", "fused"}
+    assert {name.partition(":")[0] for name in timer.measured[0]} == {"stream4", "ring4", "fused"}
 
 
 def test_a_gpu_on_which_nothing_runs_is_told(table: Table) -> None:

@@ -4,7 +4,7 @@ and what is fused.
 How far a result may lie away is `tests/rounding.py`; float8 tokens are compared as they were rounded.
 """
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from tests.rounding import excess
 
 quantize = pytest.importorskip("tenfold.ops.gpu.quantize")
 ring = pytest.importorskip("tenfold.ops.gpu.ring")
+ring_packed = pytest.importorskip("tenfold.ops.gpu.ring_packed")
 stream_packed = pytest.importorskip("tenfold.ops.gpu.stream_packed")
 
 pytestmark = [
@@ -48,6 +49,17 @@ def tokens(count: int, cols: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(count, cols, device="cuda", generator=torch.Generator("cuda").manual_seed(count)).to(dtype)
 
 
+def product(name: str, maps: Any, workspace: Any, x: Tensor, w: Matrix, *fused: Any) -> Tensor:
+    """The plan of this name. fused: bias, norm, act, residual."""
+    if name.startswith("stream"):
+        result = stream_packed.run(stream_packed.parse(name), SMS, x, w, *fused)
+    elif name.startswith(ring.FLOAT8):
+        result = ring.run_fp8(ring.parse(name), maps, workspace, SMS, x, w, *fused)
+    else:
+        result = ring_packed.run(ring_packed.parse(name), maps, workspace, SMS, x, w, *fused)
+    return result  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("format", STREAMED)
 @pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 4096), (13, 72, 1152)])
@@ -55,6 +67,31 @@ def test_streamed(format: str, count: int, rows: int, cols: int, dtype: torch.dt
     w, x = matrix(format, rows, cols), tokens(count, cols, dtype)
     for plan in stream_packed.candidates(stream_packed.kind_of(format), count, rows, cols):
         assert excess(stream_packed.run(plan, SMS, x, w), x, formats.unpack(w), dtype) <= 1, plan
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("format", [*STREAMED, "int4g256", "int4z"])
+@pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 4096), (9, 72, 1120), (32, 200, 160), (61, 1000, 1440)])
+def test_codes_through_a_ring(format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    w, x, maps = matrix(format, rows, cols), tokens(count, cols, dtype), ring.Maps()
+    kind, workspace = ring_packed.kind_of(format), ring.Workspace(torch.device("cuda"))
+    for plan in ring_packed.candidates(kind, count, rows, cols, SMS):
+        got = ring_packed.run(plan, maps, workspace, SMS, x, w)
+        assert excess(got, x, formats.unpack(w), dtype) <= 1, plan
+    assert not workspace.counters.any()
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", ["int4g128z", "int8g128", "int8z"])
+def test_scales_of_each_type_through_a_ring(format: str, scales: torch.dtype) -> None:
+    rows, cols, count = 136, 1152, 20
+    w, x = matrix(format, rows, cols), tokens(count, cols, TYPES[0])
+    codes, *numbers = w.data
+    w = Matrix(format, rows, cols, (codes, *(one.to(scales) for one in numbers)))
+    plan = ring_packed.PackedPlan(4, 1, 128, 0, ring_packed.kind_of(format))
+    got = ring_packed.run(plan, ring.Maps(), ring.Workspace(torch.device("cuda")), SMS, x, w, float32=True)
+    assert got.dtype == torch.float32
+    assert excess(got, x, formats.unpack(w), TYPES[0]) <= 1
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -70,10 +107,17 @@ def test_float8_by_float8(format: str, count: int, rows: int, cols: int, dtype: 
         assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, plan
 
 
-@pytest.mark.parametrize(("format", "count"), [("int8g128z", 3), ("fp8", 16), ("int4", 8), ("fp8a8", 40)])
+@pytest.mark.parametrize(
+    ("format", "count", "plan"),
+    [
+        *(("int8g128z", 3, "stream8:8x4x1"), ("fp8", 16, "stream8:8x4x1"), ("int4", 8, "stream4:8x4x1")),
+        *(("int4g128z", 40, "ring4:4x1x192:even"), ("fp8", 24, "ring8:5x1x256"), ("int8g128", 12, "ring8:4x2x64:s2")),
+        ("fp8a8", 40, "ring-fp8:5x1x64"),
+    ],
+)
 @pytest.mark.parametrize("fused", ["norm silu bias", "residual", "norm gelu_tanh residual"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_what_is_fused(format: str, count: int, fused: str, dtype: torch.dtype) -> None:
+def test_what_is_fused(format: str, count: int, plan: str, fused: str, dtype: torch.dtype) -> None:
     rows, cols = 528, 1024
     w, x = matrix(format, rows, cols), tokens(count, cols, dtype)
     norm = Norm(torch.rand(cols, device="cuda") + 0.5, 1e-5) if "norm" in fused else None
@@ -83,15 +127,11 @@ def test_what_is_fused(format: str, count: int, fused: str, dtype: torch.dtype) 
     read = x.double()
     if norm is not None:
         read = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
-    if count > stream_packed.MOST_TOKENS:
+    if plan.startswith("ring-fp8"):
         codes, scales = quantize.quantize(x, norm)
         assert ((codes.double() * scales.double()[:, None] - read).abs() <= read.abs().amax(1)[:, None] / 28).all()
         read = codes.double() * scales.double()[:, None]
-        plan, workspace = ring.rule_fp8(count), ring.Workspace(torch.device("cuda"))
-        got = ring.run_fp8(plan, ring.Maps(), workspace, SMS, x, w, bias, norm, act, residual)
-    else:
-        plan = next(stream_packed.candidates(stream_packed.kind_of(format), count, rows, cols))
-        got = stream_packed.run(plan, SMS, x, w, bias, norm, act, residual)
+    got = product(plan, ring.Maps(), ring.Workspace(torch.device("cuda")), x, w, bias, norm, act, residual)
     wanted = read @ formats.unpack(w).double().T
     wanted = wanted if bias is None else wanted + bias.double()
     if act is not None:
@@ -112,29 +152,28 @@ def test_tokens_are_rounded_to_the_nearest_float8(cols: int, dtype: torch.dtype)
     assert ((codes.double() - scaled).abs() <= (scaled.abs() / 16).clamp_(min=2**-10) * 1.001).all()
 
 
-@pytest.mark.parametrize(("format", "count"), [("fp8a8", 64), ("fp8g128a8", 17), ("int8g128", 8)])
-def test_bits_repeat_in_a_graph_whose_products_follow_each_other(format: str, count: int) -> None:
-    first, second, x, maps = (
-        matrix(format, 1024, 1024),
-        matrix(format, 1024, 1024),
-        tokens(count, 1024, TYPES[0]),
-        ring.Maps(),
-    )
+@pytest.mark.parametrize(
+    ("format", "count", "plan"),
+    [
+        *(("fp8a8", 64, "ring-fp8:5x1x64:even"), ("fp8g128a8", 17, "ring-fp8:5x1x64:even")),
+        *(("int8g128", 8, "stream8:8x4x1"), ("int4g128", 64, "ring4:4x1x192:even"), ("int8", 16, "ring8:4x2x64:s2")),
+    ],
+)
+def test_bits_repeat_in_a_graph_whose_products_follow_each_other(format: str, count: int, plan: str) -> None:
+    first, second = matrix(format, 1024, 1024), matrix(format, 1024, 1024)
+    x, maps, workspace = tokens(count, 1024, TYPES[0]), ring.Maps(), ring.Workspace(torch.device("cuda"))
 
-    workspace = ring.Workspace(torch.device("cuda"))
+    def three() -> Tensor:
+        got = x
+        for w in (first, second, first):
+            got = product(plan, maps, workspace, got, w)
+        return got
 
-    def product(x: Tensor, w: Matrix) -> Tensor:
-        if count > stream_packed.MOST_TOKENS:
-            plan = replace(ring.rule_fp8(count), splits=0)
-            return ring.run_fp8(plan, maps, workspace, SMS, x, w)  # type: ignore[no-any-return]
-        plan = next(stream_packed.candidates(stream_packed.kind_of(format), count, 1024, 1024))
-        return stream_packed.run(plan, SMS, x, w)  # type: ignore[no-any-return]
-
-    wanted = product(product(product(x, first), second), first)
+    wanted = three()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
-        out = product(product(product(x, first), second), first)
+        out = three()
     for _ in range(5):
         out.fill_(float("nan"))
         graph.replay()

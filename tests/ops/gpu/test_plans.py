@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, prefill, ring, stream, stream_packed
+from tenfold.ops.gpu import decode, graphs, prefill, ring, ring_packed, stream, stream_packed
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -24,6 +24,10 @@ def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int
         for plan in stream_packed.candidates(kind, tokens, rows, cols):
             assert stream_packed.legal(plan, tokens, rows, cols)
             assert stream_packed.parse(str(plan)) == plan
+    for kind in ring_packed.CODES:
+        for packed in ring_packed.candidates(kind, tokens, rows, cols, SMS):
+            assert ring_packed.legal(packed, tokens, rows, cols)
+            assert ring_packed.parse(str(packed)) == packed
 
 
 @given(TOKENS, ROWS, COLS)
@@ -36,6 +40,20 @@ def test_sums_of_a_ring_fit(tokens: int, rows: int, cols: int) -> None:
             assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= ring.WORKSPACE
 
 
+@given(TOKENS, ROWS, COLS, st.sampled_from(list(ring_packed.CODES)))
+def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, cols: int, kind: str) -> None:
+    plans = list(ring_packed.candidates(kind, tokens, rows, cols, SMS))
+    assert {plan.splits for plan in plans} >= {0, 1}
+    for plan in plans:
+        codes, boxes = plan.height * 128, plan.step_cols // 64
+        assert ring_packed.stage_bytes(plan, tokens) == codes + boxes * ring.width(tokens) * 128
+        assert ring_packed.shared_bytes(plan, tokens) * plan.blocks <= ring.SHARED_SM
+        if plan.splits != 1:
+            blocks = ring.grid(plan, rows, cols, SMS)
+            assert blocks > 0
+            assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= ring.WORKSPACE
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -43,6 +61,8 @@ def test_sums_of_a_ring_fit(tokens: int, rows: int, cols: int) -> None:
         (stream_packed, "stream:1x2x3"),
         (stream_packed, "stream8:1x2"),
         (ring, "ring-fp8:6x1"),
+        (ring_packed, "ring:6x1x64"),
+        (ring_packed, "ring4:6x1x32"),
     ],
 )
 def test_names_of_other_plans_are_refused(module: object, name: str) -> None:

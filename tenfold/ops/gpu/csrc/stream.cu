@@ -25,17 +25,7 @@
 #undef CHUNK_COLS
 #define LANE_COLS 32
 #define CHUNK_COLS 128
-#define WHOLE_ROW (GROUP >= 1 << 30)
-#if BITS == 4
-#define BASE (HALF ? 1024.f : 128.f)  // added to a code by the bits above it
-#define MAGIC (HALF ? 0x64006400u : 0x43004300u)  // a pair of BASE
-#define MIDDLE (HALF ? 0x64086408u : 0x43084308u)  // and of BASE + 8
-#define NOTHING (ZEROS ? 0u : 0x88888888u)  // codes of zero
-#else
-#define BASE (HALF ? 1152.f : 0.f)
-#define MIDDLE (HALF ? 0x64806480u : 0u)
-#define NOTHING 0u
-#endif
+#include "codes.h"
 #endif
 
 // What a lane holds of a chunk of its two rows.
@@ -74,66 +64,16 @@ __device__ __forceinline__ void tile_rows(const Shape &s, int tile, int g, int &
 }
 
 #if BITS < 16
-__device__ __forceinline__ float number(const void *values, size_t at) {
-#if SCALES == 2
-    return __ldg((const float *)values + at);
-#else
-    u16 bits = __ldg((const u16 *)values + at);
-#if SCALES == 1
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
-#else
-    return __uint_as_float((u32)bits << 16);
-#endif
-#endif
-}
-
-__device__ __forceinline__ u32 minus(u32 a, u32 b) {
-    u32 d;
-#if HALF
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#else
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#endif
-    return d;
-}
-
-// Some bits of a word and others above them, in one instruction: left alone the compiler takes two.
-__device__ __forceinline__ u32 pick(u32 word, u32 mask, u32 above) {
-    u32 d;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "r"(mask), "r"(above));
-    return d;
-}
-
-#if BITS == 4
-// Columns 2 i and 2 i + 1 of a word of codes, as exact numbers less their zero.
-__device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) { return minus(pick(word >> 4 * i, 0x000f000fu, MAGIC), zero); }
-#elif E4M3 && HALF
-// Columns 2 i and 2 i + 1 of a word.
-__device__ __forceinline__ u32 pair(u32 word, int i, u32) {
-    u32 d;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"((u16)(word >> 16 * i)));
-    return d;
-}
-#elif E4M3
-// Columns i and i + 2 of a word: the sign, and seven bits at the low end of exponent and mantissa are the number times
-// 2^-120, the smallest ones included.
-__device__ __forceinline__ u32 pair(u32 word, int i, u32) {
-    u32 high = i ? word : word << 8, seven = i ? word >> 4 : word << 4, d;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(high & 0x80008000u | seven & 0x07f007f0u), "r"(0x7b807b80u));
-    return d;
-}
-#elif HALF
-// Columns i and i + 2 of a word: 1024 + 128 + code, less that and the zero.
-__device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) { return minus((word >> 8 * i) & 0x00ff00ffu ^ 0x64806480u, zero); }
-#else
-// Columns i and i + 2 of a word: 128 + the low seven bits, less 128, or less 256 where the sign bit makes it that.
+// Pair i of a word: columns 2 i and 2 i + 1, with 8 bits i and i + 2 (but float8 in float16: 2 i and 2 i + 1).
 __device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) {
-    const u32 code = word >> 8 * i, d = minus(pick(code, 0x007f007fu, 0x43004300u), pick(code, 0x00800080u, 0x43004300u));
-    return ZEROS ? minus(d, zero) : d;
-}
+#if E4M3 && HALF
+    return eighths(word >> 16 * i);
+#elif E4M3
+    return eighths(i ? word : word << 8, i ? word >> 4 : word << 4);
+#else
+    return whole(word >> BITS * i, zero);
 #endif
+}
 
 // The k-th 8 of a lane's 32 columns as four pairs.
 __device__ __forceinline__ void expand(u32 (&f)[4], const uint4 (&loads)[LOADS], int k, u32 zero) {
