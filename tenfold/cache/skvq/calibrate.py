@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tenfold.cache.skvq.attend import Seen, attend, left_window
 from tenfold.cache.skvq.quantize import Grouping, rounded
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
+from tenfold.ops.oracle import rotate
 
-CLIPS = tuple(round(0.80 + 0.02 * i, 2) for i in range(11))  # ascending, the last one is no clipping
+CLIPS = tuple(0.5 + 0.025 * i for i in range(21))  # ascending, the last one is no clipping
 ROUNDS = 16  # of clustering at most
 EVERY = 4  # of how many queries one counts for the clip factors
 LARGEST_ZERO = 64.0  # of what E4M3 holds, that a group's largest number of the text takes: room for 7 times more
@@ -108,6 +109,24 @@ class Sample:
     values: Tensor
     spec: AttentionSpec
     turn: Turn
+
+    @classmethod
+    def of(cls, qkv: Tensor, heads: Heads, positions: Tensor) -> "Sample":
+        """What `Kernels.attention` gets for a whole sequence; keys after their norm, where there is one."""
+        spec = heads.spec
+        parts = qkv.float().view(len(qkv), -1, spec.head_dim)
+        q, k, v = parts.split([spec.heads, spec.kv_heads, spec.kv_heads], 1)
+        q, k = (_normed(x, norm) for x, norm in ((q, heads.q_norm), (k, heads.k_norm)))
+        cos, sin = (x[None] for x in heads.rope[positions].chunk(2, -1)) if spec.rotary_dim else (None, None)
+
+        def turn(x: Tensor) -> Tensor:
+            return x if cos is None or sin is None else rotate(x, cos, sin)
+
+        return cls(turn(q.transpose(0, 1)).transpose(0, 1), k, v, spec, turn)
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    return x if norm is None else torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
 
 
 class ClipSearch:

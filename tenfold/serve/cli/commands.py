@@ -30,6 +30,7 @@ BODIES = {
     "explain": "tenfold.serve.cli.choices:explain",
     "tune": "tenfold.serve.cli.choices:tune",
     "calibrate softmax": "tenfold.serve.cli.calibrate:softmax",
+    "calibrate kv": "tenfold.serve.cli.calibrate_kv:kv",
     "bench": "tenfold.bench.cli:app",
     "start templates": "tenfold.engine.template:start",
 }
@@ -306,6 +307,26 @@ def calibrate_softmax_command(
     The result is written beside the model. An interrupted run goes on where it stopped.
     """
     body("calibrate softmax")(settled.config, text, window, windows, as_json)
+
+
+@calibrate_app.command("kv", epilog=examples("tenfold calibrate kv ./model --text wiki.txt --format k2v1.5g64"))
+@settings(EngineConfig, models=ARGUMENT)
+def calibrate_kv_command(
+    settled: Settled,
+    text: Annotated[
+        Path, Option("--text", exists=True, dir_okay=False, help="Text of the usual kind, such as an encyclopedia's.")
+    ],
+    format: Annotated[str, Option("--format", help="Bits of keys and values, and channels in a group.")] = "k2v2g64",
+    window: Annotated[int, Option("--window", min=2, help="Tokens of one sequence at most.")] = 512,
+    windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 16,
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
+) -> None:
+    """Measure keys and values, for a KV cache of few bits: which channels are stored together, and how far clipped.
+
+    The result is written beside the model. An interrupted run goes on where it stopped. The engine does not serve such
+    a cache yet.
+    """
+    body("calibrate kv")(settled.config, text, format, window, windows, as_json)
 
 
 @app.command(

@@ -1,0 +1,329 @@
+"""What storing keys and values in few bits costs in quality, on a real model and the CPU.
+
+The model runs in float32 with attention that sees every token as a format would have stored it when the query was
+computed (`cache.skvq.attend`), so one forward over a text judges what decoding it token by token would. Three measures:
+perplexity, mean KL divergence from the exact cache, and the share of codes found again that stood far back in a prompt.
+Groups and clip factors come from another text than the one that is judged.
+
+    python -m tenfold.bench.kv_quality --model MODEL --calibrate news.txt --text book.txt --out kv.json
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, Skvq, bits_at
+from tenfold.bench.quality import windows
+from tenfold.cache.skvq.attend import attend
+from tenfold.cache.skvq.calibrate import ClipSearch, Extremes, Sample
+from tenfold.cache.skvq.quantize import Grouping
+from tenfold.cache.skvq.spec import SkvqSpec
+from tenfold.cache.store import KVSpec, KVStore
+from tenfold.engine.calibrate import step_of
+from tenfold.models.table import Model, build_model, model_config
+from tenfold.ops.kernels import Contexts, Heads, Kernels, Replay, Separate, run
+from tenfold.ops.oracle import Oracle
+from tenfold.serve.cli.terminal import columns
+from tenfold.weights.find import resolve
+from tenfold.weights.kv_calibration import key_bias
+from tenfold.weights.load import Weights
+from tenfold.weights.open import open_checkpoint
+
+UNJUDGED = 256  # first tokens of a window, of which window and sinks are a large part
+WORDS = (  # noqa: SIM905
+    "river table garden window yellow market silver doctor forest engine bottle winter letter camera island bridge "
+    "planet orange castle mirror pencil desert rocket violin helmet candle basket turtle anchor button ladder pepper"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A row of the table: SKVQ with parts of it left out."""
+
+    name: str
+    spec: SkvqSpec
+    reorder: bool = True
+    clip: bool = True
+
+    def side(self, of_keys: bool) -> "Side":
+        spec = self.spec
+        bits, rotary = (spec.key_bits, spec.rotary) if of_keys else (spec.value_bits, "pre")
+        return Side(of_keys, bits, spec.group, spec.span, self.reorder, rotary, spec.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What a grouping of keys, or of values, depends on."""
+
+    of_keys: bool
+    bits: float
+    group: int
+    span: int
+    reorder: bool
+    rotary: str
+    parameters: str
+
+
+def variants(kv_heads: int, head_dim: int) -> list[Variant]:
+    """SKVQ as published, at two group sizes, with each part left out, and rounding to nearest, which is none of it.
+
+    Groups of 64 may mix the channels of neighbouring heads where heads have 64 channels or fewer: inside one there
+    would be nothing to reorder.
+    """
+    span = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * head_dim > 64 or n == kv_heads))
+    base = SkvqSpec(2, 2, 64, span=span)
+    small = SkvqSpec(2, 2, 32)
+    plain = replace(base, window=0, sinks=0, rotary="post")
+    return [
+        Variant("round to nearest 2 bit g64", plain, reorder=False, clip=False),
+        Variant("round to nearest 2 bit g32", replace(plain, group=32, span=1), reorder=False, clip=False),
+        Variant("round to nearest 2 bit g64, window, sinks", replace(base, rotary="post"), reorder=False, clip=False),
+        Variant(f"SKVQ {base}", base),
+        Variant(f"SKVQ {small}", small),
+        *(Variant(f"SKVQ {s}", s) for s in (replace(base, value_bits=1.5), replace(small, value_bits=1.5))),
+        *(Variant(f"SKVQ {s}", s) for s in (replace(base, key_bits=4), replace(base, key_bits=4, value_bits=4))),
+        *(
+            Variant(f"SKVQ {base}, {without}", spec, reorder, clip)
+            for without, spec, reorder, clip in (
+                ("no reorder", base, False, True),
+                ("no clip", base, True, False),
+                ("no window", replace(base, window=0), True, True),
+                ("no sinks", replace(base, sinks=0), True, True),
+                ("no window, no sinks", replace(base, window=0, sinks=0), True, True),
+                ("fp16 parameters", replace(base, parameters="fp16"), True, True),
+                ("keys after rotary", replace(base, rotary="post"), True, True),
+            )
+        ),
+    ]
+
+
+class Formatted(Separate):
+    """Kernels whose attention sees the cache as `format` stores it, and shows its inputs to `watch`. One sequence a
+    step, whole.
+    """
+
+    def __init__(self) -> None:
+        self.kernels = Oracle()
+        self.layers: dict[int, int] = {}  # by where the layer's keys lie
+        self.format: Format = Exact()
+        self.watch: Callable[[int, Sample], None] = lambda layer, sample: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)
+
+    def replay(self) -> Replay:
+        return run
+
+    def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        layer, sample = self.layers[keys.data_ptr()], Sample.of(qkv, heads, step.positions)
+        self.watch(layer, sample)
+        k, v = sample.turn(sample.keys.transpose(0, 1)), sample.values.transpose(0, 1)
+        q = sample.q.unflatten(1, (heads.spec.kv_heads, -1)).permute(1, 2, 0, 3)
+        out = attend(q, step.positions, k, v, self.format.see(layer, sample, step.positions), heads.spec)
+        return out.permute(2, 0, 1, 3).reshape(len(qkv), -1)
+
+
+class Bench:
+    """A model whose cache is of any format."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self.checkpoint = open_checkpoint(path)
+        self.config = model_config(self.checkpoint.config)
+        self.tokenizer = self.checkpoint.tokenizer()
+        self.kernels = Formatted()
+        weights = Weights(self.checkpoint, cast(Kernels, self.kernels), mode="dense")
+        self.model: Model = build_model(self.checkpoint.config, weights, length)
+        c = self.config
+        # Nothing is read from the store; its one page only tells the layers apart.
+        self.store = KVStore(KVSpec(c.layers, c.kv_heads, c.head_dim, torch.float32, 1), 1, torch.device("cpu"))
+        self.kernels.layers = {keys.data_ptr(): layer for layer, keys in enumerate(self.store.keys)}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def logits(self, ids: Sequence[int], format: Format, rows: Sequence[int]) -> Tensor:
+        """[len(rows), vocabulary] float32, of the tokens at rows."""
+        self.kernels.format = format
+        step = replace(step_of(list(ids), self.store, 1), logits_rows=torch.tensor(rows))
+        with torch.inference_mode():
+            return self.model.forward(step).float()
+
+    def run(self, ids: Sequence[int], watch: Callable[[int, Sample], None]) -> None:
+        self.kernels.watch = watch
+        self.logits(ids, Exact(), [len(ids) - 1])
+        self.kernels.watch = lambda layer, sample: None
+
+
+def calibrated(bench: Bench, wanted: Sequence[Variant], pieces: Sequence[Sequence[int]], searched: int) -> list[Skvq]:
+    """The variants with groups from all pieces and clip factors from the first ones."""
+    c = bench.config
+    layers = range(c.layers)
+    shifts = [key_bias(bench.checkpoint, layer, c.kv_size) for layer in layers]
+    seen = {kind: [Extremes(c.kv_size) for _ in layers] for kind in ("pre", "post", "values")}
+
+    def watch(layer: int, sample: Sample) -> None:
+        turned = sample.turn(sample.keys.transpose(0, 1)).transpose(0, 1)
+        for kind, x in (("pre", sample.keys), ("post", turned), ("values", sample.values)):
+            seen[kind][layer].add(x.flatten(1))
+
+    for piece in pieces:
+        bench.run(piece, watch)
+
+    def search(side: Side, layer: int) -> ClipSearch:
+        kind = side.rotary if side.of_keys else "values"
+        shift = shifts[layer] if kind == "pre" else torch.zeros(c.kv_size)
+        grouping = seen[kind][layer].grouping(side.group, side.span * c.head_dim, shift, side.reorder)
+        return ClipSearch(grouping, side.bits, side.parameters, side.of_keys, side.rotary)
+
+    sides = {v.side(of_keys) for v in wanted for of_keys in (True, False)}
+    clipped = {v.side(of_keys) for v in wanted if v.clip for of_keys in (True, False)}
+    searches = {side: [search(side, layer) for layer in layers] for side in sides}
+
+    def look(layer: int, sample: Sample) -> None:
+        for side in clipped:
+            searches[side][layer].add(sample, window=128, sinks=5)
+
+    for piece in pieces[:searched]:
+        bench.run(piece, look)
+
+    def groupings(variant: Variant, of_keys: bool) -> list[Grouping]:
+        return [s.grouping() if variant.clip else s.base for s in searches[variant.side(of_keys)]]
+
+    return [Skvq(v.name, v.spec, groupings(v, True), groupings(v, False), c.kv_heads, c.head_dim) for v in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """A prompt of pairs of a word and a code, far apart, and at its end the words again. answers: where the tokens of
+    each code stand that are to be found.
+    """
+
+    ids: list[int]
+    answers: list[range]
+
+
+def recall(bench: Bench, filler: Sequence[int], seed: int, length: int, questions: int) -> Recall:
+    """filler: tokens that stand between the pairs; at most one pair for each of WORDS."""
+    draw = random.Random(seed)
+    words = draw.sample(WORDS, questions)
+    codes = {word: str(draw.randrange(1000, 10000)) for word in words}
+    pairs = [bench.encode(f"\nThe code of {word} is {codes[word]}.\n") for word in words]
+    asked = draw.sample(words, len(words))
+    room = length - sum(map(len, pairs)) - sum(len(bench.encode(f"\nThe code of {w} is {codes[w]}.")) for w in words)
+    gap = max(0, room // questions)
+    ids: list[int] = []
+    for i, pair in enumerate(pairs):
+        ids += pair + list(filler[i * gap : (i + 1) * gap])
+    answers = []
+    for word in asked:
+        ids += bench.encode(f"\nThe code of {word} is")
+        code = bench.encode(f" {codes[word]}")
+        answers.append(range(len(ids), len(ids) + len(code)))
+        ids += code + bench.encode(".")
+    return Recall(ids, answers)
+
+
+def found(bench: Bench, prompt: Recall, format: Format) -> int:
+    """How many codes greedy decoding would give completely."""
+    rows = [at - 1 for answer in prompt.answers for at in answer]
+    best = bench.logits(prompt.ids, format, rows).argmax(-1).tolist()
+    right = [token == prompt.ids[row + 1] for token, row in zip(best, rows)]
+    total = 0
+    for answer in prompt.answers:
+        own, right = right[: len(answer)], right[len(answer) :]
+        total += all(own)
+    return total
+
+
+def judge(bench: Bench, formats: Sequence[Format], pieces: Sequence[Sequence[int]], prompts: Sequence[Recall]) -> list:
+    """A dict for each format; the first one must be the exact cache."""
+    length = len(pieces[0])
+    rows = list(range(min(UNJUDGED, length // 2) - 1, length - 1))
+    references: list[Tensor] = []
+    results: list[dict[str, Any]] = []
+    for format in formats:
+        begin = time.monotonic()
+        nll, kl, count = 0.0, 0.0, 0
+        for i, piece in enumerate(pieces):
+            logs = bench.logits(piece, format, rows).log_softmax(-1)
+            if len(references) <= i:
+                references.append(logs)
+            targets = torch.tensor([piece[row + 1] for row in rows])
+            nll -= float(logs.gather(1, targets[:, None]).double().sum())
+            kl += float((references[i].exp() * (references[i] - logs)).double().sum())
+            count += len(rows)
+        right = sum(found(bench, prompt, format) for prompt in prompts)
+        results.append(
+            {
+                "format": format.name,
+                "bits": round(format.bits, 3),
+                "bits_here": round(bits_at(format, length), 3),
+                "perplexity": math.exp(nll / count),
+                "kl": kl / count,
+                "found": right,
+                "asked": sum(len(prompt.answers) for prompt in prompts),
+            }
+        )
+        print(f"{format.name}: {results[-1]} ({time.monotonic() - begin:.0f} s)", flush=True)
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Plain text; the perplexity's change is against the first row."""
+    base = results[0]["perplexity"]
+    rows = [("format", "bits", "bits here", "perplexity", "change", "KL", "found")]
+    for r in results:
+        change = f"{r['perplexity'] / base - 1:+.1%}"
+        numbers = (f"{r['bits']:.2f}", f"{r['bits_here']:.2f}", f"{r['perplexity']:.2f}", change, f"{r['kl']:.4f}")
+        rows.append((r["format"], *numbers, f"{r['found']}/{r['asked']}"))
+    return columns(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kv_quality", description=__doc__)
+    parser.add_argument("--model", required=True, help="a checkpoint's folder, a .gguf file or a name")
+    parser.add_argument("--text", type=Path, required=True, help="what is judged")
+    parser.add_argument("--calibrate", type=Path, required=True, help="another text, for groups and clip factors")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=4, help="windows that are judged")
+    parser.add_argument("--prompts", type=int, default=3, help="prompts of codes to find again")
+    parser.add_argument("--questions", type=int, default=16, help="codes in a prompt")
+    parser.add_argument("--searched", type=int, default=2, help="calibration windows of 384 tokens for clip factors")
+    parser.add_argument("--only", default="", help="regular expression for the names of formats")
+    options = parser.parse_args(arguments)
+    bench = Bench(resolve(options.model), options.length)
+    c = bench.config
+    tokens = bench.encode(options.text.read_text(encoding="utf-8", errors="replace"))
+    pieces = list(windows(tokens, options.length, options.windows))
+    used = len(pieces) * options.length
+    learned = bench.encode(options.calibrate.read_text(encoding="utf-8", errors="replace"))
+    wanted = [v for v in variants(c.kv_heads, c.head_dim) if re.search(options.only, v.name)]
+    skvq = calibrated(bench, wanted, list(windows(learned, 384, 8)), options.searched)
+    plain: list[Format] = [
+        *(Float8(c.head_dim), Integer(4, 64), Integer(4, 64, turned=True), Kivi(32), Kivi(64)),
+    ]
+    formats: list[Format] = [Exact(), *(f for f in plain if re.search(options.only, f.name)), *skvq]
+    prompts = [
+        recall(bench, tokens[used:] or tokens, seed, options.length, options.questions)
+        for seed in range(options.prompts)
+    ]
+    results = judge(bench, formats, pieces, prompts)
+    print(table(results))
+    if options.out:
+        about = {"model": Path(options.model).name, "length": options.length, "windows": len(pieces)}
+        options.out.write_text(json.dumps({**about, "unjudged": UNJUDGED, "rows": results}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Measuring a model's keys and values on a text, for a KV cache of few bits.
+
+The model runs as it would serve, one window of the text after the other, each a sequence of its own. The first pass
+sees the range of every channel, the second one how far each group may be clipped; windows count in order in both, so a
+run that was interrupted goes on where it stopped and ends with the same result.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold.base.config import EngineConfig
+from tenfold.cache.skvq.calibrate import CLIPS, ClipSearch, Extremes, Sample
+from tenfold.cache.skvq.quantize import Grouping
+from tenfold.cache.skvq.spec import SkvqSpec
+from tenfold.cache.store import KVSpec, KVStore
+from tenfold.engine.calibrate import LARGEST_TEXT, PATIENCE, Progress, step_of, windows
+from tenfold.engine.memory import DTYPES
+from tenfold.engine.opened import Opened
+from tenfold.engine.text import Text
+from tenfold.models.config import ModelConfig
+from tenfold.models.table import build_model
+from tenfold.ops.kernels import Contexts, Heads, Kernels, Replay, Separate, run
+from tenfold.weights.identity import identity
+from tenfold.weights.kv_calibration import SIDES, KvCalibration, KvHeader, key_bias, places
+from tenfold.weights.load import Weights
+
+SEARCHED = 4  # windows of the second pass at most: each runs attention once for every group and clip factor
+
+
+class Layer:
+    """What was seen of one layer, keys first, then values."""
+
+    def __init__(self, spec: SkvqSpec, kv_heads: int, head_dim: int, shift: Tensor) -> None:
+        self.spec = spec
+        self.width = spec.span * head_dim
+        self.shifts = (shift, torch.zeros_like(shift))
+        self.extremes = [Extremes(kv_heads * head_dim) for _ in SIDES]
+        self.searches: list[ClipSearch] = []
+
+    def watch(self, sample: Sample) -> None:
+        keys = sample.keys
+        if self.spec.rotary == "post":
+            keys = sample.turn(keys.transpose(0, 1)).transpose(0, 1)
+        for extremes, x in zip(self.extremes, (keys, sample.values)):
+            extremes.add(x.flatten(1))
+
+    def group(self) -> None:
+        """Begin the second pass. Raises ValueError for values that are not finite."""
+        spec = self.spec
+        bits = (spec.key_bits, spec.value_bits)
+        self.searches = [
+            ClipSearch(e.grouping(spec.group, self.width, shift), b, spec.parameters, of_keys=not i, rotary=spec.rotary)
+            for i, (e, shift, b) in enumerate(zip(self.extremes, self.shifts, bits))
+        ]
+
+    def search(self, sample: Sample) -> None:
+        for search in self.searches:
+            search.add(sample, self.spec.window, self.spec.sinks)
+
+
+class Measured:
+    """All layers, and how many windows each pass has seen."""
+
+    def __init__(self, spec: SkvqSpec, shape: ModelConfig, shifts: Sequence[Tensor]) -> None:
+        self.spec = spec
+        groups = spec.groups(shape.kv_heads, shape.head_dim)
+        self.layers = [Layer(spec, shape.kv_heads, shape.head_dim, shift) for shift in shifts]
+        self.seen = 0
+        self.searched = 0
+        self.tokens = 0
+        self._losses = (len(self.layers), len(SIDES), groups, len(CLIPS))
+
+    def group(self) -> None:
+        for layer in self.layers:
+            layer.group()
+
+    def grouping(self, side: int) -> list[Grouping]:
+        return [layer.searches[side].grouping() for layer in self.layers]
+
+    def result(self, model: str, text: str) -> KvCalibration:
+        tensors = {}
+        for i, side in enumerate(SIDES):
+            found = self.grouping(i)
+            for part in Grouping.__slots__:
+                stack = torch.stack([getattr(grouping, part) for grouping in found])
+                tensors[f"{side}.{part}"] = stack.int() if part == "group" else stack
+        return KvCalibration(KvHeader(model, text, self.tokens, str(self.spec)), tensors)
+
+    def save(self, path: Path, key: str) -> None:
+        """For `load`, all or nothing."""
+        edges = [[(e.low, e.high) for e in layer.extremes] for layer in self.layers]
+        losses = [[s.losses for s in layer.searches] for layer in self.layers]
+        state = {
+            "counts": np.array([self.seen, self.searched, self.tokens]),
+            "edges": np.array(edges, dtype=np.float32),
+            "losses": np.array(losses) if self.layers[0].searches else np.zeros(self._losses),
+            "key": np.frombuffer(key.encode(), dtype=np.uint8),
+        }
+        temporary = path.with_suffix(".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **cast(Any, state))
+        temporary.replace(path)
+
+    def load(self, path: Path, key: str, total: int) -> None:
+        """Go on from what `save` left under the same key, of `total` windows; anything else is passed over."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in ("key", "counts", "edges", "losses")}
+        except (OSError, ValueError, KeyError, EOFError):
+            return
+        channels = len(self.layers[0].shifts[0])
+        good = found["key"].tobytes() == key.encode() and found["counts"].shape == (3,)
+        good = good and found["edges"].shape == (len(self.layers), len(SIDES), 2, channels)
+        if not good or found["losses"].shape != self._losses:
+            return
+        self.seen, self.searched, self.tokens = map(int, found["counts"])
+        for layer, sides in zip(self.layers, found["edges"]):
+            for extremes, (low, high) in zip(layer.extremes, sides):
+                extremes.low, extremes.high = low, high
+        if self.seen == total:
+            self.group()
+            for layer, losses in zip(self.layers, found["losses"]):
+                for search, loss in zip(layer.searches, losses):
+                    search.losses = loss
+
+
+class Showing(Separate):
+    """Kernels that show what attention gets to `watch(layer, sample)`. One sequence a step, whole."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.layers: dict[int, int] = {}  # by where the layer's keys lie
+        self.watch: Callable[[int, Sample], None] = lambda layer, sample: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)
+
+    def replay(self) -> Replay:
+        return run
+
+    def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        self.watch(self.layers[keys.data_ptr()], Sample.of(qkv, heads, step.positions))
+        return Separate.attention(self, qkv, heads, keys, values, step)
+
+
+def calibrate_kv(
+    config: EngineConfig,
+    spec: SkvqSpec,
+    text: Path,
+    window: int,
+    count: int,
+    progress: Progress,
+    loading: Progress,
+) -> tuple[KvCalibration, Opened]:
+    """Groups and clip factors from the first `count` windows of up to `window` tokens of a text.
+
+    progress(done, total) after each window of both passes, loading(done, total) while weights load. Raises ValueError
+    for a text without a window, for a spec the model's heads do not fit and for what `Opened` refuses; OSError for a
+    file that cannot be read.
+    """
+    if window <= spec.window + spec.sinks or count < 1:
+        raise ValueError(
+            f"{count} windows of {window} tokens were asked for; allowed: from 1 window of "
+            f"{spec.window + spec.sinks + 1} tokens, since {spec} stores none of the first {spec.window + spec.sinks}."
+        )
+    with text.open("rb") as file:
+        content = file.read(LARGEST_TEXT)
+    opened = Opened(config)
+    opened.choose()
+    opened.memory.require()
+    size = min(window, opened.memory.max_model_len)
+    pieces = windows(Text(opened.checkpoint), content.decode("utf-8", errors="replace"), size, count)
+    if len(pieces[0]) <= spec.window + spec.sinks:
+        raise ValueError(
+            f"A sequence has {len(pieces[0])} tokens, of which {spec} would store none; give a longer text."
+        )
+    shape = opened.shape
+    channels = shape.kv_heads * shape.head_dim
+    shifts = [key_shift(opened, spec, layer, channels) for layer in range(shape.layers)]
+    measured = Measured(spec, shape, shifts)
+    model, digest = identity(opened.checkpoint), hashlib.sha256(content).hexdigest()
+    key = json.dumps([model, digest, size, len(pieces), opened.kernels.name, opened.config.dtype, str(spec)])
+    partial = places(opened.checkpoint, model, str(spec))[-1].with_suffix(".partial")
+    measured.load(partial, key, len(pieces))
+    measure(opened, measured, pieces, size, lambda: measured.save(partial, key), progress, loading)
+    found = measured.result(model, digest)
+    partial.unlink(missing_ok=True)
+    return found, opened
+
+
+def key_shift(opened: Opened, spec: SkvqSpec, layer: int, channels: int) -> Tensor:
+    """[channels]: the bias of k_proj, where keys are stored as it leaves them; else zeros."""
+    return key_bias(opened.checkpoint, layer, channels) if spec.rotary == "pre" else torch.zeros(channels)
+
+
+def measure(
+    opened: Opened,
+    measured: Measured,
+    pieces: Sequence[list[int]],
+    size: int,
+    save: Callable[[], None],
+    progress: Progress,
+    loading: Progress,
+) -> None:
+    """Run the windows that a pass has not seen through the model; what was seen is saved now and then."""
+    showing = Showing(opened.kernels)
+    config, shape = opened.config, opened.shape
+    weights = Weights(
+        *(opened.checkpoint, cast(Kernels, showing), opened.device, DTYPES[config.dtype], config.weights, loading)
+    )
+    model = build_model(opened.checkpoint.config, weights, size)
+    pages = -(-size // config.page_size)
+    spec = KVSpec(shape.layers, shape.kv_heads, shape.head_dim, DTYPES[config.kv_dtype], config.page_size)
+    store = KVStore(spec, pages, opened.device)
+    showing.layers = {keys.data_ptr(): layer for layer, keys in enumerate(store.keys)}
+    second = min(len(pieces), SEARCHED)
+    saved = time.monotonic()
+
+    def turn(piece: list[int], watch: Callable[[int, Sample], None]) -> None:
+        showing.watch = watch
+        with torch.inference_mode():
+            model.forward(step_of(piece, store, pages))
+
+    def done() -> None:
+        nonlocal saved
+        progress(measured.seen + measured.searched, len(pieces) + second)
+        if time.monotonic() - saved > PATIENCE:
+            save()
+            saved = time.monotonic()
+
+    for piece in pieces[measured.seen :]:
+        turn(piece, lambda layer, sample: measured.layers[layer].watch(sample))
+        measured.seen += 1
+        measured.tokens += len(piece)
+        if measured.seen == len(pieces):
+            measured.group()
+        done()
+    for piece in pieces[measured.searched : second]:
+        turn(piece, lambda layer, sample: measured.layers[layer].search(sample))
+        measured.searched += 1
+        done()
