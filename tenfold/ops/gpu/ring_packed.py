@@ -102,7 +102,7 @@ def fits_registers(plan: PackedPlan, tokens: int) -> bool:
 
 def candidates(kind: str, tokens: int, rows: int, cols: int, sms: int) -> Iterator[PackedPlan]:
     """Plans worth timing: as many stages as fit, whole tiles and parts of them."""
-    found = {}
+    found: dict[PackedPlan, None] = {}
     for blocks, height, beside in SIZES:
         tiles, room = -(-rows // height), sms * blocks
         for splits in (1, 0, room // tiles) if tiles < room else (1, 0):

@@ -57,7 +57,8 @@ def product(name: str, maps: Any, workspace: Any, x: Tensor, w: Matrix, *fused: 
         result = ring.run_fp8(ring.parse(name), maps, workspace, SMS, x, w, *fused)
     else:
         result = ring_packed.run(ring_packed.parse(name), maps, workspace, SMS, x, w, *fused)
-    return result  # type: ignore[no-any-return]
+    assert isinstance(result, Tensor)
+    return result
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -21,6 +21,7 @@
 #define UNIT_COLS (FRAGMENTS * 16)
 #define UNITS (STEP_COLS / UNIT_COLS)
 #define SPANS (STEP_COLS / 128)  // of columns with one scale
+#define PARTS (SPANS == 2 && N <= (ROWS == 256 ? 16 : 32) ? 2 : 1)  // sums of spans, in turn: the second need not wait for the first
 #define W_BYTES (ROWS * 128)
 #define X_BOX (N * 128)
 #define STAGE_BYTES (W_BYTES + STEP_COLS / 64 * X_BOX)
@@ -128,8 +129,9 @@ __device__ __forceinline__ void release(Fragment (&a)[FRAGMENTS]) {
 __device__ __forceinline__ void add_part(float (&sums)[N / 2], float (&part)[N / 2], float upper, float lower) {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-        asm volatile("" : "+f"(part[i])::"memory");  // not before the wait
-        sums[i] += part[i] * (i & 2 ? lower : upper);
+        float sum;
+        asm volatile("mov.f32 %0, %1;" : "=f"(sum) : "f"(part[i]));  // not before the wait
+        sums[i] += sum * (i & 2 ? lower : upper);
     }
 }
 
@@ -265,12 +267,12 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
 #if WHOLE_ROW
-        float (&part)[N / 2] = d;
+        float (&part)[1][N / 2] = *(float (*)[1][N / 2])d;
         const float row_upper = number(scales, upper_row(tile)), row_lower = number(scales, lower_row(tile));
 #else
-        float part[N / 2], scale_upper = 0.f, scale_lower = 0.f, following_upper, following_lower;  // of the group under way, and after
+        float part[PARTS][N / 2], scale_upper = 0.f, scale_lower = 0.f, following_upper, following_lower;  // of the group under way, and after
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) part[i] = 0.f;
+        for (int i = 0; i < N / 2; i++) part[PARTS - 1][i] = 0.f;
 #endif
         u32 held = 0;  // barrier of the stage that is still read
         for (; count < end; count++, step++) {
@@ -279,7 +281,9 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
             wait_for(full + slot * 8, turn);
 #pragma unroll
             for (int u = 0; u < UNITS; u++) {
-                if (u * UNIT_COLS % 128 == 0) {
+                const bool begins = u * UNIT_COLS % 128 == 0;
+                const int now = WHOLE_ROW ? 0 : u * UNIT_COLS / 128 % PARTS;
+                if (begins) {
 #if !WHOLE_ROW
                     following_upper = value(next.upper), following_lower = value(next.lower);
 #endif
@@ -292,21 +296,26 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
                 }
                 convert(a[u & 1], stage + codes_at, u, place, zero_upper, zero_lower);
 #if !WHOLE_ROW
-                if (u * UNIT_COLS % 128 == 0) {
+                if (begins && (PARTS == 1 || u == 0)) {
                     FINISH(0);
-                    add_part(d, part, scale_upper, scale_lower);
-                    scale_upper = following_upper, scale_lower = following_lower;
+                    add_part(d, part[PARTS - 1], scale_upper, scale_lower);
                 }
 #endif
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (int k = 0; k < FRAGMENTS; k++) {
                     const int col = u * UNIT_COLS + k * 16;
-                    multiply(part, a[u & 1][k], x_at + (col / 64 * X_BOX + col % 64 * 2) / 16, WHOLE_ROW || col % 128);
+                    multiply(part[now], a[u & 1][k], x_at + (col / 64 * X_BOX + col % 64 * 2) / 16, WHOLE_ROW || col % 128);
                 }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 FINISH(1);
                 release(a[~u & 1]);
+#if !WHOLE_ROW
+                if (begins) {
+                    if (PARTS == 2 && u) add_part(d, part[0], scale_upper, scale_lower);
+                    scale_upper = following_upper, scale_lower = following_lower;
+                }
+#endif
                 if (u == 0 && held && lane == 0) arrive(held);
             }
             held = empty + slot * 8;
@@ -319,7 +328,7 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
 #pragma unroll
         for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
 #else
-        add_part(d, part, scale_upper, scale_lower);
+        add_part(d, part[PARTS - 1], scale_upper, scale_lower);
 #endif
 #if SPLIT
         if (!meet(d, deal, tile, slots, counters, last)) continue;
