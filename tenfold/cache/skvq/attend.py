@@ -37,13 +37,19 @@ def attend(q: Tensor, queries: Tensor, keys: Tensor, values: Tensor, seen: Seen,
     """Causal attention of q [kv_heads, group, Q, head_dim] at positions queries [Q], all float32 and rotated; keys,
     values [kv_heads, S, head_dim] as computed -> like q.
     """
-    scores = torch.where(seen.old_keys, q @ seen.keys[:, None].mT, q @ keys[:, None].mT) * spec.scale
+    scores = torch.where(seen.old_keys, q @ seen.keys[:, None].mT, q @ keys[:, None].mT)
+    weights = weigh(scores, queries, spec)
+    old = weights.masked_fill(~seen.old_values, 0.0)
+    return old @ seen.values[:, None] + (weights - old) @ values[:, None]
+
+
+def weigh(products: Tensor, queries: Tensor, spec: AttentionSpec) -> Tensor:
+    """The weights of causal attention, from products of queries at positions queries [Q] and keys, [..., Q, S]."""
+    scores = products * spec.scale
     if spec.softcap:
         scores = torch.tanh(scores / spec.softcap) * spec.softcap
-    places = torch.arange(keys.shape[1], device=q.device)
+    places = torch.arange(scores.shape[-1], device=scores.device)
     hidden = places > queries[:, None]
     if spec.window:
         hidden |= places <= queries[:, None] - spec.window
-    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-    old = weights.masked_fill(~seen.old_values, 0.0)
-    return old @ seen.values[:, None] + (weights - old) @ values[:, None]
+    return scores.masked_fill_(hidden, float("-inf")).softmax(-1)

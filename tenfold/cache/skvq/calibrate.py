@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.cache.skvq.attend import Seen, attend, left_window
+from tenfold.cache.skvq.attend import left_window, weigh
 from tenfold.cache.skvq.quantize import Grouping, rounded
 from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.ops.oracle import rotate
 
-CLIPS = tuple(0.5 + 0.025 * i for i in range(21))  # ascending, the last one is no clipping
+CLIPS = tuple(0.5 + 0.05 * i for i in range(11))  # ascending, the last one is no clipping
 ROUNDS = 16  # of clustering at most
 EVERY = 4  # of how many queries one counts for the clip factors
 LARGEST_ZERO = 64.0  # of what E4M3 holds, that a group's largest number of the text takes: room for 7 times more
@@ -147,28 +147,32 @@ class ClipSearch:
         keys, values = (x.transpose(0, 1) for x in (sample.keys, sample.values))
         turned = sample.turn(keys)
         source = values if not self.of_keys else turned if self.rotary == "post" else keys
-        grouping = self.base.to(keys.device)
         queries = torch.arange(0, keys.shape[1], EVERY, device=keys.device)
         old = left_window(queries, keys.shape[1], window, sinks)
-        never = torch.zeros_like(old)
         heads = sample.q[queries].unflatten(1, (sample.spec.kv_heads, -1)).permute(1, 2, 0, 3).float()
-        exact = attend(heads, queries, turned, values, Seen(turned, values, never, never), sample.spec)
-        owners = [row // keys.shape[2] for row in grouping.order]  # of each group the heads its channels are of
+        products = heads @ turned[:, None].mT
+        weights = weigh(products, queries, sample.spec)
+        grouping = self.base.to(keys.device)
+        flat = source.transpose(0, 1).flatten(1)
         for at, clip in enumerate(CLIPS):
             clipped = replace(grouping, clip=torch.full_like(grouping.clip, clip))
-            flat = rounded(source.transpose(0, 1).flatten(1), clipped, self.bits, self.parameters)
-            stored = flat.unflatten(1, keys.shape[::2]).transpose(0, 1)
-            for group, owner in enumerate(owners):
-                touched = owner.unique()
-                one = (grouping.group == group).view(len(keys), 1, -1)
-                mixed = torch.where(one, stored, source)[touched]
-                if self.of_keys and self.rotary == "pre":
-                    mixed = sample.turn(mixed)
-                own = Seen(
-                    *((mixed, values[touched], old, never) if self.of_keys else (turned[touched], mixed, never, old))
+            wrong = rounded(flat, clipped, self.bits, self.parameters) - flat
+            error = wrong.unflatten(1, keys.shape[::2]).transpose(0, 1)
+            if not self.of_keys:  # output channels are sums over the same channel of values
+                own = weights.masked_fill(~old, 0.0) @ error[:, None]
+                squares = own.double().square().sum((1, 2)).flatten()
+                self.losses[:, at] += np.bincount(
+                    grouping.group.cpu().numpy(), squares.cpu().numpy(), len(grouping.clip)
                 )
-                found = attend(heads[touched], queries, turned[touched], values[touched], own, sample.spec)
-                self.losses[group, at] += float((found - exact[touched]).double().square().sum())
+                continue
+            for group, row in enumerate(grouping.order):
+                touched = (row // keys.shape[2]).unique()
+                own = torch.where((grouping.group == group).view(len(keys), 1, -1), error, 0.0)[touched]
+                if self.rotary == "pre":
+                    own = sample.turn(own)
+                moved = torch.where(old, heads[touched] @ own[:, None].mT, 0.0)
+                changed = weigh(products[touched] + moved, queries, sample.spec) - weights[touched]
+                self.losses[group, at] += float((changed @ values[touched][:, None]).double().square().sum())
 
     def grouping(self) -> Grouping:
         """With the factor of least error for each group; the least clipping among equals."""
