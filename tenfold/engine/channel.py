@@ -34,6 +34,7 @@ class Channel:
         self._flusher: threading.Thread | None = None
         self._closed = False
         self._received = bytearray()
+        self._chunk = memoryview(bytearray(CHUNK))  # made once: memory of this size for every read wears the heap out
         self.ended = False  # the other end is closed, and all it sent was read
 
     @property
@@ -87,14 +88,14 @@ class Channel:
         """Messages that are here. Raises msgspec.DecodeError."""
         while not self.ended:
             try:
-                data = self._socket.recv(CHUNK)
+                count = self._socket.recv_into(self._chunk)
             except BlockingIOError:
                 break
             except OSError:
-                data = b""
-            self.ended = not data
-            self._received += data
-            if len(data) < CHUNK:
+                count = 0
+            self.ended = not count
+            self._received += self._chunk[:count]
+            if count < CHUNK:
                 break
         return self._split()
 
@@ -107,7 +108,7 @@ class Channel:
             if len(received) - at - LENGTH.size < length:
                 break
             at += LENGTH.size
-            found.append(bytes(received[at : at + length]))
+            found.append(bytes(memoryview(received)[at : at + length]))
             at += length
         del received[:at]
         return found

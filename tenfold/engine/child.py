@@ -46,6 +46,7 @@ class Child:
         self._cleanup.callback(self._channel.close)
         with theirs:
             self._begun, begun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._datagram = memoryview(bytearray(DATAGRAM))
             self._cleanup.callback(self._begun.close)
             with begun:
                 self._process = self._start(theirs.fileno(), begun.fileno())
@@ -127,8 +128,8 @@ class Child:
         events: list[wire.Event] = [wire.decode_event(message) for message in self._channel.read()]
         begun: list[wire.Event] = []
         with suppress(BlockingIOError):
-            while message := self._begun.recv(DATAGRAM, socket.MSG_DONTWAIT):
-                begun.append(wire.decode_event(message))
+            while count := self._begun.recv_into(self._datagram, 0, socket.MSG_DONTWAIT):
+                begun.append(wire.decode_event(bytes(self._datagram[:count])))
         return begun + events
 
     def dump(self) -> None:
