@@ -24,9 +24,12 @@ class Format(Protocol):
     kept: tokens of a sequence that are never stored.
     """
 
-    name: str
-    bits: float
-    kept: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def bits(self) -> float: ...
+    @property
+    def kept(self) -> int: ...
 
     def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
         """What queries at positions [Q] see."""

@@ -1,0 +1,141 @@
+"""Calibration of a KV cache on a tiny model: what it sees, that it is resumable, and what the command says."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.cache.skvq.spec import SkvqSpec
+from tenfold.engine import calibrate_kv as module
+from tenfold.engine.calibrate_kv import Showing, calibrate_kv
+from tenfold.ops.oracle import Oracle
+from tenfold.serve.cli.calibrate_kv import kv
+from tenfold.weights.kv_calibration import SIDES, KvCalibration, key_bias, load
+from tenfold.weights.open import open_checkpoint
+from tests.steps import Sequences, make_store
+
+TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 12
+SPEC = SkvqSpec.parse("k2v1.5g32w4s1")
+SPAN = SkvqSpec(2, 1.5, 32, span=2, window=4, sinks=1)  # for models with 2 kv heads of 16 channels
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TENFOLD_HOME", str(tmp_path / "home"))
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small spend their time waiting for other threads wherever cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(model: Path) -> EngineConfig:
+    return EngineConfig(model=str(model), device="cpu", kernels="torch", page_size=8, threads=1)
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def measured(model: Path, text: Path, spec: SkvqSpec, progress: Callable[[int, int], None] = silent) -> KvCalibration:
+    return calibrate_kv(config(model), spec, text, 20, 4, progress, silent)[0]
+
+
+def same(a: KvCalibration, b: KvCalibration) -> bool:
+    return a.header == b.header and all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
+
+
+@pytest.mark.parametrize(("family", "spec"), [("qwen3", SPEC), ("qwen2", SPAN)])
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch, family: str, spec: SkvqSpec
+) -> None:
+    model = tiny(family)
+    whole = measured(model, text, spec)
+    assert whole.header.tokens == 80
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    for stop in (3, 6):  # in the first pass, and in the second one
+
+        def interrupt(done: int, total: int, stop: int = stop) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            measured(model, text, spec, interrupt)
+        # What was done when the interruption came is not saved yet, so it is done again.
+        told: list[int] = []
+
+        def tell(done: int, total: int, told: list[int] = told) -> None:
+            told.append(done)
+
+        again = measured(model, text, spec, tell)
+        assert told == list(range(stop, 9))
+        assert same(again, whole)
+    assert list((text.parent / "home" / "kv").iterdir()) == []
+
+
+def test_keys_are_grouped_as_their_bias_leaves_them(tiny: Any, text: Path) -> None:
+    model = tiny("qwen2")
+    found = measured(model, text, SPAN)
+    checkpoint = open_checkpoint(model)
+    for layer in range(3):
+        assert torch.equal(found.tensors["keys.shift"][layer], key_bias(checkpoint, layer, 32))
+    assert not found.tensors["values.shift"].any()
+    after = SkvqSpec(2, 1.5, 32, span=2, window=4, sinks=1, rotary="post")
+    assert not measured(model, text, after).tensors["keys.shift"].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3-partial"])
+def test_what_is_shown_is_what_attention_reads(tiny: Any, family: str) -> None:
+    from tenfold.models.table import build_model
+    from tenfold.weights.load import Weights
+
+    checkpoint = open_checkpoint(tiny(family))
+    showing = Showing(Oracle())
+    model = build_model(checkpoint.config, Weights(checkpoint, showing), 64)  # type: ignore[arg-type]
+    store = make_store(model.config, pages=2, page_size=16)
+    showing.layers = {keys.data_ptr(): layer for layer, keys in enumerate(store.keys)}
+    sequences = Sequences(store)
+    shown: list[Any] = []
+    showing.watch = lambda layer, sample: shown.append((layer, sample))
+    step = sequences.step({0: list(range(3, 15))})
+    model.forward(step)
+    assert [layer for layer, _ in shown] == list(range(model.config.layers))
+    page, rows = step.slots // 16, step.slots % 16
+    for layer, sample in shown:
+        turned = sample.turn(sample.keys.transpose(0, 1)).transpose(0, 1)
+        torch.testing.assert_close(turned, store.keys[layer][page, :, rows])
+        torch.testing.assert_close(sample.values, store.values[layer][page, :, rows])
+
+
+def test_the_command_writes_what_can_be_loaded(tiny: Any, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (text.parent / "model").symlink_to(tiny("qwen3"))
+    model = text.parent / "model"
+    kv(config(model), text, str(SPEC), 20, 4, False)
+    said = capsys.readouterr().out
+    path = model / f"kv.{SPEC}.json"
+    assert said.splitlines()[-1] == f"saved in {path}"
+    assert "nothing to reorder" in said
+    found = load(open_checkpoint(model), str(SPEC), 3, 64, 2)
+    assert all((found.tensors[f"{side}.clip"] <= 1).all() for side in SIDES)
+    for file in (path, path.with_suffix(".safetensors")):
+        file.unlink()
+
+
+def test_texts_and_models_that_do_not_do(tiny: Any, text: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be cut into them"):
+        measured(tiny("llama"), text, SPEC)
+    with pytest.raises(ValueError, match=r"from 1 window of 134 tokens"):
+        measured(tiny("qwen3"), text, SkvqSpec(2, 2, 32))
+    text.write_text("the")
+    with pytest.raises(ValueError, match="give a longer text"):
+        measured(tiny("qwen3"), text, SPEC)
