@@ -60,7 +60,7 @@ def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(choices, "make_kernels", lambda *given: kernels)
     choices.explain(opened.config)
     text = capsys.readouterr().out
-    assert "linear+norm+silu  256 x 64" in text
+    assert "linear+norm+silu     256 x 64" in text
     assert "stream:" in text
     assert "attention 4/2 heads of 16 " in text
     assert "triton" in text  # heads of 16 are too small for our own kernel
