@@ -50,7 +50,7 @@ def whole(numbers: str) -> list[int]:
 
 
 def chosen_settings(pairs: list[str] | None) -> dict[str, Any]:
-    from tenfold.bench.gpu import settings
+    from tenfold.bench.command import settings
 
     return settings(pairs or [])
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.bench import arms, launches, load, single, throughput
+from tenfold.bench.command import save, settings
 from tenfold.bench.fit import Point
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import parse
@@ -52,8 +53,8 @@ def grid_of(job: Job, prefill: bool = True) -> tuple[Point, ...]:
 def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:
     """`single.run` with its result written after every point."""
 
-    def save(result: single.Result) -> None:
-        job.path.write_text(json.dumps(stamped(result.plain(), job), indent=1))
+    def keep(result: single.Result) -> None:
+        save(job.path, result.plain(), job.options["commit"])
 
     plan = single.Plan(
         job.model,
@@ -66,19 +67,12 @@ def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:
         deadline=deadline(job),
         patience=job.options["patience"],
     )
-    save(single.run(plan, say, save, job.options["command"]))
+    keep(single.run(plan, say, keep, job.options["command"]))
 
 
 def deadline(job: Job) -> float:
     """When a part begins no more points."""
     return time.monotonic() + max(5.0, job.seconds - GRACE)
-
-
-def stamped(data: dict[str, Any], job: Job) -> dict[str, Any]:
-    """With the commit the command line names, where there is no checkout to ask."""
-    if job.options["commit"]:
-        data["machine"]["commit"] = job.options["commit"]
-    return data
 
 
 def say(text: str) -> None:
@@ -108,9 +102,9 @@ def ablations(job: Job) -> None:
     """Every arm off and on."""
     options = job.options
 
-    def save(result: arms.Result) -> None:
+    def keep(result: arms.Result) -> None:
         result.command = options["command"]
-        job.path.write_text(json.dumps(stamped(result.plain(), job), indent=1))
+        save(job.path, result.plain(), job.options["commit"])
 
     found = arms.run(
         job.model,
@@ -120,9 +114,9 @@ def ablations(job: Job) -> None:
         common=options["set"],
         deadline=deadline(job),
         say=say,
-        done=save,
+        done=keep,
     )
-    save(found)
+    keep(found)
 
 
 def offline(engine: str) -> Callable[[Job], None]:
@@ -142,7 +136,7 @@ def offline(engine: str) -> Callable[[Job], None]:
             peer_path=options["peer_path"],
             say=say,
         )
-        job.path.write_text(json.dumps(stamped(found.plain(), job), indent=1))
+        save(job.path, found.plain(), job.options["commit"])
 
     return part
 
@@ -155,7 +149,7 @@ def under_load(job: Job) -> None:
     promised = load.Objective()
     runs = load.in_process(job.model, options["device"], options["set"], work, rates, promised, say)
     data = load.plain(runs, machine(options["device"]), job.model, work, promised)
-    job.path.write_text(json.dumps(stamped(data, job), indent=1))
+    save(job.path, data, job.options["commit"])
 
 
 def tuned(job: Job) -> None:
@@ -171,7 +165,7 @@ def counted(job: Job) -> None:
         *(job.model, job.options["device"], job.numbers("batch"), [1024], job.options["set"], say),
         command=job.options["command"],
     )
-    job.path.write_text(json.dumps(stamped(found.plain(), job), indent=1))
+    save(job.path, found.plain(), job.options["commit"])
 
 
 PARTS: dict[str, Callable[[Job], None]] = {
@@ -288,20 +282,6 @@ def parts_of(text: str, limit: float) -> list[tuple[str, float]]:
         if name not in PARTS:
             raise ValueError(f"There is no part {name!r}; allowed: {', '.join(PARTS)}.")
         found.append((name, float(seconds) if seconds else limit))
-    return found
-
-
-def settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """Fields of EngineConfig from NAME=VALUE texts; numbers and truths as such, all else as text."""
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{pair!r} is no setting; write NAME=VALUE, such as lookahead=0.")
-        try:
-            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
-            found[name] = value
     return found
 
 

@@ -5,7 +5,6 @@ decode at long context, the kernel that an engine runs and Triton's. prefill: at
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.bench.command import save
 from tenfold.bench.floor import copy_bandwidth
 from tenfold.bench.hardware import machine
 from tenfold.engine.linears import linear_works
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts, batches = given.parts.split(","), [int(b) for b in given.batches.split(",")]
     result: dict[str, Any] = {
         "suite": "kernels",
-        "machine": machine("cuda") | ({"commit": given.commit} if given.commit else {}),
+        "machine": machine("cuda"),
         "command": f"python -m tenfold.bench.kernels --models {given.models} --parts {given.parts}",
         "copy_gbs": copy_bandwidth("cuda"),
         "rows": [],
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plans: list[attention.PrefillPlan | attention.ChunkPlan] = [*ours, *attention.prefill_candidates(spec)[:4]]
             for timing in attention.measure_prefill(spec, 1, given.prompt, plans):
                 result["rows"].append(row("prefill", spec, 1, timing.name, timing.microseconds, 0, given.prompt))
-        given.out.write_text(json.dumps(result, indent=1))
+        save(given.out, result, given.commit)
     print(f"wrote {given.out}: {len(result['rows'])} rows, copies at {result['copy_gbs']:.0f} GB/s")
     return 0
 

@@ -10,7 +10,6 @@ values, and activations, read and written once.
 
 import argparse
 import ctypes
-import json
 import re
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tenfold.base.config import EngineConfig
+from tenfold.bench.command import save, settings
 from tenfold.bench.hardware import machine
 from tenfold.engine.core import Engine
 from tenfold.engine.memory import DTYPES
@@ -313,15 +313,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu-launches/launches.json"))
     given = parser.parse_args(arguments)
-    from tenfold.bench.gpu import settings  # which has this as one of its parts
-
     batches, contexts = ([int(n) for n in text.split(",")] for text in (given.batch, given.context))
     command = f"python -m tenfold.bench.launches --model {given.model} --batch {given.batch} --context {given.context}"
     result = measure(given.model, given.device, batches, contexts, settings(given.set), command=command)
-    if given.commit:
-        result.machine["commit"] = given.commit
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result.plain(), indent=1))
+    save(given.out, result.plain(), given.commit)
     return 0
 
 

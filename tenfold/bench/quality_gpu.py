@@ -8,7 +8,6 @@ in the same type stands beside them.
 
 import argparse
 import gc
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.claims import Claim, claim, signed
+from tenfold.bench.command import save
 from tenfold.bench.correctness import PROMPTS, TOKENS, continuations
 from tenfold.bench.hardware import machine
 from tenfold.bench.peers.hugging_face import reference_model
@@ -235,10 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m tenfold.bench.quality_gpu --model {Path(given.model).name} --text {given.text.name} "
     command += f"--window {given.window} --count {given.count}"
     result = run(given.model, given.text, given.device, given.window, given.count, command=command)
-    if given.commit:
-        result.machine["commit"] = given.commit
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result.plain(), indent=1))
+    save(given.out, result.plain(), given.commit)
     return 0
 
 

@@ -27,11 +27,12 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.bench.case import slope
 from tenfold.bench.claims import Claim, claim, signed
+from tenfold.bench.command import save, settings
 from tenfold.bench.floor import model_sizes
-from tenfold.bench.gpu import settings
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import Lengths, parse
 from tenfold.bench.serving import resident
+from tenfold.bench.vocabulary import Bytes
 from tenfold.engine.core import Engine
 from tenfold.engine.grammar import Grammars
 from tenfold.engine.request import FinishReason, Grammar, Output, QueueFull, Request, SamplingParams
@@ -151,19 +152,6 @@ def loaded(data: Mapping[str, Any]) -> Result:
     """The result that `plain` made."""
     own = {f.name: data[f.name] for f in fields(Result)}
     return Result(**own | {"samples": [Sample(**sample) for sample in data["samples"]]})
-
-
-class Bytes:
-    """A vocabulary for models that come without one: the first 256 tokens are the bytes."""
-
-    special_ids: frozenset[int] = frozenset()
-    vocab_size = 256
-
-    def certain_bytes(self, token: int) -> bytes:
-        return bytes([token])
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
 
 
 class Crowd:
@@ -529,18 +517,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"python -m tenfold.bench.soak --device {given.device} --minutes {given.minutes:g} --model {given.model}"
     out = Path(given.out)
 
-    def save(result: Result) -> None:
-        if given.commit:
-            result.machine["commit"] = given.commit
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result.plain(), indent=1))
-
     def hung(result: Result) -> None:
-        save(result)
+        save(out, result.plain(), given.commit)
         os._exit(3)  # whatever hangs would hold up a proper end too
 
     result = run(plan, lambda text: print(text, flush=True), command, given.patience, hung)
-    save(result)
+    save(out, result.plain(), given.commit)
     print(result.line())
     return int(not result.passed)
 

@@ -21,6 +21,7 @@ from tenfold.base.config import EngineConfig
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, claim
 from tenfold.bench.schemas import Case
+from tenfold.bench.vocabulary import Bytes
 from tenfold.engine.core import Engine
 from tenfold.engine.grammar import GrammarLimits, Grammars, Matcher
 from tenfold.engine.request import Grammar, Request, SamplingParams
@@ -32,19 +33,6 @@ MUTANTS = 30  # changed copies of each
 LONGEST = 3000  # bytes of an answer made up
 BUDGET = 400  # orders of members tried for one instance
 END = 256
-
-
-class Bytes:
-    """A vocabulary of the 256 bytes: the same texts as with any other, and no tokenizer to load."""
-
-    special_ids: frozenset[int] = frozenset()
-    vocab_size = 256
-
-    def certain_bytes(self, token: int) -> bytes:
-        return bytes([token])
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
 
 
 @dataclass(slots=True)

@@ -43,12 +43,7 @@ def argmax(logits: Tensor) -> Tensor:
     """The best token of each row, the first of equals -> [R] int64."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         return torch.from_numpy(logits.numpy().argmax(-1))  # 10 times faster than torch's for one row of 49k
-    if (
-        logits.is_cuda
-        and logits.dtype == torch.float32
-        and logits.stride(-1) == 1
-        and gpu.available(logits.device.index)
-    ):
+    if logits.is_cuda and gpu.can_run(logits):
         return gpu.argmax(logits)
     return logits.argmax(-1)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tenfold.bench import gpu, single
+from tenfold.bench.command import settings
 from tenfold.bench.engines import Prompts, Setup, Timing
 from tenfold.bench.fit import RESERVE, Point, need, sessions
 from tenfold.bench.floor import Sizes, floor_ms, model_sizes
@@ -245,13 +246,13 @@ def test_a_part_past_its_limit_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_settings_of_a_command_line() -> None:
-    assert gpu.settings(["lookahead=0", "weights=dense", "prefix_cache=False"]) == {
+    assert settings(["lookahead=0", "weights=dense", "prefix_cache=False"]) == {
         "lookahead": 0,
         "weights": "dense",
         "prefix_cache": False,
     }
     with pytest.raises(ValueError, match="NAME=VALUE"):
-        gpu.settings(["lookahead"])
+        settings(["lookahead"])
     with pytest.raises(ValueError, match="no part"):
         gpu.parts_of("single,nothing", 1.0)
     assert gpu.parts_of("single,hf:30", 120.0) == [("single", 120.0), ("hf", 30.0)]

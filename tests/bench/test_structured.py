@@ -9,7 +9,8 @@ import pytest
 
 from tenfold.bench import schemas, structured
 from tenfold.bench.schemas import Case
-from tenfold.bench.structured import Bytes, Cost, Verdict
+from tenfold.bench.structured import Cost, Verdict
+from tenfold.bench.vocabulary import Bytes
 from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.request import Grammar
 

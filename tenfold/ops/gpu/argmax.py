@@ -26,6 +26,7 @@ def available(device: int) -> bool:
 
 
 def can_run(logits: Tensor) -> bool:
+    """Whether `argmax` takes these logits, which lie on a CUDA device."""
     return logits.dtype == torch.float32 and logits.stride(-1) == 1 and available(logits.device.index)
 
 
