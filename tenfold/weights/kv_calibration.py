@@ -1,14 +1,12 @@
 """How a model's keys and values are to be grouped and clipped, measured by `tenfold calibrate kv`: numbers in a
 .safetensors file, and what they belong to in a .json file of the same name.
 
-Both lie in a checkpoint's folder or beside its .gguf file, or where neither can be written in Tenfold's own folder, one
-pair for each KV format. The JSON is written last and holds the digest of the numbers, so that halves of two runs never
-meet.
+Both lie where `beside` says, one pair for each KV format. The JSON is written last and holds the digest of the numbers,
+so that halves of two runs never meet.
 """
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.base.log import logger
+from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.home import models_folder
 from tenfold.weights.identity import identity
 from tenfold.weights.safetensors import SafetensorsFile
-from tenfold.weights.shapes import is_shape
 
 SCHEMA = 1
 LARGEST_FILE = 256 << 20  # bytes
@@ -55,43 +51,19 @@ class KvCalibration:
 
 def places(checkpoint: Checkpoint, model: str, format: str) -> list[Path]:
     """Where the .json of a format may lie, best first; model: the checkpoint's identity."""
-    path = checkpoint.path
-    own = models_folder().parent / "kv" / f"{model[:32]}.{format}.json"
-    if is_shape(str(path)):
-        return [own]
-    beside = path / f"kv.{format}.json" if path.is_dir() else path.with_name(f"{path.stem}.kv.{format}.json")
-    return [beside, own]
+    return beside.places(checkpoint, model, "kv", format)
 
 
 def save(calibration: KvCalibration, checkpoint: Checkpoint) -> Path:
     """Write both files to the first place that takes them; the path of the .json. Raises OSError where none does."""
     content = serialize(calibration.tensors)
     header = {"schema": SCHEMA, **asdict(calibration.header), "tensors": hashlib.sha256(content).hexdigest()}
-    *others, last = places(checkpoint, calibration.header.model, calibration.header.format)
-    for path in others:
-        try:
-            return _write_both(path, header, content)
-        except OSError as error:
-            logger.info("kv: %s cannot be written (%s)", path, error.strerror)
-    return _write_both(last, header, content)
 
+    def put(path: Path) -> None:
+        beside.write(path.with_suffix(".safetensors"), content)
+        beside.write(path, json.dumps(header, indent=1).encode())
 
-def _write_both(path: Path, header: dict[str, Any], content: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path.with_suffix(".safetensors"), content)
-    write(path, json.dumps(header, indent=1).encode())
-    return path
-
-
-def write(path: Path, content: bytes) -> None:
-    """All or nothing. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    return beside.save("kv", places(checkpoint, calibration.header.model, calibration.header.format), put)
 
 
 def serialize(tensors: dict[str, Tensor]) -> bytes:

@@ -1,12 +1,11 @@
 """`softmax.json`: how large the attention scores of a model get, measured by `tenfold calibrate softmax`.
 
-It lies in a checkpoint's folder or beside its .gguf file, or where neither can be written in Tenfold's own folder. What
-is missing, damaged or of another model never stops a start: attention then runs without a unified maximum.
+It lies where `beside` says. What is missing, damaged or of another model never stops a start: attention then runs
+without a unified maximum.
 """
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from tenfold.base.log import logger
 from tenfold.ops.attention.unified_max import Window, choose_phi, served, window
+from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.home import models_folder
 from tenfold.weights.identity import identity
-from tenfold.weights.shapes import is_shape
 
 SCHEMA = 1
 LARGEST_FILE = 64 << 20  # bytes
@@ -69,36 +67,13 @@ class SoftmaxStatistics:
 
 def places(checkpoint: Checkpoint, model: str) -> list[Path]:
     """Where statistics of a checkpoint may lie, best first; model: its identity."""
-    path = checkpoint.path
-    own = models_folder().parent / "softmax" / f"{model[:32]}.json"
-    if is_shape(str(path)):
-        return [own]
-    return [path / "softmax.json" if path.is_dir() else path.with_name(path.stem + ".softmax.json"), own]
+    return beside.places(checkpoint, model, "softmax")
 
 
 def save(statistics: SoftmaxStatistics, checkpoint: Checkpoint) -> Path:
     """Write to the first place that takes it, all or nothing. Raises OSError where none does."""
-    content = json.dumps({"schema": SCHEMA, **asdict(statistics)}, indent=1)
-    *others, last = places(checkpoint, statistics.model)
-    for path in others:
-        try:
-            return write(path, content)
-        except OSError as error:
-            logger.info("softmax: %s cannot be written (%s)", path, error.strerror)
-    return write(last, content)
-
-
-def write(path: Path, content: str) -> Path:
-    """All or nothing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
+    content = json.dumps({"schema": SCHEMA, **asdict(statistics)}, indent=1).encode()
+    return beside.save("softmax", places(checkpoint, statistics.model), lambda path: beside.write(path, content))
 
 
 def load_statistics(checkpoint: Checkpoint, layers: int, heads: int) -> SoftmaxStatistics | None:
