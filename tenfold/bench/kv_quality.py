@@ -29,9 +29,9 @@ from tenfold.cache.skvq.calibrate import ClipSearch, Extremes, Sample
 from tenfold.cache.skvq.quantize import Grouping
 from tenfold.cache.skvq.spec import SkvqSpec
 from tenfold.cache.store import KVSpec, KVStore
-from tenfold.engine.calibrate import step_of
+from tenfold.engine.calibrate import Watching, step_of
 from tenfold.models.table import Model, build_model, model_config
-from tenfold.ops.kernels import Contexts, Heads, Kernels, Replay, Separate, run
+from tenfold.ops.kernels import Contexts, Heads, Kernels
 from tenfold.ops.oracle import Oracle
 from tenfold.serve.cli.terminal import columns
 from tenfold.weights.find import resolve
@@ -107,22 +107,13 @@ def variants(kv_heads: int, head_dim: int) -> list[Variant]:
     ]
 
 
-class Formatted(Separate):
-    """Kernels whose attention sees the cache as `format` stores it, and shows its inputs to `watch`. One sequence a
-    step, whole.
-    """
+class Formatted(Watching):
+    """Kernels whose attention sees the cache as `format` stores it, and shows its inputs to `watch`."""
 
     def __init__(self) -> None:
-        self.kernels = Oracle()
-        self.layers: dict[int, int] = {}  # by where the layer's keys lie
+        super().__init__(Oracle())
         self.format: Format = Exact()
         self.watch: Callable[[int, Sample], None] = lambda layer, sample: None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernels, name)
-
-    def replay(self) -> Replay:
-        return run
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
         layer, sample = self.layers[keys.data_ptr()], Sample.of(qkv, heads, step.positions)
@@ -146,7 +137,7 @@ class Bench:
         c = self.config
         # Nothing is read from the store; its one page only tells the layers apart.
         self.store = KVStore(KVSpec(c.layers, c.kv_heads, c.head_dim, torch.float32, 1), 1, torch.device("cpu"))
-        self.kernels.layers = {keys.data_ptr(): layer for layer, keys in enumerate(self.store.keys)}
+        self.kernels.know(self.store)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -107,12 +107,11 @@ class Ranges:
         self.windows, self.tokens = int(found["windows"]), int(found["tokens"])
 
 
-class Recording(Separate):
-    """Kernels that show the scores of every attention to `ranges`. One sequence a step, its pages in order."""
+class Watching(Separate):
+    """Kernels that do as others do, for those that look at attention. One sequence a step, its pages in order."""
 
-    def __init__(self, kernels: Kernels, ranges: Ranges) -> None:
+    def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
-        self.ranges = ranges
         self.layers: dict[int, int] = {}  # by where the layer's keys lie
 
     def __getattr__(self, name: str) -> Any:
@@ -120,6 +119,18 @@ class Recording(Separate):
 
     def replay(self) -> Replay:
         return run
+
+    def know(self, store: KVStore) -> None:
+        """Whose keys lie where."""
+        self.layers = {keys.data_ptr(): layer for layer, keys in enumerate(store.keys)}
+
+
+class Recording(Watching):
+    """Kernels that show the scores of every attention to `ranges`."""
+
+    def __init__(self, kernels: Kernels, ranges: Ranges) -> None:
+        super().__init__(kernels)
+        self.ranges = ranges
 
     def attend(self, q: Tensor, keys: Tensor, *rest: Any) -> Tensor:
         (spec,) = (part for part in rest if isinstance(part, AttentionSpec))
@@ -140,11 +151,7 @@ def calibrate(
         raise ValueError(f"{count} windows of {window} tokens were asked for; allowed: from 1 window of 2 tokens.")
     with text.open("rb") as file:
         content = file.read(LARGEST_TEXT)
-    opened = Opened(config)
-    opened.choose()
-    opened.memory.require()
-    size = min(window, opened.memory.max_model_len)
-    pieces = windows(Text(opened.checkpoint), content.decode("utf-8", errors="replace"), size, count)
+    opened, pieces, size = opened_for(config, content, window, count)
     ranges = Ranges(opened.shape.layers, opened.shape.heads)
     model, digest = identity(opened.checkpoint), hashlib.sha256(content).hexdigest()
     key = json.dumps([model, digest, size, len(pieces), opened.kernels.name, opened.config.dtype])
@@ -155,6 +162,15 @@ def calibrate(
     found = ranges.result(model, digest)
     partial.unlink(missing_ok=True)
     return found, opened
+
+
+def opened_for(config: EngineConfig, content: bytes, window: int, count: int) -> tuple[Opened, list[list[int]], int]:
+    """A model that fits into memory, the windows of a text as token ids, and their size. Raises ValueError."""
+    opened = Opened(config)
+    opened.choose()
+    opened.memory.require()
+    size = min(window, opened.memory.max_model_len)
+    return opened, windows(Text(opened.checkpoint), content.decode("utf-8", errors="replace"), size, count), size
 
 
 def calibrate_ids(config: EngineConfig, pieces: Sequence[list[int]]) -> tuple[SoftmaxStatistics, Opened]:
@@ -194,26 +210,35 @@ def measure(
     loading: Progress,
 ) -> None:
     """Run the windows that `ranges` has not seen through the model; what was seen is saved now and then."""
-    recording = Recording(opened.kernels, ranges)
-    config, shape = opened.config, opened.shape
-    weights = Weights(
-        *(opened.checkpoint, cast(Kernels, recording), opened.device, DTYPES[config.dtype], config.weights, loading)
-    )
-    model = build_model(opened.checkpoint.config, weights, size)
-    pages = -(-size // config.page_size)
-    spec = KVSpec(shape.layers, shape.kv_heads, shape.head_dim, DTYPES[config.kv_dtype], config.page_size)
-    store = KVStore(spec, pages, opened.device)
-    recording.layers = {keys.data_ptr(): layer for layer, keys in enumerate(store.keys)}
+    forward = whole(opened, Recording(opened.kernels, ranges), size, loading)
     saved = time.monotonic()
     for piece in pieces[ranges.windows :]:
-        with torch.inference_mode():
-            model.forward(step_of(piece, store, pages))
+        forward(piece)
         ranges.windows += 1
         ranges.tokens += len(piece)
         progress(ranges.windows, len(pieces))
         if time.monotonic() - saved > PATIENCE:
             save()
             saved = time.monotonic()
+
+
+def whole(opened: Opened, kernels: Watching, size: int, loading: Progress) -> Callable[[list[int]], None]:
+    """The model on these kernels, as a function that runs one sequence of up to `size` tokens through it."""
+    config, shape = opened.config, opened.shape
+    weights = Weights(
+        *(opened.checkpoint, cast(Kernels, kernels), opened.device, DTYPES[config.dtype], config.weights, loading)
+    )
+    model = build_model(opened.checkpoint.config, weights, size)
+    pages = -(-size // config.page_size)
+    spec = KVSpec(shape.layers, shape.kv_heads, shape.head_dim, DTYPES[config.kv_dtype], config.page_size)
+    store = KVStore(spec, pages, opened.device)
+    kernels.know(store)
+
+    def forward(ids: list[int]) -> None:
+        with torch.inference_mode():
+            model.forward(step_of(ids, store, pages))
+
+    return forward
 
 
 def step_of(ids: list[int], store: KVStore, pages: int) -> Step:

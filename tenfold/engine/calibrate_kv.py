@@ -20,17 +20,12 @@ from tenfold.base.config import EngineConfig
 from tenfold.cache.skvq.calibrate import CLIPS, ClipSearch, Extremes, Sample
 from tenfold.cache.skvq.quantize import Grouping
 from tenfold.cache.skvq.spec import SkvqSpec
-from tenfold.cache.store import KVSpec, KVStore
-from tenfold.engine.calibrate import LARGEST_TEXT, PATIENCE, Progress, step_of, windows
-from tenfold.engine.memory import DTYPES
+from tenfold.engine.calibrate import LARGEST_TEXT, PATIENCE, Progress, Watching, opened_for, whole
 from tenfold.engine.opened import Opened
-from tenfold.engine.text import Text
 from tenfold.models.config import ModelConfig
-from tenfold.models.table import build_model
-from tenfold.ops.kernels import Contexts, Heads, Kernels, Replay, Separate, run
+from tenfold.ops.kernels import Contexts, Heads, Kernels
 from tenfold.weights.identity import identity
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, KvHeader, key_bias, places
-from tenfold.weights.load import Weights
 
 SEARCHED = 4  # windows of the second pass at most: each runs attention once for every group and clip factor
 
@@ -133,23 +128,16 @@ class Measured:
                     search.losses = loss
 
 
-class Showing(Separate):
-    """Kernels that show what attention gets to `watch(layer, sample)`. One sequence a step, whole."""
+class Showing(Watching):
+    """Kernels that show what attention gets to `watch(layer, sample)`."""
 
     def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-        self.layers: dict[int, int] = {}  # by where the layer's keys lie
+        super().__init__(kernels)
         self.watch: Callable[[int, Sample], None] = lambda layer, sample: None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernels, name)
-
-    def replay(self) -> Replay:
-        return run
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
         self.watch(self.layers[keys.data_ptr()], Sample.of(qkv, heads, step.positions))
-        return Separate.attention(self, qkv, heads, keys, values, step)
+        return super().attention(qkv, heads, keys, values, step)
 
 
 def calibrate_kv(
@@ -174,11 +162,7 @@ def calibrate_kv(
         )
     with text.open("rb") as file:
         content = file.read(LARGEST_TEXT)
-    opened = Opened(config)
-    opened.choose()
-    opened.memory.require()
-    size = min(window, opened.memory.max_model_len)
-    pieces = windows(Text(opened.checkpoint), content.decode("utf-8", errors="replace"), size, count)
+    opened, pieces, size = opened_for(config, content, window, count)
     if len(pieces[0]) <= spec.window + spec.sinks:
         raise ValueError(
             f"A sequence has {len(pieces[0])} tokens, of which {spec} would store none; give a longer text."
@@ -213,22 +197,13 @@ def measure(
 ) -> None:
     """Run the windows that a pass has not seen through the model; what was seen is saved now and then."""
     showing = Showing(opened.kernels)
-    config, shape = opened.config, opened.shape
-    weights = Weights(
-        *(opened.checkpoint, cast(Kernels, showing), opened.device, DTYPES[config.dtype], config.weights, loading)
-    )
-    model = build_model(opened.checkpoint.config, weights, size)
-    pages = -(-size // config.page_size)
-    spec = KVSpec(shape.layers, shape.kv_heads, shape.head_dim, DTYPES[config.kv_dtype], config.page_size)
-    store = KVStore(spec, pages, opened.device)
-    showing.layers = {keys.data_ptr(): layer for layer, keys in enumerate(store.keys)}
+    forward = whole(opened, showing, size, loading)
     second = min(len(pieces), SEARCHED)
     saved = time.monotonic()
 
     def turn(piece: list[int], watch: Callable[[int, Sample], None]) -> None:
         showing.watch = watch
-        with torch.inference_mode():
-            model.forward(step_of(piece, store, pages))
+        forward(piece)
 
     def done() -> None:
         nonlocal saved
