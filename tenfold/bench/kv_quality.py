@@ -9,7 +9,6 @@ Groups and clip factors come from another text than the one that is judged.
 """
 
 import argparse
-import json
 import math
 import random
 import re
@@ -22,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tenfold.bench.command import save
+from tenfold.bench.hardware import machine
 from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, Skvq, bits_at
 from tenfold.bench.quality import windows
 from tenfold.cache.skvq.attend import attend
@@ -39,6 +40,7 @@ from tenfold.weights.kv_calibration import key_bias
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 
+LEARNED = 384  # tokens of a calibration window
 UNJUDGED = 256  # first tokens of a window, of which window and sinks are a large part
 WORDS = (  # noqa: SIM905
     "river table garden window yellow market silver doctor forest engine bottle winter letter camera island bridge "
@@ -290,17 +292,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows that are judged")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of codes to find again")
     parser.add_argument("--questions", type=int, default=16, help="codes in a prompt")
-    parser.add_argument("--searched", type=int, default=2, help="calibration windows of 384 tokens for clip factors")
+    parser.add_argument("--searched", type=int, default=2, help=f"calibration windows of {LEARNED} tokens for clip factors")
     parser.add_argument("--only", default="", help="regular expression for the names of formats")
+    parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     options = parser.parse_args(arguments)
-    bench = Bench(resolve(options.model), options.length)
+    bench = Bench(resolve(options.model), max(options.length, LEARNED))
     c = bench.config
     tokens = bench.encode(options.text.read_text(encoding="utf-8", errors="replace"))
     pieces = list(windows(tokens, options.length, options.windows))
     used = len(pieces) * options.length
     learned = bench.encode(options.calibrate.read_text(encoding="utf-8", errors="replace"))
     wanted = [v for v in variants(c.kv_heads, c.head_dim) if re.search(options.only, v.name)]
-    skvq = calibrated(bench, wanted, list(windows(learned, 384, 8)), options.searched)
+    skvq = calibrated(bench, wanted, list(windows(learned, LEARNED, 8)), options.searched)
     plain: list[Format] = [
         *(Float8(c.head_dim), Integer(4, 64), Integer(4, 64, turned=True), Kivi(32), Kivi(64)),
     ]
@@ -312,8 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = judge(bench, formats, pieces, prompts)
     print(table(results))
     if options.out:
-        about = {"model": Path(options.model).name, "length": options.length, "windows": len(pieces)}
-        options.out.write_text(json.dumps({**about, "unjudged": UNJUDGED, "rows": results}, indent=1), encoding="utf-8")
+        command = f"python -m tenfold.bench.kv_quality --model {Path(options.model).name} --length {options.length} "
+        command += f"--text {options.text.name} --calibrate {options.calibrate.name} --searched {options.searched}"
+        about = {"suite": "kv-quality", "machine": machine(), "command": command, "model": Path(options.model).name}
+        sizes = {"length": options.length, "windows": len(pieces), "unjudged": UNJUDGED}
+        save(options.out, {**about, **sizes, "rows": results}, options.commit)
 
 
 if __name__ == "__main__":

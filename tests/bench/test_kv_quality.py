@@ -1,0 +1,118 @@
+"""What formats of keys and values make of a sequence, and that the judge of their quality judges."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold.bench import kv_quality
+from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, bits_at, hadamard
+from tenfold.bench.kv_quality import Bench, Recall, Variant
+from tenfold.cache.skvq.calibrate import Sample
+from tenfold.cache.skvq.spec import SkvqSpec
+from tenfold.ops.kernels import AttentionSpec
+
+SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125)
+SPAN = SkvqSpec(2, 2, 32, span=2, window=4, sinks=1)  # for the tiny model's 2 heads of 16 channels
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small spend their time waiting for other threads wherever cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sample(length: int = 40) -> Sample:
+    g = torch.Generator().manual_seed(length)
+    q, keys, values = (torch.randn(length, heads, 64, generator=g) for heads in (4, 2, 2))
+    return Sample(q, keys, values, SPEC, lambda x: x)
+
+
+def error(format: Format) -> float:
+    """Of keys and values, relative to their size."""
+    made = sample()
+    seen = format.see(0, made, torch.arange(40))
+    pairs = ((seen.keys, made.keys), (seen.values, made.values))
+    return sum(float((a - b.transpose(0, 1)).norm() / b.norm()) for a, b in pairs) / 2
+
+
+def test_more_bits_are_nearer() -> None:
+    four, eight = Integer(4, 64), Float8(64)
+    assert error(Exact()) == 0
+    assert 0 < error(eight) < 0.05 < error(four) < 0.12
+    assert error(four) < error(Kivi(8)) < error(Kivi(32)) < 0.6
+    assert (Exact().bits, eight.bits, four.bits, Kivi(32).bits) == (16, 8.5, 4.5, 3.0)
+
+
+def test_a_hadamard_matrix_spreads_what_stands_out_and_turns_back() -> None:
+    matrix = hadamard(64)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(64))
+    assert torch.equal(matrix.abs(), torch.full((64, 64), 0.125))
+    with pytest.raises(ValueError, match="powers of two"):
+        hadamard(48)
+
+
+def test_what_is_kept_counts_in_16_bits() -> None:
+    kivi = Kivi(32)
+    assert kivi.kept == 96
+    assert bits_at(kivi, 96) == bits_at(kivi, 40) == 16
+    assert bits_at(kivi, 960) == pytest.approx(0.1 * 16 + 0.9 * 3)
+
+
+def test_queries_see_as_computed_what_has_not_left_their_window() -> None:
+    made, queries = sample(), torch.tensor([5, 39])
+    never, always = Exact().see(0, made, queries), Float8(64).see(0, made, queries)
+    assert not never.old_keys.any()
+    assert always.old_values[:, :6].all()
+    assert Kivi(8, residual=16).see(0, made, queries).old_keys.sum(1).tolist() == [0, 32]
+    assert Kivi(8, residual=16).see(0, made, queries).old_values.sum(1).tolist() == [0, 24]
+
+
+@pytest.fixture
+def bench(tiny: Callable[[str], Path]) -> Bench:
+    return Bench(tiny("llama"), 160)
+
+
+def test_formats_are_judged_against_the_exact_cache(bench: Bench) -> None:
+    pieces = [[(7 * i + 3 * j) % 90 + 2 for i in range(160)] for j in range(2)]
+    (skvq,) = kv_quality.calibrated(bench, [Variant("skvq", SPAN)], pieces, 1)
+    best = bench.logits(pieces[0], Exact(), range(159)).argmax(-1).tolist()
+    right = Recall([*pieces[0][:20], best[19]], [range(20, 21)])
+    wrong = Recall([*pieces[0][:20], best[19] + 1], [range(20, 21)])
+    formats: list[Format] = [Exact(), Float8(16), skvq]
+    exact, eight, two = kv_quality.judge(bench, formats, pieces, [right, wrong])
+    assert (exact["kl"], exact["found"], exact["asked"]) == (0, 1, 2)
+    assert 0 < eight["kl"] < two["kl"]
+    assert abs(eight["perplexity"] / exact["perplexity"] - 1) < 0.05
+    assert two["bits"] == round(SPAN.bits(2, 16), 3)
+    assert two["bits"] < two["bits_here"] < 16
+    text = kv_quality.table([exact, eight, two])
+    assert "+0.0%" in text
+    assert "1/2" in text
+
+
+def test_codes_stand_where_the_answers_say(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "encode", lambda text: list(text.encode()))
+    prompt = kv_quality.recall(bench, list(b"." * 400), 3, 500, 4)
+    text = bytes(prompt.ids).decode()
+    codes = [text[a.start : a.stop].strip() for a in prompt.answers]
+    assert len(set(codes)) == 4
+    assert all(text.count(f" {code}.") == 2 for code in codes)
+    assert len(prompt.ids) <= 500
+
+
+def test_the_command_writes_what_it_measured(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "kv.json"
+    text.write_text("the land is wide and the river runs through it to the sea. " * 400)
+    files = ["--text", str(text), "--calibrate", str(text), "--out", str(out)]
+    sizes = ["--length", "192", "--windows", "1", "--prompts", "1", "--questions", "2", "--only", "fp8"]
+    kv_quality.main(["--model", str(tiny("llama")), *files, *sizes])
+    found = json.loads(out.read_text())
+    assert [row["format"] for row in found["rows"]] == ["exact", Float8(16).name]
+    assert found["machine"]["hardware"]
+    assert found["command"].startswith("python -m tenfold.bench.kv_quality --model ")
