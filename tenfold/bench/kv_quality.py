@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows that are judged")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of codes to find again")
     parser.add_argument("--questions", type=int, default=16, help="codes in a prompt")
-    parser.add_argument("--searched", type=int, default=2, help=f"calibration windows of {LEARNED} tokens for clip factors")
+    parser.add_argument("--searched", type=int, default=2, help=f"windows of {LEARNED} tokens for clip factors")
     parser.add_argument("--only", default="", help="regular expression for the names of formats")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     options = parser.parse_args(arguments)

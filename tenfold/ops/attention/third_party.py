@@ -1,6 +1,6 @@
 """Attention of other projects, FlashInfer and flash-attn, as further arms where they are installed; never required.
 
-Each takes the arguments of `Kernels.attend`. They compete in `tenfold tune` and run where they were the fastest; one
+Each takes rotated queries, pages that hold the new tokens, and `Kernels.attend`'s rules. They compete in `tenfold tune` and run where they were the fastest; one
 that fails there, or whose result is wrong, is left out like any other arm.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kernels import AttentionSpec, Contexts
 
 WORKSPACE = 128 << 20  # bytes that FlashInfer wants, zeroed before its first use
 PAGE_OF_2 = 256  # tokens: pages of flash-attn 2 are multiples of it
@@ -43,17 +43,7 @@ def installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-def flashinfer(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    kv_lengths: Tensor,
-    spec: AttentionSpec,
-    max_query: int,
-    max_kv: int,
-) -> Tensor:
+def flashinfer(q: Tensor, keys: Tensor, values: Tensor, step: Contexts, spec: AttentionSpec, max_kv: int) -> Tensor:
     """Decodes only: lengths stay on the device, so a captured step can be replayed."""
     from flashinfer.decode import trtllm_batch_decode_with_kv_cache
 
@@ -61,8 +51,8 @@ def flashinfer(
         heads_of(q, spec),
         (keys, values),
         workspace(q.device),
-        page_table,
-        kv_lengths,
+        step.page_table,
+        step.kv_lengths,
         max_kv,
         bmm1_scale=spec.scale,
         bmm2_scale=1.0,
@@ -72,48 +62,32 @@ def flashinfer(
     return out.view(q.shape)
 
 
-def flash_attn_3(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    kv_lengths: Tensor,
-    spec: AttentionSpec,
-    max_query: int,
-    max_kv: int,
-) -> Tensor:
+def flash_attn_3(q: Tensor, keys: Tensor, values: Tensor, step: Contexts, spec: AttentionSpec, max_kv: int) -> Tensor:
     from flash_attn_interface import flash_attn_with_kvcache
 
-    own: dict[str, Any] = {"page_table": page_table, "cu_seqlens_q": query_start, "max_seqlen_q": max_query}
+    own: dict[str, Any] = {
+        "page_table": step.page_table,
+        "cu_seqlens_q": step.query_start,
+        "max_seqlen_q": step.max_query,
+    }
     out: Tensor = flash_attn_with_kvcache(
         heads_of(q, spec),
         *(keys.transpose(1, 2), values.transpose(1, 2)),
-        cache_seqlens=kv_lengths,
+        cache_seqlens=step.kv_lengths,
         **own | rules(spec),
     )
     return out.reshape(q.shape)
 
 
-def flash_attn_2(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    page_table: Tensor,
-    query_start: Tensor,
-    kv_lengths: Tensor,
-    spec: AttentionSpec,
-    max_query: int,
-    max_kv: int,
-) -> Tensor:
+def flash_attn_2(q: Tensor, keys: Tensor, values: Tensor, step: Contexts, spec: AttentionSpec, max_kv: int) -> Tensor:
     """Decodes only: its chunks want lengths added up, which is another launch."""
     from flash_attn import flash_attn_with_kvcache
 
     out: Tensor = flash_attn_with_kvcache(
         heads_of(q, spec).unsqueeze(1),
         *(keys.transpose(1, 2), values.transpose(1, 2)),
-        cache_seqlens=kv_lengths,
-        block_table=page_table,
+        cache_seqlens=step.kv_lengths,
+        block_table=step.page_table,
         **rules(spec),
     )
     return out.reshape(q.shape)

@@ -23,7 +23,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tenfold.ops.elementwise import refuse_strided
-from tenfold.ops.gpu.stream import GATES, MOST_TILES, SHARED, SHARED_SM, WORKSPACE, Workspace
+from tenfold.ops.gpu.hopper import RESERVED, SHARED, SHARED_SM
+from tenfold.ops.gpu.nvrtc import GATES
+from tenfold.ops.gpu.sums import MOST_TILES, WORKSPACE, Workspace
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 64
@@ -107,7 +109,7 @@ def plan(tokens: int, rows: int, cols: int, sms: int) -> FlatPlan | None:
 
 def under_way(plan: FlatPlan, tokens: int) -> int:
     """Bytes of weights that loads of one multiprocessor wait for."""
-    programs = max(1, SHARED_SM // (shared_bytes(plan, tokens) + 1024))
+    programs = max(1, SHARED_SM // (shared_bytes(plan, tokens) + RESERVED))
     return programs * max(1, plan.stages - 1) * plan.rows * plan.cols * 2
 
 

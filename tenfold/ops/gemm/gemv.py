@@ -15,7 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tenfold.ops.elementwise import refuse_strided
 from tenfold.ops.gemm.flat import activate, bring, own_rows
-from tenfold.ops.gpu.stream import GATES, SHARED
+from tenfold.ops.gpu.hopper import SHARED
+from tenfold.ops.gpu.nvrtc import GATES
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 4

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tenfold.ops import elementwise
 from tenfold.ops.formats import BFLOAT_MAGIC, FP8_MAX, HALF_MAGIC, Format, Packed, format_of, packed_of
+from tenfold.ops.gpu.hopper import SHARED
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -38,7 +39,6 @@ AT_END, SUMS, WEIGHTS = 0, 1, 2  # what scales multiply
 WHOLE_ROW = 1 << 30  # columns of a group, for kernels, where a row has one
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000: the sign bits of a pair of 16-bit numbers
 MOST_SUMS, MOST_COUNTERS = 1 << 24, 1 << 12  # numbers of a workspace; what `candidates` and `plan` may need
-SHARED = 227 << 10  # bytes of shared memory a block may use on Hopper
 LEAST_LIBRARY = 16  # rows and columns are multiples of this for torch._scaled_mm
 QUANTIZE_COLS = 8192  # columns of a token in registers at once
 

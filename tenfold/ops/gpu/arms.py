@@ -6,7 +6,7 @@ Arms give the same result but for the order of sums and the roundings that their
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -20,7 +20,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, quantize, ring, ring_packed, stream, stream_packed
+from tenfold.ops.gpu import nvrtc, quantize, ring, ring_packed, stream, stream_packed, sums
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -94,7 +94,7 @@ class Context:
     def __init__(self, device: torch.device, sms: int) -> None:
         self.device = device
         self.sms = sms
-        self.sums = stream.Workspace(device)
+        self.sums = sums.Workspace(device)
         self.packed = lowbit.Workspace(device)
         self.maps = ring.Maps()
 
@@ -188,75 +188,71 @@ class Lowbit:
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
-    """Packed weights of a few tokens: plans of one kind of `stream_packed.py`."""
+class Packed:
+    """Our kernels of one module for packed weights. takes: whether they read a format; plans: those worth timing."""
 
-    kind: str
-
-    def candidates(self, work: Work, sms: int) -> Iterator[str]:
-        if self._takes(work):
-            yield from map(str, stream_packed.candidates(self.kind, work.tokens, work.rows, work.cols))
-
-    def legal(self, name: str, work: Work) -> bool:
-        plan = stream_packed.parse(name)
-        return self._takes(work) and stream_packed.legal(plan, work.tokens, work.rows, work.cols)
-
-    def _takes(self, work: Work) -> bool:
-        known = stream_packed.kind_of(work.format) == self.kind
-        return known and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
-
-    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        plan = stream_packed.parse(name)
-        return lambda context, x, w, fused: stream_packed.run(
-            plan, context.sms, x, w, *fused.all(), float32=fused.float32
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRing:
-    """Packed weights through the ring: plans of one kind of `ring_packed.py`."""
-
-    kind: str
+    module: Any
+    takes: Callable[[str], bool]
+    plans: Callable[[Work, int], Iterable[Any]]
+    run: Callable[[Any, Context, Tensor, Matrix, Fused], Tensor]
 
     def candidates(self, work: Work, sms: int) -> Iterator[str]:
         if self._takes(work):
-            yield from map(str, ring_packed.candidates(self.kind, work.tokens, work.rows, work.cols, sms))
+            yield from map(str, self.plans(work, sms))
 
     def legal(self, name: str, work: Work) -> bool:
-        plan = ring_packed.parse(name)
-        return self._takes(work) and ring_packed.legal(plan, work.tokens, work.rows, work.cols)
+        plan = self.module.parse(name)
+        return self._takes(work) and bool(self.module.legal(plan, work.tokens, work.rows, work.cols))
 
     def _takes(self, work: Work) -> bool:
-        known = ring_packed.kind_of(work.format) == self.kind
-        return known and work.dtype in nvrtc.HALF and not work.rows % (2 if work.use.act else 1)
-
-    def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        plan = ring_packed.parse(name)
-        return lambda context, x, w, fused: ring_packed.run(
-            plan, context.maps, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32
-        )
-
-
-class Float8:
-    """Float8 by float8 through the ring: `ring.run_fp8`."""
-
-    def candidates(self, work: Work, sms: int) -> Iterator[str]:
-        if self._takes(work):
-            yield from map(str, ring.candidates(work.tokens, work.rows, work.cols, sms, ring.FLOAT8))
-
-    def legal(self, name: str, work: Work) -> bool:
-        plan = ring.parse(name)
-        return self._takes(work) and ring.legal(plan, work.tokens, work.rows, work.cols)
-
-    def _takes(self, work: Work) -> bool:
-        known = quantize.takes(work.format) and work.dtype in nvrtc.HALF
+        known = self.takes(work.format) and work.dtype in nvrtc.HALF
         return known and not work.rows % (2 if work.use.act else 1)
 
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
-        plan = ring.parse(name)
-        return lambda context, x, w, fused: ring.run_fp8(
-            plan, context.maps, context.sums, context.sms, x, w, *fused.all()
-        )
+        plan, run = self.module.parse(name), self.run
+        return lambda context, x, w, fused: run(plan, context, x, w, fused)
+
+
+def streamed(kind: str) -> Packed:
+    """Packed weights of a few tokens."""
+
+    def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+        return stream_packed.run(plan, context.sms, x, w, *fused.all(), float32=fused.float32)
+
+    return Packed(
+        stream_packed,
+        lambda format: stream_packed.kind_of(format) == kind,
+        lambda work, sms: stream_packed.candidates(kind, work.tokens, work.rows, work.cols),
+        run,
+    )
+
+
+def through_ring(kind: str) -> Packed:
+    """Packed weights of up to 64 tokens."""
+
+    def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+        return ring_packed.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32)
+
+    return Packed(
+        ring_packed,
+        lambda format: ring_packed.kind_of(format) == kind,
+        lambda work, sms: ring_packed.candidates(kind, work.tokens, work.rows, work.cols, sms),
+        run,
+    )
+
+
+def float8() -> Packed:
+    """Float8 by float8."""
+
+    def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+        return ring.run_fp8(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
+
+    return Packed(
+        ring,
+        quantize.takes,
+        lambda work, sms: ring.candidates(work.tokens, work.rows, work.cols, sms, ring.FLOAT8),
+        run,
+    )
 
 
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
@@ -275,17 +271,17 @@ def run_gemv(plan: gemv.GemvPlan, context: Context, x: Tensor, w: Tensor, fused:
     return gemv.run(plan, x, w, *fused.all())
 
 
-PACKED = Lowbit()
+TRITON = Lowbit()
 FAMILIES: dict[str, Family] = {
     "cublas": Library(),
     "stream": Dense("stream", stream, True, run_stream),
     "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
-    **{kind: Streamed(kind) for kind in stream_packed.CODES},
-    **{kind: PackedRing(kind) for kind in ring_packed.CODES},
-    ring.FLOAT8: Float8(),
-    **dict.fromkeys(lowbit.KINDS, PACKED),
+    **{kind: streamed(kind) for kind in stream_packed.CODES},
+    **{kind: through_ring(kind) for kind in ring_packed.CODES},
+    ring.FLOAT8: float8(),
+    **dict.fromkeys(lowbit.KINDS, TRITON),
 }
 OWN = ("stream", "ring", "flat")  # flat products of ours, the paper's ImplB
 

@@ -247,10 +247,8 @@ class Attending:
             workspace = self._workspace(len(step.kv_lengths), spec.kv_heads)
             return decode.run(arm, workspace, *write, step.page_table, step.kv_lengths, spec, *norms, phi)
         q = elementwise.rope_write(*write, spec, *norms)
-        contexts = (step.page_table, step.query_start, step.kv_lengths)
-        read = (q, keys, values, *contexts, spec, step.max_query, max_kv)
         if isinstance(arm, str) and arm in third_party.LIBRARIES:
-            return third_party.LIBRARIES[arm].run(*read)
+            return third_party.LIBRARIES[arm].run(q, keys, values, step, spec, max_kv)
         how = attend_module.Arms(softmax)
         if isinstance(arm, ChunkPlan):
             how = replace(how, plan=arm)
@@ -258,6 +256,8 @@ class Attending:
             how = replace(how, merge="two")
         elif arm in CHUNKS:
             how = replace(how, chunks=arm)
+        contexts = (step.page_table, step.query_start, step.kv_lengths)
+        read = (q, keys, values, *contexts, spec, step.max_query, max_kv)
         return attend_module.attend(*read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=step.decodes)
 
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.gpu import nvrtc
-from tenfold.ops.gpu.stream import SHARED_SM
+from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Norm
 
 HEAD_DIMS = (64, 128)
@@ -94,7 +93,7 @@ def padding(plan: DecodePlan, spec: AttentionSpec) -> int:
     """
     if plan.blocks not in (2, 4) or plan.splits > 1:
         return 0
-    return max(0, int(SHARED_SM / (plan.blocks + 0.5)) - 1024 - shared_bytes(plan, spec))
+    return max(0, int(hopper.SHARED_SM / (plan.blocks + 0.5)) - hopper.RESERVED - shared_bytes(plan, spec))
 
 
 class Workspace:

@@ -21,6 +21,7 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("--std=c++17", "-default-device", "--use_fast_math", "--extra-device-vectorization")
 LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
 HALF = {torch.bfloat16: 0, torch.float16: 1}  # types our sources compute in, by their macro of this name
+GATES = {None: 0, "silu": 1, "gelu_tanh": 2}  # by the macro GATE
 LARGEST_STATIC = 48 << 10  # bytes of shared memory a kernel may use without asking
 
 LONGEST_LOG = 2000  # characters of a compiler's complaint worth showing

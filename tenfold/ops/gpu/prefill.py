@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.attention.unified_max import guard
-from tenfold.ops.gpu import nvrtc
+from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.kernels import SOFTMAX, AttentionSpec
 
 ARMS = SOFTMAX[:3]  # the paper's guard on every score is not in this kernel
@@ -17,7 +17,6 @@ ORDERS = ("apart", "overlap", "turns")
 HEAD_DIMS = (64, 128)
 TILES = (64, 96, 128, 160)
 LEAST_PAGE = 16  # tokens: two groups of the 8 rows that the swizzle permutes
-SHARED = 227 << 10  # bytes of a block at most
 LONG_CHUNK = 1536  # new tokens
 OTHER_BYTES = 1024 + 512  # alignment; barriers and the item at work
 
@@ -66,7 +65,7 @@ def fits(plan: ChunkPlan, head_dim: int) -> bool:
     apart = plan.order == "apart"
     taken = head_dim // 2 + plan.tile // 2 + (0 if apart else plan.tile // 4)  # weights stand beside the scores
     most = 184 if plan.groups == 2 else 128 if apart else 112  # of 232 and 160
-    return plan.tile in TILES and plan.stages >= 2 and shared_bytes(plan, head_dim) <= SHARED and taken <= most
+    return plan.tile in TILES and plan.stages >= 2 and shared_bytes(plan, head_dim) <= hopper.SHARED and taken <= most
 
 
 def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:

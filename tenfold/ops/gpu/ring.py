@@ -5,7 +5,7 @@ by float8: tokens are rounded to e4m3 with a scale each before (`quantize.py`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.formats import packed_of
+from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc
 from tenfold.ops.gpu.quantize import MOST_COLS, quantize
-from tenfold.ops.gpu.stream import GATES, MOST_TILES, SHARED, SHARED_SM, WORKSPACE, Workspace
+from tenfold.ops.gpu.sums import MOST_TILES, WORKSPACE, Workspace
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -51,11 +51,20 @@ class RingPlan:
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"(ring|ring-fp8):(\d+)x(\d+)x(64|128)(?::(even)|:s(\d+))?", name)
-    if not found:
+    found = parts(name, KINDS, (64, 128))
+    if found is None:
         raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even or :sN.")
+    return RingPlan(*found)
+
+
+def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str] | None:
+    """The fields of a plan from what `str` makes of it; None for another name."""
+    sizes = rf"(\d+)x(\d+)x({'|'.join(map(str, heights))})"
+    found = re.fullmatch(rf"({'|'.join(kinds)}):{sizes}(?::(even)|:s(\d+))?", name)
+    if not found:
+        return None
     kind, stages, blocks, height, even, splits = found.groups()
-    return RingPlan(int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind)
+    return int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind
 
 
 def width(tokens: int) -> int:
@@ -84,11 +93,15 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
         return False
     if plan.kind == FLOAT8 and cols > MOST_COLS:
         return False
+    return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
+
+
+def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
+    """Whether there are as many steps as parts, and room where the blocks of a tile leave their sums."""
     if plan.splits > -(-cols // plan.step_cols) or -(-rows // plan.height) > MOST_TILES:
         return False
     sums = 0 if plan.splits == 1 else 2 * grid(plan, rows, cols, MOST_SMS) * plan.height * width(tokens) * 4
-    shared = shared_bytes(plan, tokens, cols)
-    return shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM and sums <= WORKSPACE
+    return sums <= WORKSPACE
 
 
 def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = "ring") -> Iterator[RingPlan]:
@@ -187,7 +200,7 @@ def launch(
     groups] of w.
     """
     tokens, cols = inputs.shape
-    rows, gate = w.shape[0], GATES[act]
+    rows, gate = w.shape[0], nvrtc.GATES[act]
     height, outputs = (plan.height // 2, rows // 2) if gate else (plan.height, rows)
     out = x.new_empty(tokens, outputs, dtype=torch.float32 if float32 else x.dtype)
     kernel = nvrtc.load(

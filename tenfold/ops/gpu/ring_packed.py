@@ -6,26 +6,23 @@ Codes become exact numbers in registers, a group's sum is scaled in float32: no 
 their 16 bits. A norm runs before; bias, gate and residual are fused.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import Format, format_of, is_format, packed_of
+from tenfold.ops.formats import Format, format_of, packed_of
+from tenfold.ops.gpu import hopper, nvrtc, stream_packed
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc
-from tenfold.ops.gpu.ring import MOST_SMS, MOST_TOKENS, Maps, RingPlan, grid, width
-from tenfold.ops.gpu.stream import GATES, MOST_TILES, SHARED, SHARED_SM, WORKSPACE, Workspace
-from tenfold.ops.gpu.stream_packed import SCALES, WHOLE_ROW
+from tenfold.ops.gpu.ring import MOST_TOKENS, Maps, RingPlan, can_meet, grid, parts, width
+from tenfold.ops.gpu.sums import Workspace
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
 CODES = {"ring4": ("int4",), "ring8": ("int8", "fp8")}  # what each kind of plan reads
 BITS = {"ring4": 4, "ring8": 8}
 ALIGN = {"ring4": 32, "ring8": 16}  # columns in 16 bytes, which rows are multiples of
-GROUP = 128  # columns
 STEP_BYTES = 128  # of a row's codes, in a stage
 # Blocks of a multiprocessor, rows of a tile, and how many blocks its shared memory must hold: where that is more than
 # the first, the next kernel's blocks begin beside this one's.
@@ -53,21 +50,15 @@ class PackedPlan(RingPlan):
 
 def parse(name: str) -> PackedPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"(ring4|ring8):(\d+)x(\d+)x(64|128|192|256)(?::(even)|:s(\d+))?", name)
-    if not found:
+    found = parts(name, CODES, (64, 128, 192, 256))
+    if found is None:
         raise ValueError(f"{name!r} is no ring plan for codes; allowed: ring4:SxBxR or ring8:SxBxR, then :even or :sN.")
-    kind, stages, blocks, height, even, splits = found.groups()
-    return PackedPlan(int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind)
+    return PackedPlan(*found)
 
 
 def kind_of(format: str) -> str:
     """The kind of plan that reads matrices of this format, empty where none does."""
-    if not is_format(format):
-        return ""
-    found = format_of(format)
-    if found.order or found.group % GROUP:
-        return ""
-    return next(kind for kind, codes in CODES.items() if found.kind in codes)
+    return stream_packed.kind_of(format, CODES)
 
 
 def stage_bytes(plan: PackedPlan, tokens: int) -> int:
@@ -84,13 +75,8 @@ def legal(plan: PackedPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
     if not 1 <= tokens <= MOST_TOKENS or cols % ALIGN[plan.kind] or plan.stages < 2:
         return False
-    if not fits_registers(plan, tokens):
-        return False
-    if plan.splits > -(-cols // plan.step_cols) or -(-rows // plan.height) > MOST_TILES:
-        return False
-    sums = 0 if plan.splits == 1 else 2 * grid(plan, rows, cols, MOST_SMS) * plan.height * width(tokens) * 4
-    shared = shared_bytes(plan, tokens)
-    return shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM and sums <= WORKSPACE
+    fits = fits_registers(plan, tokens) and hopper.fits(shared_bytes(plan, tokens), plan.blocks)
+    return fits and can_meet(plan, tokens, rows, cols)
 
 
 def fits_registers(plan: PackedPlan, tokens: int) -> bool:
@@ -108,8 +94,7 @@ def candidates(kind: str, tokens: int, rows: int, cols: int, sms: int) -> Iterat
         for splits in (1, 0, room // tiles) if tiles < room else (1, 0):
             for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
                 plan = PackedPlan(stages, blocks, height, splits, kind)
-                fits = (shared_bytes(plan, tokens) + 1024) * beside <= SHARED_SM
-                if fits and legal(plan, tokens, rows, cols):
+                if hopper.fits(shared_bytes(plan, tokens), beside) and legal(plan, tokens, rows, cols):
                     found[plan] = None
                     break
     yield from found
@@ -134,7 +119,7 @@ def run(
     if norm is not None:
         x = norms.run(x, norm)
     tokens, cols = x.shape
-    gate, packed = GATES[act], packed_of(w)
+    gate, packed = nvrtc.GATES[act], packed_of(w)
     height, outputs = (plan.height // 2, w.rows // 2) if gate else (plan.height, w.rows)
     out = x.new_empty(tokens, outputs, dtype=torch.float32 if float32 else x.dtype)
     macros = defines(plan, format_of(w.format), packed.scales.dtype, x.dtype, width(tokens), gate)
@@ -152,11 +137,7 @@ def defines(
 ) -> tuple[tuple[str, int], ...]:
     """Macros of the kernel; tokens: of the instruction."""
     return (
-        ("BITS", format.bits),
-        ("E4M3", int(format.kind == "fp8")),
-        ("GROUP", format.group or WHOLE_ROW),
-        ("SCALES", SCALES[scales]),
-        ("ZEROS", int(format.zero)),
+        *stream_packed.format_macros(format, scales),
         ("HALF", nvrtc.HALF[dtype]),
         ("N", tokens),
         ("STAGES", plan.stages),

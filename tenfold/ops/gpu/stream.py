@@ -13,15 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.gpu import nvrtc
+from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 16
-SHARED = 227 << 10  # bytes of shared memory a block may use on Hopper
-SHARED_SM = 228 << 10  # of a multiprocessor; a block also costs 1 KiB
-WORKSPACE = 64 << 20  # bytes for partial sums
-MOST_TILES = 1 << 16
-GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +57,7 @@ def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
     if not 1 <= tokens <= MOST_TOKENS or cols % 32:
         return False
-    shared = shared_bytes(plan, tokens, cols)
-    return shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM
+    return hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
 
 
 def candidates(tokens: int, rows: int, cols: int) -> Iterator[StreamPlan]:
@@ -72,14 +66,6 @@ def candidates(tokens: int, rows: int, cols: int) -> Iterator[StreamPlan]:
         plan = StreamPlan("stream", *sizes)
         if legal(plan, tokens, rows, cols):
             yield plan
-
-
-class Workspace:
-    """Memory for partial sums and arrival counters of one stream of launches, kept at one place for graphs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.empty(WORKSPACE // 4, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(MOST_TILES, dtype=torch.int32, device=device)
 
 
 def run(
@@ -96,7 +82,7 @@ def run(
     """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal. float32: the result's type."""
     tokens, cols = x.shape
     rows = w.shape[0]
-    gate = GATES[act]
+    gate = nvrtc.GATES[act]
     out = x.new_empty(tokens, rows // 2 if gate else rows, dtype=torch.float32 if float32 else x.dtype)
     kernel = nvrtc.load(
         "stream.cu",

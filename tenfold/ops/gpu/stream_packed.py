@@ -6,14 +6,14 @@ their 16 bits. Fuses what `stream` fuses.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from tenfold.ops.formats import Format, format_of, is_format, packed_of
-from tenfold.ops.gpu import nvrtc
-from tenfold.ops.gpu.stream import GATES, SHARED, SHARED_SM, StreamPlan, shared_bytes, token_tiles
+from tenfold.ops.gpu import hopper, nvrtc
+from tenfold.ops.gpu.stream import StreamPlan, shared_bytes, token_tiles
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -40,20 +40,19 @@ def parse(name: str) -> StreamPlan:
     return StreamPlan(kind, *map(int, sizes))
 
 
-def kind_of(format: str) -> str:
-    """The kind of plan that reads matrices of this format, empty where none does."""
+def kind_of(format: str, kinds: Mapping[str, tuple[str, ...]] = CODES) -> str:
+    """The kind of plan, of kinds and the codes they read, for matrices of this format; empty where none does."""
     if not is_format(format):
         return ""
     found = format_of(format)
     if found.order or found.group % CHUNK:
         return ""
-    return next(kind for kind, codes in CODES.items() if found.kind in codes)
+    return next(kind for kind, codes in kinds.items() if found.kind in codes)
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
-    shared = shared_bytes(plan, tokens, cols)
-    fits = shared <= SHARED and (shared + 1024) * plan.blocks <= SHARED_SM
+    fits = hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
     return 1 <= tokens <= MOST_TOKENS and cols % CHUNK == 0 and fits
 
 
@@ -84,7 +83,7 @@ def run(
     result's type.
     """
     tokens, cols = x.shape
-    gate = GATES[act]
+    gate = nvrtc.GATES[act]
     format, packed = format_of(w.format), packed_of(w)
     out = x.new_empty(tokens, w.rows // 2 if gate else w.rows, dtype=torch.float32 if float32 else x.dtype)
     macros = defines(plan, format, packed.scales.dtype, x, norm is not None, gate)
@@ -106,11 +105,7 @@ def defines(
 ) -> tuple[tuple[str, int], ...]:
     """Macros of the kernel."""
     return (
-        ("BITS", format.bits),
-        ("E4M3", int(format.kind == "fp8")),
-        ("GROUP", format.group or WHOLE_ROW),
-        ("SCALES", SCALES[scales]),
-        ("ZEROS", int(format.zero)),
+        *format_macros(format, scales),
         ("HALF", nvrtc.HALF[x.dtype]),
         ("NT", token_tiles(len(x))),
         ("WARPS", plan.warps),
@@ -118,4 +113,15 @@ def defines(
         ("BLOCKS", plan.blocks),
         ("NORM", int(norm)),
         ("GATE", gate),
+    )
+
+
+def format_macros(format: Format, scales: torch.dtype) -> tuple[tuple[str, int], ...]:
+    """What kernels are told of packed weights; scales: their type."""
+    return (
+        ("BITS", format.bits),
+        ("E4M3", int(format.kind == "fp8")),
+        ("GROUP", format.group or WHOLE_ROW),
+        ("SCALES", SCALES[scales]),
+        ("ZEROS", int(format.zero)),
     )

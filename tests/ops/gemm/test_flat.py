@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.gpu.stream import Workspace
+from tenfold.ops.gpu.sums import Workspace
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle

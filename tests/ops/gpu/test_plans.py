@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, prefill, ring, ring_packed, stream, stream_packed
+from tenfold.ops.gpu import decode, graphs, hopper, prefill, ring, ring_packed, stream, stream_packed, sums
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -35,9 +35,9 @@ def test_sums_of_a_ring_fit(tokens: int, rows: int, cols: int) -> None:
     for plan in ring.candidates(tokens, rows, cols, SMS):
         blocks = ring.grid(plan, rows, cols, SMS)
         assert blocks > 0
-        assert ring.shared_bytes(plan, tokens, cols) <= ring.SHARED
+        assert ring.shared_bytes(plan, tokens, cols) <= hopper.SHARED
         if plan.splits != 1:
-            assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= ring.WORKSPACE
+            assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= sums.WORKSPACE
 
 
 @given(TOKENS, ROWS, COLS, st.sampled_from(list(ring_packed.CODES)))
@@ -47,11 +47,11 @@ def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, co
     for plan in plans:
         codes, boxes = plan.height * 128, plan.step_cols // 64
         assert ring_packed.stage_bytes(plan, tokens) == codes + boxes * ring.width(tokens) * 128
-        assert ring_packed.shared_bytes(plan, tokens) * plan.blocks <= ring.SHARED_SM
+        assert ring_packed.shared_bytes(plan, tokens) * plan.blocks <= hopper.SHARED_SM
         if plan.splits != 1:
             blocks = ring.grid(plan, rows, cols, SMS)
             assert blocks > 0
-            assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= ring.WORKSPACE
+            assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= sums.WORKSPACE
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_memory_that_is_used_again_for_other_numbers_has_another_map(monkeypatch
 def test_padding_keeps_out_one_block_more(group: int, head_dim: int, sizes: tuple[int, int]) -> None:
     spec, plan = AttentionSpec(8 * group, 8, head_dim, 1.0), decode.DecodePlan(*sizes, 1, "lazy", False)
     block = decode.shared_bytes(plan, spec) + decode.padding(plan, spec) + 1024
-    assert plan.blocks * block <= decode.SHARED_SM or not decode.padding(plan, spec)
-    assert (plan.blocks + 1) * block > decode.SHARED_SM
+    assert plan.blocks * block <= hopper.SHARED_SM or not decode.padding(plan, spec)
+    assert (plan.blocks + 1) * block > hopper.SHARED_SM
