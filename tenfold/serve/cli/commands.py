@@ -291,13 +291,16 @@ def tune_command(settled: Settled) -> None:
     body("tune")(settled.config)
 
 
+Sample = Annotated[
+    Path, Option("--text", exists=True, dir_okay=False, help="Text of the usual kind, such as an encyclopedia's.")
+]
+
+
 @calibrate_app.command("softmax", epilog=examples("tenfold calibrate softmax ./model --text wiki.txt --windows 64"))
 @settings(EngineConfig, models=ARGUMENT)
 def calibrate_softmax_command(
     settled: Settled,
-    text: Annotated[
-        Path, Option("--text", exists=True, dir_okay=False, help="Text of the usual kind, such as an encyclopedia's.")
-    ],
+    text: Sample,
     window: Annotated[int, Option("--window", min=2, help="Tokens of one sequence at most.")] = 1024,
     windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 16,
     as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
@@ -313,9 +316,7 @@ def calibrate_softmax_command(
 @settings(EngineConfig, models=ARGUMENT)
 def calibrate_kv_command(
     settled: Settled,
-    text: Annotated[
-        Path, Option("--text", exists=True, dir_okay=False, help="Text of the usual kind, such as an encyclopedia's.")
-    ],
+    text: Sample,
     format: Annotated[str, Option("--format", help="Bits of keys and values, and channels in a group.")] = "k2v2g64",
     window: Annotated[int, Option("--window", min=2, help="Tokens of one sequence at most.")] = 512,
     windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 16,
