@@ -1,7 +1,7 @@
 """Attention of other projects, FlashInfer and flash-attn, as further arms where they are installed; never required.
 
-Each takes rotated queries and pages that hold the new tokens. They compete in `tenfold tune` and run where they were the
-fastest; one that fails there, or whose result is wrong, is left out like any other arm.
+Each takes rotated queries and pages that hold the new tokens. They compete in `tenfold tune` and run where they were
+the fastest; one that fails there, or whose result is wrong, is left out like any other arm.
 """
 
 from collections.abc import Callable
