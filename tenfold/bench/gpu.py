@@ -47,7 +47,10 @@ class Job:
 
 def grid_of(job: Job, prefill: bool = True) -> tuple[Point, ...]:
     prefills = job.numbers("prefill") if prefill else []
-    return tuple(single.grid(job.numbers("batch"), job.numbers("context"), prefills, job.options["tokens"]))
+    tokens = job.options["tokens"]
+    points = single.grid(job.numbers("batch"), job.numbers("context"), prefills, tokens)
+    further = (text.partition("x") for text in job.options["points"].split(",") if text)
+    return (*points, *(Point(int(batch), int(context), tokens) for batch, _, context in further))
 
 
 def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:
@@ -234,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", default="1,2,4,8")
     parser.add_argument("--context", default="128,1024,8192,32768")
     parser.add_argument("--prefill", default="1024,8192,32768")
+    parser.add_argument("--points", default="", help="further decodes outside the grid, as 32x512,64x512")
     parser.add_argument("--tokens", type=int, default=single.TOKENS, help="of a long run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=20.0, help="seconds of a point before its last round")

@@ -22,7 +22,7 @@ FLAGS = ("--std=c++17", "-default-device", "--use_fast_math", "--extra-device-ve
 LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
 HALF = {torch.bfloat16: 0, torch.float16: 1}  # types our sources compute in, by their macro of this name
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}  # by the macro GATE
-LARGEST_STATIC = 48 << 10  # bytes of shared memory a kernel may use without asking
+LARGEST_STATIC = 48 << 10  # bytes of shared memory, static and dynamic, a kernel may use without asking
 
 LONGEST_LOG = 2000  # characters of a compiler's complaint worth showing
 
@@ -69,7 +69,10 @@ class Kernel:
         self._function = ctypes.c_void_p(function)
         self._launch = driver.cuLaunchKernelEx
         self._driver = driver
-        self._shared = LARGEST_STATIC
+        static = ctypes.c_int()
+        # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        check(driver, driver.cuFuncGetAttribute(ctypes.byref(static), 1, self._function), name)
+        self._shared = LARGEST_STATIC - static.value
 
     def __call__(
         self,
