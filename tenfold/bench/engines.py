@@ -128,6 +128,8 @@ class Tenfold:
         while self.core.has_work:
             for output in self.core.step():
                 if output.error:
+                    for request_id in found:
+                        self.core.abort(request_id)
                     raise RuntimeError(output.error)
                 found[output.request_id].extend(output.tokens)
             if not first and all(found.values()):

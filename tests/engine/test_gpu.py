@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
 from tenfold.engine.request import Grammar, Request, SamplingParams
 from tenfold.engine.text import Text
@@ -60,3 +61,29 @@ def test_a_gpu_answers_as_the_cpu_does(tiny: Callable[[str], Path], lookahead: i
     got, embedding = run(tiny("llama"), "cuda", lookahead, speculate)
     assert got == expected
     assert embedding == pytest.approx(state, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", [None, 0])
+def test_prompts_longer_than_a_step(dtype: str, wanted: int | None) -> None:
+    """Steps in the middle of a prompt want no logits, so that their last norm and head have no rows."""
+    found = []
+    for step in (64, 1024):
+        config = EngineConfig(
+            model="shape:llama-3.2-1b@layers=2",
+            device="cuda",
+            dtype=dtype,
+            kernels="native",
+            max_batch=4,
+            max_model_len=1024,
+            max_step_tokens=step,
+            kv_memory=64 << 20,
+        )
+        engine = Engine.load(config, tokens_only=True)
+        params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=wanted)
+        engine.add(Request("a", tuple(range(10, 410)), params))
+        outputs = fake.drain(engine)
+        assert len(fake.answers(outputs)["a", 0]) == 3
+        found.append([p.logprob for o in outputs for p in o.prompt_logprobs or () if p is not None])
+    assert len(found[0]) == (399 if wanted == 0 else 0)
+    assert found[0] == pytest.approx(found[1], abs=0.1)

@@ -85,9 +85,11 @@ class Kernel:
         cluster: int = 1,
     ) -> None:
         """Launch on the current stream. shared: bytes of dynamic shared memory; dependent: the kernel waits itself
-        (griddepcontrol.wait) for what comes before it; cluster: blocks along x that share a cluster, up to 8. Raises
-        RuntimeError.
+        (griddepcontrol.wait) for what comes before it; cluster: blocks along x that share a cluster, up to 8. A grid
+        without blocks launches nothing. Raises RuntimeError.
         """
+        if 0 in grid:
+            return
         if shared > self._shared:
             # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(self._driver, self._driver.cuFuncSetAttribute(self._function, 8, shared), self.name)
