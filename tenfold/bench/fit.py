@@ -8,6 +8,7 @@ from tenfold.bench.floor import Sizes
 # Of a peer's growing cache: layers are copied as they grow. Ours has its pages from the start.
 PEER_CACHE = 1.25
 RESERVE = 10 << 30  # activations, compiled graphs and what the libraries keep, each engine
+WATERMARK = 1.02  # the scheduler leaves a hundredth of the cache free when it lets a request in
 PAGE = 64  # tokens; more than any page, so that what is rounded up still fits
 
 
@@ -22,7 +23,7 @@ class Point:
     @property
     def cached(self) -> int:
         """Tokens of KV cache when the answers are done."""
-        return self.batch * (-(-(self.context + self.tokens) // PAGE) * PAGE + PAGE)
+        return int(WATERMARK * self.batch * (-(-(self.context + self.tokens) // PAGE) * PAGE + PAGE))
 
     def __str__(self) -> str:
         return f"{self.batch} x {self.context}"

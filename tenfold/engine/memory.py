@@ -136,13 +136,15 @@ def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised:
     for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name} is {value!r}; allowed: auto, {', '.join(DTYPES)}.")
+    batch = config.max_batch or (256 if gpu else 64)
     return replace(
         config,
         device=str(device),
         dtype=dtype,
         kv_dtype=kv_dtype,
-        max_batch=config.max_batch or (256 if gpu else 64),
-        max_step_tokens=config.max_step_tokens or (8192 if gpu else 512),
+        max_batch=batch,
+        # with room for decodes beside a whole chunk: prompts of a chunk's length would leave a few tokens for one more
+        max_step_tokens=config.max_step_tokens or (8192 + batch if gpu else 512),
         lookahead=config.lookahead if config.lookahead >= 0 else int(gpu),
     )
 

@@ -72,7 +72,7 @@ def test_types_follow_the_kernels(
 
 def test_sizes_follow_the_device_unless_they_are_given() -> None:
     assert (settle().max_batch, settle().max_step_tokens, settle().lookahead) == (64, 512, 0)
-    assert (gpu().max_batch, gpu().max_step_tokens, gpu().lookahead, gpu().dtype) == (256, 8192, 1, "bfloat16")
+    assert (gpu().max_batch, gpu().max_step_tokens, gpu().lookahead, gpu().dtype) == (256, 8192 + 256, 1, "bfloat16")
     assert settle(max_batch=3, max_step_tokens=5, lookahead=1).max_batch == 3
     assert settle(lookahead=1).lookahead == 1
 

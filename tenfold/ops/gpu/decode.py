@@ -53,14 +53,15 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
     small, large = (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
     longest = -(-seen // (TILE * large[0]))
-    if longest == 1:
-        return DecodePlan(*large, 1, softmax, False)
     if pairs > 1.5 * sms:
         if pairs < 2.5 * sms and seen > 2 * SHORT:  # splits even out what one block a pair leaves idle at the end
             return DecodePlan(*small, 3, softmax, False)
-        two = pairs <= 2 * sms or small[1] * sms < pairs <= 4 * sms  # blocks a multiprocessor: full rounds of them
-        return DecodePlan(*((4, 2) if two else small), 1, softmax, False)
-    if pairs > sms // 2:
+        if pairs <= 2 * sms:  # two blocks on every multiprocessor
+            return DecodePlan(4, 2, 1, softmax, False)
+        if small[1] * sms < pairs <= 4 * sms:  # all at once, where larger blocks would leave a few for a second round
+            return DecodePlan(2, 4, 1, softmax, False)
+        return DecodePlan(*small, 1, softmax, False)
+    if longest == 1 or pairs > sms // 2:
         return DecodePlan(*large, 1, softmax, False)
     if pairs > sms // 8 or seen > SHORT:
         warps, blocks = small if pairs > sms // 8 else large
