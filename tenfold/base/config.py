@@ -72,7 +72,9 @@ class EngineConfig:
         0, "requests computed together at most (0: 64 on CPU, 256 on a GPU)", unit="requests", group="Speed"
     )
     max_step_tokens: int = setting(
-        0, "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 + max_batch on a GPU)", unit="tokens"
+        0,
+        "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 + max_batch on a GPU)",
+        unit="tokens",
     )
     prefix_cache: bool = setting(True, "reuse the KV pages of prompts that start alike")
     lookahead: int = setting(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tenfold.cache.skvq.attend import Seen, left_window
 from tenfold.cache.skvq.calibrate import Sample
-from tenfold.cache.skvq.quantize import E4M3_LARGEST, Grouping, rounded
-from tenfold.cache.skvq.spec import SkvqSpec
+from tenfold.ops.kv.quantize import E4M3_LARGEST, Grouping, rounded
+from tenfold.ops.kv.spec import PackedSpec
 
 EXACT_BITS = 16
 
@@ -175,7 +175,7 @@ class Skvq:
     """keys, values: of every layer how its channels are grouped and clipped."""
 
     name: str
-    spec: SkvqSpec
+    spec: PackedSpec
     keys: Sequence[Grouping]
     values: Sequence[Grouping]
     kv_heads: int

@@ -27,12 +27,12 @@ from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, Skvq,
 from tenfold.bench.quality import windows
 from tenfold.cache.skvq.attend import attend
 from tenfold.cache.skvq.calibrate import ClipSearch, Extremes, Sample
-from tenfold.cache.skvq.quantize import Grouping
-from tenfold.cache.skvq.spec import SkvqSpec
 from tenfold.cache.store import KVSpec, KVStore
 from tenfold.engine.calibrate import Watching, step_of
 from tenfold.models.table import Model, build_model, model_config
 from tenfold.ops.kernels import Contexts, Heads, Kernels
+from tenfold.ops.kv.quantize import Grouping
+from tenfold.ops.kv.spec import PackedSpec
 from tenfold.ops.oracle import Oracle
 from tenfold.serve.cli.terminal import columns
 from tenfold.weights.find import resolve
@@ -53,7 +53,7 @@ class Variant:
     """A row of the table: SKVQ with parts of it left out."""
 
     name: str
-    spec: SkvqSpec
+    spec: PackedSpec
     reorder: bool = True
     clip: bool = True
 
@@ -83,8 +83,8 @@ def variants(kv_heads: int, head_dim: int) -> list[Variant]:
     would be nothing to reorder.
     """
     span = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * head_dim > 64 or n == kv_heads))
-    base = SkvqSpec(2, 2, 64, span=span)
-    small = SkvqSpec(2, 2, 32)
+    base = PackedSpec(2, 2, 64, span=span)
+    small = PackedSpec(2, 2, 32)
     plain = replace(base, window=0, sinks=0, rotary="post")
     return [
         Variant("round to nearest 2 bit g64", plain, reorder=False, clip=False),

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.cache.skvq.calibrate import CLIPS, ClipSearch, Extremes, Sample
-from tenfold.cache.skvq.quantize import Grouping
-from tenfold.cache.skvq.spec import SkvqSpec
 from tenfold.engine.calibrate import LARGEST_TEXT, PATIENCE, Progress, Watching, opened_for, whole
 from tenfold.engine.opened import Opened
 from tenfold.models.config import ModelConfig
 from tenfold.ops.kernels import Contexts, Heads, Kernels
+from tenfold.ops.kv.quantize import Grouping
+from tenfold.ops.kv.spec import PackedSpec
 from tenfold.weights.identity import identity
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, KvHeader, key_bias, places
 
@@ -33,7 +33,7 @@ SEARCHED = 4  # windows of the second pass at most: each runs attention once for
 class Layer:
     """What was seen of one layer, keys first, then values."""
 
-    def __init__(self, spec: SkvqSpec, kv_heads: int, head_dim: int, shift: Tensor) -> None:
+    def __init__(self, spec: PackedSpec, kv_heads: int, head_dim: int, shift: Tensor) -> None:
         self.spec = spec
         self.width = spec.span * head_dim
         self.shifts = (shift, torch.zeros_like(shift))
@@ -64,7 +64,7 @@ class Layer:
 class Measured:
     """All layers, and how many windows each pass has seen."""
 
-    def __init__(self, spec: SkvqSpec, shape: ModelConfig, shifts: Sequence[Tensor]) -> None:
+    def __init__(self, spec: PackedSpec, shape: ModelConfig, shifts: Sequence[Tensor]) -> None:
         self.spec = spec
         groups = spec.groups(shape.kv_heads, shape.head_dim)
         self.layers = [Layer(spec, shape.kv_heads, shape.head_dim, shift) for shift in shifts]
@@ -142,7 +142,7 @@ class Showing(Watching):
 
 def calibrate_kv(
     config: EngineConfig,
-    spec: SkvqSpec,
+    spec: PackedSpec,
     text: Path,
     window: int,
     count: int,
@@ -181,7 +181,7 @@ def calibrate_kv(
     return found, opened
 
 
-def key_shift(opened: Opened, spec: SkvqSpec, layer: int, channels: int) -> Tensor:
+def key_shift(opened: Opened, spec: PackedSpec, layer: int, channels: int) -> Tensor:
     """[channels]: the bias of k_proj, where keys are stored as it leaves them; else zeros."""
     return key_bias(opened.checkpoint, layer, channels) if spec.rotary == "pre" else torch.zeros(channels)
 

@@ -6,7 +6,7 @@ T tokens, R requests, D features. Activations are [T, D], contiguous, in the com
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -100,7 +100,9 @@ class Contexts:
     query_start[r]:query_start[r+1] · kv_lengths [R] int32, tokens of r in the cache after this step · max_query,
     max_kv: host integers, the longest of each · decodes: host integer, leading requests that have one token each (there
     may be more) · shared: whether a request may read what another one of this step writes (a sequence's guesses are
-    requests of their own). Tensors are contiguous, on the kernels' device.
+    requests of their own) · rooms [R] int32, where a packed cache keeps what each request has exact (`kv.layer`), None
+    for other caches · memo: what was worked out of this step for all layers. Tensors are contiguous, on the kernels'
+    device.
     """
 
     positions: Tensor
@@ -112,6 +114,8 @@ class Contexts:
     max_kv: int
     decodes: int = 0
     shared: bool = False
+    rooms: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 class Replay(Protocol):

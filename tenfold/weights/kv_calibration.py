@@ -42,7 +42,7 @@ class KvHeader:
 @dataclass(frozen=True, slots=True, eq=False)
 class KvCalibration:
     """tensors: `{keys,values}.{group,clip,unit,shift}`, of all layers stacked: group [layers, channels] int32, clip and
-    unit [layers, groups] float32, shift [layers, channels] float32 (see `cache.skvq.quantize.Grouping`).
+    unit [layers, groups] float32, shift [layers, channels] float32 (see `ops.kv.quantize.Grouping`).
     """
 
     header: KvHeader

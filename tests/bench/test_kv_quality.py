@@ -11,11 +11,11 @@ from tenfold.bench import kv_quality
 from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, bits_at, hadamard
 from tenfold.bench.kv_quality import Bench, Recall, Variant
 from tenfold.cache.skvq.calibrate import Sample
-from tenfold.cache.skvq.spec import SkvqSpec
 from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kv.spec import PackedSpec
 
 SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125)
-SPAN = SkvqSpec(2, 2, 32, span=2, window=4, sinks=1)  # for the tiny model's 2 heads of 16 channels
+SPAN = PackedSpec(2, 2, 32, span=2, window=4, sinks=1)  # for the tiny model's 2 heads of 16 channels
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.cache.skvq.spec import SkvqSpec
 from tenfold.engine import calibrate_kv as module
 from tenfold.engine.calibrate_kv import Showing, calibrate_kv
+from tenfold.ops.kv.spec import PackedSpec
 from tenfold.ops.oracle import Oracle
 from tenfold.serve.cli.calibrate_kv import kv
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, key_bias, load
@@ -18,8 +18,8 @@ from tenfold.weights.open import open_checkpoint
 from tests.steps import Sequences, make_store
 
 TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 12
-SPEC = SkvqSpec.parse("k2v1.5g32w4s1")
-SPAN = SkvqSpec(2, 1.5, 32, span=2, window=4, sinks=1)  # for models with 2 kv heads of 16 channels
+SPEC = PackedSpec.parse("k2v1.5g32w4s1")
+SPAN = PackedSpec(2, 1.5, 32, span=2, window=4, sinks=1)  # for models with 2 kv heads of 16 channels
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def silent(done: int, total: int) -> None:
     pass
 
 
-def measured(model: Path, text: Path, spec: SkvqSpec, progress: Callable[[int, int], None] = silent) -> KvCalibration:
+def measured(model: Path, text: Path, spec: PackedSpec, progress: Callable[[int, int], None] = silent) -> KvCalibration:
     return calibrate_kv(config(model), spec, text, 20, 4, progress, silent)[0]
 
 
@@ -57,7 +57,7 @@ def same(a: KvCalibration, b: KvCalibration) -> bool:
 
 @pytest.mark.parametrize(("family", "spec"), [("qwen3", SPEC), ("qwen2", SPAN)])
 def test_an_interrupted_run_goes_on_where_it_stopped(
-    tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch, family: str, spec: SkvqSpec
+    tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch, family: str, spec: PackedSpec
 ) -> None:
     model = tiny(family)
     whole = measured(model, text, spec)
@@ -90,7 +90,7 @@ def test_keys_are_grouped_as_their_bias_leaves_them(tiny: Any, text: Path) -> No
     for layer in range(3):
         assert torch.equal(found.tensors["keys.shift"][layer], key_bias(checkpoint, layer, 32))
     assert not found.tensors["values.shift"].any()
-    after = SkvqSpec(2, 1.5, 32, span=2, window=4, sinks=1, rotary="post")
+    after = PackedSpec(2, 1.5, 32, span=2, window=4, sinks=1, rotary="post")
     assert not measured(model, text, after).tensors["keys.shift"].any()
 
 
@@ -135,7 +135,7 @@ def test_texts_and_models_that_do_not_do(tiny: Any, text: Path) -> None:
     with pytest.raises(ValueError, match="cannot be cut into them"):
         measured(tiny("llama"), text, SPEC)
     with pytest.raises(ValueError, match=r"from 1 window of 134 tokens"):
-        measured(tiny("qwen3"), text, SkvqSpec(2, 2, 32))
+        measured(tiny("qwen3"), text, PackedSpec(2, 2, 32))
     text.write_text("the")
     with pytest.raises(ValueError, match="give a longer text"):
         measured(tiny("qwen3"), text, SPEC)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tenfold.cache.skvq.attend import left_window, weigh
-from tenfold.cache.skvq.quantize import Grouping, rounded
 from tenfold.ops.kernels import AttentionSpec, Heads, Norm
+from tenfold.ops.kv.quantize import Grouping, rounded
 from tenfold.ops.oracle import rotate
 
 CLIPS = tuple(0.5 + 0.05 * i for i in range(11))  # ascending, the last one is no clipping

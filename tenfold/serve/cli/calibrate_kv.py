@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from tenfold.base.config import EngineConfig
-from tenfold.cache.skvq.spec import SkvqSpec
 from tenfold.engine.calibrate_kv import calibrate_kv
 from tenfold.engine.opened import Opened
+from tenfold.ops.kv.spec import PackedSpec
 from tenfold.serve.cli.terminal import Bar, columns, loading
 from tenfold.serve.cli.terminal import size as bytes_in_words
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, save
@@ -13,7 +13,7 @@ from tenfold.weights.kv_calibration import SIDES, KvCalibration, save
 
 def kv(config: EngineConfig, text: Path, format: str, window: int, count: int, as_json: bool) -> None:
     """Measure, save, print."""
-    spec = SkvqSpec.parse(format)
+    spec = PackedSpec.parse(format)
     bar = Bar("measuring")
     try:
         with loading(quiet=False) as progress:
@@ -28,7 +28,7 @@ def kv(config: EngineConfig, text: Path, format: str, window: int, count: int, a
     print(f"saved in {path}")
 
 
-def describe(found: KvCalibration, spec: SkvqSpec, opened: Opened) -> str:
+def describe(found: KvCalibration, spec: PackedSpec, opened: Opened) -> str:
     """What a token takes, and what was found."""
     shape = opened.shape
     packed = shape.layers * spec.bytes_per_token(shape.kv_heads, shape.head_dim)

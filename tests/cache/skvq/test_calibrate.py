@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tenfold.cache.skvq.calibrate import CLIPS, LARGEST_ZERO, ClipSearch, Extremes, Sample, assign, cluster
-from tenfold.cache.skvq.quantize import rounded
 from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kv.quantize import rounded
 from tenfold.ops.oracle import rotate
 
 SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.2)

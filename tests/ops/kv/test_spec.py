@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.cache.skvq.quantize import plain, quantize, to_bytes
-from tenfold.cache.skvq.spec import GROUPS, PARAMETERS, ROTARY, SkvqSpec
+from tenfold.ops.kv.quantize import plain, quantize, to_bytes
+from tenfold.ops.kv.spec import GROUPS, PARAMETERS, ROTARY, PackedSpec
 
-BITS = st.sampled_from([1.5, 2, 3, 4])
+BITS = st.sampled_from([1.5, 2, 3, 4, 8])
 SPECS = st.builds(
-    SkvqSpec,
+    PackedSpec,
     BITS,
     BITS,
     st.sampled_from(GROUPS),
@@ -19,26 +19,26 @@ SPECS = st.builds(
     sinks=st.integers(0, 64),
     rotary=st.sampled_from(ROTARY),
     parameters=st.sampled_from(sorted(PARAMETERS)),
-)
+) | st.builds(PackedSpec, BITS, BITS, st.sampled_from([32, 64]), rotary=st.just("post"), turned=st.booleans())
 
 
 @settings(deadline=None, max_examples=40)
 @given(spec=SPECS)
-def test_a_name_reads_both_ways(spec: SkvqSpec) -> None:
-    assert SkvqSpec.parse(str(spec)) == spec
+def test_a_name_reads_both_ways(spec: PackedSpec) -> None:
+    assert PackedSpec.parse(str(spec)) == spec
 
 
 def test_names() -> None:
-    assert str(SkvqSpec(2, 1.5)) == "k2v1.5g64"
-    assert SkvqSpec.parse("k4v2g32h2w0s0-post-fp16") == SkvqSpec(4, 2, 32, 2, 0, 0, "post", "fp16")
-    for wrong in ("", "k2", "k2v2", "k2v2g64x", "k2v2g48", "k5v2g64", "k2v1..5g64", "k2v2g64h0", "K2V2G64"):
+    assert str(PackedSpec(2, 1.5)) == "k2v1.5g64"
+    assert PackedSpec.parse("k4v2g32h2w0s0-post-fp16") == PackedSpec(4, 2, 32, 2, 0, 0, "post", "fp16")
+    for wrong in ("", "k2", "k2v2", "k2v2g64x", "k2v2g40", "k5v2g64", "k2v1..5g64", "k2v2g64h0", "K2V2G64"):
         with pytest.raises(ValueError, match=r"allowed|expected|no numbers"):
-            SkvqSpec.parse(wrong)
+            PackedSpec.parse(wrong)
 
 
 @settings(deadline=None, max_examples=40)
 @given(spec=SPECS, kv_heads=st.sampled_from([4, 8, 12]), head_dim=st.sampled_from([64, 96, 128]))
-def test_bytes_are_those_that_are_stored(spec: SkvqSpec, kv_heads: int, head_dim: int) -> None:
+def test_bytes_are_those_that_are_stored(spec: PackedSpec, kv_heads: int, head_dim: int) -> None:
     try:
         counted = spec.bytes_per_token(kv_heads, head_dim)
     except ValueError:
@@ -55,7 +55,7 @@ def test_bytes_are_those_that_are_stored(spec: SkvqSpec, kv_heads: int, head_dim
 
 def test_a_million_tokens_of_a_7b_model_fit_80_gb() -> None:
     """32 layers of 32 heads of 128; 26 bytes a head hold 128 ternary values."""
-    spec = SkvqSpec(2, 1.5, 128)
+    spec = PackedSpec(2, 1.5, 128)
     assert spec.bytes_per_token(32, 128) == 32 * (32 + 26) + 2 * 32 * 2
     assert 32 * spec.bytes(1 << 20, 32, 128) < 67 * 10**9  # beside 13.5 GB of weights
     assert spec.bits(32, 128) == pytest.approx(1.9375)
@@ -63,15 +63,15 @@ def test_a_million_tokens_of_a_7b_model_fit_80_gb() -> None:
 
 def test_groups_that_heads_do_not_fill_are_refused() -> None:
     with pytest.raises(ValueError, match=r"more heads a group"):
-        SkvqSpec(2, 2, 128).check(4, 64)
-    SkvqSpec(2, 2, 128, span=2).check(4, 64)
+        PackedSpec(2, 2, 128).check(4, 64)
+    PackedSpec(2, 2, 128, span=2).check(4, 64)
     with pytest.raises(ValueError, match=r"3 kv heads; allowed: 1, 3"):
-        SkvqSpec(2, 2, 64, span=2).check(3, 64)
+        PackedSpec(2, 2, 64, span=2).check(3, 64)
 
 
 @settings(deadline=None, max_examples=40)
 @given(spec=SPECS, length=st.integers(0, 6000))
-def test_every_token_is_either_packed_or_kept(spec: SkvqSpec, length: int) -> None:
+def test_every_token_is_either_packed_or_kept(spec: PackedSpec, length: int) -> None:
     packed = spec.packed_tokens(length)
     assert 0 <= packed <= length
     assert length - packed == min(length, spec.sinks + spec.window)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenfold.cache.skvq.packing import LEVELS, UNITS, pack, packed_bytes, unpack
+from tenfold.ops.kv.packing import LEVELS, UNITS, pack, packed_bytes, unpack
 
 BITS = st.sampled_from(sorted(LEVELS))
 

@@ -7,6 +7,7 @@ they belong to, so a kernel that serves a head reads one run of bytes. The first
     4 bits    2 codes a byte    byte = c0 + 16 c1
     3 bits    8 codes in 3 bytes, a little-endian number of 24 bits
     1.5 bits  5 codes a byte    byte = c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4, at most 242
+    8 bits    a code a byte
 
 The last byte of a head is filled with codes of 0. A head of 128 channels takes 26 bytes at 1.5 bits, 32 at 2; the codes
 of 16 tokens of a head are always a multiple of 16 bytes.
@@ -15,8 +16,9 @@ of 16 tokens of a head are always a multiple of 16 bytes.
 import torch
 from torch import Tensor
 
-LEVELS = {1.5: 3, 2: 4, 3: 8, 4: 16}  # bits to the number of codes
-UNITS = {1.5: (5, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1)}  # bits to (codes, bytes) of a unit
+LEVELS = {1.5: 3, 2: 4, 3: 8, 4: 16, 8: 256}  # bits to the number of codes
+FLOAT8_BITS = 8  # codes of which are float8 e4m3 numbers
+UNITS = {1.5: (5, 1), 2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}  # bits to (codes, bytes) of a unit
 
 
 def packed_bytes(channels: int, bits: float) -> int:

@@ -1,5 +1,7 @@
 """Clipped dynamic quantisation per token and group (arXiv 2405.06219, section 3), and back.
 
+Codes of 8 bits are float8 e4m3 instead, with a scale for each token and group and no zero.
+
 Invariant: what `quantize` returns is all that is stored; `dequantize` uses nothing else, and attention computes with
 exactly what it gives.
 """
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.cache.skvq.packing import LEVELS, pack, unpack
+from tenfold.ops.kv.packing import FLOAT8_BITS, LEVELS, pack, unpack
 
 LEAST_SCALE = 1e-5
 E4M3_LARGEST = 448.0
@@ -51,7 +53,7 @@ def plain(channels: int, group: int) -> Grouping:
 @dataclass(frozen=True, slots=True, eq=False)
 class Quantized:
     """Of T tokens: codes [T, C] uint8 in the order of channels, parameters [T, G, 2], scale and zero of each group in
-    multiples of the grouping's unit, float8_e4m3fn or float16.
+    multiples of the grouping's unit, float8_e4m3fn or float16; [T, G, 1], scales alone, for codes of 8 bits.
     """
 
     codes: Tensor
@@ -63,16 +65,29 @@ def quantize(x: Tensor, grouping: Grouping, bits: float, parameters: str = "e4m3
 
     With lo, hi the minimum and maximum of a group's (x - shift), times clip:
     scale = max((hi - lo) / (levels - 1), 1e-5), code = round(clamp((x - shift - lo) / scale, 0, levels - 1)).
-    Codes come from the scale and zero before they are rounded to the type that is stored.
+    Codes come from the scale and zero before they are rounded to the type that is stored. 8 bits: the scale brings the
+    largest magnitude to E4M3's largest number, and is rounded before codes come from it.
     """
     order, top = grouping.order, LEVELS[bits] - 1
     grouped = (x.float() - grouping.shift)[:, order]
+    if bits == FLOAT8_BITS:
+        scale = (grouping.clip * grouped.abs().amax(-1) / E4M3_LARGEST).clamp(min=LEAST_SCALE) / grouping.unit
+        kept = stored(scale[..., None], parameters)
+        ratio = grouped / (kept.float() * grouping.unit[:, None])
+        codes = ratio.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Quantized(_ungrouped(codes, order), kept)
     lo, hi = (grouping.clip * edge for edge in (grouped.amin(-1), grouped.amax(-1)))
     scale = ((hi - lo) / top).clamp(min=LEAST_SCALE)
     codes = ((grouped - lo[..., None]) / scale[..., None]).clamp(0, top).round().to(torch.uint8)
+    kept = stored(torch.stack((scale, lo), -1) / grouping.unit[:, None], parameters)
+    return Quantized(_ungrouped(codes, order), kept)
+
+
+def _ungrouped(codes: Tensor, order: Tensor) -> Tensor:
+    """codes [T, G, C / G] of each group -> [T, C] in the order of channels."""
     flat = torch.empty_like(codes.flatten(1))
     flat[:, order.flatten()] = codes.flatten(1)
-    return Quantized(flat, stored(torch.stack((scale, lo), -1) / grouping.unit[:, None], parameters))
+    return flat
 
 
 def stored(parameters: Tensor, name: str) -> Tensor:
@@ -85,6 +100,9 @@ def stored(parameters: Tensor, name: str) -> Tensor:
 def dequantize(quantized: Quantized, grouping: Grouping) -> Tensor:
     """`code * scale + zero + shift`, [T, C] float32."""
     parameters = quantized.parameters.float() * grouping.unit[:, None]
+    if parameters.shape[-1] == 1:
+        numbers = quantized.codes.view(torch.float8_e4m3fn).float()
+        return numbers * parameters[..., 0][:, grouping.group] + grouping.shift
     scale, zero = (p[:, grouping.group] for p in parameters.unbind(-1))
     return quantized.codes.float() * scale + zero + grouping.shift
 

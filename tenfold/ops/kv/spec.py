@@ -1,26 +1,31 @@
-"""`SkvqSpec`: one way to store keys and values in few bits, with a name that reads both ways."""
+"""`PackedSpec`: one way to store keys and values in few bits, with a name that reads both ways.
+
+SKVQ's formats are most of them; "fp8" and "int4" of the engine are others, without window and sinks.
+"""
 
 import math
 import re
 from dataclasses import dataclass
 
-from tenfold.cache.skvq.packing import LEVELS, packed_bytes
+from tenfold.ops.kv.packing import FLOAT8_BITS, packed_bytes
 
-GROUPS = (32, 64, 128)
+BITS = (1.5, 2, 3, 4, 8)
+GROUPS = (16, 32, 48, 64, 80, 96, 112, 128, 256)
 ROTARY = ("pre", "post")
 PARAMETERS = {"e4m3": 1, "fp16": 2}  # bytes of a scale or a zero
 LARGEST_WINDOW = 1 << 20  # tokens
-NAME = re.compile(r"k([\d.]+)v([\d.]+)g(\d+)(?:h(\d+))?(?:w(\d+))?(?:s(\d+))?(-post)?(-fp16)?")
+NAME = re.compile(r"k([\d.]+)v([\d.]+)g(\d+)(?:h(\d+))?(?:w(\d+))?(?:s(\d+))?(-post)?(-fp16)?(-turned)?")
 
 
 @dataclass(frozen=True, slots=True)
-class SkvqSpec:
+class PackedSpec:
     """What is stored of a token that is older than the window and no sink.
 
-    key_bits, value_bits: 1.5 (three levels, five codes a byte), 2, 3 or 4; group: channels that share a scale and a
-    zero; span: neighbouring kv heads that the channels of a group may come from; window: the most recent tokens, and
-    sinks: the first ones, that stay as computed; rotary: keys are stored "pre" or "post" rotary embedding; parameters:
-    type of scales and zeros. Raises ValueError.
+    key_bits, value_bits: 1.5 (three levels, five codes a byte), 2, 3 or 4, or 8 (float8 e4m3, without zeros); group:
+    channels that share a scale and a zero; span: neighbouring kv heads that the channels of a group may come from;
+    window: the most recent tokens, and sinks: the first ones, that stay as computed; rotary: keys are stored "pre" or
+    "post" rotary embedding; parameters: type of scales and zeros; turned: each group of neighbouring channels is
+    multiplied by a Hadamard matrix before it is rounded. Raises ValueError.
     """
 
     key_bits: float
@@ -31,10 +36,11 @@ class SkvqSpec:
     sinks: int = 5
     rotary: str = "pre"
     parameters: str = "e4m3"
+    turned: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
-            _allowed(name, getattr(self, name), tuple(LEVELS))
+            _allowed(name, getattr(self, name), BITS)
         _allowed("group", self.group, GROUPS)
         _allowed("rotary", self.rotary, ROTARY)
         _allowed("parameters", self.parameters, tuple(PARAMETERS))
@@ -43,16 +49,21 @@ class SkvqSpec:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; allowed: whole numbers from {least} to {LARGEST_WINDOW}."
                 )
+        if self.turned and (self.group & (self.group - 1) or self.rotary == "pre" or self.span > 1):
+            raise ValueError(
+                f"turned needs groups of a power of two channels of one head, and keys after rotary embedding; "
+                f"group is {self.group}, span {self.span}, rotary {self.rotary}."
+            )
 
     @classmethod
-    def parse(cls, name: str) -> "SkvqSpec":
-        """`k2v1.5g64` with, each where it is not the default, `h` span, `w` window, `s` sinks, `-post`, `-fp16`.
-        Raises ValueError.
+    def parse(cls, name: str) -> "PackedSpec":
+        """`k2v1.5g64` with, each where it is not the default, `h` span, `w` window, `s` sinks, `-post`, `-fp16`,
+        `-turned`. Raises ValueError.
         """
         match = NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"The KV format is {name!r}; a name such as k2v2g64 or k2v1.5g64w128s5-post is expected.")
-        key, value, group, span, window, sinks, post, fp16 = match.groups()
+        key, value, group, span, window, sinks, post, fp16, turned = match.groups()
         try:
             bits = float(key), float(value)
         except ValueError as error:
@@ -65,6 +76,7 @@ class SkvqSpec:
             sinks=5 if sinks is None else int(sinks),
             rotary="post" if post else "pre",
             parameters="fp16" if fp16 else "e4m3",
+            turned=bool(turned),
         )
 
     def __str__(self) -> str:
@@ -74,6 +86,7 @@ class SkvqSpec:
         parts += [f"s{self.sinks}"] if self.sinks != 5 else []
         parts += ["-post"] if self.rotary == "post" else []
         parts += ["-fp16"] if self.parameters == "fp16" else []
+        parts += ["-turned"] if self.turned else []
         return "".join(parts)
 
     def check(self, kv_heads: int, head_dim: int) -> None:
@@ -97,8 +110,10 @@ class SkvqSpec:
 
     def bytes_per_token(self, kv_heads: int, head_dim: int) -> int:
         """Of one packed token in one layer: codes and parameters of keys and values, exactly. Raises ValueError."""
-        codes = sum(packed_bytes(head_dim, bits) for bits in (self.key_bits, self.value_bits))
-        return kv_heads * codes + 2 * self.groups(kv_heads, head_dim) * 2 * PARAMETERS[self.parameters]
+        sides = (self.key_bits, self.value_bits)
+        codes = sum(packed_bytes(head_dim, bits) for bits in sides)
+        numbers = sum(map(parameters_of, sides)) * self.groups(kv_heads, head_dim)
+        return kv_heads * codes + numbers * PARAMETERS[self.parameters]
 
     def bits(self, kv_heads: int, head_dim: int) -> float:
         """Average bits of a number in a packed token, parameters and padding included."""
@@ -113,6 +128,11 @@ class SkvqSpec:
         packed = self.packed_tokens(length)
         exact = (length - packed) * 2 * kv_heads * head_dim * exact_bytes
         return packed * self.bytes_per_token(kv_heads, head_dim) + exact
+
+
+def parameters_of(bits: float) -> int:
+    """Numbers that a group's codes come with: a scale and a zero, or a scale."""
+    return 1 if bits == FLOAT8_BITS else 2
 
 
 def _allowed(name: str, value: float | str, allowed: tuple[float | str, ...]) -> None:

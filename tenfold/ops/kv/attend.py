@@ -1,0 +1,239 @@
+"""Attention over packed pages, made of the operations that all `Kernels` have: the meaning, and the way where nothing
+faster can run.
+
+A query at position t sees the last `window` tokens as they were computed, itself among them, the sinks likewise, and
+all others as they are stored. So a result never depends on how a prompt was cut into chunks. Two attentions over
+scratch pages are merged by their log-sum-exp: a sliding window over what is exact, and over all that is older a causal
+one whose queries stand `window` tokens back.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels
+from tenfold.ops.kv.layer import PackedLayer, ring_pages, room_page, room_pages
+from tenfold.ops.kv.spec import PackedSpec
+from tenfold.ops.oracle import rotate
+
+
+def attention(kernels: Kernels, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
+    """As `Kernels.attention_packed`."""
+    spec, window = heads.spec, layer.spec.window
+    layout = step.memo.get("packed")
+    if layout is None:
+        layout = step.memo["packed"] = Layout(layer.spec, layer.page_size, step)
+    dtype = qkv.dtype if layer.exact_keys is None else layer.exact_keys.dtype
+    keys, values = layout.recent.pages(spec, dtype)
+    q = project(kernels, qkv, heads, layer, step, layout, keys, values)
+    if step.shared:  # guesses of one sequence see each other
+        keep(layer, layout, keys, values)
+    fetch(layer, layout.before, keys, values)
+    if not step.shared:  # a long chunk takes the places of what it reads back to
+        keep(layer, layout, keys, values)
+    if layout.old is None:
+        return layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))[0]
+    older, older_sums = layout.old.attend(kernels, q, *unpacked(layer, heads, layout, qkv.dtype), spec)
+    if not window:
+        return older
+    out, sums = layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))
+    return merged(out, sums, older, older_sums, layout.old.rows)
+
+
+def project(
+    kernels: Kernels,
+    qkv: Tensor,
+    heads: Heads,
+    layer: PackedLayer,
+    step: Contexts,
+    layout: "Layout",
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Rotated queries [T, heads * head_dim]; new keys, rotated, and values go to the scratch and, packed, to pages."""
+    spec, norms = heads.spec, (heads.q_norm, heads.k_norm)
+    own, new = layout.own, layout.own[layout.written.source]
+    q = kernels.rope_write(qkv, heads.rope, step.positions, own.int(), keys, values, spec, *norms)
+    stored = keys
+    if layer.spec.rotary == "pre" and spec.rotary_dim:
+        stored, unused = torch.empty_like(keys), torch.empty_like(values)
+        still = replace(spec, rotary_dim=0)
+        kernels.rope_write(qkv, heads.rope, step.positions, own.int(), stored, unused, still, *norms)
+    layer.keys.write(take(stored, new).flatten(1), layout.written.target)
+    layer.values.write(take(values, new).flatten(1), layout.written.target)
+    return q
+
+
+def unpacked(layer: PackedLayer, heads: Heads, layout: "Layout", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What is old, as stored, keys rotated; the sinks as they were computed."""
+    spec, stored = heads.spec, layout.stored
+    assert layout.old is not None
+    keys, values = layout.old.pages(spec, dtype)
+    shape = (-1, spec.kv_heads, spec.head_dim)
+    read = layer.keys.read(stored.source).view(shape)
+    if layer.spec.rotary == "pre" and spec.rotary_dim:
+        cos, sin = heads.rope[layout.old_positions][:, None].chunk(2, dim=-1)
+        read = rotate(read, cos, sin)
+    put(keys, stored.target, read)
+    put(values, stored.target, layer.values.read(stored.source).view(shape))
+    fetch(layer, layout.sinks, keys, values)
+    return keys, values
+
+
+def merged(out: Tensor, sums: Tensor, older: Tensor, older_sums: Tensor, rows: Tensor) -> Tensor:
+    """out [T, heads * D] and log-sum-exp [T, heads] of all tokens, and of some rows over what is older -> over both."""
+    heads = sums.shape[1]
+    both = torch.logaddexp(sums[rows], older_sums)
+    parts = ((out[rows], sums[rows]), (older, older_sums))
+    mixed = sum((s - both).exp()[..., None] * x.unflatten(1, (heads, -1)).float() for x, s in parts)
+    return out.index_copy(0, rows, torch.as_tensor(mixed).flatten(1).to(out.dtype))
+
+
+def keep(layer: PackedLayer, layout: "Layout", keys: Tensor, values: Tensor) -> None:
+    """The new tokens that are to be seen exact later go from the scratch to their rooms."""
+    if layer.exact_keys is not None and layer.exact_values is not None:
+        source = layout.own[layout.kept.source]
+        put(layer.exact_keys, layout.kept.target, take(keys, source))
+        put(layer.exact_values, layout.kept.target, take(values, source))
+
+
+def fetch(layer: PackedLayer, moves: "Moves", keys: Tensor, values: Tensor) -> None:
+    """From rooms to the scratch."""
+    if layer.exact_keys is not None and layer.exact_values is not None:
+        put(keys, moves.target, take(layer.exact_keys, moves.source))
+        put(values, moves.target, take(layer.exact_values, moves.source))
+
+
+def take(pages: Tensor, slots: Tensor) -> Tensor:
+    """Tokens of pages [pages, kv_heads, page_size, D] at slots [N] -> [N, kv_heads, D]."""
+    size = pages.shape[2]
+    return pages[slots // size, :, slots % size]
+
+
+def put(pages: Tensor, slots: Tensor, tokens: Tensor) -> None:
+    """The inverse of `take`."""
+    size = pages.shape[2]
+    pages[slots // size, :, slots % size] = tokens.to(pages.dtype)
+
+
+# The moves of a step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moves:
+    """Tokens that go from one place to another: slots, or places among a step's new tokens, [N] int64 each."""
+
+    source: Tensor
+    target: Tensor
+
+
+class Scratch:
+    """Pages for some contexts, one behind the other, and the queries of a step that read them.
+
+    lengths [R], counts [R]: of contexts, and of the queries at their ends; rows: places of the queries among the step's
+    tokens.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, counts: np.ndarray, rows: np.ndarray, page_size: int, device: torch.device
+    ) -> None:
+        each = np.maximum(1, -(-lengths // page_size))
+        self.page_size = page_size
+        self.first = np.cumsum(each) - each
+        self.count = int(each.sum())
+        self.device = device
+        self.rows = self._tensor(rows, torch.int64)
+        asked = np.flatnonzero(counts)
+        columns = self.first[asked, None] + np.arange(each[asked].max(initial=1))
+        self._table = self._tensor(np.minimum(columns, self.count - 1))
+        self._starts = self._tensor(np.concatenate(([0], np.cumsum(counts[asked]))))
+        self._lengths = self._tensor(np.maximum(1, lengths[asked]))
+        self._longest = int(counts.max(initial=0)), int(lengths.max(initial=1))
+
+    def _tensor(self, array: np.ndarray, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.from_numpy(array).to(self.device, dtype)
+
+    def slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
+        return self.first[request] * self.page_size + position
+
+    def pages(self, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values, zeros: kernels may read beyond a context, and mask it after."""
+        shape = (self.count, spec.kv_heads, self.page_size, spec.head_dim)
+        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def attend(
+        self, kernels: Kernels, q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec
+    ) -> tuple[Tensor, Tensor]:
+        """q [T, heads * head_dim] -> results of its rows, likewise, and their log-sum-exp [rows, heads] float32."""
+        lse = torch.empty(len(self.rows), spec.heads, dtype=torch.float32, device=q.device)
+        own = q if len(self.rows) == len(q) else q[self.rows]
+        tables = (self._table, self._starts, self._lengths)
+        return kernels.attend(own, keys, values, *tables, spec, *self._longest, lse), lse
+
+
+def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of things in groups of so many: the group of each, and its place there."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
+
+
+class Layout:
+    """Where the tokens of a step come from and go to, the same for every layer. Reads lengths from the device.
+
+    recent: scratch of the new tokens and before them those that their windows reach back to; own [T]: the slots of new
+    tokens there. old: scratch of what is older than the windows of the last queries, None where nothing is.
+    before: from rooms to `recent`; kept: new tokens to rooms; written: new tokens to pages; stored: from pages to
+    `old`, tokens at old_positions; sinks: from rooms to `old`.
+    """
+
+    def __init__(self, spec: PackedSpec, page_size: int, step: Contexts) -> None:
+        self.spec, self.page_size, self.step = spec, page_size, step
+        self.device = step.positions.device
+        starts, lengths = step.query_start.cpu().numpy(), step.kv_lengths.cpu().numpy().astype(np.int64)
+        counts = np.diff(starts).astype(np.int64)
+        begins = np.maximum(0, lengths - counts)
+        self._new(counts, begins, lengths)
+        self._older(counts, starts[1:], np.maximum(0, lengths - spec.window))
+
+    def _new(self, counts: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> None:
+        back = np.minimum(begins, max(0, self.spec.window - 1))
+        request, index = spread(counts)
+        self.recent = Scratch(back + counts, counts, np.arange(len(request)), self.page_size, self.device)
+        self.own = self._tensor(self.recent.slots(request, back[request] + index))
+        earlier, place = spread(back)
+        target = self._tensor(self.recent.slots(earlier, place))
+        self.before = Moves(self._rooms(earlier, (begins - back)[earlier] + place), target)
+        position = begins[request] + index
+        ring = ring_pages(self.spec, self.page_size) * self.page_size
+        real = lengths[request] > 0  # others are idle
+        kept = np.flatnonzero(real & ((position < self.spec.sinks) | (position >= lengths[request] - ring)))
+        self.kept = Moves(self._tensor(kept), self._rooms(request[kept], position[kept]))
+        written = self._tensor(np.flatnonzero(real))
+        self.written = Moves(written, self.step.slots[written].long())
+
+    def _older(self, counts: np.ndarray, ends: np.ndarray, past: np.ndarray) -> None:
+        asking = np.minimum(counts, past)
+        request, position = spread(past)
+        queries, place = spread(asking)
+        rows = (ends - asking)[queries] + place
+        old = Scratch(past, asking, rows, self.page_size, self.device)
+        self.old = old if len(rows) else None
+        self.old_positions = self._tensor(position)
+        target = self._tensor(old.slots(request, position))
+        pages = self.step.page_table[self._tensor(request), self.old_positions // self.page_size].long()
+        self.stored = Moves(pages * self.page_size + self.old_positions % self.page_size, target)
+        sinks = np.flatnonzero(position < self.spec.sinks)
+        self.sinks = Moves(self._rooms(request[sinks], position[sinks]), target[self._tensor(sinks)])
+
+    def _rooms(self, request: np.ndarray, position: np.ndarray) -> Tensor:
+        """Slots in the requests' rooms."""
+        at, size = self._tensor(position), self.page_size
+        if self.step.rooms is None:
+            return at  # nobody reads them
+        first = self.step.rooms[self._tensor(request)].long() * room_pages(self.spec, size)
+        return (first + room_page(self.spec, size, at)) * size + at % size
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self.device)
