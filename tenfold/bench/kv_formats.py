@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tenfold.cache.skvq.attend import Seen, left_window
 from tenfold.cache.skvq.calibrate import Sample
-from tenfold.ops.kv.quantize import E4M3_LARGEST, Grouping, rounded
+from tenfold.ops.kv.quantize import E4M3_LARGEST, Grouping, hadamard, rounded
 from tenfold.ops.kv.spec import PackedSpec
 
 EXACT_BITS = 16
@@ -47,16 +47,6 @@ def affine(x: Tensor, bits: int, dim: int) -> Tensor:
     lo = x.amin(dim, keepdim=True).half().float()
     scale = ((x.amax(dim, keepdim=True) - lo) / (2**bits - 1)).clamp(min=1e-5).half().float()
     return ((x - lo) / scale).round().clamp(0, 2**bits - 1) * scale + lo
-
-
-def hadamard(size: int) -> Tensor:
-    """Orthonormal, symmetric [size, size]; size is a power of two. Raises ValueError."""
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"A Hadamard matrix of {size} rows was asked for; allowed: powers of two.")
-    h = torch.ones(1, 1)
-    while len(h) < size:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1))) / 2**0.5
-    return h
 
 
 def rotated(sample: Sample) -> tuple[Tensor, Tensor]:

@@ -1,46 +1,147 @@
-"""The KV store: one allocation for all layers, cut into pages. Who owns a page is decided in `pages.py`."""
+"""The KV store: memory for the keys and values of all layers, cut into pages. Who owns a page is decided in `pages.py`.
 
+A layer is stored as computed or, where the format packs and the layer sees the whole context, packed; layers with a
+sliding window need few tokens and stay as computed.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tenfold.cache.format import dtype_of
+from tenfold.ops.kv.layer import PackedLayer, Side, room_pages
+from tenfold.ops.kv.packing import packed_bytes
+from tenfold.ops.kv.quantize import Grouping, hadamard, plain
+from tenfold.ops.kv.spec import PackedSpec, parameters_of
+
+Groupings = Sequence[tuple[Grouping, Grouping]]
+"""Of every layer how its keys and its values are grouped."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """What the cache of a model looks like. `dtype` is the stored type of keys and values."""
+    """What the cache of a model looks like. dtype: of keys and values that are stored as computed; packed: how others
+    are stored, None where there are none; local: the layers that are not packed.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
     page_size: int
+    packed: PackedSpec | None = None
+    local: frozenset[int] = frozenset()
+
+    def packs(self, layer: int) -> bool:
+        return self.packed is not None and layer not in self.local
+
+    @property
+    def packing(self) -> int:
+        """Layers that are packed."""
+        return sum(map(self.packs, range(self.layers)))
+
+    @property
+    def exact_bytes(self) -> int:
+        """Of a token in one layer that is stored as computed."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        packed = 0 if self.packed is None else self.packed.bytes_per_token(self.kv_heads, self.head_dim)
+        return self.packing * packed + (self.layers - self.packing) * self.exact_bytes
 
     @property
     def bytes_per_page(self) -> int:
         return self.bytes_per_token * self.page_size
 
+    @property
+    def room_pages(self) -> int:
+        """Exact pages of a running sequence in each packed layer. Raises ValueError where sinks do not fit."""
+        return 0 if self.packed is None or not self.packing else room_pages(self.packed, self.page_size)
+
+    @property
+    def bytes_per_room(self) -> int:
+        """Of what a running sequence has exact, in all layers."""
+        return self.packing * self.room_pages * self.page_size * self.exact_bytes
+
 
 class KVStore:
-    """Keys and values of all layers, `keys[layer]` and `values[layer]` each [pages, kv_heads, page_size, head_dim].
+    """Keys and values of all layers. `layers[i]` is (keys, values), each [pages, kv_heads, page_size, head_dim], or a
+    `PackedLayer`; where none is packed `keys[i]` and `values[i]` are these tensors.
 
-    A slot number is `page * page_size + offset`. Contents of a page nobody owns are undefined.
+    A slot number is `page * page_size + offset`. Contents of a page or a room nobody owns are undefined. rooms: of
+    sequences that run at once and of those that may be continued. groupings: of every layer; without them neighbouring
+    channels share a group.
     """
 
-    def __init__(self, spec: KVSpec, pages: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: KVSpec,
+        pages: int,
+        device: torch.device,
+        rooms: int = 0,
+        groupings: Groupings | None = None,
+    ) -> None:
         self.spec = spec
         self.pages = pages
-        shape = (spec.layers, pages, spec.kv_heads, spec.page_size, spec.head_dim)
+        self.rooms = rooms
+        dense = spec.layers - spec.packing
+        shape = (dense, pages, spec.kv_heads, spec.page_size, spec.head_dim)
         self._keys = torch.empty(shape, dtype=spec.dtype, device=device)
         self._values = torch.empty(shape, dtype=spec.dtype, device=device)
         self.keys = list(self._keys.unbind(0))
         self.values = list(self._values.unbind(0))
+        self.layers: list[tuple[Tensor, Tensor] | PackedLayer] = []
+        stored = zip(self.keys, self.values)
+        if spec.packed is not None and spec.packing:
+            self._packed = _Packed(spec, spec.packed, pages, rooms, device)
+        for i in range(spec.layers):
+            groups = groupings[i] if groupings else None
+            self.layers.append(self._packed.layer(groups) if spec.packs(i) else next(stored))
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages in every layer; `sources`, `targets` [N] int64 page numbers on the store's device."""
-        self._keys[:, targets] = self._keys[:, sources]
-        self._values[:, targets] = self._values[:, sources]
+        for whole in (self._keys, self._values, *(self._packed.pages if self.spec.packing else ())):
+            whole[:, targets] = whole[:, sources]
+
+    def copy_rooms(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole rooms in every layer; `sources`, `targets` [N] int64 numbers of rooms."""
+        for whole in self._packed.rooms if self.spec.packing else ():
+            whole[:, targets] = whole[:, sources]
+
+
+class _Packed:
+    """The memory of all packed layers: one allocation for each kind of thing, layers first.
+
+    pages: what is copied with pages, [layers, pages, ...]; rooms: with rooms, [layers, rooms, ...].
+    """
+
+    def __init__(self, spec: KVSpec, packed: PackedSpec, pages: int, rooms: int, device: torch.device) -> None:
+        self.spec, self.packed, self.device = spec, packed, device
+        self._next = 0
+        layers, heads = spec.packing, spec.kv_heads
+        groups = packed.groups(heads, spec.head_dim) // (heads // packed.span)
+        self.pages: list[Tensor] = []
+        for bits in (packed.key_bits, packed.value_bits):
+            codes = (layers, pages, heads, spec.page_size, packed_bytes(spec.head_dim, bits))
+            numbers = (layers, pages, heads // packed.span, spec.page_size, groups, parameters_of(bits))
+            self.pages.append(torch.empty(codes, dtype=torch.uint8, device=device))
+            raw = torch.uint8 if dtype_of(packed).itemsize == 1 else torch.int16
+            self.pages.append(torch.zeros(numbers, dtype=raw, device=device))
+        exact = (layers, rooms, spec.room_pages, heads, spec.page_size, spec.head_dim)
+        self.rooms = [torch.zeros(exact, dtype=spec.dtype, device=device) for _ in range(2 if spec.room_pages else 0)]
+
+    def layer(self, groupings: tuple[Grouping, Grouping] | None) -> PackedLayer:
+        """The next one."""
+        i, packed = self._next, self.packed
+        self._next += 1
+        channels = self.spec.kv_heads * self.spec.head_dim
+        own = groupings or (plain(channels, packed.group), plain(channels, packed.group))
+        turn = hadamard(packed.group).to(self.device) if packed.turned else None
+        sides = [
+            Side(self.pages[2 * n][i], self.pages[2 * n + 1][i].view(dtype_of(packed)), bits, g.to(self.device), turn)
+            for n, (bits, g) in enumerate(zip((packed.key_bits, packed.value_bits), own))
+        ]
+        return PackedLayer(packed, *sides, *(whole[i].flatten(0, 1) for whole in self.rooms))

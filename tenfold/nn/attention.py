@@ -6,6 +6,7 @@ from tenfold.nn.linear import Linear
 from tenfold.nn.norm import RMSNorm
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import Heads, Kernels
+from tenfold.ops.kv.layer import PackedLayer
 
 
 class Attention:
@@ -23,6 +24,10 @@ class Attention:
 
     def __call__(self, x: Tensor, step: Step, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         """x [T, D] -> `out(attention) + residual` [T, D], computed on norm(x)."""
-        keys, values = step.kv.keys[self.layer], step.kv.values[self.layer]
-        attended = self.kernels.attention(self.qkv(x, norm=norm), self.heads, keys, values, step)
+        qkv = self.qkv(x, norm=norm)
+        layer = step.kv.layers[self.layer]
+        if isinstance(layer, PackedLayer):
+            attended = self.kernels.attention_packed(qkv, self.heads, layer, step)
+        else:
+            attended = self.kernels.attention(qkv, self.heads, *layer, step)
         return self.out(attended, residual=residual)

@@ -7,11 +7,14 @@ T tokens, R requests, D features. Activations are [T, D], contiguous, in the com
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from tenfold.ops.matrix import Matrix, RawTensor
+
+if TYPE_CHECKING:
+    from tenfold.ops.kv.layer import PackedLayer
 
 SOFTMAX = ("online", "lazy", "unified", "paper")
 """How attention keeps its exponentials in range: a running maximum; one that moves only when it must; one that was
@@ -225,6 +228,12 @@ class Kernels(Protocol):
         """`attend` on what `rope_write` returns, qkv [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
         ...
 
+    def attention_packed(self, qkv: Tensor, heads: Heads, layer: "PackedLayer", step: Contexts) -> Tensor:
+        """The same over a layer of a packed cache, which has no sliding window of its own (`kv.attend` is what it
+        means).
+        """
+        ...
+
 
 class Separate:
     """What kernels do that neither fuse `rope_write` and `attend` nor capture graphs."""
@@ -250,6 +259,11 @@ class Separate:
             *(q, keys, values, step.page_table, step.query_start, step.kv_lengths, heads.spec),
             *(step.max_query, step.max_kv),
         )
+
+    def attention_packed(self: Any, qkv: Tensor, heads: Heads, layer: "PackedLayer", step: Contexts) -> Tensor:
+        from tenfold.ops.kv.attend import attention  # which is made of kernels
+
+        return attention(self, qkv, heads, layer, step)
 
 
 def run(forward: Callable[[Any], Tensor], step: Any) -> Tensor:

@@ -123,3 +123,13 @@ def to_bytes(quantized: Quantized, bits: float, kv_heads: int) -> tuple[Tensor, 
 def from_bytes(codes: Tensor, parameters: Tensor, bits: float, head_dim: int, name: str = "e4m3") -> Quantized:
     """The inverse of `to_bytes`; name: type of the parameters."""
     return Quantized(unpack(codes, bits, head_dim).flatten(1), parameters.contiguous().view(STORED[name]))
+
+
+def hadamard(size: int) -> Tensor:
+    """Orthonormal, symmetric [size, size]; size is a power of two. Raises ValueError."""
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"A Hadamard matrix of {size} rows was asked for; allowed: powers of two.")
+    h = torch.ones(1, 1)
+    while len(h) < size:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1))) / 2**0.5
+    return h

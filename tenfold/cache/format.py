@@ -1,0 +1,49 @@
+"""KV formats by name: what `--kv-cache` allows, and what a name means for a model's heads."""
+
+import torch
+
+from tenfold.ops.kv.spec import GROUPS, PackedSpec
+
+DENSE = ("auto", "dense")
+NAMES = ("dense", "fp8", "int4", "skvq")
+
+
+def parse(name: str, kv_heads: int, head_dim: int) -> PackedSpec | None:
+    """None: keys and values are stored as computed, in the type of `kv_dtype`. Raises ValueError.
+
+    "fp8": float8 e4m3, a scale for each token and head. "int4": four bits, groups of 64 channels turned by a Hadamard
+    matrix. "skvq": two bits for keys and 1.5 for values behind a window of 128 tokens, groups as large as still leave a
+    head something to reorder. Any other name is one of `PackedSpec`.
+    """
+    if name in DENSE:
+        return None
+    if name == "fp8":
+        spec = PackedSpec(8, 8, _whole(head_dim), window=0, sinks=0, rotary="post", parameters="fp16")
+    elif name == "int4":
+        group = next(g for g in (64, 32, 16, 0) if not g or head_dim % g == 0)
+        spec = PackedSpec(4, 4, group, window=0, sinks=0, rotary="post", parameters="fp16", turned=True)
+    elif name == "skvq":
+        group = next(g for g in (64, 32, 16, 0) if not g or (head_dim % g == 0 and head_dim > g))
+        spec = PackedSpec(2, 1.5, group)
+    else:
+        try:
+            spec = PackedSpec.parse(name)
+        except ValueError as error:
+            raise ValueError(f"kv_cache is {name!r}; allowed: auto, {', '.join(NAMES)}. {error}") from error
+    spec.check(kv_heads, head_dim)
+    return spec
+
+
+def _whole(head_dim: int) -> int:
+    """A group of a whole head, or the largest part of it that is allowed."""
+    return next(g for g in (head_dim, *sorted(GROUPS, reverse=True)) if g in GROUPS and head_dim % g == 0)
+
+
+def calibrated(spec: PackedSpec) -> bool:
+    """Whether the format is of no use without groups and clip factors that were measured."""
+    return not spec.turned and min(spec.key_bits, spec.value_bits) < 8
+
+
+def dtype_of(spec: PackedSpec) -> torch.dtype:
+    """Of scales and zeros."""
+    return torch.float8_e4m3fn if spec.parameters == "e4m3" else torch.float16

@@ -1,0 +1,124 @@
+"""Attention over packed pages, against its definition on whole sequences, however prompts are cut into steps."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tenfold.cache.format import parse
+from tenfold.cache.skvq.attend import Seen, attend, left_window
+from tenfold.cache.skvq.calibrate import Sample
+from tenfold.cache.store import KVSpec, KVStore
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Norm
+from tenfold.ops.kv.layer import PackedLayer
+from tenfold.ops.kv.quantize import Grouping, hadamard, rounded
+from tenfold.ops.kv.spec import PackedSpec
+from tenfold.ops.oracle import Oracle
+
+KV_HEADS, HEADS, DIM, PAGE = 2, 4, 32, 8
+SPEC = AttentionSpec(HEADS, KV_HEADS, DIM, DIM**-0.5, 0, 0.0, DIM)
+FORMATS = ("k2v1.5g16w8s2", "k4v2g32h2w5s3-post", "k3v4g16w0s0", "k2v2g16w0s4", "k2v2g16w20s0-fp16", "fp8", "int4")
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grouping(spec: PackedSpec, seed: int) -> Grouping:
+    """A map inside spans, clip factors and offsets; nothing of it where channels are turned or whole numbers none."""
+    channels, width = KV_HEADS * DIM, spec.span * DIM
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randperm(width, generator=generator) // spec.group + s * width // spec.group
+             for s in range(channels // width)]  # fmt: skip
+    groups = channels // spec.group
+    shift = torch.zeros(channels) if spec.turned else random(channels, seed=seed) / 4
+    clip = torch.rand(groups, generator=generator) / 4 + 0.75
+    map_ = torch.arange(channels) // spec.group if spec.turned else torch.cat(parts)
+    return Grouping(map_, clip, 2.0 ** torch.randint(-5, 1, (groups,), generator=generator), shift)
+
+
+class Cache:
+    """One layer over pages in disorder, run step by step."""
+
+    def __init__(self, name: str, requests: int, softcap: float = 0.0) -> None:
+        packed = parse(name, KV_HEADS, DIM)
+        assert packed is not None
+        self.packed = packed
+        self.spec = AttentionSpec(HEADS, KV_HEADS, DIM, DIM**-0.5, 0, softcap, DIM)
+        self.groupings = (grouping(packed, 1), grouping(packed, 2))
+        kv = KVSpec(1, KV_HEADS, DIM, torch.float32, PAGE, packed)
+        self.store = KVStore(kv, 16 * requests, torch.device("cpu"), 2 * requests + 1, [self.groupings])
+        layer = self.store.layers[0]
+        assert isinstance(layer, PackedLayer)
+        self.layer = layer
+        order = torch.randperm(16 * requests, generator=torch.Generator().manual_seed(3)).int()
+        self.table = order.view(requests, 16)
+        self.rooms = torch.arange(requests, dtype=torch.int32) * 2 + 1
+        rope = torch.cat(
+            [f(torch.arange(128)[:, None] / 10 ** (torch.arange(DIM // 2) / 8)) for f in (torch.cos, torch.sin)], 1
+        )
+        self.heads = Heads(
+            self.spec, rope, Norm(1 + random(DIM, seed=4) / 9, 1e-5), Norm(1 + random(DIM, seed=5) / 9, 1e-5)
+        )
+
+    def run(self, qkv: list[Tensor], begin: list[int]) -> Tensor:
+        """New tokens of each request, from position begin on."""
+        counts = [len(x) for x in qkv]
+        lengths = torch.tensor([b + n for b, n in zip(begin, counts)], dtype=torch.int32)
+        positions = torch.cat([torch.arange(b, b + n) for b, n in zip(begin, counts)])
+        rows = torch.repeat_interleave(torch.arange(len(qkv)), torch.tensor(counts))
+        slots = self.table[rows, positions // PAGE] * PAGE + positions % PAGE
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        sizes = (max(counts), int(lengths.max()))
+        step = Contexts(positions.int(), slots.int(), self.table, starts, lengths, *sizes, rooms=self.rooms)
+        return Oracle().attention_packed(torch.cat(qkv), self.heads, self.layer, step)
+
+    def expected(self, qkv: Tensor) -> Tensor:
+        """Of a whole sequence [S, ...], by the definition."""
+        packed = self.packed
+        sample = Sample.of(qkv, self.heads, torch.arange(len(qkv)))
+        keys, values = sample.turn(sample.keys.transpose(0, 1)), sample.values.transpose(0, 1)
+        pre = packed.rotary == "pre"
+        seen_keys = self.stored(sample.keys.transpose(0, 1) if pre else keys, 0, packed.key_bits)
+        seen_values = self.stored(values, 1, packed.value_bits)
+        places = torch.arange(len(qkv))
+        old = left_window(places, len(qkv), packed.window, packed.sinks)
+        seen = Seen(sample.turn(seen_keys) if pre else seen_keys, seen_values, old, old)
+        q = sample.q.unflatten(1, (KV_HEADS, -1)).permute(1, 2, 0, 3)
+        return attend(q, places, keys, values, seen, self.spec).permute(2, 0, 1, 3).reshape(len(qkv), -1)
+
+    def stored(self, x: Tensor, side: int, bits: float) -> Tensor:
+        flat = x.transpose(0, 1).flatten(1)
+        turn = hadamard(self.packed.group) if self.packed.turned else None
+        if turn is not None:
+            flat = (flat.unflatten(1, (-1, len(turn))) @ turn).flatten(1)
+        flat = rounded(flat, self.groupings[side], bits, self.packed.parameters)
+        if turn is not None:
+            flat = (flat.unflatten(1, (-1, len(turn))) @ turn).flatten(1)
+        return flat.unflatten(1, (KV_HEADS, DIM)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(deadline=None, max_examples=12)
+@given(cuts=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=3))
+def test_however_a_sequence_is_cut_it_sees_what_its_definition_says(name: str, cuts: list[list[int]]) -> None:
+    cache = Cache(name, len(cuts))
+    width = (HEADS + 2 * KV_HEADS) * DIM
+    whole = [random(min(128, sum(own)), width, seed=10 + r) for r, own in enumerate(cuts)]
+    expected = [cache.expected(x) for x in whole]
+    begin = [0] * len(cuts)
+    for turn in range(max(map(len, cuts))):
+        chunks = [x[b : b + (own[turn] if turn < len(own) else 1)] for x, b, own in zip(whole, begin, cuts)]
+        if not all(map(len, chunks)):
+            return
+        out = cache.run(chunks, begin).split([len(c) for c in chunks])
+        for r, (got, chunk) in enumerate(zip(out, chunks)):
+            torch.testing.assert_close(got, expected[r][begin[r] : begin[r] + len(chunk)], rtol=2e-4, atol=2e-4)
+            begin[r] += len(chunk)
+
+
+def test_soft_caps_hold_across_both_parts() -> None:
+    cache = Cache("k2v2g16w8s2", 1, softcap=5.0)
+    qkv = random(50, (HEADS + 2 * KV_HEADS) * DIM, seed=1)
+    torch.testing.assert_close(cache.run([qkv], [0]), cache.expected(qkv), rtol=2e-4, atol=2e-4)
