@@ -67,6 +67,11 @@ class EngineConfig:
     kv_dtype: str = setting(
         "auto", "type of cached keys and values: auto, float32, float16 or bfloat16", choices=DTYPES
     )
+    kv_cache: str = setting(
+        "auto",
+        "how keys and values are stored: auto or dense (in kv_dtype), fp8, int4, skvq (keys of 2 bits, values of 1.5), "
+        "or a format such as k2v2g64",
+    )
     kv_memory: int = setting(0, "bytes for the KV cache (0: derived from free memory)", unit="bytes")
     max_batch: int = setting(
         0, "requests computed together at most (0: 64 on CPU, 256 on a GPU)", unit="requests", group="Speed"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.cache.format import dtype_of
-from tenfold.ops.kv.layer import PackedLayer, Side, room_pages
+from tenfold.ops.kv.layer import MOST_GUESSES, PackedLayer, Side, ring_pages, room_pages
 from tenfold.ops.kv.packing import packed_bytes
 from tenfold.ops.kv.quantize import Grouping, hadamard, plain
 from tenfold.ops.kv.spec import PackedSpec, parameters_of
@@ -62,6 +62,12 @@ class KVSpec:
         return 0 if self.packed is None or not self.packing else room_pages(self.packed, self.page_size)
 
     @property
+    def room_slack(self) -> int:
+        """Tokens that may be written to a room behind a place and leave the window before the place whole."""
+        assert self.packed is not None
+        return ring_pages(self.packed, self.page_size) * self.page_size - self.packed.window - MOST_GUESSES
+
+    @property
     def bytes_per_room(self) -> int:
         """Of what a running sequence has exact, in all layers."""
         return self.packing * self.room_pages * self.page_size * self.exact_bytes
@@ -106,10 +112,17 @@ class KVStore:
         for whole in (self._keys, self._values, *(self._packed.pages if self.spec.packing else ())):
             whole[:, targets] = whole[:, sources]
 
-    def copy_rooms(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole rooms in every layer; `sources`, `targets` [N] int64 numbers of rooms."""
+    def fill(self, value: float) -> None:
+        """Put a number everywhere; in packed pages, the largest codes and scales and zeros that are no numbers."""
+        for tensor in (self._keys, self._values, *(self._packed.rooms if self.spec.packing else ())):
+            tensor.fill_(value)
+        for tensor in self._packed.pages if self.spec.packing else ():
+            tensor.fill_(-1 if tensor.dtype == torch.int16 else 0xFF)
+
+    def copy_room(self, source: int, target: int) -> None:
+        """Copy a whole room in every layer."""
         for whole in self._packed.rooms if self.spec.packing else ():
-            whole[:, targets] = whole[:, sources]
+            whole[:, target] = whole[:, source]
 
 
 class _Packed:
@@ -140,8 +153,12 @@ class _Packed:
         channels = self.spec.kv_heads * self.spec.head_dim
         own = groupings or (plain(channels, packed.group), plain(channels, packed.group))
         turn = hadamard(packed.group).to(self.device) if packed.turned else None
-        sides = [
-            Side(self.pages[2 * n][i], self.pages[2 * n + 1][i].view(dtype_of(packed)), bits, g.to(self.device), turn)
-            for n, (bits, g) in enumerate(zip((packed.key_bits, packed.value_bits), own))
-        ]
+
+        def side(n: int, bits: float) -> Side:
+            numbers = self.pages[2 * n + 1][i].view(dtype_of(packed))
+            return Side(self.pages[2 * n][i], numbers, bits, own[n].to(self.device), turn)
+
+        sides = side(0, packed.key_bits), side(1, packed.value_bits)
+        if not self.rooms:
+            return PackedLayer(packed, *sides)
         return PackedLayer(packed, *sides, *(whole[i].flatten(0, 1) for whole in self.rooms))

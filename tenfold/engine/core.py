@@ -21,12 +21,13 @@ from tenfold.base.config import EngineConfig
 from tenfold.base.log import Timeline, logger
 from tenfold.cache.pages import PagePool
 from tenfold.cache.prefix import PrefixCache
-from tenfold.cache.store import KVStore
+from tenfold.cache.rooms import Rooms
+from tenfold.cache.store import Groupings, KVStore
 from tenfold.engine import inspect
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Held, Mask, Masks, ahead
-from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows
+from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for
 from tenfold.engine.opened import Opened
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
@@ -59,6 +60,7 @@ class Engine:
     config: settings with every size filled in (`Engine.load` sees to that; `memory.resolve` and `memory.fill` do it by
     hand). pages: of the KV cache. eos_ids: tokens that end an answer unless its request says otherwise. text: gives
     answers as text too; without it, tokens only. draft: the model that `config.speculate` names, where it names one.
+    groupings: of a packed KV cache, where they were measured.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Engine:
         pages: int,
         eos_ids: tuple[int, ...] = (),
         draft: Model | None = None,
+        groupings: Groupings | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -86,14 +89,17 @@ class Engine:
         self.matrices: tuple[Matrix, ...] = ()  # of the model, as the kernels hold them
         self.on_start: Callable[[list[str]], None] | None = None  # told request ids before their first step
         self.vocab_size = model.config.vocab_size
-        self.kv = KVStore(kv_spec(model.config, config), pages, self.device)
+        spec = kv_spec(model.config, config)
+        rooms = rooms_for(min(config.max_batch, config.max_step_tokens), spec, config)
+        self.kv = KVStore(spec, pages, self.device, rooms, groupings)
         self.max_model_len = min(config.max_model_len or model.config.max_positions, pages * config.page_size)
         self.pool = PagePool(pages)
         self.prefix = PrefixCache(self.pool) if config.prefix_cache else None
         limits = Limits(
             config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens, logits_rows(config)
         )
-        self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix)
+        self.rooms = Rooms(rooms, spec.room_slack) if rooms else None
+        self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix, self.rooms)
         self.runner = Runner(
             model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead, kernels.bucket
         )
@@ -134,7 +140,7 @@ class Engine:
         with timeline.phase("kernels"):
             opened.choose()
         opened.memory.require()
-        config, plan = opened.config, opened.memory
+        config, plan, stored = opened.config, opened.memory, opened.groupings()
         logger.info("memory for %s:\n%s", config.model, plan)
         with timeline.phase("tokenizer"):
             text = None if tokens_only else Text(opened.checkpoint)
@@ -147,7 +153,9 @@ class Engine:
             draft = opened.load_draft()
         with timeline.phase("warm-up"):
             eos_ids = opened.checkpoint.eos_ids
-            engine = cls(model, opened.kernels, config, text, pages=plan.pages, eos_ids=eos_ids, draft=draft)
+            engine = cls(
+                model, opened.kernels, config, text, pages=plan.pages, eos_ids=eos_ids, draft=draft, groupings=stored
+            )
             engine.memory, engine.timeline = plan, timeline
             engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
             engine.warm_up()
@@ -169,6 +177,8 @@ class Engine:
             raise RuntimeError(f"The draft model {self.config.speculate} cannot run; the log says why.")
         if self.prefix is not None:
             self.prefix.clear()
+        if self.rooms is not None:
+            self.rooms.clear()
         self._reset_counts()
 
     # Requests

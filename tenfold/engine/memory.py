@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tenfold.base.config import EngineConfig
+from tenfold.cache.format import parse
 from tenfold.cache.store import KVSpec
 from tenfold.models.config import ModelConfig
 from tenfold.ops.blocks import DENSE, storage_bytes
@@ -26,6 +27,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CPU_KV_SHARE = 0.25  # of free memory
 CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 GPU_SHARE = 0.9  # of free memory, for everything
+KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
+ROOM_SHARE = 0.5  # of the KV cache at most, for rooms of a packed cache
 LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
 Q8_0_BYTES = 34 / 32  # per weight
 MOST_DRAFTS = 16  # of a sequence in one step
@@ -50,6 +53,7 @@ class Draft:
 class MemoryPlan:
     """Bytes by use, and the sizes that follow. `changes`: settings that would make it fit, empty where it does.
     weights: of a draft model, too, whose part is draft_weights; a page and a token hold its keys and values as well.
+    rooms: of a packed cache, room_bytes each, part of `kv`.
     """
 
     weights: int
@@ -65,6 +69,8 @@ class MemoryPlan:
     fits: bool
     changes: tuple[str, ...] = ()
     draft_weights: int = 0
+    rooms: int = 0
+    room_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -81,6 +87,7 @@ class MemoryPlan:
             + (f"   of which the draft model {size(self.draft_weights)}" if self.draft_weights else ""),
             f"KV cache   {size(self.kv):>10}   {self.tokens} tokens in {self.pages} pages of {self.page_size}, "
             f"{size(self.bytes_per_token)} a token in {self.kv_dtype}",
+            *self._rooms(),
             f"workspace  {size(self.workspace):>10}",
             f"total      {size(self.total):>10}   of {size(self.free)} free",
             f"context    {self.max_model_len:>10}   tokens at most in one sequence; "
@@ -94,6 +101,14 @@ class MemoryPlan:
                 *(f"  {c}" for c in self.changes),
             ]
         return "\n".join(lines)
+
+    def _rooms(self) -> list[str]:
+        if not self.rooms:
+            return []
+        return [
+            f"           {size(self.rooms * self.room_bytes):>10}   of it for the most recent tokens of {self.rooms} "
+            f"sequences; {self.max_batch} run at a time"
+        ]
 
     def require(self) -> None:
         """Raises DoesNotFit unless it fits."""
@@ -173,8 +188,23 @@ def check_sizes(config: EngineConfig) -> None:
 
 
 def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
-    """The KV cache's layout for a model under resolved settings."""
-    return KVSpec(model.layers, model.kv_heads, model.head_dim, DTYPES[config.kv_dtype], config.page_size)
+    """The KV cache's layout for a model under resolved settings. Raises ValueError for a format it cannot have."""
+    packed = parse(config.kv_cache, model.kv_heads, model.head_dim)
+    local = frozenset(i for i, window in enumerate(model.windows) if window) if packed else frozenset()
+    sizes = (model.layers, model.kv_heads, model.head_dim)
+    return KVSpec(*sizes, DTYPES[config.kv_dtype], config.page_size, packed, local)
+
+
+def draft_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
+    """Of a draft model, whose small cache is never packed."""
+    return kv_spec(model, replace(config, kv_cache="dense"))
+
+
+def rooms_for(rows: int, spec: KVSpec, config: EngineConfig) -> int:
+    """Rooms of a packed cache: of sequences that run, and where prefixes are cached of ends to go on from."""
+    if not spec.bytes_per_room:
+        return 0
+    return rows + (-(-rows // KEPT_ROOMS) if config.prefix_cache else 0)
 
 
 def plan_memory(
@@ -189,13 +219,15 @@ def plan_memory(
 
 def fill(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     """Settings with the sizes of a memory plan."""
-    return replace(config, max_model_len=plan.max_model_len, kv_memory=plan.kv)
+    return replace(config, max_model_len=plan.max_model_len, kv_memory=plan.kv, max_batch=plan.max_batch)
 
 
 def _lay_out(
     model: ModelConfig, weights: int, config: EngineConfig, free: int, draft: Draft | None = None
 ) -> MemoryPlan:
-    specs = [kv_spec(model, config)] + ([kv_spec(draft.shape, config)] if draft is not None else [])
+    specs = [kv_spec(model, config)]
+    if draft is not None:
+        specs.append(draft_spec(draft.shape, config))
     per_token = sum(spec.bytes_per_token for spec in specs)
     loaded = weights + (draft.weights if draft is not None else 0)
     workspace = workspace_bytes(model, config)
@@ -205,9 +237,12 @@ def _lay_out(
     left = max(0, (free if config.device == "cpu" else int(free * GPU_SHARE)) - loaded - workspace)
     least = longest if config.max_model_len else min(longest, LEAST_TOKENS)
     budget = config.kv_memory or _kv_budget(config, left, free, least * per_token)
-    tokens = min(budget // per_token, config.max_batch * (longest + config.page_size))
+    batch = _batch(specs[0], config, budget)
+    rooms = rooms_for(min(batch, config.max_step_tokens), specs[0], config)
+    exact = rooms * specs[0].bytes_per_room
+    tokens = min(max(0, budget - exact) // per_token, batch * (longest + config.page_size))
     pages = max(tokens // config.page_size, -(-least // config.page_size))
-    kv = pages * per_token * config.page_size
+    kv = pages * per_token * config.page_size + exact
     return MemoryPlan(
         weights=loaded,
         kv=kv,
@@ -217,11 +252,21 @@ def _lay_out(
         page_size=config.page_size,
         pages=pages,
         max_model_len=min(longest, pages * config.page_size),
-        max_batch=config.max_batch,
-        kv_dtype=config.kv_dtype,
+        max_batch=batch,
+        kv_dtype=config.kv_dtype if specs[0].packed is None else str(specs[0].packed),
+        rooms=rooms,
+        room_bytes=specs[0].bytes_per_room,
         fits=kv <= min(left, config.kv_memory or left),
         draft_weights=loaded - weights,
     )
+
+
+def _batch(spec: KVSpec, config: EngineConfig, budget: int) -> int:
+    """Requests computed together: as many as was asked for, or as there are rooms for in the budget's share."""
+    most = config.max_batch
+    while most > 1 and rooms_for(most, spec, config) * spec.bytes_per_room > ROOM_SHARE * budget:
+        most -= max(1, most // 16)
+    return most
 
 
 def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:

@@ -8,16 +8,21 @@ from collections.abc import Callable
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.memory import DTYPES, Draft, fill, free_memory, plan_memory, resolve, weight_bytes
+from tenfold.cache.format import calibrated
+from tenfold.cache.store import Groupings
+from tenfold.engine.memory import DTYPES, Draft, fill, free_memory, kv_spec, plan_memory, resolve, weight_bytes
 from tenfold.engine.text import Text
 from tenfold.models.table import Model, build_model, model_config
 from tenfold.ops.kernels import Options
+from tenfold.ops.kv.quantize import Grouping
 from tenfold.ops.table import make_kernels
+from tenfold.weights import kv_calibration
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.find import UnknownModel
 from tenfold.weights.find import resolve as find_model
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
+from tenfold.weights.shapes import is_shape
 
 
 class Opened:
@@ -55,6 +60,24 @@ class Opened:
         resolved = resolve(config, self.device, self.kernels.name, quantised)
         self.memory = plan_memory(self.shape, self.weights, resolved, free_memory(self.device), self.draft)
         self.config = fill(resolved, self.memory)
+
+    def groupings(self) -> Groupings | None:
+        """How the keys and values of a packed cache are grouped; None where its format needs no calibration, and for
+        random weights, which none would serve. Raises ValueError where there is none.
+        """
+        spec = kv_spec(self.shape, self.config)
+        if spec.packed is None or not calibrated(spec.packed) or is_shape(self.config.model):
+            return None
+        channels = spec.kv_heads * spec.head_dim
+        groups = spec.packed.groups(spec.kv_heads, spec.head_dim)
+        found = kv_calibration.load(self.checkpoint, str(spec.packed), spec.layers, channels, groups).tensors
+
+        def grouping(side: str, layer: int) -> Grouping:
+            group, clip, unit, shift = (found[f"{side}.{part}"][layer] for part in Grouping.__slots__)
+            return Grouping(group.long(), clip, unit, shift)
+
+        keys, values = kv_calibration.SIDES
+        return [(grouping(keys, i), grouping(values, i)) for i in range(spec.layers)]
 
     def check_vocabulary(self, text: Text) -> None:
         """text: of the checkpoint. Raises ValueError where the draft model means other things by the same ids."""

@@ -34,7 +34,7 @@ class StepPlan:
     and perhaps not read yet; then single tokens with their drafts, all known; then chunks of text that is known.
 
     admitted: sequences that got their row with this plan. copies: (source, target) pages to copy before anything is
-    written, all at once. `plan.tokens` is never more than max_step_tokens.
+    written, all at once; rooms: likewise, but one after the other. `plan.tokens` is never more than max_step_tokens.
     """
 
     number: int
@@ -42,6 +42,7 @@ class StepPlan:
     decodes: int = 0
     admitted: tuple[Sequence, ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    rooms: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -58,25 +58,25 @@ class Buffer:
     def reshape(self, shape: Shape) -> None:
         """Arrays and tensors for a step of this shape; the memory grows when it must."""
         tokens, requests, columns, logits, sampled = shape
-        sizes = (tokens, tokens, requests * columns, requests + 1, requests)
+        sizes = (tokens, tokens, requests * columns, requests + 1, requests, requests)
         self._spans, self._size = _spans([4 * n for n in sizes] + [8 * n for n in (tokens, logits, sampled)])
         if self._host.numel() < self._size:
             self._host = torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=self.place is not None)
         self._parts = self._cut(self._host, requests)
-        self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths = (
-            part.numpy() for part in self._parts[:5]
+        self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths, self.rooms = (
+            part.numpy() for part in self._parts[:6]
         )
-        self.token_ids, self.logits_rows, self.rows = (part.numpy() for part in self._parts[5:])
+        self.token_ids, self.logits_rows, self.rows = (part.numpy() for part in self._parts[6:])
         self.shape = shape
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows."""
+        """positions, slots, page_table, query_start, kv_lengths, rooms, token_ids, logits_rows, rows."""
         if self.place is None:
             return self._parts
         return self._cut(self.place.put(self._host[: self._size]), len(self.kv_lengths))
 
     def _cut(self, memory: Tensor, requests: int) -> tuple[Tensor, ...]:
-        types = (torch.int32,) * 5 + (torch.int64,) * 3
+        types = (torch.int32,) * 6 + (torch.int64,) * 3
         positions, slots, table, *rest = (memory[a:b].view(type) for type, (a, b) in zip(types, self._spans))
         return (positions, slots, table.view(requests, -1), *rest)
 
@@ -106,7 +106,7 @@ class Batch:
 
 
 class Rows:
-    """Page tables and last tokens of up to `max_batch` running sequences of up to `max_pages` pages.
+    """Page tables, rooms and last tokens of up to `max_batch` running sequences of up to `max_pages` pages.
 
     last_token [max_batch] int64, on the device: what each row sampled last, for steps planned before it is read
     (lookahead > 0). beside: rows of another model over the same pages, whose page tables these are too. bucket: what
@@ -134,6 +134,7 @@ class Rows:
         self.page_size = kv.spec.page_size
         own = np.zeros((max_batch, max_pages), dtype=np.int32)
         self.tables: np.ndarray = own if beside is None else beside.tables
+        self.rooms = np.zeros(max_batch, dtype=np.int32)
         self.last_token = torch.zeros(max_batch, dtype=torch.int64, device=device)
         # A plan is at most two batches (see Runner.launch).
         place = None if device.type == "cpu" else Place(device)
@@ -161,6 +162,7 @@ class Rows:
 
     def _sync(self, entry: Entry) -> None:
         """Bring a row's page table up to date with its sequence's pages."""
+        self.rooms[entry.row] = entry.sequence.room
         pages, start = entry.sequence.pages, entry.sequence.synced
         self.tables[entry.row, start : len(pages)] = pages[start:]
         entry.sequence.synced = len(pages)
@@ -220,6 +222,7 @@ class Rows:
     def _place(self, buffer: Buffer, rows: np.ndarray, token_rows: np.ndarray) -> None:
         """The page tables of the requests' rows, and each token's slot in its row's pages."""
         np.take(self.tables[:, : buffer.page_table.shape[1]], rows, axis=0, out=buffer.page_table, mode="clip")
+        np.take(self.rooms, rows, out=buffer.rooms, mode="clip")
         pages, offsets = np.divmod(buffer.positions, self.page_size)
         np.multiply(self.tables[token_rows, pages], self.page_size, out=buffer.slots)
         np.add(buffer.slots, offsets, out=buffer.slots)
@@ -235,13 +238,14 @@ class Rows:
         max_kv: int,
         decodes: int,
     ) -> Batch:
-        positions, slots, page_table, query_start, kv_lengths, token_ids, logits_rows, rows = buffer.tensors()
+        positions, slots, page_table, query_start, kv_lengths, rooms, token_ids, logits_rows, rows = buffer.tensors()
         if ondevice:
             torch.index_select(self.last_token, 0, rows[:ondevice], out=token_ids[:ondevice])
         step = Step(
             *(positions, slots, page_table, query_start, kv_lengths, max_query, max_kv),
             decodes=decodes,
             shared=max_query == 1 and decodes > len(entries),
+            rooms=rooms if self.kv.rooms else None,
             token_ids=token_ids,
             logits_rows=logits_rows,
             kv=self.kv,

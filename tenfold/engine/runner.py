@@ -69,6 +69,8 @@ class Runner:
 
     def prepare(self, plan: StepPlan) -> None:
         """What a plan needs before its entries run: rows of new sequences, and page copies. Done once a plan."""
+        for source, target in plan.rooms:
+            self.kv.copy_room(source, target)
         if not (plan.admitted or plan.copies):
             return
         self._sample_plan = None  # a row may have changed hands

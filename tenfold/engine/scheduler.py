@@ -5,6 +5,10 @@ reference or that the prefix cache counts on; a sequence's whole known text has 
 decoding can run out of pages, and then the worst rank (priority, then arrival) gives its pages up and is queued again
 with its own tokens kept. Every preemption follows a newly generated token, so the work left shrinks and nothing runs in
 circles. Drafts get pages and tokens of a step only where nobody else needs them.
+
+Where the cache has rooms (`cache.rooms`) a running sequence owns one, and shares pages only up to a place whose room is
+kept. Such places are the ends of sequences, and where a prompt was found to part from cached pages that had none: it is
+computed up to there in a chunk of its own, and its room copied.
 """
 
 import heapq
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 
 from tenfold.cache.pages import PagePool
 from tenfold.cache.prefix import PrefixCache
+from tenfold.cache.rooms import Rooms
 from tenfold.engine.fair import ANSWER_WEIGHT, PROMPT_WEIGHT, FairQueue
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.sequence import Sequence, Status
@@ -50,7 +55,15 @@ class Scheduler:
     `reserve` gave, and is read before another has anything of the same sequences.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, limits: Limits, prefix: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        limits: Limits,
+        prefix: PrefixCache | None = None,
+        rooms: Rooms | None = None,
+    ) -> None:
+        self.rooms = rooms
         self.pool = pool
         self.page_size = page_size
         self.limits = limits
@@ -64,6 +77,8 @@ class Scheduler:
         self._held = 0  # answers 1..n-1 whose prompt is not computed yet
         self._blocked: dict[Sequence, None] = {}  # added, not to run yet
         self._leaving: set[Sequence] = set()  # finished, but a step in flight still uses their pages
+        self._parting: list[Sequence] = []  # were planned up to a place whose room is to be copied
+        self._room_copies: list[tuple[int, int]] = []  # of the next plan
         self._free_rows = list(range(limits.rows - 1, -1, -1))
         self._inflight = 0
         self._number = 0
@@ -158,6 +173,8 @@ class Scheduler:
         """Give row and pages back; the last page first, so that of a kept chain the end is given away before the
         beginning.
         """
+        if self.rooms is not None:
+            self._leave_room(sequence, self.rooms)
         self.pool.release(reversed(sequence.pages))
         self._free_rows.append(sequence.row)
         sequence.pages = []
@@ -204,6 +221,8 @@ class Scheduler:
         """The next step. No entries while work is left means: read the steps in flight first, then plan again.
         drafts: no longer than `reserve` allowed; no step is in flight where there are any.
         """
+        if self._parting:
+            self._copy_rooms()
         before = self.preemptions
         short = [s for s in self.decoding if self._needs_page(s)]
         if short and not self._make_room(short):
@@ -221,10 +240,12 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         if self.prefilling or (self.queue and not crowded):
             self._plan_prefills(entries, admitted, copies, not crowded)
-        if entries:
-            self._number += 1
-            self._inflight += 1
-        return StepPlan(self._number, tuple(entries), decodes, tuple(admitted), tuple(copies))
+        if not entries:
+            return StepPlan(self._number, ())
+        self._number += 1
+        self._inflight += 1
+        rooms, self._room_copies = tuple(self._room_copies), []
+        return StepPlan(self._number, tuple(entries), decodes, tuple(admitted), tuple(copies), rooms)
 
     def _needs_page(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence must get a page before its next token is computed. The page it writes to is its
@@ -307,6 +328,9 @@ class Scheduler:
         count = min(budget, len(sequence.tokens) - start)
         if sequence.want_prompt_logprobs:
             count = min(count, PROMPT_LOGPROB_CHUNK)
+        if start < sequence.parts_at <= start + count:
+            count = sequence.parts_at - start
+            self._parting.append(sequence)
         end = start + count
         last = end == len(sequence.tokens)
         sample = last and sequence.request.pool is None
@@ -332,7 +356,7 @@ class Scheduler:
             return False
         shared, start = self._shared_pages(sequence)
         if not self._fits(sequence, shared, start):
-            if self.running or self._leaving or not shared:
+            if self.running or self._leaving or not shared or self.rooms is not None:
                 return False
             # Alone with the whole cache, it lacks only a page to copy its last one to: compute that page anew instead.
             shared = shared[:-1]
@@ -350,15 +374,20 @@ class Scheduler:
         if source is not None:
             start = min(sequence.prompt_length, known)
             return source.pages[: -(-start // self.page_size)], start
-        if self.prefix is None or not sequence.reads_cache:
-            return [], 0
-        keys = sequence.keys.extend(sequence.tokens, (known + 1) // self.page_size)
-        pages = self.prefix.match(keys[: (known + 1) // self.page_size])
+        pages = self._cached(sequence, (known + 1) // self.page_size)
+        if self.rooms is not None:
+            pages = pages[: self.rooms.match(sequence.keys.keys[: min(len(pages), known // self.page_size)])[0]]
         return pages, min(len(pages) * self.page_size, known)
+
+    def _cached(self, sequence: Sequence, most: int) -> list[int]:
+        """Pages others have computed for the first `most` full pages of its text."""
+        if self.prefix is None or not sequence.reads_cache:
+            return []
+        return self.prefix.match(sequence.keys.extend(sequence.tokens, most)[:most])
 
     def _sibling(self, sequence: Sequence) -> Sequence | None:
         """A running answer to the same request that has the whole prompt in the cache."""
-        if sequence.request.params.n == 1:
+        if sequence.request.params.n == 1 or self.rooms is not None:
             return None
         for other in self.decoding:
             if other.request is sequence.request and other.done >= other.prompt_length:
@@ -386,9 +415,50 @@ class Scheduler:
         if start < len(shared) * size:
             copies.append(self._own(sequence, start // size))
             sequence.done -= start % size  # what is copied cannot be shared before the copy was made
+        if self.rooms is not None:
+            self._enter_room(sequence, start, self.rooms)
         self.prefilling.append(sequence)
         if sequence.charged == 0:
             self._count_hit(sequence, start)
+
+    def _enter_room(self, sequence: Sequence, start: int, rooms: Rooms) -> None:
+        """A room for a sequence that goes on from `start`, and where its text parts from what others may share."""
+        size = self.page_size
+        _, source = rooms.match(sequence.keys.keys[: start // size]) if start else (0, -1)
+        sequence.room = rooms.take()
+        if source not in (-1, sequence.room):
+            self._room_copies.append((source, sequence.room))
+        parts_at = len(self._cached(sequence, (len(sequence.tokens) - 1) // size)) * size
+        if sequence.children and self.prefix is not None:
+            parts_at = max(parts_at, (sequence.prompt_length - 1) // size * size)
+        sequence.parts_at = parts_at if parts_at > start else 0
+
+    def _copy_rooms(self) -> None:
+        """Rooms of sequences that stand where a text parts, before the next step moves them on."""
+        parting, self._parting = self._parting, []
+        for sequence in parting:
+            rooms = self.rooms
+            if rooms is not None and sequence.row >= 0 and sequence.computed == sequence.parts_at and rooms.available:
+                sequence.parted = rooms.take()
+                self._room_copies.append((sequence.room, sequence.parted))
+                self._offer_room(sequence, rooms)
+
+    def _offer_room(self, sequence: Sequence, rooms: Rooms) -> None:
+        """Keep the copy of a sequence's room, once the step that brought it there was read."""
+        if sequence.parted >= 0 and sequence.done >= sequence.parts_at:
+            pages = sequence.parts_at // self.page_size
+            rooms.give(sequence.parted, sequence.keys.extend(sequence.tokens, pages)[pages - 1])
+            sequence.parted, sequence.parts_at = -1, 0
+
+    def _leave_room(self, sequence: Sequence, rooms: Rooms) -> None:
+        """Keep the room for those who go on from the sequence's last whole page, if it still shows what is before."""
+        pages = sequence.registered
+        kept = self.prefix is not None and pages > 0 and sequence.computed - pages * self.page_size <= rooms.slack
+        rooms.give(sequence.room, sequence.keys.extend(sequence.tokens, pages)[pages - 1] if kept else None)
+        if sequence.parted >= 0:
+            rooms.give(sequence.parted)
+        sequence.room = sequence.parted = -1
+        sequence.parts_at = 0
 
     def _own(self, sequence: Sequence, index: int) -> tuple[int, int]:
         """Put a page of its own where a sequence will write into a shared one; (source, target) to copy."""
@@ -464,7 +534,14 @@ class Scheduler:
             for i in range(sequence.registered, full):
                 self.prefix.insert(keys[i], sequence.pages[i])
         sequence.registered = full
+        if self.rooms is not None:
+            self._offer_room(sequence, self.rooms)
 
     def held_pages(self) -> Iterable[list[int]]:
         """The page lists of all sequences that hold references, for checks."""
         return [s.pages for s in [*self.decoding, *self.prefilling, *self._leaving]]
+
+    def held_rooms(self) -> list[int]:
+        """The rooms of all sequences, for checks."""
+        every = [*self.decoding, *self.prefilling, *self._leaving]
+        return [room for s in every for room in (s.room, s.parted) if room >= 0]

@@ -42,6 +42,8 @@ class Sequence:
         "order",
         "pages",
         "parent",
+        "parted",
+        "parts_at",
         "pending",
         "pooled",
         "prompt_length",
@@ -49,6 +51,7 @@ class Sequence:
         "rank",
         "registered",
         "request",
+        "room",
         "row",
         "seed",
         "started",
@@ -74,6 +77,9 @@ class Sequence:
         self.stops = stops  # token ids that end it
         self.status = Status.WAITING
         self.row = -1
+        self.room = -1  # of a packed cache
+        self.parts_at = 0  # where its text parts from cached pages whose room is not kept; 0: nowhere
+        self.parted = -1  # a copy of its room there
         self.pages: list[int] = []
         self.synced = 0  # leading pages that the row's page table already shows
         self.computed = 0

@@ -22,6 +22,7 @@ from tenfold.engine.speculate.policy import Load, Offer, Policy
 from tenfold.engine.speculate.speculator import Speculator
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import Separate
+from tenfold.ops.kv.layer import PackedLayer, ring_pages, room_page, room_pages
 
 VOCAB = 97
 EOS = 3
@@ -51,9 +52,11 @@ class FakeModel:
     """
 
     def __init__(self, max_positions: int = 4096) -> None:
+        """Of two layers, the second of which is packed where the cache packs."""
         self.config: Any = SimpleNamespace(
-            layers=1, kv_heads=1, head_dim=1, vocab_size=VOCAB, max_positions=max_positions, hidden_size=2
-        )
+            layers=2, kv_heads=1, head_dim=16, vocab_size=VOCAB, max_positions=max_positions, hidden_size=2,
+            windows=(1, 0),
+        )  # fmt: skip
         self.fail_on: int | None = None  # a token that makes the whole step fail
         self.steps: list[list[int]] = []  # tokens of each request of each step
 
@@ -84,7 +87,33 @@ class FakeModel:
             history = keys[pages, 0, :, 0].reshape(-1)[:length].to(torch.int64).tolist()
             for i in range(starts[r + 1] - starts[r]):
                 histories.append(history[: length - (starts[r + 1] - starts[r]) + i + 1])
+        if step.rooms is not None:
+            self._enter_rooms(step, histories)
         return histories
+
+    def _enter_rooms(self, step: Step, histories: list[list[int]]) -> None:
+        """New tokens go to their rooms; what a query sees exact must be there already, or come with it."""
+        layer, size = step.kv.layers[1], step.kv.spec.page_size
+        assert isinstance(layer, PackedLayer)
+        assert layer.exact_keys is not None
+        assert step.rooms is not None
+        spec, starts = layer.spec, step.query_start.tolist()
+        pages = room_pages(spec, size)
+        room_tokens = layer.exact_keys[:, 0, :, 0].view(-1, pages * size)
+        last: dict[int, list[int]] = {}
+        for r, room in enumerate(step.rooms.tolist()):
+            begin = starts[r + 1] - starts[r]
+            history = max(last.get(room, []), histories[starts[r + 1] - 1], key=len)
+            length = len(histories[starts[r + 1] - 1])
+            places = torch.arange(length)
+            at = room_page(spec, size, places) * size + places % size
+            old = length - begin if room not in last else 0
+            seen = [p for p in range(old) if p < spec.sinks or p > old - spec.window]
+            assert room_tokens[room, at[seen]].tolist() == [history[p] for p in seen], "a room lacks what it must show"
+            ring = ring_pages(spec, size) * size
+            new = [p for p in range(old, length) if p < spec.sinks or p >= length - ring]
+            room_tokens[room, at[new]] = torch.tensor([float(history[p]) for p in new])
+            last[room] = history
 
     def _check(self, step: Step) -> None:
         starts, size = step.query_start.tolist(), step.kv.spec.page_size
@@ -104,6 +133,7 @@ class FakeModel:
             step.kv_lengths,
             step.logits_rows,
         )
+        assert (step.rooms is not None) == bool(step.kv.rooms)
         assert [t.dtype for t in tensors] == [torch.int64] + [torch.int32] * 5 + [torch.int64]
         assert all(t.is_contiguous() for t in tensors)
         for r, length in enumerate(step.kv_lengths.tolist()):
@@ -284,6 +314,9 @@ def make_engine(
     )
     for tensor in (*engine.kv.keys, *engine.kv.values):
         tensor.fill_(POISON)
+    for layer in engine.kv.layers:
+        if isinstance(layer, PackedLayer) and layer.exact_keys is not None:
+            layer.exact_keys.fill_(POISON)
     prepare = engine.runner.prepare
 
     def checked(plan: StepPlan) -> None:
@@ -317,6 +350,8 @@ def check_pages(engine: Engine) -> None:
     assert len(set(rows)) == len(rows)
     assert not set(rows) & set(scheduler._free_rows)
     assert len(rows) + len(scheduler._free_rows) == scheduler.limits.rows
+    if scheduler.rooms is not None:
+        scheduler.rooms.check(scheduler.held_rooms())
 
 
 def drain(engine: Engine, most: int = 10_000) -> list[Output]:

@@ -40,33 +40,39 @@ class Case:
     kernels: Any
     answers: list[list[int]]
     draft: Model
+    kv_cache: str = "auto"
 
     def engine(self, pages: int = 64, **sizes: Any) -> Engine:
-        sizes = {"page_size": 8, "max_model_len": 128, "max_step_tokens": 128} | sizes
+        sizes = {"page_size": 8, "max_model_len": 128, "max_step_tokens": 128, "kv_cache": self.kv_cache} | sizes
         draft = self.draft if sizes.get("speculate") == "draft" else None
         engine = Engine(self.model, self.kernels, fake.settings(**sizes), pages=pages, eos_ids=(), draft=draft)
         stores = [engine.kv]
         if engine.speculator is not None:
             fake.speculating(engine)
             stores += [engine.speculator.drafter.kv] if draft else []  # type: ignore[attr-defined]
-        for tensor in (t for store in stores for t in (*store.keys, *store.values)):
-            tensor.fill_(float("nan"))  # reading what was never written shows
+        for store in stores:
+            store.fill(float("nan"))  # reading what was never written shows
         return engine
 
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=ANSWER, logprobs=2)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3", "llama-native"])
+MODELS = ("llama", "gemma3", "llama-native", "llama k2v2g16w9s1", "llama-native k3v1.5g16w4s1-post", "gemma3 int4")
+MODELS += ("llama-native fp8",)
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def case(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Case:
-    name, _, native = request.param.partition("-")
+    model, _, kv_cache = request.param.partition(" ")
+    name, _, native = model.partition("-")
     try:
         kernels = make_kernels("native" if native else "torch", torch.device("cpu"), torch.float32, 1)
     except ValueError as error:
         pytest.skip(str(error))
     checkpoint = open_checkpoint(tiny(name))
     model, draft = (build_model(checkpoint.config, Weights(checkpoint, kernels), 128) for _ in range(2))
-    case = Case(model, kernels, [], draft)
+    case = Case(model, kernels, [], draft, kv_cache or "auto")
     for prompt in prompts():
         engine = case.engine()
         engine.add(Request("alone", prompt, PARAMS))
@@ -109,6 +115,7 @@ def test_after_a_prefix_hit(case: Case, lookahead: int) -> None:
     engine = case.engine(max_batch=3, lookahead=lookahead)
     answer(case, engine, [8, 5, 2])
     answer(case, engine, [8, 5, 8, 6, 7])
+    answer(case, engine, [7, 8, 6, 5])  # where a cache has rooms, the third time finds where texts part
     assert engine.stats().prefix_hit_tokens > 60
 
 
@@ -131,7 +138,9 @@ def test_guessed_ahead(case: Case, speculate: str, lookahead: int) -> None:
     stats = engine.stats()
     if speculate == "draft":
         assert stats.preemptions > 0
-        assert stats.accepted_tokens == stats.drafted_tokens > 20
+        assert stats.drafted_tokens > 20
+        if case.kv_cache == "auto":  # the draft model's own cache is never packed
+            assert stats.accepted_tokens == stats.drafted_tokens
 
 
 FEW = dict.fromkeys((9, 10, 11, 12), 15.0)  # tokens that occur again and again, so that lookups find something
@@ -148,6 +157,8 @@ SAMPLED = [
 def test_sampled_answers_are_those_without_guesses(case: Case, speculate: str) -> None:
     if case.kernels.name != "native":
         pytest.skip("only the compiled kernels give the same bits in any batch")
+    if "w" in case.kv_cache:
+        pytest.skip("a window's sums depend on where in a step its query stands")
     for seed in range(6):
         same_when_sampled(case, speculate, seed)
 

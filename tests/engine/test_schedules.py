@@ -38,6 +38,7 @@ class Schedules(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         speculate=st.sampled_from(["", "guesses", "a draft model"]),
         apart=st.booleans(),
+        kv_cache=st.sampled_from(["auto", "fp8", "k2v2g16w6s1", "k2v2g16w40s0"]),
     )
     def start(self, pages: int, page_size: int, speculate: str, apart: bool, **sizes: Any) -> None:
         logging.getLogger("tenfold").setLevel(logging.ERROR)  # steps that fail are part of the plan

@@ -2,7 +2,7 @@
 
 from tenfold.base.config import EngineConfig
 from tenfold.cache.store import KVStore
-from tenfold.engine.memory import kv_spec
+from tenfold.engine.memory import draft_spec
 from tenfold.engine.runner import Runner
 from tenfold.engine.speculate.draft import DraftModel
 from tenfold.engine.speculate.ngram import NGrams
@@ -28,7 +28,7 @@ def make_speculator(
     else:
         drafter = DraftModel(
             draft,
-            kv_spec(draft.config, config),
+            draft_spec(draft.config, config),
             kv.pages,
             runner.model.config.vocab_size,
             runner.rows,

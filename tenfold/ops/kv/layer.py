@@ -21,7 +21,8 @@ from torch import Tensor
 from tenfold.ops.kv.quantize import STORED, Grouping, dequantize, from_bytes, quantize, to_bytes
 from tenfold.ops.kv.spec import PackedSpec
 
-ROOM_SLACK = 32  # tokens of a ring beyond its window: drafts, steps in flight, and what lies past the last whole page
+MOST_GUESSES = 16  # tokens of a sequence that are written ahead and may turn out wrong
+ROOM_SLACK = MOST_GUESSES + 16  # tokens of a ring beyond its window and a page: guesses, and steps in flight
 
 
 def ring_pages(spec: PackedSpec, page_size: int) -> int:
