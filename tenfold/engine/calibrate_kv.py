@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tenfold.base.config import EngineConfig
+from tenfold.cache.format import calibrated, parse
 from tenfold.cache.skvq.calibrate import CLIPS, ClipSearch, Extremes, Sample
 from tenfold.engine.calibrate import LARGEST_TEXT, PATIENCE, Progress, Watching, opened_for, whole
 from tenfold.engine.opened import Opened
@@ -179,6 +180,17 @@ def calibrate_kv(
     found = measured.result(model, digest)
     partial.unlink(missing_ok=True)
     return found, opened
+
+
+def format_of(config: EngineConfig, name: str) -> PackedSpec:
+    """What `kv_cache=name` means for the model. Raises ValueError for a format that has nothing to calibrate, and for
+    what `Opened` refuses.
+    """
+    shape = Opened(config).shape
+    spec = parse(name, shape.kv_heads, shape.head_dim)
+    if spec is None or not calibrated(spec):
+        raise ValueError(f"format is {name!r}, which needs no calibration; allowed: skvq, or a format such as k2v2g64.")
+    return spec
 
 
 def key_shift(opened: Opened, spec: PackedSpec, layer: int, channels: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.memory import GPU_SHARE, LEAST_TOKENS, DoesNotFit, Draft, MemoryPlan, fill, plan_memory, size
+from tenfold.engine.memory import LEAST_TOKENS, DoesNotFit, Draft, MemoryPlan, fill, plan_memory, share_of, size
 from tenfold.engine.opened import Opened
 from tenfold.models.config import ModelConfig
 
@@ -82,7 +82,7 @@ def _lay_out(tenants: Sequence[Tenant], free: Mapping[str, int]) -> JointPlan:
     for device, there in free.items():
         group = [tenant for tenant in tenants if tenant.config.device == device]
         least = {t.name: t.plan(0) for t in group}
-        left = _usable(device, there) - sum(plan.weights + plan.workspace for plan in least.values())
+        left = _usable(group, there) - sum(plan.weights + plan.workspace for plan in least.values())
         together = sum(plan.kv for plan in least.values()) <= left
         plans |= _shared(group, least, there, left) if together else least
         fits = fits and together
@@ -91,8 +91,9 @@ def _lay_out(tenants: Sequence[Tenant], free: Mapping[str, int]) -> JointPlan:
     return JointPlan(found, configs, free, fits and all(plan.fits for plan in found.values()))
 
 
-def _usable(device: str, free: int) -> int:
-    return free if device == "cpu" else int(free * GPU_SHARE)
+def _usable(group: Sequence[Tenant], free: int) -> int:
+    """Of a device's free memory, as much as the most modest of its models allows."""
+    return int(free * min((share_of(t.config) for t in group), default=1.0))
 
 
 def _shared(group: Sequence[Tenant], least: Mapping[str, MemoryPlan], free: int, left: int) -> dict[str, MemoryPlan]:

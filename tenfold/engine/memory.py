@@ -26,7 +26,6 @@ GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CPU_KV_SHARE = 0.25  # of free memory
 CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
-GPU_SHARE = 0.9  # of free memory, for everything
 KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
 ROOM_SHARE = 0.5  # of the KV cache at most, for rooms of a packed cache
 LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
@@ -181,6 +180,10 @@ def check_sizes(config: EngineConfig) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: a whole number from 0 (derive it).")
     if config.max_model_len == 1:
         raise ValueError("max_model_len is 1; allowed: 0 (derive it) or from 2, a token of prompt and one of answer.")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"gpu_memory_utilization is {config.gpu_memory_utilization}; allowed: above 0 to 1, 0.9 is usual."
+        )
     if config.lookahead not in (-1, 0, 1):
         raise ValueError(f"lookahead is {config.lookahead}; allowed: 0, 1, or -1 (derive it).")
     if not 1 <= config.speculate_tokens <= MOST_DRAFTS:
@@ -198,6 +201,11 @@ def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
 def draft_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
     """Of a draft model, whose small cache is never packed."""
     return kv_spec(model, replace(config, kv_cache="dense"))
+
+
+def share_of(config: EngineConfig) -> float:
+    """Of free memory, how much may be used."""
+    return 1.0 if config.device == "cpu" else config.gpu_memory_utilization
 
 
 def rooms_for(rows: int, spec: KVSpec, config: EngineConfig) -> int:
@@ -234,7 +242,7 @@ def _lay_out(
     if draft is not None:
         workspace = max(workspace, workspace_bytes(draft.shape, config))  # they take turns
     longest = min(config.max_model_len or model.max_positions, model.max_positions)
-    left = max(0, (free if config.device == "cpu" else int(free * GPU_SHARE)) - loaded - workspace)
+    left = max(0, int(free * share_of(config)) - loaded - workspace)
     least = longest if config.max_model_len else min(longest, LEAST_TOKENS)
     budget = config.kv_memory or _kv_budget(config, left, free, least * per_token)
     batch = _batch(specs[0], config, budget)

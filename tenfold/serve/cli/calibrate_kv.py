@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.calibrate_kv import calibrate_kv
+from tenfold.engine.calibrate_kv import calibrate_kv, format_of
 from tenfold.engine.opened import Opened
 from tenfold.ops.kv.spec import PackedSpec
 from tenfold.serve.cli.terminal import Bar, columns, loading
@@ -13,7 +13,7 @@ from tenfold.weights.kv_calibration import SIDES, KvCalibration, save
 
 def kv(config: EngineConfig, text: Path, format: str, window: int, count: int, as_json: bool) -> None:
     """Measure, save, print."""
-    spec = PackedSpec.parse(format)
+    spec = format_of(config, format)
     bar = Bar("measuring")
     try:
         with loading(quiet=False) as progress:

@@ -317,15 +317,15 @@ def calibrate_softmax_command(
 def calibrate_kv_command(
     settled: Settled,
     text: Sample,
-    format: Annotated[str, Option("--format", help="Bits of keys and values, and channels in a group.")] = "k2v2g64",
+    format: Annotated[str, Option("--format", help="As kv_cache names it: skvq, or bits and channels.")] = "skvq",
     window: Annotated[int, Option("--window", min=2, help="Tokens of one sequence at most.")] = 512,
     windows: Annotated[int, Option("--windows", min=1, help="Sequences at most.")] = 16,
     as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
 ) -> None:
     """Measure keys and values, for a KV cache of few bits: which channels are stored together, and how far clipped.
 
-    The result is written beside the model. An interrupted run goes on where it stopped. The engine does not serve such
-    a cache yet.
+    The result is written beside the model, for --kv-cache with the same format. An interrupted run goes on where it
+    stopped.
     """
     body("calibrate kv")(settled.config, text, format, window, windows, as_json)
 

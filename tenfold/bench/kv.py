@@ -1,0 +1,314 @@
+"""What KV formats take and how fast they decode: the same model over caches of every format, in turn.
+
+    python -m tenfold.bench.kv --model shape:llama-2-7b --formats dense,fp8,int4,k2v2g128,k2v1.5g128 \
+        --points 1x32768,8x8192 --out FOLDER
+
+Contexts are not computed: their pages are filled with numbers, and decoding goes on from there, in the ordinary engine.
+A format that cannot hold a point's context is left out there, with the tokens that it can hold.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.bench.case import Figure
+from tenfold.bench.command import save, settings
+from tenfold.bench.floor import GB, copy_bandwidth, model_sizes
+from tenfold.bench.hardware import machine
+from tenfold.cache.store import KVStore
+from tenfold.engine.core import Engine
+from tenfold.engine.memory import DTYPES, LEAST_TOKENS, MemoryPlan, fill, free_memory, kv_spec, plan_memory, share_of
+from tenfold.engine.opened import Opened
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.engine.sequence import Sequence as Answer
+from tenfold.models.table import Model, build_model
+from tenfold.ops.kv.layer import PackedLayer
+from tenfold.serve.cli.terminal import columns
+from tenfold.weights.load import Weights
+from tenfold.weights.shapes import at_least_positions, is_shape
+
+FORMATS = "dense,fp8,int4,skvq"
+WARM_UP = 4  # tokens, of which the first are computed before a graph of the step is captured
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.context}"
+
+
+@dataclass(slots=True)
+class Row:
+    """A format at a point. steps: milliseconds of a decode step, one for each round; read: bytes of keys and values
+    that a step reads.
+    """
+
+    format: str
+    batch: int
+    context: int
+    read: int
+    steps: list[float] = field(default_factory=list)
+    skipped: str = ""
+
+    @property
+    def median(self) -> float:
+        return Figure(tuple(self.steps)).median
+
+
+@dataclass(slots=True)
+class Result:
+    """formats: of each its name, bytes a token, bytes of a room and how many tokens fit beside the weights, where one
+    sequence runs.
+    """
+
+    model: str
+    machine: dict[str, str]
+    command: str = ""
+    tokens: int = 0
+    weights: int = 0
+    streamed: int = 0
+    copy_gbs: float = 0.0
+    formats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        return {"suite": "kv"} | asdict(self)
+
+    def row(self, format: str, batch: int, context: int) -> Row | None:
+        found = [r for r in self.rows if (r.format, r.batch, r.context) == (format, batch, context) and r.steps]
+        return found[0] if found else None
+
+
+class Bench:
+    """One model in memory, and engines over it, each with a cache of its own format."""
+
+    def __init__(self, model: str, device: str, longest: int, changes: dict[str, Any]) -> None:
+        """longest: context of a sequence at most."""
+        model = at_least_positions(model, longest) if is_shape(model) else model
+        self.opened = Opened(EngineConfig(model=model, device=device, prefix_cache=False, **changes))
+        self.asked = self.opened.config
+        self.opened.choose()
+        config, checkpoint = self.opened.config, self.opened.checkpoint
+        weights = Weights(checkpoint, self.opened.kernels, self.opened.device, DTYPES[config.dtype], config.weights)
+        self.model: Model = build_model(checkpoint.config, weights, longest)
+
+    def planned(self, format: str, batch: int, context: int) -> tuple[EngineConfig, MemoryPlan]:
+        """Settings and memory of an engine; context: of each sequence. Raises ValueError."""
+        opened = self.opened
+        config = replace(opened.config, kv_cache=format, max_batch=batch, max_model_len=context)
+        config = replace(config, kv_memory=self.asked.kv_memory)
+        free = free_memory(opened.device) + (opened.weights if opened.device.type == "cuda" else 0)
+        plan = plan_memory(opened.shape, opened.weights, config, free)
+        if batch * -(-context // config.page_size) > plan.pages or plan.max_batch < batch:
+            plan = replace(plan, fits=False)
+        return fill(config, plan), plan
+
+    def capacity(self, format: str) -> dict[str, Any]:
+        """Bytes of a token and of a room, and the tokens that fit beside one room."""
+        config, plan = self.planned(format, 1, LEAST_TOKENS)
+        spec = kv_spec(self.opened.shape, config)
+        left = int(plan.free * share_of(config)) - plan.weights + plan.workspace + spec.bytes_per_room
+        bits = spec.bytes_per_token * 8 / (2 * spec.layers * spec.kv_heads * spec.head_dim)
+        return {
+            "bytes_per_token": spec.bytes_per_token,
+            "bytes_per_room": spec.bytes_per_room,
+            "bits": bits,
+            "tokens": max(0, left) // spec.bytes_per_token,
+            "spec": plan.kv_dtype,
+        }
+
+    def engine(self, format: str, point: Point, tokens: int) -> Engine:
+        """Raises ValueError where it does not fit."""
+        config, plan = self.planned(format, point.batch, point.context + tokens)
+        plan.require()
+        pages = point.batch * (-(-(point.context + tokens) // config.page_size) + 1)
+        self.model._graph = self.opened.kernels.graph()  # type: ignore[attr-defined]  # graphs keep their store
+        gc.collect()
+        if self.opened.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.opened.config = config
+        stored = self.opened.groupings()
+        engine = Engine(self.model, self.opened.kernels, config, pages=pages, groupings=stored)
+        engine.memory = plan
+        stock(engine.kv)
+        return engine
+
+
+def stock(store: KVStore) -> None:
+    """Fill a store with numbers that attention can work on."""
+    for layer in store.layers:
+        if isinstance(layer, PackedLayer):
+            for side in (layer.keys, layer.values):
+                side.codes.random_(0, 243)  # a byte of five ternary codes is below; as float8 some are no numbers
+                if side.bits == 8:
+                    side.codes.random_(0, 120)
+                number = torch.full((), 0.1, dtype=torch.float32).to(side.parameters.dtype)
+                raw = side.parameters.view(torch.uint8 if side.kind == "e4m3" else torch.int16)
+                raw.fill_(int(number.view(raw.dtype)))
+            for exact in (layer.exact_keys, layer.exact_values):
+                if exact is not None:
+                    exact.normal_()
+        else:
+            for tensor in layer:
+                tensor.normal_()
+
+
+def run_on(engine: Engine, point: Point, tokens: int) -> float:
+    """Milliseconds of a decode step of `batch` sequences whose contexts are taken as computed, mean over `tokens`, the
+    last of which completes the contexts.
+    """
+    scheduler = engine.scheduler
+    start = scheduler._start
+
+    def pretend(sequence: Answer, *rest: Any) -> None:
+        start(sequence, *rest)
+        sequence.computed = sequence.done = len(sequence.tokens) - 1
+
+    scheduler._start = pretend  # type: ignore[method-assign,assignment]
+    prompt = (1,) * max(1, point.context - WARM_UP - tokens)
+    params = SamplingParams(max_tokens=WARM_UP + tokens, temperature=0.0, ignore_eos=True)
+    for i in range(point.batch):
+        engine.add(Request(str(i), prompt, params))
+    counts = [0] * point.batch
+    begin = None
+    while engine.has_work:
+        for output in engine.step():
+            if output.error:
+                raise RuntimeError(output.error)
+            counts[int(output.request_id)] += len(output.tokens)
+        if begin is None and min(counts) >= WARM_UP:
+            begin, first = time.perf_counter(), min(counts)
+    assert begin is not None
+    scheduler._start = start  # type: ignore[method-assign]
+    return (time.perf_counter() - begin) / (WARM_UP + tokens - first) * 1e3
+
+
+def run(
+    model: str,
+    device: str,
+    formats: Sequence[str],
+    points: Sequence[Point],
+    rounds: int,
+    tokens: int,
+    changes: dict[str, Any],
+    say: Callable[[str], None] = print,
+    done: Callable[[Result], None] = lambda result: None,
+    deadline: float = float("inf"),
+) -> Result:
+    """Every format at every point, formats in turn and their order turned around every round. deadline:
+    `time.monotonic()` after which no point is begun.
+    """
+    bench = Bench(model, device, max(p.context for p in points) + WARM_UP + tokens + 2, changes)
+    place = str(bench.opened.device)
+    sizes = model_sizes(model, place, {k: v for k, v in changes.items() if k in ("dtype", "kv_dtype", "weights")})
+    result = Result(model, machine(place), tokens=tokens, weights=sizes.weights, streamed=sizes.streamed)
+    result.copy_gbs = copy_bandwidth(place)
+    for name in formats:
+        result.formats[name] = bench.capacity(name)
+    say(capacities(result))
+    for point in points:
+        if time.monotonic() > deadline:
+            result.notes.append(f"{point}: the time was up")
+            continue
+        rows = [
+            Row(name, point.batch, point.context, point.batch * point.context * own["bytes_per_token"])
+            for name, own in result.formats.items()
+        ]
+        result.rows += rows
+        for i in range(rounds):
+            for row in rows if i % 2 == 0 else reversed(rows):
+                if row.skipped:
+                    continue
+                try:
+                    engine = bench.engine(row.format, point, WARM_UP + tokens + 1)
+                    row.steps.append(run_on(engine, point, tokens))
+                except (ValueError, RuntimeError) as error:
+                    row.skipped = str(error).splitlines()[0][:200]
+                finally:
+                    engine = None  # type: ignore[assignment]
+        for row in rows:
+            say(line(row, result))
+        done(result)
+    return result
+
+
+def line(row: Row, result: Result) -> str:
+    head = f"{row.batch} x {row.context:<8} {row.format:14}"
+    if not row.steps:
+        return f"{head} left out: {row.skipped}"
+    floor = 1e3 * (result.streamed + row.read) / (result.copy_gbs * GB)
+    base = result.row("dense", row.batch, row.context)
+    gain = f"  {base.median / row.median:5.2f}x dense" if base is not None and row.format != "dense" else ""
+    low, high = min(row.steps), max(row.steps)
+    return f"{head} {row.median:9.3f} ms a step ({low:.3f} to {high:.3f})  floor {floor:.2f} ms{gain}"
+
+
+def capacities(result: Result) -> str:
+    rows = [("format", "stored as", "bits a number", "bytes a token", "exact a sequence", "longest context")]
+    for name, own in result.formats.items():
+        room = f"{own['bytes_per_room'] / 2**20:.1f} MiB"
+        sizes = (f"{own['bits']:.2f}", f"{own['bytes_per_token']:,}", room, f"{own['tokens']:,}")
+        rows.append((name, own["spec"], *sizes))
+    return columns(rows)
+
+
+def points_of(text: str) -> list[Point]:
+    """`8x1024,1x32768`. Raises ValueError."""
+    found = []
+    for part in filter(None, text.split(",")):
+        batch, cross, context = part.partition("x")
+        if not cross or not batch.isdigit() or not context.isdigit() or int(batch) < 1 or int(context) < 2:
+            raise ValueError(f"{part!r} is no point; write sequences and context, such as 8x1024.")
+        found.append(Point(int(batch), int(context)))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kv", description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--formats", default=FORMATS)
+    parser.add_argument("--points", default="1x1024,1x8192,8x1024")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in a run, after a few that warm it up")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no point is begun")
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    given = parser.parse_args(arguments)
+    name = given.model.removeprefix("shape:").replace("/", "-").replace("@", "-").replace("=", "")
+    command = f"python -m tenfold.bench.kv --model {given.model} --formats {given.formats} --points {given.points}"
+
+    def keep(result: Result) -> None:
+        result.command = command
+        if given.out:
+            save(given.out / f"kv-{name}.json", result.plain(), given.commit)
+
+    keep(
+        run(
+            given.model,
+            given.device,
+            given.formats.split(","),
+            points_of(given.points),
+            given.rounds,
+            given.tokens,
+            settings(given.set),
+            done=keep,
+            deadline=time.monotonic() + given.seconds,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
