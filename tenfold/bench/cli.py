@@ -395,6 +395,42 @@ def arms_command(
         record(claims_gpu.of_arms(found))
 
 
+@app.command("kv")
+def kv_command(
+    model: Model = "default",
+    formats: Annotated[str, typer.Option(help="KV formats, comma-separated; dense is what others are compared to.")] = (
+        "dense,fp8,int4,skvq"
+    ),
+    points: Annotated[str, typer.Option(help="Sequences and context of each, as 8x1024,1x32768.")] = "1x1024,8x1024",
+    rounds: Rounds = 3,
+    tokens: Tokens = 32,
+    device: Device = "auto",
+    settings: Settings = None,
+    out: Out = None,
+    keep: Record = False,
+) -> None:
+    """KV formats: what they take, the longest context that fits, and decode speed, formats in turn."""
+    from tenfold.bench import kv, single
+
+    header()
+    found = kv.run(
+        model,
+        single.device_of(device),
+        peers(formats),
+        kv.points_of(points),
+        rounds,
+        tokens,
+        chosen_settings(settings),
+        typer.echo,
+    )
+    found.command = f"tenfold bench kv --model {model} --formats {formats} --points {points} --rounds {rounds}"
+    written(out, keep, f"kv-{file_name(model)}", found.plain())
+    if out:
+        from tenfold.bench import plots
+
+        typer.echo(f"wrote {plots.kv(found, out / f'kv-{file_name(model)}.png')}")
+
+
 @app.command("throughput")
 def throughput_command(
     model: Model = "shape:llama-3-8b",

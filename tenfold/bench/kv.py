@@ -4,13 +4,14 @@
         --points 1x32768,8x8192 --out FOLDER
 
 Contexts are not computed: their pages are filled with numbers, and decoding goes on from there, in the ordinary engine.
-A format that cannot hold a point's context is left out there, with the tokens that it can hold.
+A format that cannot hold a point's context is left out there, with what would have to change. Attention is timed by
+itself too: one layer, from a step's queries, keys and values to its result, at the same points.
 """
 
 import argparse
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.bench.case import Figure
 from tenfold.bench.command import save, settings
-from tenfold.bench.floor import GB, copy_bandwidth, model_sizes
+from tenfold.bench.floor import GB, best_seconds, copy_bandwidth, model_sizes
 from tenfold.bench.hardware import machine
 from tenfold.cache.store import KVStore
 from tenfold.engine.core import Engine
@@ -29,12 +30,15 @@ from tenfold.engine.opened import Opened
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.engine.sequence import Sequence as Answer
 from tenfold.models.table import Model, build_model
+from tenfold.nn.rope import rope_table
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads
 from tenfold.ops.kv.layer import PackedLayer
 from tenfold.serve.cli.terminal import columns
 from tenfold.weights.load import Weights
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 FORMATS = "dense,fp8,int4,skvq"
+GRAPH_CALLS = 4
 WARM_UP = 4  # tokens, of which the first are computed before a graph of the step is captured
 
 
@@ -49,8 +53,9 @@ class Point:
 
 @dataclass(slots=True)
 class Row:
-    """A format at a point. steps: milliseconds of a decode step, one for each round; read: bytes of keys and values
-    that a step reads.
+    """A format at a point. read: bytes of keys and values that a step reads; steps: milliseconds of a decode step, one
+    for each round; skipped: why there are none. layer_read, layer_us: bytes and microseconds of the attention of one
+    layer, 0 where it was not timed; memory: the plan of the engine.
     """
 
     format: str
@@ -59,6 +64,9 @@ class Row:
     read: int
     steps: list[float] = field(default_factory=list)
     skipped: str = ""
+    layer_read: int = 0
+    layer_us: float = 0.0
+    memory: str = ""
 
     @property
     def median(self) -> float:
@@ -84,6 +92,16 @@ class Result:
 
     def plain(self) -> dict[str, Any]:
         return {"suite": "kv"} | asdict(self)
+
+    def gain(self, row: Row) -> float | None:
+        """A step's time with a cache as computed, over the row's."""
+        base = self.row("dense", row.batch, row.context)
+        return base.median / row.median if base is not None and row.steps else None
+
+    def layer_gain(self, row: Row) -> float | None:
+        """The same of one layer's attention."""
+        same = [r for r in self.rows if (r.format, r.batch, r.context) == ("dense", row.batch, row.context)]
+        return same[0].layer_us / row.layer_us if same and same[0].layer_us and row.layer_us else None
 
     def row(self, format: str, batch: int, context: int) -> Row | None:
         found = [r for r in self.rows if (r.format, r.batch, r.context) == (format, batch, context) and r.steps]
@@ -143,6 +161,44 @@ class Bench:
         engine.memory = plan
         stock(engine.kv)
         return engine
+
+    def layer_us(self, format: str, point: Point) -> tuple[int, float]:
+        """Bytes that attention of one layer reads, and its microseconds. Raises RuntimeError where it does not fit."""
+        opened, shape, device = self.opened, self.opened.shape, self.opened.device
+        config = replace(opened.config, kv_cache=format)
+        spec = replace(kv_spec(shape, config), layers=1, local=frozenset())
+        each = -(-point.context // config.page_size)
+        store = KVStore(spec, point.batch * each, device, point.batch)
+        stock(store)
+        dtype = DTYPES[config.dtype]
+        attention = AttentionSpec(shape.heads, shape.kv_heads, shape.head_dim, shape.scale)
+        attention = replace(attention, rotary_dim=shape.rope.rotary_dim, softcap=shape.attention_softcap)
+        heads = Heads(attention, rope_table(shape.rope, point.context, device))
+        width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        qkv = torch.randn(point.batch, width, device=device).to(dtype)
+        table = torch.randperm(point.batch * each, device=device).int().view(point.batch, each)
+        lengths = torch.full((point.batch,), point.context, dtype=torch.int32, device=device)
+        last = lengths - 1
+        slots = table[:, -1] * config.page_size + last % config.page_size
+        starts = torch.arange(point.batch + 1, dtype=torch.int32, device=device)
+        rooms = torch.arange(point.batch, dtype=torch.int32, device=device)
+        step = Contexts(last, slots, table, starts, lengths, 1, point.context, point.batch, rooms=rooms)
+        layer = store.layers[0]
+
+        def call() -> object:
+            if isinstance(layer, PackedLayer):
+                return opened.kernels.attention_packed(qkv, heads, layer, step)
+            return opened.kernels.attention(qkv, heads, *layer, step)
+
+        with torch.inference_mode():
+            took = 1e6 * best_seconds(call, "cpu", 5) if device.type == "cpu" else graph_us([call] * GRAPH_CALLS)
+        return point.batch * point.context * spec.bytes_per_token, took
+
+
+def graph_us(calls: Sequence[Callable[[], object]]) -> float:
+    from tenfold.ops.attention.tune import time_graph  # Triton is there on GPU machines only
+
+    return time_graph(calls)
 
 
 def stock(store: KVStore) -> None:
@@ -232,12 +288,17 @@ def run(
                     continue
                 try:
                     engine = bench.engine(row.format, point, WARM_UP + tokens + 1)
+                    row.memory = str(engine.memory)
                     row.steps.append(run_on(engine, point, tokens))
                 except (ValueError, RuntimeError) as error:
                     row.skipped = str(error).splitlines()[0][:200]
                 finally:
                     engine = None  # type: ignore[assignment]
         for row in rows:
+            try:
+                row.layer_read, row.layer_us = bench.layer_us(row.format, point)
+            except (ValueError, RuntimeError) as error:
+                result.notes.append(f"attention of {row.format} at {point} was not timed: {str(error)[:120]}")
             say(line(row, result))
         done(result)
     return result
@@ -245,13 +306,19 @@ def run(
 
 def line(row: Row, result: Result) -> str:
     head = f"{row.batch} x {row.context:<8} {row.format:14}"
+    if row.layer_us:
+        rate = row.layer_read / row.layer_us / 1e3
+        head += f" attention {row.layer_us:9.1f} us a layer, {rate:6.0f} GB/s"
     if not row.steps:
         return f"{head} left out: {row.skipped}"
     floor = 1e3 * (result.streamed + row.read) / (result.copy_gbs * GB)
-    base = result.row("dense", row.batch, row.context)
-    gain = f"  {base.median / row.median:5.2f}x dense" if base is not None and row.format != "dense" else ""
+    gains = [
+        f"  {name} {gain:.2f}x dense"
+        for name, gain in (("step", result.gain(row)), ("attention", result.layer_gain(row)))
+        if gain is not None and row.format != "dense"
+    ]
     low, high = min(row.steps), max(row.steps)
-    return f"{head} {row.median:9.3f} ms a step ({low:.3f} to {high:.3f})  floor {floor:.2f} ms{gain}"
+    return f"{head} {row.median:9.3f} ms a step ({low:.3f} to {high:.3f})  floor {floor:.2f} ms{''.join(gains)}"
 
 
 def capacities(result: Result) -> str:
@@ -261,6 +328,12 @@ def capacities(result: Result) -> str:
         sizes = (f"{own['bits']:.2f}", f"{own['bytes_per_token']:,}", room, f"{own['tokens']:,}")
         rows.append((name, own["spec"], *sizes))
     return columns(rows)
+
+
+def loaded(data: Mapping[str, Any]) -> Result:
+    """The result that `plain` made."""
+    values = {k: v for k, v in data.items() if k != "suite"}
+    return Result(**(values | {"rows": [Row(**row) for row in data["rows"]]}))
 
 
 def points_of(text: str) -> list[Point]:

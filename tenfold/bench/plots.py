@@ -1,9 +1,11 @@
 """Charts of benchmark results as PNG files. Needs matplotlib, the package's optional extra `bench`."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from tenfold.bench import kv as kv_bench
 from tenfold.bench.single import Result
 
 # Colours that people with the common colour blindnesses tell apart (Okabe and Ito 2008), and another marker for each.
@@ -147,3 +149,29 @@ def saved(figure: Any, path: Path, plt: Any) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def kv(result: kv_bench.Result, path: Path) -> Path:
+    """What a cache of every format takes for a context, and how long a decode step lasts, over the tokens of all
+    contexts. Raises ValueError where nothing was measured.
+    """
+    plt = pyplot()
+    rows = [row for row in result.rows if row.steps]
+    if not rows:
+        raise ValueError("There is no decode in this result to draw.")
+    figure, (memory, speed) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    largest = max(row.batch * row.context for row in result.rows)
+    for (name, own), (colour, marker) in zip(result.formats.items(), cycle(STYLES.values())):
+        label = f"{name}, {own['bits']:.2f} bits"
+        sizes = [(own["bytes_per_room"] + tokens * own["bytes_per_token"]) / 2**30 for tokens in (0, largest)]
+        memory.plot([0, largest], sizes, color=colour, label=label)
+        measured = sorted((r.batch * r.context, r.median) for r in rows if r.format == name)
+        if measured:
+            speed.plot(*zip(*measured), color=colour, marker=marker, label=name)
+    memory.set(xlabel="tokens", ylabel="GiB", title="what the cache takes")
+    speed.set(xlabel="tokens in all contexts", ylabel="ms", title="a decode step", xscale="log", yscale="log")
+    for axis in (memory, speed):
+        axis.grid(True, color="#dddddd", linewidth=0.7)
+        axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(title(result.model, result.machine))
+    return saved(figure, path, plt)

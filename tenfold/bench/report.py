@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, launches, plots, single
+from tenfold.bench import arms, kv, launches, plots, single
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load
 from tenfold.bench.hardware import ROOT
@@ -165,6 +165,60 @@ def launches_table(result: launches.Result) -> str:
     return "\n".join(lines)
 
 
+def kv_table(result: kv.Result) -> str:
+    """What every format takes, then every format at every point."""
+    lines = [_cells(["format", "stored as", "bits a number", "bytes a token", "exact a sequence", "longest context"])]
+    lines.append(_cells(["---"] * 6))
+    for name, own in result.formats.items():
+        room = f"{own['bytes_per_room'] / 2**20:.1f} MiB" if own["bytes_per_room"] else ""
+        lines.append(
+            _cells([name, own["spec"], f"{own['bits']:.2f}", str(own["bytes_per_token"]), room, str(own["tokens"])])
+        )
+    head = [
+        "sequences",
+        "context",
+        "format",
+        "ms a step",
+        "against dense",
+        "attention of a layer",
+        "against dense",
+        "of a copy",
+    ]
+    lines += ["", _cells(head), _cells(["---"] * len(head))]
+    for row in result.rows:
+        gains = [f"{gain:.2f}x" if gain else "" for gain in (result.gain(row), result.layer_gain(row))]
+        timed = f"{row.layer_us:.1f} us" if row.layer_us else ""
+        share = f"{row.layer_read / row.layer_us / 10 / result.copy_gbs:.0f} %" if row.layer_us else ""
+        step = f"{row.median:.2f}" if row.steps else "does not fit"
+        lines.append(_cells([str(row.batch), str(row.context), row.format, step, gains[0], timed, gains[1], share]))
+    machine = result.machine
+    lines += ["", f"{result.model} on {machine.get('hardware', '')}, commit {machine.get('commit', '')}, "]
+    lines[-1] += f"{machine.get('date', '')}; formats in turn, medians; contexts are filled, not computed."
+    return "\n".join(lines)
+
+
+def kv_quality_table(data: Mapping[str, Any]) -> str:
+    """Perplexity, KL divergence and recall of every format."""
+    head = ["format", "bits", "bits here", "perplexity", "change", "KL", "codes found"]
+    lines = [_cells(head), _cells(["---"] * len(head))]
+    base = data["rows"][0]["perplexity"]
+    for r in data["rows"]:
+        numbers = [
+            f"{r['bits']:.2f}",
+            f"{r['bits_here']:.2f}",
+            f"{r['perplexity']:.2f}",
+            f"{r['perplexity'] / base - 1:+.1%}",
+        ]
+        lines.append(_cells([r["format"], *numbers, f"{r['kl']:.4f}", f"{r['found']} of {r['asked']}"]))
+    machine = data["machine"]
+    lines += [
+        "",
+        f"{data['windows']} windows of {data['length']} tokens, the first {data['unjudged']} of each not judged; ",
+    ]
+    lines[-1] += f"commit {machine.get('commit', '')}, {machine.get('date', '')}. `{data['command']}`"
+    return "\n".join(lines)
+
+
 def lines_table(data: Mapping[str, Any]) -> str:
     """A result that comes with its lines, as a block of text."""
     return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
@@ -198,6 +252,14 @@ def tables(folder: Path) -> str:
     parts += [f"### Arms, {data['model']}\n\n{arms_table(arms.loaded(data))}" for data in found.get("arms", ())]
     for result in map(launches.loaded, found.get("launches", ())):
         parts += [f"### Launches and bytes, {result.model.partition('@')[0]}\n\n{launches_table(result)}"]
+    parts += [
+        f"### KV formats, {data['model'].partition('@')[0]}\n\n{kv_table(kv.loaded(data))}"
+        for data in found.get("kv", ())
+    ]
+    parts += [
+        f"### Quality of KV formats, {data['model']}\n\n{kv_quality_table(data)}"
+        for data in found.get("kv-quality", ())
+    ]
     for suite in ("throughput", "serving", "soak", "quality"):
         parts += [f"### {suite.capitalize()}\n\n{lines_table(data)}" for data in found.get(suite, ())]
     return "\n\n".join(parts) + "\n"
@@ -212,6 +274,10 @@ def charts(folder: Path) -> list[Path]:
             name = model.removeprefix("shape:").replace("/", "-")
             made.append(plots.tpot(results, folder / f"tpot-context-{name}.png"))
             made.append(plots.tpot(results, folder / f"tpot-batch-{name}.png", over="batch"))
+    for result in map(kv.loaded, found.get("kv", ())):
+        if any(row.steps for row in result.rows):
+            name = result.model.removeprefix("shape:").partition("@")[0].replace("/", "-")
+            made.append(plots.kv(result, folder / f"kv-{name}.png"))
     if found.get("serving"):
         made.append(plots.serving(found["serving"], folder / "serving.png"))
     return made

@@ -1,0 +1,110 @@
+"""Claims K1 to K4, the KV formats, from raw results of `bench.kv` and `bench.kv_quality`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tenfold.bench import kv
+from tenfold.bench.claims import Claim, claim, signed
+from tenfold.bench.kv import Result, Row
+
+MILLION = 1 << 20
+DOMINATED = 0.5  # of the bytes of a step with a cache as computed: keys and values
+NEAR = 0.26  # bits a number
+LONG = 32768  # tokens of all contexts, from which on a kernel's bandwidth counts
+DENSE = "dense"
+
+
+def of_speed(results: Sequence[Result]) -> list[Claim]:
+    """K1 to K3. results: on GPUs; those of one model together."""
+    made = []
+    for result in results:
+        rows = [row for row in result.rows if row.format != DENSE]
+        found = [*_million(result, rows), *_gains(result, rows), *_bandwidth(result, rows)]
+        made += [signed(each, result.machine) for each in found]
+    return made
+
+
+def name_of(result: Result) -> str:
+    return result.model.removeprefix("shape:").partition("@")[0]
+
+
+def _million(result: Result, rows: Sequence[Row]) -> list[Claim]:
+    longest = max((row for row in rows if row.steps), key=lambda row: row.context, default=None)
+    if longest is None or longest.context < MILLION:
+        return []
+    what = f"context decoded on one GPU, {name_of(result)}, {longest.format}"
+    note = f"{longest.median:.1f} ms a step; the pages were filled with numbers, not computed. {longest.memory}"
+    return [claim("K1", what, longest.context, "tokens", result.command, at_least=MILLION, note=one_line(note))]
+
+
+def one_line(text: str) -> str:
+    return "; ".join(" ".join(line.split()) for line in text.splitlines())
+
+
+def dominated(result: Result, row: Row) -> bool:
+    """Whether keys and values are most of what a step reads where they are as computed."""
+    read = row.batch * row.context * result.formats[DENSE]["bytes_per_token"]
+    return read >= DOMINATED * (read + result.streamed)
+
+
+def _gains(result: Result, rows: Sequence[Row]) -> list[Claim]:
+    if DENSE not in result.formats:
+        return []
+    made = []
+    wide = [row for row in rows if dominated(result, row)]
+    for kind, gain, least in (("in attention", result.layer_gain, 4.0), ("end to end", result.gain, 3.0)):
+        gains = {id(row): found for row in wide if (found := gain(row)) is not None}
+        if not gains:
+            continue
+        best = max((row for row in wide if id(row) in gains), key=lambda row: gains[id(row)])
+        others = ", ".join(f"{r.format} at {r.batch} x {r.context}: {gains[id(r)]:.2f}" for r in wide if id(r) in gains)
+        what = f"decode {kind}, {name_of(result)}, {best.format}, {best.batch} x {best.context}, against 16-bit KV"
+        made.append(claim("K2", what, gains[id(best)], "x", result.command, at_least=least, note=others))
+    return made
+
+
+def _bandwidth(result: Result, rows: Sequence[Row]) -> list[Claim]:
+    timed = [row for row in rows if row.layer_us and row.batch * row.context >= LONG]
+    if not timed:
+        return []
+    shares = {id(r): 100 * r.layer_read / r.layer_us / 1e3 / result.copy_gbs for r in timed}
+    made = []
+    for format in dict.fromkeys(row.format for row in timed):
+        own = [row for row in timed if row.format == format]
+        best = max(own, key=lambda row: shares[id(row)])
+        others = ", ".join(f"{r.batch} x {r.context}: {shares[id(r)]:.0f} %" for r in own)
+        what = f"attention over packed pages, {name_of(result)}, {format}, {best.batch} x {best.context}"
+        made.append(
+            claim("K3", f"{what}, share of a copy", shares[id(best)], "%", result.command, at_least=70.0, note=others)
+        )
+    return made
+
+
+def of_quality(data: Mapping[str, Any]) -> list[Claim]:
+    """K4: every SKVQ format of two bits against the best other one of as many, or up to NEAR more."""
+    rows = data["rows"]
+    exact = rows[0]["perplexity"]
+    skvq = [r for r in rows if r["format"].startswith("SKVQ k2") and "," not in r["format"]]
+    rivals = [r for r in rows[1:] if not r["format"].startswith("SKVQ")]
+    made = []
+    for row in skvq:
+        equal = [r for r in rivals if row["bits"] <= r["bits"] <= row["bits"] + NEAR]
+        if not equal:
+            continue
+        best = min(equal, key=lambda r: r["perplexity"])
+        theirs = f"{best['perplexity']:.2f} ({best['perplexity'] / exact - 1:+.1%})"
+        what = f"perplexity of the best other format of as many bits over that of {row['format']}, {row['bits']} bits"
+        note = (
+            f"{data['model']}: {row['perplexity']:.2f} ({row['perplexity'] / exact - 1:+.1%} over 16 bits), "
+            f"{best['format']} at {best['bits']} bits {theirs}; "
+            f"codes found {row['found']} of {row['asked']}, {rows[0]['found']} with 16 bits"
+        )
+        value = best["perplexity"] / row["perplexity"]
+        made.append(signed(claim("K4", what, value, "x", data["command"], at_least=1.0, note=note), data["machine"]))
+    return made
+
+
+def of_results(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Claim]:
+    """All claims of raw results by suite."""
+    on_gpu = [kv.loaded(data) for data in found.get("kv", ()) if "cuda" in data["machine"]]
+    return [*of_speed(on_gpu), *(each for data in found.get("kv-quality", ()) for each in of_quality(data))]

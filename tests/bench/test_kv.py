@@ -1,0 +1,90 @@
+"""The benchmark of KV formats: every format at every point through the ordinary engine, and what is said of it."""
+
+from pathlib import Path
+
+import pytest
+
+from tenfold.bench import claims_kv, kv, plots, report
+from tenfold.bench.kv import Point, Result, Row
+
+MODEL = "shape:llama-3.2-1b@layers=2"
+
+
+def test_formats_decode_at_every_point_in_turn(tmp_path: Path) -> None:
+    told: list[str] = []
+    changes = {"kv_memory": 12 << 20, "max_step_tokens": 64}
+    points = [Point(2, 40), Point(4, 2000)]
+    result = kv.run(MODEL, "cpu", ["dense", "k2v2g32w8s2"], points, 2, 3, changes, told.append)
+    dense, packed, large, small = result.rows
+    assert (len(dense.steps), len(packed.steps)) == (2, 2)
+    assert min(dense.steps + packed.steps) > 0
+    assert (large.steps, bool(large.skipped)) == ([], True)  # 16 KiB a token and 8,000 of them
+    assert len(small.steps) == 2
+    own = result.formats["k2v2g32w8s2"]
+    assert own["bytes_per_token"] * 6 < result.formats["dense"]["bytes_per_token"]
+    assert packed.read == 2 * 40 * own["bytes_per_token"]
+    assert packed.layer_us > 0
+    assert "sequences; 2 run at a time" in packed.memory
+    assert kv.loaded(result.plain()) == result
+    assert "does not fit" in report.kv_table(result)
+    assert plots.kv(result, tmp_path / "kv.png").stat().st_size > 10_000
+    assert any("against" not in line and "left out" in line for line in told)
+
+
+def test_points_are_read_or_refused() -> None:
+    assert kv.points_of("8x1024,1x32768") == [Point(8, 1024), Point(1, 32768)]
+    for wrong in ("8", "8x", "0x5", "8x1", "axb"):
+        with pytest.raises(ValueError, match="is no point"):
+            kv.points_of(wrong)
+
+
+def made() -> Result:
+    """Weights of a GB, 1 MB and 100 kB a token, copies at 1,000 GB/s."""
+    result = Result(
+        "shape:some@x=1", {"hardware": "GPU", "cuda": "13", "commit": "abc", "date": "2026-01-01"}, "command"
+    )
+    result.streamed, result.copy_gbs = 10**9, 1000.0
+    result.formats = {"dense": {"bytes_per_token": 10**6}, "k2v2g64": {"bytes_per_token": 10**5}}
+    result.rows = [
+        Row("dense", 1, 100, 0, [1.2], layer_us=30.0),
+        Row("k2v2g64", 1, 100, 0, [1.0], layer_us=2.0),
+        Row("dense", 8, 8192, 0, [70.0, 72.0], layer_us=2000.0, layer_read=1),
+        Row("k2v2g64", 8, 8192, 0, [10.0, 8.0], layer_us=400.0, layer_read=300_000_000),
+        Row("k2v2g64", 1, 1 << 20, 0, [50.0], memory="weights 1\\nKV 2"),
+    ]
+    return result
+
+
+def test_claims_of_speed_are_those_of_the_rows() -> None:
+    found = {(c.id, c.unit): c for c in claims_kv.of_speed([made()])}
+    assert found["K1", "tokens"].value == pytest.approx(1 << 20, rel=1e-3)
+    assert found["K1", "tokens"].met
+    gains = [c for c in claims_kv.of_speed([made()]) if c.id == "K2"]
+    assert [(round(c.value or 0, 2), c.met) for c in gains] == [(5.0, True), (7.89, True)]  # not 15: there weights rule
+    assert (found["K3", "%"].value, found["K3", "%"].met) == (75.0, True)
+
+
+def test_claims_of_quality_compare_at_equal_bits() -> None:
+    def row(name: str, bits: float, perplexity: float) -> dict[str, object]:
+        return {
+            "format": name,
+            "bits": bits,
+            "perplexity": perplexity,
+            "found": 1,
+            "asked": 4,
+            "kl": 0.1,
+            "bits_here": 3,
+        }
+
+    rows = [
+        *(row("exact", 16, 20.0), row("int4 g64", 4.5, 21.0), row("KIVI 2 bit g64", 2.5, 30.0)),
+        *(row("KIVI 2 bit g32", 3.0, 24.0), row("round to nearest 2 bit g64", 2.25, 90.0)),
+        *(row("SKVQ k2v2g32", 2.5, 25.0), row("SKVQ k2v2g64", 2.25, 28.0), row("SKVQ k2v2g64, no clip", 2.25, 50.0)),
+    ]
+    data = {"rows": rows, "model": "m", "command": "c", "machine": {"hardware": "CPU"}}
+    one, two = claims_kv.of_quality(data)
+    assert (round(one.value or 0, 3), one.met) == (1.2, True)  # three bits are more
+    assert (round(two.value or 0, 3), two.met) == (1.071, True)
+    assert "+25.0%" in one.note
+    text = report.kv_quality_table(data | {"windows": 1, "length": 2, "unjudged": 0})
+    assert "| SKVQ k2v2g64 | 2.25 |" in text
