@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = [v for v in variants(c.kv_heads, c.head_dim) if re.search(options.only, v.name)]
     skvq = calibrated(bench, wanted, list(windows(learned, LEARNED, 8)), options.searched)
     plain: list[Format] = [
-        *(Float8(c.head_dim), Integer(4, 64), Integer(4, 64, turned=True), Kivi(32), Kivi(64)),
+        *(Float8(c.head_dim), Integer(4, 64), Integer(4, 64, turned=True), Kivi(32), Kivi(64), Kivi(128)),
     ]
     formats: list[Format] = [Exact(), *(f for f in plain if re.search(options.only, f.name)), *skvq]
     prompts = [
