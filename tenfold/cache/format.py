@@ -4,7 +4,7 @@ import torch
 
 from tenfold.ops.kv.spec import GROUPS, PackedSpec
 
-DENSE = ("auto", "dense")
+AS_COMPUTED = ("auto", "dense")
 NAMES = ("dense", "fp8", "int4", "skvq")
 
 
@@ -15,7 +15,7 @@ def parse(name: str, kv_heads: int, head_dim: int) -> PackedSpec | None:
     matrix. "skvq": two bits for keys and 1.5 for values behind a window of 128 tokens, groups as large as still leave a
     head something to reorder. Any other name is one of `PackedSpec`.
     """
-    if name in DENSE:
+    if name in AS_COMPUTED:
         return None
     if name == "fp8":
         spec = PackedSpec(8, 8, _whole(head_dim), window=0, sinks=0, rotary="post", parameters="fp16")

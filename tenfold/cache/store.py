@@ -34,6 +34,13 @@ class KVSpec:
     packed: PackedSpec | None = None
     local: frozenset[int] = frozenset()
 
+    def __str__(self) -> str:
+        as_computed = f"as computed in {str(self.dtype).removeprefix('torch.')}"
+        if self.packed is None:
+            return as_computed
+        found = f"{self.packing} layer{'s' * (self.packing != 1)} as {self.packed}"
+        return found + (f", {len(self.local)} with a sliding window {as_computed}" if self.local else "")
+
     def packs(self, layer: int) -> bool:
         return self.packed is not None and layer not in self.local
 

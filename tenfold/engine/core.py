@@ -142,6 +142,8 @@ class Engine:
         opened.memory.require()
         config, plan, stored = opened.config, opened.memory, opened.groupings()
         logger.info("memory for %s:\n%s", config.model, plan)
+        if (cache := kv_spec(opened.shape, config)).packed is not None:
+            logger.info("KV cache of %s: %s", config.model, cache)
         with timeline.phase("tokenizer"):
             text = None if tokens_only else Text(opened.checkpoint)
             if text is not None:

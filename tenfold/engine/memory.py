@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.cache.format import parse
+from tenfold.cache.format import AS_COMPUTED, parse
 from tenfold.cache.store import KVSpec
 from tenfold.models.config import ModelConfig
 from tenfold.ops.blocks import DENSE, storage_bytes
@@ -310,6 +310,8 @@ def _changes(model: ModelConfig, weights: int, config: EngineConfig, free: int, 
         yield "speculate=ngram (drafts without a model)"
     if DTYPES[config.kv_dtype].itemsize > 2 and fits(replace(config, kv_dtype="float16")):
         yield "kv_dtype=float16"
+    if config.kv_cache in AS_COMPUTED and fits(replace(config, kv_cache="fp8")):
+        yield "kv_cache=fp8 (keys and values of 8 bits)"
     for batch in _halvings(config.max_batch):
         if fits(replace(config, max_batch=batch)):
             yield f"max_batch={batch}"

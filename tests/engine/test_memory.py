@@ -304,3 +304,69 @@ def test_guesses_need_room_for_their_logits_only_in_small_batches() -> None:
     assert logits_rows(settle(max_batch=1, speculate="ngram", max_step_tokens=3)) == 3
     assert logits_rows(settle(max_batch=50, speculate="ngram")) == 64
     assert logits_rows(gpu(speculate="ngram")) == logits_rows(gpu()) == 256
+
+
+GEMMA = replace(SMALL, layers=6, windows=(512, 512, 512, 512, 512, 0))
+SKVQ = "k2v1.5g32"  # 13 + 16 bytes of codes a head and token, 4 groups a side of two bytes each: 37
+
+
+def test_packed_tokens_take_their_bytes_and_running_sequences_their_rooms() -> None:
+    config = settle(kv_cache=SKVQ, max_batch=8, max_model_len=2048, kv_memory=GIB)
+    plan = plan_memory(SMALL, GIB // 8, config, 8 * GIB)
+    spec = kv_spec(SMALL, config)
+    assert spec.bytes_per_token == plan.bytes_per_token == 30 * 3 * 37
+    assert spec.bytes_per_room == 30 * 2 * 3 * 64 * 2 * 16 * 12  # a ring of 11 pages for 128 tokens, one of sinks
+    assert plan.rooms == 8 + 2
+    assert plan.pages == 8 * (2048 + 16) // 16
+    assert plan.kv == plan.pages * spec.bytes_per_page + 10 * spec.bytes_per_room
+    assert "8 run at a time" in str(plan)
+    alone = plan_memory(SMALL, GIB // 8, replace(config, prefix_cache=False), 8 * GIB)
+    assert alone.rooms == 8
+
+
+def test_rooms_take_no_more_than_half_of_the_cache() -> None:
+    config = settle(kv_cache=SKVQ, max_batch=64, kv_memory=64 << 20)
+    plan = plan_memory(SMALL, GIB // 8, config, 8 * GIB)
+    assert plan.fits
+    assert 1 <= plan.max_batch < 64
+    assert plan.rooms * plan.room_bytes <= plan.kv / 2
+    assert fill(config, plan).max_batch == plan.max_batch
+
+
+def test_layers_with_a_sliding_window_are_not_packed() -> None:
+    spec = kv_spec(GEMMA, settle(kv_cache="fp8"))
+    assert spec.bytes_per_token == 5 * spec.exact_bytes + 3 * 2 * (64 + 2)
+    assert str(spec) == "1 layer as k8v8g64w0s0-post-fp16, 5 with a sliding window as computed in float16"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("int3", "kv_cache is 'int3'; allowed: auto, dense, fp8, int4, skvq"),
+        ("k2v2g128", "groups of 128 channels; 1 heads of 64 channels"),
+        ("k2v2g64h2", "shares groups between 2 heads, the model has 3 kv heads; allowed: 1, 3"),
+        ("k2v2g32s20", "keeps 20 sinks, pages hold 16 tokens"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused_with_a_sentence(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        plan_memory(SMALL, GIB // 8, settle(kv_cache=name), 8 * GIB)
+
+
+def test_a_format_of_fewer_bits_is_offered_where_it_makes_it_fit() -> None:
+    config = gpu(max_model_len=32768, max_batch=1)
+    plan = plan_memory(LLAMA_8B, 15 * GIB, config, 22 * GIB)
+    assert not plan.fits
+    assert any(change.startswith("kv_cache=fp8") for change in plan.changes)
+    assert plan_memory(LLAMA_8B, 15 * GIB, replace(config, kv_cache="fp8"), 22 * GIB).fits
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
+def test_shares_of_gpu_memory_are_checked(share: float) -> None:
+    with pytest.raises(ValueError, match="gpu_memory_utilization"):
+        gpu(gpu_memory_utilization=share)
+
+
+def test_less_of_a_gpu_is_used_where_that_is_asked_for() -> None:
+    half, most = (plan_memory(LLAMA_8B, 8 * GIB, gpu(gpu_memory_utilization=s), 80 * GIB) for s in (0.5, 0.95))
+    assert half.total <= 40 * GIB < most.total <= 76 * GIB

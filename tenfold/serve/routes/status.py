@@ -63,7 +63,17 @@ BARS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("KV cache", "pages", (("used", "pages_used"), ("cached", "pages_cached"), ("free", "pages_free"))),
 )
 # What of a model's settings is worth a look.
-SETTINGS = ("dtype", "kv_dtype", "weights", "page_size", "max_batch", "max_step_tokens", "prefix_cache", "threads")
+SETTINGS = (
+    "dtype",
+    "kv_cache",
+    "kv_dtype",
+    "weights",
+    "page_size",
+    "max_batch",
+    "max_step_tokens",
+    "prefix_cache",
+    "threads",
+)
 
 
 @router.get(

@@ -54,7 +54,7 @@ const CHOICES = [
 
 const FACTS = {
   family: "Family", device: "Device", kernels: "Kernels", max_model_len: "Context",
-  dtype: "Compute type", kv_dtype: "KV type", weights: "Weights", pages: "KV pages", page_size: "Tokens a page",
+  dtype: "Compute type", kv_cache: "KV cache", kv_dtype: "KV type", weights: "Weights", pages: "KV pages", page_size: "Tokens a page",
   max_batch: "Batch", max_step_tokens: "Tokens a step", prefix_cache: "Prefix cache", threads: "Threads",
   vocab_size: "Vocabulary",
 };
