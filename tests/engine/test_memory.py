@@ -158,7 +158,7 @@ def apply(config: EngineConfig, weights: int, change: str) -> tuple[EngineConfig
     name, _, value = change.split(" ")[0].partition("=")
     if name == "weights":
         return config, weights // 2 if config.dtype == "bfloat16" else weights // 4 + (weights >> 6)
-    return replace(config, **{name: value if name == "kv_dtype" else int(value)}), weights
+    return replace(config, **{name: value if name in ("kv_dtype", "kv_cache") else int(value)}), weights
 
 
 @pytest.mark.parametrize(
