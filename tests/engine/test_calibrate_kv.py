@@ -1,20 +1,31 @@
 """Calibration of a KV cache on a tiny model: what it sees, that it is resumable, and what the command says."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tenfold.base.config import EngineConfig
+from tenfold.bench.kv_formats import Exact, Format, Integer, Skvq
+from tenfold.bench.kv_quality import Bench
+from tenfold.cache.skvq.attend import Seen
+from tenfold.cache.skvq.calibrate import Sample
 from tenfold.engine import calibrate_kv as module
 from tenfold.engine.calibrate_kv import Showing, calibrate_kv
+from tenfold.engine.core import Engine
+from tenfold.engine.llm import LLM
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.ops.kv.quantize import Grouping
 from tenfold.ops.kv.spec import PackedSpec
 from tenfold.ops.oracle import Oracle
 from tenfold.serve.cli.calibrate_kv import kv
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, key_bias, load
 from tenfold.weights.open import open_checkpoint
+from tests.engine.fake import drain
 from tests.steps import Sequences, make_store
 
 TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 12
@@ -139,3 +150,50 @@ def test_texts_and_models_that_do_not_do(tiny: Any, text: Path) -> None:
     text.write_text("the")
     with pytest.raises(ValueError, match="give a longer text"):
         measured(tiny("qwen3"), text, SPEC)
+
+
+@pytest.mark.parametrize(("family", "name"), [("qwen2", str(SPAN)), ("llama", "k3v2g16w4s1-post"), ("gemma3", "int4")])
+def test_the_engine_sees_what_was_judged(tiny: Any, text: Path, family: str, name: str) -> None:
+    """Log-probabilities of a prompt through pages, rooms and chunks, against the judge's whole sequences."""
+    model = tiny(family)
+    wanted = PackedSpec.parse(name) if name != "int4" else None
+    if wanted is not None:
+        with pytest.raises(ValueError, match=rf"no calibration for the KV format .*calibrate kv MODEL .*{name}"):
+            LLM(model=str(model), kv_cache=name, device="cpu")
+        kv(config(model), text, name, 20, 4, as_json=False)
+    settings = replace(config(model), kv_cache=name, max_step_tokens=7, max_model_len=64, max_batch=2)
+    engine = Engine.load(settings, tokens_only=True)
+    prompt = tuple(range(20, 50))
+    engine.add(Request("r", prompt, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)))
+    (found,) = [o.prompt_logprobs for o in drain(engine) if o.prompt_logprobs]
+    judge = Bench(model, 64)
+    format: Format = Integer(4, judge.config.head_dim, turned=True)
+    if wanted is not None:
+        tensors = measured(model, text, wanted).tensors
+        layers = [
+            [Grouping(*(tensors[f"{side}.{part}"][i] for part in Grouping.__slots__)) for i in range(3)]
+            for side in SIDES
+        ]
+        groups = [[replace(g, group=g.group.long()) for g in side] for side in layers]
+        format = Skvq(name, wanted, *groups, judge.config.kv_heads, judge.config.head_dim)
+    if family == "gemma3":
+        format = Local(format, judge.config.windows)
+    logs = judge.logits(prompt, format, range(len(prompt) - 1)).log_softmax(-1)
+    expected = [float(logs[i, token]) for i, token in enumerate(prompt[1:])]
+    assert [p.logprob for p in found if p is not None] == pytest.approx(expected, abs=2e-3)
+    exact = judge.logits(prompt, Exact(), range(len(prompt) - 1)).log_softmax(-1)
+    assert float((exact - logs).abs().max()) > 0.01
+
+
+@dataclass(frozen=True)
+class Local:
+    """A format, but layers with a window are stored as computed."""
+
+    format: Format
+    windows: tuple[int, ...]
+    name: str = "local"
+    bits: float = 16
+    kept: int = 0
+
+    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
+        return (Exact() if self.windows[layer] else self.format).see(layer, sample, queries)
