@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.base.config import EngineConfig
-from tenfold.bench.kv_formats import Exact, Format, Integer, Skvq
+from tenfold.bench.kv_formats import Exact, Format, Skvq
 from tenfold.bench.kv_quality import Bench
 from tenfold.cache.skvq.attend import Seen
 from tenfold.cache.skvq.calibrate import Sample
@@ -152,30 +152,31 @@ def test_texts_and_models_that_do_not_do(tiny: Any, text: Path) -> None:
         measured(tiny("qwen3"), text, SPEC)
 
 
-@pytest.mark.parametrize(("family", "name"), [("qwen2", str(SPAN)), ("llama", "k3v2g16w4s1-post"), ("gemma3", "int4")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen2", str(SPAN)), ("llama", "k3v2g16w4s1-post"), ("gemma3", "k3v2g16w4s1")]
+)
 def test_the_engine_sees_what_was_judged(tiny: Any, text: Path, family: str, name: str) -> None:
     """Log-probabilities of a prompt through pages, rooms and chunks, against the judge's whole sequences."""
     model = tiny(family)
-    wanted = PackedSpec.parse(name) if name != "int4" else None
-    if wanted is not None:
-        with pytest.raises(ValueError, match=rf"no calibration for the KV format .*calibrate kv MODEL .*{name}"):
-            LLM(model=str(model), kv_cache=name, device="cpu")
-        kv(config(model), text, name, 20, 4, as_json=False)
+    spec = PackedSpec.parse(name)
+    with pytest.raises(ValueError, match=rf"no calibration for the KV format .*calibrate kv MODEL .*{name}"):
+        LLM(model=str(model), kv_cache=name, device="cpu")
+    kv(config(model), text, name, 20, 4, as_json=False)
     settings = replace(config(model), kv_cache=name, max_step_tokens=7, max_model_len=64, max_batch=2)
     engine = Engine.load(settings, tokens_only=True)
     prompt = tuple(range(20, 50))
     engine.add(Request("r", prompt, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)))
     (found,) = [o.prompt_logprobs for o in drain(engine) if o.prompt_logprobs]
     judge = Bench(model, 64)
-    format: Format = Integer(4, judge.config.head_dim, turned=True)
-    if wanted is not None:
-        tensors = measured(model, text, wanted).tensors
-        layers = [
-            [Grouping(*(tensors[f"{side}.{part}"][i] for part in Grouping.__slots__)) for i in range(3)]
-            for side in SIDES
-        ]
-        groups = [[replace(g, group=g.group.long()) for g in side] for side in layers]
-        format = Skvq(name, wanted, *groups, judge.config.kv_heads, judge.config.head_dim)
+    tensors = measured(model, text, spec).tensors
+
+    def groupings(side: str) -> list[Grouping]:
+        parts = [tensors[f"{side}.{part}"].unbind() for part in Grouping.__slots__]
+        return [Grouping(group.long(), *rest) for group, *rest in zip(*parts)]
+
+    format: Format = Skvq(
+        name, spec, groupings(SIDES[0]), groupings(SIDES[1]), judge.config.kv_heads, judge.config.head_dim
+    )
     if family == "gemma3":
         format = Local(format, judge.config.windows)
     logs = judge.logits(prompt, format, range(len(prompt) - 1)).log_softmax(-1)
