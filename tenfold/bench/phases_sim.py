@@ -1,0 +1,255 @@
+"""A discrete-event simulator of a GPU that serves both phases: policies and controllers compared on recorded times.
+
+Nothing here runs a model. Times of prefill and decode on some of the SMs come from a `Stairs` table; what they cost each
+other is a share of the time. Every result is a simulation and is to be called one.
+"""
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Split, Targets, percentile
+from tenfold.engine.phases.latency import Stairs
+
+TICK = 0.05  # seconds between decisions
+WINDOW = 2.0  # seconds of what a controller sees
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request: seconds of its arrival, tokens of its prompt and of its answer."""
+
+    arrival: float
+    prompt: int
+    answer: int
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """A request under way. left: share of its prefill that is not done; first, last: seconds of its tokens."""
+
+    ask: Ask
+    left: float = 1.0
+    made: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        return self.first - self.ask.arrival
+
+    @property
+    def tpot(self) -> float:
+        return (self.last - self.first) / (self.made - 1) if self.made > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What phases cost each other. beside: what prefill on other SMs adds to a decode step; together: how many times
+    longer a decode step takes where both have all SMs, and shared: a prefill.
+    """
+
+    beside: float = 0.15
+    together: float = 3.0
+    shared: float = 1.15
+
+
+@dataclass(slots=True)
+class Result:
+    """served: requests in the order of their ends; splits: (second, split) of every change."""
+
+    served: list[Served]
+    splits: list[tuple[float, Split]]
+    seconds: float
+
+    def attained(self, targets: Targets) -> float:
+        """Share of requests that met both targets."""
+        good = [s for s in self.served if s.ttft <= targets.ttft and s.tpot <= targets.tpot]
+        return len(good) / max(1, len(self.served))
+
+    @property
+    def latency(self) -> float:
+        """Mean seconds from arrival to the last token."""
+        return sum(s.last - s.ask.arrival for s in self.served) / max(1, len(self.served))
+
+    def gap(self, share: float) -> float:
+        """Seconds between two tokens that `share` of all keep to."""
+        return percentile([g for s in self.served for g in s.gaps], share) or 0.0
+
+
+def poisson(rate: float, seconds: float, prompt: Sequence[int], answer: Sequence[int], seed: int = 0) -> list[Ask]:
+    """Requests that arrive at random, their lengths drawn from the given ones."""
+    draw, now, found = random.Random(seed), 0.0, []
+    while (now := now + draw.expovariate(rate)) < seconds:
+        found.append(Ask(now, draw.choice(prompt), draw.choice(answer)))
+    return found
+
+
+class Gpu:
+    """The state of a simulation of two lanes under a controller."""
+
+    def __init__(
+        self,
+        stairs: Stairs,
+        total: int,
+        costs: Costs,
+        controller: Controller,
+        batch: int = 256,
+        start: Split | None = None,
+    ) -> None:
+        """start: the split at first; all for prefill where none is named."""
+        self.stairs, self.total, self.costs, self.controller = stairs, total, costs, controller
+        self.batch = batch
+        self.split = start or Split(total, 0)
+        self.now = 0.0
+        self.waiting: deque[Served] = deque()
+        self.decoding: list[Served] = []
+        self.stepping: list[Served] = []  # in the decode step under way
+        self.step_left = 0.0  # share of it
+        self.step_began = 0.0
+        self.done: list[Served] = []
+        self.changes: list[tuple[float, Split]] = []
+        self.seen_ttft: deque[tuple[float, float]] = deque()
+        self.seen_tpot: deque[tuple[float, float]] = deque()
+        self.arrived: deque[tuple[float, int]] = deque()
+
+    def run(self, asks: Sequence[Ask], most: float = 3600.0) -> Result:
+        events = [(ask.arrival, i) for i, ask in enumerate(asks)]
+        heapq.heapify(events)
+        tick = 0.0
+        while (events or self.waiting or self.decoding or self.stepping) and self.now < most:
+            until = min(tick, events[0][0] if events else float("inf"), *self._ends())
+            self._pass(until - self.now)
+            self.now = until
+            while events and events[0][0] <= self.now:
+                ask = asks[heapq.heappop(events)[1]]
+                self.waiting.append(Served(ask))
+                self.arrived.append((self.now, ask.prompt))
+            self._finish()
+            if self.now >= tick:
+                self._decide()
+                tick = self.now + TICK
+            if not self.stepping and self.decoding and self.split.decode:
+                self.stepping, self.step_left, self.step_began = self.decoding[: self.batch], 1.0, self.now
+        return Result(self.done, self.changes, self.now)
+
+    # How fast things go
+
+    @property
+    def both(self) -> bool:
+        return bool(self.waiting and self.split.prefill and self.stepping and self.split.decode)
+
+    def _prefill_seconds(self) -> float:
+        seconds = self.stairs.prefill_seconds(self.split.prefill, self.waiting[0].ask.prompt)
+        return seconds * (self.costs.shared if self.both and self._sharing() else 1.0)
+
+    def _step_seconds(self) -> float:
+        seconds = self.stairs.decode_seconds(self.split.decode, len(self.stepping))
+        if not self.both:
+            return seconds
+        return seconds * (self.costs.together if self._sharing() else 1 + self.costs.beside)
+
+    def _sharing(self) -> bool:
+        return self.split.prefill + self.split.decode > self.total
+
+    def _ends(self) -> list[float]:
+        found = []
+        if self.waiting and self.split.prefill:
+            found.append(self.now + self.waiting[0].left * self._prefill_seconds())
+        if self.stepping and self.split.decode:
+            found.append(self.now + self.step_left * self._step_seconds())
+        return found or [float("inf")]
+
+    def _pass(self, seconds: float) -> None:
+        prefill = seconds / self._prefill_seconds() if self.waiting and self.split.prefill else 0.0
+        step = seconds / self._step_seconds() if self.stepping and self.split.decode else 0.0
+        if prefill:
+            self.waiting[0].left -= prefill
+        self.step_left -= step
+
+    def _finish(self) -> None:
+        if self.waiting and self.waiting[0].left <= 1e-9:
+            served = self.waiting.popleft()
+            self._token(served)
+            self.seen_ttft.append((self.now, served.ttft))
+            if served.made < served.ask.answer:
+                self.decoding.append(served)
+        if self.stepping and self.step_left <= 1e-9:
+            took = self.now - self.step_began
+            if isinstance(self.controller, Adaptive) and self.waiting and self.split.prefill:
+                self.controller.observe(self.split, len(self.stepping), took)
+            for served in self.stepping:
+                self._token(served)
+                self.seen_tpot.append((self.now, took))
+                if served.made >= served.ask.answer:
+                    self.decoding.remove(served)
+            self.stepping = []
+
+    def _token(self, served: Served) -> None:
+        if served.made:
+            served.gaps.append(self.now - served.last)
+        else:
+            served.first = self.now
+        served.made += 1
+        served.last = self.now
+        if served.made >= served.ask.answer:
+            self.done.append(served)
+
+    def _decide(self) -> None:
+        for seen in (self.seen_ttft, self.seen_tpot, self.arrived):
+            while seen and seen[0][0] < self.now - WINDOW:
+                seen.popleft()
+        observed = Observed(
+            percentile([v for _, v in self.seen_ttft], 0.9),
+            percentile([v for _, v in self.seen_tpot], 0.9),
+            int(sum(s.left * s.ask.prompt for s in self.waiting)),
+            self.now - self.waiting[0].ask.arrival if self.waiting else 0.0,
+            len(self.decoding),
+            sum(tokens for _, tokens in self.arrived) / WINDOW,
+        )
+        split = self.controller.decide(observed, self.split).split
+        if split != self.split:
+            self.split = split
+            self.changes.append((self.now, split))
+
+
+def chunked(stairs: Stairs, total: int, asks: Sequence[Ask], chunk: int, batch: int = 256) -> Result:
+    """Chunked prefill with mixed batches: every step decodes all and computes up to `chunk` tokens of prompts. A chunk
+    as large as any prompt is prefill first.
+    """
+    waiting: deque[Served] = deque()
+    decoding: list[Served] = []
+    done: list[Served] = []
+    now, place = 0.0, 0
+    while place < len(asks) or waiting or decoding:
+        if not waiting and not decoding:
+            now = max(now, asks[place].arrival)
+        while place < len(asks) and asks[place].arrival <= now:
+            waiting.append(Served(asks[place]))
+            place += 1
+        running, budget, finished = decoding[:batch], chunk - len(decoding[:batch]), []
+        tokens = 0
+        for served in list(waiting):
+            part = min(budget - tokens, round(served.left * served.ask.prompt))
+            if part <= 0:
+                break
+            tokens += part
+            served.left -= part / served.ask.prompt
+            if served.left <= 1e-9:
+                finished.append(waiting.popleft())
+        both = stairs.prefill_seconds(total, tokens), stairs.decode_seconds(total, len(running))
+        now += sum(both) if tokens else both[1]
+        for served in [*running, *finished]:
+            if served.made:
+                served.gaps.append(now - served.last)
+            else:
+                served.first = now
+                decoding.append(served)
+            served.made, served.last = served.made + 1, now
+            if served.made >= served.ask.answer:
+                decoding.remove(served)
+                done.append(served)
+    return Result(done, [], now)

@@ -1,0 +1,106 @@
+"""Controllers in a simulation: convergence, no oscillation, bursts, idle phases, loads beyond reach."""
+
+from itertools import pairwise
+
+import pytest
+
+from tenfold.bench.phases_sim import Ask, Costs, Gpu, chunked, poisson
+from tenfold.engine.phases.controller import Adaptive, Algorithm1, Controller, Split, Staircase, Targets
+from tenfold.engine.phases.latency import Paper, Stairs
+
+TOTAL = 132
+# Shapes of published tables (relative, H800): decode hardly gains above 48 SMs, prefill comes in stairs.
+DECODE = {8: 3.0, 16: 1.76, 24: 1.43, 32: 1.24, 40: 1.16, 48: 1.13, 64: 1.06, 88: 1.03, 132: 1.0}
+PREFILL = {32: 3.72, 48: 2.77, 64: 1.94, 88: 1.53, 120: 1.53, 128: 1.01, 132: 1.0}
+STAIRS = Stairs(
+    {s: ((1, 0.006 * r), (8192, 0.2 * r)) for s, r in PREFILL.items()},
+    {s: ((1, 0.006 * r), (64, 0.0085 * r), (256, 0.016 * r)) for s, r in DECODE.items()},
+)
+SPLITS = [Split(p, TOTAL - p) for p in (32, 48, 64, 88, 120)]
+TARGETS = Targets(ttft=1.0, tpot=0.02)
+MIDDLE = SPLITS[2]
+
+
+def controllers() -> dict[str, Controller]:
+    return {
+        "algorithm 1": Algorithm1(TARGETS, SPLITS, Paper.seeded(TOTAL, 0.05, 0.008), 0.2 / 8192),
+        "staircase": Staircase(TARGETS, SPLITS, STAIRS),
+        "adaptive": Adaptive(Staircase(TARGETS, SPLITS, STAIRS)),
+    }
+
+
+def gpu(controller: Controller, **costs: float) -> Gpu:
+    return Gpu(STAIRS, TOTAL, Costs(**costs), controller, start=MIDDLE)
+
+
+@pytest.mark.parametrize("name", ["algorithm 1", "staircase", "adaptive"])
+def test_every_request_gets_every_token(name: str) -> None:
+    asks = poisson(4, 20, [100, 2000], [5, 60], seed=1)
+    result = gpu(controllers()[name]).run(asks)
+    assert sorted(s.made for s in result.served) == sorted(a.answer for a in asks)
+    assert all(s.ask.arrival < s.first <= s.last for s in result.served)
+
+
+def test_a_request_alone_takes_what_the_table_says() -> None:
+    (served,) = gpu(Staircase(TARGETS, SPLITS, STAIRS)).run([Ask(0.0, 8192, 11)]).served
+    assert served.ttft == pytest.approx(0.2, abs=0.06)  # until the first decision the start's split
+    assert served.tpot == pytest.approx(0.006, rel=0.1)
+
+
+def test_algorithm_1_converges_and_stays() -> None:
+    asks = poisson(3, 60, [4000], [100], seed=2)
+    result = gpu(controllers()["algorithm 1"]).run(asks)
+    late = [at for at, _ in result.splits if at > 30]
+    assert len(late) <= 4
+    assert result.attained(TARGETS) > 0.5
+
+
+@pytest.mark.parametrize("name", ["staircase", "adaptive"])
+def test_borders_do_not_swing_while_both_phases_have_work(name: str) -> None:
+    """Giving all to one phase while the other is idle is no swing."""
+    asks = [Ask(i * 0.3, 8000, 400) for i in range(40)]
+    result = gpu(controllers()[name], together=6.0).run(asks)
+    moves = [split for _, split in result.splits if split.prefill and split.decode]
+    swings = sum(a != b for a, b in pairwise(moves))
+    assert swings <= 10
+
+
+def test_sharing_is_left_only_where_it_fails_the_targets() -> None:
+    asks = poisson(3, 30, [8000], [100], seed=3)
+    for together, apart in ((1.5, False), (8.0, True)):
+        result = gpu(controllers()["adaptive"], together=together).run(asks)
+        used = {split for _, split in result.splits if split.prefill and split.decode}
+        assert any(s.prefill + s.decode == TOTAL for s in used) == apart
+
+
+def test_a_burst_is_worked_off_and_the_gpu_goes_back_to_decodes() -> None:
+    calm = [Ask(i * 1.0, 200, 300) for i in range(10)]
+    burst = [Ask(5.0, 8192, 20) for _ in range(12)]
+    result = gpu(controllers()["adaptive"]).run(sorted(calm + burst, key=lambda a: a.arrival))
+    assert len(result.served) == 22
+    assert result.splits[-1][1].prefill in (0, TOTAL)
+    assert result.gap(0.99) < 0.05
+
+
+def test_beyond_reach_nothing_starves() -> None:
+    asks = poisson(30, 10, [8192], [50], seed=4)
+    result = gpu(controllers()["adaptive"]).run(asks)
+    assert len(result.served) == len(asks)
+    assert result.attained(TARGETS) < 0.5
+    assert result.gap(1.0 - 1e-9) < 2.0  # tokens keep coming
+
+
+def test_chunks_bound_gaps_and_large_ones_do_not() -> None:
+    asks = poisson(2, 30, [8192], [100], seed=5)
+    small, large = (chunked(STAIRS, TOTAL, asks, size) for size in (512, 1 << 20))
+    assert len(small.served) == len(large.served) == len(asks)
+    assert small.gap(0.99) < 0.03 < 0.15 < large.gap(0.99)
+    assert small.latency > 0
+
+
+def test_two_lanes_keep_tokens_coming_where_chunks_do_not() -> None:
+    asks = poisson(2, 30, [8192], [200], seed=6)
+    lanes = gpu(controllers()["adaptive"]).run(asks)
+    mixed = chunked(STAIRS, TOTAL, asks, 2048)
+    assert lanes.gap(0.99) * 2 < mixed.gap(0.99)
+    assert lanes.latency < 1.1 * mixed.latency
