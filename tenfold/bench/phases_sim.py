@@ -1,7 +1,7 @@
 """A discrete-event simulator of a GPU that serves both phases: policies and controllers compared on recorded times.
 
-Nothing here runs a model. Times of prefill and decode on some of the SMs come from a `Stairs` table; what they cost each
-other is a share of the time. Every result is a simulation and is to be called one.
+Nothing here runs a model. Times of prefill and decode on some of the SMs come from a `Stairs` table; what they cost
+each other is a share of the time. Every result is a simulation and is to be called one.
 """
 
 import heapq

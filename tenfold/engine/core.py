@@ -29,6 +29,7 @@ from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Held, Mask, Masks, ahead
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for
 from tenfold.engine.opened import Opened
+from tenfold.engine.phases.loop import Phases
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
@@ -111,6 +112,7 @@ class Engine:
         self._ready: list[Output] = []  # ends that no step brings: aborts, deadlines
         self._requests: dict[str, list[Sequence]] = {}
         self._order = 0
+        self.phases: Phases | None = None  # where prefills and decodes run side by side
         self._reset_counts()
 
     def _reset_counts(self) -> None:
@@ -301,7 +303,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self.scheduler.unfinished or self._inflight or self._ready)
+        going = self._inflight or (self.phases is not None and self.phases.underway is not None)
+        return bool(self.scheduler.unfinished or going or self._ready)
 
     def stats(self) -> Stats:
         return Stats(
@@ -344,6 +347,10 @@ class Engine:
         if self._compiling:
             self._release_compiled()
         outputs, self._ready = self._ready, []
+        if self.phases is not None:
+            self.phases.turn(outputs)
+            self._took(begin)
+            return outputs
         drafts = self._draft(outputs) if self.speculator is not None else None
         drafting, ahead = time.perf_counter() - begin, bool(self._inflight)
         plan = self.scheduler.plan(drafts)
@@ -353,9 +360,7 @@ class Engine:
             launched = self._launch(plan, outputs)
             self._inflight.append((plan, launched))
         elif not self._inflight and self.scheduler.unfinished:
-            outputs += self._give_up()
-            if self._compiling and not outputs:
-                wait([c.matcher for c in self._compiling.values()], COMPILE_WAIT, "FIRST_COMPLETED")
+            self._stand_still(outputs)
         lookahead = 0 if plan.drafts else self.config.lookahead
         if len(self._inflight) > lookahead or (self._inflight and not plan.entries):
             self._collect(outputs)
@@ -363,9 +368,12 @@ class Engine:
             self.speculator.took(plan.tokens, time.perf_counter() - begin - drafting, not ahead)
         if not self._inflight:
             self.masks.start([s for s in self.scheduler.decoding if s.matcher is not None])
+        self._took(begin)
+        return outputs
+
+    def _took(self, begin: float) -> None:
         self._last_seconds = time.perf_counter() - begin
         self._seconds += self._last_seconds
-        return outputs
 
     def _draft(self, outputs: list[Output]) -> dict[Sequence, tuple[int, ...]]:
         """Guesses for the next plan, after the steps in flight were read if need be. A drafter that fails is given
@@ -392,16 +400,16 @@ class Engine:
         if new and self.on_start is not None:
             self.on_start(list(dict.fromkeys(s.request.id for s in new)))
 
-    def _launch(self, plan: StepPlan, outputs: list[Output]) -> "Pending | Isolated":
+    def _launch(self, plan: StepPlan, outputs: list[Output], runner: Runner | None = None) -> "Pending | Isolated":
         """Queue a step. Where grammars decide what may be sampled, the steps before it are read in between: after its
-        model was launched, before its tokens are drawn.
+        model was launched, before its tokens are drawn. runner: of a lane, where there are lanes.
         """
         self._steps += 1
+        runner = runner or self.runner
         try:
-            self.runner.prepare(plan)
+            runner.prepare(plan)
         except Exception as error:
-            logger.exception("%s could not be prepared", plan)
-            return Isolated(plan, [error] * len(plan.entries))
+            return self._unprepared(plan, error)
         held = [e.sequence for e in plan.entries if e.sample and e.sequence.matcher is not None]
         if held and not self._inflight:
             further: list[Held] = [
@@ -410,7 +418,7 @@ class Engine:
             self.masks.start([*held, *further])
         forward: Forward | Exception
         try:
-            forward = self.runner.forward(plan.entries, plan.decodes)
+            forward = runner.forward(plan.entries, plan.decodes)
         except Exception as error:
             forward = error
         while held and self._inflight:
@@ -418,10 +426,14 @@ class Engine:
         try:
             if isinstance(forward, Exception):
                 raise forward
-            return self.runner.sample(forward, self._mask(held, outputs))
+            return runner.sample(forward, self._mask(held, outputs))
         except Exception as error:
             logger.warning("%s failed: %s", plan, error)
-            return self._isolate(plan, error, outputs)
+            return self._isolate(plan, error, outputs, runner)
+
+    def _unprepared(self, plan: StepPlan, error: Exception) -> "Isolated":
+        logger.exception("%s could not be prepared", plan)
+        return failed(plan, error)
 
     def _mask(self, held: list[Sequence], outputs: list[Output]) -> Mask | None:
         """What these sequences may sample next; those whose grammar broke down end."""
@@ -435,7 +447,7 @@ class Engine:
                 outputs.append(self._end(sequence, FinishReason.ERROR, reason))
         return mask
 
-    def _isolate(self, plan: StepPlan, error: Exception, outputs: list[Output]) -> "Isolated":
+    def _isolate(self, plan: StepPlan, error: Exception, outputs: list[Output], runner: Runner) -> "Isolated":
         """Run the entries of a failed step one by one, so that only those at fault end."""
         if len(plan.entries) == 1 and not plan.drafts:
             return Isolated(plan, [error])
@@ -443,19 +455,22 @@ class Engine:
         for i, entry in enumerate(e.undrafted() for e in plan.entries):  # a wrong guess is nobody's fault
             held = [entry.sequence] if entry.sample and entry.sequence.matcher is not None else []
             try:
-                forward = self.runner.forward((entry,), int(i < plan.decodes))
-                results.append(self.runner.sample(forward, self._mask(held, outputs)))
+                forward = runner.forward((entry,), int(i < plan.decodes))
+                results.append(runner.sample(forward, self._mask(held, outputs)))
             except Exception as own:
                 results.append(own)
         return Isolated(plan, results)
 
     def _collect(self, outputs: list[Output]) -> None:
         """Read the oldest step in flight."""
-        plan, pending = self._inflight.popleft()
+        self._read(*self._inflight.popleft(), outputs)
+
+    def _read(self, plan: StepPlan, pending: "Pending | Isolated", outputs: list[Output]) -> None:
+        """Read a step: its sequences go on, or end."""
         try:
             tokens = pending.result()
         except Exception as error:
-            tokens = Isolated(plan, [error] * len(plan.entries)).result()
+            tokens = failed(plan, error).result()
         self.scheduler.retire_step()
         for place, entry in enumerate(plan.entries):
             self._computed += entry.length
@@ -572,6 +587,12 @@ class Engine:
             text = sequence.detokenizer.flush()
         return Output(sequence.request.id, sequence.index, text=text, finish=reason, error=error)
 
+    def _stand_still(self, outputs: list[Output]) -> None:
+        """Nothing runs though something is to be done: wait for a grammar, or give up."""
+        outputs += self._give_up()
+        if self._compiling and not outputs:
+            wait([c.matcher for c in self._compiling.values()], COMPILE_WAIT, "FIRST_COMPLETED")
+
     def _give_up(self) -> list[Output]:
         """Nothing can be planned though nothing runs: the scheduler's invariants exclude it, but better one error
         than a standstill.
@@ -607,6 +628,9 @@ class Isolated:
         self.plan = plan
         self.results = results
 
+    def ready(self) -> bool:
+        return True
+
     def result(self) -> Tokens:
         tokens = Tokens([-1] * len(self.results))
         for place, outcome in enumerate(self.results):
@@ -617,3 +641,8 @@ class Isolated:
             except Exception as error:
                 tokens.errors[place] = f"{type(error).__name__}: {error}"
         return tokens
+
+
+def failed(plan: StepPlan, error: Exception) -> Isolated:
+    """A step of which nothing could be run."""
+    return Isolated(plan, [error] * len(plan.entries))

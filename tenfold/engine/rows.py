@@ -5,6 +5,7 @@ so those of a step in flight are never overwritten; their tensors are made anew 
 so that a steady decode step costs a handful of vector operations on the host.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -141,6 +142,13 @@ class Rows:
         self._buffers = [Buffer(place) for _ in range(2 * (lookahead + 1))]
         self._turn = 0
         self.apart = device.type != "cpu"
+
+    def twin(self) -> "Rows":
+        """The same rows for steps of another lane, whose inputs must not be overwritten by those of this one."""
+        other = copy.copy(self)
+        place = None if self._buffers[0].place is None else Place(self.last_token.device)
+        other._buffers = [Buffer(place) for _ in self._buffers]
+        return other
 
     def gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, of which the first `decodes` are single sampled tokens."""

@@ -5,6 +5,8 @@ what grammars allow is needed only by the second. `Pending.result` waits for the
 Steps run in the order of their launches, and a later one may use tokens of an earlier one that nobody has read yet.
 """
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +69,14 @@ class Runner:
         self._sample_plan: SamplePlan | None = None
         self._planned_for: tuple[Sequence, ...] = ()
 
+    def twin(self, model: Model) -> "Runner":
+        """The same rows and sampler for steps of another lane; model: the same weights, with what is the lane's own."""
+        other = copy.copy(self)
+        other.model, other.rows = model, self.rows.twin()
+        other._copies = None if self._copies is None else torch.cuda.Stream(self.device)
+        other._sample_plan, other._planned_for = None, ()
+        return other
+
     def prepare(self, plan: StepPlan) -> None:
         """What a plan needs before its entries run: rows of new sequences, and page copies. Done once a plan."""
         for source, target in plan.rooms:
@@ -96,6 +106,16 @@ class Runner:
                 return Forward(pending)
             batch = self.rows.gather(rest, decodes)
             return Forward(pending, batch, self.model.forward(batch.step))
+
+    @torch.inference_mode()
+    def gradually(self, entries: tuple[Entry, ...], layers: int) -> "Iterator[Forward | None]":
+        """`forward` of chunks, in slices of so many layers: None after each that is not the last."""
+        if any(e.sequence.request.pool is not None for e in entries):
+            yield self.forward(entries, 0)
+            return
+        batch = self.rows.gather(entries, 0)
+        for logits in self.model.gradually(batch.step, layers):
+            yield None if logits is None else Forward(Pending(entries, self._copies), batch, logits)
 
     def sample(self, forward: "Forward", mask: Mask | None = None) -> "Pending":
         """The tokens of a step whose model has run; mask: for its rows with a grammar. Changes what the next step
@@ -195,6 +215,10 @@ class Pending:
                 self._event = torch.cuda.Event()
                 self._event.record()
             result.tokens.record_stream(self._copies)
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._event is None or self._event.query()
 
     def result(self) -> Tokens:
         if self._event is not None:

@@ -217,6 +217,33 @@ class Scheduler:
                 given[sequence] = count
         return given
 
+    def plan_decodes(self) -> StepPlan:
+        """The next step of decodes alone. No entries while some could go on means: read the steps in flight first."""
+        short = [s for s in self.decoding if self._needs_page(s)]
+        if short and not self._make_room(short):
+            return StepPlan(self._number, ())
+        for sequence in short:
+            if sequence.status is Status.DECODE:
+                sequence.pages += self.pool.allocate()
+        entries, _ = self._plan_decodes({})
+        return self._planned(entries, len(entries))
+
+    def plan_prefills(self) -> StepPlan:
+        """The next step of chunks alone. Its sequences take part in no step before it was read. No entries while some
+        wait for pages or rows, or for a better priority to get them: read the steps in flight first.
+        """
+        if self._parting:
+            self._copy_rooms()
+        if self.queue and not self._make_way():
+            return StepPlan(self._number, ())
+        entries: list[Entry] = []
+        admitted: list[Sequence] = []
+        copies: list[tuple[int, int]] = []
+        self._plan_prefills(entries, admitted, copies, True)
+        for entry in entries:
+            entry.sequence.verifying = True
+        return self._planned(entries, 0, admitted, copies)
+
     def plan(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None) -> StepPlan:
         """The next step. No entries while work is left means: read the steps in flight first, then plan again.
         drafts: no longer than `reserve` allowed; no step is in flight where there are any.
@@ -240,6 +267,16 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         if self.prefilling or (self.queue and not crowded):
             self._plan_prefills(entries, admitted, copies, not crowded)
+        return self._planned(entries, decodes, admitted, copies)
+
+    def _planned(
+        self,
+        entries: list[Entry],
+        decodes: int,
+        admitted: Iterable[Sequence] = (),
+        copies: Iterable[tuple[int, int]] = (),
+    ) -> StepPlan:
+        """A step that is now in flight, unless nothing is to be done."""
         if not entries:
             return StepPlan(self._number, ())
         self._number += 1

@@ -86,7 +86,7 @@ class Sequence:
         self.done = 0
         self.pending = 0  # tokens sampled by steps not yet read
         self.inflight = 0  # steps not yet read that touch it
-        self.verifying = False  # a step not yet read has drafts of it: how far that brings it is not known
+        self.verifying = False  # where it stands is not known: a step not yet read has drafts of it, or is of a lane
         self.drafted = 0  # leading tokens whose K and V the draft model has, since the sequence got its row
         self.guess: Any = None  # what speculation knows of it (speculate.guess.Guess)
         self.charged = 0  # leading tokens its user was charged for; work repeated after preemption is free

@@ -3,7 +3,7 @@
 A family file holds its config reading and its block, whose `__call__` is the family's forward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -158,6 +158,15 @@ class Decoder:
     def hidden(self, step: Step) -> Tensor:
         """Final normed states [T, hidden_size] of all tokens (for embeddings)."""
         return self.norm(self._states(step))
+
+    def gradually(self, step: Step, layers: int) -> Iterator[Tensor | None]:
+        """`forward` in slices of so many layers: None after each that is not the last, then the logits."""
+        x = self.embed(step.token_ids)
+        for done, block in enumerate(self.blocks, 1):
+            x = block(x, step)
+            if done % layers == 0 and done < len(self.blocks):
+                yield None
+        yield self.head(x[step.logits_rows], self.norm)
 
     def _logits(self, step: Step) -> Tensor:
         states = self._states(step)

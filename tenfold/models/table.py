@@ -1,6 +1,6 @@
 """Which model families are known, and the two ways in: `model_config` (sizes, before loading) and `build_model`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,6 +31,10 @@ class Model(Protocol):
 
     def hidden(self, step: Step) -> Tensor:
         """Final normed states [T, hidden_size]."""
+        ...
+
+    def gradually(self, step: Step, layers: int) -> Iterator[Tensor | None]:
+        """`forward` in slices of so many layers: None after each that is not the last, then the logits."""
         ...
 
 

@@ -3,7 +3,7 @@
 Wrong pages, leaks, a bad copy-on-write or a page shared too early change what it reads, and so its tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +66,12 @@ class FakeModel:
         for i, row in enumerate(step.logits_rows.tolist()):
             logits[i, next_token(histories[row])] = 9.0
         return logits
+
+    def gradually(self, step: Step, layers: int) -> Iterator[Tensor | None]:
+        """Computes in the last of three slices, so that whoever overwrites its inputs or pages before is found out."""
+        yield None
+        yield None
+        yield self.forward(step)
 
     def hidden(self, step: Step) -> Tensor:
         """[own token, length of the history]."""
@@ -341,7 +347,12 @@ def check_pages(engine: Engine) -> None:
     for sequence in [*scheduler.decoding, *scheduler.prefilling]:
         index = sequence.computed // engine.config.page_size
         assert all(pool.references[p] == 1 for p in sequence.pages[index:]), "a page to be written has another owner"
-    for plan, _ in engine._inflight:
+    flying = [plan for plan, _ in engine._inflight]
+    if engine.phases is not None and engine.phases.underway is not None:
+        flying.append(engine.phases.underway.plan)
+        beside = {id(e.sequence) for plan in flying[:-1] for e in plan.entries}
+        assert not beside & {id(e.sequence) for e in flying[-1].entries}, "a sequence is in both lanes"
+    for plan in flying:
         for entry in plan.entries:
             assert entry.sequence.row == entry.row, "a row was given away though a step in flight uses it"
             assert len(entry.sequence.pages) * engine.config.page_size >= entry.start + entry.length

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
 from tests.engine.fake import (
     EOS,
@@ -39,8 +40,10 @@ class Schedules(RuleBasedStateMachine):
         speculate=st.sampled_from(["", "guesses", "a draft model"]),
         apart=st.booleans(),
         kv_cache=st.sampled_from(["auto", "fp8", "k2v2g16w6s1", "k2v2g16w40s0"]),
+        lanes=st.booleans(),
     )
-    def start(self, pages: int, page_size: int, speculate: str, apart: bool, **sizes: Any) -> None:
+    def start(self, pages: int, page_size: int, speculate: str, apart: bool, lanes: bool, **sizes: Any) -> None:
+        speculate = "" if lanes else speculate
         logging.getLogger("tenfold").setLevel(logging.ERROR)  # steps that fail are part of the plan
         self.clock = Clock()
         self.model = FakeModel()
@@ -55,6 +58,8 @@ class Schedules(RuleBasedStateMachine):
             speculating(self.engine, Guesses() if speculate == "guesses" else None)
             watch_drafts(self.engine)
             self.engine.runner.rows.apart = apart
+        if lanes:
+            self.engine.phases = Phases(self.engine)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[Output]] = {}
         self.ended: set[str] = set()  # aborted or late

@@ -1,0 +1,103 @@
+"""Prefills and decodes in lanes beside each other: tokens, order, faults; random lives are in test_schedules.py."""
+
+from typing import Any
+
+import pytest
+
+from tenfold.engine.core import Engine
+from tenfold.engine.phases.loop import Phases
+from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
+from tests.engine import fake, test_grammar
+from tests.engine.test_invariance import Case, answer, case
+
+__all__ = ["case"]
+LONG = tuple((3 * i) % 40 for i in range(40))
+
+
+def laned(engine: Engine) -> Engine:
+    engine.phases = Phases(engine)
+    return engine
+
+
+def test_tokens_keep_coming_while_a_prompt_is_computed() -> None:
+    engine = laned(fake.make_engine(max_step_tokens=64, max_model_len=96))
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=30)))
+    for _ in range(3):
+        engine.step()
+    engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=3)))
+    order: list[str] = []
+    while "b" not in order:
+        order += [o.request_id for o in engine.step()]
+        fake.check_pages(engine)
+    assert order.count("a") >= 3  # a token for each of the fake model's slices
+    engine.abort("a")
+    fake.drain(engine)
+
+
+def test_a_prompt_alone_is_computed_at_once() -> None:
+    engine = laned(fake.make_engine(max_step_tokens=64, max_model_len=96))
+    engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=1)))
+    outputs = engine.step()
+    assert [o.request_id for o in outputs] == ["b"]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_answers_are_those_of_one_lane(case: Case, lookahead: int) -> None:
+    engine = laned(case.engine(max_batch=9, lookahead=lookahead, max_step_tokens=20))
+    answer(case, engine, list(range(9)), [2] * 9)
+    answer(case, engine, [8, 5, 2, 7], n=2)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_answers_are_those_of_one_lane_after_preemption(case: Case, lookahead: int) -> None:
+    engine = laned(case.engine(pages=9, max_batch=5, lookahead=lookahead, prefix_cache=False))
+    answer(case, engine, [0, 1, 2, 3, 4, 5], [1] * 6)
+    assert engine.stats().preemptions > 0
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_prompt_that_fails_ends_alone(lookahead: int) -> None:
+    model = fake.FakeModel()
+    model.fail_on = 41
+    engine = laned(fake.make_engine(model, lookahead=lookahead, max_model_len=96))
+    engine.add(Request("good", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=12)))
+    outputs = engine.step()
+    engine.add(Request("bad", (1, 41, 3), SamplingParams(temperature=0.0, max_tokens=12)))
+    engine.add(Request("late", (4, 5), SamplingParams(temperature=0.0, max_tokens=2)))
+    outputs += fake.drain(engine)
+    ends = {o.request_id: o for o in outputs if o.finish is not None}
+    assert ends["bad"].finish is FinishReason.ERROR
+    assert "not digestible" in (ends["bad"].error or "")
+    for name, prompt, limit in (("good", (1, 2, 3), 15), ("late", (4, 5), 4)):
+        assert fake.answers([o for o in outputs if o.request_id == name])[name, 0] == fake.reference(prompt, limit)
+
+
+def test_grammars_hold_in_both_lanes() -> None:
+    kinds = [Grammar("regex", "[a-m]{4}( [n-z]{2})*"), test_grammar.schema(test_grammar.SCHEMAS["object"]), None]
+
+    def answers(lanes: bool) -> dict[tuple[str, int], list[int]]:
+        engine = test_grammar.make_engine(lookahead=1)
+        if lanes:
+            laned(engine)
+        outputs = []
+        for i in range(6):
+            params = SamplingParams(temperature=0.0, max_tokens=30, grammar=kinds[i % 3])
+            engine.add(Request(str(i), tuple(range(5, 30 + i)), params))
+            outputs += engine.step()
+        return fake.answers([*outputs, *fake.drain(engine)])
+
+    assert answers(True) == answers(False)
+
+
+def test_an_abort_in_the_middle_of_a_prefill_gives_everything_back() -> None:
+    engine = laned(fake.make_engine(max_step_tokens=64, max_model_len=96))
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=30)))
+    engine.step()
+    engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=3)))
+    engine.step()
+    assert engine.phases is not None
+    assert engine.phases.underway is not None
+    engine.abort("b")
+    outputs: list[Any] = fake.drain(engine)
+    assert [o.finish for o in outputs if o.request_id == "b"] == [FinishReason.ABORT]
+    assert engine.stats().pages_used == 0
