@@ -34,7 +34,7 @@ _ARGMAX = Struct("@2P2q")
 _MAP = Struct("@2Pqi")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum tf_type
 _ACTS = {None: 0, "silu": 1, "gelu_tanh": 2}
-_LONGEST_HEAD = 1024  # features; LONGEST_HEAD in csrc/elementwise_simd.c
+_LONGEST_HEAD = 1024  # features; LONGEST_HEAD in csrc/heads.h
 _OPERATIONS = ("_norm", "_gather", "_rows", "_linear", "_rope_write", "_attend", "_argmax", "_map")
 _F32 = torch.float32
 

@@ -15,6 +15,7 @@ typedef struct {
 
 typedef struct {
     const tf_attend_args *args;
+    const tf_attend_plan *plan;
     tf_unit *units;
     item *items;
     int count;
@@ -26,8 +27,13 @@ static int32_t first_key(const tf_attend_args *a, int32_t position) {
 
 static int heads_per_unit(const tf_attend_args *a) { return TF_MIN(a->heads / a->kv_heads, TF_UNIT_ROWS); }
 
-static int64_t count_units(const tf_attend_args *a) {
-    const int group = a->heads / a->kv_heads, heads = heads_per_unit(a), queries = TF_UNIT_ROWS / heads;
+static int queries_per_unit(const attend_job *job) {
+    return TF_MIN(TF_UNIT_ROWS / heads_per_unit(job->args), job->plan->queries);
+}
+
+static int64_t count_units(const attend_job *job) {
+    const tf_attend_args *a = job->args;
+    const int group = a->heads / a->kv_heads, heads = heads_per_unit(a), queries = queries_per_unit(job);
     int64_t units = 0;
     for (int r = 0; r < a->requests; r++)
         units += (int64_t)TF_CEIL(a->query_start[r + 1] - a->query_start[r], queries) * a->kv_heads * TF_CEIL(group, heads);
@@ -54,8 +60,10 @@ static tf_unit *add_unit(const tf_attend_args *a, tf_unit *u, int request, int k
 }
 
 /* The last queries of a prompt see most keys; they come first, so that no long item is left for the end. */
-static void list_units(const tf_attend_args *a, tf_unit *u) {
-    const int block = TF_UNIT_ROWS / heads_per_unit(a);
+static void list_units(const attend_job *job) {
+    const tf_attend_args *a = job->args;
+    const int block = queries_per_unit(job);
+    tf_unit *u = job->units;
     for (int r = 0; r < a->requests; r++) {
         const int queries = a->query_start[r + 1] - a->query_start[r];
         for (int first = (queries - 1) / block * block; queries > 0 && first >= 0; first -= block)
@@ -66,10 +74,10 @@ static void list_units(const tf_attend_args *a, tf_unit *u) {
 static void run_item(void *ctx, int tile, int thread) {
     const attend_job *job = ctx;
     const tf_attend_args *a = job->args;
-    const struct tf_attention_ops *ops = TF_PICK(tf_attention_ops);
+    const struct tf_attention_ops *ops = job->plan->ops;
     const item *it = &job->items[tile];
     tf_unit *u = &job->units[it->unit];
-    float *scratch = tf_scratch(thread, (size_t)tf_attend_scratch_floats(a, ops->width) * sizeof(float));
+    float *scratch = tf_scratch(thread, (size_t)job->plan->scratch_floats * sizeof(float));
     if (!u->partials) {
         ops->whole(a, u, scratch);
         return;
@@ -126,22 +134,23 @@ static work work_of(const tf_attend_args *a, const tf_unit *units, int64_t count
     return w;
 }
 
-void tf_attend(const tf_attend_args *a) {
-    const int64_t units = count_units(a), partial_floats = tf_partial_floats(a, TF_PICK(tf_attention_ops)->width);
+void tf_attend_units(const tf_attend_args *a, const tf_attend_plan *plan) {
+    attend_job job = {a, plan, NULL, NULL, 0};
+    const int64_t units = count_units(&job), partial_floats = tf_partial_floats(a, plan->ops->width);
     if (units == 0) return;
     tf_begin();
     const int64_t most_items = units + tf_threads() * ITEMS_PER_THREAD * 2;
     const size_t unit_bytes = (size_t)tf_padded(units * (int64_t)sizeof(tf_unit), TF_ALIGN);
     const size_t item_bytes = (size_t)tf_padded(most_items * (int64_t)sizeof(item), TF_ALIGN);
-    attend_job job = {a, tf_shared(unit_bytes), NULL, 0};
-    list_units(a, job.units);
+    job.units = tf_shared(unit_bytes);
+    list_units(&job);
     const work w = work_of(a, job.units, units);
     const int alone = tf_threads() == 1 || w.products < SMALL_PRODUCTS;
     const int64_t tiles = alone ? w.tiles + 1 : TF_CEIL(w.tiles, (int64_t)tf_threads() * ITEMS_PER_THREAD);
     const int64_t floats = plan_items(&job, units, TF_MAX(1, tiles), partial_floats);
     char *memory = tf_shared(unit_bytes + item_bytes + (size_t)floats * sizeof(float)); /* may move */
     job.units = (tf_unit *)memory;
-    list_units(a, job.units);
+    list_units(&job);
     job.items = (item *)(memory + unit_bytes);
     plan_items(&job, units, TF_MAX(1, tiles), partial_floats);
     assign_partials(&job, units, TF_MAX(1, tiles), partial_floats, (float *)(memory + unit_bytes + item_bytes));
@@ -150,4 +159,10 @@ void tf_attend(const tf_attend_args *a) {
     else
         tf_parallel(job.count, run_item, &job);
     tf_end();
+}
+
+void tf_attend(const tf_attend_args *a) {
+    const struct tf_attention_ops *ops = TF_PICK(tf_attention_ops);
+    const tf_attend_plan plan = {ops, TF_UNIT_ROWS, tf_attend_scratch_floats(a, ops->width)};
+    tf_attend_units(a, &plan);
 }

@@ -1,4 +1,5 @@
-/* Attention over pages: units, tiles and partial results, shared by attention.c (who does what) and attention_simd.c (arithmetic).
+/* Attention over pages: units, tiles and partial results, shared by attention.c (who does what) and the sources of the arithmetic,
+ * attention_simd.c and packed_simd.c, which have attention_tile.h in common.
  *
  * Keys are cut into tiles of TF_KV_TILE at fixed positions of the sequence. A tile gives each query row its own partial result
  * (maximum m, sum l of exp(s - m), the sum of exp(s - m) v); partial results are folded together from the first tile to the last.
@@ -35,6 +36,16 @@ struct tf_attention_ops {
     void (*part)(const tf_attend_args *args, const tf_unit *unit, int begin, int end, float *scratch);
     void (*fold)(const tf_attend_args *args, const tf_unit *unit, float *scratch);
 };
+
+/* Who does the arithmetic of an attention. */
+typedef struct {
+    const struct tf_attention_ops *ops;
+    int32_t queries;        /* of a unit at most */
+    int64_t scratch_floats; /* of a thread */
+} tf_attend_plan;
+
+/* All units of an attention, over the threads. */
+void tf_attend_units(const tf_attend_args *args, const tf_attend_plan *plan);
 
 TF_INLINE int64_t tf_padded(int64_t n, int64_t width) { return (n + width - 1) / width * width; }
 /* A row of partials: the sum over keys [head_dim padded to the vector], then m and l. */
