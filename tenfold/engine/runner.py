@@ -6,7 +6,6 @@ Steps run in the order of their launches, and a later one may use tokens of an e
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -107,15 +106,22 @@ class Runner:
             batch = self.rows.gather(rest, decodes)
             return Forward(pending, batch, self.model.forward(batch.step))
 
-    @torch.inference_mode()
-    def gradually(self, entries: tuple[Entry, ...], layers: int) -> "Iterator[Forward | None]":
-        """`forward` of chunks, in slices of so many layers: None after each that is not the last."""
-        if any(e.sequence.request.pool is not None for e in entries):
-            yield self.forward(entries, 0)
-            return
-        batch = self.rows.gather(entries, 0)
-        for logits in self.model.gradually(batch.step, layers):
-            yield None if logits is None else Forward(Pending(entries, self._copies), batch, logits)
+    def begin(self, entries: tuple[Entry, ...]) -> "Slices":
+        """Chunks of a prepared plan, to be run in slices of a few layers."""
+        pooled = any(e.sequence.request.pool is not None for e in entries)
+        return Slices(entries, None if pooled else self.rows.gather(entries, 0))
+
+    def advance(self, slices: "Slices", layers: int) -> "Forward | None":
+        """Run so many more layers; None where some are left. Chunks that are pooled run at once."""
+        if slices.batch is None:
+            return self.forward(slices.entries, 0)
+        with torch.inference_mode():
+            end = min(slices.done + layers, self.model.config.layers)
+            slices.x = self.model.part(slices.batch.step, slices.x, range(slices.done, end))
+            slices.done = end
+        if end < self.model.config.layers:
+            return None
+        return Forward(Pending(slices.entries, self._copies), slices.batch, slices.x)
 
     def sample(self, forward: "Forward", mask: Mask | None = None) -> "Pending":
         """The tokens of a step whose model has run; mask: for its rows with a grammar. Changes what the next step
@@ -176,6 +182,16 @@ class Runner:
             for e, part in zip(entries, parts)
         }
         return {i: pooled[id(e)] for i, e in enumerate(plan_entries) if id(e) in pooled}
+
+
+@dataclass(slots=True, eq=False)
+class Slices:
+    """A forward of chunks of which the first `done` layers have run; x: what they gave."""
+
+    entries: tuple[Entry, ...]
+    batch: Batch | None
+    x: Tensor | None = None
+    done: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

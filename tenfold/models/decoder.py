@@ -3,7 +3,7 @@
 A family file holds its config reading and its block, whose `__call__` is the family's forward.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,14 +159,13 @@ class Decoder:
         """Final normed states [T, hidden_size] of all tokens (for embeddings)."""
         return self.norm(self._states(step))
 
-    def gradually(self, step: Step, layers: int) -> Iterator[Tensor | None]:
-        """`forward` in slices of so many layers: None after each that is not the last, then the logits."""
-        x = self.embed(step.token_ids)
-        for done, block in enumerate(self.blocks, 1):
-            x = block(x, step)
-            if done % layers == 0 and done < len(self.blocks):
-                yield None
-        yield self.head(x[step.logits_rows], self.norm)
+    def part(self, step: Step, x: Tensor | None, layers: range) -> Tensor:
+        """Some layers of `forward`: x is what the layers before gave, None for the first; the last give the logits."""
+        if x is None:
+            x = self.embed(step.token_ids)
+        for layer in layers:
+            x = self.blocks[layer](x, step)
+        return x if layers.stop < len(self.blocks) else self.head(x[step.logits_rows], self.norm)
 
     def _logits(self, step: Step) -> Tensor:
         states = self._states(step)

@@ -1,6 +1,6 @@
 """Which model families are known, and the two ways in: `model_config` (sizes, before loading) and `build_model`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,8 +33,8 @@ class Model(Protocol):
         """Final normed states [T, hidden_size]."""
         ...
 
-    def gradually(self, step: Step, layers: int) -> Iterator[Tensor | None]:
-        """`forward` in slices of so many layers: None after each that is not the last, then the logits."""
+    def part(self, step: Step, x: Tensor | None, layers: range) -> Tensor:
+        """Some layers of `forward`: x is what the layers before gave, None for the first; the last give the logits."""
         ...
 
 

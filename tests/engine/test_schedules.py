@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tenfold.engine.phases.lanes import OneStream
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
 from tests.engine.fake import (
@@ -59,7 +60,7 @@ class Schedules(RuleBasedStateMachine):
             watch_drafts(self.engine)
             self.engine.runner.rows.apart = apart
         if lanes:
-            self.engine.phases = Phases(self.engine)
+            self.engine.phases = Phases(self.engine, OneStream(self.engine.runner), slice=1)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[Output]] = {}
         self.ended: set[str] = set()  # aborted or late

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tenfold.engine.core import Engine
+from tenfold.engine.phases.lanes import OneStream
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
 from tests.engine import fake, test_grammar
@@ -15,7 +16,7 @@ LONG = tuple((3 * i) % 40 for i in range(40))
 
 
 def laned(engine: Engine) -> Engine:
-    engine.phases = Phases(engine)
+    engine.phases = Phases(engine, OneStream(engine.runner), slice=1)
     return engine
 
 
@@ -29,7 +30,7 @@ def test_tokens_keep_coming_while_a_prompt_is_computed() -> None:
     while "b" not in order:
         order += [o.request_id for o in engine.step()]
         fake.check_pages(engine)
-    assert order.count("a") >= 3  # a token for each of the fake model's slices
+    assert order.count("a") >= 2  # a token for each of the two layers
     engine.abort("a")
     fake.drain(engine)
 
@@ -51,7 +52,7 @@ def test_answers_are_those_of_one_lane(case: Case, lookahead: int) -> None:
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_answers_are_those_of_one_lane_after_preemption(case: Case, lookahead: int) -> None:
     engine = laned(case.engine(pages=9, max_batch=5, lookahead=lookahead, prefix_cache=False))
-    answer(case, engine, [0, 1, 2, 3, 4, 5], [1] * 6)
+    answer(case, engine, [0, 1, 2, 3, 4, 5])
     assert engine.stats().preemptions > 0
 
 
