@@ -3,9 +3,10 @@
 A family file holds its config reading and its block, whose `__call__` is the family's forward.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from tenfold.nn.norm import RMSNorm
 from tenfold.nn.rope import rope_table
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import proven_phi, score_bound
-from tenfold.ops.kernels import AttentionSpec, Heads, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import load_phi
+
+LAYERS = ("tenfold.nn.", "tenfold.models.")  # modules whose objects are layers
+T = TypeVar("T")
 
 
 class Block(Protocol):
@@ -151,6 +155,12 @@ class Decoder:
     def embed_scale(self, config: ModelConfig, dtype: torch.dtype) -> float:
         return 1.0
 
+    def on(self, kernels: Kernels) -> Self:
+        """The same weights on other kernels, with recordings and graphs of its own."""
+        other = on_kernels(self, kernels)
+        other._replay, other._graph = kernels.replay(), kernels.graph()
+        return other
+
     def forward(self, step: Step) -> Tensor:
         """Logits [len(step.logits_rows), vocab] float32 of the tokens that ask for them."""
         return self._graph(self._logits, step)
@@ -180,6 +190,19 @@ class Decoder:
         for block in self.blocks:
             x = block(x, step)
         return x
+
+
+def on_kernels(layer: T, kernels: Kernels) -> T:
+    """A copy of a layer, and of the layers it is made of, on other kernels; weights are shared."""
+    made = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if name == "kernels":
+            setattr(made, name, kernels)
+        elif isinstance(value, list):
+            setattr(made, name, [on_kernels(each, kernels) for each in value])
+        elif hasattr(value, "__dict__") and type(value).__module__.startswith(LAYERS):
+            setattr(made, name, on_kernels(value, kernels))
+    return made
 
 
 def make_norm(weights: Weights, name: str, size: int, eps: float, unit: float) -> RMSNorm:

@@ -8,6 +8,7 @@ from torch import Tensor
 from tenfold.base.table import entry
 from tenfold.models.config import ConfigError, ModelConfig
 from tenfold.nn.step import Step
+from tenfold.ops.kernels import Kernels
 from tenfold.weights.load import Weights
 
 MODELS = {
@@ -31,6 +32,10 @@ class Model(Protocol):
 
     def hidden(self, step: Step) -> Tensor:
         """Final normed states [T, hidden_size]."""
+        ...
+
+    def on(self, kernels: Kernels) -> "Model":
+        """The same weights on other kernels, with recordings and graphs of its own."""
         ...
 
     def part(self, step: Step, x: Tensor | None, layers: range) -> Tensor:

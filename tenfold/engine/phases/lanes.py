@@ -4,19 +4,30 @@ A lane has a runner of its own, over the rows and the sampler that both share, s
 are not overwritten by the other phase's.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from tenfold.engine.phases.controller import Split
 from tenfold.engine.runner import Runner, Slices
+from tenfold.ops.gpu import green
+from tenfold.ops.gpu.green import Part
+
+if TYPE_CHECKING:
+    from tenfold.ops.gpu.native import Gpu
 
 
 class Lanes(Protocol):
     """Where decodes and prefills run now. What is launched in such a context goes to the lane's stream."""
 
-    def decode(self) -> "Lane": ...
+    def decode(self) -> Lane: ...
 
-    def prefill(self, slices: Slices | None) -> "Lane":
+    def prefill(self, slices: Slices | None) -> Lane:
         """slices: of the prefill that goes on here, None where one begins."""
         ...
 
@@ -24,6 +35,63 @@ class Lanes(Protocol):
 class Lane(Protocol):
     def __enter__(self) -> Runner: ...
     def __exit__(self, *rest: object) -> None: ...
+
+
+class GreenLanes:
+    """Disjoint groups of a GPU's SMs for the phases, one pair of streams for each split, and two that share all SMs.
+
+    Every lane has kernels that count its SMs, with workspaces of their own, and so graphs of its own; weights, rows,
+    sampler and KV store are one. A phase changes its lane between two of its launches: the new stream waits for what is
+    queued on the old one, and the host for nothing.
+    """
+
+    def __init__(self, runner: Runner, kernels: Gpu, sizes: Sequence[int]) -> None:
+        """sizes: SMs of prefill in each split. Raises RuntimeError where the driver refuses one."""
+        self.device = runner.device
+        self.total = kernels.sms
+        self._decodes: dict[Split, _GreenLane] = {}
+        self._prefills: dict[Split, _GreenLane] = {}
+        pairs = [green.split(self.device, size) for size in sizes]
+        whole = [Part(self.total, torch.cuda.Stream(self.device, priority=p)) for p in (0, -1)]
+        for prefill, decode in (whole, *pairs):
+            split = Split(prefill.sms, decode.sms)
+            for lanes, part in ((self._prefills, prefill), (self._decodes, decode)):
+                own = kernels.on(part.sms)
+                lanes[split] = _GreenLane(part, runner.twin(runner.model.on(own)))
+        self.shared = Split(self.total, self.total)
+        self.splits = [split for split in self._decodes if split != self.shared]
+        self._decode, self._prefill = self._decodes[self.shared], self._prefills[self.shared]
+
+    def use(self, split: Split) -> None:
+        """From the next launches on. A phase that gets no SMs keeps its lane, and has nothing to launch."""
+        if split.decode:
+            self._decode = self._moved(self._decode, self._decodes.get(split, self._decodes[self.shared]))
+        if split.prefill:
+            self._prefill = self._moved(self._prefill, self._prefills.get(split, self._prefills[self.shared]))
+
+    def _moved(self, old: _GreenLane, new: _GreenLane) -> _GreenLane:
+        if old is not new:
+            new.part.stream.wait_stream(old.part.stream)
+        return new
+
+    @contextmanager
+    def decode(self) -> Iterator[Runner]:
+        with torch.cuda.stream(self._decode.part.stream):
+            yield self._decode.runner
+
+    @contextmanager
+    def prefill(self, slices: Slices | None) -> Iterator[Runner]:
+        stream = self._prefill.part.stream
+        if slices is not None and slices.x is not None:
+            slices.x.record_stream(stream)  # it may have been made on another
+        with torch.cuda.stream(stream):
+            yield self._prefill.runner
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _GreenLane:
+    part: Part
+    runner: Runner
 
 
 class OneStream:

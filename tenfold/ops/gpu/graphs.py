@@ -95,7 +95,7 @@ class Graphs:
         own = results.nbytes <= SMALL
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._place(), capture_error_mode="thread_local"):
                 if own:
                     results = forward(step)
                 else:
@@ -107,6 +107,13 @@ class Graphs:
             return None
         self.captures += 1
         return Captured(graph, results, step)
+
+    def _place(self) -> Any:
+        """The stream to capture on: a graph's kernels keep to the SMs of that stream, so the current one; the default
+        one cannot be captured.
+        """
+        current = torch.cuda.current_stream()
+        return self._stream if current == torch.cuda.default_stream() else current
 
     def _reserve(self, like: Tensor) -> None:
         """A buffer for results of this shape. Graphs captured before keep the one they write to."""

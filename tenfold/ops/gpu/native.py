@@ -4,6 +4,7 @@ Each operation runs the arm that the table of choices picks, else a rule. What n
 plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a library's, reads the same bytes.
 """
 
+import copy
 import time
 from collections.abc import Sequence
 
@@ -53,6 +54,14 @@ class Gpu(Oracle):
         self._unified = False  # whether any layer runs with a unified maximum
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self._count_at = 0.0
+
+    def on(self, sms: int) -> "Gpu":
+        """The same kernels for streams that have so many of the SMs, with workspaces of their own."""
+        other = copy.copy(self)
+        other.sms = sms
+        other.arms = arms.Arms(self.device, self.dtype, sms, self.arms.table, self.options.gemm)
+        other.attending = Attending(self.device, sms, self.attending.table, self.options.merge)
+        return other
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         """Packed parts of one format stay packed; all else becomes dense in the compute type."""

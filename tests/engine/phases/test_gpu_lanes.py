@@ -1,0 +1,121 @@
+"""Lanes on a GPU: disjoint multiprocessors, the same tokens, changes of the border in the middle of everything."""
+
+import random
+import time
+
+import pytest
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.core import Engine
+from tenfold.engine.phases.controller import Split
+from tenfold.engine.phases.lanes import GreenLanes
+from tenfold.engine.phases.loop import Phases
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.ops.gpu import green, nvrtc
+from tests.engine import fake
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+MODEL = "shape:llama-3.2-1b@layers=4"
+
+
+def engine(lookahead: int = 1) -> Engine:
+    return Engine.load(
+        EngineConfig(
+            model=MODEL,
+            device="cuda",
+            kernels="native",
+            max_batch=16,
+            max_model_len=2048,
+            max_step_tokens=1024,
+            kv_memory=1 << 30,
+            lookahead=lookahead,
+        ),
+        tokens_only=True,
+    )
+
+
+def asks(seed: int, count: int = 24) -> list[Request]:
+    draw = random.Random(seed)
+    return [
+        Request(
+            str(i),
+            tuple(draw.choices(range(100, 20_000), k=draw.choice([3, 40, 300, 1500]))),
+            SamplingParams(temperature=0.0, max_tokens=draw.randint(1, 40), ignore_eos=True),
+        )
+        for i in range(count)
+    ]
+
+
+def run(own: Engine, requests: list[Request], every: int = 2) -> dict[tuple[str, int], list[int]]:
+    outputs = []
+    for request in requests:
+        own.add(request)
+        for _ in range(every):
+            outputs += own.step()
+    return fake.answers([*outputs, *fake.drain(own)])
+
+
+def agreement(a: dict[tuple[str, int], list[int]], b: dict[tuple[str, int], list[int]]) -> float:
+    """Share of answers that begin alike for as long as rounding can be trusted: their first two tokens."""
+    assert set(a) == set(b)
+    assert all(len(a[k]) == len(b[k]) for k in a)
+    return sum(a[k][:2] == b[k][:2] for k in a) / len(a)
+
+
+def test_the_parts_of_a_split_have_no_multiprocessor_in_common() -> None:
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    for size in (32, 64, 96):
+        group, rest = green.split(torch.device("cuda"), size)
+        assert (group.sms, group.sms + rest.sms) == (size, total)
+        own, others = green.where(group.stream), green.where(rest.stream)
+        assert (len(own), len(others)) == (size, total - size)
+        assert not own & others
+
+
+def test_a_captured_graph_keeps_to_the_part_it_was_captured_on() -> None:
+    group, rest = green.split(torch.device("cuda"), 64)
+    allowed = green.where(rest.stream)
+    found = torch.full((4096,), -1, dtype=torch.int32, device="cuda")
+    kernel = nvrtc.load("smid.cu", "smid", ())
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=rest.stream):
+        kernel((4096, 1, 1), 128, 0, [found])
+    with torch.cuda.stream(rest.stream):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert set(found.tolist()) <= allowed
+    assert group.sms == 64
+
+
+@pytest.mark.parametrize("split", ["shared", "64", "96"])
+def test_answers_are_those_without_lanes(split: str) -> None:
+    expected = run(engine(), asks(1))
+    own = engine()
+    lanes = GreenLanes(own.runner, own.kernels, (64, 96))  # type: ignore[arg-type]
+    lanes.use(lanes.shared if split == "shared" else Split(int(split), lanes.total - int(split)))
+    own.phases = Phases(own, lanes)
+    assert agreement(run(own, asks(1)), expected) >= 0.9
+
+
+def test_the_border_moves_at_every_turn_and_no_token_is_lost() -> None:
+    expected = run(engine(), asks(2))
+    own = engine()
+    lanes = GreenLanes(own.runner, own.kernels, (32, 64, 96, 120))  # type: ignore[arg-type]
+    every = [lanes.shared, *lanes.splits, Split(0, lanes.total), Split(lanes.total, 0)]
+    phases = own.phases = Phases(own, lanes)
+    draw, turn, took = random.Random(3), phases.turn, []
+
+    def moving(outputs: list) -> None:  # type: ignore[type-arg]
+        begin = time.perf_counter()
+        lanes.use(draw.choice(every))
+        took.append(time.perf_counter() - begin)
+        turn(outputs)
+
+    phases.turn = moving  # type: ignore[method-assign]
+    assert agreement(run(own, asks(2)), expected) >= 0.9
+    print(f"a change of split: median {sorted(took)[len(took) // 2] * 1e6:.1f} us on the host, {len(took)} changes")
