@@ -11,19 +11,23 @@ from ctypes import c_char_p, c_void_p, cast
 from struct import Struct
 from threading import get_ident
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tenfold.base.log import logger
-from tenfold.ops.cpu import memory, pack
+from tenfold.ops.cpu import memory, pack, packed_kv
 from tenfold.ops.cpu.lib import prototype, set_threads
 from tenfold.ops.cpu.repack import repack
 from tenfold.ops.cpu.replay import Recorder, Replay
-from tenfold.ops.kernels import AttentionSpec, Norm, Separate
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Norm, Separate
+from tenfold.ops.kv import attend as packed
+from tenfold.ops.kv.layer import PackedLayer
 from tenfold.ops.matrix import Matrix, RawTensor
 
-# The structs of csrc/ops.h, in its order.
+# The structs of csrc/ops.h and csrc/packed.h, in their order.
 _NORM = Struct("@4P2qf")
 _GATHER = Struct("@3P2qif")
 _ROWS = Struct("@3Pif")
@@ -32,10 +36,23 @@ _ROPE_WRITE = Struct("@9P7i2f")
 _ATTEND = Struct("@8P8i2f")
 _ARGMAX = Struct("@2P2q")
 _MAP = Struct("@2Pqi")
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum tf_type
+_ROPE_WRITE_PACKED = Struct("@11P4i2f")
+_ATTEND_PACKED = Struct("@8P8i2f3Pi")
+_TYPES = packed_kv.TYPES
 _ACTS = {None: 0, "silu": 1, "gelu_tanh": 2}
-_LONGEST_HEAD = 1024  # features; LONGEST_HEAD in csrc/heads.h
-_OPERATIONS = ("_norm", "_gather", "_rows", "_linear", "_rope_write", "_attend", "_argmax", "_map")
+_LONGEST_HEAD = packed_kv.MOST_CHANNELS
+_OPERATIONS = {
+    "_norm": "tf_norm",
+    "_gather": "tf_gather",
+    "_rows": "tf_rows",
+    "_linear": "tf_linear_call",
+    "_rope_write": "tf_rope_write",
+    "_attend": "tf_attend",
+    "_rope_write_packed": "tf_rope_write_packed",
+    "_attend_packed": "tf_attend_packed",
+    "_argmax": "tf_argmax",
+    "_map": "tf_map",
+}
 _F32 = torch.float32
 
 
@@ -51,14 +68,19 @@ class Native(Separate):
         memory.keep_memory()
         self._recording = threading.Lock()
         self._told: set[tuple[str, str]] = set()
-        self._norm = _operation("tf_norm")
-        self._gather = _operation("tf_gather")
-        self._rows = _operation("tf_rows")
-        self._linear = _operation("tf_linear_call")
-        self._rope_write = _operation("tf_rope_write")
-        self._attend = _operation("tf_attend")
-        self._argmax = _operation("tf_argmax")
-        self._map = _operation("tf_map")
+        self._prepared: WeakKeyDictionary[PackedLayer, packed_kv.Prepared] = WeakKeyDictionary()
+        self._norm: Any
+        self._gather: Any
+        self._rows: Any
+        self._linear: Any
+        self._rope_write: Any
+        self._attend: Any
+        self._rope_write_packed: Any
+        self._attend_packed: Any
+        self._argmax: Any
+        self._map: Any
+        for name, function in _OPERATIONS.items():
+            setattr(self, name, _operation(function))
         self._empty: Any = torch.empty
 
     def replay(self) -> Replay:
@@ -242,6 +264,80 @@ class Native(Separate):
                 spec.window,
                 spec.scale,
                 spec.softcap,
+            )
+        )
+        return out
+
+    def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
+        spec = heads.spec
+        if not packed_kv.served(layer, spec.head_dim, step):
+            return packed.attention(self, qkv, heads, layer, step)
+        _check(qkv, "qkv")
+        if qkv.shape[1] != (spec.heads + 2 * spec.kv_heads) * spec.head_dim:
+            _refuse("qkv", qkv, f"[T, {(spec.heads + 2 * spec.kv_heads) * spec.head_dim}], the heads of q, k and v")
+        prepared = self._prepared.get(layer)
+        if prepared is None:
+            with _disable_current_modes():  # no part of a step that is recorded
+                prepared = self._prepared[layer] = packed_kv.prepare(layer, spec.head_dim)
+        q = self._write_packed(qkv, heads, prepared, step)
+        return self._read_packed(q, heads, layer, prepared, step)
+
+    def _write_packed(self, qkv: Tensor, heads: Heads, prepared: packed_kv.Prepared, step: Contexts) -> Tensor:
+        """Rotated queries [T, heads * head_dim]; keys and values go to their pages and rooms."""
+        spec, q_norm, k_norm = heads.spec, heads.q_norm, heads.k_norm
+        out = self._empty((qkv.shape[0], spec.heads * spec.head_dim))
+        self._rope_write_packed(
+            _ROPE_WRITE_PACKED.pack(
+                prepared.address,
+                qkv.data_ptr(),
+                heads.rope.data_ptr(),
+                step.positions.data_ptr(),
+                step.slots.data_ptr(),
+                step.query_start.data_ptr(),
+                step.kv_lengths.data_ptr(),
+                0 if step.rooms is None else step.rooms.data_ptr(),
+                0 if q_norm is None else q_norm.weight.data_ptr(),
+                0 if k_norm is None else k_norm.weight.data_ptr(),
+                out.data_ptr(),
+                qkv.shape[0],
+                step.page_table.shape[0],
+                spec.heads,
+                spec.rotary_dim,
+                0.0 if q_norm is None else q_norm.eps,
+                0.0 if k_norm is None else k_norm.eps,
+            )
+        )
+        return out
+
+    def _read_packed(
+        self, q: Tensor, heads: Heads, layer: PackedLayer, prepared: packed_kv.Prepared, step: Contexts
+    ) -> Tensor:
+        spec, (requests, table_width) = heads.spec, step.page_table.shape
+        exact = (layer.exact_keys, layer.exact_values)
+        out = self._empty(q.shape)
+        self._attend_packed(
+            _ATTEND_PACKED.pack(
+                q.data_ptr(),
+                *(0 if tensor is None else tensor.data_ptr() for tensor in exact),
+                step.page_table.data_ptr(),
+                step.query_start.data_ptr(),
+                step.kv_lengths.data_ptr(),
+                out.data_ptr(),
+                0,
+                requests,
+                table_width,
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
+                layer.page_size,
+                0 if exact[0] is None else _TYPES[exact[0].dtype],
+                0,
+                spec.scale,
+                spec.softcap,
+                prepared.address,
+                heads.rope.data_ptr(),
+                0 if step.rooms is None else step.rooms.data_ptr(),
+                spec.rotary_dim,
             )
         )
         return out

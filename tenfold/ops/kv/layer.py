@@ -96,7 +96,7 @@ class Side:
         return x if self.turn is None else (x.unflatten(-1, (-1, len(self.turn))) @ self.turn).flatten(-2)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedLayer:
     """spec: what all layers share. exact_keys, exact_values: rooms, None where the format keeps nothing exact."""
 
