@@ -11,8 +11,7 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.kv_formats import Exact, Format, Skvq
-from tenfold.bench.kv_quality import Bench
-from tenfold.cache.skvq.attend import Seen
+from tenfold.bench.kv_model import Bench
 from tenfold.cache.skvq.calibrate import Sample
 from tenfold.engine import calibrate_kv as module
 from tenfold.engine.calibrate_kv import Showing, calibrate_kv
@@ -196,5 +195,11 @@ class Local:
     bits: float = 16
     kept: int = 0
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
-        return (Exact() if self.windows[layer] else self.format).see(layer, sample, queries)
+    def store(self, layer: int, sample: Sample) -> tuple[Tensor, Tensor]:
+        return self._of(layer).store(layer, sample)
+
+    def old(self, layer: int, queries: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        return self._of(layer).old(layer, queries, length)
+
+    def _of(self, layer: int) -> Format:
+        return Exact() if self.windows[layer] else self.format

@@ -72,6 +72,9 @@ class Decision:
 
 
 class Controller(Protocol):
+    @property
+    def targets(self) -> Targets: ...
+
     def decide(self, seen: Observed, now: Split) -> Decision: ...
 
 
@@ -177,6 +180,10 @@ class Adaptive:
     margin: float = 0.1
 
     @property
+    def targets(self) -> Targets:
+        return self.inner.targets
+
+    @property
     def shared(self) -> Split:
         total = max(s.prefill + s.decode for s in self.inner.splits)
         return Split(total, total)
@@ -189,7 +196,7 @@ class Adaptive:
             self.inner.guard.observe(self.inner.stairs.decode_seconds(split.decode, requests), step)
 
     def decide(self, seen: Observed, now: Split) -> Decision:
-        targets = self.inner.targets
+        targets = self.targets
         if not seen.queued or not seen.requests:
             return self.inner.decide(seen, now)
         if self.together is None:

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 class Lanes(Protocol):
     """Where decodes and prefills run now. What is launched in such a context goes to the lane's stream."""
 
+    now: Split
+
+    def use(self, split: Split) -> None:
+        """From the next launches on. A phase that gets no SMs keeps its lane, and has nothing to launch."""
+        ...
+
     def decode(self) -> Lane: ...
 
     def prefill(self, slices: Slices | None) -> Lane:
@@ -58,12 +64,12 @@ class GreenLanes:
             for lanes, part in ((self._prefills, prefill), (self._decodes, decode)):
                 own = kernels.on(part.sms)
                 lanes[split] = _GreenLane(part, runner.twin(runner.model.on(own)))
-        self.shared = Split(self.total, self.total)
+        self.now = self.shared = Split(self.total, self.total)
         self.splits = [split for split in self._decodes if split != self.shared]
         self._decode, self._prefill = self._decodes[self.shared], self._prefills[self.shared]
 
     def use(self, split: Split) -> None:
-        """From the next launches on. A phase that gets no SMs keeps its lane, and has nothing to launch."""
+        self.now = split
         if split.decode:
             self._decode = self._moved(self._decode, self._decodes.get(split, self._decodes[self.shared]))
         if split.prefill:
@@ -102,6 +108,10 @@ class OneStream:
     def __init__(self, runner: Runner) -> None:
         self._decode = runner
         self._prefill = runner.twin(runner.model)
+        self.now = Split(1, 1)
+
+    def use(self, split: Split) -> None:
+        self.now = split
 
     @contextmanager
     def decode(self) -> Iterator[Runner]:

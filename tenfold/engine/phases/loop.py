@@ -7,10 +7,13 @@ other with their owner, and nothing is copied.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tenfold.base.log import logger
+from tenfold.engine.phases.controller import Adaptive, Controller, Observed, percentile
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output
 from tenfold.engine.runner import Pending, Slices
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from tenfold.engine.core import Engine, Isolated
     from tenfold.engine.phases.lanes import Lanes
 
+TICK = 0.02  # seconds between two decisions
+WINDOW = 2.0  # seconds of what is seen of late
 SLICE = 65_536  # tokens times layers that are launched before the next decode
 
 
@@ -37,14 +42,22 @@ class Phases:
     launched from one decode to the next.
     """
 
-    def __init__(self, engine: Engine, lanes: Lanes, slice: int = SLICE) -> None:
+    def __init__(self, engine: Engine, lanes: Lanes, controller: Controller | None = None, slice: int = SLICE) -> None:
+        """controller: moves the border between the lanes; None: it stays where it is."""
         self.engine = engine
         self.lanes = lanes
+        self.controller = controller
         self.slice = slice
         self.underway: Underway | None = None
+        self.watch = Watch(engine.clock)
+        self.why = ""  # the border is where it is
+        self.changes = 0
+        self._decide_at = 0.0
 
     def turn(self, outputs: list[Output]) -> None:
         engine = self.engine
+        if self.controller is not None:
+            self._decide(self.controller)
         waits = self.underway is None and not engine._inflight
         plan = engine.scheduler.plan_decodes()
         if plan.entries:
@@ -55,7 +68,11 @@ class Phases:
         if self.underway is not None:
             self._advance(self.underway, bool(plan.entries), outputs)
         if len(engine._inflight) > engine.config.lookahead or (engine._inflight and not plan.entries):
+            count = len(engine._inflight[0][0].entries)
             engine._collect(outputs)
+            self._stepped(count)
+        elif not engine._inflight:
+            self.watch.pause()
         if self.underway is not None and self.underway.pending is not None:
             if self.underway.pending.ready() or not engine._inflight:
                 self._end(self.underway, self.underway.pending, outputs)
@@ -95,9 +112,92 @@ class Phases:
             if beside:
                 return
 
+    def _stepped(self, requests: int) -> None:
+        """A decode step was read."""
+        seconds = self.watch.step()
+        if seconds is not None and self.underway is not None and isinstance(self.controller, Adaptive):
+            self.controller.observe(self.lanes.now, requests, seconds)
+
+    def _decide(self, controller: Controller) -> None:
+        """Move the border, now and then, to where the controller wants it."""
+        now = self.engine.clock()
+        if now < self._decide_at:
+            return
+        self._decide_at = now + TICK
+        decision = controller.decide(self._observed(now, controller.targets.served), self.lanes.now)
+        self.why = decision.why
+        if decision.split != self.lanes.now:
+            self.lanes.use(decision.split)
+            self.changes += 1
+
+    def _observed(self, now: float, share: float) -> Observed:
+        scheduler = self.engine.scheduler
+        left = sum(e.length for e in self.underway.plan.entries) if self.underway is not None else 0
+        if self.underway is not None and self.underway.slices.done:
+            left -= left * self.underway.slices.done // self.engine.model.config.layers
+        waiting = [s.request.arrival for s in scheduler.prefilling]
+        head = scheduler.queue.head()
+        if head is not None:
+            waiting.append(head.request.arrival)
+        return Observed(
+            *self.watch.percentiles(share),
+            queued=left + scheduler.backlog,
+            waited=max(0.0, now - min(waiting)) if waiting else 0.0,
+            requests=len(scheduler.decoding),
+            rate=self.watch.rate(),
+        )
+
     def _end(self, prefill: Underway, pending: Pending | Isolated, outputs: list[Output]) -> None:
         self.underway = None
+        self.watch.prefilled(prefill.plan)
         self.engine._read(prefill.plan, pending, outputs)
+
+
+class Watch:
+    """What requests saw of late: seconds to first tokens, seconds of decode steps, prompt tokens computed."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self._firsts: deque[tuple[float, float]] = deque()
+        self._steps: deque[tuple[float, float]] = deque()
+        self._prompts: deque[tuple[float, int]] = deque()
+        self._last: float | None = None  # when a decode step was read, where others followed at once
+
+    def step(self) -> float | None:
+        """A decode step was read: seconds since the one before; None for the first of a row."""
+        now, before = self.clock(), self._last
+        self._last = now
+        if before is None:
+            return None
+        self._steps.append((now, now - before))
+        return now - before
+
+    def pause(self) -> None:
+        """Nothing decodes."""
+        self._last = None
+
+    def prefilled(self, plan: StepPlan) -> None:
+        now = self.clock()
+        self._prompts.append((now, plan.tokens))
+        for entry in plan.entries:
+            if entry.sample:
+                self._firsts.append((now, max(0.0, now - entry.sequence.request.arrival)))
+
+    def percentiles(self, share: float) -> tuple[float | None, float | None]:
+        """Seconds that this share of first tokens, and of tokens after them, kept to in the window."""
+        self._forget()
+        return percentile([s for _, s in self._firsts], share), percentile([s for _, s in self._steps], share)
+
+    def rate(self) -> float:
+        """Prompt tokens computed a second."""
+        self._forget()
+        return sum(tokens for _, tokens in self._prompts) / WINDOW
+
+    def _forget(self) -> None:
+        oldest = self.clock() - WINDOW
+        for seen in (self._firsts, self._steps, self._prompts):
+            while seen and seen[0][0] < oldest:
+                seen.popleft()
 
 
 def _held(plan: StepPlan) -> list[Sequence]:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tenfold.engine.core import Engine
+from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
 from tenfold.engine.phases.lanes import OneStream
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
@@ -102,3 +103,37 @@ def test_an_abort_in_the_middle_of_a_prefill_gives_everything_back() -> None:
     outputs: list[Any] = fake.drain(engine)
     assert [o.finish for o in outputs if o.request_id == "b"] == [FinishReason.ABORT]
     assert engine.stats().pages_used == 0
+
+
+class Script:
+    """A controller that notes what it sees, and moves the border each time."""
+
+    targets = Targets(1.0, 0.1)
+
+    def __init__(self) -> None:
+        self.seen: list[Observed] = []
+
+    def decide(self, seen: Observed, now: Split) -> Decision:
+        self.seen.append(seen)
+        return Decision(Split(now.prefill + 1, 1), "because")
+
+
+def test_a_controller_sees_what_requests_saw() -> None:
+    clock, script = fake.Clock(), Script()
+    engine = fake.make_engine(clock=clock, max_step_tokens=64, max_model_len=96)
+    engine.phases = Phases(engine, OneStream(engine.runner), script, slice=1)
+    engine.add(Request("a", LONG, SamplingParams(temperature=0.0, max_tokens=8), arrival=clock.now - 0.5))
+    while engine.has_work:
+        clock.now += 0.25
+        engine.step()
+        if len(script.seen) == 2:
+            engine.add(Request("b", LONG[:7], SamplingParams(temperature=0.0, max_tokens=2), arrival=clock.now))
+    first, later, last = script.seen[0], script.seen[3], script.seen[-1]
+    assert (first.ttft, first.tpot, first.requests, first.queued, first.waited) == (None, None, 0, 40, 0.75)
+    assert later.ttft == 0.75  # computed at once, since nothing decoded
+    assert later.rate == 20.0
+    assert last.tpot == 0.25
+    assert max(s.requests for s in script.seen) == 2
+    assert any(0 < s.queued <= 7 for s in script.seen)
+    assert engine.phases.changes == len(script.seen) == engine.phases.lanes.now.prefill - 1
+    assert engine.phases.why == "because"
