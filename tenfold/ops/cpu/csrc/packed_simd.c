@@ -402,6 +402,24 @@ static void load_turned(const unit_state *s, const packed_state *p) {
     for (int row = 0; row < filled; row++) turn_head(p->turned_q + row * s->padded, s->a->head_dim, p->layer->turned);
 }
 
+/* Ask for the codes and parameters of `count` tokens at position.. before they are needed: pages lie scattered, so the
+ * processor cannot guess the next one. */
+static void fetch(const unit_state *s, const packed_state *p, const tf_packed_side *side, int position, int count) {
+    const tf_packed_layer *l = p->layer;
+    const int32_t *pages = s->a->page_table + (int64_t)s->u->request * s->a->table_width;
+    const int span = s->u->kv_head / l->span, spans = l->kv_heads / l->span, size = l->page_size;
+    const int64_t row_bytes = (int64_t)side->groups * side->numbers * (l->float16 ? 2 : 1);
+    for (const int end = position + count; position < end;) {
+        const int offset = position % size, run = TF_MIN(end - position, size - offset);
+        const int64_t at = pages[position / size];
+        const uint8_t *codes = side->codes + ((at * l->kv_heads + s->u->kv_head) * size + offset) * side->code_bytes;
+        const char *numbers = (const char *)side->parameters + ((at * spans + span) * size + offset) * row_bytes;
+        for (int i = 0; i < run * side->code_bytes; i += 64) __builtin_prefetch(codes + i);
+        for (int i = 0; i < run * row_bytes; i += 64) __builtin_prefetch(numbers + i);
+        position += run;
+    }
+}
+
 /* Tokens at position.. of one head as they are stored, into rows of s->wide. */
 static void dequantise(const unit_state *s, const packed_state *p, const tf_packed_side *side, int position, int count) {
     const tf_packed_layer *l = p->layer;
@@ -436,9 +454,12 @@ typedef struct {
     int begin, end, stored;
 } piece;
 
+/* Past the last token that is read as it is stored. */
+TF_INLINE int stored_end(const unit_state *s, const tf_packed_layer *l) { return s->u->position + 1 - l->window; }
+
 /* The pieces of a tile that begins at position `start`, in order; returns how many. */
 static int pieces_of(const unit_state *s, const tf_packed_layer *l, int start, piece *out) {
-    const int last = s->u->position + 1, sinks = TF_MIN(l->sinks, last), recent = TF_MAX(sinks, last - l->window);
+    const int last = s->u->position + 1, sinks = TF_MIN(l->sinks, last), recent = TF_MAX(sinks, stored_end(s, l));
     const int edges[4] = {0, sinks, recent, last}, stop = TF_MIN(last, start + TF_KV_TILE);
     int count = 0;
     for (int i = 0; i < 3; i++) {
@@ -487,10 +508,13 @@ static void score_piece(const unit_state *s, const packed_state *p, int start, p
     if (piece.stored) own.q = p->turned_q;
     for (int j = piece.begin; j < piece.end; j += WIDENED) {
         const int count = TF_MIN(WIDENED, piece.end - j);
-        if (piece.stored)
+        if (piece.stored) {
+            fetch(s, p, &l->keys, start + j + count, TF_MAX(0, TF_MIN(WIDENED, stored_end(s, l) - start - j - count)));
+            fetch(s, p, &l->values, start + j, count);
             dequantise(s, p, &l->keys, start + j, count);
-        else
+        } else {
             recall(s, p, l->exact_keys, start + j, count);
+        }
         if (piece.stored && l->before && p->args->rotary_dim) rotate_keys(s, p, start + j, count);
         score_wide(&own, p, j, count);
     }
