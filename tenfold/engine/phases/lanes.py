@@ -75,6 +75,13 @@ class GreenLanes:
         if split.prefill:
             self._prefill = self._moved(self._prefill, self._prefills.get(split, self._prefills[self.shared]))
 
+    def every_prefill(self) -> Iterator[tuple[int, torch.cuda.Stream, Runner]]:
+        """SMs, stream and runner of each lane of prefills."""
+        return ((lane.part.sms, lane.part.stream, lane.runner) for lane in self._prefills.values())
+
+    def every_decode(self) -> Iterator[tuple[int, torch.cuda.Stream, Runner]]:
+        return ((lane.part.sms, lane.part.stream, lane.runner) for lane in self._decodes.values())
+
     def _moved(self, old: _GreenLane, new: _GreenLane) -> _GreenLane:
         if old is not new:
             new.part.stream.wait_stream(old.part.stream)

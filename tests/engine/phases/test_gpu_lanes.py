@@ -11,6 +11,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.phases.controller import Split
 from tenfold.engine.phases.lanes import GreenLanes
 from tenfold.engine.phases.loop import Phases
+from tenfold.engine.phases.measure import measure
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.ops.gpu import green, nvrtc
 from tests.engine import fake
@@ -119,3 +120,15 @@ def test_the_border_moves_at_every_turn_and_no_token_is_lost() -> None:
     phases.turn = moving  # type: ignore[method-assign]
     assert agreement(run(own, asks(2)), expected) >= 0.9
     print(f"a change of split: median {sorted(took)[len(took) // 2] * 1e6:.1f} us on the host, {len(took)} changes")
+
+
+def test_stairs_are_measured_and_fewer_multiprocessors_take_longer() -> None:
+    own = engine()
+    lanes = GreenLanes(own.runner, own.kernels, (32, 64, 96, 120))  # type: ignore[arg-type]
+    stairs = measure(lanes, 2048, 16)
+    print(stairs)
+    assert stairs.prefill_seconds(32, 2048) > 1.5 * stairs.prefill_seconds(lanes.total, 2048)
+    assert stairs.decode_seconds(lanes.total - 120, 8) > stairs.decode_seconds(lanes.total, 8)
+    assert set(stairs.decode) == {lanes.total, *(split.decode for split in lanes.splits)}
+    expected = run(engine(), asks(4, 6))
+    assert agreement(run(own, asks(4, 6)), expected) >= 0.8  # nothing was written

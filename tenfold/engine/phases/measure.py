@@ -1,0 +1,94 @@
+"""Measure a GPU's stairs: how long prefill and decode of a model take on each part of the multiprocessors.
+
+Steps are made up: they read page 0 of the KV store again and again, and write nothing. Prefill runs a few layers, which
+stand for all; decode runs whole steps from graphs, as the engine does.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from tenfold.engine.phases.lanes import GreenLanes
+from tenfold.engine.phases.latency import Stairs
+from tenfold.engine.runner import Runner
+from tenfold.nn.step import Step
+
+PREFILLS = (256, 2048, 8192)  # tokens
+DECODES = (1, 8, 64)  # requests
+CONTEXT = 1024  # tokens of each that decodes
+LAYERS = 2
+ROUNDS = 3
+
+
+def measure(lanes: GreenLanes, max_len: int, max_batch: int) -> Stairs:
+    """max_len: of a sequence; max_batch: requests that decode together at most."""
+    tokens = [n for n in PREFILLS if n <= max_len] or [max_len]
+    batches = [n for n in DECODES if n <= max_batch]
+    context = min(CONTEXT, max_len)
+    prefill: dict[int, tuple[tuple[int, float], ...]] = {}
+    decode: dict[int, tuple[tuple[int, float], ...]] = {}
+    with torch.inference_mode():
+        for sms, stream, runner in lanes.every_prefill():
+            prefill[sms] = tuple((n, _prefill_seconds(runner, stream, n)) for n in tokens)
+        for sms, stream, runner in lanes.every_decode():
+            decode[sms] = tuple((n, _decode_seconds(runner, stream, n, context)) for n in batches)
+    return Stairs(prefill, decode)
+
+
+def _prefill_seconds(runner: Runner, stream: torch.cuda.Stream, tokens: int) -> float:
+    step = made_up(runner, 1, tokens, tokens)
+    depth = runner.model.config.layers
+    layers = range(min(LAYERS, depth - 1))
+
+    def call() -> object:
+        return runner.model.part(step, None, layers)
+
+    return timed(call, stream) * depth / max(1, len(layers))
+
+
+def _decode_seconds(runner: Runner, stream: torch.cuda.Stream, requests: int, context: int) -> float:
+    step = made_up(runner, requests, 1, context)
+    return timed(lambda: runner.model.forward(step), stream)
+
+
+def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
+    """A step of requests with `new` tokens each, at the end of contexts of `length`."""
+    size, device = runner.kv.spec.page_size, runner.device
+    count = requests * new
+
+    def numbers(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    columns = -(-length // size)
+    if new == 1:
+        _, columns = runner.rows.bucket(requests, columns)
+    return Step(
+        token_ids=torch.zeros(count, dtype=torch.int64, device=device),
+        positions=torch.arange(length - new, length, dtype=torch.int32, device=device).repeat(requests),
+        slots=torch.full((count,), -1, dtype=torch.int32, device=device),
+        page_table=torch.zeros(requests, columns, dtype=torch.int32, device=device),
+        query_start=torch.arange(0, count + 1, new, dtype=torch.int32, device=device),
+        kv_lengths=numbers([length] * requests),
+        logits_rows=numbers(list(range(new - 1, count, new)), torch.int64),
+        max_query=new,
+        max_kv=length,
+        decodes=requests if new == 1 else 0,
+        kv=runner.kv,
+        rooms=torch.zeros(requests, dtype=torch.int32, device=device) if runner.kv.rooms else None,
+    )
+
+
+def timed(call: Callable[[], object], stream: torch.cuda.Stream) -> float:
+    """Median seconds of a call on a stream, after calls that are not counted: one to load kernels, one to capture."""
+    found = []
+    with torch.cuda.stream(stream):
+        for i in range(3 + ROUNDS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            if i >= 3:
+                found.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(found)
