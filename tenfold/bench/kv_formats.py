@@ -1,7 +1,7 @@
 """Ways to store keys and values, as what attention would see of a whole sequence: for comparing their quality.
 
-Every format answers the same question: of each query, which earlier tokens does it see as stored, and how do these
-look. Rounding is done with real codes and stored parameters, so nothing here is better than its bytes.
+Every format answers two questions: how do tokens look once they are stored, and which earlier ones does a query see
+so. Rounding is done with real codes and stored parameters, so nothing here is better than its bytes.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tenfold.cache.skvq.attend import Seen, left_window
+from tenfold.cache.skvq.attend import left_window
 from tenfold.cache.skvq.calibrate import Sample
 from tenfold.ops.kv.quantize import E4M3_LARGEST, Grouping, hadamard, rounded
 from tenfold.ops.kv.spec import PackedSpec
 
 EXACT_BITS = 16
+STRIDE = 128  # tokens: every format stores what follows a multiple of it as if nothing stood before
+
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Format(Protocol):
@@ -31,8 +35,14 @@ class Format(Protocol):
     @property
     def kept(self) -> int: ...
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
-        """What queries at positions [Q] see."""
+    def store(self, layer: int, sample: Sample) -> Pair:
+        """Keys, rotated, and values, each [kv_heads, S, head_dim], as stored. The sample begins at a multiple of
+        STRIDE.
+        """
+        ...
+
+    def old(self, layer: int, queries: Tensor, length: int) -> Pair:
+        """Which of `length` keys, and values, queries at positions [Q] see as stored, each [Q, length] bool."""
         ...
 
 
@@ -49,13 +59,14 @@ def affine(x: Tensor, bits: int, dim: int) -> Tensor:
     return ((x - lo) / scale).round().clamp(0, 2**bits - 1) * scale + lo
 
 
-def rotated(sample: Sample) -> tuple[Tensor, Tensor]:
+def rotated(sample: Sample) -> Pair:
     """Keys, rotated, and values, [kv_heads, S, head_dim]."""
     return sample.turn(sample.keys.transpose(0, 1)), sample.values.transpose(0, 1)
 
 
-def everything(queries: Tensor, length: int) -> Tensor:
-    return left_window(queries, length, 0, 0)
+def everything(queries: Tensor, length: int) -> Pair:
+    old = left_window(queries, length, 0, 0)
+    return old, old
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +77,12 @@ class Exact:
     bits: float = EXACT_BITS
     kept: int = 0
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
-        keys, values = rotated(sample)
-        never = torch.zeros(len(queries), keys.shape[1], dtype=torch.bool)
-        return Seen(keys, values, never, never)
+    def store(self, layer: int, sample: Sample) -> Pair:
+        return rotated(sample)
+
+    def old(self, layer: int, queries: Tensor, length: int) -> Pair:
+        never = torch.zeros(len(queries), length, dtype=torch.bool, device=queries.device)
+        return never, never
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +97,16 @@ class Float8:
     def bits(self) -> float:
         return 8 + 32 / self.head_dim
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
+    def store(self, layer: int, sample: Sample) -> Pair:
         def store(x: Tensor) -> Tensor:
             scale = (x.abs().amax(-1, keepdim=True) / E4M3_LARGEST).clamp(min=1e-12)
             return (x / scale).to(torch.float8_e4m3fn).float() * scale
 
         keys, values = rotated(sample)
-        old = everything(queries, keys.shape[1])
-        return Seen(store(keys), store(values), old, old)
+        return store(keys), store(values)
+
+    def old(self, layer: int, queries: Tensor, length: int) -> Pair:
+        return everything(queries, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +128,8 @@ class Integer:
     def bits(self) -> float:
         return self.width + 32 / self.group
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
-        turn = hadamard(self.group) if self.turned else None
+    def store(self, layer: int, sample: Sample) -> Pair:
+        turn = hadamard(self.group, sample.keys.device) if self.turned else None
 
         def store(x: Tensor) -> Tensor:
             groups = x.unflatten(-1, (-1, self.group))
@@ -123,41 +138,47 @@ class Integer:
             return (affine(groups @ turn, self.width, -1) @ turn).flatten(-2)
 
         keys, values = rotated(sample)
-        old = everything(queries, keys.shape[1])
-        return Seen(store(keys), store(values), old, old)
+        return store(keys), store(values)
+
+    def old(self, layer: int, queries: Tensor, length: int) -> Pair:
+        return everything(queries, length)
 
 
 @dataclass(frozen=True, slots=True)
 class Kivi:
-    """KIVI (arXiv 2402.02750): keys by channel over groups of tokens, values by token, in `width` bits; keys of the
-    last tokens up to a multiple of `residual`, and values of the last `residual` tokens, stay as computed.
+    """KIVI (arXiv 2402.02750): keys by channel over groups of tokens, values by token over groups of channels, in
+    `width` bits; keys of the last tokens up to a multiple of `residual`, and values of the last `residual` tokens, stay
+    as computed. channels: of a group of values, 0 for as many as a group of keys has tokens.
     """
 
     group: int
     width: int = 2
     residual: int = 128
+    channels: int = 0
 
     @property
     def name(self) -> str:
-        return f"KIVI {self.width} bit g{self.group}"
+        return f"KIVI {self.width} bit g{self.group}" + (f", values g{self.channels}" if self.channels else "")
 
     @property
     def bits(self) -> float:
-        return self.width + 32 / self.group
+        return self.width + 16 / self.group + 16 / (self.channels or self.group)
 
     @property
     def kept(self) -> int:
         return self.residual * 3 // 4  # keys from 0 to residual, so half of it on average; values all of it
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
+    def store(self, layer: int, sample: Sample) -> Pair:
         keys, values = rotated(sample)
-        length = keys.shape[1]
-        whole = length // self.group * self.group
+        whole = keys.shape[1] // self.group * self.group
         grouped = keys[:, :whole].unflatten(1, (-1, self.group))
-        stored = torch.cat((affine(grouped, self.width, 2).flatten(1, 2), keys[:, whole:]), 1)
-        old_keys = torch.arange(length) < queries[:, None] // self.residual * self.residual
-        stored_values = affine(values.unflatten(-1, (-1, self.group)), self.width, -1).flatten(-2)
-        return Seen(stored, stored_values, old_keys, left_window(queries, length, self.residual, 0))
+        stored = torch.cat((affine(grouped, self.width, 2).flatten(1, 2), keys[:, whole:]), 1) if whole else keys
+        return stored, affine(values.unflatten(-1, (-1, self.channels or self.group)), self.width, -1).flatten(-2)
+
+    def old(self, layer: int, queries: Tensor, length: int) -> Pair:
+        places = torch.arange(length, device=queries.device)
+        old_keys = places < queries[:, None] // self.residual * self.residual
+        return old_keys, left_window(queries, length, self.residual, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,16 +200,18 @@ class Skvq:
     def kept(self) -> int:
         return self.spec.window + self.spec.sinks
 
-    def see(self, layer: int, sample: Sample, queries: Tensor) -> Seen:
+    def store(self, layer: int, sample: Sample) -> Pair:
         spec = self.spec
         keys = sample.keys.transpose(0, 1)
         if spec.rotary == "post":
             stored = self._stored(sample.turn(keys), self.keys[layer], spec.key_bits)
         else:
             stored = sample.turn(self._stored(keys, self.keys[layer], spec.key_bits))
-        values = self._stored(sample.values.transpose(0, 1), self.values[layer], spec.value_bits)
-        old = left_window(queries, keys.shape[1], spec.window, spec.sinks)
-        return Seen(stored, values, old, old)
+        return stored, self._stored(sample.values.transpose(0, 1), self.values[layer], spec.value_bits)
+
+    def old(self, layer: int, queries: Tensor, length: int) -> Pair:
+        old = left_window(queries, length, self.spec.window, self.spec.sinks)
+        return old, old
 
     def _stored(self, x: Tensor, grouping: Grouping, bits: float) -> Tensor:
         """x [kv_heads, S, head_dim]."""

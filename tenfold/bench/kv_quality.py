@@ -1,9 +1,9 @@
-"""What storing keys and values in few bits costs in quality, on a real model and the CPU.
+"""What storing keys and values in few bits costs in quality, on a real model, on the CPU or a GPU.
 
 The model runs in float32 with attention that sees every token as a format would have stored it when the query was
-computed (`cache.skvq.attend`), so one forward over a text judges what decoding it token by token would. Three measures:
-perplexity, mean KL divergence from the exact cache, and the share of codes found again that stood far back in a prompt.
-Groups and clip factors come from another text than the one that is judged.
+computed (`bench.kv_model`), so one forward over a text judges what decoding it token by token would. Three measures:
+perplexity, mean KL divergence from the exact cache, and the share of codes found again that stood far back in a prompt;
+with files of them, tasks too (`bench.kv_tasks`). Groups and clip factors come from another text than what is judged.
 
     python -m tenfold.bench.kv_quality --model MODEL --calibrate news.txt --text book.txt --out kv.json
 """
@@ -12,11 +12,12 @@ import argparse
 import math
 import random
 import re
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,24 +25,19 @@ from torch import Tensor
 from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, Skvq, bits_at
+from tenfold.bench.kv_model import Bench
+from tenfold.bench.kv_tasks import LONGEST, PREFIX, TASKS, Task, gsm8k, hellaswag
 from tenfold.bench.quality import windows
-from tenfold.cache.skvq.attend import attend
 from tenfold.cache.skvq.calibrate import ClipSearch, Extremes, Sample
-from tenfold.cache.store import KVSpec, KVStore
-from tenfold.engine.calibrate import Watching, step_of
-from tenfold.models.table import Model, build_model, model_config
-from tenfold.ops.kernels import Contexts, Heads, Kernels
 from tenfold.ops.kv.quantize import Grouping
 from tenfold.ops.kv.spec import PackedSpec
-from tenfold.ops.oracle import Oracle
 from tenfold.serve.cli.terminal import columns
 from tenfold.weights.find import resolve
 from tenfold.weights.kv_calibration import key_bias
-from tenfold.weights.load import Weights
-from tenfold.weights.open import open_checkpoint
 
 LEARNED = 384  # tokens of a calibration window
 UNJUDGED = 256  # first tokens of a window, of which window and sinks are a large part
+ROWS = 128  # logits that are compared at a time: they fit into memory that was just used
 WORDS = (  # noqa: SIM905
     "river table garden window yellow market silver doctor forest engine bottle winter letter camera island bridge "
     "planet orange castle mirror pencil desert rocket violin helmet candle basket turtle anchor button ladder pepper"
@@ -109,54 +105,6 @@ def variants(kv_heads: int, head_dim: int) -> list[Variant]:
     ]
 
 
-class Formatted(Watching):
-    """Kernels whose attention sees the cache as `format` stores it, and shows its inputs to `watch`."""
-
-    def __init__(self) -> None:
-        super().__init__(Oracle())
-        self.format: Format = Exact()
-        self.watch: Callable[[int, Sample], None] = lambda layer, sample: None
-
-    def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
-        layer, sample = self.layers[keys.data_ptr()], Sample.of(qkv, heads, step.positions)
-        self.watch(layer, sample)
-        k, v = sample.turn(sample.keys.transpose(0, 1)), sample.values.transpose(0, 1)
-        q = sample.q.unflatten(1, (heads.spec.kv_heads, -1)).permute(1, 2, 0, 3)
-        out = attend(q, step.positions, k, v, self.format.see(layer, sample, step.positions), heads.spec)
-        return out.permute(2, 0, 1, 3).reshape(len(qkv), -1)
-
-
-class Bench:
-    """A model whose cache is of any format."""
-
-    def __init__(self, path: Path, length: int) -> None:
-        self.checkpoint = open_checkpoint(path)
-        self.config = model_config(self.checkpoint.config)
-        self.tokenizer = self.checkpoint.tokenizer()
-        self.kernels = Formatted()
-        weights = Weights(self.checkpoint, cast(Kernels, self.kernels), mode="dense")
-        self.model: Model = build_model(self.checkpoint.config, weights, length)
-        c = self.config
-        # Nothing is read from the store; its one page only tells the layers apart.
-        self.store = KVStore(KVSpec(c.layers, c.kv_heads, c.head_dim, torch.float32, 1), 1, torch.device("cpu"))
-        self.kernels.know(self.store)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def logits(self, ids: Sequence[int], format: Format, rows: Sequence[int]) -> Tensor:
-        """[len(rows), vocabulary] float32, of the tokens at rows."""
-        self.kernels.format = format
-        step = replace(step_of(list(ids), self.store, 1), logits_rows=torch.tensor(rows))
-        with torch.inference_mode():
-            return self.model.forward(step).float()
-
-    def run(self, ids: Sequence[int], watch: Callable[[int, Sample], None]) -> None:
-        self.kernels.watch = watch
-        self.logits(ids, Exact(), [len(ids) - 1])
-        self.kernels.watch = lambda layer, sample: None
-
-
 def calibrated(bench: Bench, wanted: Sequence[Variant], pieces: Sequence[Sequence[int]], searched: int) -> list[Skvq]:
     """The variants with groups from all pieces and clip factors from the first ones."""
     c = bench.config
@@ -190,7 +138,8 @@ def calibrated(bench: Bench, wanted: Sequence[Variant], pieces: Sequence[Sequenc
         bench.run(piece, look)
 
     def groupings(variant: Variant, of_keys: bool) -> list[Grouping]:
-        return [s.grouping() if variant.clip else s.base for s in searches[variant.side(of_keys)]]
+        own = searches[variant.side(of_keys)]
+        return [(s.grouping() if variant.clip else s.base).to(bench.device) for s in own]
 
     return [Skvq(v.name, v.spec, groupings(v, True), groupings(v, False), c.kv_heads, c.head_dim) for v in wanted]
 
@@ -238,7 +187,29 @@ def found(bench: Bench, prompt: Recall, format: Format) -> int:
     return total
 
 
-def judge(bench: Bench, formats: Sequence[Format], pieces: Sequence[Sequence[int]], prompts: Sequence[Recall]) -> list:
+def compared(logits: Tensor, targets: Tensor, reference: Tensor | None) -> tuple[Tensor, float, float]:
+    """Log-probabilities [T, vocabulary], and of all targets [T] together the negative log-likelihood, and the KL
+    divergence from the reference's log-probabilities, 0 where there are none.
+    """
+    kept, nll, kl = [], 0.0, 0.0
+    for at in range(0, len(logits), ROWS):
+        own = slice(at, at + ROWS)
+        logs = logits[own].log_softmax(-1)
+        nll -= float(logs.gather(1, targets[own, None]).double().sum())
+        if reference is None:
+            kept.append(logs)
+        else:
+            kl += float((reference[own].exp() * (reference[own] - logs)).sum(-1).double().sum())
+    return torch.cat(kept) if kept else logits, nll, kl
+
+
+def judge(
+    bench: Bench,
+    formats: Sequence[Format],
+    pieces: Sequence[Sequence[int]],
+    prompts: Sequence[Recall],
+    tasks: Sequence[Task] = (),
+) -> list[dict[str, Any]]:
     """A dict for each format; the first one must be the exact cache."""
     length = len(pieces[0])
     rows = list(range(min(UNJUDGED, length // 2) - 1, length - 1))
@@ -246,16 +217,14 @@ def judge(bench: Bench, formats: Sequence[Format], pieces: Sequence[Sequence[int
     results: list[dict[str, Any]] = []
     for format in formats:
         begin = time.monotonic()
-        nll, kl, count = 0.0, 0.0, 0
+        nll, kl, count = 0.0, 0.0, len(pieces) * len(rows)
         for i, piece in enumerate(pieces):
-            logs = bench.logits(piece, format, rows).log_softmax(-1)
-            if len(references) <= i:
+            targets = torch.tensor([piece[row + 1] for row in rows], device=bench.device)
+            reference = references[i] if i < len(references) else None
+            logs, *own = compared(bench.logits(piece, format, rows), targets, reference)
+            if reference is None:
                 references.append(logs)
-            targets = torch.tensor([piece[row + 1] for row in rows])
-            nll -= float(logs.gather(1, targets[:, None]).double().sum())
-            kl += float((references[i].exp() * (references[i] - logs)).double().sum())
-            count += len(rows)
-        right = sum(found(bench, prompt, format) for prompt in prompts)
+            nll, kl = nll + own[0], kl + own[1]
         results.append(
             {
                 "format": format.name,
@@ -263,8 +232,9 @@ def judge(bench: Bench, formats: Sequence[Format], pieces: Sequence[Sequence[int
                 "bits_here": round(bits_at(format, length), 3),
                 "perplexity": math.exp(nll / count),
                 "kl": kl / count,
-                "found": right,
+                "found": sum(found(bench, prompt, format) for prompt in prompts),
                 "asked": sum(len(prompt.answers) for prompt in prompts),
+                **{task.name: task.measure(bench, format) for task in tasks},
             }
         )
         print(f"{format.name}: {results[-1]} ({time.monotonic() - begin:.0f} s)", flush=True)
@@ -274,12 +244,22 @@ def judge(bench: Bench, formats: Sequence[Format], pieces: Sequence[Sequence[int
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Plain text; the perplexity's change is against the first row."""
     base = results[0]["perplexity"]
-    rows = [("format", "bits", "bits here", "perplexity", "change", "KL", "found")]
+    tasks = [name for name in TASKS if name in results[0]]
+    rows = [("format", "bits", "bits here", "perplexity", "change", "KL", "found", *(TASKS[name][0] for name in tasks))]
     for r in results:
         change = f"{r['perplexity'] / base - 1:+.1%}"
         numbers = (f"{r['bits']:.2f}", f"{r['bits_here']:.2f}", f"{r['perplexity']:.2f}", change, f"{r['kl']:.4f}")
-        rows.append((r["format"], *numbers, f"{r['found']}/{r['asked']}"))
+        own = (format(r[name], TASKS[name][1]) for name in tasks)
+        rows.append((r["format"], *numbers, f"{r['found']}/{r['asked']}", *own))
     return columns(rows)
+
+
+def plain(head_dim: int) -> list[Format]:
+    """What SKVQ is compared with, as far as its groups fit into a head."""
+    integers = [Integer(4, 64), Integer(4, 64, turned=True)] if head_dim % 64 == 0 else []
+    groups = [group for group in (32, 64, 128) if head_dim % min(group, head_dim) == 0]
+    kivi = [Kivi(group, channels=0 if group <= head_dim else head_dim) for group in groups]
+    return [Float8(head_dim), *integers, *kivi]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -295,31 +275,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--searched", type=int, default=2, help=f"windows of {LEARNED} tokens for clip factors")
     parser.add_argument("--only", default="", help="regular expression for the names of formats")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda or cuda:N")
+    parser.add_argument("--hellaswag", type=Path, help="items of HellaSwag, one JSON object a line")
+    parser.add_argument("--gsm8k", type=Path, help="items of GSM8K, one JSON object a line")
+    parser.add_argument("--items", type=int, default=80, help="items of each task")
     options = parser.parse_args(arguments)
-    bench = Bench(resolve(options.model), max(options.length, LEARNED))
+    asked = [(make, file) for make, file in ((hellaswag, options.hellaswag), (gsm8k, options.gsm8k)) if file]
+    longest = max(options.length, LEARNED, PREFIX + LONGEST if asked else 0)
+    bench = Bench(resolve(options.model), longest, options.device)
     c = bench.config
+    tasks = [make(bench, file, options.items) for make, file in asked]
     tokens = bench.encode(options.text.read_text(encoding="utf-8", errors="replace"))
     pieces = list(windows(tokens, options.length, options.windows))
     used = len(pieces) * options.length
     learned = bench.encode(options.calibrate.read_text(encoding="utf-8", errors="replace"))
     wanted = [v for v in variants(c.kv_heads, c.head_dim) if re.search(options.only, v.name)]
     skvq = calibrated(bench, wanted, list(windows(learned, LEARNED, 8)), options.searched)
-    plain: list[Format] = [
-        *(Float8(c.head_dim), Integer(4, 64), Integer(4, 64, turned=True), Kivi(32), Kivi(64), Kivi(128)),
-    ]
-    formats: list[Format] = [Exact(), *(f for f in plain if re.search(options.only, f.name)), *skvq]
+    formats: list[Format] = [Exact(), *(f for f in plain(c.head_dim) if re.search(options.only, f.name)), *skvq]
     prompts = [
         recall(bench, tokens[used:] or tokens, seed, options.length, options.questions)
         for seed in range(options.prompts)
     ]
-    results = judge(bench, formats, pieces, prompts)
+    results = judge(bench, formats, pieces, prompts, tasks)
     print(table(results))
     if options.out:
-        command = f"python -m tenfold.bench.kv_quality --model {Path(options.model).name} --length {options.length} "
-        command += f"--text {options.text.name} --calibrate {options.calibrate.name} --searched {options.searched}"
-        about = {"suite": "kv-quality", "machine": machine(), "command": command, "model": Path(options.model).name}
+        model = Path(options.model).name
+        about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options), "model": model}
         sizes = {"length": options.length, "windows": len(pieces), "unjudged": UNJUDGED}
-        save(options.out, {**about, **sizes, "rows": results}, options.commit)
+        items = {"items": {task.name: len(task.questions) for task in tasks}}
+        save(options.out, {**about, **sizes, **items, "rows": results}, options.commit)
+
+
+def command(options: argparse.Namespace) -> str:
+    """What makes the same result again; files by their names alone."""
+    names = ("model", "device", "length", "windows", "prompts", "questions", "searched", "text", "calibrate", "only")
+    given = {name: getattr(options, name) for name in (*names, "hellaswag", "gsm8k")}
+    if options.hellaswag or options.gsm8k:
+        given["items"] = options.items
+    texts = {name: value.name if isinstance(value, Path) else str(value) for name, value in given.items() if value}
+    texts["model"] = Path(options.model).name
+    parts = [f"--{name} {shlex.quote(text)}" for name, text in texts.items()]
+    return " ".join(("python -m tenfold.bench.kv_quality", *parts))
 
 
 if __name__ == "__main__":

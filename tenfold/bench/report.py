@@ -10,6 +10,7 @@ from tenfold.bench import arms, kv, launches, plots, single
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load
 from tenfold.bench.hardware import ROOT
+from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
@@ -198,8 +199,10 @@ def kv_table(result: kv.Result) -> str:
 
 
 def kv_quality_table(data: Mapping[str, Any]) -> str:
-    """Perplexity, KL divergence and recall of every format."""
+    """Perplexity, KL divergence, recall and tasks of every format."""
+    tasks = {name: TASKS[name] for name in TASKS if name in data["rows"][0]}
     head = ["format", "bits", "bits here", "perplexity", "change", "KL", "codes found"]
+    head += [title for title, _ in tasks.values()]
     lines = [_cells(head), _cells(["---"] * len(head))]
     base = data["rows"][0]["perplexity"]
     for r in data["rows"]:
@@ -208,14 +211,15 @@ def kv_quality_table(data: Mapping[str, Any]) -> str:
             f"{r['bits_here']:.2f}",
             f"{r['perplexity']:.2f}",
             f"{r['perplexity'] / base - 1:+.1%}",
+            f"{r['kl']:.4f}",
+            f"{r['found']} of {r['asked']}",
         ]
-        lines.append(_cells([r["format"], *numbers, f"{r['kl']:.4f}", f"{r['found']} of {r['asked']}"]))
+        lines.append(_cells([r["format"], *numbers, *(format(r[name], form) for name, (_, form) in tasks.items())]))
     machine = data["machine"]
-    lines += [
-        "",
-        f"{data['windows']} windows of {data['length']} tokens, the first {data['unjudged']} of each not judged; ",
-    ]
-    lines[-1] += f"commit {machine.get('commit', '')}, {machine.get('date', '')}. `{data['command']}`"
+    sizes = f"{data['windows']} windows of {data['length']} tokens, the first {data['unjudged']} of each not judged"
+    items = "".join(f", {count} items of {name}" for name, count in data.get("items", {}).items())
+    commit = f"commit {machine.get('commit', '')}, {machine.get('date', '')}"
+    lines += ["", f"{sizes}{items}; {commit}. `{data['command']}`"]
     return "\n".join(lines)
 
 

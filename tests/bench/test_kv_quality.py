@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.bench import kv_quality
-from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, bits_at, hadamard
-from tenfold.bench.kv_quality import Bench, Recall, Variant
-from tenfold.cache.skvq.calibrate import Sample
+from tenfold.bench import kv_model, kv_quality
+from tenfold.bench.kv_formats import STRIDE, Exact, Float8, Format, Integer, Kivi, bits_at, hadamard
+from tenfold.bench.kv_model import Bench
+from tenfold.bench.kv_quality import Recall, Variant
+from tenfold.cache.skvq.calibrate import ClipSearch, Sample
 from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kv.quantize import plain
 from tenfold.ops.kv.spec import PackedSpec
 
 SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125)
@@ -36,8 +38,7 @@ def sample(length: int = 40) -> Sample:
 def error(format: Format) -> float:
     """Of keys and values, relative to their size."""
     made = sample()
-    seen = format.see(0, made, torch.arange(40))
-    pairs = ((seen.keys, made.keys), (seen.values, made.values))
+    pairs = zip(format.store(0, made), (made.keys, made.values))
     return sum(float((a - b.transpose(0, 1)).norm() / b.norm()) for a, b in pairs) / 2
 
 
@@ -65,17 +66,75 @@ def test_what_is_kept_counts_in_16_bits() -> None:
 
 
 def test_queries_see_as_computed_what_has_not_left_their_window() -> None:
-    made, queries = sample(), torch.tensor([5, 39])
-    never, always = Exact().see(0, made, queries), Float8(64).see(0, made, queries)
-    assert not never.old_keys.any()
-    assert always.old_values[:, :6].all()
-    assert Kivi(8, residual=16).see(0, made, queries).old_keys.sum(1).tolist() == [0, 32]
-    assert Kivi(8, residual=16).see(0, made, queries).old_values.sum(1).tolist() == [0, 24]
+    queries = torch.tensor([5, 39])
+    assert not Exact().old(0, queries, 40)[0].any()
+    assert Float8(64).old(0, queries, 40)[1][:, :6].all()
+    keys, values = Kivi(8, residual=16).old(0, queries, 40)
+    assert (keys.sum(1).tolist(), values.sum(1).tolist()) == ([0, 32], [0, 24])
+
+
+def test_groups_of_values_end_with_a_head() -> None:
+    names = [format.name for format in kv_quality.plain(64) if isinstance(format, Kivi)]
+    assert names == ["KIVI 2 bit g32", "KIVI 2 bit g64", "KIVI 2 bit g128, values g64"]
+    assert [format.name for format in kv_quality.plain(128)][-1] == "KIVI 2 bit g128"
+    wide = Kivi(128, channels=64)
+    assert wide.bits == 2.375
+    keys, values = wide.store(0, sample(200))
+    assert torch.equal(keys[:, 128:], sample(200).keys.transpose(0, 1)[:, 128:])
+    assert len(values[0, 0].unique()) == 4
 
 
 @pytest.fixture
 def bench(tiny: Callable[[str], Path]) -> Bench:
-    return Bench(tiny("llama"), 160)
+    return Bench(tiny("llama"), 300)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return [(7 * i + 3 * seed + i * i // 5) % 90 + 2 for i in range(count)]
+
+
+def formats(bench: Bench) -> list[Format]:
+    """One of each kind, for heads of 16 channels."""
+    (skvq,) = kv_quality.calibrated(bench, [Variant("skvq", SPAN)], [tokens(160)], 1)
+    return [Exact(), Float8(16), Integer(4, 16), Integer(4, 8, turned=True), Kivi(32, channels=16), skvq]
+
+
+def test_attention_of_some_queries_at_a_time_is_that_of_all(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tokens(150)
+    parts = bench.logits(given, Exact(), range(150))
+    monkeypatch.setattr(kv_model, "QUERIES", 1000)
+    torch.testing.assert_close(parts, bench.logits(given, Exact(), range(150)), rtol=0, atol=1e-5)
+
+
+def test_what_follows_a_prefix_is_as_if_it_were_one_sequence(bench: Bench) -> None:
+    begin, ends = tokens(STRIDE), [tokens(150, 1), tokens(7, 2)]
+    for format in formats(bench):
+        prefix = bench.begin(begin, format)
+        both = bench.follow(prefix, ends, format, range(157)).split([150, 7])
+        for end, own in zip(ends, both):
+            rows = range(STRIDE, STRIDE + len(end))
+            expected = bench.logits(begin + end, format, rows)
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-4)
+        apart = bench.logits(ends[1], format, range(7))
+        assert not torch.allclose(both[1], apart, atol=1e-2)
+    with pytest.raises(ValueError, match="130 tokens was asked for; allowed: multiples of 128"):
+        bench.begin(tokens(130), Exact())
+
+
+def test_nothing_is_made_elsewhere_than_where_the_model_runs(bench: Bench) -> None:
+    """With another default device, a tensor that was made without one does not meet those of the model."""
+    own = formats(bench)
+    prompt = Recall(tokens(40), [range(20, 22)])
+    expected = kv_quality.judge(bench, own, [tokens(160)], [prompt])
+    search = ClipSearch(plain(32, 16), 2, "e4m3", of_keys=True)
+    values = ClipSearch(plain(32, 16), 2, "e4m3", of_keys=False)
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta
+        assert kv_quality.judge(bench, own, [tokens(160)], [prompt]) == expected
+        bench.run(tokens(30), lambda layer, seen: search.add(seen, window=4, sinks=1))
+        bench.run(tokens(30), lambda layer, seen: values.add(seen, window=4, sinks=1))
+    assert search.losses.all()
+    assert values.losses.all()
 
 
 def test_formats_are_judged_against_the_exact_cache(bench: Bench) -> None:
@@ -84,8 +143,7 @@ def test_formats_are_judged_against_the_exact_cache(bench: Bench) -> None:
     best = bench.logits(pieces[0], Exact(), range(159)).argmax(-1).tolist()
     right = Recall([*pieces[0][:20], best[19]], [range(20, 21)])
     wrong = Recall([*pieces[0][:20], best[19] + 1], [range(20, 21)])
-    formats: list[Format] = [Exact(), Float8(16), skvq]
-    exact, eight, two = kv_quality.judge(bench, formats, pieces, [right, wrong])
+    exact, eight, two = kv_quality.judge(bench, [Exact(), Float8(16), skvq], pieces, [right, wrong])
     assert (exact["kl"], exact["found"], exact["asked"]) == (0, 1, 2)
     assert 0 < eight["kl"] < two["kl"]
     assert abs(eight["perplexity"] / exact["perplexity"] - 1) < 0.05

@@ -125,11 +125,11 @@ def from_bytes(codes: Tensor, parameters: Tensor, bits: float, head_dim: int, na
     return Quantized(unpack(codes, bits, head_dim).flatten(1), parameters.contiguous().view(STORED[name]))
 
 
-def hadamard(size: int) -> Tensor:
+def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
     """Orthonormal, symmetric [size, size]; size is a power of two. Raises ValueError."""
     if size < 1 or size & (size - 1):
         raise ValueError(f"A Hadamard matrix of {size} rows was asked for; allowed: powers of two.")
-    h = torch.ones(1, 1)
+    h = torch.ones(1, 1, device=device)
     while len(h) < size:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1))) / 2**0.5
     return h
