@@ -174,3 +174,18 @@ def test_the_command_writes_what_it_measured(tiny: Callable[[str], Path], tmp_pa
     assert [row["format"] for row in found["rows"]] == ["exact", Float8(16).name]
     assert found["machine"]["hardware"]
     assert found["command"].startswith("python -m tenfold.bench.kv_quality --model ")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_the_cpu_finds(tiny: Callable[[str], Path]) -> None:
+    """Formats that round only nearly: one code that rounds the other way changes all that follows."""
+    prompt = Recall(tokens(40), [range(20, 22)])
+    here, there = (
+        kv_quality.judge(bench, formats(bench), [tokens(160)], [prompt])
+        for bench in (Bench(tiny("llama"), 300, device) for device in ("cpu", "cuda"))
+    )
+    for one, other in zip(here, there):
+        close = 1e-4 if one["format"] == "exact" else 0.1
+        assert other["perplexity"] == pytest.approx(one["perplexity"], rel=close)
+        assert (other["kl"] > 0) == (one["kl"] > 0)
