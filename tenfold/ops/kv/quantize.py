@@ -66,14 +66,14 @@ def quantize(x: Tensor, grouping: Grouping, bits: float, parameters: str = "e4m3
     With lo, hi the minimum and maximum of a group's (x - shift), times clip:
     scale = max((hi - lo) / (levels - 1), 1e-5), code = round(clamp((x - shift - lo) / scale, 0, levels - 1)).
     Codes come from the scale and zero before they are rounded to the type that is stored. 8 bits: the scale brings the
-    largest magnitude to E4M3's largest number, and is rounded before codes come from it.
+    largest magnitude to E4M3's largest number, and is rounded before codes come from it; 0 over a scale of 0 is 0.
     """
     order, top = grouping.order, LEVELS[bits] - 1
     grouped = (x.float() - grouping.shift)[:, order]
     if bits == FLOAT8_BITS:
         scale = (grouping.clip * grouped.abs().amax(-1) / E4M3_LARGEST).clamp(min=LEAST_SCALE) / grouping.unit
         kept = stored(scale[..., None], parameters)
-        ratio = grouped / (kept.float() * grouping.unit[:, None])
+        ratio = (grouped / (kept.float() * grouping.unit[:, None])).nan_to_num(0.0)  # a scale may round to 0
         codes = ratio.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
         return Quantized(_ungrouped(codes, order), kept)
     lo, hi = (grouping.clip * edge for edge in (grouped.amin(-1), grouped.amax(-1)))

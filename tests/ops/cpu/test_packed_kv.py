@@ -195,8 +195,31 @@ def test_codes_are_those_of_the_definition_to_the_bit(isa, fast, name: str) -> N
     kept = kept.to(CASES[name].dtype) if cache.layer.exact_keys is not None else kept
     for side, x in zip((usual.layer.keys, usual.layer.values), kept.chunk(2, 1)):
         side.write(x.flatten(1), step.slots.long())
+    assert_same_pages(cache, usual)
+
+
+def assert_same_pages(cache: Cache, other: Cache) -> None:
     for part in ("key codes", "value codes", "key numbers", "value numbers"):
-        assert torch.equal(cache.sides[part], usual.sides[part]), part
+        assert torch.equal(cache.sides[part], other.sides[part]), part
+
+
+@pytest.mark.parametrize("name", ["k2v1.5g16w8s2", "k3v4g16w0s0", "k8v8g32h2w4s1"])
+def test_halves_go_to_the_even_code_and_nothing_to_nothing(isa, fast, name: str) -> None:
+    cache, usual = (Cache(name, CASES[name], 1) for _ in range(2))
+    for grouping in (g for c in (cache, usual) for side in (c.layer.keys, c.layer.values) for g in [side.grouping]):
+        grouping.shift.zero_()
+        grouping.clip.fill_(1.0)
+        grouping.unit.fill_(1.0)
+    heads = replace(cache.heads, spec=replace(cache.heads.spec, rotary_dim=0), q_norm=None, k_norm=None)
+    for end, largest in enumerate((0, 4, 6, 14, 30), start=1):  # twice the largest code: the scale is 1
+        qkv = torch.randint(0, largest + 1, (1, cache.width), generator=torch.Generator().manual_seed(end)) / 2
+        step = cache.step([1], [end], [0])
+        fast.attention_packed(qkv, heads, cache.layer, step)
+        kept = qkv.view(1, -1, CASES[name].dim)[:, CASES[name].heads :]
+        for side, x in zip((usual.layer.keys, usual.layer.values), kept.chunk(2, 1)):
+            side.write(x.flatten(1), step.slots.long())
+            assert side.read(step.slots.long()).isfinite().all()
+    assert_same_pages(cache, usual)
 
 
 @pytest.mark.parametrize("name", ["k2v1.5g16w8s2", "int4", "k8v8g32h2w4s1", "k2v4g128w64s5-post-turned"])

@@ -248,15 +248,16 @@ static block block_of(const tf_packed_layer *l, float *scratch) {
     return b;
 }
 
-/* table[index[lane]] of each lane; small tables fit in a register. */
-TF_INLINE vf vf_lookup(const float *table, int entries, vi index) {
+/* table[index[lane]] of each lane; few: at most TF_W entries, which fit in a register. */
+TF_INLINE vf vf_lookup(int few, const float *table, vi index) {
 #if TF_W == 16
-    if (entries <= 16) return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+    if (few) return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
     return (vf)_mm512_i32gather_ps((__m512i)index, table, 4);
 #elif TF_W == 8
-    if (entries <= 8) return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    if (few) return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
     return (vf)_mm256_i32gather_ps(table, (__m256i)index, 4);
 #else
+    (void)few;
     return (vf){table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 #endif
 }
@@ -268,10 +269,10 @@ TF_INLINE vf vf_whole(vi x) {
     return (vf)_mm256_cvtepi32_ps((__m256i)x);
 #elif defined(__x86_64__)
     return (vf)_mm_cvtepi32_ps((__m128i)x);
+#elif defined(__aarch64__)
+    return (vf)vcvtq_f32_s32((int32x4_t)x);
 #else
-    vf y;
-    for (int l = 0; l < TF_W; l++) y[l] = (float)x[l];
-    return y;
+    return (vf){(float)x[0], (float)x[1], (float)x[2], (float)x[3]};
 #endif
 }
 
@@ -285,18 +286,22 @@ TF_INLINE uint32_t word_of(int bits, const uint8_t *p) {
 
 /* Codes i.. of a head of n channels, a multiple of 8, as numbers; i is a multiple of the vector. Beyond the last channel: 0. */
 TF_INLINE vf whole_codes(int bits, const uint8_t *codes, int i, int n) {
+    const uint32_t word = word_of(bits, codes + i / 8 * bits);
+#if TF_W == 4
+    (void)n;
+    const uint32_t from = word >> i % 8 * bits;
+    vi x = {(int32_t)from, (int32_t)(from >> bits), (int32_t)(from >> 2 * bits), (int32_t)(from >> 3 * bits)};
+#else
     vi lanes;
     for (int l = 0; l < TF_W; l++) lanes[l] = l % 8 * bits;
-    const uint32_t word = word_of(bits, codes + i / 8 * bits);
 #if TF_W == 16
     const uint32_t next = i + 8 < n ? word_of(bits, codes + (i / 8 + 1) * bits) : 0;
     vi x = (vi)_mm512_inserti32x8(_mm512_set1_epi32((int)word), _mm256_set1_epi32((int)next), 1);
     x = (vi)_mm512_srlv_epi32((__m512i)x, (__m512i)lanes);
-#elif TF_W == 8
-    vi x = (vi)_mm256_srlv_epi32(_mm256_set1_epi32((int)word), (__m256i)lanes);
 #else
-    const uint32_t from = word >> i % 8 * bits;
-    vi x = {(int32_t)from, (int32_t)(from >> bits), (int32_t)(from >> 2 * bits), (int32_t)(from >> 3 * bits)};
+    (void)n;
+    vi x = (vi)_mm256_srlv_epi32(_mm256_set1_epi32((int)word), (__m256i)lanes);
+#endif
 #endif
     return vf_whole(x & ((1 << bits) - 1));
 }
@@ -335,7 +340,7 @@ TF_INLINE vf e4m3_numbers(const uint8_t *codes, int i, int n) {
 }
 
 /* code * scale + zero + shift of `count` tokens into rows of `wide`. */
-TF_INLINE void dequantise_as(int half_bits, const tf_packed_layer *l, const tf_packed_side *side, int kv_head, int count,
+TF_INLINE void dequantise_as(int half_bits, int few, const tf_packed_layer *l, const tf_packed_side *side, int kv_head, int count,
                              const block *b, float *wide, int padded) {
     const int n = l->head_dim;
     const int64_t first = kv_head * tf_channels(l), stride = unpacked_bytes(l);
@@ -344,12 +349,12 @@ TF_INLINE void dequantise_as(int half_bits, const tf_packed_layer *l, const tf_p
         memcpy(&index, side->group + first + i, sizeof index);
         const vf shift = vf_load(side->shift + first + i);
         for (int k = 0; k < count; k++) {
-            const vf scale = vf_lookup(b->scale + k * b->groups, side->groups, index);
+            const vf scale = vf_lookup(few, b->scale + k * b->groups, index);
             vf zero = shift, number;
             if (half_bits == 16) {
                 number = e4m3_numbers(b->codes[k], i, n);
             } else {
-                zero += vf_lookup(b->zero + k * b->groups, side->groups, index);
+                zero += vf_lookup(few, b->zero + k * b->groups, index);
                 number = half_bits == 3 ? whole_bytes(b->unpacked + k * stride, i) : whole_codes(half_bits / 2, b->codes[k], i, n);
             }
             vf_store(wide + k * padded + i, vf_fma(number, scale, zero));
@@ -357,13 +362,19 @@ TF_INLINE void dequantise_as(int half_bits, const tf_packed_layer *l, const tf_p
     }
 }
 
-static void load_parameters(const tf_packed_layer *l, const tf_packed_side *side, int span, const void *from, float *scale, float *zero) {
-    const float *unit = side->unit + span * side->groups;
+TF_INLINE float parameter(int float16, const void *from, int i) {
+    return float16 ? f32_from_f16(((const uint16_t *)from)[i]) : e4m3[((const uint8_t *)from)[i]];
+}
+
+/* Scales, and zeros, of one token's groups, in the units they are stored in. */
+TF_INLINE void load_parameters(int float16, const tf_packed_side *side, const float *unit, const void *from, float *scale, float *zero) {
+    if (side->numbers == 1) {
+        for (int g = 0; g < side->groups; g++) scale[g] = parameter(float16, from, g) * unit[g];
+        return;
+    }
     for (int g = 0; g < side->groups; g++) {
-        const int i = g * side->numbers;
-        scale[g] = (l->float16 ? f32_from_f16(((const uint16_t *)from)[i]) : e4m3[((const uint8_t *)from)[i]]) * unit[g];
-        if (side->numbers == 1) continue;
-        zero[g] = (l->float16 ? f32_from_f16(((const uint16_t *)from)[i + 1]) : e4m3[((const uint8_t *)from)[i + 1]]) * unit[g];
+        scale[g] = parameter(float16, from, 2 * g) * unit[g];
+        zero[g] = parameter(float16, from, 2 * g + 1) * unit[g];
     }
 }
 
@@ -427,6 +438,7 @@ static void dequantise(const unit_state *s, const packed_state *p, const tf_pack
     const int32_t *pages = a->page_table + (int64_t)s->u->request * a->table_width;
     const int span = s->u->kv_head / l->span, spans = l->kv_heads / l->span, size = l->page_size;
     const int64_t row_bytes = (int64_t)side->groups * side->numbers * (l->float16 ? 2 : 1);
+    const float *unit = side->unit + span * side->groups;
     block b = p->block;
     int page = position / size, offset = position % size;
     for (int k = 0; k < count; k++, offset++) {
@@ -436,17 +448,29 @@ static void dequantise(const unit_state *s, const packed_state *p, const tf_pack
         }
         const int64_t at = pages[page];
         b.codes[k] = side->codes + ((at * l->kv_heads + s->u->kv_head) * size + offset) * side->code_bytes;
-        load_parameters(l, side, span, (const char *)side->parameters + ((at * spans + span) * size + offset) * row_bytes,
-                        b.scale + k * b.groups, b.zero + k * b.groups);
+        const char *numbers = (const char *)side->parameters + ((at * spans + span) * size + offset) * row_bytes;
+        float *scale = b.scale + k * b.groups, *zero = b.zero + k * b.groups;
+        if (l->float16)
+            load_parameters(1, side, unit, numbers, scale, zero);
+        else
+            load_parameters(0, side, unit, numbers, scale, zero);
         if (side->half_bits == 3) unpack_trits(b.codes[k], side->code_bytes, b.unpacked + k * unpacked_bytes(l));
     }
+    const int head = s->u->kv_head, few = side->groups <= TF_W;
+#define TF_AS(bits)                                                                         \
+    if (few)                                                                                \
+        dequantise_as(bits, 1, l, side, head, count, &b, s->wide, s->padded);               \
+    else                                                                                    \
+        dequantise_as(bits, 0, l, side, head, count, &b, s->wide, s->padded);               \
+    break
     switch (side->half_bits) {
-    case 3: dequantise_as(3, l, side, s->u->kv_head, count, &b, s->wide, s->padded); break;
-    case 4: dequantise_as(4, l, side, s->u->kv_head, count, &b, s->wide, s->padded); break;
-    case 6: dequantise_as(6, l, side, s->u->kv_head, count, &b, s->wide, s->padded); break;
-    case 8: dequantise_as(8, l, side, s->u->kv_head, count, &b, s->wide, s->padded); break;
-    default: dequantise_as(16, l, side, s->u->kv_head, count, &b, s->wide, s->padded);
+    case 3: TF_AS(3);
+    case 4: TF_AS(4);
+    case 6: TF_AS(6);
+    case 8: TF_AS(8);
+    default: TF_AS(16);
     }
+#undef TF_AS
 }
 
 /* Tokens begin..end-1 of a tile come from one place; sinks, codes, recent ones. */
