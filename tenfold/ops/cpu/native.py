@@ -271,7 +271,11 @@ class Native(Separate):
     def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         spec = heads.spec
         if not packed_kv.served(layer, spec.head_dim, step):
-            return packed.attention(self, qkv, heads, layer, step)
+            parts = packed_kv.parted(step)
+            if parts is None or not packed_kv.served(layer, spec.head_dim, parts[0]):
+                return packed.attention(self, qkv, heads, layer, step)
+            rows = qkv.split((step.decodes, qkv.shape[0] - step.decodes))
+            return torch.cat([self.attention_packed(x, heads, layer, part) for x, part in zip(rows, parts)])
         _check(qkv, "qkv")
         if qkv.shape[1] != (spec.heads + 2 * spec.kv_heads) * spec.head_dim:
             _refuse("qkv", qkv, f"[T, {(spec.heads + 2 * spec.kv_heads) * spec.head_dim}], the heads of q, k and v")

@@ -15,7 +15,7 @@ from tenfold.ops.kv.packing import packed_bytes
 
 CHANNELS_ALIGN = 16  # TF_CHANNELS_ALIGN
 MOST_CHANNELS = 1024  # of a head; LONGEST_HEAD in csrc/heads.h
-MOST_QUERIES = MOST_GUESSES  # of a request in a step: a room keeps what the first of them sees when all are written
+MOST_QUERIES = MOST_GUESSES + 1  # of a request in a step: a room keeps what the first sees when all are written
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum tf_type
 _SIDE = "6P4i"
 _LAYER = Struct(f"@{_SIDE}{_SIDE}2P11i")
@@ -43,6 +43,34 @@ def served(layer: PackedLayer, head_dim: int, step: Contexts) -> bool:
         and head_dim % 8 == 0
         and head_dim <= MOST_CHANNELS
         and (exact is None or (step.rooms is not None and exact.dtype in TYPES))
+    )
+
+
+def parted(step: Contexts) -> tuple[Contexts, Contexts] | None:
+    """The leading decodes of a step, and the other requests by themselves; None where they are not to be parted."""
+    decodes, requests = step.decodes, step.page_table.shape[0]
+    if step.shared or not 0 < decodes < requests:
+        return None
+    if "parted" not in step.memo:
+        first, others = slice(decodes), slice(decodes, None)
+        step.memo["parted"] = _part(step, first, decodes, 1), _part(step, others, 0, step.max_query)
+    parts: tuple[Contexts, Contexts] = step.memo["parted"]
+    return parts
+
+
+def _part(step: Contexts, own: slice, decodes: int, max_query: int) -> Contexts:
+    """own: requests, and tokens too, because all before are decodes."""
+    begin = own.start or 0
+    return Contexts(
+        step.positions[own],
+        step.slots[own],
+        step.page_table[own],
+        step.query_start[begin : begin + decodes + 1 if decodes else None] - begin,
+        step.kv_lengths[own],
+        max_query,
+        step.max_kv,
+        decodes,
+        rooms=None if step.rooms is None else step.rooms[own],
     )
 
 

@@ -1,6 +1,6 @@
 """Decode steps over packed pages: the compiled kernels against the operations that say what they mean."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
 import torch
@@ -86,10 +86,10 @@ class Cache:
         order = torch.randperm(pages * sequences, generator=torch.Generator().manual_seed(3)).int()
         self.table = order.view(sequences, pages)
         angles = torch.arange(LONGEST)[:, None] / 10 ** (torch.arange(shape.rotary // 2) * 3 / shape.rotary)
-        norms = [Norm(1 + random(shape.dim, seed=s) / 9, 1e-5) if shape.norms else None for s in (4, 5)]
+        q_norm, k_norm = (Norm(1 + random(shape.dim, seed=s) / 9, 1e-5) if shape.norms else None for s in (4, 5))
         heads = (shape.heads, shape.kv_heads, shape.dim)
         attention = AttentionSpec(*heads, shape.dim**-0.5, 0, shape.softcap, shape.rotary)
-        self.heads = Heads(attention, torch.cat((angles.cos(), angles.sin()), 1), *norms)
+        self.heads = Heads(attention, torch.cat((angles.cos(), angles.sin()), 1), q_norm, k_norm)
 
     @property
     def width(self) -> int:
@@ -101,7 +101,8 @@ class Cache:
         keys, values, layer = self.layer.keys, self.layer.values, self.layer
         sides = {"key codes": keys.codes, "value codes": values.codes}
         sides |= {"key numbers": keys._raw, "value numbers": values._raw}
-        return sides | {} if layer.exact_keys is None else sides | {"keys": layer.exact_keys, "values": layer.exact_values}
+        exact = {"keys": layer.exact_keys, "values": layer.exact_values}
+        return sides | {name: side for name, side in exact.items() if side is not None}
 
     def copy(self, other: "Cache") -> None:
         for name, side in self.sides.items():
@@ -172,7 +173,9 @@ def test_a_decode_step_gives_and_stores_what_its_definition_says(isa, fast, name
         for part, stored in cache.sides.items():
             expected = usual.sides[part]
             if stored.is_floating_point():  # a sum in another order may round to the number beside
-                torch.testing.assert_close(stored, expected, rtol=1e-5 if stored.dtype == torch.float32 else 1e-2, atol=1e-5, equal_nan=True)
+                torch.testing.assert_close(
+                    stored, expected, rtol=1e-5 if stored.dtype == torch.float32 else 1e-2, atol=1e-5, equal_nan=True
+                )
             else:
                 assert (stored != expected).float().mean() < 1e-3, part
         cache.copy(usual)
@@ -238,7 +241,7 @@ def test_a_request_has_the_same_bits_alone_in_a_batch_and_again(isa, fast, name:
 @pytest.mark.parametrize("name", ["k2v1.5g16w8s2", "fp8", "k3v1.5g80w33s7-post"])
 @pytest.mark.parametrize("end", [3, 40, 150])
 def test_guesses_and_short_chunks_have_the_bits_of_one_token_after_the_other(isa, fast, name: str, end: int) -> None:
-    """Sixteen tokens at once, of one request and of a request each that see one another."""
+    """As many tokens at once as are served, of one request, and of a request each that see one another."""
     after = range(end, end + packed_kv.MOST_QUERIES)
     apart, guessed, chunk = begun(name, (end,))[0], *begun(name, (end,))
     x = tokens(apart, 0, after.stop)
@@ -283,39 +286,45 @@ def test_long_chunks_are_put_together_of_operations(native, monkeypatch) -> None
     assert len(seen) == 1
 
 
-@dataclass(frozen=True)
-class Step:
-    """A decode step of a model, as it is replayed."""
+@pytest.mark.parametrize("name", ["k2v1.5g16w8s2", "fp8"])
+def test_decodes_have_the_same_bits_beside_a_long_chunk(isa, native, name: str) -> None:
+    """And the chunk gets what it gets alone."""
+    ends, count = (40, 9, 70, 65), packed_kv.MOST_QUERIES + 9
+    mixed, apart = begun(name, ends)
+    chunk = tokens(mixed, 3, 64 + count)[64:]
+    step = mixed.step([1, 1, 1, count], [40, 9, 70, 64 + count], [0, 1, 2, 3])
+    got = mixed.run(native, [*last(mixed, ends)[:3], chunk], replace(step, decodes=3))
+    want = [apart.run(native, last(apart, ends)[:3], apart.step([1] * 3, [40, 9, 70], [0, 1, 2]))]
+    want.append(apart.run(native, [chunk], apart.step([count], [64 + count], [3])))
+    assert torch.equal(got, torch.cat(want))
+    for part, stored in mixed.sides.items():
+        assert torch.equal(stored.nan_to_num(7.0), apart.sides[part].nan_to_num(7.0)), part
 
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    page_table: Tensor
-    query_start: Tensor
-    kv_lengths: Tensor
-    rooms: Tensor
-    logits_rows: Tensor
-    qkv: Tensor
-    max_query: int
-    max_kv: int
-    kv: KVStore
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replayed(Contexts):
+    """A decode step as it is replayed."""
+
+    token_ids: Tensor = field(kw_only=True)
+    logits_rows: Tensor = field(kw_only=True)
+    qkv: Tensor = field(kw_only=True)
+    kv: KVStore = field(kw_only=True)
 
 
 def test_steps_over_packed_pages_are_replayed(fast) -> None:
     """Also the first one of a cache that another one has shown the shape of."""
-    run, shape = fast.replay(), CASES["k2v1.5g16w8s2"]
+    run, heads = fast.replay(), Cache("k2v1.5g16w8s2", CASES["k2v1.5g16w8s2"], 1).heads
     for _ in range(2):
         cache, other = begun("k2v1.5g16w8s2", (40, 9))
         for further in range(4):
-            step = decode(cache, (40 + further, 9 + further))
-            qkv = torch.cat(last(cache, (40 + further, 9 + further)))
-            fields = (step.positions, step.slots, step.page_table, step.query_start, step.kv_lengths, step.rooms)
-            numbers = torch.zeros(2, dtype=torch.int64)
-            given = Step(numbers, *fields, numbers, qkv, 1, step.max_kv, cache.store)
-            got = run(lambda s: fast.attention_packed(s.qkv, cache.heads, cache.layer, s), given)
+            ends = (40 + further, 9 + further)
+            step, qkv = decode(cache, ends), torch.cat(last(cache, ends))
+            given = {f.name: getattr(step, f.name) for f in fields(step)}
+            none = torch.zeros(2, dtype=torch.int64)
+            more = Replayed(**given, token_ids=none, logits_rows=none, qkv=qkv, kv=cache.store)
+            got = run(lambda s: fast.attention_packed(s.qkv, heads, s.kv.layers[0], s), more)
             assert torch.equal(got, fast.attention_packed(qkv, other.heads, other.layer, step))
             assert run.foreign == ""
-    assert got.shape == (2, shape.heads * shape.dim)
 
 
 def test_a_layer_that_is_gone_is_forgotten(fast) -> None:
