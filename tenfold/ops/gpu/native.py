@@ -15,7 +15,10 @@ from tenfold.ops import elementwise, formats
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.gpu import arms, graphs, nvrtc
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
+from tenfold.ops.gpu.packed import Packing
 from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
+from tenfold.ops.kv import attend as unpacking
+from tenfold.ops.kv.layer import PackedLayer
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
@@ -51,6 +54,7 @@ class Gpu(Oracle):
         table = arms.table(torch.cuda.get_device_name(self.device))
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
         self.attending = Attending(self.device, self.sms, table, options.merge)
+        self.packing = Packing(self.device, self.sms)
         self._unified = False  # whether any layer runs with a unified maximum
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self._count_at = 0.0
@@ -61,6 +65,7 @@ class Gpu(Oracle):
         other.sms = sms
         other.arms = arms.Arms(self.device, self.dtype, sms, self.arms.table, self.options.gemm)
         other.attending = Attending(self.device, sms, self.attending.table, self.options.merge)
+        other.packing = Packing(self.device, sms)
         return other
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
@@ -120,6 +125,12 @@ class Gpu(Oracle):
         reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
         arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
         return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax)
+
+    def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
+        """Steps of one token a request run kernels that read codes; others read a copy as numbers."""
+        if self.packing.serves(qkv, heads.spec, layer, step):
+            return self.packing(qkv, heads, layer, step)
+        return unpacking.attention(self, qkv, heads, layer, step)
 
     def attend(
         self,

@@ -1,0 +1,276 @@
+// CUDA C++ of one kernel as C++: threads are fibers, a warp's collectives wait for all its lanes, blocks run one after
+// the other. Instructions are those that the packed kernels use, with the layouts of fragments that PTX documents.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <ucontext.h>
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+#define EMULATED 1
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static
+
+struct __align__(8) int2 { int x, y; };
+struct __align__(8) uint2 { u32 x, y; };
+struct __align__(16) uint4 { u32 x, y, z, w; };
+struct __align__(8) float2 { float x, y; };
+struct __align__(16) float4 { float x, y, z, w; };
+static inline int2 make_int2(int x, int y) { return {x, y}; }
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T> static T min(T a, T b) { return a < b ? a : b; }
+template <class T> static T max(T a, T b) { return a > b ? a : b; }
+
+struct Place { int x, y, z; };
+struct Lane {
+    ucontext_t context;
+    std::vector<char> stack;
+    Place place;
+    bool done;
+};
+struct Warp {
+    int arrived = 0, what = 0;
+    unsigned round = 0;
+    u32 in[32][8], out[32][4];
+};
+
+static std::vector<Lane> lanes;
+static std::vector<Warp> warps;
+static int current, running, at_barrier, barrier_or, barrier_result;
+static unsigned barrier_round;
+static Place blockIdx, gridDim;
+static ucontext_t host;
+static std::function<void()> body;
+static unsigned char *emulated_memory;
+
+#define threadIdx (lanes[current].place)
+
+[[noreturn]] static void fail(const char *why) {
+    fprintf(stderr, "emulated kernel: %s (block %d %d %d, thread %d)\n", why, blockIdx.x, blockIdx.y, blockIdx.z, current);
+    abort();
+}
+
+static void yield() {
+    int from = current, next = from;
+    do next = (next + 1) % (int)lanes.size();
+    while (lanes[next].done && next != from);
+    if (next == from) return;
+    current = next;
+    swapcontext(&lanes[from].context, &lanes[next].context);
+}
+
+static void wait(const std::function<bool()> &ready) {
+    for (long spins = 0; !ready(); spins++) {
+        if (spins > 2000000) fail("a collective that not all threads reach");
+        yield();
+    }
+}
+
+// `compute` once all lanes of the warp are here.
+template <class F> static void collective(int what, F compute) {
+    Warp &w = warps[current / 32];
+    if (w.arrived && w.what != what) fail("lanes of a warp are at different collectives");
+    w.what = what;
+    const unsigned round = w.round;
+    if (++w.arrived == 32) compute(w), w.arrived = 0, w.round++;
+    else wait([&] { return w.round != round; });
+}
+
+static u32 bits_of(float v) { u32 b; memcpy(&b, &v, 4); return b; }
+static float float_of(u32 b) { float v; memcpy(&v, &b, 4); return v; }
+
+static u32 shuffled(u32 v, int other, int what) {
+    const int lane = current % 32;
+    Warp &w = warps[current / 32];
+    w.in[lane][0] = v, w.in[lane][1] = other;
+    collective(what, [](Warp &w) { for (int l = 0; l < 32; l++) w.out[l][0] = w.in[w.in[l][1] & 31][0]; });
+    return w.out[lane][0];
+}
+static float __shfl_xor_sync(u32, float v, int d) { return float_of(shuffled(bits_of(v), current % 32 ^ d, 1)); }
+static float __shfl_sync(u32, float v, int l) { return float_of(shuffled(bits_of(v), l, 2)); }
+static int __shfl_sync(u32, int v, int l) { return (int)shuffled((u32)v, l, 3); }
+static bool __any_sync(u32, bool v) {
+    Warp &w = warps[current / 32];
+    w.in[current % 32][0] = v;
+    collective(4, [](Warp &w) {
+        u32 any = 0;
+        for (int l = 0; l < 32; l++) any |= w.in[l][0];
+        for (int l = 0; l < 32; l++) w.out[l][0] = any;
+    });
+    return w.out[current % 32][0];
+}
+static void __syncwarp() { collective(5, [](Warp &) {}); }
+static void __syncthreads() {
+    const unsigned round = barrier_round;
+    if (++at_barrier == running) at_barrier = 0, barrier_round++;
+    else wait([&] { return barrier_round != round; });
+}
+static void __threadfence() {}
+static int atomicAdd(int *p, int v) { int old = *p; *p += v; return old; }
+template <class T> static T __ldcg(const T *p) { return *p; }
+template <class T> static void __stcg(T *p, T v) { *p = v; }
+static float __int_as_float(int v) { return float_of((u32)v); }
+static int __float_as_int(float v) { return (int)bits_of(v); }
+static float __uint_as_float(u32 v) { return float_of(v); }
+static float __fadd_rn(float a, float b) { return a + b; }
+static float __fsub_rn(float a, float b) { return a - b; }
+static float __fmul_rn(float a, float b) { return a * b; }
+static float __fdiv_rn(float a, float b) { return a / b; }
+static float rsqrtf(float v) { return 1.f / sqrtf(v); }
+static u32 __byte_perm(u32 a, u32 b, u32 s) {
+    const uint64_t both = (uint64_t)b << 32 | a;
+    u32 r = 0;
+    for (int i = 0; i < 4; i++) r |= (u32)(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+    return r;
+}
+
+// Numbers of 16 and 8 bits.
+static float half_to_float(u32 b) { _Float16 h; u16 s = (u16)b; memcpy(&h, &s, 2); return (float)h; }
+static u16 to_half(double v) { _Float16 h = (_Float16)v; u16 s; memcpy(&s, &h, 2); return s; }
+static u32 halves(float lo, float hi) { return to_half(lo) | (u32)to_half(hi) << 16; }
+template <class F> static u32 each_half(F f) { return to_half(f(0)) | (u32)to_half(f(16)) << 16; }
+static u32 half_mul(u32 a, u32 b) { return each_half([=](int s) { return (double)half_to_float(a >> s) * half_to_float(b >> s); }); }
+static u32 half_fma(u32 a, u32 b, u32 c) { return each_half([=](int s) { return (double)half_to_float(a >> s) * half_to_float(b >> s) + half_to_float(c >> s); }); }
+static u32 half_fnma(u32 a, u32 b, u32 c) { return half_fma(a ^ 0x80008000u, b, c); }
+static float e4m3(u32 b) {
+    const int e = b >> 3 & 15, m = b & 7;
+    const float v = e == 15 && m == 7 ? NAN : e ? ldexpf(1.f + m / 8.f, e - 7) : ldexpf(m / 8.f, -6);
+    return b & 128 ? -v : v;
+}
+static u32 e4m3_to_halves(u32 b) { return halves(e4m3(b & 255), e4m3(b >> 8 & 255)); }
+static u32 one_e4m3(float v) {
+    const float a = fminf(fabsf(v), 448.f);
+    int e;
+    frexpf(a, &e);
+    const float step = ldexpf(1.f, max(e - 1, -6) - 3), r = rintf(a / step) * step;
+    u32 best = 0;
+    for (u32 b = 0; b < 127; b++) if (e4m3(b) == r) best = b;
+    return best | (std::signbit(v) ? 128 : 0);
+}
+static u32 to_e4m3(float lo, float hi) { return one_e4m3(lo) | one_e4m3(hi) << 8; }
+static u16 to_bfloat(float v) { u32 b = bits_of(v); return (u16)((b + 0x7fff + (b >> 16 & 1)) >> 16); }
+#if HALF
+static float to_float(u32 b) { return half_to_float(b); }
+static u32 pack(float lo, float hi) { return halves(lo, hi); }
+#else
+static float to_float(u32 b) { return float_of(b << 16); }
+static u32 pack(float lo, float hi) { return to_bfloat(lo) | (u32)to_bfloat(hi) << 16; }
+#endif
+static float round_trip(float v) { return to_float(pack(v, 0.f) & 0xffff); }
+
+// mma.m16n8k16: A row-major [16, 16], B [16, 8] by columns, C [16, 8].
+template <class F> static void product(float *c, const u32 (&r)[6], int what, F number) {
+    Warp &w = warps[current / 32];
+    const int lane = current % 32;
+    memcpy(w.in[lane], r, sizeof(r));
+    collective(what, [&](Warp &w) {
+        float a[16][16], b[16][8];
+        for (int l = 0; l < 32; l++)
+            for (int n = 0; n < 4; n++)
+                for (int h = 0; h < 2; h++) {
+                    a[l / 4 + 8 * (n & 1)][l % 4 * 2 + h + 8 * (n >> 1)] = number(w.in[l][n] >> 16 * h & 0xffff);
+                    if (n < 2) b[l % 4 * 2 + h + 8 * n][l / 4] = number(w.in[l][4 + n] >> 16 * h & 0xffff);
+                }
+        for (int l = 0; l < 32; l++)
+            for (int n = 0; n < 4; n++) {
+                double sum = 0;
+                for (int k = 0; k < 16; k++) sum += (double)a[l / 4 + 8 * (n >> 1)][k] * b[k][l % 4 * 2 + (n & 1)];
+                w.out[l][n] = bits_of((float)sum);
+            }
+    });
+    for (int n = 0; n < 4; n++) c[n] += float_of(w.out[lane][n]);
+}
+static void mma_half(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    product(c, {a0, a1, a2, a3, b0, b1}, 6, [](u32 b) { return half_to_float(b); });
+}
+static void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    product(c, {a0, a1, a2, a3, b0, b1}, 7, [](u32 b) { return to_float(b); });
+}
+static u32 transposed(u32 v) {
+    Warp &w = warps[current / 32];
+    w.in[current % 32][0] = v;
+    collective(8, [](Warp &w) {
+        for (int l = 0; l < 32; l++) {
+            u32 r = 0;
+            for (int h = 0; h < 2; h++) {
+                const int row = l % 4 * 2 + h, column = l / 4;
+                r |= (w.in[row * 4 + column / 2][0] >> 16 * (column & 1) & 0xffff) << 16 * h;
+            }
+            w.out[l][0] = r;
+        }
+    });
+    return w.out[current % 32][0];
+}
+
+// Copies arrive when they are waited for, as late as they may.
+struct Copy { unsigned char *to; const unsigned char *from; };
+static std::vector<std::vector<std::vector<Copy>>> copies;  // by thread, groups
+static void copy_16(unsigned char *to, const unsigned char *from) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16) fail("a copy that is not aligned");
+    copies[current].back().push_back({to, from});
+    memset(to, 0xff, 16);
+}
+static void end_copies() { copies[current].emplace_back(); }
+template <int N> static void wait_for_copies() {
+    auto &own = copies[current];
+    for (int i = 0; i + 1 + N < (int)own.size(); i++) {
+        for (auto &c : own[i]) memcpy(c.to, c.from, 16);
+        own[i].clear();
+    }
+    if (N == 0) {
+        for (auto &c : own.back()) memcpy(c.to, c.from, 16);
+        own.back().clear();
+    }
+}
+static void start_dependents() {}
+static void wait_for_kernel_before() {}
+
+static void enter() {
+    body();
+    lanes[current].done = true;
+    running--;
+    if (at_barrier && at_barrier == running) at_barrier = 0, barrier_round++;
+    for (auto &l : lanes)
+        if (!l.done) {
+            current = (int)(&l - lanes.data());
+            setcontext(&l.context);
+        }
+    setcontext(&host);
+}
+
+static void emulate(int x, int y, int z, int threads, int shared) {
+    std::vector<unsigned char> memory(shared + 32);
+    emulated_memory = (unsigned char *)(((uintptr_t)memory.data() + 15) / 16 * 16);
+    gridDim = {x, y, z};
+    lanes.resize(threads);
+    for (int b = 0; b < x * y * z; b++) {
+        blockIdx = {b % x, b / x % y, b / x / y};
+        memset(emulated_memory, 0xff, shared);
+        warps.assign((threads + 31) / 32, Warp());
+        copies.assign(threads, std::vector<std::vector<Copy>>(1));
+        running = threads, at_barrier = 0;
+        for (int t = 0; t < threads; t++) {
+            Lane &l = lanes[t];
+            l.place = {t, 0, 0}, l.done = false;
+            l.stack.resize(1 << 16);
+            getcontext(&l.context);
+            l.context.uc_stack.ss_sp = l.stack.data(), l.context.uc_stack.ss_size = l.stack.size(), l.context.uc_link = nullptr;
+            makecontext(&l.context, enter, 0);
+        }
+        current = 0;
+        swapcontext(&host, &lanes[0].context);
+    }
+}
