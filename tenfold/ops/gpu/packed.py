@@ -149,8 +149,9 @@ def rows() -> Tensor:
 class Turns:
     """Rotations of a rotary table as the kernel multiplies with them, bytes.
 
-    table: by every place of PLACES, the factor of codes' levels in them; bases: by every PLACES-th position, with the
-    table's own factor on cosines and sines. Each [chunks of 4 registers, (places,) 4 lanes, 4 registers, 2] float16.
+    table: by every place of PLACES, the factor of codes' levels in them, as fragments of products: [cosines and sines,
+    pairs / 2, PLACES / 16, 8 rows, 4 lanes, 2 registers, 2 rows, 2] float16. bases: by every PLACES-th position, with
+    the table's own factor on cosines and sines: [positions, chunks of 4 registers, 4 lanes, 4 registers, 2] float16.
     """
 
     table: Tensor
@@ -177,9 +178,10 @@ def turns(rope: Tensor, bits: float) -> Turns:
     table = lanes(place, factor.to(rope.device)) / own
     first = torch.arange(0, len(rope), PLACES, device=rope.device)
     bases = lanes(first, torch.ones(pairs, device=rope.device))
-    chunked = (t.half().unflatten(2, (-1, 4)) for t in (table, bases))  # [N, 4, chunks, 4, 2]
-    one, two = chunked
-    return Turns(one.permute(2, 0, 1, 3, 4).contiguous(), two.permute(0, 2, 1, 3, 4).contiguous())
+    # [16s, halves of rows, rows, lanes, cosines and sines, pairs of registers, registers, 2]
+    fragments = table.half().view(PLACES // 16, 2, 8, 4, 2, pairs // 2, 2, 2).permute(4, 5, 0, 2, 3, 6, 1, 7)
+    chunks = bases.half().unflatten(2, (-1, 4)).permute(0, 2, 1, 3, 4)
+    return Turns(fragments.contiguous(), chunks.contiguous())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -330,7 +332,7 @@ def run(
     length 0 gets zeros. turned: of keys that are stored before rotary embedding.
     """
     shape = prepared.shape
-    kernel = nvrtc.load("packed_decode.cu", "packed_decode", defines(plan, shape, queries.dtype))
+    kernel = nvrtc.load("packed_decode.cu", "packed_decode", defines(plan, shape, queries.dtype, spec.softcap > 0))
     out = torch.empty_like(queries)
     group = spec.heads // spec.kv_heads
     parts = -(-group // plan.heads)
@@ -355,7 +357,7 @@ def run(
 
 
 @cache
-def defines(plan: PackedPlan, shape: Shape, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+def defines(plan: PackedPlan, shape: Shape, dtype: torch.dtype, cap: bool) -> tuple[tuple[str, int], ...]:
     """What packed_decode.cu is compiled with."""
     return (
         ("HALF", nvrtc.HALF[dtype]),
@@ -365,6 +367,7 @@ def defines(plan: PackedPlan, shape: Shape, dtype: torch.dtype) -> tuple[tuple[s
         ("WARPS", plan.warps),
         ("BLOCKS", plan.blocks),
         ("SHIFT", int(shape.shift)),
+        ("CAP", int(cap)),
         *shape.defines,
     )
 

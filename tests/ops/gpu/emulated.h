@@ -196,6 +196,10 @@ template <class F> static void product(float *c, const u32 (&r)[6], int what, F 
 static void mma_half(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     product(c, {a0, a1, a2, a3, b0, b1}, 6, [](u32 b) { return half_to_float(b); });
 }
+static void mma_first(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    c[0] = c[1] = c[2] = c[3] = 0.f;
+    mma_half(c, a0, a1, a2, a3, b0, b1);
+}
 static void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     product(c, {a0, a1, a2, a3, b0, b1}, 7, [](u32 b) { return to_float(b); });
 }

@@ -71,6 +71,13 @@ __device__ __forceinline__ void mma_half(float *c, u32 a0, u32 a1, u32 a2, u32 a
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// The same, to zeros: what a chain of products begins with.
+__device__ __forceinline__ void mma_first(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
+}
+
 // A matrix of 8 rows of 8 halves, lane l has numbers l % 4 * 2 and the next of row l / 4: its transpose likewise.
 __device__ __forceinline__ u32 transposed(u32 a) {
     u32 r;
@@ -90,7 +97,10 @@ template <int N>
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 #endif
 
-__device__ __forceinline__ float2 halves_to_floats(u32 v) { return make_float2(half_to_float(v & 0xffff), half_to_float(v >> 16)); }
+__device__ __forceinline__ void mma_next(bool first, float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    if (first) mma_first(c, a0, a1, a2, a3, b0, b1);
+    else mma_half(c, a0, a1, a2, a3, b0, b1);
+}
 
 // Groups of SIZE neighbouring channels times the Hadamard matrix; lane l of a warp has channels l + 32 i.
 template <int SIZE, int N>

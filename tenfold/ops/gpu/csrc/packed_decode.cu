@@ -27,7 +27,7 @@
 //
 // Compile-time: packed.h; HALF type of queries, results and exact tokens; HEADS; TOKENS (16, 32 or 64), STAGES of the
 // ring, WARPS, BLOCKS; PRE; EXACT: there are exact tokens; TURN: channels that the Hadamard matrix turns together, or 0;
-// SHIFT: keys have something taken off.
+// SHIFT: keys have something taken off; CAP: scores have a soft cap.
 
 #include "fragments.h"
 #include "packed.h"
@@ -76,7 +76,7 @@ struct Shared {
     float shifted[HEADS];            // query times shift
     float sums[HEADS][GROUPS];       // query summed over a group
     uint4 x[HEADS][4][PAIRS / 4], y[HEADS][4][PAIRS / 4];
-    uint4 own[GROUPS][4][PAIRS / 4], other[GROUPS][4][PAIRS / 4];  // masks: channels of the group, in x and in y
+    uint4 own[GROUPS][4][PAIRS / 4], other[GROUPS][4][PAIRS / 4];  // the group's unit, or 0 for other groups' channels, in x and in y
     uint4 shift_own[4][PAIRS / 4], shift_other[4][PAIRS / 4];
     float out[WARPS][HEADS][D];
     float top[WARPS][HEADS], sum[WARPS][HEADS];
@@ -189,25 +189,25 @@ __device__ __forceinline__ void start_copies(const Args &a, const Feed &f, u8 *s
     if (PRE && lane < BASE_BYTES / 16) copy_16(stage + BASE_AT + lane * 16, a.bases + (size_t)(tile * TOKENS / PLACES) * BASE_BYTES + lane * 16);
 }
 
-// Scales and zeros of a token for this lane's two columns; of a token that is not seen, zeros.
+// Scales and zeros of a token for this lane's two columns.
 template <int COUNT>
-__device__ __forceinline__ void numbers_of(float (&scale)[2], float (&zero)[2], const u8 *token, bool seen) {
+__device__ __forceinline__ void numbers_of(float (&scale)[2], float (&zero)[2], const u8 *token) {
     const u8 *at = token + (threadIdx.x & 3) * 2 % GROUPS * COUNT * NUMBER;
     u32 first, second;  // halves: scale, then zero
 #if NUMBER == 1
-    if (COUNT == 2 && GROUPS == 1) first = second = e4m3_to_halves(seen ? *(const u16 *)at : 0);
+    if (COUNT == 2 && GROUPS == 1) first = second = e4m3_to_halves(*(const u16 *)at);
     else if (COUNT == 2) {
-        const u32 word = seen ? *(const u32 *)at : 0;
+        const u32 word = *(const u32 *)at;
         first = e4m3_to_halves(word & 0xffff), second = e4m3_to_halves(word >> 16);
-    } else if (GROUPS == 1) first = second = e4m3_to_halves(seen ? *at : 0);
-    else first = e4m3_to_halves(seen ? *(const u16 *)at : 0), second = first >> 16;
+    } else if (GROUPS == 1) first = second = e4m3_to_halves(*at);
+    else first = e4m3_to_halves(*(const u16 *)at), second = first >> 16;
 #else
-    if (COUNT == 2 && GROUPS == 1) first = second = seen ? *(const u32 *)at : 0;
+    if (COUNT == 2 && GROUPS == 1) first = second = *(const u32 *)at;
     else if (COUNT == 2) {
-        const uint2 words = seen ? *(const uint2 *)at : make_uint2(0, 0);
+        const uint2 words = *(const uint2 *)at;
         first = words.x, second = words.y;
-    } else if (GROUPS == 1) first = second = seen ? *(const u16 *)at : 0;
-    else first = seen ? *(const u32 *)at : 0, second = first >> 16;
+    } else if (GROUPS == 1) first = second = *(const u16 *)at;
+    else first = *(const u32 *)at, second = first >> 16;
 #endif
     scale[0] = half_to_float(first & 0xffff), scale[1] = half_to_float(second & 0xffff);
     zero[0] = COUNT == 2 ? half_to_float(first >> 16) : 0.f, zero[1] = COUNT == 2 ? half_to_float(second >> 16) : 0.f;
@@ -254,6 +254,12 @@ struct Query {
 
 __device__ __forceinline__ u32 pick(const uint4 &v, int e) { return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w; }
 
+#if GROUPS > 1
+#define GROUP_OF(x, unit) half_mul(x, unit)
+#else
+#define GROUP_OF(x, unit) (x)
+#endif
+
 // base: cosines, then sines, of the first place; nothing where keys are stored after rotary embedding.
 __device__ __forceinline__ void make_query(Query &query, const Shared &sh, const u8 *base) {
     const int lane = threadIdx.x & 31, q = lane & 3, column = lane >> 2, head = column / GROUPS, group = column % GROUPS;
@@ -262,7 +268,9 @@ __device__ __forceinline__ void make_query(Query &query, const Shared &sh, const
     for (int j = 0; j < PAIRS / 4; j++) {
         const uint4 none = make_uint4(0, 0, 0, 0);
         const uint4 xs = used ? sh.x[head][q][j] : none, ys = used ? sh.y[head][q][j] : none;
+#if GROUPS > 1
         const uint4 owns = sh.own[group][q][j], others = sh.other[group][q][j];
+#endif
 #if PRE
         const uint4 cosines = *(const uint4 *)(base + (j * 4 + q) * 16), sines = *(const uint4 *)(base + ((PAIRS / 4 + j) * 4 + q) * 16);
 #endif
@@ -270,7 +278,9 @@ __device__ __forceinline__ void make_query(Query &query, const Shared &sh, const
         for (int e = 0; e < 4; e++) {
             const int i = j * 4 + e;
             u32 x = pick(xs, e), y = pick(ys, e);
-            const u32 own = GROUPS == 1 ? ~0u : pick(owns, e), other = GROUPS == 1 ? ~0u : pick(others, e);
+#if GROUPS > 1
+            const u32 own = pick(owns, e), other = pick(others, e);
+#endif
 #if PRE
             const u32 c = pick(cosines, e), s = pick(sines, e), turned = half_fma(x, c, half_mul(y, s));
             y = half_fnma(x, s, half_mul(y, c)), x = turned;
@@ -294,22 +304,22 @@ __device__ __forceinline__ void make_query(Query &query, const Shared &sh, const
             query.zero[0][i] = half_fma(x, scaled, half_mul(y, scaled)), query.zero[1][i] = half_fnma(x, scaled, half_mul(y, scaled));
 #endif
 #elif MERGED
-            query.b[0][i] = x & own, query.b[1][i] = y & own;
+            query.b[0][i] = GROUP_OF(x, own), query.b[1][i] = GROUP_OF(y, own);
 #if ZEROS
             query.zero[0][i] = half_mul(query.b[0][i], scaled), query.zero[1][i] = half_mul(query.b[1][i], scaled);
 #endif
 #else
-            query.b[0][i] = x & own, query.b[1][i] = y & own;
-            query.b[2][i] = y & other, query.b[3][i] = x & other ^ 0x80008000u;
+            query.b[0][i] = GROUP_OF(x, own), query.b[1][i] = GROUP_OF(y, own);
+            query.b[2][i] = GROUP_OF(y, other), query.b[3][i] = GROUP_OF(x ^ 0x80008000u, other);
 #if ZEROS
             query.zero[0][i] = half_fma(query.b[0][i], scaled, half_mul(query.b[2][i], scaled));
             query.zero[1][i] = half_fma(query.b[1][i], scaled, half_mul(query.b[3][i], scaled));
 #endif
 #endif
 #else
-            query.b[0][i] = x & own;
+            query.b[0][i] = GROUP_OF(x, own);
 #if !MERGED
-            query.b[1][i] = y & other;
+            query.b[1][i] = GROUP_OF(y, other);
 #endif
 #endif
         }
@@ -317,64 +327,55 @@ __device__ __forceinline__ void make_query(Query &query, const Shared &sh, const
 }
 
 // Codes of 16 tokens times the query: c; the table times the query: z; times the shift: s. Rows place_of(lane / 4) and
-// 8 more, columns lane % 4 * 2 and the next.
-__device__ __forceinline__ void multiply_keys(float (&c)[4], float (&z)[4], float (&s)[4], const u8 *stage, const u8 *table, int m, int place, const Query &query) {
-    const int lane = threadIdx.x & 31, row = lane >> 2, q = lane & 3;
-    const u8 *tokens = stage + (m * 16 + place_of(row)) * KEY_BYTES;
+// 8 more, columns lane % 4 * 2 and the next. table: of these tokens' places.
+__device__ __forceinline__ void multiply_keys(float (&c)[4], float (&z)[4], float (&s)[4], const u8 *tokens, const u8 *table, const Query &query) {
+    const int lane = threadIdx.x & 31, row = lane >> 2;
+    const u8 *first_token = tokens + place_of(row) * KEY_BYTES;
     Words first, second;
-    load_words(first, tokens, row);
-    load_words(second, tokens + 8 * KEY_BYTES, row);
-    float more[4] = {0.f, 0.f, 0.f, 0.f};  // two chains of products
+    load_words(first, first_token, row);
+    load_words(second, first_token + 8 * KEY_BYTES, row);
+    float more[4];  // two chains of products
 #pragma unroll
-    for (int j = 0; j < PAIRS / 4; j++) {
+    for (int i = 0; i < PAIRS; i += 2) {
+        u32 own[4], other[4];  // as A wants them: first row, second row, first row, second row
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            own[n] = key_field(n & 1 ? second.own : first.own, i + (n >> 1));
+            if (!MERGED) other[n] = key_field(n & 1 ? second.other : first.other, i + (n >> 1));
+        }
 #if PRE
-        uint4 turns[2][2];  // cosines and sines, of the first row and the second
+        const uint4 cosine = *(const uint4 *)(table + (i / 2 * (PLACES / 16) * 32 + lane) * 16);
+        const uint4 sine = *(const uint4 *)(table + ((PAIRS / 2 + i / 2) * (PLACES / 16) * 32 + lane) * 16);
+        u32 a[4], b[4];
 #pragma unroll
-        for (int n = 0; n < 4; n++)
-            turns[n >> 1][n & 1] = *(const uint4 *)(table + ((((n >> 1) * (PAIRS / 4) + j) * PLACES + place + m * 16 + row + (n & 1) * 8) * 4 + q) * 16);
-#endif
-#pragma unroll
-        for (int e = 0; e < 4; e += 2) {
-            const int i = j * 4 + e;
-            u32 own[4], other[4];  // as A wants them: first row, second row, first row, second row
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                own[n] = key_field(n & 1 ? second.own : first.own, i + (n >> 1));
-                if (!MERGED) other[n] = key_field(n & 1 ? second.other : first.other, i + (n >> 1));
-            }
-#if PRE
-            u32 cosine[4], sine[4], a[4], b[4];
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                cosine[n] = pick(turns[0][n & 1], e + (n >> 1)), sine[n] = pick(turns[1][n & 1], e + (n >> 1));
-                a[n] = half_mul(own[n], cosine[n]), b[n] = half_mul(own[n], sine[n]);
+        for (int n = 0; n < 4; n++) {
+            a[n] = half_mul(own[n], pick(cosine, n)), b[n] = half_mul(own[n], pick(sine, n));
 #if ROTATED
-                a[n] = half_fnma(other[n], sine[n], a[n]), b[n] = half_fma(other[n], cosine[n], b[n]);
-#endif
-            }
-            mma_half(c, a[0], a[1], a[2], a[3], query.b[0][i], query.b[0][i + 1]);
-            mma_half(more, b[0], b[1], b[2], b[3], query.b[1][i], query.b[1][i + 1]);
-#if !ROTATED && !MERGED
-#pragma unroll
-            for (int n = 0; n < 4; n++) a[n] = half_mul(other[n], cosine[n]), b[n] = half_mul(other[n], sine[n]);
-            mma_half(c, a[0], a[1], a[2], a[3], query.b[2][i], query.b[2][i + 1]);
-            mma_half(more, b[0], b[1], b[2], b[3], query.b[3][i], query.b[3][i + 1]);
-#endif
-#if ZEROS
-            mma_half(z, cosine[0], cosine[1], cosine[2], cosine[3], query.zero[0][i], query.zero[0][i + 1]);
-            mma_half(z, sine[0], sine[1], sine[2], sine[3], query.zero[1][i], query.zero[1][i + 1]);
-#endif
-#if SHIFT
-            mma_half(s, cosine[0], cosine[1], cosine[2], cosine[3], query.shift[0][i], query.shift[0][i + 1]);
-            mma_half(s, sine[0], sine[1], sine[2], sine[3], query.shift[1][i], query.shift[1][i + 1]);
-#endif
-#else
-            mma_half(c, own[0], own[1], own[2], own[3], query.b[0][i], query.b[0][i + 1]);
-#if !MERGED
-            mma_half(more, other[0], other[1], other[2], other[3], query.b[1][i], query.b[1][i + 1]);
-#endif
+            a[n] = half_fnma(other[n], pick(sine, n), a[n]), b[n] = half_fma(other[n], pick(cosine, n), b[n]);
 #endif
         }
+        mma_next(i == 0, c, a[0], a[1], a[2], a[3], query.b[0][i], query.b[0][i + 1]);
+        mma_next(i == 0, more, b[0], b[1], b[2], b[3], query.b[1][i], query.b[1][i + 1]);
+#if !ROTATED && !MERGED
+#pragma unroll
+        for (int n = 0; n < 4; n++) a[n] = half_mul(other[n], pick(cosine, n)), b[n] = half_mul(other[n], pick(sine, n));
+        mma_half(c, a[0], a[1], a[2], a[3], query.b[2][i], query.b[2][i + 1]);
+        mma_half(more, b[0], b[1], b[2], b[3], query.b[3][i], query.b[3][i + 1]);
+#endif
+#if ZEROS
+        mma_next(i == 0, z, cosine.x, cosine.y, cosine.z, cosine.w, query.zero[0][i], query.zero[0][i + 1]);
+        mma_half(z, sine.x, sine.y, sine.z, sine.w, query.zero[1][i], query.zero[1][i + 1]);
+#endif
+#if SHIFT
+        mma_next(i == 0, s, cosine.x, cosine.y, cosine.z, cosine.w, query.shift[0][i], query.shift[0][i + 1]);
+        mma_half(s, sine.x, sine.y, sine.z, sine.w, query.shift[1][i], query.shift[1][i + 1]);
+#endif
+#elif MERGED
+        mma_next(i < 4, i & 2 ? more : c, own[0], own[1], own[2], own[3], query.b[0][i], query.b[0][i + 1]);
+#else
+        mma_next(i == 0, c, own[0], own[1], own[2], own[3], query.b[0][i], query.b[0][i + 1]);
+        mma_next(i == 0, more, other[0], other[1], other[2], other[3], query.b[1][i], query.b[1][i + 1]);
+#endif
     }
 #pragma unroll
     for (int n = 0; n < 4; n++) c[n] += more[n];
@@ -412,8 +413,7 @@ __device__ __forceinline__ Spare spare_of(int) { return Spare(); }
 
 // 16 tokens' values times the weights of fragment (b0, b1). Row lane / 4 of out[i], and the 8th after it, are codes
 // i and D / 16 + i of lane / 4's D / 8 channels; three levels: its whole bytes' five codes each, then its spare ones.
-// seen: how many of the tokens, from `from` on, are.
-__device__ __forceinline__ void multiply_values(float (&out)[D / 16][4], const u8 *stage, int m, u32 b0, u32 b1, const Spare &spare, int from, int to) {
+__device__ __forceinline__ void multiply_values(float (&out)[D / 16][4], const u8 *stage, int m, u32 b0, u32 b1, const Spare &spare) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const u8 *tokens = stage + VALUES_AT + (m * 16 + q) * VALUE_BYTES;
 #if VALUE_BITS == 1
@@ -443,12 +443,11 @@ __device__ __forceinline__ void multiply_values(float (&out)[D / 16][4], const u
 #pragma unroll
     for (int i = 0; i < D / 16; i++) mma_half(out[i], rows[0][2 * i], rows[0][2 * i + 1], rows[1][2 * i], rows[1][2 * i + 1], b0, b1);
 #else
-    const u8 *words = tokens;
     const int at = placed(q, g * (VALUE_BYTES / 8));  // the same for 4 tokens on, which differ in bit 2 and above
     u32 pairs[2][D / 8 * VALUE_BITS / 16 > 1 ? D / 8 * VALUE_BITS / 16 : 1];  // of two tokens each
 #pragma unroll
     for (int t = 0; t < 2; t++) {
-        const u8 *a = words + t * 8 * VALUE_BYTES + at, *b = a + 4 * VALUE_BYTES;
+        const u8 *a = tokens + t * 8 * VALUE_BYTES + at, *b = a + 4 * VALUE_BYTES;
 #if VALUE_BYTES == 16
         pairs[t][0] = *(const u16 *)a | (u32) * (const u16 *)b << 16;
 #elif VALUE_BYTES == 32
@@ -462,11 +461,9 @@ __device__ __forceinline__ void multiply_values(float (&out)[D / 16][4], const u
         pairs[t][0] = __byte_perm(x.x, y.x, 0x5410), pairs[t][1] = __byte_perm(x.x, y.x, 0x7632);
         pairs[t][2] = __byte_perm(x.y, y.y, 0x5410), pairs[t][3] = __byte_perm(x.y, y.y, 0x7632);
 #else
-        const int first = m * 16 + q + t * 8;
-        const bool one = first >= from && first < to, two = first + 4 >= from && first + 4 < to;
 #pragma unroll
         for (int n = 0; n < VALUE_BYTES / 32; n++) {
-            const u32 x = one ? ((const u32 *)a)[n] : 0, y = two ? ((const u32 *)b)[n] : 0;  // nothing of what is no number
+            const u32 x = ((const u32 *)a)[n], y = ((const u32 *)b)[n];
             pairs[t][2 * n] = __byte_perm(x, y, 0x5140), pairs[t][2 * n + 1] = __byte_perm(x, y, 0x7362);
         }
 #endif
@@ -488,7 +485,7 @@ __device__ __forceinline__ void multiply_values(float (&out)[D / 16][4], const u
 // Where the sum over code `k` (three levels: number r_k) of a channel lies: the row of its fragment.
 __device__ __forceinline__ int row_of_code(int index, int lane_group) { return index / 2 * 16 + index % 2 * 8 + lane_group; }
 
-// The sum of weights times code of a channel, in its column; ones: the sum of weights.
+// The sum of weights times code of a channel, in its column; ones: the sum of weights, rounded as they were.
 __device__ __forceinline__ float gathered(const float (*raw)[8], int channel, int column, float ones) {
 #if VALUE_BITS == 1
     auto row = [](int byte, int k) {
@@ -578,8 +575,21 @@ __device__ __forceinline__ void add_exact(Exact &e, const Args &a, const u16 (*q
     }
 }
 
+// Tokens of a tile that are not seen, before `from` and from `to` on, may hold anything: make it numbers, and such that
+// weights do not count.
+__device__ __forceinline__ void hide(u8 *stage, int from, int to) {
+    for (int t = threadIdx.x & 31; t < TOKENS; t += 32) {
+        if (t >= from && t < to) continue;
+        for (int e = 0; e < KEY_NUMBERS; e++) stage[KEY_NUMBERS_AT + t * KEY_NUMBERS + e] = 0;
+        for (int e = 0; e < VALUE_NUMBERS; e++) stage[VALUE_NUMBERS_AT + t * VALUE_NUMBERS + e] = 0;
+        if (VALUE_BITS == 8)
+            for (int e = 0; e < VALUE_BYTES; e += 16) *(uint4 *)(stage + VALUES_AT + t * VALUE_BYTES + e) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+}
+
 // Queries of this block into shared memory, and what follows from them for all tokens.
-__device__ __forceinline__ void prepare(Shared &sh, const Args &a, const u16 *queries, int heads, const u8 *groups, const float *shifts) {
+__device__ __forceinline__ void prepare(Shared &sh, const Args &a, const u16 *queries, int heads, const u8 *groups, const float *units, const float *shifts) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     for (int h = warp; h < HEADS; h += WARPS) {
         float v[D / 32];
@@ -628,8 +638,12 @@ __device__ __forceinline__ void prepare(Shared &sh, const Args &a, const u16 *qu
     }
     for (int e = threadIdx.x; e < GROUPS * 4 * PAIRS; e += THREADS) {
         const int g = e / (4 * PAIRS), q = e / PAIRS % 4, i = e % PAIRS, one = channel_of(q, i, 0), two = channel_of(q, i, 1);
-        ((u32 *)sh.own[g][q])[i] = (groups[one] == g ? 0xffffu : 0) | (groups[two] == g ? 0xffff0000u : 0);
-        ((u32 *)sh.other[g][q])[i] = (groups[partner_of(one)] == g ? 0xffffu : 0) | (groups[partner_of(two)] == g ? 0xffff0000u : 0);
+        float most = units[0];
+#pragma unroll
+        for (int k = 1; k < GROUPS; k++) most = fmaxf(most, units[k]);
+        const float unit = units[g] / most;  // units are powers of two
+        ((u32 *)sh.own[g][q])[i] = halves(groups[one] == g ? unit : 0.f, groups[two] == g ? unit : 0.f);
+        ((u32 *)sh.other[g][q])[i] = halves(groups[partner_of(one)] == g ? unit : 0.f, groups[partner_of(two)] == g ? unit : 0.f);
         if (PRE && SHIFT && g == 0) {
             ((u32 *)sh.shift_own[q])[i] = halves(shifts[one], shifts[two]);
             ((u32 *)sh.shift_other[q])[i] = halves(shifts[partner_of(one)], shifts[partner_of(two)]);
@@ -694,8 +708,7 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
         return;
     }
     while (begun < STAGES - 1) begin_next();
-    const u8 *own_groups = key_groups + head * D;
-    prepare(sh, a, queries + at_query * D, heads, own_groups, key_shifts + head * D);
+    prepare(sh, a, queries + at_query * D, heads, key_groups + head * D, key_units + head / span * GROUPS, key_shifts + head * D);
 
     if (EXACT && exacts) {
         Exact e;
@@ -723,22 +736,26 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
         if (q == 0 && (lane >> 2) < HEADS) sh.top[warp][lane >> 2] = e.top, sh.sum[warp][lane >> 2] = e.sum;
     }
 
-    // What this lane's two columns of scores are multiplied by.
-    float code_factor[2], zero_factor[2], shift_factor[2];
+    // Scores of this lane's two columns: (scale * code sum + zero * (zero sum * zero_factor) + shift sum * shift_factor) *
+    // factor, in log2 units, or with a cap in natural ones.
+    float factor[SCORES], zero_factor[2], shift_factor[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int column = q * 2 + j, h = column / GROUPS, g = column % GROUPS;
         const bool used = column < COLUMNS;
-        const float unit = used ? key_units[head / span * GROUPS + g] : 0.f;
-        const float natural = scale * (softcap > 0.f ? 1.f : LOG2E), lifted = used ? natural * sh.lift[h] : 0.f;
-        code_factor[j] = lifted * unit * (KEY_BITS == 8 ? 1.f : PRE ? 512.f : 16777216.f);
-        zero_factor[j] = !ZEROS || !used ? 0.f : PRE ? lifted * unit / 32.f : natural * unit * sh.sums[h][g];
-        shift_factor[j] = !SHIFT || !used || g ? 0.f : PRE ? lifted / 32.f : natural * sh.shifted[h];
+        const float *units = key_units + head / span * GROUPS;
+        float most = units[0];
+#pragma unroll
+        for (int k = 1; k < GROUPS; k++) most = fmaxf(most, units[k]);
+        const float code = KEY_BITS == 8 ? 1.f : PRE ? 512.f : 16777216.f, lift = used ? sh.lift[h] : 1.f;
+        if (j < SCORES) factor[j] = used ? scale * (CAP ? 1.f : LOG2E) * lift * most * code : 0.f;
+        zero_factor[j] = !ZEROS || !used ? 0.f : PRE ? 1.f / (32.f * code) : sh.sums[h][g] * (units[g] / most) / (lift * code);
+        shift_factor[j] = !SHIFT || !used || g ? 0.f : (PRE ? 1.f / 32.f : sh.shifted[h] / lift) / (most * code);
     }
     Query query;
     if (!PRE) make_query(query, sh, memory);
     const Spare spare = spare_of(lane);
-    float out[D / 16][4], zeros[2] = {0.f, 0.f}, ones[2] = {0.f, 0.f}, base[SCORES], sum[SCORES];
+    float out[D / 16][4], zeros[2] = {0.f, 0.f}, ones[4] = {0.f, 0.f, 0.f, 0.f}, base[SCORES], sum[SCORES];
 #pragma unroll
     for (int i = 0; i < D / 16; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.f;
 #pragma unroll
@@ -753,40 +770,52 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
         __syncwarp();
         begin_next();
         const int tile = start + n * WARPS, from = begin - tile * TOKENS, to = end - tile * TOKENS;
-        const u8 *stage = ring_of_stages + n % STAGES * STAGE;
+        u8 *stage = ring_of_stages + n % STAGES * STAGE;
+        const bool edge = from > 0 || to < TOKENS;
+        if (edge) hide(stage, from, to);
         if (PRE) make_query(query, sh, stage + BASE_AT);
         float scores[SUBS][2][SCORES];
 #pragma unroll
         for (int m = 0; m < SUBS; m++) {
-            float c[4] = {0.f, 0.f, 0.f, 0.f}, z[4] = {0.f, 0.f, 0.f, 0.f}, s[4] = {0.f, 0.f, 0.f, 0.f};
-            multiply_keys(c, z, s, stage, memory, m, tile * TOKENS % PLACES, query);
+            float c[4], z[4], s[4];
+            multiply_keys(c, z, s, stage + m * 16 * KEY_BYTES, memory + (tile * SUBS % (PLACES / 16) + m) * 512, query);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int token = m * 16 + place_of(lane >> 2) + r * 8;
-                const bool seen = token >= from && token < to;
                 float scales[2], offsets[2], x[2];
-                numbers_of<KEY_COUNT>(scales, offsets, stage + KEY_NUMBERS_AT + token * KEY_NUMBERS, seen);
+                numbers_of<KEY_COUNT>(scales, offsets, stage + KEY_NUMBERS_AT + token * KEY_NUMBERS);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    x[j] = scales[j] * (c[2 * r + j] * code_factor[j]);
-                    if (ZEROS) x[j] += offsets[j] * (PRE ? z[2 * r + j] * zero_factor[j] : zero_factor[j]);
+                    x[j] = scales[j] * c[2 * r + j];
+                    if (ZEROS && !PRE) x[j] += offsets[j] * zero_factor[j];
                     if (SHIFT) x[j] += PRE ? s[2 * r + j] * shift_factor[j] : shift_factor[j];
                 }
 #if GROUPS == 1
+                if (ZEROS && PRE) x[0] += offsets[0] * z[2 * r] * zero_factor[0], x[1] += offsets[1] * z[2 * r + 1] * zero_factor[1];
                 scores[m][r][0] = x[0], scores[m][r][SCORES - 1] = x[1];
 #else
                 float v = x[0] + x[1];
+                if (ZEROS && PRE) v += (offsets[0] * z[2 * r] + offsets[1] * z[2 * r + 1]) * zero_factor[0];
                 if (GROUPS >= 4) v += __shfl_xor_sync(~0u, v, 1);
                 if (GROUPS >= 8) v += __shfl_xor_sync(~0u, v, 2);
                 scores[m][r][0] = v;
 #endif
+#if CAP
 #pragma unroll
-                for (int k = 0; k < SCORES; k++) {
-                    if (softcap > 0.f) scores[m][r][k] = softcap * tanhf(scores[m][r][k] / softcap) * LOG2E;
-                    if (!seen) scores[m][r][k] = -INFINITE;
-                }
+                for (int k = 0; k < SCORES; k++) scores[m][r][k] = softcap * LOG2E * tanhf(scores[m][r][k] * factor[k] / softcap);
+#endif
             }
         }
+        if (edge)
+#pragma unroll
+            for (int m = 0; m < SUBS; m++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int token = m * 16 + place_of(lane >> 2) + r * 8;
+#pragma unroll
+                    for (int k = 0; k < SCORES; k++)
+                        if (token < from || token >= to) scores[m][r][k] = -INFINITE;
+                }
 #pragma unroll
         for (int k = 0; k < SCORES; k++) {
             float top = -INFINITE;
@@ -794,16 +823,17 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
             for (int m = 0; m < SUBS; m++) top = fmaxf(top, fmaxf(scores[m][0][k], scores[m][1][k]));
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-            const bool move = top > base[k] + CALM;  // the first finite score always does
+            if (!CAP) top = factor[k] > 0.f ? top * factor[k] : 0.f;  // columns of no query
+            const bool move = top > base[k] + CALM;  // the first score always does
             if (__any_sync(~0u, move)) {
-                const float next = move ? top - LIFT : base[k], factor = next == base[k] ? 1.f : exp2f(base[k] - next);
-                base[k] = next, sum[k] *= factor;
+                const float next = move ? top - LIFT : base[k], shrink = next == base[k] ? 1.f : exp2f(base[k] - next);
+                base[k] = next, sum[k] *= shrink;
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     if (SCORES == 2 && j != k) continue;
-                    zeros[j] *= factor, ones[j] *= factor;
+                    zeros[j] *= shrink, ones[j] *= shrink;
 #pragma unroll
-                    for (int i = 0; i < D / 16; i++) out[i][j] *= factor, out[i][2 + j] *= factor;
+                    for (int i = 0; i < D / 16; i++) out[i][j] *= shrink, out[i][2 + j] *= shrink;
                 }
             }
         }
@@ -813,12 +843,11 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int token = m * 16 + place_of(lane >> 2) + r * 8;
-                const bool seen = token >= from && token < to;
                 float scales[2], offsets[2], w[2];
-                numbers_of<VALUE_COUNT>(scales, offsets, stage + VALUE_NUMBERS_AT + token * VALUE_NUMBERS, seen);
+                numbers_of<VALUE_COUNT>(scales, offsets, stage + VALUE_NUMBERS_AT + token * VALUE_NUMBERS);
 #pragma unroll
                 for (int k = 0; k < SCORES; k++) {
-                    scores[m][r][k] = seen ? exp2f(scores[m][r][k] - base[k]) : 0.f;
+                    scores[m][r][k] = exp2f(CAP ? scores[m][r][k] - base[k] : fmaf(scores[m][r][k], factor[k], -base[k]));
                     sum[k] += scores[m][r][k];
                 }
 #pragma unroll
@@ -826,16 +855,12 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
                     const float p = scores[m][r][SCORES == 2 ? j : 0];
                     w[j] = p * scales[j];
                     if (NUMBER == 2) w[j] = fminf(w[j], 65504.f);
-                    zeros[j] += p * offsets[j];
+                    if (VALUE_COUNT == 2) zeros[j] += p * offsets[j];
                 }
-                const u32 rounded = halves(w[0], w[1]);
-                if (VALUE_BITS == 1) {  // what is added to sums of r must have been rounded as they were
-                    const float2 back = halves_to_floats(rounded);
-                    ones[0] += back.x, ones[1] += back.y;
-                }
-                b[r] = transposed(rounded);
+                b[r] = transposed(halves(w[0], w[1]));
             }
-            multiply_values(out, stage, m, b[0], b[1], spare, from, to);
+            if (VALUE_BITS == 1) mma_half(ones, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u, b[0], b[1]);
+            multiply_values(out, stage, m, b[0], b[1], spare);
         }
     }
 
@@ -851,7 +876,6 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
 #pragma unroll
     for (int d = 4; d < 32; d *= 2) {
         zeros[0] += __shfl_xor_sync(~0u, zeros[0], d), zeros[1] += __shfl_xor_sync(~0u, zeros[1], d);
-        ones[0] += __shfl_xor_sync(~0u, ones[0], d), ones[1] += __shfl_xor_sync(~0u, ones[1], d);
 #pragma unroll
         for (int k = 0; k < SCORES; k++) sum[k] += __shfl_xor_sync(~0u, sum[k], d);
     }
