@@ -9,7 +9,7 @@ from tenfold.cache.format import dtype_of, parse
 from tenfold.ops.gpu import packed
 from tenfold.ops.gpu.decode import Workspace
 from tenfold.ops.kernels import AttentionSpec, Norm
-from tenfold.ops.kv.layer import PackedLayer, Side, room_page, room_pages
+from tenfold.ops.kv.layer import MOST_GUESSES, PackedLayer, Side, room_page, room_pages
 from tenfold.ops.kv.packing import packed_bytes
 from tenfold.ops.kv.quantize import Grouping, hadamard
 from tenfold.ops.kv.spec import PackedSpec, parameters_of
@@ -135,7 +135,8 @@ class Contexts:
         layer.keys.write(keys if layer.spec.rotary == "pre" else turned, slots)
         layer.values.write(values, slots)
         if layer.exact_keys is not None and layer.exact_values is not None:
-            kept = positions[(positions < layer.spec.sinks) | (positions >= len(keys) - layer.spec.window)]
+            first = len(keys) - layer.spec.window - MOST_GUESSES  # what the first of some guesses sees
+            kept = positions[(positions < layer.spec.sinks) | (positions >= first)]
             at = self.room_slots(request, kept)
             for store, x in ((layer.exact_keys, turned), (layer.exact_values, values)):
                 store[at // self.shape.page, :, at % self.shape.page] = x[kept].unflatten(1, (self.shape.kv_heads, -1))
