@@ -54,7 +54,7 @@
 #define MIXED ((REST + 31) / 32)
 #define PITCH (D + 8)
 #define PARTIAL (HEADS * D + (2 * HEADS + 3) / 4 * 4)  // floats a split leaves
-#define LEAST WARPS     // units of a split
+#define LEAST (2 * WARPS)  // tiles of a split, or as many bytes
 #define MOST_AHEAD 32   // tokens at a context's end that this step may write
 #define CALM 7.f        // how far scores may rise above the base of exponents before it moves
 #define LIFT 3.f        // the base lies so far below the largest score
@@ -664,16 +664,19 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
     a.window = window, a.sinks = sinks, a.page_size = page_size, a.kv_heads = kv_heads, a.head = head, a.span = span, a.ring = ring;
     a.room = EXACT ? rooms[request] : 0, a.scale = scale, a.softcap = softcap;
 
-    // Units: tiles of 16 sinks, tiles of 16 recent tokens, tiles of packed ones.
+    // 16 sinks or 16 recent tokens are a unit, and a tile of packed ones. Every split has its part of both.
     const int begin = EXACT ? min(sinks, a.length) : 0, end = EXACT ? max(begin, a.length - window) : a.length;
-    const int sink_tiles = (begin + 15) / 16, recent_tiles = end < a.length ? (a.length + 15) / 16 - end / 16 : 0;
-    const int exact = sink_tiles + recent_tiles, tiles = end > begin ? (end + TOKENS - 1) / TOKENS : 0;
-    const int units = exact + tiles - (end > begin ? begin / TOKENS : 0), skipped = end > begin ? begin / TOKENS : 0;
-    const int each = max(LEAST, (units + splits - 1) / splits), active = max(1, (units + each - 1) / each);
-    const int first = split * each + warp, last = min(units, split * each + each);
-    // This warp's exact units come first.
-    const int mine = first < last ? (last - 1 - first) / WARPS + 1 : 0, exacts = first < min(exact, last) ? (min(exact, last) - 1 - first) / WARPS + 1 : 0;
-    const int packed = mine - exacts, start = first + exacts * WARPS - exact + skipped, last_piece = (end - 1) / 16;
+    const int sink_units = (begin + 15) / 16, exact_units = sink_units + (end < a.length ? (a.length + 15) / 16 - end / 16 : 0);
+    const int skipped = begin / TOKENS, tiles = end > begin ? (end + TOKENS - 1) / TOKENS - skipped : 0, last_piece = (end - 1) / 16;
+    const int active = min(splits, max(1, (2 * exact_units + tiles + LEAST - 1) / LEAST));  // an exact unit is as many bytes as two tiles
+    auto part_of = [&](int count, int n) { return (int)((long long)count * n / active); };
+    const int exact_first = part_of(exact_units, split), exact_last = part_of(exact_units, split + 1);
+    const int tile_first = part_of(tiles, split), tile_last = part_of(tiles, split + 1);
+    // Warps take turns, first at exact units.
+    const int turn_at = (warp + WARPS - (exact_last - exact_first) % WARPS) % WARPS;
+    const int packed = tile_first + turn_at < tile_last ? (tile_last - 1 - tile_first - turn_at) / WARPS + 1 : 0;
+    const int start = skipped + tile_first + turn_at;
+    const bool exacts = exact_first + warp < exact_last;
 
     start_dependents();
     u8 *ring_of_stages = memory + TABLE_BYTES + warp * (STAGES * STAGE);
@@ -717,9 +720,9 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
 #pragma unroll
             for (int j = 0; j < 4; j++) e.out[i][j][0] = e.out[i][j][1] = e.out[i][j][2] = e.out[i][j][3] = 0.f;
         e.top = -INFINITE, e.sum = 0.f;
-        for (int unit = first; unit < first + exacts * WARPS; unit += WARPS) {
-            if (unit < sink_tiles) add_exact(e, a, sh.q, unit * 16, 0, begin);
-            else add_exact(e, a, sh.q, (end / 16 + unit - sink_tiles) * 16, end, a.length);
+        for (int unit = exact_first + warp; unit < exact_last; unit += WARPS) {
+            if (unit < sink_units) add_exact(e, a, sh.q, unit * 16, 0, begin);
+            else add_exact(e, a, sh.q, (end / 16 + unit - sink_units) * 16, end, a.length);
         }
         e.sum += __shfl_xor_sync(~0u, e.sum, 1);
         e.sum += __shfl_xor_sync(~0u, e.sum, 2);
