@@ -19,9 +19,10 @@
 // nearest whole numbers r_k of (x - 121) / 3^k, by adding and taking off 1536 in float16, give c_k = r_k - 3 r_(k+1) + 1,
 // and a difference of sums is a sum of differences, so the r_k go into the product as they are.
 //
-// A key of 2 bits before rotary embedding costs about 2.1 instructions of a lane (1.6 with one group: the same, less of
-// the tensor cores), after it 0.7; a value 0.7 of 2 bits, 1.5 of three levels. An H100 reads 62 bytes of a token and head
-// in 4.6 cycles of a multiprocessor, which issue 590 of a lane's instructions: about 1.1 times what 256 numbers take.
+// 16 tokens of a head of 128 cost a warp about 165 instructions for keys of 2 bits before rotary embedding and 65 after
+// it, 40 for the query's turn, 115 for values of three levels and 55 of 2 bits, 45 for weights and copies: per token and
+// head 23, 16 and 13 instructions for k2v1.5g64, k2v1.5g128-post and k2v2g64-post. While an H100 reads the 66, 62 and 72
+// bytes of these, a multiprocessor issues about 20, 18 and 22.
 //
 // Splits meet in global memory, where the one that comes last merges all in their order. Scores are in log2 units.
 //
@@ -252,6 +253,9 @@ struct Query {
     u32 zero[2][PRE && ZEROS ? PAIRS : 1], shift[2][PRE && SHIFT ? PAIRS : 1];
 };
 
+// The query head of a column; columns beyond the last one repeat others, and nobody reads what comes of them.
+__device__ __forceinline__ int head_of(int column) { return min(column / GROUPS, HEADS - 1); }
+
 __device__ __forceinline__ u32 pick(const uint4 &v, int e) { return e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w; }
 
 #if GROUPS > 1
@@ -262,12 +266,10 @@ __device__ __forceinline__ u32 pick(const uint4 &v, int e) { return e == 0 ? v.x
 
 // base: cosines, then sines, of the first place; nothing where keys are stored after rotary embedding.
 __device__ __forceinline__ void make_query(Query &query, const Shared &sh, const u8 *base) {
-    const int lane = threadIdx.x & 31, q = lane & 3, column = lane >> 2, head = column / GROUPS, group = column % GROUPS;
-    const bool used = column < COLUMNS;
+    const int lane = threadIdx.x & 31, q = lane & 3, column = lane >> 2, head = head_of(column), group = column % GROUPS;
 #pragma unroll
     for (int j = 0; j < PAIRS / 4; j++) {
-        const uint4 none = make_uint4(0, 0, 0, 0);
-        const uint4 xs = used ? sh.x[head][q][j] : none, ys = used ? sh.y[head][q][j] : none;
+        const uint4 xs = sh.x[head][q][j], ys = sh.y[head][q][j];
 #if GROUPS > 1
         const uint4 owns = sh.own[group][q][j], others = sh.other[group][q][j];
 #endif
@@ -744,16 +746,15 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
     float factor[SCORES], zero_factor[2], shift_factor[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
-        const int column = q * 2 + j, h = column / GROUPS, g = column % GROUPS;
-        const bool used = column < COLUMNS;
+        const int column = q * 2 + j, h = head_of(column), g = column % GROUPS;
         const float *units = key_units + head / span * GROUPS;
         float most = units[0];
 #pragma unroll
         for (int k = 1; k < GROUPS; k++) most = fmaxf(most, units[k]);
-        const float code = KEY_BITS == 8 ? 1.f : PRE ? 512.f : 16777216.f, lift = used ? sh.lift[h] : 1.f;
-        if (j < SCORES) factor[j] = used ? scale * (CAP ? 1.f : LOG2E) * lift * most * code : 0.f;
-        zero_factor[j] = !ZEROS || !used ? 0.f : PRE ? 1.f / (32.f * code) : sh.sums[h][g] * (units[g] / most) / (lift * code);
-        shift_factor[j] = !SHIFT || !used || g ? 0.f : (PRE ? 1.f / 32.f : sh.shifted[h] / lift) / (most * code);
+        const float code = KEY_BITS == 8 ? 1.f : PRE ? 512.f : 16777216.f, lift = sh.lift[h];
+        if (j < SCORES) factor[j] = scale * (CAP ? 1.f : LOG2E) * lift * most * code;
+        zero_factor[j] = !ZEROS ? 0.f : PRE ? 1.f / (32.f * code) : sh.sums[h][g] * (units[g] / most) / (lift * code);
+        shift_factor[j] = !SHIFT || g ? 0.f : (PRE ? 1.f / 32.f : sh.shifted[h] / lift) / (most * code);
     }
     Query query;
     if (!PRE) make_query(query, sh, memory);
@@ -826,7 +827,7 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
             for (int m = 0; m < SUBS; m++) top = fmaxf(top, fmaxf(scores[m][0][k], scores[m][1][k]));
 #pragma unroll
             for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, d));
-            if (!CAP) top = factor[k] > 0.f ? top * factor[k] : 0.f;  // columns of no query
+            if (!CAP) top *= factor[k];
             const bool move = top > base[k] + CALM;  // the first score always does
             if (__any_sync(~0u, move)) {
                 const float next = move ? top - LIFT : base[k], shrink = next == base[k] ? 1.f : exp2f(base[k] - next);
