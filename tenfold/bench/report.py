@@ -14,7 +14,7 @@ from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "gpu.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/measured.md", "docs/gpu.md", "docs/kv-cache.md"))
 
 
 def table(claims: Sequence[Claim]) -> str:
