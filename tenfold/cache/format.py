@@ -1,6 +1,6 @@
 """KV formats by name: what `--kv-cache` allows, and what a name means for a model's heads."""
 
-import torch
+from collections.abc import Iterable
 
 from tenfold.ops.kv.spec import GROUPS, PackedSpec
 
@@ -18,13 +18,14 @@ def parse(name: str, kv_heads: int, head_dim: int) -> PackedSpec | None:
     if name in AS_COMPUTED:
         return None
     if name == "fp8":
-        spec = PackedSpec(8, 8, _whole(head_dim), window=0, sinks=0, rotary="post", parameters="fp16")
+        spec = PackedSpec(
+            8, 8, _group(name, head_dim, reversed(GROUPS)), window=0, sinks=0, rotary="post", parameters="fp16"
+        )
     elif name == "int4":
-        group = next(g for g in (64, 32, 16, 0) if not g or head_dim % g == 0)
+        group = _group(name, head_dim, (64, 32, 16))
         spec = PackedSpec(4, 4, group, window=0, sinks=0, rotary="post", parameters="fp16", turned=True)
     elif name == "skvq":
-        group = next(g for g in (64, 32, 16, 0) if not g or (head_dim % g == 0 and head_dim > g))
-        spec = PackedSpec(2, 1.5, group)
+        spec = PackedSpec(2, 1.5, _group(name, head_dim, (g for g in (64, 32, 16) if g < head_dim)))
     else:
         try:
             spec = PackedSpec.parse(name)
@@ -34,16 +35,17 @@ def parse(name: str, kv_heads: int, head_dim: int) -> PackedSpec | None:
     return spec
 
 
-def _whole(head_dim: int) -> int:
-    """A group of a whole head, or the largest part of it that is allowed."""
-    return next(g for g in (head_dim, *sorted(GROUPS, reverse=True)) if g in GROUPS and head_dim % g == 0)
+def _group(name: str, head_dim: int, wanted: Iterable[int]) -> int:
+    """The first of these numbers of channels that cuts a head into equal groups. Raises ValueError."""
+    found = next((group for group in wanted if head_dim % group == 0), None)
+    if found is None:
+        raise ValueError(
+            f"kv_cache is {name!r}, which has no groups for heads of {head_dim} channels; allowed for this model: "
+            "auto, dense."
+        )
+    return found
 
 
 def calibrated(spec: PackedSpec) -> bool:
     """Whether the format is of no use without groups and clip factors that were measured."""
     return not spec.turned and min(spec.key_bits, spec.value_bits) < 8
-
-
-def dtype_of(spec: PackedSpec) -> torch.dtype:
-    """Of scales and zeros."""
-    return torch.float8_e4m3fn if spec.parameters == "e4m3" else torch.float16

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.cache.format import dtype_of
 from tenfold.ops.kv.layer import MOST_GUESSES, PackedLayer, Side, ring_pages, room_pages
 from tenfold.ops.kv.packing import packed_bytes
-from tenfold.ops.kv.quantize import Grouping, hadamard, plain
-from tenfold.ops.kv.spec import PackedSpec, parameters_of
+from tenfold.ops.kv.quantize import STORED, Grouping, hadamard, plain
+from tenfold.ops.kv.spec import PARAMETERS, PackedSpec, parameters_of
 
 Groupings = Sequence[tuple[Grouping, Grouping]]
 """Of every layer how its keys and its values are grouped."""
@@ -148,7 +147,7 @@ class _Packed:
             codes = (layers, pages, heads, spec.page_size, packed_bytes(spec.head_dim, bits))
             numbers = (layers, pages, heads // packed.span, spec.page_size, groups, parameters_of(bits))
             self.pages.append(torch.empty(codes, dtype=torch.uint8, device=device))
-            raw = torch.uint8 if dtype_of(packed).itemsize == 1 else torch.int16
+            raw = torch.uint8 if PARAMETERS[packed.parameters] == 1 else torch.int16
             self.pages.append(torch.zeros(numbers, dtype=raw, device=device))
         exact = (layers, rooms, spec.room_pages, heads, spec.page_size, spec.head_dim)
         self.rooms = [torch.zeros(exact, dtype=spec.dtype, device=device) for _ in range(2 if spec.room_pages else 0)]
@@ -159,10 +158,10 @@ class _Packed:
         self._next += 1
         channels = self.spec.kv_heads * self.spec.head_dim
         own = groupings or (plain(channels, packed.group), plain(channels, packed.group))
-        turn = hadamard(packed.group).to(self.device) if packed.turned else None
+        turn = hadamard(packed.group, self.device) if packed.turned else None
 
         def side(n: int, bits: float) -> Side:
-            numbers = self.pages[2 * n + 1][i].view(dtype_of(packed))
+            numbers = self.pages[2 * n + 1][i].view(STORED[packed.parameters])
             return Side(self.pages[2 * n][i], numbers, bits, own[n].to(self.device), turn)
 
         sides = side(0, packed.key_bits), side(1, packed.value_bits)

@@ -370,3 +370,10 @@ def test_shares_of_gpu_memory_are_checked(share: float) -> None:
 def test_less_of_a_gpu_is_used_where_that_is_asked_for() -> None:
     half, most = (plan_memory(LLAMA_8B, 8 * GIB, gpu(gpu_memory_utilization=s), 80 * GIB) for s in (0.5, 0.95))
     assert half.total <= 40 * GIB < most.total <= 76 * GIB
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4", "skvq"])
+def test_heads_that_no_group_fits_are_refused_with_a_sentence(name: str) -> None:
+    odd = replace(SMALL, head_dim=40)
+    with pytest.raises(ValueError, match=f"kv_cache is '{name}', which has no groups for heads of 40 channels"):
+        plan_memory(odd, GIB // 8, settle(kv_cache=name), 8 * GIB)
