@@ -29,6 +29,17 @@ class Point:
         return f"{self.batch} x {self.context}"
 
 
+def points_of(text: str, tokens: int = 1) -> list[Point]:
+    """`8x1024,1x32768`, with so many tokens of each answer. Raises ValueError."""
+    found = []
+    for part in filter(None, text.split(",")):
+        batch, cross, context = part.partition("x")
+        if not cross or not batch.isdigit() or not context.isdigit() or int(batch) < 1 or int(context) < 2:
+            raise ValueError(f"{part!r} is no point; write sequences and context, such as 8x1024.")
+        found.append(Point(int(batch), int(context), tokens))
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """Engines that are in memory together, and the points they are measured at, in turn."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from tenfold.bench import arms, launches, load, single, throughput
 from tenfold.bench.command import save, settings
-from tenfold.bench.fit import Point
+from tenfold.bench.fit import Point, points_of
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import parse
 from tenfold.bench.throughput import Work
@@ -49,8 +49,7 @@ def grid_of(job: Job, prefill: bool = True) -> tuple[Point, ...]:
     prefills = job.numbers("prefill") if prefill else []
     tokens = job.options["tokens"]
     points = single.grid(job.numbers("batch"), job.numbers("context"), prefills, tokens)
-    further = (text.partition("x") for text in job.options["points"].split(",") if text)
-    return (*points, *(Point(int(batch), int(context), tokens) for batch, _, context in further))
+    return (*points, *points_of(job.options["points"], tokens))
 
 
 def measured(job: Job, engines: Sequence[str], points: Sequence[Point]) -> None:

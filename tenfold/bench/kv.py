@@ -21,6 +21,7 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.bench.case import Figure
 from tenfold.bench.command import save, settings
+from tenfold.bench.fit import Point, points_of
 from tenfold.bench.floor import GB, best_seconds, copy_bandwidth, model_sizes
 from tenfold.bench.hardware import machine
 from tenfold.cache.store import KVStore
@@ -40,15 +41,6 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 FORMATS = "dense,fp8,int4,skvq"
 GRAPH_CALLS = 4
 WARM_UP = 4  # tokens, of which the first are computed before a graph of the step is captured
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    batch: int
-    context: int
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {self.context}"
 
 
 @dataclass(slots=True)
@@ -151,13 +143,13 @@ class Bench:
         config, plan = self.planned(format, point.batch, point.context + tokens)
         plan.require()
         pages = point.batch * (-(-(point.context + tokens) // config.page_size) + 1)
-        self.model._graph = self.opened.kernels.graph()  # type: ignore[attr-defined]  # graphs keep their store
         gc.collect()
         if self.opened.device.type == "cuda":
             torch.cuda.empty_cache()
         self.opened.config = config
         stored = self.opened.groupings()
-        engine = Engine(self.model, self.opened.kernels, config, pages=pages, groupings=stored)
+        model = self.model.on(self.opened.kernels)  # whose graphs, and the store they keep, end with the engine
+        engine = Engine(model, self.opened.kernels, config, pages=pages, groupings=stored)
         engine.memory = plan
         stock(engine.kv)
         return engine
@@ -334,17 +326,6 @@ def loaded(data: Mapping[str, Any]) -> Result:
     """The result that `plain` made."""
     values = {k: v for k, v in data.items() if k != "suite"}
     return Result(**(values | {"rows": [Row(**row) for row in data["rows"]]}))
-
-
-def points_of(text: str) -> list[Point]:
-    """`8x1024,1x32768`. Raises ValueError."""
-    found = []
-    for part in filter(None, text.split(",")):
-        batch, cross, context = part.partition("x")
-        if not cross or not batch.isdigit() or not context.isdigit() or int(batch) < 1 or int(context) < 2:
-            raise ValueError(f"{part!r} is no point; write sequences and context, such as 8x1024.")
-        found.append(Point(int(batch), int(context)))
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
