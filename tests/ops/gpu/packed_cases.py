@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tenfold.cache.format import dtype_of, parse
+from tenfold.cache.format import parse
 from tenfold.ops.gpu import packed
 from tenfold.ops.gpu.decode import Workspace
 from tenfold.ops.kernels import AttentionSpec, Norm
 from tenfold.ops.kv.layer import MOST_GUESSES, PackedLayer, Side, room_page, room_pages
 from tenfold.ops.kv.packing import packed_bytes
-from tenfold.ops.kv.quantize import Grouping, hadamard
+from tenfold.ops.kv.quantize import STORED, Grouping, hadamard
 from tenfold.ops.kv.spec import PackedSpec, parameters_of
 from tenfold.ops.oracle import Oracle, rotate
 
@@ -66,11 +66,13 @@ def empty_layer(shape: Shape, pages: int, rooms: int, device: torch.device) -> P
             shape.kv_heads // spec.span,
             shape.page,
             groups,
-            parameters_of(bits) * dtype_of(spec).itemsize,
+            parameters_of(bits) * STORED[spec.parameters].itemsize,
         )
         made = (torch.full(size, NOTHING, dtype=torch.uint8, device=device) for size in (codes, numbers))
         first, second = made
-        return Side(first, second.view(dtype_of(spec)), bits, grouping(shape, spec, seed, shift).to(device), turn)
+        return Side(
+            first, second.view(STORED[spec.parameters]), bits, grouping(shape, spec, seed, shift).to(device), turn
+        )
 
     exact: tuple[Tensor | None, Tensor | None] = (None, None)
     own = room_pages(spec, shape.page)
