@@ -310,17 +310,24 @@ def legal(name: str, work: Work) -> bool:
 def rule(work: Work, sms: int) -> str:
     """The arm where nothing was measured. Raises ValueError for a format that no family serves."""
     if is_format(work.format):
-        few = stream_packed.kind_of(work.format)
-        if work.tokens > (MOST_STREAMED if quantize.takes(work.format) else stream_packed.MOST_TOKENS):
-            few = ""
-        first = next(FAMILIES[few].candidates(work, sms), None) if few else None
-        plan = first or str(ring.rule_fp8(work.tokens))
-        if legal(plan, work):
-            return plan
-        return str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
+        return next(name for name in own_packed(work, sms) if name and legal(name, work))
     if work.format != "dense":
         raise ValueError(f"There is no GPU kernel for weights of {work.format}; allowed: dense or a packed format.")
     return next((str(plan) for plan in own(work, sms) if plan is not None and legal(str(plan), work)), "cublas")
+
+
+def own_packed(work: Work, sms: int) -> Iterator[str]:
+    """The rules of our kernels for packed weights, the best first; the last is legal for every format."""
+    sizes = (work.tokens, work.rows, work.cols)
+    few = stream_packed.kind_of(work.format)
+    if few and work.tokens <= MOST_STREAMED:
+        yield next(FAMILIES[few].candidates(work, sms), "")
+    if quantize.takes(work.format):
+        yield str(ring.rule_fp8(work.tokens))
+    through = ring_packed.kind_of(work.format)
+    if through and work.tokens <= ring_packed.MOST_TOKENS:
+        yield str(ring_packed.rule(through, *sizes, sms) or "")
+    yield str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
 
 
 def own(work: Work, sms: int) -> Iterator[Any]:

@@ -100,6 +100,20 @@ def candidates(kind: str, tokens: int, rows: int, cols: int, sms: int) -> Iterat
     yield from found
 
 
+def rule(kind: str, tokens: int, rows: int, cols: int, sms: int) -> PackedPlan | None:
+    """The plan where nothing was measured (H100, 2026-11-28): large tiles for many rows, else parts of tiles for every
+    multiprocessor, with as many stages as fit. None: no plan is legal.
+    """
+    tiles, few = -(-rows // 64), width(tokens) <= 32
+    if tiles > 2 * sms:
+        blocks, height, splits = 1, 256 if few else 128, 1
+    else:
+        blocks, height = 2 if few and (width(tokens) <= 16 or tiles < 0.7 * sms) else 1, 64
+        splits = max(1, sms * blocks // tiles)
+    plans = (PackedPlan(stages, blocks, height, splits, kind) for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1))
+    return next((plan for plan in plans if legal(plan, tokens, rows, cols)), None)
+
+
 def run(
     plan: PackedPlan,
     maps: Maps,

@@ -89,7 +89,10 @@ def test_buckets(tokens: int, bucket: int) -> None:
         (Work(6144, 4096, "fp8g128a8", Use(), 9), "ring-fp8"),
         (Work(4096, 14336, "fp8a8", Use(), 8), "ring-fp8"),  # so many columns of 8 tokens fit no shared memory
         (Work(6144, 4096, "fp8a8", Use(), 65), "library"),
-        (Work(6144, 4096, "fp8", Use(), 64), "fused"),
+        (Work(6144, 4096, "fp8", Use(), 64), "ring8"),
+        (Work(4096, 14336, "int4g128", Use(residual=True), 9), "ring4"),
+        (Work(28672, 4096, "int4g128z", Use(norm=True, act="silu"), 64), "ring4"),
+        (Work(6144, 4096, "int4g128", Use(), 65), "fused"),
         (Work(6144, 4096, "int8g128o", Use(), 1), "fused"),
         (Work(6144, 4096, "int4g64", Use(), 1), "fused"),
     ],
