@@ -118,7 +118,33 @@ class Contexts:
     decodes: int = 0
     shared: bool = False
     rooms: Tensor | None = None
-    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def parted(self) -> "tuple[Contexts, Contexts] | None":
+        """The leading decodes of a step, and the other requests by themselves; None where they are not to be parted."""
+        if self.shared or not 0 < self.decodes < len(self.kv_lengths):
+            return None
+        if "parted" not in self.memo:
+            rest = len(self.kv_lengths) - self.decodes
+            self.memo["parted"] = self._part(0, self.decodes, 1), self._part(self.decodes, rest, self.max_query)
+        parts: tuple[Contexts, Contexts] = self.memo["parted"]
+        return parts
+
+    def _part(self, begin: int, requests: int, max_query: int) -> "Contexts":
+        """Requests from `begin` on, before which all are decodes."""
+        alone = max_query == 1
+        own, tokens = slice(begin, begin + requests), slice(begin, begin + requests if alone else None)
+        return Contexts(
+            self.positions[tokens],
+            self.slots[tokens],
+            self.page_table[own],
+            self.query_start[begin : begin + requests + 1] - begin,
+            self.kv_lengths[own],
+            max_query,
+            self.max_kv,
+            requests if alone else 0,
+            rooms=None if self.rooms is None else self.rooms[own],
+        )
 
 
 class Replay(Protocol):

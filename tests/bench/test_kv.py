@@ -64,6 +64,19 @@ def test_claims_of_speed_are_those_of_the_rows() -> None:
     assert (found["K3", "%"].value, found["K3", "%"].met) == (75.0, True)
 
 
+def test_what_16_bits_cannot_hold_counts_against_the_largest_batch_they_can() -> None:
+    result = made()
+    result.rows += [
+        Row("dense", 4, 8192, 0, [40.0]),
+        Row("dense", 32, 8192, 0, skipped="too large"),
+        Row("k2v2g64", 32, 8192, 0, [20.0]),
+        Row("k2v2g64", 32, 16384, 0, [40.0]),  # no batch of 16 bits to hold against
+    ]
+    (last,) = [c for c in claims_kv.of_speed([result]) if "tokens a second" in c.what]
+    assert last.value == pytest.approx(32 / 20 / (8 / 71), rel=1e-2)
+    assert "32 x 8192, where 16-bit KV does not fit, against it at 8 x 8192" in last.what
+
+
 def test_claims_of_quality_compare_at_equal_bits() -> None:
     def row(name: str, bits: float, perplexity: float) -> dict[str, object]:
         return {

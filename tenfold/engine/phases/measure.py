@@ -44,7 +44,19 @@ def _prefill_seconds(runner: Runner, stream: torch.cuda.Stream, tokens: int) -> 
     def call() -> object:
         return runner.model.part(step, None, layers)
 
-    return timed(call, stream) * depth / max(1, len(layers))
+    return timed(captured(call, stream), stream) * depth / max(1, len(layers))
+
+
+def captured(call: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
+    """A graph of the call: short chunks would take as long as the host needs to launch them."""
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are compiled, libraries ask for memory
+            call()
+    graph = torch.cuda.CUDAGraph()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
 
 
 def _decode_seconds(runner: Runner, stream: torch.cuda.Stream, requests: int, context: int) -> float:

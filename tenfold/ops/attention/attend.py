@@ -57,14 +57,15 @@ def attend(
     phi: Tensor | None = None,
     decodes: int = 0,
     lengths: Sequence[tuple[int, int]] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `Kernels.attend`. decodes: leading requests that have one new token each (none need be named where max_query
-    is 1). lengths: new tokens and context of each request, where the host has them. phi: see `decode.run`. Rows that
-    phi did not serve are counted in workspace.recomputed.
+    """As `Kernels.attend`, into `out` where it is given. decodes: leading requests that have one new token each (none
+    need be named where max_query is 1). lengths: new tokens and context of each request, where the host has them. phi:
+    see `decode.run`. Rows that phi did not serve are counted in workspace.recomputed.
     """
     requests = len(kv_lengths)
     alone = requests if max_query <= 1 else decodes
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     if alone:
         plan = plan_decode(spec, alone, max_kv, sms, arms.softmax, arms.merge)
         first = slice(0, alone)
@@ -107,7 +108,7 @@ def plan_chunks(spec: AttentionSpec, arms: Arms, max_query: int) -> tensor_prefi
     """The plan of "wgmma"."""
     if arms.plan is None:
         return tensor_prefill.rule(spec, arms.softmax, max_query)
-    return replace(arms.plan, softmax=arms.softmax)
+    return arms.plan if arms.plan.softmax == arms.softmax else replace(arms.plan, softmax=arms.softmax)
 
 
 def suits(spec: AttentionSpec, q: Tensor, keys: Tensor, softmax: str, max_query: int) -> bool:

@@ -271,7 +271,7 @@ class Native(Separate):
     def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         spec = heads.spec
         if not packed_kv.served(layer, spec.head_dim, step):
-            parts = packed_kv.parted(step)
+            parts = step.parted()
             if parts is None or not packed_kv.served(layer, spec.head_dim, parts[0]):
                 return packed.attention(self, qkv, heads, layer, step)
             rows = qkv.split((step.decodes, qkv.shape[0] - step.decodes))

@@ -46,34 +46,6 @@ def served(layer: PackedLayer, head_dim: int, step: Contexts) -> bool:
     )
 
 
-def parted(step: Contexts) -> tuple[Contexts, Contexts] | None:
-    """The leading decodes of a step, and the other requests by themselves; None where they are not to be parted."""
-    decodes, requests = step.decodes, step.page_table.shape[0]
-    if step.shared or not 0 < decodes < requests:
-        return None
-    if "parted" not in step.memo:
-        first, others = slice(decodes), slice(decodes, None)
-        step.memo["parted"] = _part(step, first, decodes, 1), _part(step, others, 0, step.max_query)
-    parts: tuple[Contexts, Contexts] = step.memo["parted"]
-    return parts
-
-
-def _part(step: Contexts, own: slice, decodes: int, max_query: int) -> Contexts:
-    """own: requests, and tokens too, because all before are decodes."""
-    begin = own.start or 0
-    return Contexts(
-        step.positions[own],
-        step.slots[own],
-        step.page_table[own],
-        step.query_start[begin : begin + decodes + 1 if decodes else None] - begin,
-        step.kv_lengths[own],
-        max_query,
-        step.max_kv,
-        decodes,
-        rooms=None if step.rooms is None else step.rooms[own],
-    )
-
-
 def prepare(layer: PackedLayer, head_dim: int) -> Prepared:
     """layer: contiguous, on the CPU. Raises ValueError for another layout."""
     spec, exact = layer.spec, (layer.exact_keys, layer.exact_values)

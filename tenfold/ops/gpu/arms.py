@@ -89,14 +89,13 @@ class Fused:
 
 
 class Context:
-    """What launches share on one device: multiprocessors, memory for partial sums, tensor maps of weights."""
+    """What launches share on one device: multiprocessors, and memory for partial sums."""
 
     def __init__(self, device: torch.device, sms: int) -> None:
         self.device = device
         self.sms = sms
         self.sums = sums.Workspace(device)
         self.packed = lowbit.Workspace(device)
-        self.maps = ring.Maps()
 
 
 class Family(Protocol):
@@ -126,8 +125,8 @@ class Library:
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         def run(context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
             if fused.norm is not None:
-                x, fused = norms.run(x, fused.norm), replace(fused, norm=None)
-            return dense.linear(x, w.data[0], *fused.all(), float32=fused.float32)
+                x = norms.run(x, fused.norm)
+            return dense.linear(x, w.data[0], fused.bias, None, fused.act, fused.residual, float32=fused.float32)
 
         return run
 
@@ -231,7 +230,7 @@ def through_ring(kind: str) -> Packed:
     """Packed weights of up to 64 tokens."""
 
     def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
-        return ring_packed.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32)
+        return ring_packed.run(plan, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32)
 
     return Packed(
         ring_packed,
@@ -245,7 +244,7 @@ def float8() -> Packed:
     """Float8 by float8."""
 
     def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
-        return ring.run_fp8(plan, context.maps, context.sums, context.sms, x, w, *fused.all())
+        return ring.run_fp8(plan, context.sums, context.sms, x, w, *fused.all())
 
     return Packed(
         ring,
@@ -260,7 +259,7 @@ def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, 
 
 
 def run_ring(plan: ring.RingPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
-    return ring.run(plan, context.maps, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32)
+    return ring.run(plan, context.sums, context.sms, x, w, *fused.all(), float32=fused.float32)
 
 
 def run_flat(plan: flat.FlatPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:

@@ -238,27 +238,30 @@ class Attending:
         step: Contexts,
         max_kv: int,
         softmax: str = "lazy",
+        out: Tensor | None = None,
     ) -> Tensor:
-        """As `Kernels.attention`, by the arm that is named; max_kv: of the step, or more."""
+        """As `Kernels.attention` by the arm that is named, into `out` if that is given; max_kv: of the step, or more."""
         spec, phi = heads.spec, heads.phi
         write = (qkv, heads.rope, step.positions, step.slots, keys, values)
         norms = (heads.q_norm, heads.k_norm)
         if isinstance(arm, DecodePlan):
             workspace = self._workspace(len(step.kv_lengths), spec.kv_heads)
-            return decode.run(arm, workspace, *write, step.page_table, step.kv_lengths, spec, *norms, phi)
+            return decode.run(arm, workspace, *write, step.page_table, step.kv_lengths, spec, *norms, phi, out=out)
         q = elementwise.rope_write(*write, spec, *norms)
         if isinstance(arm, str) and arm in third_party.LIBRARIES:
-            return third_party.LIBRARIES[arm].run(q, keys, values, step, spec, max_kv)
-        how = attend_module.Arms(softmax)
+            found = third_party.LIBRARIES[arm].run(q, keys, values, step, spec, max_kv)
+            return found if out is None else out.copy_(found)
         if isinstance(arm, ChunkPlan):
-            how = replace(how, plan=arm)
-        elif arm == TRITON_TWO:
-            how = replace(how, merge="two")
+            how = attend_module.Arms(softmax, plan=arm)
         elif arm in CHUNKS:
-            how = replace(how, chunks=arm)
+            how = attend_module.Arms(softmax, chunks=arm)
+        else:
+            how = attend_module.Arms(softmax, "two" if arm == TRITON_TWO else "last")
         contexts = (step.page_table, step.query_start, step.kv_lengths)
         read = (q, keys, values, *contexts, spec, step.max_query, max_kv)
-        return attend_module.attend(*read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=step.decodes)
+        return attend_module.attend(
+            *read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=step.decodes, out=out
+        )
 
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
         known = self.decoding

@@ -124,6 +124,7 @@ def run(
     k_norm: Norm | None = None,
     phi: Tensor | None = None,
     lse: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.attention` for one token a request -> [R, heads * head_dim]. A request of length 0 is idle: its
     result is zeros; a negative slot writes nothing. phi [heads] float32: the unified maximum in units of scores
@@ -146,7 +147,7 @@ def run(
             ("GATE", 0),
         ),
     )
-    out = qkv.new_empty(requests, spec.heads * spec.head_dim)
+    out = qkv.new_empty(requests, spec.heads * spec.head_dim) if out is None else out
     guard = PAPER_GUARD[qkv.dtype]
     eps = next((n.eps for n in (q_norm, k_norm) if n is not None), 0.0)
     kernel(

@@ -117,20 +117,39 @@ class Gpu(Oracle):
         return elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
+        parts = step.parted()
+        if parts is None:
+            return self._attention(qkv, heads, keys, values, step)
+        out = qkv.new_empty(len(qkv), heads.spec.heads * heads.spec.head_dim)
+        for x, y, part in zip(_rows(qkv, step), _rows(out, step), parts):
+            self._attention(x, heads, keys, values, part, y)
+        return out
+
+    def _attention(
+        self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts, out: Tensor | None = None
+    ) -> Tensor:
+        """Of decodes alone, or of what need not be parted; out: where the result goes."""
         requests, page_size, max_kv = len(step.kv_lengths), keys.shape[2], step.max_kv
         alone = step.max_query == 1 and requests == len(qkv) and not step.shared  # else all is written, then read
         if step.max_query == 1:
             max_kv = step.page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
         softmax = self._softmax(heads.phi)
-        reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
-        arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
-        return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax)
+        place = heads.spec, softmax  # layers of a kind run alike, and all of a store have one type
+        arm = step.memo.get(place)
+        if arm is None:
+            reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
+            arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
+            step.memo[place] = arm
+        return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax, out)
 
     def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         """Steps of one token a request run kernels that read codes; others read a copy as numbers."""
         if self.packing.serves(qkv, heads.spec, layer, step):
             return self.packing(qkv, heads, layer, step)
-        return unpacking.attention(self, qkv, heads, layer, step)
+        parts = step.parted()
+        if parts is None:
+            return unpacking.attention(self, qkv, heads, layer, step)
+        return torch.cat([self.attention_packed(x, heads, layer, y) for x, y in zip(_rows(qkv, step), parts)])
 
     def attend(
         self,
@@ -170,3 +189,8 @@ class Gpu(Oracle):
             chosen = "lazy" if phi is None else "unified"
         self._unified |= phi is not None and chosen in ("unified", "paper")
         return chosen
+
+
+def _rows(x: Tensor, step: Contexts) -> tuple[Tensor, ...]:
+    """The rows of `step.parted()`."""
+    return x.split((step.decodes, len(x) - step.decodes))

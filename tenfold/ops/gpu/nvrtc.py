@@ -8,7 +8,9 @@ import ctypes
 import hashlib
 import os
 import re
+import struct
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,10 +25,8 @@ LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
 HALF = {torch.bfloat16: 0, torch.float16: 1}  # types our sources compute in, by their macro of this name
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}  # by the macro GATE
 LARGEST_STATIC = 48 << 10  # bytes of shared memory, static and dynamic, a kernel may use without asking
-
+MOST_MAPS = 1 << 14  # tensor maps that are remembered
 LONGEST_LOG = 2000  # characters of a compiler's complaint worth showing
-
-_CTYPES: dict[type, Any] = {int: ctypes.c_int32, float: ctypes.c_float}
 
 
 class CompileError(ValueError):
@@ -58,21 +58,31 @@ class _Config(ctypes.Structure):
 
 CLUSTER_DIMENSION = 4
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE, _END
+PARAMETERS, PARAMETERS_SIZE, PARAMETERS_END = 1, 2, 0
 
 
 class Kernel:
     """One entry of a compiled source. Arguments are tensors (their address), ints (32 bits), floats,
-    tensor maps (by value) or None (null)."""
+    tensor maps (by value) or None (null), of the same kinds at every launch.
+    """
 
-    def __init__(self, name: str, function: int, driver: Any) -> None:
+    def __init__(self, name: str, function: int, driver: Any, device: int) -> None:
         self.name = name
         self._function = ctypes.c_void_p(function)
-        self._launch = driver.cuLaunchKernelEx
         self._driver = driver
+        self._device = device
         static = ctypes.c_int()
         # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         check(driver, driver.cuFuncGetAttribute(ctypes.byref(static), 1, self._function), name)
         self._shared = LARGEST_STATIC - static.value
+        # A launch fills these in: making them anew costs the host more than the launch itself.
+        self._layout: struct.Struct | None = None
+        self._parameters = ctypes.create_string_buffer(0)
+        self._size = ctypes.c_size_t()
+        self._extra = (ctypes.c_void_p * 5)()
+        self._config = _Config()
+        self._lock = threading.Lock()
 
     def __call__(
         self,
@@ -90,34 +100,80 @@ class Kernel:
         """
         if 0 in grid:
             return
-        if shared > self._shared:
-            # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            check(self._driver, self._driver.cuFuncSetAttribute(self._function, 8, shared), self.name)
-            self._shared = shared
         values = [_value(a) for a in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        attributes = (_Attribute * 2)()
-        count = 0
-        if dependent:
-            attributes[0].id, attributes[0].value[0] = PROGRAMMATIC_STREAM_SERIALIZATION, 1
-            count = 1
-        if cluster > 1:
-            attributes[count].id = CLUSTER_DIMENSION
-            attributes[count].value[:3] = (cluster, 1, 1)
-            count += 1
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        config = _Config(_Dim3(*grid), _Dim3(threads, 1, 1), shared, stream, attributes, count)
-        check(self._driver, self._launch(ctypes.byref(config), self._function, pointers, None), self.name)
+        attributes, count = _attributes(dependent, cluster)
+        config = self._config
+        with self._lock:  # a driver's call lets other threads run
+            if shared > self._shared:
+                # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                check(self._driver, self._driver.cuFuncSetAttribute(self._function, 8, shared), self.name)
+                self._shared = shared
+            if self._layout is None:
+                self._layout = self._make_room(arguments)
+            self._layout.pack_into(self._parameters, 0, *values)
+            config.grid.x, config.grid.y, config.grid.z = grid
+            config.block.x, config.shared = threads, shared
+            config.attributes, config.count = attributes, count
+            config.stream = _current_stream(self._device)
+            status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, None, self._extra)
+        check(self._driver, status, self.name)
+
+    def _make_room(self, arguments: "Sequence[Argument]") -> struct.Struct:
+        layout = _layout(arguments)
+        self._parameters = ctypes.create_string_buffer(layout.size)
+        self._size.value = layout.size
+        at, size = ctypes.addressof(self._parameters), ctypes.addressof(self._size)
+        self._extra[:] = [PARAMETERS, at, PARAMETERS_SIZE, size, PARAMETERS_END]
+        self._config.block.y = self._config.block.z = 1
+        return layout
 
 
-def _value(argument: "Argument") -> Any:
-    if isinstance(argument, TensorMap):
-        return argument.block
+def _current_stream(device: int) -> int:
+    """The handle of PyTorch's current stream, without an object for it."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
+def _value(argument: "Argument") -> int | float | bytes:
     if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(None)
-    return _CTYPES[type(argument)](argument)
+        return argument.data_ptr()
+    if isinstance(argument, TensorMap):
+        return argument.bytes
+    return 0 if argument is None else argument
+
+
+def _layout(arguments: "Sequence[Argument]") -> struct.Struct:
+    """How arguments lie in a kernel's parameters: each at a multiple of its size, a tensor map at one of 64 bytes."""
+    code, at = "=", 0
+    for argument in arguments:
+        kind, size, align = _kind(argument)
+        gap = -at % align
+        code += f"{gap}x{kind}" if gap else kind
+        at += gap + size
+    return struct.Struct(code)
+
+
+def _kind(argument: "Argument") -> tuple[str, int, int]:
+    """Of an argument: its code for `struct`, its size and what its place is a multiple of."""
+    if argument is None or isinstance(argument, Tensor):
+        return "Q", 8, 8
+    if isinstance(argument, TensorMap):
+        return "128s", 128, 64
+    return ("f" if isinstance(argument, float) else "i"), 4, 4
+
+
+@cache
+def _attributes(dependent: bool, cluster: int) -> tuple[Any, int]:
+    """Attributes of a launch, and how many."""
+    found = (_Attribute * 2)()
+    count = 0
+    if dependent:
+        found[0].id, found[0].value[0] = PROGRAMMATIC_STREAM_SERIALIZATION, 1
+        count = 1
+    if cluster > 1:
+        found[count].id = CLUSTER_DIMENSION
+        found[count].value[:3] = (cluster, 1, 1)
+        count += 1
+    return found, count
 
 
 class _Block(ctypes.Structure):
@@ -136,9 +192,9 @@ class TensorMap:
         outlive the map. Coordinates of a box are given from the last dimension on. Raises RuntimeError.
         """
         rank, each = matrices.dim(), matrices.element_size()
-        self._memory = (ctypes.c_uint8 * 192)()
-        address = ctypes.addressof(self._memory)
-        self.block = _Block.from_address(address + -address % 64)
+        memory = (ctypes.c_uint8 * 192)()
+        address = ctypes.addressof(memory)
+        block = _Block.from_address(address + -address % 64)
         sizes = (ctypes.c_uint64 * rank)(*reversed(matrices.shape))
         strides = (ctypes.c_uint64 * (rank - 1))(*(each * stride for stride in reversed(matrices.stride()[:-1])))
         box = (ctypes.c_uint32 * rank)(128 // each, height, *[1] * (rank - 2))
@@ -148,10 +204,25 @@ class TensorMap:
         kind = 0 if each == 1 else 9 if matrices.dtype == torch.bfloat16 else 6
         # no interleave; 128-byte swizzle; L2 promotion to 256 bytes; zeros out of bounds
         status = driver.cuTensorMapEncodeTiled(
-            *(ctypes.byref(self.block), kind, rank, ctypes.c_void_p(matrices.data_ptr())),
+            *(ctypes.byref(block), kind, rank, ctypes.c_void_p(matrices.data_ptr())),
             *(sizes, strides, box, steps, 0, 3, 3, 0),
         )
         check(driver, status, "cuTensorMapEncodeTiled")
+        self.bytes = bytes(block)
+
+
+def tensor_map(matrices: Tensor, height: int) -> TensorMap:
+    """`TensorMap`, from those made before: a map depends on nothing but where numbers lie and how."""
+    key = (matrices.data_ptr(), matrices.dtype, matrices.shape, matrices.stride(), height)
+    found = _maps.get(key)
+    if found is None:
+        if len(_maps) >= MOST_MAPS:
+            _maps.clear()
+        found = _maps[key] = TensorMap(matrices, height)
+    return found
+
+
+_maps: dict[tuple[Any, ...], TensorMap] = {}
 
 
 Argument = Tensor | int | float | TensorMap | None
@@ -165,7 +236,7 @@ def load(source: str, entry: str, defines: tuple[tuple[str, int], ...]) -> Kerne
     function = ctypes.c_void_p()
     check(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), entry)
     assert function.value is not None
-    return Kernel(entry, function.value, driver)
+    return Kernel(entry, function.value, driver, torch.cuda.current_device())
 
 
 @cache

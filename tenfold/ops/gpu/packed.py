@@ -26,7 +26,7 @@ PLACES = 64  # tokens that the table of cosines and sines covers
 WIDEST_SPAN = 512  # channels that a warp of the writing kernel holds
 FEW_BYTES = 100  # of a token and head: up to them tiles have 64 tokens, above 32
 WRITERS = 4  # warps of a block that writes
-DEEPEST = 4  # stages of a ring
+STAGES = 2  # of a ring: more were slower (H100, 2026-11-28)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,18 +224,17 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
     heads = min(spec.heads // spec.kv_heads, COLUMNS // shape.groups)
     parts = -(-spec.heads // spec.kv_heads // heads)
     tokens = 64 if shape.token_bytes <= FEW_BYTES else 32
-    warps, blocks, stages = next(
-        (w, b, s)
+    warps, blocks = next(
+        (w, b)
         for w, b in ((6, 2), (8, 1), (4, 1))
-        for s in range(DEEPEST, 1, -1)
-        if hopper.fits(shared_bytes(shape, heads, tokens, s, w), b) or (w, s) == (4, 2)
+        if hopper.fits(shared_bytes(shape, heads, tokens, STAGES, w), b) or w == 4
     )
     pairs = requests * spec.kv_heads * parts
     units = -(-max_kv // tokens) + (shape.spec.window // 16 + 2 if shape.exact else 0)
     most = max(
-        1, min(units // (2 * warps), MOST_PARTIAL * sms // pairs, most_splits(shape, heads, tokens, stages, warps))
+        1, min(units // (2 * warps), MOST_PARTIAL * sms // pairs, most_splits(shape, heads, tokens, STAGES, warps))
     )
-    return PackedPlan(heads, tokens, stages, warps, blocks, splits(pairs, most, sms * blocks))
+    return PackedPlan(heads, tokens, STAGES, warps, blocks, splits(pairs, most, sms * blocks))
 
 
 def splits(pairs: int, most: int, room: int) -> int:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, gcd
 
 import torch
@@ -104,6 +105,7 @@ def candidates(spec: AttentionSpec, softmax: Sequence[str] = ("lazy",)) -> Itera
                 yield plan
 
 
+@cache
 def defines(plan: ChunkPlan, spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> tuple[tuple[str, int], ...]:
     """The macros that the kernel is compiled with."""
     return (
@@ -148,13 +150,14 @@ def run(
     requests = len(kv_lengths)
     if requests == 0 or max_query == 0:
         return out
-    softmax = "lazy" if phi is None and plan.softmax == "unified" else plan.softmax
-    macros = defines(replace(plan, softmax=softmax), spec, keys.dtype, keys.shape[2])
+    if phi is None and plan.softmax == "unified":
+        plan = replace(plan, softmax="lazy")
+    macros = defines(plan, spec, keys.dtype, keys.shape[2])
     kernel = nvrtc.load("prefill.cu", "prefill", macros)
     box = gcd(keys.shape[2], plan.tile)
     safe = guard(keys.dtype)
     items = requests * spec.heads * ceil(max_query / plan.rows)
-    maps = (nvrtc.TensorMap(q.view(len(q), -1), 64), nvrtc.TensorMap(keys, box), nvrtc.TensorMap(values, box))
+    maps = (nvrtc.tensor_map(q.view(len(q), -1), 64), nvrtc.tensor_map(keys, box), nvrtc.tensor_map(values, box))
     kernel(
         (min(items, sms), 1, 1),
         128 * (plan.groups + 1),

@@ -7,7 +7,6 @@ by float8: tokens are rounded to e4m3 with a scale each before (`quantize.py`).
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,22 +130,8 @@ def rule_fp8(tokens: int) -> RingPlan:
     return RingPlan(10 if tokens <= 16 else 5, 1, kind=FLOAT8)
 
 
-class Maps:
-    """Tensor maps of weight matrices, made once for each."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], nvrtc.TensorMap] = {}
-
-    def of(self, matrix: Tensor, height: int) -> nvrtc.TensorMap:
-        key = (matrix.data_ptr(), matrix.dtype, *matrix.shape, height)  # memory is used again
-        if key not in self._known:
-            self._known[key] = nvrtc.TensorMap(matrix, height)
-        return self._known[key]
-
-
 def run(
     plan: RingPlan,
-    maps: Maps,
     workspace: Workspace,
     sms: int,
     x: Tensor,
@@ -160,12 +145,11 @@ def run(
     """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal. float32: the result's type."""
     if norm is not None:
         x = norms.run(x, norm)
-    return launch(plan, maps, workspace, sms, x, x, w, None, None, bias, act, residual, float32)
+    return launch(plan, workspace, sms, x, x, w, None, None, bias, act, residual, float32)
 
 
 def run_fp8(
     plan: RingPlan,
-    maps: Maps,
     workspace: Workspace,
     sms: int,
     x: Tensor,
@@ -178,12 +162,11 @@ def run_fp8(
     """As `Kernels.linear` with a matrix that `quantize.takes` accepts; the plan must be legal, of kind "ring-fp8"."""
     codes, scales = quantize(x, norm)
     packed = packed_of(w)
-    return launch(plan, maps, workspace, sms, x, codes, packed.codes, packed.scales, scales, bias, act, residual)
+    return launch(plan, workspace, sms, x, codes, packed.codes, packed.scales, scales, bias, act, residual)
 
 
 def launch(
     plan: RingPlan,
-    maps: Maps,
     workspace: Workspace,
     sms: int,
     x: Tensor,
@@ -219,7 +202,7 @@ def launch(
             ("GROUPED", int(row_scales is not None and row_scales.shape[1] > 1)),
         ),
     )
-    w_map, x_map = maps.of(w, height), nvrtc.TensorMap(inputs, width(tokens))
+    w_map, x_map = nvrtc.tensor_map(w, height), nvrtc.tensor_map(inputs, width(tokens))
     arguments: list[nvrtc.Argument] = [w_map, x_map, row_scales, token_scales, out, bias, residual]
     arguments += [workspace.sums, workspace.counters, tokens, rows, cols]
     blocks, threads = grid(plan, rows, cols, sms), plan.height * 2 + 32

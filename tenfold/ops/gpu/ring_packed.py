@@ -15,7 +15,7 @@ from torch import Tensor
 from tenfold.ops.formats import Format, format_of, packed_of
 from tenfold.ops.gpu import hopper, nvrtc, stream_packed
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu.ring import MOST_TOKENS, Maps, RingPlan, can_meet, grid, parts, width
+from tenfold.ops.gpu.ring import MOST_TOKENS, RingPlan, can_meet, grid, parts, width
 from tenfold.ops.gpu.sums import Workspace
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
@@ -116,7 +116,6 @@ def rule(kind: str, tokens: int, rows: int, cols: int, sms: int) -> PackedPlan |
 
 def run(
     plan: PackedPlan,
-    maps: Maps,
     workspace: Workspace,
     sms: int,
     x: Tensor,
@@ -138,7 +137,8 @@ def run(
     out = x.new_empty(tokens, outputs, dtype=torch.float32 if float32 else x.dtype)
     macros = defines(plan, format_of(w.format), packed.scales.dtype, x.dtype, width(tokens), gate)
     kernel = nvrtc.load("ring_packed.cu", "ring_packed", (*macros, ("FLOAT32", int(float32))))
-    w_map, x_map = maps.of(packed.codes.view(torch.uint8), height), nvrtc.TensorMap(x, width(tokens))
+    w_map = nvrtc.tensor_map(packed.codes.view(torch.uint8), height)
+    x_map = nvrtc.tensor_map(x, width(tokens))
     arguments: list[nvrtc.Argument] = [w_map, x_map, packed.scales, packed.zeros, out, bias, residual]
     arguments += [workspace.sums, workspace.counters, tokens, w.rows, cols]
     blocks = grid(plan, w.rows, cols, sms)

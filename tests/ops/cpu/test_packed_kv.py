@@ -294,7 +294,7 @@ def test_decodes_have_the_same_bits_beside_a_long_chunk(isa, native, name: str) 
     chunk = tokens(mixed, 3, 64 + count)[64:]
     step = mixed.step([1, 1, 1, count], [40, 9, 70, 64 + count], [0, 1, 2, 3])
     got = mixed.run(native, [*last(mixed, ends)[:3], chunk], replace(step, decodes=3))
-    assert packed_kv.parted(replace(step, decodes=3, shared=True)) is None  # who may read what is written beside it
+    assert replace(step, decodes=3, shared=True).parted() is None  # who may read what is written beside it
     want = [apart.run(native, last(apart, ends)[:3], apart.step([1] * 3, [40, 9, 70], [0, 1, 2]))]
     want.append(apart.run(native, [chunk], apart.step([count], [64 + count], [3])))
     assert torch.equal(got, torch.cat(want))

@@ -49,14 +49,14 @@ def tokens(count: int, cols: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(count, cols, device="cuda", generator=torch.Generator("cuda").manual_seed(count)).to(dtype)
 
 
-def product(name: str, maps: Any, workspace: Any, x: Tensor, w: Matrix, *fused: Any) -> Tensor:
+def product(name: str, workspace: Any, x: Tensor, w: Matrix, *fused: Any) -> Tensor:
     """The plan of this name. fused: bias, norm, act, residual."""
     if name.startswith("stream"):
         result = stream_packed.run(stream_packed.parse(name), SMS, x, w, *fused)
     elif name.startswith(ring.FLOAT8):
-        result = ring.run_fp8(ring.parse(name), maps, workspace, SMS, x, w, *fused)
+        result = ring.run_fp8(ring.parse(name), workspace, SMS, x, w, *fused)
     else:
-        result = ring_packed.run(ring_packed.parse(name), maps, workspace, SMS, x, w, *fused)
+        result = ring_packed.run(ring_packed.parse(name), workspace, SMS, x, w, *fused)
     assert isinstance(result, Tensor)
     return result
 
@@ -74,10 +74,10 @@ def test_streamed(format: str, count: int, rows: int, cols: int, dtype: torch.dt
 @pytest.mark.parametrize("format", [*STREAMED, "int4g256", "int4z"])
 @pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 4096), (9, 72, 1120), (32, 200, 160), (61, 1000, 1440)])
 def test_codes_through_a_ring(format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
-    w, x, maps = matrix(format, rows, cols), tokens(count, cols, dtype), ring.Maps()
+    w, x = matrix(format, rows, cols), tokens(count, cols, dtype)
     kind, workspace = ring_packed.kind_of(format), ring.Workspace(torch.device("cuda"))
     for plan in ring_packed.candidates(kind, count, rows, cols, SMS):
-        got = ring_packed.run(plan, maps, workspace, SMS, x, w)
+        got = ring_packed.run(plan, workspace, SMS, x, w)
         assert excess(got, x, formats.unpack(w), dtype) <= 1, plan
     assert not workspace.counters.any()
 
@@ -90,7 +90,7 @@ def test_scales_of_each_type_through_a_ring(format: str, scales: torch.dtype) ->
     codes, *numbers = w.data
     w = Matrix(format, rows, cols, (codes, *(one.to(scales) for one in numbers)))
     plan = ring_packed.PackedPlan(4, 1, 128, 0, ring_packed.kind_of(format))
-    got = ring_packed.run(plan, ring.Maps(), ring.Workspace(torch.device("cuda")), SMS, x, w, float32=True)
+    got = ring_packed.run(plan, ring.Workspace(torch.device("cuda")), SMS, x, w, float32=True)
     assert got.dtype == torch.float32
     assert excess(got, x, formats.unpack(w), TYPES[0]) <= 1
 
@@ -99,12 +99,12 @@ def test_scales_of_each_type_through_a_ring(format: str, scales: torch.dtype) ->
 @pytest.mark.parametrize("format", FLOAT8)
 @pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 1040), (9, 72, 400), (32, 512, 4096), (61, 1000, 1152)])
 def test_float8_by_float8(format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
-    w, x, maps = matrix(format, rows, cols), tokens(count, cols, dtype), ring.Maps()
+    w, x = matrix(format, rows, cols), tokens(count, cols, dtype)
     codes, scales = quantize.quantize(x)
     rounded = codes.double() * scales.double()[:, None]
     workspace = ring.Workspace(torch.device("cuda"))
     for plan in ring.candidates(count, rows, cols, SMS, ring.FLOAT8):
-        got = ring.run_fp8(plan, maps, workspace, SMS, x, w)
+        got = ring.run_fp8(plan, workspace, SMS, x, w)
         assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, plan
 
 
@@ -132,7 +132,7 @@ def test_what_is_fused(format: str, count: int, plan: str, fused: str, dtype: to
         codes, scales = quantize.quantize(x, norm)
         assert ((codes.double() * scales.double()[:, None] - read).abs() <= read.abs().amax(1)[:, None] / 28).all()
         read = codes.double() * scales.double()[:, None]
-    got = product(plan, ring.Maps(), ring.Workspace(torch.device("cuda")), x, w, bias, norm, act, residual)
+    got = product(plan, ring.Workspace(torch.device("cuda")), x, w, bias, norm, act, residual)
     wanted = read @ formats.unpack(w).double().T
     wanted = wanted if bias is None else wanted + bias.double()
     if act is not None:
@@ -162,12 +162,12 @@ def test_tokens_are_rounded_to_the_nearest_float8(cols: int, dtype: torch.dtype)
 )
 def test_bits_repeat_in_a_graph_whose_products_follow_each_other(format: str, count: int, plan: str) -> None:
     first, second = matrix(format, 1024, 1024), matrix(format, 1024, 1024)
-    x, maps, workspace = tokens(count, 1024, TYPES[0]), ring.Maps(), ring.Workspace(torch.device("cuda"))
+    x, workspace = tokens(count, 1024, TYPES[0]), ring.Workspace(torch.device("cuda"))
 
     def three() -> Tensor:
         got = x
         for w in (first, second, first):
-            got = product(plan, maps, workspace, got, w)
+            got = product(plan, workspace, got, w)
         return got
 
     wanted = three()

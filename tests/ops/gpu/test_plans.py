@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, hopper, prefill, ring, ring_packed, stream, stream_packed, sums
+from tenfold.ops.gpu import decode, graphs, hopper, nvrtc, prefill, ring, ring_packed, stream, stream_packed, sums
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -146,12 +146,16 @@ def test_steps_are_padded_to_few_shapes(requests: int, pages: int) -> None:
 
 def test_memory_that_is_used_again_for_other_numbers_has_another_map(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.dtype] = []
-    monkeypatch.setattr(ring.nvrtc, "TensorMap", lambda matrix, height: made.append(matrix.dtype) or len(made))
-    maps, memory = ring.Maps(), torch.zeros(8, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(nvrtc, "TensorMap", lambda matrix, height: made.append(matrix.dtype) or len(made))
+    monkeypatch.setattr(nvrtc, "_maps", {})
+    monkeypatch.setattr(nvrtc, "MOST_MAPS", 2)
+    memory = torch.zeros(8, 64, dtype=torch.bfloat16)
     bytes_ = memory.view(torch.uint8)[:, :64]
     assert bytes_.data_ptr() == memory.data_ptr()
-    assert [maps.of(matrix, 64) for matrix in (memory, bytes_, memory)] == [1, 2, 1]
+    assert [nvrtc.tensor_map(matrix, 64) for matrix in (memory, bytes_, memory)] == [1, 2, 1]
     assert made == [torch.bfloat16, torch.uint8]
+    assert [nvrtc.tensor_map(memory[:4], height) for height in (64, 128, 64)] == [3, 4, 3]  # no more than two are kept
+    assert nvrtc.tensor_map(memory, 64) == 5
 
 
 @given(

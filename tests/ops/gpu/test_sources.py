@@ -1,5 +1,7 @@
 """The CUDA C++ compiles for Hopper on any machine that has NVRTC, a GPU or not."""
 
+import ctypes
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,56 @@ def test_maps_of_matrices_describe_their_numbers(
     matrix = torch.zeros(96, 512, dtype=torch.uint8).view(dtype)
     nvrtc.TensorMap(matrix, 64)
     assert told == [(kind, 2, [matrix.shape[1], 96], [512], [columns, 64])]
+
+
+class Launched:
+    """A driver that keeps what it is told of launches."""
+
+    def __init__(self) -> None:
+        self.parameters: list[bytes] = []
+        self.configs: list[tuple[Any, ...]] = []
+        self.asked: list[int] = []
+
+    def cuFuncGetAttribute(self, value: Any, which: int, function: Any) -> int:
+        value._obj.value = 1024
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, which: int, value: int) -> int:
+        self.asked.append(value)
+        return 0
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: Any) -> int:
+        assert [extra[i] for i in (0, 2, 4)] == [1, 2, None]
+        size = ctypes.c_size_t.from_address(extra[3]).value
+        self.parameters.append(ctypes.string_at(extra[1], size))
+        c = config._obj
+        attributes = [(c.attributes[i].id, *c.attributes[i].value[:3]) for i in range(c.count)]
+        self.configs.append(
+            (c.grid.x, c.grid.y, c.grid.z, c.block.x, c.block.y, c.block.z, c.shared, c.stream, attributes)
+        )
+        return 0
+
+
+def test_a_launch_lays_arguments_out_as_the_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Launched()
+    driver.cuTensorMapEncodeTiled = lambda *told: 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "_current_stream", lambda device: 70 + device)
+    x = torch.zeros(64, 64, dtype=torch.float16)
+    map = nvrtc.TensorMap(x, 64)
+    map.bytes = bytes(range(128))
+    kernel = nvrtc.Kernel("k", 1, driver, 3)
+    kernel((7, 2, 1), 96, 47 << 10, [-5, x, 0.5, map, None, 9], dependent=True, cluster=2)
+    kernel((1, 1, 1), 32, 100 << 10, [6, None, -1.0, map, x, 1])
+    kernel((0, 1, 1), 32, 0, [6, None, -1.0, map, x, 1])
+    first, second = driver.parameters
+    layout = struct.Struct("=i4xQf44x128sQi")
+    assert layout.unpack(first) == (-5, x.data_ptr(), 0.5, map.bytes, 0, 9)
+    assert layout.unpack(second) == (6, 0, -1.0, map.bytes, x.data_ptr(), 1)
+    assert driver.configs == [
+        (7, 2, 1, 96, 1, 1, 47 << 10, 73, [(6, 1, 0, 0), (4, 2, 1, 1)]),
+        (1, 1, 1, 32, 1, 1, 100 << 10, 73, []),
+    ]
+    assert driver.asked == [100 << 10]
+    with pytest.raises(struct.error):  # an int's place gets no float
+        kernel((1, 1, 1), 32, 0, [6.5, None, -1.0, map, x, 1])

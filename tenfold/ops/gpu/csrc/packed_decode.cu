@@ -336,7 +336,7 @@ __device__ __forceinline__ void multiply_keys(float (&c)[4], float (&z)[4], floa
     Words first, second;
     load_words(first, first_token, row);
     load_words(second, first_token + 8 * KEY_BYTES, row);
-    float more[4];  // two chains of products
+    float more[4], more_z[4], more_s[4];  // two chains of products each
 #pragma unroll
     for (int i = 0; i < PAIRS; i += 2) {
         u32 own[4], other[4];  // as A wants them: first row, second row, first row, second row
@@ -366,11 +366,11 @@ __device__ __forceinline__ void multiply_keys(float (&c)[4], float (&z)[4], floa
 #endif
 #if ZEROS
         mma_next(i == 0, z, cosine.x, cosine.y, cosine.z, cosine.w, query.zero[0][i], query.zero[0][i + 1]);
-        mma_half(z, sine.x, sine.y, sine.z, sine.w, query.zero[1][i], query.zero[1][i + 1]);
+        mma_next(i == 0, more_z, sine.x, sine.y, sine.z, sine.w, query.zero[1][i], query.zero[1][i + 1]);
 #endif
 #if SHIFT
         mma_next(i == 0, s, cosine.x, cosine.y, cosine.z, cosine.w, query.shift[0][i], query.shift[0][i + 1]);
-        mma_half(s, sine.x, sine.y, sine.z, sine.w, query.shift[1][i], query.shift[1][i + 1]);
+        mma_next(i == 0, more_s, sine.x, sine.y, sine.z, sine.w, query.shift[1][i], query.shift[1][i + 1]);
 #endif
 #elif MERGED
         mma_next(i < 4, i & 2 ? more : c, own[0], own[1], own[2], own[3], query.b[0][i], query.b[0][i + 1]);
@@ -380,7 +380,11 @@ __device__ __forceinline__ void multiply_keys(float (&c)[4], float (&z)[4], floa
 #endif
     }
 #pragma unroll
-    for (int n = 0; n < 4; n++) c[n] += more[n];
+    for (int n = 0; n < 4; n++) {
+        c[n] += more[n];
+        if (PRE && ZEROS) z[n] += more_z[n];
+        if (PRE && SHIFT) s[n] += more_s[n];
+    }
 }
 
 #if VALUE_BITS == 1
