@@ -77,8 +77,8 @@ def _throughput(result: Result, rows: Sequence[Row]) -> list[Claim]:
     best = max(own, key=lambda row: gains[id(row)][0])
     gain, dense = gains[id(best)]
     what = (
-        f"decode, tokens a second, {name_of(result)}, {best.format}, {best.batch} x {best.context}, where 16-bit KV does "
-        f"not fit, against it at {dense.batch} x {dense.context}"
+        f"decode, tokens a second, {name_of(result)}, {best.format}, {best.batch} x {best.context}, where 16-bit KV "
+        f"does not fit, against it at {dense.batch} x {dense.context}"
     )
     note = ", ".join(f"{r.format} at {r.batch} x {r.context}: {gains[id(r)][0]:.2f}" for r in own)
     return [claim("K2", what, gain, "x", result.command, at_least=3.0, note=note)]

@@ -140,12 +140,12 @@ class Bench:
 
     def engine(self, format: str, point: Point, tokens: int) -> Engine:
         """Raises ValueError where it does not fit."""
+        gc.collect()  # the engine before this one
+        if self.opened.device.type == "cuda":
+            torch.cuda.empty_cache()
         config, plan = self.planned(format, point.batch, point.context + tokens)
         plan.require()
         pages = point.batch * (-(-(point.context + tokens) // config.page_size) + 1)
-        gc.collect()
-        if self.opened.device.type == "cuda":
-            torch.cuda.empty_cache()
         self.opened.config = config
         stored = self.opened.groupings()
         model = self.model.on(self.opened.kernels)  # whose graphs, and the store they keep, end with the engine

@@ -240,7 +240,7 @@ class Attending:
         softmax: str = "lazy",
         out: Tensor | None = None,
     ) -> Tensor:
-        """As `Kernels.attention` by the arm that is named, into `out` if that is given; max_kv: of the step, or more."""
+        """As `Kernels.attention` by the named arm, into `out` if that is given; max_kv: of the step, or more."""
         spec, phi = heads.spec, heads.phi
         write = (qkv, heads.rope, step.positions, step.slots, keys, values)
         norms = (heads.q_norm, heads.k_norm)

@@ -58,8 +58,7 @@ class _Config(ctypes.Structure):
 
 CLUSTER_DIMENSION = 4
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
-# CU_LAUNCH_PARAM_BUFFER_POINTER, _SIZE, _END
-PARAMETERS, PARAMETERS_SIZE, PARAMETERS_END = 1, 2, 0
+MAP_ALIGN = 64  # bytes: where the driver wants tensor maps
 
 
 class Kernel:
@@ -78,9 +77,8 @@ class Kernel:
         self._shared = LARGEST_STATIC - static.value
         # A launch fills these in: making them anew costs the host more than the launch itself.
         self._layout: struct.Struct | None = None
-        self._parameters = ctypes.create_string_buffer(0)
-        self._size = ctypes.c_size_t()
-        self._extra = (ctypes.c_void_p * 5)()
+        self._values = memoryview(b"")
+        self._pointers = (ctypes.c_void_p * 0)()
         self._config = _Config()
         self._lock = threading.Lock()
 
@@ -110,20 +108,21 @@ class Kernel:
                 self._shared = shared
             if self._layout is None:
                 self._layout = self._make_room(arguments)
-            self._layout.pack_into(self._parameters, 0, *values)
+            self._layout.pack_into(self._values, 0, *values)
             config.grid.x, config.grid.y, config.grid.z = grid
             config.block.x, config.shared = threads, shared
             config.attributes, config.count = attributes, count
             config.stream = _current_stream(self._device)
-            status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, None, self._extra)
+            status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, self._pointers, None)
         check(self._driver, status, self.name)
 
     def _make_room(self, arguments: "Sequence[Argument]") -> struct.Struct:
-        layout = _layout(arguments)
-        self._parameters = ctypes.create_string_buffer(layout.size)
-        self._size.value = layout.size
-        at, size = ctypes.addressof(self._parameters), ctypes.addressof(self._size)
-        self._extra[:] = [PARAMETERS, at, PARAMETERS_SIZE, size, PARAMETERS_END]
+        code, places = _layout(arguments)
+        layout = struct.Struct(code)
+        memory = (ctypes.c_uint8 * (layout.size + MAP_ALIGN))()
+        begin = -ctypes.addressof(memory) % MAP_ALIGN
+        self._values = memoryview(memory)[begin:].cast("B")
+        self._pointers = (ctypes.c_void_p * len(places))(*(ctypes.addressof(memory) + begin + at for at in places))
         self._config.block.y = self._config.block.z = 1
         return layout
 
@@ -141,15 +140,16 @@ def _value(argument: "Argument") -> int | float | bytes:
     return 0 if argument is None else argument
 
 
-def _layout(arguments: "Sequence[Argument]") -> struct.Struct:
-    """How arguments lie in a kernel's parameters: each at a multiple of its size, a tensor map at one of 64 bytes."""
-    code, at = "=", 0
+def _layout(arguments: "Sequence[Argument]") -> tuple[str, list[int]]:
+    """How we keep the values of arguments, as a code of `struct`, and where each begins."""
+    code, at, places = "=", 0, []
     for argument in arguments:
         kind, size, align = _kind(argument)
         gap = -at % align
         code += f"{gap}x{kind}" if gap else kind
+        places.append(at + gap)
         at += gap + size
-    return struct.Struct(code)
+    return code, places
 
 
 def _kind(argument: "Argument") -> tuple[str, int, int]:
@@ -157,7 +157,7 @@ def _kind(argument: "Argument") -> tuple[str, int, int]:
     if argument is None or isinstance(argument, Tensor):
         return "Q", 8, 8
     if isinstance(argument, TensorMap):
-        return "128s", 128, 64
+        return "128s", 128, MAP_ALIGN
     return ("f" if isinstance(argument, float) else "i"), 4, 4
 
 

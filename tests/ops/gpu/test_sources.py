@@ -94,7 +94,7 @@ class Launched:
     """A driver that keeps what it is told of launches."""
 
     def __init__(self) -> None:
-        self.parameters: list[bytes] = []
+        self.parameters: list[list[bytes]] = []
         self.configs: list[tuple[Any, ...]] = []
         self.asked: list[int] = []
 
@@ -107,9 +107,9 @@ class Launched:
         return 0
 
     def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: Any) -> int:
-        assert [extra[i] for i in (0, 2, 4)] == [1, 2, None]
-        size = ctypes.c_size_t.from_address(extra[3]).value
-        self.parameters.append(ctypes.string_at(extra[1], size))
+        assert extra is None
+        assert pointers[3] % 64 == 0  # a tensor map
+        self.parameters.append([ctypes.string_at(at, size) for at, size in zip(pointers, (4, 8, 4, 128, 8, 4))])
         c = config._obj
         attributes = [(c.attributes[i].id, *c.attributes[i].value[:3]) for i in range(c.count)]
         self.configs.append(
@@ -130,10 +130,10 @@ def test_a_launch_lays_arguments_out_as_the_kernel_reads_them(monkeypatch: pytes
     kernel((7, 2, 1), 96, 47 << 10, [-5, x, 0.5, map, None, 9], dependent=True, cluster=2)
     kernel((1, 1, 1), 32, 100 << 10, [6, None, -1.0, map, x, 1])
     kernel((0, 1, 1), 32, 0, [6, None, -1.0, map, x, 1])
-    first, second = driver.parameters
-    layout = struct.Struct("=i4xQf44x128sQi")
-    assert layout.unpack(first) == (-5, x.data_ptr(), 0.5, map.bytes, 0, 9)
-    assert layout.unpack(second) == (6, 0, -1.0, map.bytes, x.data_ptr(), 1)
+    codes = ("i", "Q", "f", "128s", "Q", "i")
+    first, second = ([struct.unpack(*one)[0] for one in zip(codes, call)] for call in driver.parameters)
+    assert first == [-5, x.data_ptr(), 0.5, map.bytes, 0, 9]
+    assert second == [6, 0, -1.0, map.bytes, x.data_ptr(), 1]
     assert driver.configs == [
         (7, 2, 1, 96, 1, 1, 47 << 10, 73, [(6, 1, 0, 0), (4, 2, 1, 1)]),
         (1, 1, 1, 32, 1, 1, 100 << 10, 73, []),
