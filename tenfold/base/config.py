@@ -86,7 +86,7 @@ class EngineConfig:
     lookahead: int = setting(
         -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
     )
-    graphs: bool = setting(True, "GPU: launch steps of decodes as CUDA graphs")
+    graphs: bool = setting(True, "GPU: launch steps of decodes and short prompts as CUDA graphs")
     softmax: str = setting(
         "auto",
         "GPU attention: online, lazy, unified or paper; auto takes unified where `tenfold calibrate softmax` measured "

@@ -15,6 +15,7 @@ from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 
 elementwise = pytest.importorskip("tenfold.ops.elementwise")
+rope = pytest.importorskip("tenfold.ops.gpu.rope")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -29,11 +30,11 @@ pytestmark = [
 ]
 
 
-def run(name: str, *arguments: Any) -> Tensor:
-    """A function of `elementwise` on memory that is NaN where it is not written."""
+def run(name: str, *arguments: Any, of: Any = elementwise) -> Tensor:
+    """A function of `elementwise`, or of another module, on memory that is NaN where it is not written."""
     torch.use_deterministic_algorithms(True)
     try:
-        return getattr(elementwise, name)(*arguments)
+        return getattr(of, name)(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -126,15 +127,18 @@ def test_rotary_and_pages(
     slots = torch.randperm(4 * 8, generator=generator)[:tokens].int().to(DEVICE)
     owned = slots % 3 != 0
     norms = (gain(head_dim, 5), gain(head_dim, 6)) if normed else (None, None)
-    wanted, got = (torch.full((2, 4, kv_heads, 8, head_dim), float("nan"), device=DEVICE, dtype=dtype) for _ in "ab")
+    wanted = torch.full((2, 4, kv_heads, 8, head_dim), float("nan"), device=DEVICE, dtype=dtype)
     q = ORACLE.rope_write(qkv, table, positions, slots, wanted[0], wanted[1], spec, *norms)
     left = slots[~owned].long()  # what is not owned stays as it was
+    clean = torch.full_like(wanted, float("nan"))
     wanted[:, left // 8, :, left % 8] = float("nan")
     given = torch.where(owned, slots, -1 - slots)
-    close(run("rope_write", qkv, table, positions, given, got[0], got[1], spec, *norms), q, 4)
-    assert torch.equal(got.isnan(), wanted.isnan())
-    close(got[0].nan_to_num(), wanted[0].nan_to_num(), 4)
-    assert torch.equal(got[1].nan_to_num(), wanted[1].nan_to_num())
+    for module, name in ((elementwise, "rope_write"), (rope, "write")):  # the second is the first on a CPU
+        got = clean.clone()
+        close(run(name, qkv, table, positions, given, got[0], got[1], spec, *norms, of=module), q, 4)
+        assert torch.equal(got.isnan(), wanted.isnan())
+        close(got[0].nan_to_num(), wanted[0].nan_to_num(), 4)
+        assert torch.equal(got[1].nan_to_num(), wanted[1].nan_to_num())
 
 
 def test_tensors_that_are_not_contiguous_are_refused(dtype: torch.dtype) -> None:

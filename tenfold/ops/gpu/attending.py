@@ -14,12 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tenfold.ops import elementwise
 from tenfold.ops.attention import attend as attend_module
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention import third_party
 from tenfold.ops.choose import Choice, Key, Table
-from tenfold.ops.gpu import decode, graphs, prefill
+from tenfold.ops.gpu import decode, graphs, prefill, rope
 from tenfold.ops.gpu.decode import DecodePlan
 from tenfold.ops.gpu.prefill import ChunkPlan
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads
@@ -247,7 +246,7 @@ class Attending:
         if isinstance(arm, DecodePlan):
             workspace = self._workspace(len(step.kv_lengths), spec.kv_heads)
             return decode.run(arm, workspace, *write, step.page_table, step.kv_lengths, spec, *norms, phi, out=out)
-        q = elementwise.rope_write(*write, spec, *norms)
+        q = rope.write(*write, spec, *norms)
         if isinstance(arm, str) and arm in third_party.LIBRARIES:
             found = third_party.LIBRARIES[arm].run(q, keys, values, step, spec, max_kv)
             return found if out is None else out.copy_(found)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tenfold.ops import elementwise, formats
 from tenfold.ops.attention.attend import attend
-from tenfold.ops.gpu import arms, graphs, nvrtc
+from tenfold.ops.gpu import arms, graphs, nvrtc, rope
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
+from tenfold.ops.gpu.pieces import Pieces, Recording
 from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
 from tenfold.ops.kv import attend as unpacking
 from tenfold.ops.kv.layer import PackedLayer
@@ -29,6 +30,7 @@ class Gpu(Oracle):
     """Kernels for one device and one stream of launches. Raises ValueError for a GPU or type they do not serve."""
 
     name = "gpu"
+    recording: Recording | None = None  # of calls of attention, while a model is written down
 
     def __init__(
         self,
@@ -72,6 +74,9 @@ class Gpu(Oracle):
         """Packed parts of one format stay packed; all else becomes dense in the compute type."""
         return formats.stack(parts, self.device) if formats.can_stack(parts) else super().matrix(parts)
 
+    def replay(self) -> Replay:
+        return Pieces(self) if self.options.graphs else run
+
     def graph(self) -> Replay:
         return graphs.Graphs() if self.options.graphs else run
 
@@ -114,21 +119,31 @@ class Gpu(Oracle):
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
     ) -> Tensor:
-        return elementwise.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
+        return rope.write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
-        parts = step.parted()
-        if parts is None:
-            return self._attention(qkv, heads, keys, values, step)
-        out = qkv.new_empty(len(qkv), heads.spec.heads * heads.spec.head_dim)
-        for x, y, part in zip(_rows(qkv, step), _rows(out, step), parts):
-            self._attention(x, heads, keys, values, part, y)
-        return out
+        if self.recording is not None:
+            layer = keys, values
+            later = lambda qkv, step, out: self._attention(qkv, heads, *layer, step, out)  # noqa: E731
+            return self.recording.attend(qkv, _width(heads), later)
+        return self._attention(qkv, heads, keys, values, step)
 
     def _attention(
         self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts, out: Tensor | None = None
     ) -> Tensor:
-        """Of decodes alone, or of what need not be parted; out: where the result goes."""
+        """out: where the result goes."""
+        parts = step.parted()
+        if parts is None:
+            return self._attention_of(qkv, heads, keys, values, step, out)
+        out = qkv.new_empty(len(qkv), _width(heads)) if out is None else out
+        for x, y, part in zip(_rows(qkv, step), _rows(out, step), parts):
+            self._attention_of(x, heads, keys, values, part, y)
+        return out
+
+    def _attention_of(
+        self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts, out: Tensor | None
+    ) -> Tensor:
+        """Of decodes alone, or of what need not be parted."""
         requests, page_size, max_kv = len(step.kv_lengths), keys.shape[2], step.max_kv
         alone = step.max_query == 1 and requests == len(qkv) and not step.shared  # else all is written, then read
         if step.max_query == 1:
@@ -144,6 +159,9 @@ class Gpu(Oracle):
 
     def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         """Steps of one token a request run kernels that read codes; others read a copy as numbers."""
+        if self.recording is not None:
+            later = lambda qkv, step, out: out.copy_(self.attention_packed(qkv, heads, layer, step))  # noqa: E731
+            return self.recording.attend(qkv, _width(heads), later)
         if self.packing.serves(qkv, heads.spec, layer, step):
             return self.packing(qkv, heads, layer, step)
         parts = step.parted()
@@ -189,6 +207,10 @@ class Gpu(Oracle):
             chosen = "lazy" if phi is None else "unified"
         self._unified |= phi is not None and chosen in ("unified", "paper")
         return chosen
+
+
+def _width(heads: Heads) -> int:
+    return heads.spec.heads * heads.spec.head_dim
 
 
 def _rows(x: Tensor, step: Contexts) -> tuple[Tensor, ...]:

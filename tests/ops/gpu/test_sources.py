@@ -39,6 +39,9 @@ SOURCES = [
     ("prefill.cu", PREFILL | {"SOFTMAX": 2, "OVERLAP": 1, "PING": 1}),
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
     ("argmax.cu", {}),
+    ("rope.cu", {"HALF": 0, "D": 128}),
+    ("rope.cu", {"HALF": 1, "D": 64}),
+    ("rope.cu", {"HALF": 0, "D": 256}),
     ("norm.cu", {"HALF": 0, "VECTORS": 2}),
 ]
 
