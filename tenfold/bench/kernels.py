@@ -119,7 +119,7 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
     rope = torch.randn(context, max(2, spec.rotary_dim), device=device)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
     slots = torch.full((batch,), -1, dtype=torch.int32, device=device)
-    workspace = decode.Workspace(device, sms, batch * spec.kv_heads)
+    workspace = decode.Workspace(device, batch * spec.kv_heads)
     phi = torch.full((spec.heads,), 2.0, device=device)
 
     def ours(plan: decode.DecodePlan) -> Any:

@@ -161,7 +161,8 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
         return False  # a warp would have nothing to read
     if plan.cluster:
         return plan.splits in (2, 4, 8) and spec.heads // spec.kv_heads * spec.head_dim % plan.splits == 0
-    room = reading.requests * spec.kv_heads * plan.splits <= decode.MOST_PARTIAL * sms  # of `decode.Workspace`
+    most = decode.most_partial(spec.heads // spec.kv_heads, spec.head_dim)  # of `decode.Workspace`
+    room = reading.requests * spec.kv_heads * plan.splits <= most
     return plan.splits == 1 or (
         plan.splits > 1 and room and plan.splits <= decode.most_splits(spec.head_dim, plan.warps)
     )
@@ -265,7 +266,7 @@ class Attending:
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
         known = self.decoding
         if known is None or known.pairs < requests * kv_heads:
-            known = decode.Workspace(self.device, self.sms, max(requests, graphs.LARGEST) * kv_heads)
+            known = decode.Workspace(self.device, max(requests, graphs.LARGEST) * kv_heads)
             self.decoding = known  # an eager step, before any graph of this size is captured
         return known
 

@@ -13,7 +13,10 @@ MOST_GROUP = 8
 TILE = 16  # tokens
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
-MOST_PARTIAL = 8  # splits of all pairs, for each multiprocessor
+MOST_EVEN = 8  # splits, where pairs alone would fill the GPU
+ENOUGH = 0.6  # of the blocks there is room for: they read as fast as all of them
+LONG = 2048  # tokens, from which on splitting a context costs less than multiprocessors that idle
+SUMS = 1 << 22  # floats that splits of all pairs may leave
 PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
 
 
@@ -54,8 +57,8 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     small, large = (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
     longest = -(-seen // (TILE * large[0]))
     if pairs > 1.5 * sms:
-        if pairs < 2.5 * sms and seen > 2 * SHORT:  # splits even out what one block a pair leaves idle at the end
-            return DecodePlan(*small, 3, softmax, False)
+        if seen >= LONG:
+            return DecodePlan(*small, even_splits(spec, pairs, seen, small, sms), softmax, False)
         if pairs <= 2 * sms:  # two blocks on every multiprocessor
             return DecodePlan(4, 2, 1, softmax, False)
         if small[1] * sms < pairs <= 4 * sms:  # all at once, where larger blocks would leave a few for a second round
@@ -69,6 +72,24 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
         return DecodePlan(warps, blocks, max(1, splits), softmax, False)
     splits = 1 << (min(LARGEST_CLUSTER, sms // 2 // pairs, longest).bit_length() - 1)
     return DecodePlan(*large, splits, softmax, splits > 1)
+
+
+def even_splits(spec: AttentionSpec, pairs: int, seen: int, blocks: tuple[int, int], sms: int) -> int:
+    """Splits of contexts of many pairs: as few as leave little of the GPU idle in the last of the rounds in which
+    blocks run. blocks: warps of each, and how many a multiprocessor has.
+    """
+    room = sms * blocks[1]
+    most = min(MOST_EVEN, seen // (LONG // 2), most_partial(spec.heads // spec.kv_heads, spec.head_dim) // pairs)
+    rounds = {s: -(-pairs * s // room) / (pairs * s / room) for s in range(1, max(1, most) + 1)}
+    if pairs <= room:
+        rounds[1] = 1.0 if pairs > ENOUGH * room else ENOUGH * room / pairs
+    best = min(rounds.values())
+    return next(s for s, wasted in rounds.items() if wasted <= 1.05 * best)
+
+
+def most_partial(heads: int, head_dim: int) -> int:
+    """Splits of all pairs whose results a `Workspace` can hold; heads: query heads of each."""
+    return SUMS // (heads * (head_dim + 2) + 3)
 
 
 def most_splits(head_dim: int, warps: int) -> int:
@@ -99,11 +120,10 @@ class Workspace:
     did not hold. Kept at one place for graphs.
     """
 
-    def __init__(self, device: torch.device, sms: int, pairs: int) -> None:
+    def __init__(self, device: torch.device, pairs: int) -> None:
         """pairs: of a request and a KV head, at most."""
         self.pairs = pairs
-        partial = MOST_GROUP * max(HEAD_DIMS) + 2 * MOST_GROUP
-        self.sums = torch.empty(MOST_PARTIAL * sms * partial, dtype=torch.float32, device=device)
+        self.sums = torch.empty(SUMS, dtype=torch.float32, device=device)
         self.counters = torch.zeros(pairs, dtype=torch.int32, device=device)
         self.recomputed = torch.zeros(1, dtype=torch.int64, device=device)
 

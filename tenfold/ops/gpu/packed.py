@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.gpu import graphs, hopper, nvrtc
-from tenfold.ops.gpu.decode import HEAD_DIMS, MOST_GROUP, MOST_PARTIAL, Workspace
+from tenfold.ops.gpu.decode import HEAD_DIMS, MOST_GROUP, Workspace, most_partial
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Norm
 from tenfold.ops.kv.layer import PackedLayer, Side, ring_pages
 from tenfold.ops.kv.packing import FLOAT8_BITS, packed_bytes
@@ -232,7 +232,12 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
     pairs = requests * spec.kv_heads * parts
     units = -(-max_kv // tokens) + (shape.spec.window // 16 + 2 if shape.exact else 0)
     most = max(
-        1, min(units // (2 * warps), MOST_PARTIAL * sms // pairs, most_splits(shape, heads, tokens, STAGES, warps))
+        1,
+        min(
+            units // (2 * warps),
+            most_partial(heads, spec.head_dim) // pairs,
+            most_splits(shape, heads, tokens, STAGES, warps),
+        ),
     )
     return PackedPlan(heads, tokens, STAGES, warps, blocks, splits(pairs, most, sms * blocks))
 
@@ -430,5 +435,5 @@ class Packing:
         """pairs: of a request, at most. Smaller workspaces are kept: captured steps may use them."""
         if not self._workspaces or self._workspaces[-1].pairs < requests * pairs:
             wanted = max(requests, graphs.LARGEST) * max(pairs, MOST_GROUP)
-            self._workspaces.append(Workspace(self.device, self.sms, wanted))
+            self._workspaces.append(Workspace(self.device, wanted))
         return self._workspaces[-1]

@@ -191,7 +191,7 @@ class Contexts:
         """Results and log-sum-exp of the kernel."""
         shape = self.shape
         if workspace is None:
-            workspace = Workspace(self.device, SMS, len(self.lengths) * shape.heads)
+            workspace = Workspace(self.device, len(self.lengths) * shape.heads)
         lse = torch.full((len(self.lengths), shape.heads), float("nan"), device=self.device)
         turned = packed.turns(self.rope, self.layer.keys.bits) if prepared.shape.pre else None
         read = (self.queries, self.table, self.lengths, shape.spec, self.rooms, turned, lse)

@@ -61,7 +61,7 @@ def test_candidates_are_legal_hold_the_rule_and_find_room(
             plan = attending.parse(name)
             assert attending.name_of(plan) == name
             assert (
-                requests * heads[1] * plan.splits <= getattr(decode, "MOST_PARTIAL", 4) * SMS
+                requests * heads[1] * plan.splits <= decode.most_partial(heads[0] // heads[1], head_dim)
                 or plan.splits == 1
                 or plan.cluster
             )

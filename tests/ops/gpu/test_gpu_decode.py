@@ -59,7 +59,7 @@ def check(
     if splits:
         plan = decode.DecodePlan(4, 3, splits, softmax, cluster)
     own = None if phi is None else torch.full((heads,), phi, device=device)
-    workspace = decode.Workspace(device, SMS, requests * kv_heads)
+    workspace = decode.Workspace(device, requests * kv_heads)
     live = [r for r, length in enumerate(lengths) if length]
     expected_lse = torch.empty(len(live), heads, device=device)
     wanted_keys, wanted_values = keys.clone(), values.clone()

@@ -32,7 +32,7 @@ def check(shape: Shape, **changes: int) -> None:
     contexts = Contexts(shape, "cuda")
     prepared = contexts.prepared()
     plan = contexts.plan(prepared, **changes)
-    workspace = Workspace(contexts.device, SMS, len(shape.lengths) * shape.heads)
+    workspace = Workspace(contexts.device, len(shape.lengths) * shape.heads)
     first, second = (contexts.run(prepared, plan, workspace) for _ in range(2))
     assert torch.equal(first[0], second[0])
     expected, expected_sums = contexts.expected()

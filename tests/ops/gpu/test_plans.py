@@ -88,9 +88,18 @@ def test_splits_find_room_to_merge(
         assert spec.heads // spec.kv_heads * head_dim % plan.splits == 0
     elif plan.splits > 1:
         assert plan.splits <= decode.most_splits(head_dim, plan.warps)
-        partial = decode.MOST_GROUP * max(decode.HEAD_DIMS) + 2 * decode.MOST_GROUP
-        assert requests * spec.kv_heads * plan.splits <= decode.MOST_PARTIAL * SMS
-        assert partial >= spec.heads // spec.kv_heads * (head_dim + 2)
+        group = spec.heads // spec.kv_heads
+        partial = group * head_dim + -(-2 * group // 4) * 4  # PARTIAL of csrc/decode.cu
+        assert requests * spec.kv_heads * plan.splits * partial <= decode.SUMS
+
+
+@pytest.mark.parametrize(
+    ("requests", "kv_heads", "longest", "splits"),
+    [(13, 32, 8192, 6), (16, 32, 8192, 3), (24, 32, 2048, 1), (8, 32, 8192, 1), (64, 8, 2048, 2), (64, 8, 1024, 1)],
+)
+def test_rounds_of_many_pairs_are_full(requests: int, kv_heads: int, longest: int, splits: int) -> None:
+    spec = AttentionSpec(32, kv_heads, 128, 128**-0.5, rotary_dim=128)
+    assert decode.plan(spec, requests, longest, SMS).splits == splits
 
 
 def test_the_kernel_of_decodes_refuses_what_it_cannot_do() -> None:
