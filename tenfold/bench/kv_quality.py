@@ -14,7 +14,7 @@ import random
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,9 @@ def judge(
     pieces: Sequence[Sequence[int]],
     prompts: Sequence[Recall],
     tasks: Sequence[Task] = (),
+    done: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """A dict for each format; the first one must be the exact cache."""
+    """A dict for each format, told to `done` as they come; the first one must be the exact cache."""
     length = len(pieces[0])
     rows = list(range(min(UNJUDGED, length // 2) - 1, length - 1))
     references: list[Tensor] = []
@@ -238,6 +239,7 @@ def judge(
             }
         )
         print(f"{format.name}: {results[-1]} ({time.monotonic() - begin:.0f} s)", flush=True)
+        done(results)
     return results
 
 
@@ -296,14 +298,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recall(bench, tokens[used:] or tokens, seed, options.length, options.questions)
         for seed in range(options.prompts)
     ]
-    results = judge(bench, formats, pieces, prompts, tasks)
-    print(table(results))
-    if options.out:
-        model = Path(options.model).name
-        about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options), "model": model}
-        sizes = {"length": options.length, "windows": len(pieces), "unjudged": UNJUDGED}
-        items = {"items": {task.name: len(task.questions) for task in tasks}}
-        save(options.out, {**about, **sizes, **items, "rows": results}, options.commit)
+    model = Path(options.model).name
+    about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options), "model": model}
+    sizes = {"length": options.length, "windows": len(pieces), "unjudged": UNJUDGED}
+    items = {"items": {task.name: len(task.questions) for task in tasks}}
+
+    def keep(results: list[dict[str, Any]]) -> None:  # a long run that is cut off leaves what it has
+        if options.out:
+            save(options.out, {**about, **sizes, **items, "rows": results}, options.commit)
+
+    print(table(judge(bench, formats, pieces, prompts, tasks, keep)))
 
 
 def command(options: argparse.Namespace) -> str:
