@@ -30,6 +30,11 @@ class Claim:
     note: str = ""
 
 
+def number(value: float) -> str:
+    """For people: whole numbers with all digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 def claim(
     id: str,
     what: str,
@@ -46,10 +51,10 @@ def claim(
     note: str = "",
 ) -> Claim:
     """A claim with its target in words and `met` derived from the value; hardware, date and commit are filled in."""
-    bounds = [f">= {at_least:g} {unit}".strip()] if at_least is not None else []
-    bounds += [f"<= {at_most:g} {unit}".strip()] if at_most is not None else []
+    bounds = [f">= {number(at_least)} {unit}".strip()] if at_least is not None else []
+    bounds += [f"<= {number(at_most)} {unit}".strip()] if at_most is not None else []
     met = value is not None and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-    digits = None if value is None else float(f"{value:.4g}")
+    digits = value if value is None or isinstance(value, int) else float(f"{value:.4g}")
     rounded = None if spread is None else (float(f"{spread[0]:.4g}"), float(f"{spread[1]:.4g}"))
     return Claim(
         id,

@@ -11,7 +11,7 @@ import typer
 
 from tenfold.bench import cpu, startup
 from tenfold.bench.case import Figure, paired_ratio
-from tenfold.bench.claims import claim, record
+from tenfold.bench.claims import claim, number, record
 from tenfold.bench.files import requantize
 from tenfold.bench.hardware import ROOT, busy_cores, commit, processor, today
 
@@ -505,14 +505,13 @@ def claims_command(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],
     keep: Record = False,
 ) -> None:
-    """What the raw results of a folder say of F1 to F7."""
+    """What the raw results of a folder say of F1 to F7 and K1 to K4."""
     from tenfold.bench import claims_gpu
 
     found = claims_gpu.of_folder(folder)
     for made in found:
-        typer.echo(
-            f"{made.id} {made.what}: {made.value:g} {made.unit} ({made.target}: {'met' if made.met else 'not met'})"
-        )
+        said = "not measured" if made.value is None else f"{number(made.value)} {made.unit}"
+        typer.echo(f"{made.id} {made.what}: {said} ({made.target}: {'met' if made.met else 'not met'})")
         typer.echo(f"   {made.note}")
     if keep:
         record(found)

@@ -10,6 +10,7 @@ itself too: one layer, from a step's queries, keys and values to its result, at 
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.memory import DTYPES, LEAST_TOKENS, MemoryPlan, fill, free_memory, kv_spec, plan_memory, share_of
 from tenfold.engine.opened import Opened
 from tenfold.engine.request import Request, SamplingParams
+from tenfold.engine.scheduler import WATERMARK
 from tenfold.engine.sequence import Sequence as Answer
 from tenfold.models.table import Model, build_model
 from tenfold.nn.rope import rope_table
@@ -116,11 +118,13 @@ class Bench:
     def planned(self, format: str, batch: int, context: int) -> tuple[EngineConfig, MemoryPlan]:
         """Settings and memory of an engine; context: of each sequence. Raises ValueError."""
         opened = self.opened
-        config = replace(opened.config, kv_cache=format, max_batch=batch, max_model_len=context)
+        pages = pages_for(batch, context, opened.config.page_size)
+        longest = -(-pages // batch) * opened.config.page_size
+        config = replace(opened.config, kv_cache=format, max_batch=batch, max_model_len=longest)
         config = replace(config, kv_memory=self.asked.kv_memory)
         free = free_memory(opened.device) + (opened.weights if opened.device.type == "cuda" else 0)
         plan = plan_memory(opened.shape, opened.weights, config, free)
-        if batch * -(-context // config.page_size) > plan.pages or plan.max_batch < batch:
+        if pages > plan.pages or plan.max_batch < batch:
             plan = replace(plan, fits=False)
         return fill(config, plan), plan
 
@@ -145,7 +149,7 @@ class Bench:
             torch.cuda.empty_cache()
         config, plan = self.planned(format, point.batch, point.context + tokens)
         plan.require()
-        pages = point.batch * (-(-(point.context + tokens) // config.page_size) + 1)
+        pages = pages_for(point.batch, point.context + tokens, config.page_size)
         self.opened.config = config
         stored = self.opened.groupings()
         model = self.model.on(self.opened.kernels)  # whose graphs, and the store they keep, end with the engine
@@ -185,6 +189,14 @@ class Bench:
         with torch.inference_mode():
             took = 1e6 * best_seconds(call, "cpu", 5) if device.type == "cpu" else graph_us([call] * GRAPH_CALLS)
         return point.batch * point.context * spec.bytes_per_token, took
+
+
+def pages_for(batch: int, context: int, page_size: int) -> int:
+    """Pages of a cache in which so many sequences run at a time: the scheduler lets none in but the first where less
+    than a share of the cache would stay free.
+    """
+    pages = batch * (-(-context // page_size) + 1)
+    return pages if batch == 1 else math.ceil(pages / (1 - WATERMARK)) + 1
 
 
 def graph_us(calls: Sequence[Callable[[], object]]) -> float:
@@ -237,6 +249,8 @@ def run_on(engine: Engine, point: Point, tokens: int) -> float:
             counts[int(output.request_id)] += len(output.tokens)
         if begin is None and min(counts) >= WARM_UP:
             begin, first = time.perf_counter(), min(counts)
+            if max(counts) == WARM_UP + tokens:
+                raise RuntimeError("Some sequences ended before others began: the cache does not hold all of them.")
     assert begin is not None
     scheduler._start = start  # type: ignore[method-assign]
     return (time.perf_counter() - begin) / (WARM_UP + tokens - first) * 1e3
@@ -257,7 +271,8 @@ def run(
     """Every format at every point, formats in turn and their order turned around every round. deadline:
     `time.monotonic()` after which no point is begun.
     """
-    bench = Bench(model, device, max(p.context for p in points) + WARM_UP + tokens + 2, changes)
+    longest = max(p.context for p in points) + WARM_UP + tokens
+    bench = Bench(model, device, math.ceil(longest / (1 - 2 * WATERMARK)) + LEAST_TOKENS, changes)
     place = str(bench.opened.device)
     sizes = model_sizes(model, place, {k: v for k, v in changes.items() if k in ("dtype", "kv_dtype", "weights")})
     result = Result(model, machine(place), tokens=tokens, weights=sizes.weights, streamed=sizes.streamed)

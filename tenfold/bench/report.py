@@ -8,7 +8,7 @@ from typing import Any
 
 from tenfold.bench import arms, kv, launches, plots, single
 from tenfold.bench.case import Figure
-from tenfold.bench.claims import Claim, load
+from tenfold.bench.claims import Claim, load, number
 from tenfold.bench.hardware import ROOT
 from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
@@ -21,7 +21,7 @@ def table(claims: Sequence[Claim]) -> str:
     """A Markdown table, one claim a row, with the machines and commits it rests on below."""
     rows = ["| id | what | measured | spread | target | met | note |", "|---|---|---|---|---|---|---|"]
     for c in claims:
-        value = "not measured" if c.value is None else f"**{c.value:g}** {c.unit}".strip()
+        value = "not measured" if c.value is None else f"**{number(c.value)}** {c.unit}".strip()
         spread = "" if c.spread is None else f"{c.spread[0]:g} to {c.spread[1]:g}"
         rows.append(f"| {c.id} | {c.what} | {value} | {spread} | {c.target} | {'yes' if c.met else 'no'} | {c.note} |")
     origins = sorted({f"{c.hardware}; commit {c.commit}; {c.date}" for c in claims})

@@ -28,6 +28,9 @@ PROMPT_LOGPROB_CHUNK = (
 )
 
 
+WATERMARK = 0.01  # share of pages left for the growth of running sequences when a new one is admitted
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step.
@@ -39,7 +42,7 @@ class Limits:
     max_queue: int = 1024
     max_queue_tokens: int = 0
     max_drawn: int = 0
-    watermark: float = 0.01  # share of pages left for the growth of running sequences when a new one is admitted
+    watermark: float = WATERMARK
 
     @property
     def rows(self) -> int:

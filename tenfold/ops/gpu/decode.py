@@ -81,7 +81,7 @@ def even_splits(spec: AttentionSpec, pairs: int, seen: int, blocks: tuple[int, i
     room = sms * blocks[1]
     most = min(MOST_EVEN, seen // (LONG // 2), most_partial(spec.heads // spec.kv_heads, spec.head_dim) // pairs)
     rounds = {s: -(-pairs * s // room) / (pairs * s / room) for s in range(1, max(1, most) + 1)}
-    if pairs <= room:
+    if pairs <= room and seen <= 2 * SHORT:  # behind other kernels' blocks a round that is not full costs more
         rounds[1] = 1.0 if pairs > ENOUGH * room else ENOUGH * room / pairs
     best = min(rounds.values())
     return next(s for s, wasted in rounds.items() if wasted <= 1.05 * best)

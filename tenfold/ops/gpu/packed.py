@@ -25,6 +25,7 @@ COLUMNS = 8  # of a product: query heads of a block times groups of a head
 PLACES = 64  # tokens that the table of cosines and sines covers
 WIDEST_SPAN = 512  # channels that a warp of the writing kernel holds
 FEW_BYTES = 100  # of a token and head: up to them tiles have 64 tokens, above 32
+MOST_BLOCKS = 8  # of a launch, for each multiprocessor: every one prepares queries again (H100, 2026-11-28)
 WRITERS = 4  # warps of a block that writes
 STAGES = 2  # of a ring: more were slower (H100, 2026-11-28)
 
@@ -235,6 +236,7 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
         1,
         min(
             units // (2 * warps),
+            MOST_BLOCKS * sms // pairs,
             most_partial(heads, spec.head_dim) // pairs,
             most_splits(shape, heads, tokens, STAGES, warps),
         ),

@@ -95,7 +95,15 @@ def test_splits_find_room_to_merge(
 
 @pytest.mark.parametrize(
     ("requests", "kv_heads", "longest", "splits"),
-    [(13, 32, 8192, 6), (16, 32, 8192, 3), (24, 32, 2048, 1), (8, 32, 8192, 1), (64, 8, 2048, 2), (64, 8, 1024, 1)],
+    [
+        (13, 32, 8192, 6),
+        (16, 32, 8192, 3),
+        (24, 32, 2048, 1),
+        (8, 32, 8192, 3),
+        (32, 8, 4096, 1),
+        (64, 8, 2048, 2),
+        (64, 8, 1024, 1),
+    ],
 )
 def test_rounds_of_many_pairs_are_full(requests: int, kv_heads: int, longest: int, splits: int) -> None:
     spec = AttentionSpec(32, kv_heads, 128, 128**-0.5, rotary_dim=128)
