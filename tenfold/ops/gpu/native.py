@@ -166,7 +166,8 @@ class Gpu(Oracle):
             return self.packing(qkv, heads, layer, step)
         parts = step.parted()
         if parts is None:
-            return unpacking.attention(self, qkv, heads, layer, step)
+            means = self.packing.chunks(qkv, heads.spec, layer)
+            return unpacking.attention(self, qkv, heads, layer, step, means)
         return torch.cat([self.attention_packed(x, heads, layer, y) for x, y in zip(_rows(qkv, step), parts)])
 
     def attend(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tenfold.ops.gpu import graphs, hopper, nvrtc
 from tenfold.ops.gpu.decode import HEAD_DIMS, MOST_GROUP, Workspace, most_partial
-from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Norm
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm
+from tenfold.ops.kv.attend import Layout, Means, Moves
 from tenfold.ops.kv.layer import PackedLayer, Side, ring_pages
 from tenfold.ops.kv.packing import FLOAT8_BITS, packed_bytes
 from tenfold.ops.kv.spec import PARAMETERS, PackedSpec, parameters_of
@@ -27,6 +28,7 @@ WIDEST_SPAN = 512  # channels that a warp of the writing kernel holds
 FEW_BYTES = 100  # of a token and head: up to them tiles have 64 tokens, above 32
 MOST_BLOCKS = 8  # of a launch, for each multiprocessor: every one prepares queries again (H100, 2026-11-28)
 WRITERS = 4  # warps of a block that writes
+READERS = 8  # and of one that reads old tokens back
 STAGES = 2  # of a ring: more were slower (H100, 2026-11-28)
 
 
@@ -362,6 +364,42 @@ def run(
     return out
 
 
+def read(
+    prepared: Prepared, layer: PackedLayer, rope: Tensor, moves: Moves, positions: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Tokens from slots of pages to slots of scratch pages, as numbers of the type of these, keys rotated. positions
+    [N] int64, of the tokens.
+    """
+    shape, kv_heads = prepared.shape, keys.shape[1]
+    count, tasks = len(positions), 2 * kv_heads * len(positions)
+    kernel = nvrtc.load(
+        "packed_read.cu",
+        "packed_read",
+        (("HALF", nvrtc.HALF[keys.dtype]), ("SPAN", layer.spec.span), ("WARPS", READERS), *shape.defines),
+    )
+    key_groups, _, key_units, key_shifts = prepared.keys
+    value_groups, _, value_units, value_shifts = prepared.values
+    kernel(
+        (-(-tasks // READERS), 1, 1),
+        READERS * 32,
+        0,
+        [
+            *(*_stored(layer), key_groups, key_units, key_shifts, value_groups, value_units, value_shifts),
+            *(rope, moves.source, moves.target, positions, keys, values, count, kv_heads, layer.page_size),
+        ],
+    )
+
+
+def merge(out: Tensor, sums: Tensor, older: Tensor, older_sums: Tensor, rows: Tensor) -> Tensor:
+    """As `Means.merge`, into `out`."""
+    heads = sums.shape[1]
+    macros = (("HALF", nvrtc.HALF[out.dtype]), ("D", out.shape[1] // heads), ("WARPS", READERS))
+    tasks = len(rows) * heads
+    arguments: list[nvrtc.Argument] = [older, older_sums, sums, rows, out, len(rows), heads]
+    nvrtc.load("merge.cu", "merge", macros)((-(-tasks // READERS), 1, 1), READERS * 32, 0, arguments)
+    return out
+
+
 @cache
 def defines(plan: PackedPlan, shape: Shape, dtype: torch.dtype, cap: bool) -> tuple[tuple[str, int], ...]:
     """What packed_decode.cu is compiled with."""
@@ -380,6 +418,33 @@ def defines(plan: PackedPlan, shape: Shape, dtype: torch.dtype, cap: bool) -> tu
 
 def _stored(layer: PackedLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return layer.keys.codes, layer.keys.parameters, layer.values.codes, layer.values.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks(Means):
+    """`Means` in one launch each."""
+
+    prepared: Prepared
+
+    def store(
+        self,
+        kernels: Kernels,
+        qkv: Tensor,
+        heads: Heads,
+        layer: PackedLayer,
+        layout: Layout,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        step, spec = layout.step, heads.spec
+        tokens = (qkv, heads.rope, step.positions, step.slots, spec, heads.q_norm, heads.k_norm)
+        write(self.prepared, layer, *tokens, room_slots=layout.room_slots)
+
+    def load(self, heads: Heads, layer: PackedLayer, layout: Layout, keys: Tensor, values: Tensor) -> None:
+        read(self.prepared, layer, heads.rope, layout.stored, layout.old_positions, keys, values)
+
+    def merge(self, out: Tensor, sums: Tensor, older: Tensor, older_sums: Tensor, rows: Tensor) -> Tensor:
+        return merge(out, sums, older, older_sums, rows)
 
 
 class Packing:
@@ -413,6 +478,12 @@ class Packing:
         workspace = self._sums(len(qkv), spec.kv_heads * -(-spec.heads // spec.kv_heads // chosen.heads))
         read = (queries, step.page_table, step.kv_lengths, spec, step.rooms, turned)
         return run(chosen, workspace, prepared, layer, *read)
+
+    def chunks(self, qkv: Tensor, spec: AttentionSpec, layer: PackedLayer) -> Means:
+        """How steps with chunks store and read tokens."""
+        exact = layer.exact_keys
+        suits = legal(spec, layer.spec, qkv.dtype, layer.page_size) and (exact is None or exact.dtype == qkv.dtype)
+        return Chunks(self._layer(layer, spec)) if suits else Means()
 
     def _layer(self, layer: PackedLayer, spec: AttentionSpec) -> Prepared:
         known = self._prepared.get(layer)

@@ -8,6 +8,7 @@ one whose queries stand `window` tokens back.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,84 +20,84 @@ from tenfold.ops.kv.spec import PackedSpec
 from tenfold.ops.oracle import rotate
 
 
-def attention(kernels: Kernels, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
-    """As `Kernels.attention_packed`."""
-    spec, window = heads.spec, layer.spec.window
+def attention(
+    kernels: Kernels, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts, means: "Means | None" = None
+) -> Tensor:
+    """As `Kernels.attention_packed`. means: how tokens come and go, None: in plain operations."""
+    spec, window, means = heads.spec, layer.spec.window, means or Means()
     layout = step.memo.get("packed")
     if layout is None:
         layout = step.memo["packed"] = Layout(layer.spec, layer.page_size, step)
     dtype = qkv.dtype if layer.exact_keys is None else layer.exact_keys.dtype
     keys, values = layout.recent.pages(spec, dtype)
-    q = project(kernels, qkv, heads, layer, step, layout, keys, values)
+    norms = (heads.q_norm, heads.k_norm)
+    q = kernels.rope_write(qkv, heads.rope, step.positions, layout.own.int(), keys, values, spec, *norms)
     if step.shared:  # guesses of one sequence see each other
-        keep(layer, layout, keys, values)
+        means.store(kernels, qkv, heads, layer, layout, keys, values)
     fetch(layer, layout.before, keys, values)
     if not step.shared:  # a long chunk takes the places of what it reads back to
-        keep(layer, layout, keys, values)
+        means.store(kernels, qkv, heads, layer, layout, keys, values)
     if layout.old is None:
         return layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))[0]
-    older, older_sums = layout.old.attend(kernels, q, *unpacked(layer, heads, layout, qkv.dtype), spec)
+    old_keys, old_values = layout.old.pages(spec, qkv.dtype)
+    means.load(heads, layer, layout, old_keys, old_values)
+    fetch(layer, layout.sinks, old_keys, old_values)
+    older, older_sums = layout.old.attend(kernels, q, old_keys, old_values, spec)
     if not window:
         return older
     out, sums = layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))
-    return merged(out, sums, older, older_sums, layout.old.rows)
+    return means.merge(out, sums, older, older_sums, layout.old.rows)
 
 
-def project(
-    kernels: Kernels,
-    qkv: Tensor,
-    heads: Heads,
-    layer: PackedLayer,
-    step: Contexts,
-    layout: "Layout",
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """Rotated queries [T, heads * head_dim]; new keys, rotated, and values go to the scratch and, packed, to pages."""
-    spec, norms = heads.spec, (heads.q_norm, heads.k_norm)
-    own, new = layout.own, layout.own[layout.written.source]
-    q = kernels.rope_write(qkv, heads.rope, step.positions, own.int(), keys, values, spec, *norms)
-    stored = keys
-    if layer.spec.rotary == "pre" and spec.rotary_dim:
-        stored, unused = torch.empty_like(keys), torch.empty_like(values)
-        still = replace(spec, rotary_dim=0)
-        kernels.rope_write(qkv, heads.rope, step.positions, own.int(), stored, unused, still, *norms)
-    layer.keys.write(take(stored, new).flatten(1), layout.written.target)
-    layer.values.write(take(values, new).flatten(1), layout.written.target)
-    return q
+class Means:
+    """How new tokens are stored, old ones read and two attentions merged: in plain operations. Kernels have others."""
 
+    def store(
+        self,
+        kernels: Kernels,
+        qkv: Tensor,
+        heads: Heads,
+        layer: PackedLayer,
+        layout: "Layout",
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """New tokens, whose rotated keys and whose values are in the scratch: codes to pages, and those that are to be
+        seen exact later to their rooms.
+        """
+        spec, step, new = heads.spec, layout.step, layout.own[layout.written.source]
+        stored = keys
+        if layer.spec.rotary == "pre" and spec.rotary_dim:
+            stored, unused = torch.empty_like(keys), torch.empty_like(values)
+            still, norms = replace(spec, rotary_dim=0), (heads.q_norm, heads.k_norm)
+            kernels.rope_write(qkv, heads.rope, step.positions, layout.own.int(), stored, unused, still, *norms)
+        layer.keys.write(take(stored, new).flatten(1), layout.written.target)
+        layer.values.write(take(values, new).flatten(1), layout.written.target)
+        if layer.exact_keys is not None and layer.exact_values is not None:
+            source = layout.own[layout.kept.source]
+            put(layer.exact_keys, layout.kept.target, take(keys, source))
+            put(layer.exact_values, layout.kept.target, take(values, source))
 
-def unpacked(layer: PackedLayer, heads: Heads, layout: "Layout", dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What is old, as stored, keys rotated; the sinks as they were computed."""
-    spec, stored = heads.spec, layout.stored
-    assert layout.old is not None
-    keys, values = layout.old.pages(spec, dtype)
-    shape = (-1, spec.kv_heads, spec.head_dim)
-    read = layer.keys.read(stored.source).view(shape)
-    if layer.spec.rotary == "pre" and spec.rotary_dim:
-        cos, sin = heads.rope[layout.old_positions][:, None].chunk(2, dim=-1)
-        read = rotate(read, cos, sin)
-    put(keys, stored.target, read)
-    put(values, stored.target, layer.values.read(stored.source).view(shape))
-    fetch(layer, layout.sinks, keys, values)
-    return keys, values
+    def load(self, heads: Heads, layer: PackedLayer, layout: "Layout", keys: Tensor, values: Tensor) -> None:
+        """What is old, as stored, to the scratch, keys rotated."""
+        spec, stored = heads.spec, layout.stored
+        shape = (-1, spec.kv_heads, spec.head_dim)
+        read = layer.keys.read(stored.source).view(shape)
+        if layer.spec.rotary == "pre" and spec.rotary_dim:
+            cos, sin = heads.rope[layout.old_positions][:, None].chunk(2, dim=-1)
+            read = rotate(read, cos, sin)
+        put(keys, stored.target, read)
+        put(values, stored.target, layer.values.read(stored.source).view(shape))
 
-
-def merged(out: Tensor, sums: Tensor, older: Tensor, older_sums: Tensor, rows: Tensor) -> Tensor:
-    """out [T, heads * D] and log-sum-exp [T, heads] of all tokens, and of some rows over what is older -> over both."""
-    heads = sums.shape[1]
-    both = torch.logaddexp(sums[rows], older_sums)
-    parts = ((out[rows], sums[rows]), (older, older_sums))
-    mixed = sum((s - both).exp()[..., None] * x.unflatten(1, (heads, -1)).float() for x, s in parts)
-    return out.index_copy(0, rows, torch.as_tensor(mixed).flatten(1).to(out.dtype))
-
-
-def keep(layer: PackedLayer, layout: "Layout", keys: Tensor, values: Tensor) -> None:
-    """The new tokens that are to be seen exact later go from the scratch to their rooms."""
-    if layer.exact_keys is not None and layer.exact_values is not None:
-        source = layout.own[layout.kept.source]
-        put(layer.exact_keys, layout.kept.target, take(keys, source))
-        put(layer.exact_values, layout.kept.target, take(values, source))
+    def merge(self, out: Tensor, sums: Tensor, older: Tensor, older_sums: Tensor, rows: Tensor) -> Tensor:
+        """out [T, heads * D] and log-sum-exp [T, heads] of all tokens, and of some rows over what is older -> over
+        both. May overwrite `out`.
+        """
+        heads = sums.shape[1]
+        both = torch.logaddexp(sums[rows], older_sums)
+        parts = ((out[rows], sums[rows]), (older, older_sums))
+        mixed = sum((s - both).exp()[..., None] * x.unflatten(1, (heads, -1)).float() for x, s in parts)
+        return out.index_copy(0, rows, torch.as_tensor(mixed).flatten(1).to(out.dtype))
 
 
 def fetch(layer: PackedLayer, moves: "Moves", keys: Tensor, values: Tensor) -> None:
@@ -185,7 +186,7 @@ class Layout:
     recent: scratch of the new tokens and before them those that their windows reach back to; own [T]: the slots of new
     tokens there. old: scratch of what is older than the windows of the last queries, None where nothing is.
     before: from rooms to `recent`; kept: new tokens to rooms; written: new tokens to pages; stored: from pages to
-    `old`, tokens at old_positions; sinks: from rooms to `old`.
+    `old`, tokens at old_positions; sinks: from rooms to `old`. tokens: how many are new.
     """
 
     def __init__(self, spec: PackedSpec, page_size: int, step: Contexts) -> None:
@@ -210,6 +211,7 @@ class Layout:
         real = lengths[request] > 0  # others are idle
         kept = np.flatnonzero(real & ((position < self.spec.sinks) | (position >= lengths[request] - ring)))
         self.kept = Moves(self._tensor(kept), self._rooms(request[kept], position[kept]))
+        self.tokens = len(request)
         written = self._tensor(np.flatnonzero(real))
         self.written = Moves(written, self.step.slots[written].long())
 
@@ -226,6 +228,13 @@ class Layout:
         self.stored = Moves(pages * self.page_size + self.old_positions % self.page_size, target)
         sinks = np.flatnonzero(position < self.spec.sinks)
         self.sinks = Moves(self._rooms(request[sinks], position[sinks]), target[self._tensor(sinks)])
+
+    @cached_property
+    def room_slots(self) -> Tensor:
+        """[T] int32: where in the exact pages each new token goes, negative: nowhere."""
+        places = torch.full((self.tokens,), -1, dtype=torch.int32, device=self.device)
+        places[self.kept.source] = self.kept.target.int()
+        return places
 
     def _rooms(self, request: np.ndarray, position: np.ndarray) -> Tensor:
         """Slots in the requests' rooms."""

@@ -119,16 +119,6 @@ class PackedSpec:
         """Average bits of a number in a packed token, parameters and padding included."""
         return self.bytes_per_token(kv_heads, head_dim) * 8 / (2 * kv_heads * head_dim)
 
-    def packed_tokens(self, length: int) -> int:
-        """Tokens of a sequence of `length` that are stored packed; all others are kept as computed."""
-        return max(0, length - self.sinks - self.window)
-
-    def bytes(self, length: int, kv_heads: int, head_dim: int, exact_bytes: int = 2) -> int:
-        """Of a sequence in one layer; exact_bytes: of a number that is kept as computed."""
-        packed = self.packed_tokens(length)
-        exact = (length - packed) * 2 * kv_heads * head_dim * exact_bytes
-        return packed * self.bytes_per_token(kv_heads, head_dim) + exact
-
 
 def parameters_of(bits: float) -> int:
     """Numbers that a group's codes come with: a scale and a zero, or a scale."""

@@ -8,7 +8,9 @@ from torch import Tensor
 from tenfold.cache.format import parse
 from tenfold.ops.gpu import packed
 from tenfold.ops.gpu.decode import Workspace
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm
+from tenfold.ops.kernels import Contexts as Step
+from tenfold.ops.kv import attend
 from tenfold.ops.kv.layer import MOST_GUESSES, PackedLayer, Side, room_page, room_pages
 from tenfold.ops.kv.packing import packed_bytes
 from tenfold.ops.kv.quantize import STORED, Grouping, hadamard
@@ -265,14 +267,45 @@ class Written:
         return q
 
     def differences(self) -> dict[str, float]:
-        """Shares of bytes of codes and numbers, and of exact numbers, that are not the same."""
-        found = {}
-        for name in ("keys", "values"):
-            one, two = getattr(self.layer, name), getattr(self.other, name)
-            found[f"{name} codes"] = float((one.codes != two.codes).float().mean())
-            pair = (side.parameters.contiguous().view(torch.uint8) for side in (one, two))
-            found[f"{name} numbers"] = float(torch.ne(*pair).float().mean())
-            rooms = (getattr(side, f"exact_{name}") for side in (self.layer, self.other))
-            bits = [room.view(torch.int16) for room in rooms if room is not None]
-            found[f"{name} exact"] = float(torch.ne(*bits).float().mean()) if bits else 0.0
-        return found
+        return differences(self.layer, self.other)
+
+
+class ChunkStep:
+    """The last tokens of some contexts as chunks of one step, no more than rooms hold beside a window."""
+
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
+        self.shape, self.contexts = shape, Contexts(shape, device)
+        counts = [min(8 + 3 * i, MOST_GUESSES, length) for i, length in enumerate(shape.lengths)]
+        generator = torch.Generator(device).manual_seed(7)
+        width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        self.qkv = torch.randn(sum(counts), width, generator=generator, device=device).to(shape.dtype)
+        places = [torch.arange(n - count, n, device=device) for n, count in zip(shape.lengths, counts)]
+        slots = [self.contexts.slots(r, at) for r, at in enumerate(places)]
+        starts = torch.tensor([0, *counts], device=device).cumsum(0).int()
+        self.step = Step(
+            *(torch.cat(places).int(), torch.cat(slots).int(), self.contexts.table, starts, self.contexts.lengths),
+            *(max(counts), max(shape.lengths)),
+            rooms=self.contexts.rooms,
+        )
+
+    def run(self, means: attend.Means, kernels: Kernels | None = None) -> Tensor:
+        kernels = kernels or Oracle(self.contexts.device, self.shape.dtype)
+        heads = Heads(self.shape.spec, self.contexts.rope)
+        return attend.attention(kernels, self.qkv, heads, self.contexts.layer, self.step, means)
+
+    def differences(self, other: "ChunkStep") -> dict[str, float]:
+        return differences(self.contexts.layer, other.contexts.layer)
+
+
+def differences(first: PackedLayer, second: PackedLayer) -> dict[str, float]:
+    """Shares of bytes of codes and numbers, and of exact numbers, that are not the same."""
+    found = {}
+    for name in ("keys", "values"):
+        one, two = getattr(first, name), getattr(second, name)
+        found[f"{name} codes"] = float((one.codes != two.codes).float().mean())
+        pair = (side.parameters.contiguous().view(torch.uint8) for side in (one, two))
+        found[f"{name} numbers"] = float(torch.ne(*pair).float().mean())
+        rooms = (getattr(side, f"exact_{name}") for side in (first, second))
+        bits = [room.view(torch.int16) for room in rooms if room is not None]
+        found[f"{name} exact"] = float(torch.ne(*bits).float().mean()) if bits else 0.0
+    return found

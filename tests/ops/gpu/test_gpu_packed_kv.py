@@ -11,7 +11,7 @@ from tenfold.ops.kernels import Contexts as Step
 from tenfold.ops.kernels import Heads
 from tenfold.ops.kv import attend
 from tenfold.ops.oracle import Oracle
-from tests.ops.gpu.packed_cases import SMS, Contexts, Shape, Written, distance
+from tests.ops.gpu.packed_cases import SMS, ChunkStep, Contexts, Shape, Written, distance
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,6 +84,18 @@ def test_writes(name: str, norms: bool) -> None:
         torch.testing.assert_close(queries, expected, rtol=2e-2 if norms else 0.0, atol=2e-2 if norms else 0.0)
         far = {what: share for what, share in written.differences().items() if share > (2e-2 if norms else 1e-3)}
         assert not far
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("heads", [MHA, GQA], ids=["own", "shared"])
+def test_chunks(name: str, heads: dict[str, int]) -> None:
+    """Stored, read back and merged by our kernels as in plain operations."""
+    shape = Shape(name, **heads, lengths=(1500, 40, 1, 700), shift=name.startswith("k2v1.5"))
+    one, two = ChunkStep(shape, "cuda"), ChunkStep(shape, "cuda")
+    means = packed.Packing(one.contexts.device, SMS).chunks(two.qkv, shape.spec, two.contexts.layer)
+    assert isinstance(means, packed.Chunks)
+    assert distance(two.run(means), one.run(attend.Means())) < 5e-3
+    assert not {what: share for what, share in two.differences(one).items() if share > 1e-3}
 
 
 @pytest.mark.parametrize("name", ["k2v1.5g64", "int4", "fp8"])

@@ -14,9 +14,10 @@ from tenfold.cache.format import parse
 from tenfold.ops.gpu import hopper, nvrtc, packed
 from tenfold.ops.gpu.decode import SUMS
 from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kv import attend
 from tenfold.ops.kv.spec import PackedSpec
 from tests.ops.gpu.emulated import Emulator
-from tests.ops.gpu.packed_cases import NOTHING, SMS, Contexts, Shape, Written, distance
+from tests.ops.gpu.packed_cases import NOTHING, SMS, ChunkStep, Contexts, Shape, Written, distance
 
 NAMES = ("fp8", "int4", "k2v1.5g64", "k2v1.5g128", "k2v2g32", "k4v2g64", "k2v2g64-post", "k2v2g64h2", "k8v8g64")
 HALF = torch.float16
@@ -83,6 +84,34 @@ def test_what_is_written_is_what_others_write(
         live = written.slots[written.slots >= 0].long()
         stored = written.layer.keys.codes[live // shape.page, :, live % shape.page]
         assert (stored != NOTHING).any(-1).all()
+
+
+CHUNKS = {
+    "before rotary": Shape("k2v1.5g64w32s5", lengths=(150, 40, 90)),
+    "one group, own heads": Shape("k2v1.5g128w16s3", 2, 2, lengths=(100,), dtype=HALF, shift=True),
+    "heads of 64": Shape("k4v2g32w16s2", 4, 2, 64, (60, 100), shift=True),
+    "a span of two": Shape("k2v4g64h2w16s4-post", 2, 2, lengths=(120, 20)),
+    "nothing exact, turned": Shape("int4", 4, 2, lengths=(70, 33)),
+    "float8": Shape("fp8", 4, 2, lengths=(60,), dtype=HALF),
+    "three levels of keys": Shape("k1.5v8g32w16s0-post", 4, 2, 64, (50, 30)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", CHUNKS.values(), ids=CHUNKS.keys())
+def test_chunks_are_stored_read_and_merged_as_in_plain_operations(
+    monkeypatch: pytest.MonkeyPatch, emulator: Emulator, shape: Shape
+) -> None:
+    monkeypatch.setattr(nvrtc, "load", emulator)
+    one, two = ChunkStep(shape), ChunkStep(shape)
+    plain = one.run(attend.Means())
+    packing = packed.Packing(torch.device("cpu"), SMS)
+    means = packing.chunks(two.qkv, shape.spec, two.contexts.layer)
+    assert isinstance(means, packed.Chunks) != ("k1.5" in shape.name)  # three levels of keys are left to others
+    if "k1.5" in shape.name:
+        means = packed.Chunks(packed.prepare(two.contexts.layer, shape.spec))
+    assert distance(two.run(means), plain) < 2e-3
+    assert not [what for what, share in two.differences(one).items() if share > 2e-4]
 
 
 @settings(deadline=None, max_examples=60)
@@ -195,3 +224,6 @@ def test_compiles_and_needs_as_much_shared_memory_as_plans_say(
     assert planned - 256 <= own <= planned
     writing = (("HALF", 0), ("SPAN", 1), ("WARPS", packed.WRITERS), *shape.defines)
     assert nvrtc.compiled("packed_write.cu", "sm_90a", writing).startswith(b"\x7fELF")
+    assert nvrtc.compiled("packed_read.cu", "sm_90a", writing).startswith(b"\x7fELF")
+    merging = (("HALF", 1), ("D", head_dim), ("WARPS", packed.READERS))
+    assert nvrtc.compiled("merge.cu", "sm_90a", merging).startswith(b"\x7fELF")
