@@ -114,6 +114,27 @@ class EngineConfig:
     speculate_tokens: int = setting(
         4, "tokens guessed ahead at most, 1 to 16; fewer, or none, where more would not pay", unit="tokens"
     )
+    schedule: str = setting(
+        "chunked",
+        "how prompts and answers share the device: chunked (chunks of prompts in the steps of decodes), prefill-first "
+        "(answers wait for prompts), phases (GPU: side by side, on groups of multiprocessors of their own)",
+        choices=("chunked", "prefill-first", "phases"),
+    )
+    border: str = setting(
+        "adaptive",
+        "schedule=phases, who gets which multiprocessors: adaptive (both all of them while tokens come within tpot, "
+        "else as measured), staircase (as measured), paper (semi-PD's Algorithm 1), shared, or how many prompts get",
+    )
+    ttft: float = setting(
+        0.0,
+        "schedule=phases: time to the first token to aim at (0: 7.5 times what the idle GPU takes for 1,024 tokens)",
+        unit="seconds",
+    )
+    tpot: float = setting(
+        0.0,
+        "schedule=phases: time per token after it to aim at (0: 7.5 times what the idle GPU takes for one request)",
+        unit="seconds",
+    )
     threads: int = setting(0, "CPU threads (0: the physical cores this process may use)")
     max_queue: int = setting(1024, "requests that may wait; more are refused", unit="requests", group="Queue")
     max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)", unit="tokens")

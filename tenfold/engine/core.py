@@ -29,7 +29,9 @@ from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Held, Mask, Masks, ahead
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for
 from tenfold.engine.opened import Opened
+from tenfold.engine.phases import table as schedules
 from tenfold.engine.phases.loop import Phases
+from tenfold.engine.phases.start import start as start_phases
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
@@ -163,6 +165,8 @@ class Engine:
             engine.memory, engine.timeline = plan, timeline
             engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
             engine.warm_up()
+        with timeline.phase("lanes"):
+            engine.phases = start_phases(engine)
         return engine
 
     def warm_up(self) -> None:
@@ -326,6 +330,7 @@ class Engine:
             drafted_tokens=self.speculator.drafted if self.speculator is not None else 0,
             accepted_tokens=self.speculator.accepted if self.speculator is not None else 0,
             recomputed_rows=self.kernels.recomputed,
+            **(self.phases.stats() if self.phases is not None else {}),
         )
 
     def facts(self) -> Facts:
@@ -353,7 +358,7 @@ class Engine:
             return outputs
         drafts = self._draft(outputs) if self.speculator is not None else None
         drafting, ahead = time.perf_counter() - begin, bool(self._inflight)
-        plan = self.scheduler.plan(drafts)
+        plan = self._plan(drafts)
         if plan.admitted:
             self._start(plan.admitted)
         if plan.entries:
@@ -370,6 +375,13 @@ class Engine:
             self.masks.start([s for s in self.scheduler.decoding if s.matcher is not None])
         self._took(begin)
         return outputs
+
+    def _plan(self, drafts: dict[Sequence, tuple[int, ...]] | None) -> StepPlan:
+        """The next step; prompts first, and by themselves, where the schedule says so."""
+        if self.config.schedule != schedules.PREFILL_FIRST:
+            return self.scheduler.plan(drafts)
+        plan = self.scheduler.plan_prefills()
+        return plan if plan.entries else self.scheduler.plan_decodes()
 
     def _took(self, begin: float) -> None:
         self._last_seconds = time.perf_counter() - begin

@@ -306,14 +306,16 @@ class LLM(_Front):
         user: str = "",
         salt: str = "",
         deadline: float | None = None,
+        ttft: float = 0.0,
+        tpot: float = 0.0,
     ) -> list[Completion]:
         """Continue one prompt or many, each a text or a list of token ids; one Completion for each, in their order.
 
-        params: for all, or one for each. progress: show a bar. priority, user, salt, deadline: as in Request.
+        params: for all, or one for each. progress: show a bar. Other arguments as in Request.
         Raises ValueError for what the engine refuses, RequestFailed and EngineDead.
         """
         given = _prompts(prompts)
-        rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline}
+        rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline, "ttft": ttft, "tpot": tpot}
         each = _each(params, len(given))
         jobs = (self._job(p, own, rest) for p, own in zip(given, each))
         return [c.completion() for c in self._collect(jobs, len(given), progress)]
@@ -500,6 +502,8 @@ class AsyncLLM(_Front):
         user: str = "",
         salt: str = "",
         deadline: float | None = None,
+        ttft: float = 0.0,
+        tpot: float = 0.0,
         pool: str | None = None,
         tap: Tap | None = None,
     ) -> AsyncGenerator[Output, None]:
@@ -512,6 +516,7 @@ class AsyncLLM(_Front):
         "error".
         """
         rest = {"priority": priority, "user": user, "salt": salt, "deadline": deadline, "pool": pool}
+        rest |= {"ttft": ttft, "tpot": tpot}
         if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
             return self._generate_long(prompt, params, tap, request_id=request_id, **rest)
         return self._run(self._request(prompt, params, request_id=request_id, **rest), tap)

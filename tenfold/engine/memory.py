@@ -15,6 +15,7 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.cache.format import AS_COMPUTED, parse
 from tenfold.cache.store import KVSpec
+from tenfold.engine.phases import table as schedules
 from tenfold.models.config import ModelConfig
 from tenfold.ops.blocks import DENSE, storage_bytes
 from tenfold.ops.cpu.repack import cpu_storage
@@ -186,6 +187,7 @@ def check_sizes(config: EngineConfig) -> None:
         )
     if config.lookahead not in (-1, 0, 1):
         raise ValueError(f"lookahead is {config.lookahead}; allowed: 0, 1, or -1 (derive it).")
+    schedules.check(config)
     if not 1 <= config.speculate_tokens <= MOST_DRAFTS:
         raise ValueError(f"speculate_tokens is {config.speculate_tokens}; allowed: 1 to {MOST_DRAFTS}, 4 is usual.")
 

@@ -123,7 +123,8 @@ class Request:
 
     priority: smaller runs first. user: whose share of tokens this is counted against. salt: requests with different
     salts never share prefix pages. deadline: `time.monotonic()` seconds after which it ends with finish reason
-    "abort". pool: instead of generating, return the pooled final hidden state ("mean" or "last").
+    "abort". pool: instead of generating, return the pooled final hidden state ("mean" or "last"). ttft, tpot: seconds
+    to the first token and per token after it to aim at, where the schedule is "phases"; 0: the engine's.
     """
 
     id: str
@@ -134,6 +135,8 @@ class Request:
     salt: str = ""
     deadline: float | None = None
     pool: str | None = None
+    ttft: float = 0.0
+    tpot: float = 0.0
     arrival: float = field(default_factory=time.monotonic)
 
 

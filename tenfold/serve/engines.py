@@ -38,6 +38,7 @@ COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
     ("tenfold_engine_errors", "Requests that failed in the engine.", lambda s: s.errors),
 )
 PAGES = ("used", "cached", "free")
+PHASES = ("prefill", "decode")
 
 # Name of the label, and the attribute of Facts it shows.
 FACTS = ("family", "device", "kernels")
@@ -72,6 +73,7 @@ class Engines:
         for metric, help, value in COUNTERS:
             yield _each(CounterMetricFamily(metric, help, labels=("model",)), stats, value)
         yield _pages(stats)
+        yield from _border({name: found for name, found in stats.items() if has_lanes(found)})
         yield _steps(stats)
         yield from _lives(llms)
         yield _facts(llms)
@@ -90,6 +92,27 @@ def _pages(stats: Mapping[str, Any]) -> Metric:
         for state in PAGES:
             pages.add_metric((name, state), getattr(found, f"pages_{state}"))
     return pages
+
+
+def has_lanes(stats: Any) -> bool:
+    """Whether the phases of an engine run side by side."""
+    return bool(getattr(stats, "prefill_sms", 0) or getattr(stats, "decode_sms", 0))
+
+
+def _border(stats: Mapping[str, Any]) -> Iterator[Metric]:
+    """Of models whose phases run side by side."""
+    sms = GaugeMetricFamily(
+        "tenfold_phase_sms",
+        "Multiprocessors that a phase has, where phases run side by side.",
+        labels=("model", "phase"),
+    )
+    changes = CounterMetricFamily("tenfold_border_changes", "Times the border between phases moved.", labels=("model",))
+    for name, found in stats.items():
+        for phase in PHASES:
+            sms.add_metric((name, phase), getattr(found, f"{phase}_sms"))
+        changes.add_metric((name,), found.border_changes)
+    yield sms
+    yield changes
 
 
 def _steps(stats: Mapping[str, Any]) -> Metric:

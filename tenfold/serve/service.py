@@ -104,6 +104,8 @@ class Job:
     deadline: float | None
     endpoint: str
     pool: str | None = None
+    ttft: float = 0.0
+    tpot: float = 0.0
     seen: Seen = field(default_factory=Seen)
     lead: bool = False
     ticket: Ticket | None = None
@@ -138,6 +140,8 @@ class Job:
             deadline=time.monotonic() + timeout if timeout else None,
             endpoint=http.scope["path"],
             pool=pool,
+            ttft=terms.ttft,
+            tpot=terms.tpot,
             seen=state.get("seen") or Seen(),
             lead=lead,
             ticket=state.get("ticket"),
@@ -278,6 +282,8 @@ def _generate(job: Job, prompt: int) -> Any:
         user=job.payer,
         salt=job.salt,
         deadline=job.deadline,
+        ttft=job.ttft,
+        tpot=job.tpot,
         pool=job.pool,
         **tap,
     )

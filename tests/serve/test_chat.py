@@ -49,6 +49,8 @@ def test_every_sampling_field_reaches_the_engine(client, llm):
         "priority": -5,
         "user": "ann",
         "cache_salt": "s",
+        "ttft": 0.5,
+        "tpot": 0.02,
     }
     assert client.chat(**fields).status_code == 200
     call = llm.calls[0]
@@ -73,6 +75,7 @@ def test_every_sampling_field_reaches_the_engine(client, llm):
         skip_special_tokens=False,
     )
     assert (call["priority"], call["user"], call["salt"], call["deadline"]) == (-5, "ann", ":s", None)
+    assert (call["ttft"], call["tpot"]) == (0.5, 0.02)
 
 
 def test_absent_and_null_fields_are_the_models_defaults(client, llm):

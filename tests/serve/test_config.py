@@ -124,7 +124,7 @@ def test_config_reaches_other_commands(write, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("prot = 8001", ["prot is no setting", "did you mean port?"]),
+        ("pport = 8001", ["pport is no setting", "did you mean port?"]),
         ("port = '8001'", ["port is '8001'", "a whole number"]),
         ("port = true", ["port is True", "a whole number"]),
         ("port = 1.5", ["port is 1.5", "a whole number"]),

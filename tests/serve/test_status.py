@@ -63,6 +63,15 @@ def test_charts_and_bars(page, paged):
     assert {part["name"]: part["value"] for part in bar["parts"]} == {"used": 120, "cached": 700, "free": 2820}
 
 
+def test_the_border_between_phases_is_charted_and_explained(page, paged):
+    assert "Multiprocessors" not in [chart["title"] for chart in page.get("/status").json()["models"][0]["charts"]]
+    paged.border = {"prefill_sms": 96, "decode_sms": 36, "border_changes": 2, "border_why": "tokens came too slowly"}
+    chart = page.get("/status").json()["models"][0]["charts"][-1]
+    assert chart["title"] == "Multiprocessors"
+    assert chart["note"] == "tokens came too slowly; the border moved 2 times"
+    assert {line["name"]: line["values"][-1] for line in chart["lines"]} == {"prompts": 96, "answers": 36}
+
+
 def test_levels_fall_when_nothing_runs_any_more(page, paged):
     """Though nobody looks, and no more tokens come."""
     page.chat()

@@ -53,6 +53,7 @@ class PagedLLM(FakeLLM):
     def __init__(self) -> None:
         super().__init__()
         self.running = self.generated = self.prompts = self.hits = 0
+        self.border: dict[str, Any] = {}  # of Stats, where phases run side by side
         self.facts = Facts(
             config=EngineConfig(dtype="float32", kv_dtype="float16", max_batch=64, max_step_tokens=512, threads=2),
             vocab_size=49152,
@@ -85,6 +86,7 @@ class PagedLLM(FakeLLM):
             prefix_hit_tokens=self.hits,
             computed_tokens=self.prompts + self.generated,
             generated_tokens=self.generated,
+            **self.border,
         )
 
     async def generate(

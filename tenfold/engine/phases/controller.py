@@ -52,7 +52,8 @@ class Split:
 class Observed:
     """What a decision is made of. ttft, tpot: seconds that the targets' share of requests in the last window kept to,
     None where there were none; queued: prompt tokens not computed yet, waited: seconds that the oldest of their
-    requests waits; requests: that decode; rate: prompt tokens a second that arrive.
+    requests waits; requests: that decode; rate: prompt tokens a second that arrive; targets: of the requests there are,
+    None where these are the engine's.
     """
 
     ttft: float | None
@@ -61,6 +62,7 @@ class Observed:
     waited: float
     requests: int
     rate: float
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,9 @@ class Algorithm1:
         self._waits = self.every
         load = seen.rate * self.seconds_token * self.model.total
         self.model.observe(now.prefill, now.decode, load, seen.ttft, seen.tpot)
-        late = seen.ttft is not None and seen.ttft > self.targets.ttft
-        slow = seen.tpot is not None and seen.tpot > self.targets.tpot
+        targets = seen.targets or self.targets
+        late = seen.ttft is not None and seen.ttft > targets.ttft
+        slow = seen.tpot is not None and seen.tpot > targets.tpot
         if late == slow:
             return Decision(now, "both targets fail, nothing changes" if late else "both targets are met")
         place = min(range(len(self.splits)), key=lambda i: abs(self.splits[i].prefill - now.prefill))
@@ -117,9 +120,9 @@ class Algorithm1:
                 break
             place = following
             split = self.splits[place]
-            if late and self.model.ttft_seconds(split.prefill, load) <= self.targets.ttft:
+            if late and self.model.ttft_seconds(split.prefill, load) <= targets.ttft:
                 break
-            if slow and self.model.tpot_seconds(split.decode) <= self.targets.tpot:
+            if slow and self.model.tpot_seconds(split.decode) <= targets.tpot:
                 break
         return Decision(self.splits[place], "first tokens are late" if late else "tokens come too slowly")
 
@@ -165,7 +168,8 @@ class Staircase:
         """The worse of both phases: predicted time over target, at most 1 where both are met."""
         tpot = self.stairs.decode_seconds(split.decode, seen.requests) * (1 + self.guard.share)
         ttft = seen.waited + self.stairs.prefill_seconds(split.prefill, seen.queued)
-        return max(1.0, tpot / self.targets.tpot, ttft / self.targets.ttft)
+        targets = seen.targets or self.targets
+        return max(1.0, tpot / targets.tpot, ttft / targets.ttft)
 
 
 @dataclass(slots=True)
@@ -196,7 +200,7 @@ class Adaptive:
             self.inner.guard.observe(self.inner.stairs.decode_seconds(split.decode, requests), step)
 
     def decide(self, seen: Observed, now: Split) -> Decision:
-        targets = self.targets
+        targets = seen.targets or self.targets
         if not seen.queued or not seen.requests:
             return self.inner.decide(seen, now)
         if self.together is None:

@@ -7,7 +7,7 @@ are not overwritten by the other phase's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,16 +31,11 @@ class Lanes(Protocol):
         """From the next launches on. A phase that gets no SMs keeps its lane, and has nothing to launch."""
         ...
 
-    def decode(self) -> Lane: ...
+    def decode(self) -> AbstractContextManager[Runner, bool | None]: ...
 
-    def prefill(self, slices: Slices | None) -> Lane:
+    def prefill(self, slices: Slices | None) -> AbstractContextManager[Runner, bool | None]:
         """slices: of the prefill that goes on here, None where one begins."""
         ...
-
-
-class Lane(Protocol):
-    def __enter__(self) -> Runner: ...
-    def __exit__(self, *rest: object) -> None: ...
 
 
 class GreenLanes:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from tenfold.base.log import logger
-from tenfold.engine.phases.controller import Adaptive, Controller, Observed, percentile
+from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Targets, percentile
+from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output
 from tenfold.engine.runner import Pending, Slices
@@ -42,17 +43,37 @@ class Phases:
     launched from one decode to the next.
     """
 
-    def __init__(self, engine: Engine, lanes: Lanes, controller: Controller | None = None, slice: int = SLICE) -> None:
-        """controller: moves the border between the lanes; None: it stays where it is."""
+    def __init__(
+        self,
+        engine: Engine,
+        lanes: Lanes,
+        controller: Controller | None = None,
+        slice: int = SLICE,
+        targets: Targets | None = None,
+        stairs: Stairs | None = None,
+    ) -> None:
+        """controller: moves the border between the lanes; None: it stays where it is. targets, stairs: to be told."""
         self.engine = engine
         self.lanes = lanes
         self.controller = controller
         self.slice = slice
+        self.targets = targets
+        self.stairs = stairs
         self.underway: Underway | None = None
         self.watch = Watch(engine.clock)
         self.why = ""  # the border is where it is
         self.changes = 0
         self._decide_at = 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """Fields of `Stats`."""
+        now = self.lanes.now
+        return {
+            "prefill_sms": now.prefill,
+            "decode_sms": now.decode,
+            "border_changes": self.changes,
+            "border_why": self.why,
+        }
 
     def turn(self, outputs: list[Output]) -> None:
         engine = self.engine
@@ -145,7 +166,19 @@ class Phases:
             waited=max(0.0, now - min(waiting)) if waiting else 0.0,
             requests=len(scheduler.decoding),
             rate=self.watch.rate(),
+            targets=self._wanted(),
         )
+
+    def _wanted(self) -> Targets | None:
+        """The strictest targets of the requests there are, where any has its own."""
+        if self.targets is None:
+            return None
+        scheduler, own = self.engine.scheduler, self.targets
+        head = scheduler.queue.head()
+        firsts = [s.request.ttft or own.ttft for s in (*scheduler.prefilling, *((head,) if head is not None else ()))]
+        others = [s.request.tpot or own.tpot for s in scheduler.decoding]
+        ttft, tpot = min(firsts, default=own.ttft), min(others, default=own.tpot)
+        return None if (ttft, tpot) == (own.ttft, own.tpot) else replace(own, ttft=ttft, tpot=tpot)
 
     def _end(self, prefill: Underway, pending: Pending | Isolated, outputs: list[Output]) -> None:
         self.underway = None

@@ -22,6 +22,27 @@ def honoured(default: Any, help: str, shows: dict[str, Any] | None = None, **rul
     return Field(default, description=help, json_schema_extra={"x-tenfold": "honoured"} | (shows or {}), **rules)
 
 
+LONGEST = 3600.0  # seconds that a request may aim at
+
+
+def seconds_to_first() -> Any:
+    return honoured(
+        None,
+        "extension: seconds to the first token to aim at, where the schedule is phases; --ttft where absent",
+        ge=0,
+        le=LONGEST,
+    )
+
+
+def seconds_per_token() -> Any:
+    return honoured(
+        None,
+        "extension: seconds per token after the first to aim at, likewise; --tpot where absent",
+        ge=0,
+        le=LONGEST,
+    )
+
+
 def ignored(why: str) -> Any:
     """A field that is accepted and changes nothing; a response names the ignored fields of its request in
     `x-tenfold-ignored`.
@@ -95,8 +116,12 @@ class ErrorBody(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On what terms a request runs, as far as its sender says: how urgent, for whom, sharing caches with whom."""
+    """On what terms a request runs, as far as its sender says: how urgent, for whom, sharing caches with whom, and how
+    fast it had better be, see `Request`.
+    """
 
     priority: int = 0
     user: str = ""
     cache_salt: str = ""
+    ttft: float = 0.0
+    tpot: float = 0.0

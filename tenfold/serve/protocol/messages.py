@@ -8,7 +8,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tenfold.engine.request import SamplingParams
-from tenfold.serve.protocol.body import MOST, Body, Terms, honoured, ignored, refused
+from tenfold.serve.protocol.body import (
+    MOST,
+    Body,
+    Terms,
+    honoured,
+    ignored,
+    refused,
+    seconds_per_token,
+    seconds_to_first,
+)
 from tenfold.serve.protocol.nested import check_refused
 
 Blocks = list[dict[str, Any]]
@@ -137,6 +146,8 @@ class MessagesRequest(ConversationFields):
     cache_salt: str | None = honoured(
         None, "extension: requests with different salts never share cached prefixes", max_length=512
     )
+    ttft: float | None = seconds_to_first()
+    tpot: float | None = seconds_per_token()
     container: Any = refused("there are no containers here.")
     thread: Any = refused("conversations are not stored here; send all messages.")
     fallbacks: Any = refused(NO_FALLBACK, [])
@@ -156,7 +167,7 @@ class MessagesRequest(ConversationFields):
     def terms(self) -> Terms:
         """On what terms it runs."""
         user = (self.metadata and self.metadata.user_id) or ""
-        return Terms(self.priority or 0, user, self.cache_salt or "")
+        return Terms(self.priority or 0, user, self.cache_salt or "", self.ttft or 0.0, self.tpot or 0.0)
 
 
 # Engine names of parameters to the request's.

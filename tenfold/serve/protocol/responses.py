@@ -11,7 +11,16 @@ from pydantic import BaseModel, Field, field_validator
 from tenfold.engine.request import SamplingParams
 from tenfold.engine.template import SETTINGS
 from tenfold.serve.errors import invalid
-from tenfold.serve.protocol.body import MOST, Body, Terms, honoured, ignored, refused
+from tenfold.serve.protocol.body import (
+    MOST,
+    Body,
+    Terms,
+    honoured,
+    ignored,
+    refused,
+    seconds_per_token,
+    seconds_to_first,
+)
 from tenfold.serve.protocol.nested import check_refused
 
 Items = list[dict[str, Any]]
@@ -168,6 +177,8 @@ class ResponsesRequest(AskFields):
     cache_salt: str | None = honoured(
         None, "extension: requests with different salts never share cached prefixes", max_length=512
     )
+    ttft: float | None = seconds_to_first()
+    tpot: float | None = seconds_per_token()
     background_options: Any = refused("work in the background starts at once.", {}, {"completion_window": "soonest"})
     context_management: list[Any] | None = refused("conversations are not compacted; use truncation.", [])
     moderation: Any = refused("there is no moderation model in this server.")
@@ -223,7 +234,13 @@ class ResponsesRequest(AskFields):
 
     def terms(self) -> Terms:
         """On what terms it runs."""
-        return Terms(self.priority or 0, self.safety_identifier or self.user or "", self.cache_salt or "")
+        return Terms(
+            self.priority or 0,
+            self.safety_identifier or self.user or "",
+            self.cache_salt or "",
+            self.ttft or 0.0,
+            self.tpot or 0.0,
+        )
 
 
 # Engine names of parameters to the request's.

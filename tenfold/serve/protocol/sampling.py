@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from tenfold.engine.request import SamplingParams
-from tenfold.serve.protocol.body import MOST, Body, Terms, honoured
+from tenfold.serve.protocol.body import MOST, Body, Terms, honoured, seconds_per_token, seconds_to_first
 from tenfold.serve.settings import ServeConfig
 
 
@@ -115,6 +115,8 @@ class Sampling(Body):
     cache_salt: str | None = honoured(
         None, "extension: requests with different salts never share cached prefixes", max_length=512
     )
+    ttft: float | None = seconds_to_first()
+    tpot: float | None = seconds_per_token()
 
     response_format: dict[str, Any] | None = honoured(
         None, "text, json_object, or json_schema: the answer is held to it, strict or not"
@@ -131,7 +133,7 @@ class Sampling(Body):
 
     def terms(self) -> Terms:
         """On what terms it runs."""
-        return Terms(self.priority or 0, self.payer(), self.cache_salt or "")
+        return Terms(self.priority or 0, self.payer(), self.cache_salt or "", self.ttft or 0.0, self.tpot or 0.0)
 
     def payer(self) -> str:
         """For whom it is, as far as the client says."""

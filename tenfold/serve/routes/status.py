@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import tenfold
-from tenfold.serve.engines import restarts_of, state_of, stats_of
+from tenfold.serve.engines import has_lanes, restarts_of, state_of, stats_of
 from tenfold.serve.metrics import Metrics
 from tenfold.serve.reply import ERROR_RESPONSES
 from tenfold.serve.service import Served, Service, service_of
-from tenfold.serve.window import LEVELS, Recent
+from tenfold.serve.window import Recent
 
 router = APIRouter()
 
@@ -56,7 +56,13 @@ def _level(name: str, recent: Recent, now: float) -> list[float]:
 CHARTS: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = (
     ("Throughput", "tokens/s", (("generated", lambda recent, now: recent.generated.last(now)),)),
     ("Prompts", "tokens/s", (("prompt", lambda recent, now: recent.prompt.last(now)),)),
-    ("Requests in the engine", "", tuple((name, partial(_level, name)) for name in LEVELS)),
+    ("Requests in the engine", "", (("running", partial(_level, "running")), ("waiting", partial(_level, "waiting")))),
+)
+# The same where prompts and answers run side by side.
+BORDER = (
+    "Multiprocessors",
+    "",
+    (("prompts", partial(_level, "prefill_sms")), ("answers", partial(_level, "decode_sms"))),
 )
 # Bars: title, unit, and of each part the name and the field of Stats.
 BARS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -72,6 +78,7 @@ SETTINGS = (
     "max_batch",
     "max_step_tokens",
     "prefix_cache",
+    "schedule",
     "threads",
 )
 
@@ -114,16 +121,25 @@ def _model(served: Served, metrics: Metrics, now: float, brief: bool) -> dict[st
         "requests": metrics.totals(metrics.requests, "outcome", served.name),
         "rejections": metrics.totals(metrics.rejections, "reason", served.name),
         "latency": {"ttft": recent.ttft.percentiles(now), "tpot": recent.tpot.percentiles(now)},
-        "charts": _charts(recent, now),
+        "charts": _charts(recent, now, stats),
         "bars": _bars(stats),
     }
     return live if brief else live | _lasting(llm)
 
 
-def _charts(recent: Recent, now: float) -> list[dict[str, Any]]:
+def _charts(recent: Recent, now: float, stats: Any) -> list[dict[str, Any]]:
+    """note: what is to be said of a chart just now."""
+    notes = {}
+    if stats is not None and has_lanes(stats):
+        notes[BORDER[0]] = f"{stats.border_why}; the border moved {stats.border_changes} times"
     return [
-        {"title": title, "unit": unit, "lines": [{"name": name, "values": last(recent, now)} for name, last in lines]}
-        for title, unit, lines in CHARTS
+        {
+            "title": title,
+            "unit": unit,
+            "lines": [{"name": name, "values": last(recent, now)} for name, last in lines],
+            "note": notes.get(title, ""),
+        }
+        for title, unit, lines in (*CHARTS, *((BORDER,) if notes else ()))
     ]
 
 

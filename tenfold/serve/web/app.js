@@ -55,7 +55,7 @@ const CHOICES = [
 const FACTS = {
   family: "Family", device: "Device", kernels: "Kernels", max_model_len: "Context",
   dtype: "Compute type", kv_cache: "KV cache", kv_dtype: "KV type", weights: "Weights", pages: "KV pages", page_size: "Tokens a page",
-  max_batch: "Batch", max_step_tokens: "Tokens a step", prefix_cache: "Prefix cache", threads: "Threads",
+  max_batch: "Batch", max_step_tokens: "Tokens a step", prefix_cache: "Prefix cache", schedule: "Schedule", threads: "Threads",
   vocab_size: "Vocabulary",
 };
 
@@ -139,6 +139,8 @@ function show() {
   });
   const seconds = Math.ceil(Math.max(60, server.uptime_seconds)); // of what was before there is nothing to see
   model.charts.forEach((chart, i) => widget(Chart, chart.title, "charts", i ? 130 : 210).update(chart, seconds));
+  const titles = new Set([...model.charts, ...model.bars].map(({ title }) => title));
+  for (const [title, { node }] of widgets) node.hidden = widgets.size > titles.size && !titles.has(title);
   model.bars.forEach((bar) => widget(Bar, bar.title, "pair").update(bar));
   table(panels.latency.body, PERCENTILES, [
     { name: "First token", ...model.latency.ttft },

@@ -63,8 +63,8 @@ const BOTTOM = 22;
 const ROWS = 4;
 const STEPS = [15, 30, 60, 120]; // seconds between marks, of which the least is taken that leaves room for them
 
-/** Lines over the last minutes. `update` takes {title, unit, lines: [{name, values}]}, one value a second, and how many of
- * the last seconds are to be seen. */
+/** Lines over the last minutes. `update` takes {title, unit, lines: [{name, values}], note}, one value a second, and how
+ * many of the last seconds are to be seen. */
 export class Chart {
   constructor(height = 200) {
     this.height = height;
@@ -72,7 +72,8 @@ export class Chart {
     this.heading = el("h2");
     this.legend = el("div", { class: "legend num" });
     this.plot = svg("svg", { class: "plot", role: "img", tabindex: "0", height });
-    this.node = el("section", { class: "panel chart" }, el("header", {}, this.heading, this.legend), this.plot);
+    this.note = el("p", { class: "muted small", hidden: true });
+    this.node = el("section", { class: "panel chart" }, el("header", {}, this.heading, this.legend), this.plot, this.note);
     this.plot.addEventListener("pointermove", (event) => this.point(event));
     this.plot.addEventListener("pointerleave", () => this.moveTo(null));
     this.plot.addEventListener("blur", () => this.moveTo(null));
@@ -82,6 +83,8 @@ export class Chart {
 
   update(data, seconds) {
     this.data = { ...data, lines: data.lines.map((line) => ({ ...line, values: line.values.slice(-seconds) })) };
+    this.note.textContent = data.note;
+    this.note.hidden = !data.note;
     this.draw();
   }
 

@@ -1,0 +1,63 @@
+"""Start the phases of an engine: lanes over its GPU, their stairs measured, and a controller of the border."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tenfold.base.log import logger
+from tenfold.engine.phases import table
+from tenfold.engine.phases.controller import Split
+from tenfold.engine.phases.latency import Stairs
+from tenfold.engine.phases.loop import Phases
+
+if TYPE_CHECKING:
+    from tenfold.engine.core import Engine
+
+
+def start(engine: Engine) -> Phases | None:
+    """None where the device cannot; then the log says why. Raises ValueError for a border that this GPU cannot have."""
+    if engine.config.schedule != table.PHASES:
+        return None
+    if reason := unable(engine):
+        table.told(reason)
+        return None
+    from tenfold.engine.phases.lanes import GreenLanes
+    from tenfold.engine.phases.measure import measure
+
+    kernels: Any = engine.kernels
+    border = engine.config.border
+    try:
+        lanes = GreenLanes(engine.runner, kernels, table.splits_of(border, kernels.sms))
+    except RuntimeError as error:
+        table.told(f"the driver does not divide the GPU ({error})")
+        return None
+    stairs = measure(lanes, engine.max_model_len, engine.config.max_batch)
+    targets = table.targets_of(engine.config, stairs, lanes.total)
+    controller = table.make_controller(border, targets, lanes.splits, stairs)
+    if border in (table.STAIRCASE, table.PAPER) or border.isdigit():
+        lanes.use(lanes.splits[len(lanes.splits) // 2])
+    logger.info("phases, border %s: %s", border, said(stairs, lanes.splits))
+    logger.info("targets: %.0f ms to the first token, %.1f ms a token after it", 1e3 * targets.ttft, 1e3 * targets.tpot)
+    return Phases(engine, lanes, controller, targets=targets, stairs=stairs)
+
+
+def unable(engine: Engine) -> str:
+    """Why phases cannot run side by side; "" where they can."""
+    if engine.device.type != "cuda":
+        return "there is no GPU here whose multiprocessors could be shared out"
+    if getattr(engine.kernels, "name", "") != "gpu":
+        return f"the kernels are {engine.kernels.name} ({engine.kernels.reason}), and lanes need those for GPUs"
+    if engine.config.border == table.SHARED:
+        return ""
+    from tenfold.ops.gpu import green
+
+    return green.unavailable()
+
+
+def said(stairs: Stairs, splits: list[Split]) -> str:
+    """What was measured of each part, for people."""
+    prefill = ", ".join(f"{sms}: {1e3 * points[-1][1]:.1f}" for sms, points in sorted(stairs.prefill.items()))
+    decode = ", ".join(f"{sms}: {1e3 * points[-1][1]:.2f}" for sms, points in sorted(stairs.decode.items()))
+    tokens = next(iter(stairs.prefill.values()))[-1][0]
+    requests = next(iter(stairs.decode.values()))[-1][0]
+    return f"prefill of {tokens} tokens by SMs, ms: {prefill}; decode of {requests}: {decode}"

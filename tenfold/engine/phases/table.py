@@ -1,0 +1,73 @@
+"""What `EngineConfig.schedule` names: how prompts and answers share a device."""
+
+from tenfold.base.config import EngineConfig
+from tenfold.base.log import logger
+from tenfold.engine.phases.controller import Adaptive, Algorithm1, Controller, Split, Staircase, Targets
+from tenfold.engine.phases.latency import Paper, Stairs
+
+CHUNKED, PREFILL_FIRST, PHASES = SCHEDULES = ("chunked", "prefill-first", "phases")
+ADAPTIVE, STAIRCASE, PAPER, SHARED = BORDERS = ("adaptive", "staircase", "paper", "shared")
+STEP = 8  # SMs: what Hopper splits by
+SIZES = (64, 80, 96, 112, 120)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
+UNLOADED = 7.5  # times what an idle GPU takes: the paper's tight targets
+TYPICAL = 1024  # tokens of a prompt
+
+
+def check(config: EngineConfig) -> None:
+    """Raises ValueError for settings of the schedule that make no sense."""
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {config.schedule!r}; allowed: {', '.join(SCHEDULES)}.")
+    if config.border not in BORDERS and not (config.border.isdigit() and int(config.border) >= STEP):
+        raise ValueError(
+            f"border is {config.border!r}; allowed: {', '.join(BORDERS)}, or how many multiprocessors prompts get, "
+            f"a multiple of {STEP} such as 96."
+        )
+    for name in ("ttft", "tpot"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; allowed: seconds above 0, or 0 (derive it).")
+    if config.schedule != CHUNKED and config.speculate:
+        raise ValueError(
+            f"schedule is {config.schedule} and speculate is {config.speculate!r}, which do not go together: tokens "
+            f"are guessed ahead only with schedule={CHUNKED}. Leave one of them out."
+        )
+
+
+def splits_of(border: str, total: int) -> tuple[int, ...]:
+    """SMs of prefill in each split that a border needs, of a GPU that has so many. Raises ValueError."""
+    if border == SHARED:
+        return ()
+    if border in BORDERS:
+        return tuple(size for size in SIZES if size <= total - STEP)
+    if not STEP <= int(border) <= total - STEP or int(border) % STEP:
+        raise ValueError(
+            f"border is {border}; allowed on this GPU of {total} multiprocessors: multiples of {STEP} from {STEP} to "
+            f"{(total - STEP) // STEP * STEP}."
+        )
+    return (int(border),)
+
+
+def targets_of(config: EngineConfig, stairs: Stairs, total: int) -> Targets:
+    """What a user set, else a multiple of what an idle GPU takes."""
+    ttft = config.ttft or UNLOADED * stairs.prefill_seconds(total, TYPICAL)
+    return Targets(ttft, config.tpot or UNLOADED * stairs.decode_seconds(total, 1))
+
+
+def make_controller(border: str, targets: Targets, splits: list[Split], stairs: Stairs) -> Controller | None:
+    """None where the border stays where it is."""
+    if border == ADAPTIVE:
+        return Adaptive(Staircase(targets, splits, stairs))
+    if border == STAIRCASE:
+        return Staircase(targets, splits, stairs)
+    if border == PAPER:
+        total = splits[0].prefill + splits[0].decode
+        each = stairs.prefill_seconds(total, TYPICAL)
+        model = Paper.seeded(total, each, stairs.decode_seconds(total, 1))
+        return Algorithm1(targets, splits, model, each / TYPICAL)
+    return None
+
+
+def told(reason: str) -> None:
+    """Says once for an engine why its phases do not run side by side."""
+    logger.warning(
+        "schedule is phases, but %s: prompts run in chunks in the steps of decodes, as with schedule=chunked", reason
+    )

@@ -1,0 +1,163 @@
+"""The schedule a user names: what is allowed, what it falls back to, whose targets count, what is told of it."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.memory import check_sizes
+from tenfold.engine.phases import start, table
+from tenfold.engine.phases.controller import Adaptive, Algorithm1, Decision, Observed, Split, Staircase, Targets
+from tenfold.engine.phases.lanes import OneStream
+from tenfold.engine.phases.latency import Stairs
+from tenfold.engine.phases.loop import Phases
+from tenfold.engine.request import Request, SamplingParams
+from tests.engine import fake
+from tests.engine.test_invariance import Case, answer, case
+
+__all__ = ["case"]
+STAIRS = Stairs(
+    dict.fromkeys((64, 132), ((256, 0.01), (2048, 0.04))), dict.fromkeys((68, 132), ((1, 0.006), (8, 0.007)))
+)
+SPLITS = [Split(64, 68), Split(96, 36)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schedule": "phased"}, ["schedule is 'phased'", "chunked, prefill-first, phases"]),
+        ({"border": "half"}, ["border is 'half'", "adaptive, staircase, paper, shared", "a multiple of 8"]),
+        ({"border": "4"}, ["border is '4'"]),
+        ({"ttft": -1.0}, ["ttft is -1.0", "or 0 (derive it)"]),
+        ({"tpot": float("nan")}, ["tpot is nan"]),
+        ({"schedule": "phases", "speculate": "ngram"}, ["do not go together", "schedule=chunked"]),
+        ({"schedule": "prefill-first", "speculate": "ngram"}, ["do not go together"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"allowed|together") as raised:
+        check_sizes(replace(EngineConfig(), **changes))
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_a_border_is_held_against_the_gpu() -> None:
+    assert table.splits_of("96", 132) == (96,)
+    assert table.splits_of("shared", 132) == ()
+    assert table.splits_of("adaptive", 132) == table.SIZES
+    assert max(table.splits_of("paper", 100)) <= 92
+    for wrong in ("100", "128"):
+        with pytest.raises(ValueError, match=r"this GPU of 132 multiprocessors: multiples of 8 from 8 to 120"):
+            table.splits_of(wrong, 132)
+
+
+def test_controllers_by_name() -> None:
+    targets = Targets(1.0, 0.1)
+    kinds = {"adaptive": Adaptive, "staircase": Staircase, "paper": Algorithm1}
+    for name, kind in kinds.items():
+        made = table.make_controller(name, targets, SPLITS, STAIRS)
+        assert isinstance(made, kind)
+        assert made.targets == targets
+    assert table.make_controller("shared", targets, SPLITS, STAIRS) is None
+    assert table.make_controller("96", targets, SPLITS, STAIRS) is None
+
+
+def test_targets_follow_from_what_was_measured_unless_they_were_set() -> None:
+    config = EngineConfig()
+    derived = table.targets_of(config, STAIRS, 132)
+    assert derived.ttft == pytest.approx(7.5 * STAIRS.prefill_seconds(132, 1024))
+    assert derived.tpot == pytest.approx(7.5 * 0.006)
+    assert table.targets_of(replace(config, ttft=0.3, tpot=0.05), STAIRS, 132) == Targets(0.3, 0.05)
+
+
+def test_without_a_gpu_prompts_run_in_chunks_and_the_log_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = fake.make_engine(schedule="phases")
+    assert start.start(engine) is None
+    (record,) = caplog.records
+    assert "no GPU here" in record.getMessage()
+    assert "as with schedule=chunked" in record.getMessage()
+    assert start.start(fake.make_engine()) is None
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_answers_do_not_depend_on_prompts_first(case: Case, lookahead: int) -> None:
+    engine = case.engine(max_batch=9, lookahead=lookahead, max_step_tokens=20, schedule="prefill-first")
+    answer(case, engine, list(range(9)), [2] * 9)
+    answer(case, engine, [8, 5, 2, 7], n=2)
+
+
+def test_prompts_come_first_and_by_themselves() -> None:
+    engine = fake.make_engine(schedule="prefill-first", max_step_tokens=8, max_model_len=96)
+    plans: list[tuple[int, int]] = []
+    forward = engine.runner.forward
+
+    def told(entries: Any, decodes: int) -> Any:
+        plans.append((len(entries), decodes))
+        return forward(entries, decodes)
+
+    engine.runner.forward = told  # type: ignore[method-assign]
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
+    for _ in range(3):
+        engine.step()
+    plans.clear()
+    engine.add(Request("b", tuple(range(5, 29)), SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
+    for _ in range(4):
+        engine.step()
+    assert plans == [(1, 0), (1, 0), (1, 0), (2, 2)]
+    fake.drain(engine)
+
+
+class Recording:
+    """A controller that keeps what it saw."""
+
+    targets = Targets(1.0, 0.1)
+
+    def __init__(self) -> None:
+        self.seen: list[Observed] = []
+
+    def decide(self, seen: Observed, now: Split) -> Decision:
+        self.seen.append(seen)
+        return Decision(Split(64, 68), "the test wants it")
+
+
+def test_the_strictest_request_sets_the_targets_and_the_border_is_told() -> None:
+    engine = fake.make_engine(max_step_tokens=64, max_model_len=96)
+    recorder = Recording()
+    lanes = OneStream(engine.runner)
+    engine.phases = Phases(engine, lanes, recorder, slice=1, targets=recorder.targets)
+    greedy = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    engine.add(Request("a", (1, 2, 3), greedy))
+    engine.step()
+    engine.add(Request("b", (4, 5, 6), greedy, ttft=0.2, tpot=0.03))
+    for _ in range(6):
+        engine.clock.now += 1.0  # type: ignore[attr-defined]
+        engine.step()
+    wanted = [seen.targets for seen in recorder.seen]
+    assert wanted[0] is None
+    assert Targets(0.2, 0.1) in wanted  # while b waits for its first token
+    assert wanted[-1] == Targets(1.0, 0.03)
+    stats = engine.stats()
+    assert (stats.prefill_sms, stats.decode_sms, stats.border_changes) == (64, 68, 1)
+    assert stats.border_why == "the test wants it"
+    fake.drain(engine)
+
+
+def test_controllers_keep_to_the_targets_of_the_requests() -> None:
+    staircase = Staircase(Targets(10.0, 1.0), SPLITS, STAIRS)
+    seen = Observed(0.1, 0.01, 2048, 0.0, 8, 100.0)
+    assert staircase.miss(SPLITS[0], seen) == 1.0
+    assert staircase.miss(SPLITS[0], replace(seen, targets=Targets(10.0, 0.001))) > 1.0
+
+
+def test_what_was_measured_is_said() -> None:
+    said = start.said(STAIRS, SPLITS)
+    assert said == "prefill of 2048 tokens by SMs, ms: 64: 40.0, 132: 40.0; decode of 8: 68: 7.00, 132: 7.00"
+
+
+def test_other_kernels_than_those_for_gpus_have_no_lanes() -> None:
+    engine: Any = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"), kernels=SimpleNamespace(name="torch", reason="asked for")
+    )
+    assert "kernels are torch (asked for)" in start.unable(engine)
