@@ -505,7 +505,7 @@ def claims_command(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],
     keep: Record = False,
 ) -> None:
-    """What the raw results of a folder say of F1 to F7 and K1 to K4."""
+    """What the raw results of a folder say of F1 to F7, K1 to K4 and P1 to P5."""
     from tenfold.bench import claims_gpu
 
     found = claims_gpu.of_folder(folder)

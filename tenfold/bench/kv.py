@@ -9,7 +9,6 @@ itself too: one layer, from a step's queries, keys and values to its result, at 
 """
 
 import argparse
-import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,20 +24,17 @@ from tenfold.bench.command import save, settings
 from tenfold.bench.fit import Point, points_of
 from tenfold.bench.floor import GB, best_seconds, copy_bandwidth, model_sizes
 from tenfold.bench.hardware import machine
+from tenfold.bench.one_model import OneModel
 from tenfold.cache.store import KVStore
 from tenfold.engine.core import Engine
 from tenfold.engine.memory import DTYPES, LEAST_TOKENS, MemoryPlan, fill, free_memory, kv_spec, plan_memory, share_of
-from tenfold.engine.opened import Opened
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.engine.scheduler import WATERMARK
 from tenfold.engine.sequence import Sequence as Answer
-from tenfold.models.table import Model, build_model
 from tenfold.nn.rope import rope_table
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads
 from tenfold.ops.kv.layer import PackedLayer
 from tenfold.serve.cli.terminal import columns
-from tenfold.weights.load import Weights
-from tenfold.weights.shapes import at_least_positions, is_shape
 
 FORMATS = "dense,fp8,int4,skvq"
 GRAPH_CALLS = 4
@@ -102,18 +98,8 @@ class Result:
         return found[0] if found else None
 
 
-class Bench:
-    """One model in memory, and engines over it, each with a cache of its own format."""
-
-    def __init__(self, model: str, device: str, longest: int, changes: dict[str, Any]) -> None:
-        """longest: context of a sequence at most."""
-        model = at_least_positions(model, longest) if is_shape(model) else model
-        self.opened = Opened(EngineConfig(model=model, device=device, prefix_cache=False, **changes))
-        self.asked = self.opened.config
-        self.opened.choose()
-        config, checkpoint = self.opened.config, self.opened.checkpoint
-        weights = Weights(checkpoint, self.opened.kernels, self.opened.device, DTYPES[config.dtype], config.weights)
-        self.model: Model = build_model(checkpoint.config, weights, longest)
+class Bench(OneModel):
+    """Engines over one model, each with a cache of its own format."""
 
     def planned(self, format: str, batch: int, context: int) -> tuple[EngineConfig, MemoryPlan]:
         """Settings and memory of an engine; context: of each sequence. Raises ValueError."""
@@ -144,16 +130,11 @@ class Bench:
 
     def engine(self, format: str, point: Point, tokens: int) -> Engine:
         """Raises ValueError where it does not fit."""
-        gc.collect()  # the engine before this one
-        if self.opened.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.release()
         config, plan = self.planned(format, point.batch, point.context + tokens)
         plan.require()
         pages = pages_for(point.batch, point.context + tokens, config.page_size)
-        self.opened.config = config
-        stored = self.opened.groupings()
-        model = self.model.on(self.opened.kernels)  # whose graphs, and the store they keep, end with the engine
-        engine = Engine(model, self.opened.kernels, config, pages=pages, groupings=stored)
+        engine = self.engine_of(config, pages)
         engine.memory = plan
         stock(engine.kv)
         return engine

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.bench import kv as kv_bench
+from tenfold.bench import phases as phases_bench
 from tenfold.bench.single import Result
 
 # Colours that people with the common colour blindnesses tell apart (Okabe and Ito 2008), and another marker for each.
@@ -149,6 +150,26 @@ def saved(figure: Any, path: Path, plt: Any) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def phases(result: phases_bench.Result, path: Path) -> Path:
+    """The share of requests that kept both targets, over the rate, of every arm. Raises ValueError without rows."""
+    plt = pyplot()
+    if not result.rows:
+        raise ValueError("There is no rate in this result to draw.")
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharex=True, sharey=True, layout="constrained")
+    for axis, kind in zip(axes, ("tight", "loose")):
+        for arm, (colour, marker) in zip(result.arms, cycle(STYLES.values())):
+            points = sorted((row.rate, 100 * getattr(row, kind)) for row in result.rows if row.arm == arm)
+            dashes = "-" if arm in ("adaptive", "staircase", "paper") else "--"
+            if points:
+                axis.plot(*zip(*points), color=colour, marker=marker, linestyle=dashes, label=arm)
+        axis.axhline(90, color=FLOOR, linewidth=0.8)
+        axis.set(xlabel="requests a second", ylabel="% of requests within both targets", title=f"{kind} targets")
+        axis.grid(True, color="#dddddd", linewidth=0.7)
+    axes[1].legend(frameon=False, fontsize=9)
+    figure.suptitle(title(result.model, result.machine))
+    return saved(figure, path, plt)
 
 
 def kv(result: kv_bench.Result, path: Path) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, kv, launches, plots, single
+from tenfold.bench import arms, kv, launches, phases, plots, single
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load, number
 from tenfold.bench.hardware import ROOT
@@ -223,6 +223,29 @@ def kv_quality_table(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def phases_table(result: phases.Result) -> str:
+    """Every arm at every rate."""
+    head = ["requests/s", "schedule", "tight", "loose", "TTFT p90", "TTFT p99", "TPOT p90", "ITL p99", "latency"]
+    lines = [_cells([*head, "tokens/s"]), _cells(["---"] * (len(head) + 1))]
+    for row in sorted(result.rows, key=lambda row: (row.rate, result.arms.index(row.arm))):
+        times = [f"{value:.0f} ms" for value in (row.ttft["p90"], row.ttft["p99"])]
+        times += [f"{value:.1f} ms" for value in (row.tpot["p90"], row.itl["p99"])]
+        shares = [f"{row.tight:.0%}", f"{row.loose:.0%}"]
+        speed = f"{row.tokens / row.seconds:.0f}"
+        lines.append(_cells([f"{row.rate:g}", row.arm, *shares, *times, f"{row.latency:.2f} s", speed]))
+    machine = result.machine
+    mix = f", {result.long:.0%} prompts of {result.long_tokens} tokens" if result.long else ""
+    alone = f"alone {result.alone['ttft']:.1f} ms and {result.alone['tpot']:.2f} ms a token"
+    lines += [
+        "",
+        f"tight: within {phases.TIGHT:g} times what requests take {alone}, loose: {phases.LOOSE:g} times{mix}. ",
+    ]
+    lines[-1] += f"{result.stairs}. " if result.stairs else ""
+    lines[-1] += f"{result.model} on {machine.get('hardware', '')}, commit {machine.get('commit', '')}, "
+    lines[-1] += f"{machine.get('date', '')}. `{result.command}`"
+    return "\n".join(lines)
+
+
 def lines_table(data: Mapping[str, Any]) -> str:
     """A result that comes with its lines, as a block of text."""
     return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
@@ -264,6 +287,8 @@ def tables(folder: Path) -> str:
         f"### Quality of KV formats, {data['model']}\n\n{kv_quality_table(data)}"
         for data in found.get("kv-quality", ())
     ]
+    for load in map(phases.loaded, found.get("phases", ())):
+        parts += [f"### Schedules, {load.model.partition('@')[0]}\n\n{phases_table(load)}"]
     for suite in ("throughput", "serving", "soak", "quality"):
         parts += [f"### {suite.capitalize()}\n\n{lines_table(data)}" for data in found.get(suite, ())]
     return "\n\n".join(parts) + "\n"
@@ -282,6 +307,9 @@ def charts(folder: Path) -> list[Path]:
         if any(row.steps for row in result.rows):
             name = result.model.removeprefix("shape:").partition("@")[0].replace("/", "-")
             made.append(plots.kv(result, folder / f"kv-{name}.png"))
+    for load in map(phases.loaded, found.get("phases", ())):
+        if load.rows:
+            made.append(plots.phases(load, folder / f"attainment{'-long' if load.long else ''}.png"))
     if found.get("serving"):
         made.append(plots.serving(found["serving"], folder / "serving.png"))
     return made

@@ -1,0 +1,127 @@
+"""Claims P1 to P5, prompts and answers side by side, from raw results of `bench.phases`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tenfold.bench import phases
+from tenfold.bench.claims import Claim, claim, signed
+from tenfold.bench.phases import Result
+
+ATTAINED = 0.9  # of requests that keep both targets
+OURS = ("adaptive", "staircase", "paper")  # arms whose border moves; others are rivals
+DEFAULT = "adaptive"
+CHUNKED = "chunked"
+
+
+def capacity(result: Result, arm: str, kind: str) -> float:
+    """The highest rate at which a share of ATTAINED keeps both targets, between measured rates in proportion; 0: not
+    even the lowest one. kind: "tight" or "loose".
+    """
+    rows = sorted((row for row in result.rows if row.arm == arm), key=lambda row: row.rate)
+    best, before = 0.0, None
+    for row in rows:
+        share = getattr(row, kind)
+        if share >= ATTAINED:
+            best = row.rate
+        elif before is not None and getattr(before, kind) >= ATTAINED:
+            last = getattr(before, kind)
+            best = before.rate + (row.rate - before.rate) * (last - ATTAINED) / (last - share)
+        before = row
+    return best
+
+
+def rivals(result: Result) -> list[str]:
+    return [arm for arm in result.arms if arm not in OURS]
+
+
+def of_results(results: Sequence[Result]) -> list[Claim]:
+    made: list[Claim] = []
+    for result in results:
+        if DEFAULT not in result.arms or not result.rows:
+            continue
+        found = _gaps(result) if result.long else [*_rates(result), *_latency(result), *_flips(result), *_full(result)]
+        made += [signed(each, result.machine) for each in found]
+    return made
+
+
+def name_of(result: Result) -> str:
+    return result.model.removeprefix("shape:").partition("@")[0]
+
+
+def _rates(result: Result) -> list[Claim]:
+    made = []
+    for kind, times in (("tight", phases.TIGHT), ("loose", phases.LOOSE)):
+        rates = {arm: capacity(result, arm, kind) for arm in result.arms}
+        rival = max(rivals(result), key=rates.__getitem__)
+        if not rates[rival]:
+            continue
+        what = (
+            f"requests a second at {ATTAINED:.0%} attainment, {name_of(result)}, {kind} targets ({times:g} times "
+            f"alone), {DEFAULT} over {rival}"
+        )
+        note = ", ".join(f"{arm}: {rate:.1f}" for arm, rate in rates.items())
+        value = rates[DEFAULT] / rates[rival]
+        against = "the best of our rivals"
+        made.append(claim("P1", what, value, "x", result.command, at_least=1.5, against=against, note=note))
+    return made
+
+
+def _latency(result: Result) -> list[Claim]:
+    rate = max(row.rate for row in result.rows)
+    rows = {row.arm: row for row in result.rows if row.rate == rate}
+    others = [row for arm, row in rows.items() if arm not in OURS]
+    if DEFAULT not in rows or not others:
+        return []
+    best = min(others, key=lambda row: row.latency)
+    what = f"mean latency to the last token at {rate:g} requests a second, {name_of(result)}, {best.arm} over {DEFAULT}"
+    note = ", ".join(f"{arm}: {row.latency:.2f} s" for arm, row in rows.items())
+    value = best.latency / rows[DEFAULT].latency
+    return [claim("P2", what, value, "x", result.command, at_least=1.27, against="the best of our rivals", note=note)]
+
+
+def _gaps(result: Result) -> list[Claim]:
+    made = []
+    for rate in sorted({row.rate for row in result.rows}):
+        ours = result.row(DEFAULT, rate)
+        chunked = [row for row in result.rows if row.rate == rate and row.arm.partition(":")[0] == CHUNKED]
+        if ours is None or not chunked:
+            continue
+        rival = min(chunked, key=lambda row: row.itl["p99"])  # with the chunks that suit it best
+        where = f"{name_of(result)}, {result.long:.0%} prompts of {result.long_tokens}, {rate:g} requests a second"
+        each = [row for row in result.rows if row.rate == rate]
+        note = ", ".join(f"{r.arm}: ITL p99 {r.itl['p99']:.1f}, TTFT p90 {r.ttft['p90']:.0f} ms" for r in each)
+        gaps, first = (f"{what}, {where}" for what in ("p99 time between tokens", "p90 TTFT"))
+        ratio = rival.itl["p99"] / ours.itl["p99"]
+        made.append(
+            claim("P3", f"{gaps}, {rival.arm} over {DEFAULT}", ratio, "x", result.command, at_least=2.0, note=note)
+        )
+        ratio = ours.ttft["p90"] / rival.ttft["p90"]
+        made.append(
+            claim("P3", f"{first}, {DEFAULT} over {rival.arm}", ratio, "x", result.command, at_most=1.3, note=note)
+        )
+    return made
+
+
+def _flips(result: Result) -> list[Claim]:
+    if result.flip_us is None:
+        return []
+    what = f"a change of the split on the host, {name_of(result)}, median of {phases.FLIPS}"
+    failed = sum(row.failed for row in result.rows)
+    moved = sum(row.moved for row in result.rows)
+    requests = sum(row.requests for row in result.rows)
+    note = f"the border moved {moved} times under load, {failed} of {requests} requests failed"
+    return [claim("P4", what, result.flip_us, "us", result.command, at_most=100.0, note=note)]
+
+
+def _full(result: Result) -> list[Claim]:
+    if DEFAULT not in result.full or CHUNKED not in result.full:
+        return []
+    ours, rival = (max(result.full[arm]) for arm in (DEFAULT, CHUNKED))
+    what = f"tokens a second of requests that come at once, {name_of(result)}, {DEFAULT} over {CHUNKED}"
+    note = ", ".join(f"{arm}: {max(rates):.0f}" for arm, rates in result.full.items())
+    return [claim("P5", what, ours / rival, "x", result.command, at_least=0.98, note=note)]
+
+
+def of_suites(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Claim]:
+    """All claims of raw results by suite; those of CPUs say nothing."""
+    return of_results([phases.loaded(data) for data in found.get("phases", ()) if "cuda" in data["machine"]])

@@ -1,0 +1,369 @@
+"""Prompts and answers on one GPU, by every schedule in turn: who keeps both targets, and up to which load.
+
+    python -m tenfold.bench.phases --model shape:llama-3-8b --lengths PAIRS.json --rates 10,16,22,28,34 --out FOLDER
+
+Requests arrive at random moments (Poisson); their lengths are drawn from a file of [prompt, answer] pairs, tokens are
+random. All arms run in one engine, over one KV store, one after the other at every rate, in an order that turns around:
+
+    chunked[:N]      chunks of prompts in the steps of decodes (N tokens a step)
+    prefill-first    decodes wait for prompts
+    shared           two streams without a split
+    N                prompts have N multiprocessors, answers the others
+    staircase, paper, adaptive    a controller moves the border
+
+Targets are multiples of the time that requests take alone: 7.5 (tight) and 10 (loose), as in the paper.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tenfold.base.config import EngineConfig
+from tenfold.bench.command import save, settings
+from tenfold.bench.hardware import machine
+from tenfold.bench.load import Answer, percentile
+from tenfold.bench.phases_sim import Ask
+from tenfold.engine.core import Engine
+from tenfold.engine.phases import table
+from tenfold.engine.phases.controller import Split, Targets
+from tenfold.engine.phases.lanes import Lanes, OneStream
+from tenfold.engine.phases.latency import Stairs
+from tenfold.engine.phases.loop import Phases
+from tenfold.engine.phases.start import said
+from tenfold.engine.request import Request, SamplingParams
+from tenfold.weights.shapes import at_least_positions, is_shape
+
+ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
+TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
+ALONE = 16  # requests by which that is measured
+FLIPS = 400  # changes of the split that are timed
+MARGIN = 64  # tokens beside the longest request
+
+
+@dataclass(slots=True)
+class Row:
+    """An arm at a rate. tight, loose: share of requests that kept both targets; latency: mean seconds to the last
+    token; percentiles of TTFT, TPOT and gaps between tokens, in ms; moved: times the border moved.
+    """
+
+    arm: str
+    rate: float
+    requests: int
+    failed: int
+    seconds: float
+    tokens: int
+    tight: float
+    loose: float
+    latency: float
+    ttft: dict[str, float]
+    tpot: dict[str, float]
+    itl: dict[str, float]
+    moved: int = 0
+
+    def line(self) -> str:
+        return (
+            f"{self.rate:6.2f}/s {self.arm:14} tight {self.tight:4.0%} loose {self.loose:4.0%}  "
+            f"TTFT p90 {self.ttft['p90']:7.0f} p99 {self.ttft['p99']:7.0f}  TPOT p90 {self.tpot['p90']:6.1f}  "
+            f"ITL p99 {self.itl['p99']:6.1f} ms  latency {self.latency:6.2f} s  {self.tokens / self.seconds:6.0f} tok/s"
+            + (f"  moved {self.moved}" if self.moved else "")
+            + (f"  {self.failed} failed" if self.failed else "")
+        )
+
+
+@dataclass(slots=True)
+class Result:
+    """alone: milliseconds of a request by itself, to the first token and per token; flip_us: of a change of the split
+    on the host; full: tokens a second of each arm where all requests are there at once; long: share of prompts of
+    long_tokens.
+    """
+
+    model: str
+    machine: dict[str, str]
+    command: str = ""
+    arms: list[str] = field(default_factory=list)
+    alone: dict[str, float] = field(default_factory=dict)
+    stairs: str = ""
+    long: float = 0.0
+    long_tokens: int = 0
+    flip_us: float | None = None
+    full: dict[str, list[float]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        return {"suite": "phases"} | asdict(self)
+
+    def row(self, arm: str, rate: float) -> Row | None:
+        return next((row for row in self.rows if (row.arm, row.rate) == (arm, rate)), None)
+
+
+def loaded(data: Mapping[str, Any]) -> Result:
+    """The result that `plain` made."""
+    values = {k: v for k, v in data.items() if k != "suite"}
+    return Result(**(values | {"rows": [Row(**row) for row in data["rows"]]}))
+
+
+class Arms:
+    """One engine under every schedule."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        """Raises ValueError for a name that is no arm."""
+        self.engine = engine
+        self.names = list(names)
+        self.limits = engine.scheduler.limits
+        self.stairs: Stairs | None = None
+        self.lanes: Any = None
+        self.total = getattr(engine.kernels, "sms", 1)
+        borders = [name for name in names if self._border(name)]
+        if borders and engine.device.type == "cuda":
+            self._divide(borders)
+        elif borders:
+            self.lanes = OneStream(engine.runner)
+        self._known = {name: self._make(name) for name in names}
+
+    @staticmethod
+    def _border(name: str) -> str:
+        """What `EngineConfig.border` is in an arm of phases; "" in others."""
+        return name if name in table.BORDERS or name.isdigit() else ""
+
+    def _divide(self, borders: Sequence[str]) -> None:
+        from tenfold.engine.phases.lanes import GreenLanes
+        from tenfold.engine.phases.measure import measure
+
+        kernels: Any = self.engine.kernels
+        sizes = sorted({size for border in borders for size in table.splits_of(border, self.total)})
+        self.lanes = GreenLanes(self.engine.runner, kernels, sizes)
+        self.stairs = measure(self.lanes, self.engine.max_model_len, self.engine.config.max_batch)
+
+    def _make(self, name: str) -> tuple[str, int, Phases | None]:
+        """Schedule, tokens of a step, phases."""
+        kind, _, tokens = name.partition(":")
+        if border := self._border(name):
+            return table.PHASES, self.limits.max_step_tokens, self._phases(border, self.lanes)
+        if kind not in (table.CHUNKED, table.PREFILL_FIRST) or (tokens and not tokens.isdigit()):
+            raise ValueError(f"{name!r} is no arm; allowed: {ARMS}, chunked:TOKENS, or a number of multiprocessors.")
+        return kind, int(tokens or self.limits.max_step_tokens), None
+
+    def _phases(self, border: str, lanes: Lanes) -> Phases:
+        controller = targets = None
+        splits: list[Split] = getattr(lanes, "splits", [])
+        if self.stairs is not None:
+            targets = table.targets_of(self.engine.config, self.stairs, self.total)
+            controller = table.make_controller(border, targets, splits, self.stairs)
+        return Phases(self.engine, lanes, controller, targets=targets, stairs=self.stairs)
+
+    def aim(self, targets: Targets) -> None:
+        """What controllers aim at from now on."""
+        self.engine.config = replace(self.engine.config, ttft=targets.ttft, tpot=targets.tpot)
+        self._known = {name: self._make(name) for name in self.names}
+
+    def use(self, name: str) -> Phases | None:
+        """The engine, with nothing to do, runs by this arm from now on."""
+        engine = self.engine
+        assert not engine.has_work
+        schedule, tokens, phases = self._known[name]
+        engine.config = replace(engine.config, schedule=schedule)
+        engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens)
+        if engine.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        engine.phases = phases
+        if phases is not None:
+            self.lanes.use(Split(int(name), self.total - int(name)) if name.isdigit() else self._begin())
+        return phases
+
+    def _begin(self) -> Split:
+        return getattr(self.lanes, "shared", Split(1, 1))
+
+    def flip_us(self) -> float | None:
+        """Median microseconds of a change of the split."""
+        splits = [*getattr(self.lanes, "splits", []), self._begin()]
+        if len(splits) < 2:
+            return None
+        found = []
+        for i in range(FLIPS):
+            begin = time.perf_counter()
+            self.lanes.use(splits[i % len(splits)])
+            found.append(time.perf_counter() - begin)
+        return 1e6 * statistics.median(found)
+
+
+def drawn(
+    pairs: Sequence[Sequence[int]], rate: float, seconds: float, seed: int, long: float = 0.0, long_tokens: int = 0
+) -> list[Ask]:
+    """Requests that arrive at random; a share of them has prompts of long_tokens."""
+    draw, now, found = random.Random(seed), 0.0, []
+    while (now := now + draw.expovariate(rate)) < seconds:
+        prompt, answer = draw.choice(pairs)
+        found.append(Ask(now, long_tokens if draw.random() < long else prompt, max(2, answer)))
+    return found
+
+
+def serve(engine: Engine, asks: Sequence[Ask], seed: int, one_by_one: bool = False) -> tuple[list[Answer], float]:
+    """What became of each, and the seconds all took. one_by_one: each comes when the one before is done."""
+    draw = random.Random(seed)
+    tokens = draw.choices(range(min(engine.vocab_size, 30_000)), k=max(a.prompt for a in asks) + len(asks))
+    answers = [Answer(ask.arrival) for ask in asks]
+    begin, coming, done = engine.clock(), 0, 0
+    while done < len(asks):
+        now = engine.clock() - begin
+        while coming < len(asks) and (done == coming if one_by_one else asks[coming].arrival <= now):
+            ask = asks[coming]
+            if one_by_one:
+                answers[coming].due = now
+            params = SamplingParams(max_tokens=ask.answer, temperature=0.0, ignore_eos=True)
+            prompt = tuple(tokens[coming : coming + ask.prompt])
+            engine.add(Request(str(coming), prompt, params, arrival=begin + answers[coming].due))
+            coming += 1
+        if not engine.has_work:
+            time.sleep(min(0.001, max(0.0, asks[coming].arrival - now)))
+            continue
+        for output in engine.step():
+            answer = answers[int(output.request_id)]
+            if output.tokens:
+                answer.times.append(engine.clock() - begin)
+                answer.sizes.append(len(output.tokens))
+            if output.finish is not None:
+                done += 1
+                answer.error = output.error or ""
+    return answers, engine.clock() - begin
+
+
+def row_of(arm: str, rate: float, answers: Sequence[Answer], seconds: float, alone: Mapping[str, float]) -> Row:
+    fine = [a for a in answers if not a.error and a.times]
+
+    def kept(times: float) -> float:
+        good = [a for a in fine if a.ttft <= times * alone["ttft"] and (a.tpot or 0.0) <= times * alone["tpot"]]
+        return len(good) / len(answers)
+
+    def shares(values: Sequence[float]) -> dict[str, float]:
+        return {f"p{p}": percentile(values, p) for p in (50, 90, 99)}
+
+    return Row(
+        *(arm, rate, len(answers), len(answers) - len(fine), seconds, sum(a.tokens for a in fine)),
+        *(kept(TIGHT), kept(LOOSE), statistics.fmean([a.times[-1] - a.due for a in fine]) if fine else float("inf")),
+        *(shares([a.ttft for a in fine]), shares([a.tpot for a in fine if a.tpot is not None])),
+        shares([gap for a in fine for gap in a.gaps]),
+    )
+
+
+def by_itself(engine: Engine, pairs: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Milliseconds to the first token and per token of requests that come one by one."""
+    asks = drawn(pairs, 1.0, 4.0 * ALONE, 1)[:ALONE]
+    for _ in range(2):  # kernels are loaded and graphs captured
+        answers, _ = serve(engine, asks, 1, one_by_one=True)
+    tpots = [t for a in answers if (t := a.tpot) is not None]
+    return {"ttft": statistics.fmean(a.ttft for a in answers), "tpot": statistics.fmean(tpots)}
+
+
+def run(
+    engine: Engine,
+    result: Result,
+    pairs: Sequence[Sequence[int]],
+    rates: Sequence[float],
+    seconds: float,
+    warm: float,
+    full: int,
+    rounds: int = 1,
+    say: Callable[[str], None] = print,
+    done: Callable[[Result], None] = lambda result: None,
+    deadline: float = float("inf"),
+) -> Result:
+    """seconds: of arrivals at each rate; warm: of a load before them that is not counted; full: requests that are there
+    at once, for throughput. deadline: `time.monotonic()` after which no rate is begun.
+    """
+    arms = Arms(engine, result.arms)
+    if arms.stairs is not None:
+        result.stairs = said(arms.stairs, arms.lanes.splits)
+        say(result.stairs)
+    result.flip_us = arms.flip_us()
+    arms.use(result.arms[0])
+    result.alone = by_itself(engine, pairs)
+    say(f"alone: {result.alone['ttft']:.1f} ms to the first token, {result.alone['tpot']:.2f} ms a token")
+    arms.aim(Targets(TIGHT * result.alone["ttft"] / 1e3, TIGHT * result.alone["tpot"] / 1e3))
+    for name in result.arms:
+        arms.use(name)
+        serve(engine, drawn(pairs, max(rates), warm, 99, result.long, result.long_tokens), 99)
+    together = [Ask(0.0, ask.prompt, ask.answer) for ask in drawn(pairs, 1.0, 4.0 * full, 5)[:full]]
+    for i in range(2 if full else 0):
+        for name in result.arms if i % 2 == 0 else reversed(result.arms):
+            arms.use(name)
+            answers, took = serve(engine, together, 5)
+            result.full.setdefault(name, []).append(sum(a.tokens for a in answers) / took)
+    for turn, rate in enumerate(rate for _ in range(rounds) for rate in rates):
+        if time.monotonic() > deadline:
+            result.notes.append(f"{rate} requests a second: the time was up")
+            continue
+        asks = drawn(pairs, rate, seconds, turn, result.long, result.long_tokens)
+        for name in result.arms if turn % 2 == 0 else reversed(result.arms):
+            phases = arms.use(name)
+            before = phases.changes if phases is not None else 0
+            row = row_of(name, rate, *serve(engine, asks, turn), result.alone)
+            row.moved = phases.changes - before if phases is not None else 0
+            result.rows.append(row)
+            say(row.line())
+        done(result)
+    return result
+
+
+def load(model: str, device: str, longest: int, changes: Mapping[str, Any]) -> Engine:
+    model = at_least_positions(model, longest) if is_shape(model) else model
+    own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
+    return Engine.load(EngineConfig(model=model, device=device, **(own | dict(changes))), tokens_only=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tenfold.bench.phases", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--lengths", type=Path, required=True, help="JSON: a list of [prompt, answer] in tokens")
+    parser.add_argument("--arms", default=ARMS)
+    parser.add_argument("--rates", default="10,16,22,28,34", help="requests a second")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of arrivals at each rate")
+    parser.add_argument("--warm", type=float, default=4.0, help="seconds of load before, for each arm")
+    parser.add_argument("--full", type=int, default=128, help="requests that come at once, for throughput")
+    parser.add_argument("--long", type=float, default=0.0, help="share of requests with long prompts")
+    parser.add_argument("--long-tokens", type=int, default=8192)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no rate is begun")
+    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--name", default="phases", help="of the file")
+    parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    given = parser.parse_args(arguments)
+    began = time.monotonic()
+    pairs = json.loads(given.lengths.read_text())
+    most = max(sum(pair) for pair in pairs)
+    if given.long:
+        most = max(most, given.long_tokens + max(answer for _, answer in pairs))
+    engine = load(given.model, given.device, most + MARGIN, settings(given.set))
+    result = Result(given.model, machine(str(engine.device)), arms=given.arms.split(","))
+    result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0
+    options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens")
+    shown = {name: getattr(given, name) for name in options} | {"lengths": given.lengths.name}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in shown.items()]
+    result.command = " ".join(["python -m tenfold.bench.phases", *words, *(f"--set {one}" for one in given.set)])
+
+    def keep(result: Result) -> None:
+        if given.out:
+            save(given.out / f"{given.name}.json", result.plain(), given.commit)
+
+    rates = [float(rate) for rate in given.rates.split(",")]
+    run(
+        *(engine, result, pairs, rates, given.seconds, given.warm, given.full),
+        done=keep,
+        deadline=began + given.limit,
+    )
+    keep(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The benchmark of schedules: every arm in one engine, what is counted, what is claimed."""
+
+from pathlib import Path
+
+import pytest
+
+from tenfold.bench import claims_phases, phases, plots, report
+from tenfold.bench.load import Answer
+from tenfold.bench.phases import Result, Row
+
+MODEL = "shape:llama-3.2-1b@layers=2"
+PAIRS = [[20, 4], [40, 6], [6, 3]]
+
+
+def test_all_arms_answer_the_same_requests_in_turn(tmp_path: Path) -> None:
+    told: list[str] = []
+    engine = phases.load(MODEL, "cpu", 200, {"kv_memory": 8 << 20, "max_step_tokens": 64})
+    arms = ["chunked", "chunked:16", "prefill-first", "shared"]
+    result = Result(MODEL, {"hardware": "here"}, arms=arms, long=0.3, long_tokens=100)
+    kept: list[int] = []
+    phases.run(engine, result, PAIRS, [20.0, 40.0], 0.2, 0.05, 2, 1, told.append, lambda r: kept.append(len(r.rows)))
+    assert [row.arm for row in result.rows] == [*arms, *reversed(arms)]
+    for rate in (20.0, 40.0):
+        rows = [row for row in result.rows if row.rate == rate]
+        assert len({(row.requests, row.tokens) for row in rows}) == 1
+        assert all(row.failed == 0 and row.requests > 0 for row in rows)
+    assert kept == [4, 8]
+    assert min(result.alone.values()) > 0
+    assert {arm: len(rates) for arm, rates in result.full.items()} == dict.fromkeys(arms, 2)
+    assert phases.loaded(result.plain()) == result
+    assert "prefill-first" in report.phases_table(result)
+    assert plots.phases(result, tmp_path / "a.png").stat().st_size > 10_000
+    assert not engine.has_work
+    assert engine.pool.used == 0
+
+
+def test_what_is_no_arm_is_refused() -> None:
+    engine = phases.load(MODEL, "cpu", 100, {"kv_memory": 4 << 20})
+    for wrong in ("chunks", "chunked:many", "adaptiv"):
+        with pytest.raises(ValueError, match="is no arm"):
+            phases.Arms(engine, [wrong])
+
+
+def test_long_prompts_are_a_share_and_arrivals_repeat() -> None:
+    asks = phases.drawn(PAIRS, 100.0, 20.0, 3, 0.25, 999)
+    assert asks == phases.drawn(PAIRS, 100.0, 20.0, 3, 0.25, 999)
+    assert len(asks) == pytest.approx(2000, rel=0.1)
+    assert sum(ask.prompt == 999 for ask in asks) / len(asks) == pytest.approx(0.25, abs=0.04)
+
+
+def test_requests_count_where_both_targets_hold() -> None:
+    alone = {"ttft": 10.0, "tpot": 2.0}
+    good = Answer(0.0, [0.05, 0.06], [1, 1])  # 50 ms, then 10 ms a token
+    late = Answer(0.0, [0.09, 0.1], [1, 1])  # loose only
+    slow = Answer(0.0, [0.05, 0.09], [1, 1])  # 40 ms a token
+    failed = Answer(0.0, [0.05], [1], "broken")
+    row = phases.row_of("a", 2.0, [good, late, slow, failed], 1.0, alone)
+    assert (row.tight, row.loose, row.failed, row.tokens) == (0.25, 0.5, 1, 6)
+    assert row.latency == pytest.approx((0.06 + 0.1 + 0.09) / 3)
+
+
+def row(arm: str, rate: float, tight: float, loose: float, **values: float) -> Row:
+    own = {"latency": 1.0, "ttft": 100.0, "itl": 20.0} | values
+    percentiles = [dict.fromkeys(("p50", "p90", "p99"), own[name]) for name in ("ttft", "ttft", "itl")]
+    return Row(arm, rate, 100, 0, 10.0, 1000, tight, loose, own["latency"], *percentiles, moved=3)
+
+
+def made() -> Result:
+    machine = {"hardware": "GPU", "cuda": "13", "commit": "abc", "date": "2026-01-01"}
+    result = Result("shape:some", machine, "command", ["chunked", "shared", "adaptive"], {"ttft": 1.0, "tpot": 1.0})
+    result.rows = [
+        row("chunked", 10, 1.0, 1.0),
+        row("chunked", 20, 0.8, 1.0, latency=4.0),
+        row("shared", 10, 0.7, 0.7),
+        row("shared", 20, 0.5, 0.6, latency=3.0),
+        row("adaptive", 10, 1.0, 1.0),
+        row("adaptive", 20, 0.95, 1.0, latency=2.0),
+    ]
+    result.full = {"chunked": [100.0, 90.0], "adaptive": [95.0, 99.0], "shared": [80.0]}
+    result.flip_us = 12.0
+    return result
+
+
+def test_claims_are_those_of_the_rows() -> None:
+    result = made()
+    assert claims_phases.capacity(result, "chunked", "tight") == pytest.approx(15.0)
+    assert claims_phases.capacity(result, "shared", "tight") == 0.0
+    found = {(c.id, "tight" in c.what): c for c in claims_phases.of_results([result])}
+    assert found["P1", True].value == pytest.approx(20 / 15, rel=1e-3)
+    assert not found["P1", True].met
+    assert found["P1", False].value == 1.0
+    assert (found["P2", False].value, found["P2", False].met) == (1.5, True)
+    assert (found["P4", False].value, found["P4", False].met) == (12.0, True)
+    assert (found["P5", False].value, found["P5", False].met) == (0.99, True)
+
+
+def test_a_mix_with_long_prompts_counts_gaps_between_tokens() -> None:
+    result = made()
+    result.long, result.long_tokens = 0.1, 8192
+    result.rows = [
+        row("chunked", 4, 1, 1, itl=300.0, ttft=500.0),
+        row("chunked:512", 4, 1, 1, itl=60.0, ttft=900.0),
+        row("adaptive", 4, 1, 1, itl=25.0, ttft=1000.0),
+    ]
+    gaps, first = claims_phases.of_results([result])
+    assert (gaps.id, gaps.value, gaps.met) == ("P3", 2.4, True)  # against the chunks that suit it best
+    assert (first.value, first.met) == (1.111, True)
+    assert "chunked:512 over adaptive" in gaps.what
