@@ -117,8 +117,9 @@ class EngineConfig:
     schedule: str = setting(
         "chunked",
         "how prompts and answers share the device: chunked (chunks of prompts in the steps of decodes), prefill-first "
-        "(answers wait for prompts), phases (GPU: side by side, on groups of multiprocessors of their own)",
-        choices=("chunked", "prefill-first", "phases"),
+        "(answers wait for prompts), phases (GPU: side by side, on groups of multiprocessors of their own), "
+        "disaggregated (prompts on another GPU with its own copy of the weights; needs prefix_cache=false)",
+        choices=("chunked", "prefill-first", "phases", "disaggregated"),
     )
     border: str = setting(
         "adaptive",

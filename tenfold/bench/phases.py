@@ -10,6 +10,7 @@ random. All arms run in one engine, over one KV store, one after the other at ev
     shared           two streams without a split
     N                prompts have N multiprocessors, answers the others
     staircase, paper, adaptive    a controller moves the border
+    disaggregated    prompts on another GPU
 
 Targets are multiples of the time that requests take alone: 7.5 (tight) and 10 (loose), as in the paper.
 """
@@ -35,7 +36,7 @@ from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
-from tenfold.engine.phases.start import said
+from tenfold.engine.phases.start import apart, said
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -120,6 +121,7 @@ class Arms:
         self.stairs: Stairs | None = None
         self.lanes: Any = None
         self.total = getattr(engine.kernels, "sms", 1)
+        self.apart = apart(engine) if table.DISAGGREGATED in names else None
         borders = [name for name in names if self._border(name)]
         if borders and engine.device.type == "cuda":
             self._divide(borders)
@@ -146,6 +148,10 @@ class Arms:
         kind, _, tokens = name.partition(":")
         if border := self._border(name):
             return table.PHASES, self.limits.max_step_tokens, self._phases(border, self.lanes)
+        if kind == table.DISAGGREGATED:
+            if self.apart is None:
+                raise ValueError("disaggregated cannot run here; the log says why. Leave it out.")
+            return kind, self.limits.max_step_tokens, self.apart
         if kind not in (table.CHUNKED, table.PREFILL_FIRST) or (tokens and not tokens.isdigit()):
             raise ValueError(f"{name!r} is no arm; allowed: {ARMS}, chunked:TOKENS, or a number of multiprocessors.")
         return kind, int(tokens or self.limits.max_step_tokens), None
@@ -175,7 +181,7 @@ class Arms:
 
             torch.cuda.synchronize()
         engine.phases = phases
-        if phases is not None:
+        if phases is not None and phases is not self.apart:
             self.lanes.use(Split(int(name), self.total - int(name)) if name.isdigit() else self._begin())
         return phases
 

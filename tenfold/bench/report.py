@@ -287,8 +287,8 @@ def tables(folder: Path) -> str:
         f"### Quality of KV formats, {data['model']}\n\n{kv_quality_table(data)}"
         for data in found.get("kv-quality", ())
     ]
-    for load in map(phases.loaded, found.get("phases", ())):
-        parts += [f"### Schedules, {load.model.partition('@')[0]}\n\n{phases_table(load)}"]
+    for served in map(phases.loaded, found.get("phases", ())):
+        parts += [f"### Schedules, {served.model.partition('@')[0]}\n\n{phases_table(served)}"]
     for suite in ("throughput", "serving", "soak", "quality"):
         parts += [f"### {suite.capitalize()}\n\n{lines_table(data)}" for data in found.get(suite, ())]
     return "\n\n".join(parts) + "\n"
@@ -307,9 +307,9 @@ def charts(folder: Path) -> list[Path]:
         if any(row.steps for row in result.rows):
             name = result.model.removeprefix("shape:").partition("@")[0].replace("/", "-")
             made.append(plots.kv(result, folder / f"kv-{name}.png"))
-    for load in map(phases.loaded, found.get("phases", ())):
-        if load.rows:
-            made.append(plots.phases(load, folder / f"attainment{'-long' if load.long else ''}.png"))
+    for served in map(phases.loaded, found.get("phases", ())):
+        if served.rows:
+            made.append(plots.phases(served, folder / f"attainment{'-long' if served.long else ''}.png"))
     if found.get("serving"):
         made.append(plots.serving(found["serving"], folder / "serving.png"))
     return made

@@ -113,6 +113,13 @@ class KVStore:
             groups = groupings[i] if groupings else None
             self.layers.append(self._packed.layer(groups) if spec.packs(i) else next(stored))
 
+    def take_pages(self, other: "KVStore", pages: Tensor) -> None:
+        """Whole pages of a store of the same shape on another device, to the same numbers; pages [N] int64 on the host.
+        Stores that pack have no such copies.
+        """
+        for own, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            own[:, pages.to(own.device)] = theirs[:, pages.to(theirs.device)].to(own.device)
+
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages in every layer; `sources`, `targets` [N] int64 page numbers on the store's device."""
         for whole in (self._keys, self._values, *(self._packed.pages if self.spec.packing else ())):

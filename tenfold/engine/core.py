@@ -90,6 +90,7 @@ class Engine:
         self.timeline: Timeline | None = None
         self.path: Path | None = None  # of the checkpoint
         self.matrices: tuple[Matrix, ...] = ()  # of the model, as the kernels hold them
+        self.replica: Callable[[torch.device], Model] | None = None  # loads the model on another device
         self.on_start: Callable[[list[str]], None] | None = None  # told request ids before their first step
         self.vocab_size = model.config.vocab_size
         spec = kv_spec(model.config, config)
@@ -164,6 +165,7 @@ class Engine:
             )
             engine.memory, engine.timeline = plan, timeline
             engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
+            engine.replica = opened.replica
             engine.warm_up()
         with timeline.phase("lanes"):
             engine.phases = start_phases(engine)

@@ -13,7 +13,7 @@ from tenfold.cache.store import Groupings
 from tenfold.engine.memory import DTYPES, Draft, fill, free_memory, kv_spec, plan_memory, resolve, weight_bytes
 from tenfold.engine.text import Text
 from tenfold.models.table import Model, build_model, model_config
-from tenfold.ops.kernels import Options
+from tenfold.ops.kernels import Kernels, Options
 from tenfold.ops.kv.quantize import Grouping
 from tenfold.ops.table import make_kernels
 from tenfold.weights import kv_calibration
@@ -50,8 +50,7 @@ class Opened:
     def choose(self) -> None:
         config = self.config
         dtype = DTYPES.get(config.dtype) or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        options = Options(config.graphs, config.softmax, config.gemm, config.merge)
-        self.kernels = make_kernels(config.kernels, self.device, dtype, config.threads, options)
+        self.kernels = self._kernels(self.device, dtype)
         self.weights, quantised = weight_bytes(self.checkpoint, config.weights, dtype, self.kernels.name)
         self.draft: Draft | None = None
         if self.draft_checkpoint is not None:
@@ -60,6 +59,11 @@ class Opened:
         resolved = resolve(config, self.device, self.kernels.name, quantised)
         self.memory = plan_memory(self.shape, self.weights, resolved, free_memory(self.device), self.draft)
         self.config = fill(resolved, self.memory)
+
+    def _kernels(self, device: torch.device, dtype: torch.dtype) -> Kernels:
+        config = self.config
+        options = Options(config.graphs, config.softmax, config.gemm, config.merge)
+        return make_kernels(config.kernels, device, dtype, config.threads, options)
 
     def groupings(self) -> Groupings | None:
         """How the keys and values of a packed cache are grouped; None where its format needs no calibration, and for
@@ -92,6 +96,13 @@ class Opened:
                 f"{self.config.model} ({len(ours)} tokens, {differ} of them missing or numbered otherwise); choose a "
                 "smaller model of the same family, or speculate=ngram."
             )
+
+    def replica(self, device: torch.device) -> Model:
+        """The model on another device of the same kind, with kernels of its own."""
+        config, dtype = self.config, DTYPES[self.config.dtype]
+        kernels = self._kernels(device, dtype)
+        weights = Weights(self.checkpoint, kernels, device, dtype, config.weights)
+        return build_model(self.checkpoint.config, weights, config.max_model_len)
 
     def load_draft(self) -> Model | None:
         """The draft model, for as long a context as the plan has, or as the model itself allows."""

@@ -143,10 +143,14 @@ class Rows:
         self._turn = 0
         self.apart = device.type != "cpu"
 
-    def twin(self) -> "Rows":
-        """The same rows for steps of another lane, whose inputs must not be overwritten by those of this one."""
+    def twin(self, kv: KVStore | None = None, device: torch.device | None = None) -> "Rows":
+        """The same rows for steps of another lane, whose inputs must not be overwritten by those of this one; on
+        another device over a store of its own, whose page numbers mean the same.
+        """
         other = copy.copy(self)
-        place = None if self._buffers[0].place is None else Place(self.last_token.device)
+        if kv is not None and device is not None:
+            other.kv, other.last_token = kv, torch.zeros_like(self.last_token, device=device)
+        place = None if self._buffers[0].place is None else Place(other.last_token.device)
         other._buffers = [Buffer(place) for _ in self._buffers]
         return other
 

@@ -76,6 +76,24 @@ class Runner:
         other._sample_plan, other._planned_for = None, ()
         return other
 
+    def elsewhere(self, model: Model, kv: KVStore, device: torch.device) -> "Runner":
+        """The same rows for steps of a model, and over a store, on another device."""
+        other = self.twin(model)
+        other.kv, other.device = kv, device
+        other.rows = self.rows.twin(kv, device)
+        other.sampler = Sampler(self.sampler.max_batch, self.sampler.vocab_size, device)
+        other._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        return other
+
+    def receive(self, sequences: list[Sequence]) -> None:
+        """Sequences whose steps ran elsewhere so far go on here, with the tokens that they have."""
+        for sequence in sequences:
+            self.sampler.admit(sequence)
+        if sequences:
+            rows = torch.tensor([s.row for s in sequences], dtype=torch.int64, device=self.device)
+            latest = torch.tensor([s.tokens[-1] for s in sequences], dtype=torch.int64, device=self.device)
+            self.rows.keep(rows, latest)
+
     def prepare(self, plan: StepPlan) -> None:
         """What a plan needs before its entries run: rows of new sequences, and page copies. Done once a plan."""
         for source, target in plan.rooms:

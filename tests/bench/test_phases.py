@@ -7,6 +7,7 @@ import pytest
 from tenfold.bench import claims_phases, phases, plots, report
 from tenfold.bench.load import Answer
 from tenfold.bench.phases import Result, Row
+from tenfold.engine.phases import start
 
 MODEL = "shape:llama-3.2-1b@layers=2"
 PAIRS = [[20, 4], [40, 6], [6, 3]]
@@ -32,6 +33,17 @@ def test_all_arms_answer_the_same_requests_in_turn(tmp_path: Path) -> None:
     assert plots.phases(result, tmp_path / "a.png").stat().st_size > 10_000
     assert not engine.has_work
     assert engine.pool.used == 0
+
+
+def test_a_second_device_is_an_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = phases.load(MODEL, "cpu", 100, {"kv_memory": 4 << 20})
+    with pytest.raises(ValueError, match="cannot run here"):
+        phases.Arms(engine, ["disaggregated"])
+    monkeypatch.setattr(phases, "apart", lambda engine: start.apart(engine, engine.device))
+    result = Result(MODEL, {"hardware": "here"}, arms=["chunked", "disaggregated"])
+    phases.run(engine, result, PAIRS, [20.0], 0.2, 0.05, 0, say=lambda line: None)
+    assert [(row.arm, row.failed) for row in result.rows] == [("chunked", 0), ("disaggregated", 0)]
+    assert result.rows[0].tokens == result.rows[1].tokens > 0
 
 
 def test_what_is_no_arm_is_refused() -> None:

@@ -7,14 +7,17 @@ are not overwritten by the other phase's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from tenfold.cache.store import KVStore
 from tenfold.engine.phases.controller import Split
 from tenfold.engine.runner import Runner, Slices
+from tenfold.engine.sequence import Sequence as Answer
+from tenfold.models.table import Model
 from tenfold.ops.gpu import green
 from tenfold.ops.gpu.green import Part
 
@@ -35,6 +38,10 @@ class Lanes(Protocol):
 
     def prefill(self, slices: Slices | None) -> AbstractContextManager[Runner, bool | None]:
         """slices: of the prefill that goes on here, None where one begins."""
+        ...
+
+    def handed(self, sequences: list[Answer]) -> None:
+        """Their prompts are computed and their first tokens read; they decode from now on."""
         ...
 
 
@@ -69,6 +76,9 @@ class GreenLanes:
             self._decode = self._moved(self._decode, self._decodes.get(split, self._decodes[self.shared]))
         if split.prefill:
             self._prefill = self._moved(self._prefill, self._prefills.get(split, self._prefills[self.shared]))
+
+    def handed(self, sequences: list[Answer]) -> None:
+        """One store: there is nothing to do."""
 
     def every_prefill(self) -> Iterator[tuple[int, torch.cuda.Stream, Runner]]:
         """SMs, stream and runner of each lane of prefills."""
@@ -115,6 +125,9 @@ class OneStream:
     def use(self, split: Split) -> None:
         self.now = split
 
+    def handed(self, sequences: list[Answer]) -> None:
+        """One store: there is nothing to do."""
+
     @contextmanager
     def decode(self) -> Iterator[Runner]:
         yield self._decode
@@ -122,3 +135,36 @@ class OneStream:
     @contextmanager
     def prefill(self, slices: Slices | None) -> Iterator[Runner]:
         yield self._prefill
+
+
+class TwoDevices:
+    """Prefill on a device of its own, with its own copy of the weights and a KV store of its own. When a prompt is
+    computed its pages are copied to the store of decodes, where they have the same numbers. The rival that shared
+    storage is held against: no prefix cache, and every page has its place on both devices.
+    """
+
+    def __init__(self, runner: Runner, model: Model, device: torch.device) -> None:
+        """model: on `device`, with the weights of the runner's."""
+        self._decode = runner
+        self._prefill = runner.elsewhere(model, KVStore(runner.kv.spec, runner.kv.pages, device), device)
+        self.now = Split(1, 1)
+
+    def use(self, split: Split) -> None:
+        self.now = split
+
+    def handed(self, sequences: list[Answer]) -> None:
+        pages = sorted({page for sequence in sequences for page in sequence.pages})
+        with torch.inference_mode():
+            if pages:
+                self._decode.kv.take_pages(self._prefill.kv, torch.tensor(pages, dtype=torch.int64))
+            self._decode.receive(sequences)
+
+    @contextmanager
+    def decode(self) -> Iterator[Runner]:
+        yield self._decode
+
+    @contextmanager
+    def prefill(self, slices: Slices | None) -> Iterator[Runner]:
+        device = self._prefill.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield self._prefill

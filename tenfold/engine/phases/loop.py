@@ -18,7 +18,7 @@ from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output
 from tenfold.engine.runner import Pending, Slices
-from tenfold.engine.sequence import Sequence
+from tenfold.engine.sequence import Sequence, Status
 
 if TYPE_CHECKING:
     from tenfold.engine.core import Engine, Isolated
@@ -184,6 +184,7 @@ class Phases:
         self.underway = None
         self.watch.prefilled(prefill.plan)
         self.engine._read(prefill.plan, pending, outputs)
+        self.lanes.handed([e.sequence for e in prefill.plan.entries if e.sequence.status is Status.DECODE])
 
 
 class Watch:

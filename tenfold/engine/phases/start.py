@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tenfold.base.log import logger
 from tenfold.engine.phases import table
 from tenfold.engine.phases.controller import Split
+from tenfold.engine.phases.lanes import TwoDevices
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
 
@@ -16,10 +19,13 @@ if TYPE_CHECKING:
 
 def start(engine: Engine) -> Phases | None:
     """None where the device cannot; then the log says why. Raises ValueError for a border that this GPU cannot have."""
-    if engine.config.schedule != table.PHASES:
+    schedule = engine.config.schedule
+    if schedule == table.DISAGGREGATED:
+        return apart(engine)
+    if schedule != table.PHASES:
         return None
     if reason := unable(engine):
-        table.told(reason)
+        table.told(schedule, reason)
         return None
     from tenfold.engine.phases.lanes import GreenLanes
     from tenfold.engine.phases.measure import measure
@@ -29,7 +35,7 @@ def start(engine: Engine) -> Phases | None:
     try:
         lanes = GreenLanes(engine.runner, kernels, table.splits_of(border, kernels.sms))
     except RuntimeError as error:
-        table.told(f"the driver does not divide the GPU ({error})")
+        table.told(schedule, f"the driver does not divide the GPU ({error})")
         return None
     stairs = measure(lanes, engine.max_model_len, engine.config.max_batch)
     targets = table.targets_of(engine.config, stairs, lanes.total)
@@ -39,6 +45,20 @@ def start(engine: Engine) -> Phases | None:
     logger.info("phases, border %s: %s", border, said(stairs, lanes.splits))
     logger.info("targets: %.0f ms to the first token, %.1f ms a token after it", 1e3 * targets.ttft, 1e3 * targets.tpot)
     return Phases(engine, lanes, controller, targets=targets, stairs=stairs)
+
+
+def apart(engine: Engine, device: torch.device | None = None) -> Phases | None:
+    """Prefill on another device; None: the next GPU, where there is one."""
+    if device is None:
+        count = torch.cuda.device_count() if engine.device.type == "cuda" else 0
+        if count < 2:
+            table.told(table.DISAGGREGATED, f"it needs two GPUs and there {'is one' if count else 'is none'}")
+            return None
+        device = torch.device("cuda", ((engine.device.index or 0) + 1) % count)
+    if engine.replica is None:
+        table.told(table.DISAGGREGATED, "the weights are not there to be loaded twice")
+        return None
+    return Phases(engine, TwoDevices(engine.runner, engine.replica(device), device))
 
 
 def unable(engine: Engine) -> str:

@@ -2,10 +2,11 @@
 
 from tenfold.base.config import EngineConfig
 from tenfold.base.log import logger
+from tenfold.cache.format import AS_COMPUTED
 from tenfold.engine.phases.controller import Adaptive, Algorithm1, Controller, Split, Staircase, Targets
 from tenfold.engine.phases.latency import Paper, Stairs
 
-CHUNKED, PREFILL_FIRST, PHASES = SCHEDULES = ("chunked", "prefill-first", "phases")
+CHUNKED, PREFILL_FIRST, PHASES, DISAGGREGATED = SCHEDULES = ("chunked", "prefill-first", "phases", "disaggregated")
 ADAPTIVE, STAIRCASE, PAPER, SHARED = BORDERS = ("adaptive", "staircase", "paper", "shared")
 STEP = 8  # SMs: what Hopper splits by
 SIZES = (64, 80, 96, 112, 120)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
@@ -25,6 +26,11 @@ def check(config: EngineConfig) -> None:
     for name in ("ttft", "tpot"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: seconds above 0, or 0 (derive it).")
+    if config.schedule == DISAGGREGATED and (config.prefix_cache or config.kv_cache not in AS_COMPUTED):
+        raise ValueError(
+            "schedule is disaggregated, which moves pages of keys and values as computed between GPUs and shares none: "
+            "set prefix_cache=false and leave kv_cache at auto."
+        )
     if config.schedule != CHUNKED and config.speculate:
         raise ValueError(
             f"schedule is {config.schedule} and speculate is {config.speculate!r}, which do not go together: tokens "
@@ -66,8 +72,9 @@ def make_controller(border: str, targets: Targets, splits: list[Split], stairs: 
     return None
 
 
-def told(reason: str) -> None:
+def told(schedule: str, reason: str) -> None:
     """Says once for an engine why its phases do not run side by side."""
     logger.warning(
-        "schedule is phases, but %s: prompts run in chunks in the steps of decodes, as with schedule=chunked", reason
+        "schedule is %s, but %s: prompts run in chunks in the steps of decodes, as with schedule=chunked",
+        *(schedule, reason),
     )

@@ -228,15 +228,19 @@ _maps: dict[tuple[Any, ...], TensorMap] = {}
 Argument = Tensor | int | float | TensorMap | None
 
 
-@cache
 def load(source: str, entry: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
     """The kernel `entry` of csrc/`source` with these macros, compiled for the current device. Raises CompileError."""
-    module = _module(source, defines, torch.cuda.current_device())
+    return _load(source, entry, defines, torch.cuda.current_device())
+
+
+@cache
+def _load(source: str, entry: str, defines: tuple[tuple[str, int], ...], device: int) -> Kernel:
+    module = _module(source, defines, device)
     driver = _driver()
     function = ctypes.c_void_p()
     check(driver, driver.cuModuleGetFunction(ctypes.byref(function), module, entry.encode()), entry)
     assert function.value is not None
-    return Kernel(entry, function.value, driver, torch.cuda.current_device())
+    return Kernel(entry, function.value, driver, device)
 
 
 @cache

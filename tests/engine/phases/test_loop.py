@@ -6,7 +6,7 @@ import pytest
 
 from tenfold.engine.core import Engine
 from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
-from tenfold.engine.phases.lanes import OneStream
+from tenfold.engine.phases.lanes import OneStream, TwoDevices
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
 from tests.engine import fake, test_grammar
@@ -34,6 +34,29 @@ def test_tokens_keep_coming_while_a_prompt_is_computed() -> None:
     assert order.count("a") >= 2  # a token for each of the two layers
     engine.abort("a")
     fake.drain(engine)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_answers_are_those_of_one_device_where_pages_move_to_another(lookahead: int) -> None:
+    """The fake model reads back every token of a context: from the other store once its prompt is computed."""
+    engine = fake.make_engine(
+        lookahead=lookahead, prefix_cache=False, max_batch=6, max_step_tokens=24, max_model_len=96, pages=40
+    )
+    lanes = TwoDevices(engine.runner, fake.FakeModel(), engine.device)  # type: ignore[arg-type]
+    del lanes._prefill.prepare  # the fake's check of copies, which belongs to the other store
+    engine.phases = Phases(engine, lanes, slice=1)
+    prompts = [tuple((7 * i + j) % 90 + 4 for j in range(3 + 9 * i)) for i in range(7)]
+    outputs = []
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0.0, max_tokens=14, n=1 + i % 2)
+        engine.add(Request(str(i), prompt, params))
+        outputs += engine.step()
+        outputs += engine.step()
+    outputs += fake.drain(engine)
+    answers = fake.answers(outputs)
+    for i, prompt in enumerate(prompts):
+        for index in range(1 + i % 2):
+            assert answers[str(i), index] == fake.reference(prompt, len(prompt) + 14)
 
 
 def test_a_prompt_alone_is_computed_at_once() -> None:

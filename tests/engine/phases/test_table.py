@@ -27,17 +27,19 @@ SPLITS = [Split(64, 68), Split(96, 36)]
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schedule": "phased"}, ["schedule is 'phased'", "chunked, prefill-first, phases"]),
+        ({"schedule": "phased"}, ["schedule is 'phased'", "chunked, prefill-first, phases, disaggregated"]),
         ({"border": "half"}, ["border is 'half'", "adaptive, staircase, paper, shared", "a multiple of 8"]),
         ({"border": "4"}, ["border is '4'"]),
         ({"ttft": -1.0}, ["ttft is -1.0", "or 0 (derive it)"]),
         ({"tpot": float("nan")}, ["tpot is nan"]),
         ({"schedule": "phases", "speculate": "ngram"}, ["do not go together", "schedule=chunked"]),
         ({"schedule": "prefill-first", "speculate": "ngram"}, ["do not go together"]),
+        ({"schedule": "disaggregated"}, ["set prefix_cache=false"]),
+        ({"schedule": "disaggregated", "prefix_cache": False, "kv_cache": "fp8"}, ["leave kv_cache at auto"]),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"allowed|together") as raised:
+    with pytest.raises(ValueError, match=r"allowed|together|set") as raised:
         check_sizes(replace(EngineConfig(), **changes))
     assert all(word in str(raised.value) for word in words), str(raised.value)
 
@@ -79,6 +81,16 @@ def test_without_a_gpu_prompts_run_in_chunks_and_the_log_says_so_once(caplog: py
     assert "as with schedule=chunked" in record.getMessage()
     assert start.start(fake.make_engine()) is None
     assert len(caplog.records) == 1
+    assert start.start(fake.make_engine(schedule="disaggregated", prefix_cache=False)) is None
+    assert "it needs two GPUs and there is none" in caplog.records[1].getMessage()
+
+
+def test_a_second_device_needs_the_weights_again(caplog: pytest.LogCaptureFixture) -> None:
+    engine = fake.make_engine(schedule="disaggregated", prefix_cache=False)
+    assert start.apart(engine, engine.device) is None
+    assert "loaded twice" in caplog.text
+    engine.replica = lambda device: fake.FakeModel()  # type: ignore[assignment,return-value]
+    assert start.apart(engine, engine.device) is not None
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
