@@ -14,7 +14,9 @@ from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/measured.md", "docs/gpu.md", "docs/kv-cache.md"))
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/measured.md", "docs/gpu.md", "docs/kv-cache.md", "docs/schedules.md")
+)
 
 
 def table(claims: Sequence[Claim]) -> str:

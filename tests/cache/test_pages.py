@@ -114,3 +114,20 @@ def test_random_use_keeps_every_page_in_one_state(seed: int) -> None:
                 pool.release([page])
         pool.check({page: held.count(page) for page in held})
         assert pool.free + pool.used + pool.idle == pool.total
+
+
+def test_two_phases_that_take_pages_never_lose_an_update() -> None:
+    """The race of semi-PD: prefill looks (50 of 100 pages are used), decode takes 21 and writes 71, prefill takes 10 and
+    writes 60. Here looking, taking and counting are one operation, so whoever looked before still ends at 81.
+    """
+    pool = PagePool(100)
+    pool.allocate(50)
+    seen_by_prefill = pool.used
+    decode = pool.allocate(21)
+    prefill = pool.allocate(10)
+    assert seen_by_prefill == 50
+    assert pool.used == 81
+    assert not set(decode) & set(prefill)
+    pool.release(decode)
+    pool.release(prefill)
+    assert pool.used == 50
