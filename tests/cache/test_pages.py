@@ -117,8 +117,8 @@ def test_random_use_keeps_every_page_in_one_state(seed: int) -> None:
 
 
 def test_two_phases_that_take_pages_never_lose_an_update() -> None:
-    """The race of semi-PD: prefill looks (50 of 100 pages are used), decode takes 21 and writes 71, prefill takes 10 and
-    writes 60. Here looking, taking and counting are one operation, so whoever looked before still ends at 81.
+    """The race of semi-PD: prefill looks (50 of 100 pages are used), decode takes 21 and writes 71, prefill takes 10
+    and writes 60. Here looking, taking and counting are one operation, so whoever looked before still ends at 81.
     """
     pool = PagePool(100)
     pool.allocate(50)
