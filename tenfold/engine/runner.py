@@ -130,14 +130,20 @@ class Runner:
         return Slices(entries, None if pooled else self.rows.gather(entries, 0))
 
     def advance(self, slices: "Slices", layers: int) -> "Forward | None":
-        """Run so many more layers; None where some are left. Chunks that are pooled run at once."""
+        """Run so many more layers; None where some are left. Chunks that are pooled run at once, and those of which all
+        layers are asked for, which may have been recorded as a whole.
+        """
         if slices.batch is None:
             return self.forward(slices.entries, 0)
+        depth = self.model.config.layers
         with torch.inference_mode():
-            end = min(slices.done + layers, self.model.config.layers)
-            slices.x = self.model.part(slices.batch.step, slices.x, range(slices.done, end))
+            end = min(slices.done + layers, depth)
+            if slices.done == 0 and end == depth:
+                slices.x = self.model.forward(slices.batch.step)
+            else:
+                slices.x = self.model.part(slices.batch.step, slices.x, range(slices.done, end))
             slices.done = end
-        if end < self.model.config.layers:
+        if end < depth:
             return None
         return Forward(Pending(slices.entries, self._copies), slices.batch, slices.x)
 

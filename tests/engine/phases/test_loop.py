@@ -59,6 +59,32 @@ def test_answers_are_those_of_one_device_where_pages_move_to_another(lookahead: 
             assert answers[str(i), index] == fake.reference(prompt, len(prompt) + 14)
 
 
+def test_a_short_prompt_beside_answers_runs_as_a_whole() -> None:
+    """As kernels may have recorded it: slices would be launched layer by layer."""
+    model = fake.FakeModel()
+    engine = fake.make_engine(model, max_step_tokens=64, max_model_len=96)
+    engine.phases = Phases(engine, OneStream(engine.runner), slice=200)
+    parts: list[int] = []
+    part = model.part
+
+    def told(step: Any, x: Any, layers: range) -> Any:
+        parts.append(len(step.token_ids))
+        return part(step, x, layers)
+
+    model.part = told  # type: ignore[method-assign]
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
+    engine.step()
+    for length, launched in ((50, []), (60, [60, 60])):
+        engine.phases.slice = 200 if length == 50 else 60
+        engine.add(
+            Request(str(length), tuple(range(length, 4, -1)) + (4,) * 4, SamplingParams(temperature=0.0, max_tokens=1))
+        )
+        for _ in range(3):
+            engine.step()
+        assert parts == launched
+    fake.drain(engine)
+
+
 def test_a_prompt_alone_is_computed_at_once() -> None:
     engine = laned(fake.make_engine(max_step_tokens=64, max_model_len=96))
     engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=1)))
