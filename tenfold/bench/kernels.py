@@ -23,7 +23,7 @@ from tenfold.ops.attention import tune as attention
 from tenfold.ops.choose import Table
 from tenfold.ops.gpu import arms, decode, tune
 from tenfold.ops.gpu.timing import GpuTimer
-from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kernels import AttentionSpec, Heads
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
@@ -120,13 +120,12 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
     slots = torch.full((batch,), -1, dtype=torch.int32, device=device)
     workspace = decode.Workspace(device, batch * spec.kv_heads)
-    phi = torch.full((spec.heads,), 2.0, device=device)
+    heads = Heads(spec, rope, phi=torch.full((spec.heads,), 2.0, device=device))
 
     def ours(plan: decode.DecodePlan) -> Any:
         def call(i: int) -> Tensor:
             keys, values, table = stores[i]
-            inputs = (qkv, rope, lengths - 1, slots, keys, values, table, lengths, spec)
-            return decode.run(plan, workspace, *inputs, phi=phi)
+            return decode.run(plan, workspace, qkv, heads, lengths - 1, slots, keys, values, table, lengths)
 
         return call
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import Heads, Norm
 
 TILE = 2048  # elements of a program
 MOST_TOKENS = 16  # of a program of `rope_write`
@@ -269,19 +269,10 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def rope_write(
-    qkv: Tensor,
-    table: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    spec: AttentionSpec,
-    q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
-) -> Tensor:
+def rope_write(qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`Kernels.rope_write`. A token whose slot is negative is not written. keys, values: contiguous within a page."""
-    refuse_strided(qkv, table, positions, slots)
+    spec, q_norm, k_norm = heads.spec, heads.q_norm, heads.k_norm
+    refuse_strided(qkv, heads.rope, positions, slots)
     tokens = qkv.shape[0]
     out = qkv.new_empty(tokens, spec.heads * spec.head_dim)
     if not tokens:
@@ -290,7 +281,7 @@ def rope_write(
     padded = triton.next_power_of_2(spec.head_dim)
     together = min(MOST_TOKENS, triton.next_power_of_2(tokens))
     rope_write_kernel[(spec.heads + 2 * spec.kv_heads, triton.cdiv(tokens, together))](
-        *(qkv, table, positions, slots, keys, values, out),
+        *(qkv, heads.rope, positions, slots, keys, values, out),
         None if q_norm is None else q_norm.weight,
         None if k_norm is None else k_norm.weight,
         tokens,

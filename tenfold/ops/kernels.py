@@ -214,20 +214,11 @@ class Kernels(Protocol):
         ...
 
     def rope_write(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
+        self, qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """Split qkv [T, (heads + 2 kv_heads) * head_dim]; norm each head of q and k (where norms are given); rotate
-        both by table[position] ([P, rotary_dim]: cosines then sines, rotary_dim/2 each, float32); write k and v into
-        the pages at slots; return q [T, heads * head_dim].
+        """Split qkv [T, (heads + 2 kv_heads) * head_dim]; norm each head of q and k (where there are norms); rotate
+        both by heads.rope[position] ([P, rotary_dim]: cosines then sines, rotary_dim/2 each, float32); write k and v
+        into the pages at slots; return q [T, heads * head_dim].
         """
         ...
 
@@ -278,9 +269,7 @@ class Separate:
         return requests, -(-pages // PAGE_STRIDE) * PAGE_STRIDE
 
     def attention(self: Any, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
-        q = self.rope_write(
-            *(qkv, heads.rope, step.positions, step.slots, keys, values, heads.spec, heads.q_norm, heads.k_norm)
-        )
+        q = self.rope_write(qkv, heads, step.positions, step.slots, keys, values)
         return self.attend(
             *(q, keys, values, step.page_table, step.query_start, step.kv_lengths, heads.spec),
             *(step.max_query, step.max_kv),

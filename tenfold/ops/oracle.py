@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tenfold.ops.blocks import dequantize
 from tenfold.ops.formats import unpack
-from tenfold.ops.kernels import AttentionSpec, Norm, Replay, Separate, run
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Matrix, RawTensor
 
 # Elements of the largest float32 temporary of one attention block: 64 MiB on a CPU, 512 MiB on a GPU.
@@ -83,26 +83,17 @@ class Oracle(Separate):
         return y if residual is None else y + residual
 
     def rope_write(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
+        self, qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        tokens = qkv.shape[0]
-        heads = qkv.view(tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim)
-        q, k, v = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
-        if q_norm is not None:
-            q = self.norm(q, q_norm)
-        if k_norm is not None:
-            k = self.norm(k, k_norm)
+        spec, tokens = heads.spec, qkv.shape[0]
+        each = qkv.view(tokens, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        q, k, v = each.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        if heads.q_norm is not None:
+            q = self.norm(q, heads.q_norm)
+        if heads.k_norm is not None:
+            k = self.norm(k, heads.k_norm)
         if spec.rotary_dim:
-            cos, sin = table[positions][:, None].chunk(2, dim=-1)
+            cos, sin = heads.rope[positions][:, None].chunk(2, dim=-1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         page_size = keys.shape[2]
         pages, offsets = slots // page_size, slots % page_size

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 
@@ -126,16 +126,16 @@ def test_rotary_and_pages(
     positions = torch.randint(0, 40, (tokens,), generator=generator).int().to(DEVICE)
     slots = torch.randperm(4 * 8, generator=generator)[:tokens].int().to(DEVICE)
     owned = slots % 3 != 0
-    norms = (gain(head_dim, 5), gain(head_dim, 6)) if normed else (None, None)
+    layer = Heads(spec, table, *((gain(head_dim, 5), gain(head_dim, 6)) if normed else ()))
     wanted = torch.full((2, 4, kv_heads, 8, head_dim), float("nan"), device=DEVICE, dtype=dtype)
-    q = ORACLE.rope_write(qkv, table, positions, slots, wanted[0], wanted[1], spec, *norms)
+    q = ORACLE.rope_write(qkv, layer, positions, slots, wanted[0], wanted[1])
     left = slots[~owned].long()  # what is not owned stays as it was
     clean = torch.full_like(wanted, float("nan"))
     wanted[:, left // 8, :, left % 8] = float("nan")
     given = torch.where(owned, slots, -1 - slots)
     for module, name in ((elementwise, "rope_write"), (rope, "write")):  # the second is the first on a CPU
         got = clean.clone()
-        close(run(name, qkv, table, positions, given, got[0], got[1], spec, *norms, of=module), q, 4)
+        close(run(name, qkv, layer, positions, given, got[0], got[1], of=module), q, 4)
         assert torch.equal(got.isnan(), wanted.isnan())
         close(got[0].nan_to_num(), wanted[0].nan_to_num(), 4)
         assert torch.equal(got[1].nan_to_num(), wanted[1].nan_to_num())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tenfold.ops import oracle
 from tenfold.ops.blocks import dequantize, quantize
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
@@ -295,7 +295,7 @@ def test_rope_write(rotary_dim: int, normed: bool) -> None:
     keys, values = torch.full((3, 1, 4, 8), 9.0), torch.full((3, 1, 4, 8), 9.0)
     qkv = random(3, 5 * 8)
     norms = [Norm(random(8, seed=s), 1e-3) if normed else None for s in (2, 3)]
-    q = KERNELS.rope_write(qkv, table, positions, slots, keys, values, spec, *norms)
+    q = KERNELS.rope_write(qkv, Heads(spec, table, *norms), positions, slots, keys, values)
 
     heads = qkv.view(3, 5, 8)
     turn = torch.polar(torch.ones(10, half), angles)[positions.long()][:, None]

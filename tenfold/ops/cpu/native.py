@@ -179,28 +179,19 @@ class Native(Separate):
         return out
 
     def rope_write(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
+        self, qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         _check(qkv, "qkv")
+        spec, q_norm, k_norm = heads.spec, heads.q_norm, heads.k_norm
         tokens, width = qkv.shape
-        heads, kv_heads, head_dim = spec.heads, spec.kv_heads, spec.head_dim
-        if width != (heads + 2 * kv_heads) * head_dim:
-            _refuse("qkv", qkv, f"[T, {(heads + 2 * kv_heads) * head_dim}], the heads of q, k and v")
+        if width != (spec.heads + 2 * spec.kv_heads) * spec.head_dim:
+            _refuse("qkv", qkv, f"[T, {(spec.heads + 2 * spec.kv_heads) * spec.head_dim}], the heads of q, k and v")
         page_size = self._pages(keys, values, spec)
-        out = self._empty((tokens, heads * head_dim))
+        out = self._empty((tokens, spec.heads * spec.head_dim))
         self._rope_write(
             _ROPE_WRITE.pack(
                 qkv.data_ptr(),
-                table.data_ptr(),
+                heads.rope.data_ptr(),
                 positions.data_ptr(),
                 slots.data_ptr(),
                 keys.data_ptr(),
@@ -209,9 +200,9 @@ class Native(Separate):
                 0 if k_norm is None else k_norm.weight.data_ptr(),
                 out.data_ptr(),
                 tokens,
-                heads,
-                kv_heads,
-                head_dim,
+                spec.heads,
+                spec.kv_heads,
+                spec.head_dim,
                 spec.rotary_dim,
                 page_size,
                 _TYPES[keys.dtype],

@@ -242,12 +242,11 @@ class Attending:
     ) -> Tensor:
         """As `Kernels.attention` by the named arm, into `out` if that is given; max_kv: of the step, or more."""
         spec, phi = heads.spec, heads.phi
-        write = (qkv, heads.rope, step.positions, step.slots, keys, values)
-        norms = (heads.q_norm, heads.k_norm)
         if isinstance(arm, DecodePlan):
             workspace = self._workspace(len(step.kv_lengths), spec.kv_heads)
-            return decode.run(arm, workspace, *write, step.page_table, step.kv_lengths, spec, *norms, phi, out=out)
-        q = rope.write(*write, spec, *norms)
+            new = (qkv, heads, step.positions, step.slots, keys, values)
+            return decode.run(arm, workspace, *new, step.page_table, step.kv_lengths, out=out)
+        q = rope.write(qkv, heads, step.positions, step.slots, keys, values)
         if isinstance(arm, str) and arm in third_party.LIBRARIES:
             found = third_party.LIBRARIES[arm].run(q, keys, values, step, spec, max_kv)
             return found if out is None else out.copy_(found)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.gpu import hopper, nvrtc
-from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Norm
+from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Heads
 
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
@@ -132,25 +132,22 @@ def run(
     plan: DecodePlan,
     workspace: Workspace,
     qkv: Tensor,
-    rope: Tensor,
+    heads: Heads,
     positions: Tensor,
     slots: Tensor,
     keys: Tensor,
     values: Tensor,
     page_table: Tensor,
     kv_lengths: Tensor,
-    spec: AttentionSpec,
-    q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
-    phi: Tensor | None = None,
     lse: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.attention` for one token a request -> [R, heads * head_dim]. A request of length 0 is idle: its
-    result is zeros; a negative slot writes nothing. phi [heads] float32: the unified maximum in units of scores
-    (natural logarithm), used by "unified" and "paper"; without it "unified" would be wrong often, so run "lazy".
+    result is zeros; a negative slot writes nothing. heads.phi is used by "unified" and "paper"; without it "unified"
+    would be wrong often, so run "lazy".
     """
-    requests = qkv.shape[0]
+    requests, spec, phi = qkv.shape[0], heads.spec, heads.phi
+    q_norm, k_norm = heads.q_norm, heads.k_norm
     group = spec.heads // spec.kv_heads
     softmax = plan.softmax if phi is not None or plan.softmax in ("online", "lazy") else "lazy"
     kernel = nvrtc.load(
@@ -175,7 +172,7 @@ def run(
         plan.warps * 32,
         padding(plan, spec),
         [
-            *(qkv, rope, positions, slots, keys, values, page_table, kv_lengths),
+            *(qkv, heads.rope, positions, slots, keys, values, page_table, kv_lengths),
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
             *(phi, out, lse, workspace.sums, workspace.counters, workspace.recomputed),

@@ -108,18 +108,9 @@ class Gpu(Oracle):
         return elementwise.add_norm(x, y, norm)
 
     def rope_write(
-        self,
-        qkv: Tensor,
-        table: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        spec: AttentionSpec,
-        q_norm: Norm | None = None,
-        k_norm: Norm | None = None,
+        self, qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        return rope.write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
+        return rope.write(qkv, heads, positions, slots, keys, values)
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
         if self.recording is not None:

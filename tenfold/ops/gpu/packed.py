@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.gpu import graphs, hopper, nvrtc
 from tenfold.ops.gpu.decode import HEAD_DIMS, MOST_GROUP, Workspace, most_partial
-from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm
+from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels
 from tenfold.ops.kv.attend import Layout, Means, Moves
 from tenfold.ops.kv.layer import PackedLayer, Side, ring_pages
 from tenfold.ops.kv.packing import FLOAT8_BITS, packed_bytes
@@ -284,12 +284,9 @@ def write(
     prepared: Prepared,
     layer: PackedLayer,
     qkv: Tensor,
-    rope: Tensor,
+    heads: Heads,
     positions: Tensor,
     slots: Tensor,
-    spec: AttentionSpec,
-    q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
     rooms: Tensor | None = None,
     room_slots: Tensor | None = None,
 ) -> Tensor:
@@ -297,7 +294,7 @@ def write(
     rooms. rooms [T] int32: the room of each token's request; or room_slots [T] int32: where in the exact pages a token
     goes, negative: nowhere.
     """
-    shape = prepared.shape
+    shape, spec, q_norm, k_norm = prepared.shape, heads.spec, heads.q_norm, heads.k_norm
     kernel = nvrtc.load(
         "packed_write.cu",
         "packed_write",
@@ -311,7 +308,7 @@ def write(
         WRITERS * 32,
         0,
         [
-            *(qkv, rope, positions, slots, rooms, room_slots),
+            *(qkv, heads.rope, positions, slots, rooms, room_slots),
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
             *(out, *_stored(layer), layer.exact_keys, layer.exact_values, *prepared.keys, *prepared.values),
@@ -436,9 +433,8 @@ class Chunks(Means):
         keys: Tensor,
         values: Tensor,
     ) -> None:
-        step, spec = layout.step, heads.spec
-        tokens = (qkv, heads.rope, step.positions, step.slots, spec, heads.q_norm, heads.k_norm)
-        write(self.prepared, layer, *tokens, room_slots=layout.room_slots)
+        step = layout.step
+        write(self.prepared, layer, qkv, heads, step.positions, step.slots, room_slots=layout.room_slots)
 
     def load(self, heads: Heads, layer: PackedLayer, layout: Layout, keys: Tensor, values: Tensor) -> None:
         read(self.prepared, layer, heads.rope, layout.stored, layout.old_positions, keys, values)
@@ -471,8 +467,7 @@ class Packing:
     def __call__(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         """As `Kernels.attention_packed`, for steps that are served."""
         spec, prepared = heads.spec, self._layer(layer, heads.spec)
-        tokens = (qkv, heads.rope, step.positions, step.slots, spec, heads.q_norm, heads.k_norm)
-        queries = write(prepared, layer, *tokens, rooms=step.rooms)
+        queries = write(prepared, layer, qkv, heads, step.positions, step.slots, rooms=step.rooms)
         turned = self._rotations(heads.rope, layer.keys.bits) if prepared.shape.pre else None
         chosen = self._plan(spec, prepared.shape, len(qkv), step.page_table.shape[1] * layer.page_size)
         workspace = self._sums(len(qkv), spec.kv_heads * -(-spec.heads // spec.kv_heads // chosen.heads))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tenfold.ops import elementwise
 from tenfold.ops.gpu import nvrtc
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads
 
 HEAD_DIMS = (64, 128, 256)
 THREADS = 256
@@ -24,21 +24,12 @@ def legal(qkv: Tensor, keys: Tensor, spec: AttentionSpec) -> bool:
     )
 
 
-def write(
-    qkv: Tensor,
-    rope: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    spec: AttentionSpec,
-    q_norm: Norm | None = None,
-    k_norm: Norm | None = None,
-) -> Tensor:
+def write(qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """As `Kernels.rope_write`. A token whose slot is negative is not written. keys, values: contiguous in a page."""
+    spec, q_norm, k_norm = heads.spec, heads.q_norm, heads.k_norm
     if not legal(qkv, keys, spec):
-        return elementwise.rope_write(qkv, rope, positions, slots, keys, values, spec, q_norm, k_norm)
-    elementwise.refuse_strided(qkv, rope, positions, slots)
+        return elementwise.rope_write(qkv, heads, positions, slots, keys, values)
+    elementwise.refuse_strided(qkv, heads.rope, positions, slots)
     out = qkv.new_empty(len(qkv), spec.heads * spec.head_dim)
     kernel = nvrtc.load("rope.cu", "rope_write", (("HALF", nvrtc.HALF[qkv.dtype]), ("D", spec.head_dim)))
     kernel(
@@ -46,7 +37,7 @@ def write(
         THREADS,
         0,
         [
-            *(qkv, rope, positions, slots, keys, values, out),
+            *(qkv, heads.rope, positions, slots, keys, values, out),
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else float(q_norm.eps),

@@ -30,8 +30,7 @@ def attention(
         layout = step.memo["packed"] = Layout(layer.spec, layer.page_size, step)
     dtype = qkv.dtype if layer.exact_keys is None else layer.exact_keys.dtype
     keys, values = layout.recent.pages(spec, dtype)
-    norms = (heads.q_norm, heads.k_norm)
-    q = kernels.rope_write(qkv, heads.rope, step.positions, layout.own.int(), keys, values, spec, *norms)
+    q = kernels.rope_write(qkv, heads, step.positions, layout.own.int(), keys, values)
     if step.shared:  # guesses of one sequence see each other
         means.store(kernels, qkv, heads, layer, layout, keys, values)
     fetch(layer, layout.before, keys, values)
@@ -69,8 +68,8 @@ class Means:
         stored = keys
         if layer.spec.rotary == "pre" and spec.rotary_dim:
             stored, unused = torch.empty_like(keys), torch.empty_like(values)
-            still, norms = replace(spec, rotary_dim=0), (heads.q_norm, heads.k_norm)
-            kernels.rope_write(qkv, heads.rope, step.positions, layout.own.int(), stored, unused, still, *norms)
+            still = replace(heads, spec=replace(spec, rotary_dim=0))
+            kernels.rope_write(qkv, still, step.positions, layout.own.int(), stored, unused)
         layer.keys.write(take(stored, new).flatten(1), layout.written.target)
         layer.values.write(take(values, new).flatten(1), layout.written.target)
         if layer.exact_keys is not None and layer.exact_values is not None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold.ops.cpu import lib
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 
 SPEC = AttentionSpec(heads=6, kv_heads=2, head_dim=32, scale=32**-0.5)
 
@@ -222,7 +222,7 @@ def test_rope_write(isa, native, tokens, head_dim, rotary, norms, dtype):
     slots = torch.randperm(pages * page_size)[:tokens].int()
     keys, values = (torch.full((pages, spec.kv_heads, page_size, head_dim), -7.0, dtype=dtype) for _ in range(2))
     q_norm, k_norm = (Norm(torch.rand(head_dim) + 0.5, 1e-6) if norms else None for _ in range(2))
-    got = native.rope_write(qkv, table, positions, slots, keys, values, spec, q_norm, k_norm)
+    got = native.rope_write(qkv, Heads(spec, table, q_norm, k_norm), positions, slots, keys, values)
 
     heads = qkv.double().view(tokens, spec.heads + 2 * spec.kv_heads, head_dim)
     q, k, v = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], 1)
@@ -244,7 +244,7 @@ def test_a_negative_slot_is_not_written(native):
     keys, values = torch.zeros(1, 2, 16, 32), torch.zeros(1, 2, 16, 32)
     qkv = torch.randn(2, 320)
     positions, slots = torch.zeros(2, dtype=torch.int32), torch.tensor([-1, 3], dtype=torch.int32)
-    native.rope_write(qkv, torch.zeros(1, 0), positions, slots, keys, values, SPEC)
+    native.rope_write(qkv, Heads(SPEC, torch.zeros(1, 0)), positions, slots, keys, values)
     assert set(values.abs().sum((0, 1, 3)).nonzero().flatten().tolist()) == {3}
 
 
@@ -273,7 +273,7 @@ def test_narrowing_rounds_like_torch(isa, native, dtype):
     keys, values = (torch.zeros(4, 1, 16, 64, dtype=dtype) for _ in range(2))
     qkv = torch.cat((torch.zeros(64, 128), v), 1)
     index = torch.arange(64, dtype=torch.int32)
-    native.rope_write(qkv, torch.zeros(64, 0), index, index, keys, values, spec)
+    native.rope_write(qkv, Heads(spec, torch.zeros(64, 0)), index, index, keys, values)
     torch.testing.assert_close(values.view(64, 64), v.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -293,7 +293,7 @@ def test_wrong_inputs_are_refused(native):
         attend(native, q, pages, SPEC, [1], [4], torch.empty(2, 6))
     slots = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="qkv"):
-        native.rope_write(q, torch.zeros(1, 0), slots, slots, pages.keys, pages.values, SPEC)
+        native.rope_write(q, Heads(SPEC, torch.zeros(1, 0)), slots, slots, pages.keys, pages.values)
 
 
 def test_a_head_longer_than_the_kernels_take_is_refused(native):
@@ -301,6 +301,6 @@ def test_a_head_longer_than_the_kernels_take_is_refused(native):
     pages = torch.zeros(1, 1, 16, spec.head_dim)
     with pytest.raises(ValueError, match="up to 1024"):
         native.rope_write(
-            torch.zeros(1, 3 * spec.head_dim), torch.zeros(1, 0), torch.zeros(1, dtype=torch.int32),
-            torch.zeros(1, dtype=torch.int32), pages, pages.clone(), spec,
+            torch.zeros(1, 3 * spec.head_dim), Heads(spec, torch.zeros(1, 0)), torch.zeros(1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32), pages, pages.clone(),
         )  # fmt: skip

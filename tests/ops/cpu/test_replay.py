@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.cpu import replay as module
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.ops.matrix import RawTensor
 
 SPEC = AttentionSpec(heads=4, kv_heads=2, head_dim=16, scale=0.25, rotary_dim=16)
@@ -80,7 +80,7 @@ class Model:
         for layer, (qkv, out, up, down) in enumerate(self.layers):
             keys, values = step.kv.keys[layer], step.kv.values[layer]
             q = k.linear(x, qkv, norm=self.norm)
-            q = k.rope_write(q, self.rope, step.positions, step.slots, keys, values, SPEC)
+            q = k.rope_write(q, Heads(SPEC, self.rope), step.positions, step.slots, keys, values)
             starts, lengths = step.query_start, step.kv_lengths
             heads = k.attend(q, keys, values, step.page_table, starts, lengths, SPEC, step.max_query, step.max_kv)
             x = k.linear(heads, out, residual=x)

@@ -242,20 +242,20 @@ class Written:
         prepared = packed.prepare(self.layer, shape.spec)
         rooms = self.rooms if exact and not in_rooms else None
         places = self.room_slots() if exact and in_rooms else None
-        tokens = (self.qkv, self.rope, self.positions, self.slots, shape.spec, self.norm, self.norm)
-        return packed.write(prepared, self.layer, *tokens, rooms, places)
+        heads = Heads(shape.spec, self.rope, self.norm, self.norm)
+        return packed.write(prepared, self.layer, self.qkv, heads, self.positions, self.slots, rooms, places)
 
     def expected(self) -> Tensor:
         """The same by other means, to `other`."""
         shape, layer, spec = self.shape, self.other, self.shape.spec
-        oracle, norms = Oracle(self.device, shape.dtype), (self.norm, self.norm)
+        oracle, heads = Oracle(self.device, shape.dtype), Heads(spec, self.rope, self.norm, self.norm)
         count = len(self.qkv)
         own = torch.arange(count, device=self.device).int()
         size = (count, shape.kv_heads, 1, shape.head_dim)
         keys, values, still = (torch.empty(size, dtype=shape.dtype, device=self.device) for _ in range(3))
-        to = (self.qkv, self.rope, self.positions, own)
-        oracle.rope_write(*to, still, values, replace(spec, rotary_dim=0), *norms)
-        q = oracle.rope_write(*to, keys, values, spec, *norms)
+        unturned = replace(heads, spec=replace(spec, rotary_dim=0))
+        oracle.rope_write(self.qkv, unturned, self.positions, own, still, values)
+        q = oracle.rope_write(self.qkv, heads, self.positions, own, keys, values)
         live = self.slots >= 0
         source = still if layer.spec.rotary == "pre" else keys
         layer.keys.write(source.flatten(1)[live], self.slots[live].long())

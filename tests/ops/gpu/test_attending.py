@@ -210,10 +210,11 @@ def test_decodes_go_to_our_kernel_with_what_it_takes(table: Table, monkeypatch: 
     keys, values, pages = found.stores[0]
     assert call["plan"] == decode.DecodePlan(8, 1, 2, "online", True)
     assert call["workspace"] is running.decoding
-    names = ("qkv", "rope", "positions", "keys", "values", "page_table", "kv_lengths", "spec")
-    wanted = (found.qkv, found.rope, found.positions, keys, values, pages, found.lengths, SMALL)
+    names = ("qkv", "positions", "keys", "values", "page_table", "kv_lengths")
+    wanted = (found.qkv, found.positions, keys, values, pages, found.lengths)
     assert all(call[name] is value for name, value in zip(names, wanted))
-    assert call["phi"] is None
+    heads = call["heads"]
+    assert (heads.spec, heads.rope, heads.phi) == (SMALL, found.rope, None)
 
 
 @pytest.mark.parametrize("tokens", [0, 48])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tenfold.ops.gpu import argmax, decode
-from tenfold.ops.kernels import AttentionSpec, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.ops.oracle import Oracle
 
 pytestmark = [
@@ -64,9 +64,8 @@ def check(
     expected_lse = torch.empty(len(live), heads, device=device)
     wanted_keys, wanted_values = keys.clone(), values.clone()
     oracle = Oracle(device, dtype)
-    q = oracle.rope_write(
-        qkv[live], rope, positions[live], slots[live], wanted_keys, wanted_values, spec, q_norm, k_norm
-    )
+    layer = Heads(spec, rope, q_norm, k_norm, own)
+    q = oracle.rope_write(qkv[live], layer, positions[live], slots[live], wanted_keys, wanted_values)
     starts = torch.arange(len(live) + 1, device=device, dtype=torch.int32)
     expected = oracle.attend(
         *(q, wanted_keys, wanted_values, table[live].contiguous(), starts, kv_lengths[live], spec),
@@ -76,8 +75,7 @@ def check(
     for _ in range(2):
         k, v = keys.clone(), values.clone()
         lse = torch.full((requests, heads), float("nan"), device=device)
-        inputs = (qkv, rope, positions, slots, k, v, table, kv_lengths, spec, q_norm, k_norm, own, lse)
-        results.append(decode.run(plan, workspace, *inputs))
+        results.append(decode.run(plan, workspace, qkv, layer, positions, slots, k, v, table, kv_lengths, lse))
         # A norm's mean is added up in another order, which may move a rounding of a key.
         far = 2e-2 if norms else 0.0
         torch.testing.assert_close(k, wanted_keys, rtol=far, atol=far, equal_nan=True)
