@@ -36,7 +36,7 @@ from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
-from tenfold.engine.phases.start import apart, said
+from tenfold.engine.phases.start import apart, said, stairs_of
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -136,12 +136,11 @@ class Arms:
 
     def _divide(self, borders: Sequence[str]) -> None:
         from tenfold.engine.phases.lanes import GreenLanes
-        from tenfold.engine.phases.measure import measure
 
         kernels: Any = self.engine.kernels
         sizes = sorted({size for border in borders for size in table.splits_of(border, self.total)})
         self.lanes = GreenLanes(self.engine.runner, kernels, sizes)
-        self.stairs = measure(self.lanes, self.engine.max_model_len, self.engine.config.max_batch)
+        self.stairs = stairs_of(self.engine, self.lanes)
 
     def _make(self, name: str) -> tuple[str, int, Phases | None]:
         """Schedule, tokens of a step, phases."""

@@ -11,11 +11,10 @@ import torch
 
 from tenfold.engine.phases.lanes import GreenLanes
 from tenfold.engine.phases.latency import Stairs
+from tenfold.engine.phases.stored import sizes_of
 from tenfold.engine.runner import Runner
 from tenfold.nn.step import Step
 
-PREFILLS = (256, 2048, 8192)  # tokens
-DECODES = (1, 8, 64)  # requests
 CONTEXT = 1024  # tokens of each that decodes
 LAYERS = 2
 ROUNDS = 3
@@ -23,8 +22,7 @@ ROUNDS = 3
 
 def measure(lanes: GreenLanes, max_len: int, max_batch: int) -> Stairs:
     """max_len: of a sequence; max_batch: requests that decode together at most."""
-    tokens = [n for n in PREFILLS if n <= max_len] or [max_len]
-    batches = [n for n in DECODES if n <= max_batch]
+    tokens, batches = sizes_of(max_len, max_batch)
     context = min(CONTEXT, max_len)
     prefill: dict[int, tuple[tuple[int, float], ...]] = {}
     decode: dict[int, tuple[tuple[int, float], ...]] = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tenfold.base.log import logger
-from tenfold.engine.phases import table
+from tenfold.engine.phases import stored, table
 from tenfold.engine.phases.controller import Split
 from tenfold.engine.phases.lanes import TwoDevices
 from tenfold.engine.phases.latency import Stairs
@@ -15,6 +15,7 @@ from tenfold.engine.phases.loop import Phases
 
 if TYPE_CHECKING:
     from tenfold.engine.core import Engine
+    from tenfold.engine.phases.lanes import GreenLanes
 
 
 def start(engine: Engine) -> Phases | None:
@@ -28,7 +29,6 @@ def start(engine: Engine) -> Phases | None:
         table.told(schedule, reason)
         return None
     from tenfold.engine.phases.lanes import GreenLanes
-    from tenfold.engine.phases.measure import measure
 
     kernels: Any = engine.kernels
     border = engine.config.border
@@ -37,7 +37,7 @@ def start(engine: Engine) -> Phases | None:
     except RuntimeError as error:
         table.told(schedule, f"the driver does not divide the GPU ({error})")
         return None
-    stairs = measure(lanes, engine.max_model_len, engine.config.max_batch)
+    stairs = stairs_of(engine, lanes)
     targets = table.targets_of(engine.config, stairs, lanes.total)
     controller = table.make_controller(border, targets, lanes.splits, stairs)
     if border in (table.STAIRCASE, table.PAPER) or border.isdigit():
@@ -45,6 +45,25 @@ def start(engine: Engine) -> Phases | None:
     logger.info("phases, border %s: %s", border, said(stairs, lanes.splits))
     logger.info("targets: %.0f ms to the first token, %.1f ms a token after it", 1e3 * targets.ttft, 1e3 * targets.tpot)
     return Phases(engine, lanes, controller, targets=targets, stairs=stairs)
+
+
+def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
+    """As they are in the table of choices, else measured now and put there."""
+    from tenfold.engine.phases.measure import measure
+
+    kernels: Any = engine.kernels
+    known, shape, config = kernels.arms.table, engine.model.config, engine.config
+    prefills, decodes = ([sms for sms, _, _ in every] for every in (lanes.every_prefill(), lanes.every_decode()))
+    tokens, requests = stored.sizes_of(engine.max_model_len, config.max_batch)
+    found = stored.recall(known, shape, config, prefills, decodes, tokens, requests)
+    if found is not None:
+        return found
+    found = measure(lanes, engine.max_model_len, config.max_batch)
+    try:
+        stored.keep(known, shape, config, found)
+    except OSError as error:
+        logger.warning("the times of phases are not kept in %s (%s); the next start measures again", known.path, error)
+    return found
 
 
 def apart(engine: Engine, device: torch.device | None = None) -> Phases | None:

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from tenfold.base.config import EngineConfig
 from tenfold.engine.memory import DTYPES
 from tenfold.engine.opened import Opened
+from tenfold.engine.phases import stored
+from tenfold.engine.phases import table as phases
+from tenfold.engine.phases.controller import Observed, Split, Staircase
 from tenfold.models.table import build_model, model_config
-from tenfold.ops.choose import Choice
+from tenfold.ops.choose import Choice, Table
 from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.tune import tune_linear
 from tenfold.ops.kernels import Options
@@ -42,6 +45,7 @@ def explain(config: EngineConfig) -> None:
         kernels = gpu_kernels(opened)
         show_gpu(gpu_works(opened), kernels.arms)
         show_attention(gpu_readings(opened), kernels.attending)
+        show_phases(opened, kernels)
     else:
         show(arms.explain(matrices(opened)))
 
@@ -97,6 +101,45 @@ def gpu_kernels(opened: Opened) -> Any:
     kernels = make_kernels(config.kernels, opened.device, gpu_dtype(config), config.threads, options)
     refuse_others(kernels, "gpu")
     return kernels
+
+
+def show_phases(opened: Opened, kernels: Any) -> None:
+    """With schedule=phases, times of prefill and decode on parts of the GPU, as an engine measured them, and the split
+    that a load would get under the targets.
+    """
+    if opened.config.schedule != phases.PHASES:
+        return
+    opened.choose()
+    lines = phase_lines(kernels.arms.table, opened.shape, opened.config, kernels.sms)
+    if lines:
+        print("\nschedule=phases, milliseconds on so many multiprocessors:")
+        print(columns(lines))
+    else:
+        print("\nschedule=phases: nothing was measured yet; an engine measures it when it starts.")
+
+
+def phase_lines(table: Table, shape: Any, config: EngineConfig, total: int) -> list[tuple[str, ...]]:
+    """A row for each split; empty where nothing was measured."""
+    sizes = [size for size in phases.SIZES if size <= total - phases.STEP]
+    tokens, requests = stored.sizes_of(config.max_model_len, config.max_batch)
+    parts = [total, *sizes], [total, *(total - size for size in sizes)]
+    stairs = stored.recall(table, shape, config, *parts, tokens, requests)
+    if stairs is None:
+        return []
+    splits = [Split(size, total - size) for size in sizes]
+    staircase = Staircase(phases.targets_of(config, stairs, total), splits, stairs)
+    heads = [f"prefill {n}" for n in tokens] + [f"decode {n}" for n in requests]
+    rows = [("prompts + answers", *heads, "for")]
+    for split in [Split(total, total), *splits]:
+        times = [stairs.prefill_seconds(split.prefill, n) for n in tokens]
+        times += [stairs.decode_seconds(split.decode, n) for n in requests]
+        loads = [
+            f"{n} answers"
+            for n in requests
+            if staircase.decide(Observed(None, None, tokens[-1], 0.0, n, 0.0), Split(0, 0)).split == split
+        ]
+        rows.append((str(split), *(f"{1e3 * seconds:.2f}" for seconds in times), ", ".join(loads)))
+    return rows
 
 
 def gpu_dtype(config: EngineConfig) -> Any:

@@ -1,6 +1,7 @@
 """The schedule a user names: what is allowed, what it falls back to, whose targets count, what is told of it."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +9,14 @@ import pytest
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.memory import check_sizes
-from tenfold.engine.phases import start, table
+from tenfold.engine.phases import start, stored, table
 from tenfold.engine.phases.controller import Adaptive, Algorithm1, Decision, Observed, Split, Staircase, Targets
 from tenfold.engine.phases.lanes import OneStream
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import Request, SamplingParams
+from tenfold.ops.choose import Table
+from tenfold.serve.cli import choices
 from tests.engine import fake
 from tests.engine.test_invariance import Case, answer, case
 
@@ -173,3 +176,28 @@ def test_other_kernels_than_those_for_gpus_have_no_lanes() -> None:
         device=SimpleNamespace(type="cuda"), kernels=SimpleNamespace(name="torch", reason="asked for")
     )
     assert "kernels are torch (asked for)" in start.unable(engine)
+
+
+def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
+    shape: Any = SimpleNamespace(layers=2, heads=8, kv_heads=2, vocab_size=97, hidden_size=64, intermediate_size=256)
+    config = EngineConfig(dtype="bfloat16", max_model_len=4096, max_batch=16)
+    sizes = stored.sizes_of(4096, 16)
+    assert sizes == ([256, 2048], [1, 8])
+    prefills = {sms: tuple((n, n / sms / 1e3) for n in sizes[0]) for sms in (132, *table.SIZES)}
+    decodes = {sms: tuple((n, 0.005 + 0.2 / sms) for n in sizes[1]) for sms in (132, *(132 - s for s in table.SIZES))}
+    stairs = Stairs(prefills, decodes)
+    known = Table("some GPU", "1", tmp_path / "choices.json")
+    assert stored.recall(known, shape, config, prefills, decodes, *sizes) is None
+    assert choices.phase_lines(known, shape, config, 132) == []
+    stored.keep(known, shape, config, stairs)
+    again = Table("some GPU", "1", tmp_path / "choices.json")
+    found = stored.recall(again, shape, config, prefills, decodes, *sizes)
+    assert found is not None
+    assert found.prefill_seconds(96, 2048) == pytest.approx(stairs.prefill_seconds(96, 2048))
+    assert found.decode_seconds(36, 8) == pytest.approx(stairs.decode_seconds(36, 8))
+    assert stored.recall(again, shape, replace(config, kv_cache="fp8"), prefills, decodes, *sizes) is None
+    head, whole, *splits = choices.phase_lines(again, shape, replace(config, tpot=0.011), 132)
+    assert head == ("prompts + answers", "prefill 256", "prefill 2048", "decode 1", "decode 8", "for")
+    assert whole[0] == "132+132"
+    assert [row[0] for row in splits] == [f"{size}+{132 - size}" for size in table.SIZES]
+    assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", "", ""]  # 36 SMs decode in 10.6 ms

@@ -1,0 +1,56 @@
+"""Measured stairs in the table of choices, so that only the first engine of a model on a GPU has to measure them."""
+
+from collections.abc import Iterable, Sequence
+
+from tenfold.base.config import EngineConfig
+from tenfold.engine.phases.latency import Stairs
+from tenfold.models.config import ModelConfig
+from tenfold.ops.choose import Key, Table
+
+PREFILLS = (256, 2048, 8192)  # tokens
+DECODES = (1, 8, 64)  # requests
+LANE = "lane"
+
+
+def sizes_of(max_len: int, max_batch: int) -> tuple[list[int], list[int]]:
+    """Tokens of a prefill and requests of a decode that are measured of an engine of this size."""
+    return [n for n in PREFILLS if n <= max_len] or [max_len], [n for n in DECODES if n <= max_batch]
+
+
+def key(shape: ModelConfig, config: EngineConfig, phase: str, size: int, sms: int) -> Key:
+    """size: tokens of a prefill, or requests of a decode."""
+    stored = f"{config.dtype}, weights {config.weights}, KV {config.kv_cache}"
+    op = f"{phase} of {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab_size}"
+    return Key(op, shape.hidden_size, shape.intermediate_size, stored, size, sms)
+
+
+def recall(
+    table: Table,
+    shape: ModelConfig,
+    config: EngineConfig,
+    prefills: Iterable[int],
+    decodes: Iterable[int],
+    tokens: Sequence[int],
+    requests: Sequence[int],
+) -> Stairs | None:
+    """prefills, decodes: SMs that a phase may get. None where something was not measured."""
+
+    def side(phase: str, parts: Iterable[int], sizes: Sequence[int]) -> dict[int, tuple[tuple[int, float], ...]]:
+        found = {}
+        for sms in parts:
+            times = [(n, table.times(key(shape, config, phase, n, sms)).get(LANE, 0.0) / 1e6) for n in sizes]
+            found[sms] = tuple((n, seconds) for n, seconds in times if seconds)
+        return found
+
+    made = side("prefill", prefills, tokens), side("decode", decodes, requests)
+    whole = all(len(times) == len(sizes) for part, sizes in zip(made, (tokens, requests)) for times in part.values())
+    return Stairs(*made) if whole else None
+
+
+def keep(table: Table, shape: ModelConfig, config: EngineConfig, stairs: Stairs) -> None:
+    """Write them down. Raises OSError."""
+    for phase in ("prefill", "decode"):
+        for sms, points in getattr(stairs, phase).items():
+            for size, seconds in points:
+                table.record(key(shape, config, phase, size, sms), {LANE: 1e6 * seconds})
+    table.save()
