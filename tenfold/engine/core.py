@@ -167,8 +167,9 @@ class Engine:
             engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
             engine.replica = opened.replica
             engine.warm_up()
-        with timeline.phase("lanes"):
-            engine.phases = start_phases(engine)
+        if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
+            with timeline.phase("lanes"):
+                engine.phases = start_phases(engine)
         return engine
 
     def warm_up(self) -> None:
