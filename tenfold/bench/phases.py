@@ -286,7 +286,7 @@ def run(
     """
     arms = Arms(engine, result.arms)
     if arms.stairs is not None:
-        result.stairs = said(arms.stairs, arms.lanes.splits)
+        result.stairs = said(arms.stairs)
         say(result.stairs)
     result.flip_us = arms.flip_us()
     arms.use(result.arms[0])

@@ -68,21 +68,21 @@ class Runner:
         self._sample_plan: SamplePlan | None = None
         self._planned_for: tuple[Sequence, ...] = ()
 
-    def twin(self, model: Model) -> "Runner":
-        """The same rows and sampler for steps of another lane; model: the same weights, with what is the lane's own."""
+    def twin(self, model: Model, kv: KVStore | None = None, device: torch.device | None = None) -> "Runner":
+        """The same rows and sampler for steps of another lane; model: the same weights, with what is the lane's own.
+        kv, device: where the lane has its own.
+        """
         other = copy.copy(self)
-        other.model, other.rows = model, self.rows.twin()
-        other._copies = None if self._copies is None else torch.cuda.Stream(self.device)
+        other.kv, other.device = kv or self.kv, device or self.device
+        other.model, other.rows = model, self.rows.twin(kv, device)
+        other._copies = torch.cuda.Stream(other.device) if other.device.type == "cuda" else None
         other._sample_plan, other._planned_for = None, ()
         return other
 
     def elsewhere(self, model: Model, kv: KVStore, device: torch.device) -> "Runner":
         """The same rows for steps of a model, and over a store, on another device."""
-        other = self.twin(model)
-        other.kv, other.device = kv, device
-        other.rows = self.rows.twin(kv, device)
+        other = self.twin(model, kv, device)
         other.sampler = Sampler(self.sampler.max_batch, self.sampler.vocab_size, device)
-        other._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         return other
 
     def receive(self, sequences: list[Sequence]) -> None:

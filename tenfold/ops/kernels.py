@@ -130,6 +130,10 @@ class Contexts:
         parts: tuple[Contexts, Contexts] = self.memo["parted"]
         return parts
 
+    def parted_rows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of x [T, ...] that each of `parted` has."""
+        return x.split((self.decodes, len(x) - self.decodes))
+
     def _part(self, begin: int, requests: int, max_query: int) -> "Contexts":
         """Requests from `begin` on, before which all are decodes."""
         alone = max_query == 1

@@ -8,7 +8,6 @@ import torch
 
 from tenfold.base.log import logger
 from tenfold.engine.phases import stored, table
-from tenfold.engine.phases.controller import Split
 from tenfold.engine.phases.lanes import TwoDevices
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
@@ -42,7 +41,7 @@ def start(engine: Engine) -> Phases | None:
     controller = table.make_controller(border, targets, lanes.splits, stairs)
     if border in (table.STAIRCASE, table.PAPER) or border.isdigit():
         lanes.use(lanes.splits[len(lanes.splits) // 2])
-    logger.info("phases, border %s: %s", border, said(stairs, lanes.splits))
+    logger.info("phases, border %s: %s", border, said(stairs))
     logger.info("targets: %.0f ms to the first token, %.1f ms a token after it", 1e3 * targets.ttft, 1e3 * targets.tpot)
     return Phases(engine, lanes, controller, targets=targets, stairs=stairs)
 
@@ -93,7 +92,7 @@ def unable(engine: Engine) -> str:
     return green.unavailable()
 
 
-def said(stairs: Stairs, splits: list[Split]) -> str:
+def said(stairs: Stairs) -> str:
     """What was measured of each part, for people."""
     prefill = ", ".join(f"{sms}: {1e3 * points[-1][1]:.1f}" for sms, points in sorted(stairs.prefill.items()))
     decode = ", ".join(f"{sms}: {1e3 * points[-1][1]:.2f}" for sms, points in sorted(stairs.decode.items()))

@@ -5,10 +5,10 @@ from tenfold.base.log import logger
 from tenfold.cache.format import AS_COMPUTED
 from tenfold.engine.phases.controller import Adaptive, Algorithm1, Controller, Split, Staircase, Targets
 from tenfold.engine.phases.latency import Paper, Stairs
+from tenfold.ops.gpu.green import STEP
 
 CHUNKED, PREFILL_FIRST, PHASES, DISAGGREGATED = SCHEDULES = ("chunked", "prefill-first", "phases", "disaggregated")
 ADAPTIVE, STAIRCASE, PAPER, SHARED = BORDERS = ("adaptive", "staircase", "paper", "shared")
-STEP = 8  # SMs: what Hopper splits by
 SIZES = (64, 80, 96, 112, 120)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
 UNLOADED = 7.5  # times what an idle GPU takes: the paper's tight targets
 TYPICAL = 1024  # tokens of a prompt

@@ -265,8 +265,8 @@ class Native(Separate):
             parts = step.parted()
             if parts is None or not packed_kv.served(layer, spec.head_dim, parts[0]):
                 return packed.attention(self, qkv, heads, layer, step)
-            rows = qkv.split((step.decodes, qkv.shape[0] - step.decodes))
-            return torch.cat([self.attention_packed(x, heads, layer, part) for x, part in zip(rows, parts)])
+            rows = zip(step.parted_rows(qkv), parts)
+            return torch.cat([self.attention_packed(x, heads, layer, part) for x, part in rows])
         _check(qkv, "qkv")
         if qkv.shape[1] != (spec.heads + 2 * spec.kv_heads) * spec.head_dim:
             _refuse("qkv", qkv, f"[T, {(spec.heads + 2 * spec.kv_heads) * spec.head_dim}], the heads of q, k and v")

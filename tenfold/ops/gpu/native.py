@@ -127,7 +127,7 @@ class Gpu(Oracle):
         if parts is None:
             return self._attention_of(qkv, heads, keys, values, step, out)
         out = qkv.new_empty(len(qkv), _width(heads)) if out is None else out
-        for x, y, part in zip(_rows(qkv, step), _rows(out, step), parts):
+        for x, y, part in zip(step.parted_rows(qkv), step.parted_rows(out), parts):
             self._attention_of(x, heads, keys, values, part, y)
         return out
 
@@ -159,7 +159,7 @@ class Gpu(Oracle):
         if parts is None:
             means = self.packing.chunks(qkv, heads.spec, layer)
             return unpacking.attention(self, qkv, heads, layer, step, means)
-        return torch.cat([self.attention_packed(x, heads, layer, y) for x, y in zip(_rows(qkv, step), parts)])
+        return torch.cat([self.attention_packed(x, heads, layer, y) for x, y in zip(step.parted_rows(qkv), parts)])
 
     def attend(
         self,
@@ -203,8 +203,3 @@ class Gpu(Oracle):
 
 def _width(heads: Heads) -> int:
     return heads.spec.heads * heads.spec.head_dim
-
-
-def _rows(x: Tensor, step: Contexts) -> tuple[Tensor, ...]:
-    """The rows of `step.parted()`."""
-    return x.split((step.decodes, len(x) - step.decodes))

@@ -15,6 +15,7 @@ from tenfold.models.table import build_model, model_config
 from tenfold.ops.choose import Choice, Table
 from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.tune import tune_linear
+from tenfold.ops.gpu.green import STEP
 from tenfold.ops.kernels import Options
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.table import make_kernels
@@ -120,7 +121,7 @@ def show_phases(opened: Opened, kernels: Any) -> None:
 
 def phase_lines(table: Table, shape: Any, config: EngineConfig, total: int) -> list[tuple[str, ...]]:
     """A row for each split; empty where nothing was measured."""
-    sizes = [size for size in phases.SIZES if size <= total - phases.STEP]
+    sizes = [size for size in phases.SIZES if size <= total - STEP]
     tokens, requests = stored.sizes_of(config.max_model_len, config.max_batch)
     parts = [total, *sizes], [total, *(total - size for size in sizes)]
     stairs = stored.recall(table, shape, config, *parts, tokens, requests)

@@ -167,7 +167,7 @@ def test_controllers_keep_to_the_targets_of_the_requests() -> None:
 
 
 def test_what_was_measured_is_said() -> None:
-    said = start.said(STAIRS, SPLITS)
+    said = start.said(STAIRS)
     assert said == "prefill of 2048 tokens by SMs, ms: 64: 40.0, 132: 40.0; decode of 8: 68: 7.00, 132: 7.00"
 
 
