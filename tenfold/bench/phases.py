@@ -31,6 +31,7 @@ from tenfold.bench.hardware import machine
 from tenfold.bench.load import Answer, percentile
 from tenfold.bench.phases_sim import Ask
 from tenfold.engine.core import Engine
+from tenfold.engine.memory import GIB
 from tenfold.engine.phases import table
 from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
@@ -144,16 +145,17 @@ class Arms:
 
     def _make(self, name: str) -> tuple[str, int, Phases | None]:
         """Schedule, tokens of a step, phases."""
-        kind, _, tokens = name.partition(":")
+        kind, _, wanted = name.partition(":")
         if border := self._border(name):
-            return table.PHASES, self.limits.max_step_tokens, self._phases(border, self.lanes)
+            tokens = min(self.limits.max_step_tokens, table.PREFILL_TOKENS + self.engine.config.max_batch)
+            return table.PHASES, tokens, self._phases(border, self.lanes)
         if kind == table.DISAGGREGATED:
             if self.apart is None:
                 raise ValueError("disaggregated cannot run here; the log says why. Leave it out.")
             return kind, self.limits.max_step_tokens, self.apart
-        if kind not in (table.CHUNKED, table.PREFILL_FIRST) or (tokens and not tokens.isdigit()):
+        if kind not in (table.CHUNKED, table.PREFILL_FIRST) or (wanted and not wanted.isdigit()):
             raise ValueError(f"{name!r} is no arm; allowed: {ARMS}, chunked:TOKENS, or a number of multiprocessors.")
-        return kind, int(tokens or self.limits.max_step_tokens), None
+        return kind, int(wanted or self.limits.max_step_tokens), None
 
     def _phases(self, border: str, lanes: Lanes) -> Phases:
         controller = targets = None
@@ -315,6 +317,11 @@ def run(
             result.rows.append(row)
             say(row.line())
         done(result)
+    if engine.device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        result.notes.append(f"{free / GIB:.1f} of {total / GIB:.1f} GiB of GPU memory were free at the end")
     return result
 
 

@@ -471,7 +471,9 @@ class Engine:
             held = [entry.sequence] if entry.sample and entry.sequence.matcher is not None else []
             try:
                 forward = runner.forward((entry,), int(i < plan.decodes))
-                results.append(runner.sample(forward, self._mask(held, outputs)))
+                pending = runner.sample(forward, self._mask(held, outputs))
+                pending.wait()  # there are buffers for the inputs of few steps in flight
+                results.append(pending)
             except Exception as own:
                 results.append(own)
         return Isolated(plan, results)

@@ -159,9 +159,14 @@ def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised:
         kv_dtype=kv_dtype,
         max_batch=batch,
         # with room for decodes beside a whole chunk: prompts of a chunk's length would leave a few tokens for one more
-        max_step_tokens=config.max_step_tokens or (8192 + batch if gpu else 512),
+        max_step_tokens=config.max_step_tokens or (_most_prefilled(config) + batch if gpu else 512),
         lookahead=config.lookahead if config.lookahead >= 0 else int(gpu),
     )
+
+
+def _most_prefilled(config: EngineConfig) -> int:
+    """Tokens of prompts in a step, on a GPU."""
+    return schedules.PREFILL_TOKENS if config.schedule == schedules.PHASES else 8192
 
 
 def check_sizes(config: EngineConfig) -> None:
@@ -289,11 +294,11 @@ def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Activations of one step and what sampling takes: an estimate from above."""
+    """Activations of one step and what sampling takes, in each lane: an estimate from above."""
     width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
     activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
     logits = logits_rows(config) * model.vocab_size * (3 * 4 + 8)
-    return activations + logits + (64 << 20)
+    return schedules.pairs_of(config) * (activations + logits + (64 << 20))
 
 
 def logits_rows(config: EngineConfig) -> int:

@@ -260,9 +260,13 @@ class Pending:
         """Whether `result` would not wait."""
         return self._event is None or self._event.query()
 
-    def result(self) -> Tokens:
+    def wait(self) -> None:
+        """For the device. Raises what went wrong there."""
         if self._event is not None:
             self._event.synchronize()
+
+    def result(self) -> Tokens:
+        self.wait()
         ids = self._host.tolist() if self._host is not None else []
         if self._drawn is self.entries and self._plan is not None and not self._plan.logprobs:
             return Tokens(ids)

@@ -64,7 +64,7 @@ class Matrix:
 
     format: "dense" (data is one [rows, cols] tensor) or a packed format of the kernels that made it. handle: what a
     compiled kernel is given (address of its C description), 0 where none. arms: implementation picked for each batch
-    size (a memo of the choice table).
+    size, and number of multiprocessors (a memo of the choice table).
     """
 
     format: str

@@ -80,12 +80,12 @@ class GreenLanes:
     def handed(self, sequences: list[Answer]) -> None:
         """One store: there is nothing to do."""
 
-    def every_prefill(self) -> Iterator[tuple[int, torch.cuda.Stream, Runner]]:
-        """SMs, stream and runner of each lane of prefills."""
-        return ((lane.part.sms, lane.part.stream, lane.runner) for lane in self._prefills.values())
+    def every_prefill(self) -> Iterator[tuple[Part, Runner]]:
+        """SMs and runner of each lane of prefills."""
+        return ((lane.part, lane.runner) for lane in self._prefills.values())
 
-    def every_decode(self) -> Iterator[tuple[int, torch.cuda.Stream, Runner]]:
-        return ((lane.part.sms, lane.part.stream, lane.runner) for lane in self._decodes.values())
+    def every_decode(self) -> Iterator[tuple[Part, Runner]]:
+        return ((lane.part, lane.runner) for lane in self._decodes.values())
 
     def _moved(self, old: _GreenLane, new: _GreenLane) -> _GreenLane:
         if old is not new:
@@ -94,15 +94,15 @@ class GreenLanes:
 
     @contextmanager
     def decode(self) -> Iterator[Runner]:
-        with torch.cuda.stream(self._decode.part.stream):
+        with green.on(self._decode.part):
             yield self._decode.runner
 
     @contextmanager
     def prefill(self, slices: Slices | None) -> Iterator[Runner]:
-        stream = self._prefill.part.stream
+        part = self._prefill.part
         if slices is not None and slices.x is not None:
-            slices.x.record_stream(stream)  # it may have been made on another
-        with torch.cuda.stream(stream):
+            slices.x.record_stream(part.stream)  # it may have been made on another
+        with green.on(part):
             yield self._prefill.runner
 
 

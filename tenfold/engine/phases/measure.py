@@ -14,6 +14,8 @@ from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.stored import sizes_of
 from tenfold.engine.runner import Runner
 from tenfold.nn.step import Step
+from tenfold.ops.gpu import green
+from tenfold.ops.gpu.green import Part
 
 CONTEXT = 1024  # tokens of each that decodes
 LAYERS = 2
@@ -27,14 +29,14 @@ def measure(lanes: GreenLanes, max_len: int, max_batch: int) -> Stairs:
     prefill: dict[int, tuple[tuple[int, float], ...]] = {}
     decode: dict[int, tuple[tuple[int, float], ...]] = {}
     with torch.inference_mode():
-        for sms, stream, runner in lanes.every_prefill():
-            prefill[sms] = tuple((n, _prefill_seconds(runner, stream, n)) for n in tokens)
-        for sms, stream, runner in lanes.every_decode():
-            decode[sms] = tuple((n, _decode_seconds(runner, stream, n, context)) for n in batches)
+        for part, runner in lanes.every_prefill():
+            prefill[part.sms] = tuple((n, _prefill_seconds(runner, part, n)) for n in tokens)
+        for part, runner in lanes.every_decode():
+            decode[part.sms] = tuple((n, _decode_seconds(runner, part, n, context)) for n in batches)
     return Stairs(prefill, decode)
 
 
-def _prefill_seconds(runner: Runner, stream: torch.cuda.Stream, tokens: int) -> float:
+def _prefill_seconds(runner: Runner, part: Part, tokens: int) -> float:
     step = made_up(runner, 1, tokens, tokens)
     depth = runner.model.config.layers
     layers = range(min(LAYERS, depth - 1))
@@ -42,24 +44,24 @@ def _prefill_seconds(runner: Runner, stream: torch.cuda.Stream, tokens: int) -> 
     def call() -> object:
         return runner.model.part(step, None, layers)
 
-    return timed(captured(call, stream), stream) * depth / max(1, len(layers))
+    return timed(captured(call, part), part) * depth / max(1, len(layers))
 
 
-def captured(call: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
+def captured(call: Callable[[], object], part: Part) -> Callable[[], object]:
     """A graph of the call: short chunks would take as long as the host needs to launch them."""
-    with torch.cuda.stream(stream):
+    with green.on(part):
         for _ in range(2):  # kernels are compiled, libraries ask for memory
             call()
-    graph = torch.cuda.CUDAGraph()
-    stream.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
+        graph = torch.cuda.CUDAGraph()
+        part.stream.synchronize()
+        with torch.cuda.graph(graph, stream=part.stream):
+            call()
     return graph.replay
 
 
-def _decode_seconds(runner: Runner, stream: torch.cuda.Stream, requests: int, context: int) -> float:
+def _decode_seconds(runner: Runner, part: Part, requests: int, context: int) -> float:
     step = made_up(runner, requests, 1, context)
-    return timed(lambda: runner.model.forward(step), stream)
+    return timed(lambda: runner.model.forward(step), part)
 
 
 def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
@@ -89,10 +91,10 @@ def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
     )
 
 
-def timed(call: Callable[[], object], stream: torch.cuda.Stream) -> float:
-    """Median seconds of a call on a stream, after calls that are not counted: one to load kernels, one to capture."""
+def timed(call: Callable[[], object], part: Part) -> float:
+    """Median seconds of a call on a part, after calls that are not counted: one to load kernels, one to capture."""
     found = []
-    with torch.cuda.stream(stream):
+    with green.on(part):
         for i in range(3 + ROUNDS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

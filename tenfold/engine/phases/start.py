@@ -52,7 +52,7 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
 
     kernels: Any = engine.kernels
     known, shape, config = kernels.arms.table, engine.model.config, engine.config
-    prefills, decodes = ([sms for sms, _, _ in every] for every in (lanes.every_prefill(), lanes.every_decode()))
+    prefills, decodes = ([part.sms for part, _ in every] for every in (lanes.every_prefill(), lanes.every_decode()))
     tokens, requests = stored.sizes_of(engine.max_model_len, config.max_batch)
     found = stored.recall(known, shape, config, prefills, decodes, tokens, requests)
     if found is not None:

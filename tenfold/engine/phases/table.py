@@ -10,6 +10,7 @@ from tenfold.ops.gpu.green import STEP
 CHUNKED, PREFILL_FIRST, PHASES, DISAGGREGATED = SCHEDULES = ("chunked", "prefill-first", "phases", "disaggregated")
 ADAPTIVE, STAIRCASE, PAPER, SHARED = BORDERS = ("adaptive", "staircase", "paper", "shared")
 SIZES = (64, 80, 96, 112, 120)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
+PREFILL_TOKENS = 4096  # of a step of prompts in a lane: more are no faster, and each lane keeps memory for as many
 UNLOADED = 7.5  # times what an idle GPU takes: the paper's tight targets
 TYPICAL = 1024  # tokens of a prompt
 
@@ -50,6 +51,13 @@ def splits_of(border: str, total: int) -> tuple[int, ...]:
             f"{(total - STEP) // STEP * STEP}."
         )
     return (int(border),)
+
+
+def pairs_of(config: EngineConfig) -> int:
+    """Pairs of lanes there will be, at most, each with memory of its own."""
+    if config.schedule != PHASES or config.device == "cpu" or config.border == SHARED:
+        return 1
+    return 1 + (1 if config.border.isdigit() else len(SIZES))
 
 
 def targets_of(config: EngineConfig, stairs: Stairs, total: int) -> Targets:

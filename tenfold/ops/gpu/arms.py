@@ -382,7 +382,8 @@ def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
     ours = [
-        here / f"{name}.py" for name in ("norm", "quantize", "ring", "ring_packed", "stream", "stream_packed", "decode")
+        here / f"{name}.py"
+        for name in ("norm", "quantize", "ring", "ring_packed", "stream", "stream_packed", "decode", "green")
     ]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])
@@ -412,6 +413,7 @@ class Arms:
         self.context = Context(device, sms)
         self.seen: dict[Work, None] = {}  # each different operation that was asked for, for one token
         self._bound: dict[str, Callable[[Context, Tensor, Matrix, Fused], Tensor]] = {}
+        self._place = sms << 32  # of this object's picks in `Matrix.arms`, which lanes of other SMs share
 
     def __call__(
         self,
@@ -423,7 +425,8 @@ class Arms:
         residual: Tensor | None = None,
     ) -> Tensor:
         """As `Kernels.linear`. Raises ValueError for weights of a format that no family serves."""
-        at = x.shape[0] * 16 + ACTS.index(act) * 4 + (norm is not None) * 2 + (residual is not None)
+        kind = ACTS.index(act) * 4 + (norm is not None) * 2 + (residual is not None)
+        at = self._place + x.shape[0] * 16 + kind
         run = w.arms.get(at)
         if run is None:
             work = Work(
@@ -434,7 +437,7 @@ class Arms:
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         """As `Kernels.logits`."""
-        at = x.shape[0] * 16 + LOGITS
+        at = self._place + x.shape[0] * 16 + LOGITS
         run = w.arms.get(at)
         if run is None:
             run = w.arms[at] = self.pick(Work(w.rows, w.cols, w.format, HEAD, x.shape[0], self.dtype))

@@ -5,7 +5,9 @@ One split makes both groups; two contexts made one by one would overlap. Kernels
 whatever is to be kept apart must be launched on these.
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -67,6 +69,33 @@ def where(stream: torch.cuda.Stream, blocks: int = 4096) -> set[int]:
         nvrtc.load("smid.cu", "smid", ())((blocks, 1, 1), 128, 0, [found])
     stream.synchronize()
     return set(found.tolist())
+
+
+@contextmanager
+def on(part: Part) -> Iterator[None]:
+    """Launches go to the part's stream, and cuBLAS counts the part's SMs: blocks for all of the GPU would run in two
+    rounds on a part of it (2,048 tokens on 120 of 132 SMs took 1.4 times as long as on all; H100, 2026-11-28).
+    """
+    library = _cublas()
+    with torch.cuda.stream(part.stream):
+        if library is None:
+            yield
+            return
+        handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+        library.cublasSetSmCountTarget(handle, part.sms)
+        try:
+            yield
+        finally:
+            library.cublasSetSmCountTarget(handle, 0)  # as many as there are
+
+
+@cache
+def _cublas() -> Any:
+    """The library that PyTorch has loaded; None where it is not found."""
+    try:
+        return ctypes.CDLL(f"libcublas.so.{(torch.version.cuda or '').partition('.')[0]}")
+    except OSError:
+        return None
 
 
 def _part(driver: Any, place: Any, resource: Any) -> Part:
