@@ -48,6 +48,16 @@ def test_eager_counts_its_best_case_and_compiled_every_point() -> None:
     assert (eager.hardware, eager.commit, eager.date) == tuple(MACHINE.values())
 
 
+def test_batches_outside_the_grid_are_told_apart() -> None:
+    ours = result(row("tenfold", 1, 128, 5.0), row("tenfold", 64, 512, 8.0))
+    theirs = result(row("vllm", 1, 128, 6.0), row("vllm", 64, 512, 7.6))
+    average, worst, large = by_id(claims_gpu.of_single([ours, theirs]))["F2"]
+    assert average.value == worst.value == pytest.approx(1.2)
+    assert (large.value, large.met) == (pytest.approx(0.95), False)
+    assert "above 8" in large.what
+    assert "64 x 512: 0.95" in large.note
+
+
 def test_vllm_counts_on_average_and_at_its_worst_point() -> None:
     ours = result(row("tenfold", 1, 128, 5.0), row("tenfold", 8, 128, 8.0), row("tenfold", 8, 32768, 9.0))
     theirs = result(row("vllm", 1, 128, 6.0), row("vllm", 8, 128, 7.6), row("vllm", 1, 8192, 9.0))
