@@ -109,6 +109,8 @@ class Gpu:
         self.decoding: list[Served] = []
         self.stepping: list[Served] = []  # in the decode step under way
         self.step_left = 0.0  # share of it
+        self.chunk = 0  # tokens of prompts that steps take along
+        self.riding: list[tuple[Served, float]] = []  # prompts in the step under way, and the share of each
         self.step_began = 0.0
         self.done: list[Served] = []
         self.changes: list[tuple[float, Split]] = []
@@ -120,7 +122,7 @@ class Gpu:
         events = [(ask.arrival, i) for i, ask in enumerate(asks)]
         heapq.heapify(events)
         tick = 0.0
-        while (events or self.waiting or self.decoding or self.stepping) and self.now < most:
+        while (events or self.waiting or self.riding or self.decoding or self.stepping) and self.now < most:
             until = min(tick, events[0][0] if events else float("inf"), *self._ends())
             self._pass(until - self.now)
             self.now = until
@@ -132,15 +134,29 @@ class Gpu:
             if self.now >= tick:
                 self._decide()
                 tick = self.now + TICK
-            if not self.stepping and self.decoding and self.split.decode:
-                self.stepping, self.step_left, self.step_began = self.decoding[: self.batch], 1.0, self.now
+            if not self.stepping and not self.riding and self.split.decode:
+                self._begin_step()
         return Result(self.done, self.changes, self.now)
+
+    def _begin_step(self) -> None:
+        self.stepping, self.step_left, self.step_began = self.decoding[: self.batch], 1.0, self.now
+        left = self.chunk
+        while self.waiting and left > 0:
+            served = self.waiting.popleft()
+            tokens = min(left, served.left * served.ask.prompt)
+            left -= max(1, round(tokens))
+            self.riding.append((served, tokens / served.ask.prompt))
 
     # How fast things go
 
     @property
+    def laned(self) -> bool:
+        """Whether a prompt is computed in a lane of its own."""
+        return bool(self.waiting and self.split.prefill and not self.chunk)
+
+    @property
     def both(self) -> bool:
-        return bool(self.waiting and self.split.prefill and self.stepping and self.split.decode)
+        return self.laned and bool(self.stepping and self.split.decode)
 
     def _prefill_seconds(self) -> float:
         seconds = self.stairs.prefill_seconds(self.split.prefill, self.waiting[0].ask.prompt)
@@ -148,45 +164,62 @@ class Gpu:
 
     def _step_seconds(self) -> float:
         seconds = self.stairs.decode_seconds(self.split.decode, len(self.stepping))
+        if self.riding:
+            return self.stairs.mixed_seconds(self._tokens(), len(self.stepping))
         if not self.both:
             return seconds
         return seconds * (self.costs.together if self._sharing() else 1 + self.costs.beside)
+
+    def _tokens(self) -> int:
+        """Of prompts in the step under way."""
+        return max(1, round(sum(share * served.ask.prompt for served, share in self.riding)))
 
     def _sharing(self) -> bool:
         return self.split.prefill + self.split.decode > self.total
 
     def _ends(self) -> list[float]:
         found = []
-        if self.waiting and self.split.prefill:
+        if self.laned:
             found.append(self.now + self.waiting[0].left * self._prefill_seconds())
-        if self.stepping and self.split.decode:
+        if (self.stepping or self.riding) and self.split.decode:
             found.append(self.now + self.step_left * self._step_seconds())
         return found or [float("inf")]
 
     def _pass(self, seconds: float) -> None:
-        prefill = seconds / self._prefill_seconds() if self.waiting and self.split.prefill else 0.0
-        step = seconds / self._step_seconds() if self.stepping and self.split.decode else 0.0
+        prefill = seconds / self._prefill_seconds() if self.laned else 0.0
+        step = seconds / self._step_seconds() if (self.stepping or self.riding) and self.split.decode else 0.0
         if prefill:
             self.waiting[0].left -= prefill
         self.step_left -= step
 
     def _finish(self) -> None:
         if self.waiting and self.waiting[0].left <= 1e-9:
-            served = self.waiting.popleft()
-            self._token(served)
-            self.seen_ttft.append((self.now, served.ttft))
-            if served.made < served.ask.answer:
-                self.decoding.append(served)
-        if self.stepping and self.step_left <= 1e-9:
+            self._first(self.waiting.popleft())
+        if (self.stepping or self.riding) and self.step_left <= 1e-9:
             took = self.now - self.step_began
-            if isinstance(self.controller, Adaptive) and self.waiting and self.split.prefill:
-                self.controller.observe(self.split, len(self.stepping), took)
+            if isinstance(self.controller, Adaptive) and self.stepping and (self.riding or self.laned):
+                tokens = self._tokens() if self.riding else 0
+                self.controller.observe(self.split, len(self.stepping), took, tokens)
+            riding, self.riding = self.riding, []
+            for served, share in reversed(riding):
+                served.left -= share
+                if served.left <= 1e-9:
+                    self._first(served)
+                else:
+                    self.waiting.appendleft(served)
             for served in self.stepping:
                 self._token(served)
                 self.seen_tpot.append((self.now, took))
                 if served.made >= served.ask.answer:
                     self.decoding.remove(served)
             self.stepping = []
+
+    def _first(self, served: Served) -> None:
+        """A prompt is computed."""
+        self._token(served)
+        self.seen_ttft.append((self.now, served.ttft))
+        if served.made < served.ask.answer:
+            self.decoding.append(served)
 
     def _token(self, served: Served) -> None:
         if served.made:
@@ -205,12 +238,13 @@ class Gpu:
         observed = Observed(
             percentile([v for _, v in self.seen_ttft], 0.9),
             percentile([v for _, v in self.seen_tpot], 0.9),
-            int(sum(s.left * s.ask.prompt for s in self.waiting)),
+            int(sum(s.left * s.ask.prompt for s in (*self.waiting, *(s for s, _ in self.riding)))),
             self.now - self.waiting[0].ask.arrival if self.waiting else 0.0,
             len(self.decoding),
             sum(tokens for _, tokens in self.arrived) / WINDOW,
         )
-        split = self.controller.decide(observed, self.split).split
+        decision = self.controller.decide(observed, self.split)
+        split, self.chunk = decision.split, decision.chunk
         if split != self.split:
             self.split = split
             self.changes.append((self.now, split))
@@ -240,8 +274,7 @@ def chunked(stairs: Stairs, total: int, asks: Sequence[Ask], chunk: int, batch: 
             served.left -= part / served.ask.prompt
             if served.left <= 1e-9:
                 finished.append(waiting.popleft())
-        both = stairs.prefill_seconds(total, tokens), stairs.decode_seconds(total, len(running))
-        now += sum(both) if tokens else both[1]
+        now += stairs.mixed_seconds(tokens, len(running)) if tokens else stairs.decode_seconds(total, len(running))
         for served in [*running, *finished]:
             if served.made:
                 served.gaps.append(now - served.last)

@@ -247,9 +247,9 @@ class Scheduler:
             entry.sequence.verifying = True
         return self._planned(entries, 0, admitted, copies)
 
-    def plan(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None) -> StepPlan:
+    def plan(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None, most: int | None = None) -> StepPlan:
         """The next step. No entries while work is left means: read the steps in flight first, then plan again.
-        drafts: no longer than `reserve` allowed; no step is in flight where there are any.
+        drafts: no longer than `reserve` allowed; no step is in flight where there are any. most: tokens of prompts.
         """
         if self._parting:
             self._copy_rooms()
@@ -269,7 +269,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         copies: list[tuple[int, int]] = []
         if self.prefilling or (self.queue and not crowded):
-            self._plan_prefills(entries, admitted, copies, not crowded)
+            self._plan_prefills(entries, admitted, copies, not crowded, most)
         return self._planned(entries, decodes, admitted, copies)
 
     def _planned(
@@ -341,9 +341,15 @@ class Scheduler:
         return entries, verified
 
     def _plan_prefills(
-        self, entries: list[Entry], admitted: list[Sequence], copies: list[tuple[int, int]], admit: bool
+        self,
+        entries: list[Entry],
+        admitted: list[Sequence],
+        copies: list[tuple[int, int]],
+        admit: bool,
+        most: int | None = None,
     ) -> None:
         budget = self.limits.max_step_tokens - sum([e.length for e in entries])
+        budget = budget if most is None else min(budget, most)
         candidates = list(self.prefilling)
         while budget > 0:
             head = self.queue.head() if admit else None

@@ -25,7 +25,7 @@ def controllers() -> dict[str, Controller]:
     return {
         "algorithm 1": Algorithm1(TARGETS, SPLITS, Paper.seeded(TOTAL, 0.05, 0.008), 0.2 / 8192),
         "staircase": Staircase(TARGETS, SPLITS, STAIRS),
-        "adaptive": Adaptive(Staircase(TARGETS, SPLITS, STAIRS)),
+        "adaptive": Adaptive(Staircase(TARGETS, SPLITS, STAIRS), 4096),
     }
 
 
@@ -59,16 +59,17 @@ def test_algorithm_1_converges_and_stays() -> None:
 def test_borders_do_not_swing_while_both_phases_have_work(name: str) -> None:
     """Giving all to one phase while the other is idle is no swing."""
     asks = [Ask(i * 0.3, 8000, 400) for i in range(40)]
-    result = gpu(controllers()[name], together=6.0).run(asks)
+    result = gpu(controllers()[name]).run(asks)
     moves = [split for _, split in result.splits if split.prefill and split.decode]
     swings = sum(a != b for a, b in pairwise(moves))
     assert swings <= 10
 
 
-def test_sharing_is_left_only_where_it_fails_the_targets() -> None:
-    asks = poisson(3, 30, [8000], [100], seed=3)
-    for together, apart in ((1.5, False), (8.0, True)):
-        result = gpu(controllers()["adaptive"], together=together).run(asks)
+def test_the_gpu_is_divided_only_where_steps_with_both_fail_the_targets() -> None:
+    asks = poisson(2, 30, [8000], [100], seed=3)
+    for tpot, apart in ((0.04, False), (0.0085, True)):
+        controller = Adaptive(Staircase(Targets(1.0, tpot), SPLITS, STAIRS), 4096)
+        result = gpu(controller).run(asks)
         used = {split for _, split in result.splits if split.prefill and split.decode}
         assert any(s.prefill + s.decode == TOTAL for s in used) == apart
 
@@ -78,7 +79,7 @@ def test_a_burst_is_worked_off_and_the_gpu_goes_back_to_decodes() -> None:
     burst = [Ask(5.0, 8192, 20) for _ in range(12)]
     result = gpu(controllers()["adaptive"]).run(sorted(calm + burst, key=lambda a: a.arrival))
     assert len(result.served) == 22
-    assert result.splits[-1][1].prefill in (0, TOTAL)
+    assert result.splits[-1][1] == Split(TOTAL, TOTAL)
     assert result.gap(0.99) < 0.05
 
 

@@ -3,8 +3,8 @@
 Wrong pages, leaks, a bad copy-on-write or a page shared too early change what it reads, and so its tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
+from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
+from tenfold.engine.phases.lanes import OneStream
+from tenfold.engine.phases.loop import Phases
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output, Request
 from tenfold.engine.sequence import Sequence as Answer
@@ -373,6 +376,23 @@ def drain(engine: Engine, most: int = 10_000) -> list[Output]:
         outputs += engine.step()
         check_pages(engine)
     raise AssertionError(f"still at work after {most} steps: {engine.stats()}")
+
+
+class Flips:
+    """A controller that changes its mind at every decision: prompts have a lane, or ride in steps of decodes."""
+
+    targets = Targets(1.0, 0.1)
+
+    def __init__(self, chunks: Iterable[int] = (0, 5, 0, 0, 16, 1, 1)) -> None:
+        self.chunks = cycle(chunks)
+
+    def decide(self, seen: Observed, now: Split) -> Decision:
+        return Decision(now, "a whim", next(self.chunks))
+
+
+def flipping(engine: Engine) -> Engine:
+    engine.phases = Phases(engine, OneStream(engine.runner), Flips(), slice=1, tick=0.0)
+    return engine
 
 
 def answers(outputs: Sequence[Output]) -> dict[tuple[str, int], list[int]]:

@@ -20,6 +20,7 @@ from tests.engine.fake import (
     FakeModel,
     Guesses,
     check_pages,
+    flipping,
     make_engine,
     reference,
     speculating,
@@ -41,9 +42,9 @@ class Schedules(RuleBasedStateMachine):
         speculate=st.sampled_from(["", "guesses", "a draft model"]),
         apart=st.booleans(),
         kv_cache=st.sampled_from(["auto", "fp8", "k2v2g16w6s1", "k2v2g16w40s0"]),
-        lanes=st.booleans(),
+        lanes=st.sampled_from(["", "prompts have a lane", "now and then"]),
     )
-    def start(self, pages: int, page_size: int, speculate: str, apart: bool, lanes: bool, **sizes: Any) -> None:
+    def start(self, pages: int, page_size: int, speculate: str, apart: bool, lanes: str, **sizes: Any) -> None:
         speculate = "" if lanes else speculate
         logging.getLogger("tenfold").setLevel(logging.ERROR)  # steps that fail are part of the plan
         self.clock = Clock()
@@ -59,7 +60,9 @@ class Schedules(RuleBasedStateMachine):
             speculating(self.engine, Guesses() if speculate == "guesses" else None)
             watch_drafts(self.engine)
             self.engine.runner.rows.apart = apart
-        if lanes:
+        if lanes == "now and then":
+            flipping(self.engine)
+        elif lanes:
             self.engine.phases = Phases(self.engine, OneStream(self.engine.runner), slice=1)
         self.requests: dict[str, Request] = {}
         self.outputs: dict[tuple[str, int], list[Output]] = {}

@@ -1,13 +1,14 @@
 """How many multiprocessors (SMs) prefill and decode get: pure decisions over what was observed.
 
 Three controllers behind one method: the paper's Algorithm 1, one that looks times up in a measured staircase, and the
-one that is the default, which lets both phases share the whole GPU for as long as that serves the targets.
+one that is the default, which lets prompts ride in the steps of decodes for as long as that serves the targets.
 
 Algorithm 1 as printed has two faults. Its step counter is never advanced, so that a target out of reach loops for ever:
 here tries are counted. And where both targets fail, its first branch takes that for a failing TTFT, though the text
 says that nothing changes: here nothing does.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,7 +18,7 @@ from tenfold.engine.phases.latency import Paper, Stairs
 TRIES = 16  # steps of a search at most
 LARGEST_GUARD = 0.6  # of a decode step's time, that prefill on the other SMs may add
 GUARD_DECAY = 0.99  # of what was added at worst, for each observation
-FORGOTTEN = 0.999  # of what sharing was seen to cost, for each decision while it is not tried
+LEAST_CHUNK = 128  # tokens of prompts in a step of decodes
 GAIN = 0.05  # by which the worse of both targets must be better served for a border to move
 
 
@@ -67,10 +68,13 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """why: for people, in metrics and on the status page."""
+    """why: for people, in metrics and on the status page. chunk: tokens of prompts that steps of decodes take along; 0:
+    prompts are computed in a lane of their own.
+    """
 
     split: Split
     why: str
+    chunk: int = 0
 
 
 class Controller(Protocol):
@@ -174,13 +178,17 @@ class Staircase:
 
 @dataclass(slots=True)
 class Adaptive:
-    """Both phases on all SMs while that keeps tokens coming in time; a split by the staircase when it does not.
+    """Prompts ride in the steps of decodes, as many tokens at a time as leave these in time, unless a split of the GPU
+    serves the targets better: then the staircase's.
 
-    together: seconds of a decode step beside a prefill on all SMs, observed; None until it was.
+    Steps with both read the weights once for both, so that with room between targets and times they are hard to beat.
+    Where tokens have to come fast they hold few tokens of prompts, and a part of the GPU for prompts alone does more.
+    most: tokens of prompts in a step; guard: of what such steps took longer than expected.
     """
 
     inner: Staircase
-    together: float | None = None
+    most: int
+    guard: Guard = field(default_factory=Guard)
     margin: float = 0.1
 
     @property
@@ -192,25 +200,40 @@ class Adaptive:
         total = max(s.prefill + s.decode for s in self.inner.splits)
         return Split(total, total)
 
-    def observe(self, split: Split, requests: int, step: float) -> None:
-        """A decode step beside a prefill took so many seconds."""
-        if split == self.shared:
-            self.together = step if self.together is None else max(step, 0.8 * self.together + 0.2 * step)
+    def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
+        """A decode step took so many seconds: with so many tokens of prompts in it, else beside a prefill."""
+        if tokens:
+            self.guard.observe(self.inner.stairs.mixed_seconds(tokens, requests), step)
         else:
             self.inner.guard.observe(self.inner.stairs.decode_seconds(split.decode, requests), step)
 
     def decide(self, seen: Observed, now: Split) -> Decision:
         targets = seen.targets or self.targets
+        chunk = self.chunk(seen.requests, targets.tpot) if seen.requests else self.most
         if not seen.queued or not seen.requests:
-            return self.inner.decide(seen, now)
-        if self.together is None:
-            return Decision(self.shared, "how both share the GPU is to be seen")
-        bound = targets.tpot * (1 - self.margin if now != self.shared else 1.0)
-        if self.together <= bound:
-            return Decision(self.shared, "both phases share the GPU and serve both targets")
-        if now != self.shared:
-            self.together *= FORGOTTEN  # it was another load then: sharing is tried again some time
-        found = self.inner.decide(seen, now)
-        if self.inner.miss(found.split, seen) >= self.together / targets.tpot:
-            return Decision(self.shared, "sharing misses the targets least")
-        return found
+            idle = "nobody waits for a first token" if seen.requests else "nobody decodes"
+            return Decision(self.shared, idle, chunk)
+        split = self.inner.decide(seen, now).split
+        better = 1 + GAIN if now == self.shared else 1 / (1 + GAIN)
+        step = self.seconds(chunk, seen.requests)
+        wait = seen.waited + seen.queued * step / chunk
+        misses = max(1.0, step / targets.tpot, wait / targets.ttft), self.inner.miss(split, seen)
+        if max(misses) > 1:
+            apart = misses[0] > misses[1] * better
+        else:
+            seconds = self.inner.stairs.prefill_seconds(split.prefill, self.most)
+            apart = self.most / seconds > chunk / step * better
+        if apart:
+            return Decision(split, "steps in time hold few tokens of prompts: a part of the GPU computes more")
+        return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
+
+    def chunk(self, requests: int, tpot: float) -> int:
+        """The most tokens of prompts that a step takes along in time; at least LEAST_CHUNK."""
+        sizes = range(LEAST_CHUNK, self.most + 1, LEAST_CHUNK)
+        bound = tpot * (1 - self.margin)
+        fitting = bisect_right(sizes, bound, key=lambda tokens: self.seconds(tokens, requests))
+        return sizes[max(0, fitting - 1)] if sizes else self.most
+
+    def seconds(self, tokens: int, requests: int) -> float:
+        """Of a step with both, at worst of late."""
+        return self.inner.stairs.mixed_seconds(tokens, requests) * (1 + self.guard.share)

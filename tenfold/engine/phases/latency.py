@@ -51,6 +51,12 @@ class Stairs:
     def decode_seconds(self, sms: int, requests: int) -> float:
         return interpolated(self.decode[self._below(self.decode, sms)], requests) if requests else 0.0
 
+    def mixed_seconds(self, tokens: int, requests: int) -> float:
+        """Of a step of the whole GPU that computes tokens of prompts and decodes: weights are read once for both."""
+        whole = max(self.decode)
+        contexts = self.decode_seconds(whole, requests) - self.decode_seconds(whole, 1)
+        return self.prefill_seconds(max(self.prefill), tokens + requests) + max(0.0, contexts)
+
     @staticmethod
     def _below(measured: Mapping[int, object], sms: int) -> int:
         return max((n for n in measured if n <= sms), default=min(measured))

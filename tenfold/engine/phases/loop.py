@@ -2,7 +2,8 @@
 
 A turn launches the next decode step, then some layers of the prefill under way, then reads what is there. A prefill's
 sequences take part in no decode before it was read, so neither lane ever waits for the other; pages go from one to the
-other with their owner, and nothing is copied.
+other with their owner, and nothing is copied. Where the controller says so, prompts ride in the steps of decodes
+instead, once the prefill under way was read.
 """
 
 from __future__ import annotations
@@ -51,15 +52,20 @@ class Phases:
         slice: int = SLICE,
         targets: Targets | None = None,
         stairs: Stairs | None = None,
+        tick: float = TICK,
     ) -> None:
-        """controller: moves the border between the lanes; None: it stays where it is. targets, stairs: to be told."""
+        """controller: moves the border between the lanes; None: it stays where it is. targets, stairs: to be told. tick:
+        seconds between two decisions.
+        """
         self.engine = engine
         self.lanes = lanes
         self.controller = controller
         self.slice = slice
         self.targets = targets
         self.stairs = stairs
+        self.tick = tick
         self.underway: Underway | None = None
+        self.chunk = 0  # tokens of prompts that steps of decodes take along; 0: prompts have a lane
         self.watch = Watch(engine.clock)
         self.why = ""  # the border is where it is
         self.changes = 0
@@ -79,19 +85,22 @@ class Phases:
         engine = self.engine
         if self.controller is not None:
             self._decide(self.controller)
+        riding = self.chunk > 0 and self.underway is None
         waits = self.underway is None and not engine._inflight
-        plan = engine.scheduler.plan_decodes()
+        plan = engine.scheduler.plan(most=self.chunk) if riding else engine.scheduler.plan_decodes()
+        if plan.admitted:
+            engine._start(plan.admitted)
         if plan.entries:
             with self.lanes.decode() as runner:
                 engine._inflight.append((plan, engine._launch(plan, outputs, runner)))
-        if self.underway is None:
+        if self.underway is None and not riding:
             self._begin()
         if self.underway is not None:
             self._advance(self.underway, bool(plan.entries), outputs)
         if len(engine._inflight) > engine.config.lookahead or (engine._inflight and not plan.entries):
-            count = len(engine._inflight[0][0].entries)
+            read, _ = engine._inflight[0]
             engine._collect(outputs)
-            self._stepped(count)
+            self._stepped(read)
         elif not engine._inflight:
             self.watch.pause()
         if self.underway is not None and self.underway.pending is not None:
@@ -101,8 +110,10 @@ class Phases:
             engine._stand_still(outputs)
 
     def _begin(self) -> None:
-        """Plan the next prefill, where one can be."""
+        """Plan the next prefill, where one can be: not while prompts ride in a step that was not read yet."""
         engine = self.engine
+        if any(plan.tokens > plan.decodes for plan, _ in engine._inflight):
+            return
         plan = engine.scheduler.plan_prefills()
         if not plan.entries:
             return
@@ -133,20 +144,26 @@ class Phases:
             if beside:
                 return
 
-    def _stepped(self, requests: int) -> None:
-        """A decode step was read."""
+    def _stepped(self, plan: StepPlan) -> None:
+        """A step of decodes was read, in which prompts may have taken part."""
+        riding = plan.tokens - plan.decodes
+        if riding:
+            self.watch.prefilled(plan)
         seconds = self.watch.step()
-        if seconds is not None and self.underway is not None and isinstance(self.controller, Adaptive):
-            self.controller.observe(self.lanes.now, requests, seconds)
+        if seconds is None or not plan.decodes or not isinstance(self.controller, Adaptive):
+            return
+        if riding or self.underway is not None:
+            self.controller.observe(self.lanes.now, plan.decodes, seconds, riding)
 
     def _decide(self, controller: Controller) -> None:
         """Move the border, now and then, to where the controller wants it."""
         now = self.engine.clock()
         if now < self._decide_at:
             return
-        self._decide_at = now + TICK
+        self._decide_at = now + self.tick
         decision = controller.decide(self._observed(now, controller.targets.served), self.lanes.now)
         self.why = decision.why
+        self.chunk = decision.chunk
         if decision.split != self.lanes.now:
             self.lanes.use(decision.split)
             self.changes += 1
@@ -211,9 +228,10 @@ class Watch:
         self._last = None
 
     def prefilled(self, plan: StepPlan) -> None:
+        """A plan was read in which prompts were computed, after its decodes."""
         now = self.clock()
-        self._prompts.append((now, plan.tokens))
-        for entry in plan.entries:
+        self._prompts.append((now, plan.tokens - plan.decodes))
+        for entry in plan.entries[plan.decodes :]:
             if entry.sample:
                 self._firsts.append((now, max(0.0, now - entry.sequence.request.arrival)))
 

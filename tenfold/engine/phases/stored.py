@@ -7,7 +7,7 @@ from tenfold.engine.phases.latency import Stairs
 from tenfold.models.config import ModelConfig
 from tenfold.ops.choose import Key, Table
 
-PREFILLS = (256, 2048, 8192)  # tokens
+PREFILLS = (128, 256, 512, 1024, 2048)  # tokens
 DECODES = (1, 8, 64)  # requests
 LANE = "lane"
 

@@ -9,7 +9,8 @@ from tenfold.ops.gpu.green import STEP
 
 CHUNKED, PREFILL_FIRST, PHASES, DISAGGREGATED = SCHEDULES = ("chunked", "prefill-first", "phases", "disaggregated")
 ADAPTIVE, STAIRCASE, PAPER, SHARED = BORDERS = ("adaptive", "staircase", "paper", "shared")
-SIZES = (64, 80, 96, 112, 120)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
+SIZES = (64, 80, 96, 112)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
+LEAST_REST = 20  # SMs beside a group: fewer are no whole cluster of blocks, and kernels that want one fail (H100)
 PREFILL_TOKENS = 4096  # of a step of prompts in a lane: more are no faster, and each lane keeps memory for as many
 UNLOADED = 7.5  # times what an idle GPU takes: the paper's tight targets
 TYPICAL = 1024  # tokens of a prompt
@@ -44,11 +45,11 @@ def splits_of(border: str, total: int) -> tuple[int, ...]:
     if border == SHARED:
         return ()
     if border in BORDERS:
-        return tuple(size for size in SIZES if size <= total - STEP)
-    if not STEP <= int(border) <= total - STEP or int(border) % STEP:
+        return tuple(size for size in SIZES if size <= total - LEAST_REST)
+    if not STEP <= int(border) <= total - LEAST_REST or int(border) % STEP:
         raise ValueError(
             f"border is {border}; allowed on this GPU of {total} multiprocessors: multiples of {STEP} from {STEP} to "
-            f"{(total - STEP) // STEP * STEP}."
+            f"{(total - LEAST_REST) // STEP * STEP}."
         )
     return (int(border),)
 
@@ -69,7 +70,7 @@ def targets_of(config: EngineConfig, stairs: Stairs, total: int) -> Targets:
 def make_controller(border: str, targets: Targets, splits: list[Split], stairs: Stairs) -> Controller | None:
     """None where the border stays where it is."""
     if border == ADAPTIVE:
-        return Adaptive(Staircase(targets, splits, stairs))
+        return Adaptive(Staircase(targets, splits, stairs), PREFILL_TOKENS)
     if border == STAIRCASE:
         return Staircase(targets, splits, stairs)
     if border == PAPER:

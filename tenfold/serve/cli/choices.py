@@ -10,12 +10,11 @@ from tenfold.engine.memory import DTYPES
 from tenfold.engine.opened import Opened
 from tenfold.engine.phases import stored
 from tenfold.engine.phases import table as phases
-from tenfold.engine.phases.controller import Observed, Split, Staircase
+from tenfold.engine.phases.controller import Observed, Split
 from tenfold.models.table import build_model, model_config
 from tenfold.ops.choose import Choice, Table
 from tenfold.ops.cpu import arms
 from tenfold.ops.cpu.tune import tune_linear
-from tenfold.ops.gpu.green import STEP
 from tenfold.ops.kernels import Options
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.table import make_kernels
@@ -121,23 +120,28 @@ def show_phases(opened: Opened, kernels: Any) -> None:
 
 def phase_lines(table: Table, shape: Any, config: EngineConfig, total: int) -> list[tuple[str, ...]]:
     """A row for each split; empty where nothing was measured."""
-    sizes = [size for size in phases.SIZES if size <= total - STEP]
+    sizes = phases.splits_of(phases.ADAPTIVE, total)
     tokens, requests = stored.sizes_of(config.max_model_len, config.max_batch)
     parts = [total, *sizes], [total, *(total - size for size in sizes)]
     stairs = stored.recall(table, shape, config, *parts, tokens, requests)
     if stairs is None:
         return []
     splits = [Split(size, total - size) for size in sizes]
-    staircase = Staircase(phases.targets_of(config, stairs, total), splits, stairs)
+    targets, border = phases.targets_of(config, stairs, total), config.border
+    measured = border if border in (phases.ADAPTIVE, phases.STAIRCASE) else phases.STAIRCASE
+    controller = phases.make_controller(measured, targets, splits, stairs)
+    assert controller is not None
+    waits = {n: Observed(None, None, tokens[-1], 0.0, n, 0.0) for n in requests}
+    decisions = {n: controller.decide(seen, Split(total, total)) for n, seen in waits.items()}
     heads = [f"prefill {n}" for n in tokens] + [f"decode {n}" for n in requests]
     rows = [("prompts + answers", *heads, "for")]
     for split in [Split(total, total), *splits]:
         times = [stairs.prefill_seconds(split.prefill, n) for n in tokens]
         times += [stairs.decode_seconds(split.decode, n) for n in requests]
         loads = [
-            f"{n} answers"
-            for n in requests
-            if staircase.decide(Observed(None, None, tokens[-1], 0.0, n, 0.0), Split(0, 0)).split == split
+            f"{n} answers" + (f" in steps with {made.chunk} tokens of prompts" if made.chunk else "")
+            for n, made in decisions.items()
+            if made.split == split
         ]
         rows.append((str(split), *(f"{1e3 * seconds:.2f}" for seconds in times), ", ".join(loads)))
     return rows

@@ -93,26 +93,67 @@ def test_what_prefill_adds_to_a_decode_step_is_remembered_at_its_worst_and_fades
     assert guard.share == 0.6
 
 
-def test_sharing_goes_on_while_it_serves_and_is_tried_again_later() -> None:
-    own = Adaptive(Staircase(TARGETS, SPLITS, STAIRS))
-    whole = Split(TOTAL, TOTAL)
-    assert own.decide(seen(), SPLITS[0]).split == whole
-    own.observe(whole, 8, 0.015)
-    assert own.decide(seen(), whole).split == whole
-    own.observe(whole, 8, 0.030)
-    apart = own.decide(seen(), whole).split
-    assert apart == Split(116, 16)
-    turns = 0
-    while own.decide(seen(), apart).split != whole:
-        turns += 1
-    assert 100 < turns < 2000
-    assert own.decide(seen(queued=0), whole).split == Split(0, TOTAL)
+def adaptive(tpot: float, ttft: float = 1.0) -> Adaptive:
+    fine = Stairs(
+        {
+            s: ((128, 0.006 * TOTAL / s), (512, 0.012 * TOTAL / s), (4096, 0.09 * TOTAL / s))
+            for s in (32, 64, 96, 116, 132)
+        },
+        STAIRS.decode,
+    )
+    return Adaptive(Staircase(Targets(ttft, tpot), SPLITS, fine), 4096)
 
 
-def test_sharing_is_kept_where_every_split_is_worse() -> None:
-    own = Adaptive(Staircase(Targets(0.001, 0.02), SPLITS, STAIRS))
-    own.observe(own.shared, 8, 0.03)
-    assert own.decide(seen(), own.shared).split == own.shared
+WHOLE = Split(TOTAL, TOTAL)
+
+
+def test_prompts_ride_in_steps_that_are_just_in_time() -> None:
+    own = adaptive(tpot=0.05)
+    found = own.decide(seen(), WHOLE)
+    assert found.split == WHOLE
+    assert own.seconds(found.chunk, 8) <= 0.9 * 0.05 < own.seconds(found.chunk + 128, 8)
+    assert adaptive(tpot=0.5).decide(seen(), WHOLE).chunk == 4096
+    assert str(found.chunk) in found.why
+
+
+def test_a_part_of_the_gpu_is_taken_where_steps_in_time_would_hold_few_tokens_of_prompts() -> None:
+    own = adaptive(tpot=0.009)
+    found = own.decide(seen(), WHOLE)
+    assert found.split in SPLITS
+    assert found.chunk == 0
+    assert own.inner.stairs.decode_seconds(found.split.decode, 8) <= 0.009
+    # back only where steps with both do better by more than a little
+    assert own.decide(seen(), found.split).split == found.split
+    assert own.decide(seen(requests=0), found.split) == own.decide(seen(requests=0), WHOLE)
+
+
+def test_a_phase_without_work_needs_no_split() -> None:
+    own = adaptive(tpot=0.009)
+    nobody_decodes = own.decide(seen(requests=0), SPLITS[1])
+    assert (nobody_decodes.split, nobody_decodes.chunk) == (WHOLE, 4096)
+    nobody_waits = own.decide(seen(queued=0), SPLITS[1])
+    assert nobody_waits.split == WHOLE
+    assert nobody_waits.chunk == own.chunk(8, 0.009) < 512  # should a prompt come before the next decision
+
+
+def test_where_neither_serves_the_smaller_miss_decides() -> None:
+    own = adaptive(tpot=0.004, ttft=0.001)
+    found = own.decide(seen(queued=4096), WHOLE)
+    waits = 4096 * own.seconds(128, 8) / 128 / 0.001
+    assert own.inner.miss(own.inner.decide(seen(queued=4096), WHOLE).split, seen(queued=4096)) < waits
+    assert found.split in SPLITS
+
+
+def test_steps_that_took_longer_hold_fewer_tokens_for_a_while() -> None:
+    own = adaptive(tpot=0.05)
+    before = own.chunk(8, 0.05)
+    own.observe(WHOLE, 8, 1.4 * own.seconds(before, 8), before)
+    assert own.chunk(8, 0.05) < before
+    own.observe(SPLITS[1], 8, 2 * own.inner.stairs.decode_seconds(SPLITS[1].decode, 8))
+    assert own.inner.guard.share == 0.6
+    for _ in range(500):
+        own.observe(WHOLE, 8, own.inner.stairs.mixed_seconds(before, 8), before)
+    assert own.chunk(8, 0.05) == before
 
 
 @pytest.mark.parametrize("wrong", [{"ttft": 0.0}, {"tpot": -1.0}, {"served": 1.0}])

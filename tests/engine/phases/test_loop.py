@@ -1,5 +1,6 @@
 """Prefills and decodes in lanes beside each other: tokens, order, faults; random lives are in test_schedules.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,25 +93,33 @@ def test_a_prompt_alone_is_computed_at_once() -> None:
     assert [o.request_id for o in outputs] == ["b"]
 
 
+LANES = pytest.mark.parametrize("lanes", [laned, fake.flipping])
+
+
+@LANES
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_answers_are_those_of_one_lane(case: Case, lookahead: int) -> None:
-    engine = laned(case.engine(max_batch=9, lookahead=lookahead, max_step_tokens=20))
+def test_answers_are_those_of_one_lane(case: Case, lookahead: int, lanes: Callable[[Engine], Engine]) -> None:
+    engine = lanes(case.engine(max_batch=9, lookahead=lookahead, max_step_tokens=20))
     answer(case, engine, list(range(9)), [2] * 9)
     answer(case, engine, [8, 5, 2, 7], n=2)
 
 
+@LANES
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_answers_are_those_of_one_lane_after_preemption(case: Case, lookahead: int) -> None:
-    engine = laned(case.engine(pages=9, max_batch=5, lookahead=lookahead, prefix_cache=False))
+def test_answers_are_those_of_one_lane_after_preemption(
+    case: Case, lookahead: int, lanes: Callable[[Engine], Engine]
+) -> None:
+    engine = lanes(case.engine(pages=9, max_batch=5, lookahead=lookahead, prefix_cache=False))
     answer(case, engine, [0, 1, 2, 3, 4, 5])
     assert engine.stats().preemptions > 0
 
 
+@LANES
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_a_prompt_that_fails_ends_alone(lookahead: int) -> None:
+def test_a_prompt_that_fails_ends_alone(lookahead: int, lanes: Callable[[Engine], Engine]) -> None:
     model = fake.FakeModel()
     model.fail_on = 41
-    engine = laned(fake.make_engine(model, lookahead=lookahead, max_model_len=96))
+    engine = lanes(fake.make_engine(model, lookahead=lookahead, max_model_len=96))
     engine.add(Request("good", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=12)))
     outputs = engine.step()
     engine.add(Request("bad", (1, 41, 3), SamplingParams(temperature=0.0, max_tokens=12)))
@@ -126,10 +135,8 @@ def test_a_prompt_that_fails_ends_alone(lookahead: int) -> None:
 def test_grammars_hold_in_both_lanes() -> None:
     kinds = [Grammar("regex", "[a-m]{4}( [n-z]{2})*"), test_grammar.schema(test_grammar.SCHEMAS["object"]), None]
 
-    def answers(lanes: bool) -> dict[tuple[str, int], list[int]]:
-        engine = test_grammar.make_engine(lookahead=1)
-        if lanes:
-            laned(engine)
+    def answers(lanes: Callable[[Engine], Engine] = lambda engine: engine) -> dict[tuple[str, int], list[int]]:
+        engine = lanes(test_grammar.make_engine(lookahead=1))
         outputs = []
         for i in range(6):
             params = SamplingParams(temperature=0.0, max_tokens=30, grammar=kinds[i % 3])
@@ -137,7 +144,7 @@ def test_grammars_hold_in_both_lanes() -> None:
             outputs += engine.step()
         return fake.answers([*outputs, *fake.drain(engine)])
 
-    assert answers(True) == answers(False)
+    assert answers(laned) == answers(fake.flipping) == answers()
 
 
 def test_an_abort_in_the_middle_of_a_prefill_gives_everything_back() -> None:
@@ -152,6 +159,37 @@ def test_an_abort_in_the_middle_of_a_prefill_gives_everything_back() -> None:
     outputs: list[Any] = fake.drain(engine)
     assert [o.finish for o in outputs if o.request_id == "b"] == [FinishReason.ABORT]
     assert engine.stats().pages_used == 0
+
+
+def test_prompts_ride_in_steps_of_decodes_where_the_controller_says_so() -> None:
+    engine = fake.make_engine(max_step_tokens=64, max_model_len=96, lookahead=0)
+    phases = engine.phases = Phases(engine, OneStream(engine.runner), fake.Flips([7]), slice=1, tick=0.0)
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=30)))
+    engine.step()
+    engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=3)))
+    order: list[str] = []
+    while "b" not in order:
+        order += [o.request_id for o in engine.step()]
+        assert phases.underway is None
+    assert order.count("a") == 6  # 40 tokens, 7 at a time
+    assert len(phases.watch._firsts) == 2
+    fake.drain(engine)
+
+
+def test_a_prefill_under_way_is_ended_before_prompts_ride() -> None:
+    engine = fake.make_engine(max_step_tokens=20, max_model_len=96)
+    phases = engine.phases = Phases(engine, OneStream(engine.runner), fake.Flips([0, 0, 0, 9]), slice=1, tick=0.0)
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=30)))
+    for _ in range(2):
+        engine.step()
+    engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=3)))
+    engine.step()
+    assert phases.underway is not None
+    engine.step()
+    assert phases.chunk == 9
+    outputs = fake.drain(engine)
+    found = fake.answers([o for o in outputs if o.request_id == "b"])
+    assert found["b", 0] == fake.reference(LONG, len(LONG) + 3)
 
 
 class Script:

@@ -51,9 +51,9 @@ def test_a_border_is_held_against_the_gpu() -> None:
     assert table.splits_of("96", 132) == (96,)
     assert table.splits_of("shared", 132) == ()
     assert table.splits_of("adaptive", 132) == table.SIZES
-    assert max(table.splits_of("paper", 100)) <= 92
-    for wrong in ("100", "128"):
-        with pytest.raises(ValueError, match=r"this GPU of 132 multiprocessors: multiples of 8 from 8 to 120"):
+    assert max(table.splits_of("paper", 100)) <= 80
+    for wrong in ("100", "120"):
+        with pytest.raises(ValueError, match=r"this GPU of 132 multiprocessors: multiples of 8 from 8 to 112"):
             table.splits_of(wrong, 132)
 
 
@@ -182,7 +182,7 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     shape: Any = SimpleNamespace(layers=2, heads=8, kv_heads=2, vocab_size=97, hidden_size=64, intermediate_size=256)
     config = EngineConfig(dtype="bfloat16", max_model_len=4096, max_batch=16)
     sizes = stored.sizes_of(4096, 16)
-    assert sizes == ([256, 2048], [1, 8])
+    assert sizes == ([128, 256, 512, 1024, 2048], [1, 8])
     prefills = {sms: tuple((n, n / sms / 1e3) for n in sizes[0]) for sms in (132, *table.SIZES)}
     decodes = {sms: tuple((n, 0.005 + 0.2 / sms) for n in sizes[1]) for sms in (132, *(132 - s for s in table.SIZES))}
     stairs = Stairs(prefills, decodes)
@@ -196,8 +196,12 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     assert found.prefill_seconds(96, 2048) == pytest.approx(stairs.prefill_seconds(96, 2048))
     assert found.decode_seconds(36, 8) == pytest.approx(stairs.decode_seconds(36, 8))
     assert stored.recall(again, shape, replace(config, kv_cache="fp8"), prefills, decodes, *sizes) is None
-    head, whole, *splits = choices.phase_lines(again, shape, replace(config, tpot=0.011), 132)
-    assert head == ("prompts + answers", "prefill 256", "prefill 2048", "decode 1", "decode 8", "for")
+    wanted = replace(config, tpot=0.011, border="staircase")
+    head, whole, *splits = choices.phase_lines(again, shape, wanted, 132)
+    assert head[:3] == ("prompts + answers", "prefill 128", "prefill 256")
+    assert head[-3:] == ("decode 1", "decode 8", "for")
     assert whole[0] == "132+132"
     assert [row[0] for row in splits] == [f"{size}+{132 - size}" for size in table.SIZES]
-    assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", "", ""]  # 36 SMs decode in 10.6 ms
+    assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", ""]  # 36 SMs decode in 10.6 ms
+    _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
+    assert whole[-1] == "1 answers in steps with 1280 tokens of prompts, 8 answers in steps with 1280 tokens of prompts"
