@@ -99,9 +99,9 @@ def test_chunks_bound_gaps_and_large_ones_do_not() -> None:
     assert small.latency > 0
 
 
-def test_two_lanes_keep_tokens_coming_where_chunks_do_not() -> None:
+def test_two_lanes_keep_tokens_coming_where_large_chunks_do_not() -> None:
     asks = poisson(2, 30, [8192], [200], seed=6)
     lanes = gpu(controllers()["adaptive"]).run(asks)
-    mixed = chunked(STAIRS, TOTAL, asks, 2048)
+    mixed = chunked(STAIRS, TOTAL, asks, 4096)
     assert lanes.gap(0.99) * 2 < mixed.gap(0.99)
     assert lanes.latency < 1.1 * mixed.latency

@@ -19,6 +19,10 @@ TRIES = 16  # steps of a search at most
 LARGEST_GUARD = 0.6  # of a decode step's time, that prefill on the other SMs may add
 GUARD_DECAY = 0.99  # of what was added at worst, for each observation
 LEAST_CHUNK = 128  # tokens of prompts in a step of decodes
+NEARLY = 0.9  # of the prompt tokens a second of the largest steps in time, that smaller ones should compute
+HASTE = 0.5  # of the target of first tokens, in which those who wait should be served by smaller steps
+STRETCH = 2.0  # times the target, that steps may take while first tokens are late: most steps have no prompts
+EFFORT = 0.2  # by which a split must compute prompts faster than steps with both for the border to move
 GAIN = 0.05  # by which the worse of both targets must be better served for a border to move
 
 
@@ -142,6 +146,31 @@ class Guard:
         self.share = max(added, self.share * GUARD_DECAY)
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What requests would see, as shares of the targets: to the first token (waited: of it so far) and per token after
+    it.
+    """
+
+    waited: float
+    work: float
+    step: float
+
+    @property
+    def miss(self) -> float:
+        """The worse of both, at most 1 where both are met."""
+        return max(1.0, self.waited + self.work, self.step)
+
+    def better(self, other: "Promise", by: float) -> bool:
+        """Whether tokens come in time here and not there; or where that is alike and one of both is late with first
+        tokens, whether prompts are computed faster here by more than a share.
+        """
+        steps = max(1.0, self.step), max(1.0, other.step)
+        if max(steps) > min(steps) * (1 + GAIN):
+            return steps[0] < steps[1]
+        return max(self.miss, other.miss) > 1 and self.work * (1 + by) < other.work
+
+
 @dataclass(slots=True)
 class Staircase:
     """The smallest part of the GPU that decodes in time, by measured times with a guard for contention; prefill gets
@@ -159,7 +188,7 @@ class Staircase:
             return Decision(Split(0, total), "nobody waits for a first token")
         if not seen.requests:
             return Decision(Split(total, 0), "nobody decodes")
-        misses = {split: self.miss(split, seen) for split in self.splits}
+        misses = {split: self.promise(split, seen).miss for split in self.splits}
         best = min(self.splits, key=lambda s: (misses[s], -s.prefill))
         if now in misses and misses[now] <= max(1.0, misses[best] * (1 + GAIN)) and misses[best] > 1 - GAIN:
             return Decision(now, "no split is much better")
@@ -168,21 +197,22 @@ class Staircase:
         )
         return Decision(best, why)
 
-    def miss(self, split: Split, seen: Observed) -> float:
-        """The worse of both phases: predicted time over target, at most 1 where both are met."""
-        tpot = self.stairs.decode_seconds(split.decode, seen.requests) * (1 + self.guard.share)
-        ttft = seen.waited + self.stairs.prefill_seconds(split.prefill, seen.queued)
+    def promise(self, split: Split, seen: Observed) -> Promise:
+        """By measured times."""
+        step = self.stairs.decode_seconds(split.decode, seen.requests) * (1 + self.guard.share)
+        work = self.stairs.prefill_seconds(split.prefill, seen.queued)
         targets = seen.targets or self.targets
-        return max(1.0, tpot / targets.tpot, ttft / targets.ttft)
+        return Promise(seen.waited / targets.ttft, work / targets.ttft, step / targets.tpot)
 
 
 @dataclass(slots=True)
 class Adaptive:
-    """Prompts ride in the steps of decodes, as many tokens at a time as leave these in time, unless a split of the GPU
-    serves the targets better: then the staircase's.
+    """Prompts ride in the steps of decodes, as many tokens at a time as leave these in time, unless that serves the
+    targets less well than a split of the GPU.
 
-    Steps with both read the weights once for both, so that with room between targets and times they are hard to beat.
-    Where tokens have to come fast they hold few tokens of prompts, and a part of the GPU for prompts alone does more.
+    A step with both reads the weights once for both, and as long as reading them takes longer than computing, tokens of
+    prompts are nearly free. Where tokens have to come so fast that steps in time hold few of a long prompt, a part of
+    the GPU for prompts alone does more.
     most: tokens of prompts in a step; guard: of what such steps took longer than expected.
     """
 
@@ -208,31 +238,48 @@ class Adaptive:
             self.inner.guard.observe(self.inner.stairs.decode_seconds(split.decode, requests), step)
 
     def decide(self, seen: Observed, now: Split) -> Decision:
-        targets = seen.targets or self.targets
-        chunk = self.chunk(seen.requests, targets.tpot) if seen.requests else self.most
-        if not seen.queued or not seen.requests:
-            idle = "nobody waits for a first token" if seen.requests else "nobody decodes"
-            return Decision(self.shared, idle, chunk)
-        split = self.inner.decide(seen, now).split
-        better = 1 + GAIN if now == self.shared else 1 / (1 + GAIN)
-        step = self.seconds(chunk, seen.requests)
-        wait = seen.waited + seen.queued * step / chunk
-        misses = max(1.0, step / targets.tpot, wait / targets.ttft), self.inner.miss(split, seen)
-        if max(misses) > 1:
-            apart = misses[0] > misses[1] * better
-        else:
-            seconds = self.inner.stairs.prefill_seconds(split.prefill, self.most)
-            apart = self.most / seconds > chunk / step * better
-        if apart:
-            return Decision(split, "steps in time hold few tokens of prompts: a part of the GPU computes more")
+        if not seen.requests:
+            return Decision(self.shared, "nobody decodes", self.most)
+        if not seen.queued:
+            return Decision(self.shared, "nobody waits for a first token", LEAST_CHUNK)
+        chunk = self.chunk(seen)
+        mixed = self.promise(chunk, seen)
+        divided = [split for split in self.inner.splits if self._worth(split, mixed, seen, now)]
+        if divided:
+            found = self.inner.decide(seen, now).split
+            found = found if found in divided else min(divided, key=lambda s: self.inner.promise(s, seen).miss)
+            return Decision(found, "steps in time hold too few tokens of prompts: a part of the GPU computes more")
+        if mixed.waited + mixed.work > HASTE:
+            chunk = self.fitting(seen, STRETCH)[-1]
         return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
 
-    def chunk(self, requests: int, tpot: float) -> int:
-        """The most tokens of prompts that a step takes along in time; at least LEAST_CHUNK."""
-        sizes = range(LEAST_CHUNK, self.most + 1, LEAST_CHUNK)
-        bound = tpot * (1 - self.margin)
-        fitting = bisect_right(sizes, bound, key=lambda tokens: self.seconds(tokens, requests))
-        return sizes[max(0, fitting - 1)] if sizes else self.most
+    def _worth(self, split: Split, mixed: Promise, seen: Observed, now: Split) -> bool:
+        """Whether a split is so much better that the border moves, or enough for it to stay."""
+        return self.inner.promise(split, seen).better(mixed, EFFORT if now == self.shared else GAIN)
+
+    def chunk(self, seen: Observed) -> int:
+        """The most tokens of prompts that leave a step in time; fewer that compute prompts nearly as fast, while first
+        tokens come early enough all the same.
+        """
+        fitting = self.fitting(seen)
+        enough = NEARLY * fitting[-1] / self.seconds(fitting[-1], seen.requests)
+        for tokens in fitting:
+            if tokens >= enough * self.seconds(tokens, seen.requests):
+                early = self.promise(tokens, seen)
+                return tokens if early.waited + early.work <= HASTE else fitting[-1]
+        return fitting[-1]
+
+    def fitting(self, seen: Observed, times: float = 1.0) -> range:
+        """Tokens of prompts that leave a step in so many times the target; one size at least."""
+        sizes = range(LEAST_CHUNK, max(LEAST_CHUNK, self.most) + 1, LEAST_CHUNK)
+        bound = times * (seen.targets or self.targets).tpot * (1 - self.margin)
+        return sizes[: max(1, bisect_right(sizes, bound, key=lambda n: self.seconds(n, seen.requests)))]
+
+    def promise(self, chunk: int, seen: Observed) -> Promise:
+        """Where steps take so many tokens of prompts along."""
+        targets, step = seen.targets or self.targets, self.seconds(chunk, seen.requests)
+        work = step * max(1.0, seen.queued / chunk)
+        return Promise(seen.waited / targets.ttft, work / targets.ttft, step / targets.tpot)
 
     def seconds(self, tokens: int, requests: int) -> float:
         """Of a step with both, at worst of late."""

@@ -54,8 +54,8 @@ class Phases:
         stairs: Stairs | None = None,
         tick: float = TICK,
     ) -> None:
-        """controller: moves the border between the lanes; None: it stays where it is. targets, stairs: to be told. tick:
-        seconds between two decisions.
+        """controller: moves the border between the lanes; None: it stays where it is. targets, stairs: to be told.
+        tick: seconds between two decisions.
         """
         self.engine = engine
         self.lanes = lanes
@@ -70,6 +70,7 @@ class Phases:
         self.why = ""  # the border is where it is
         self.changes = 0
         self._decide_at = 0.0
+        self._idle = True  # nobody waited for a first token at the last decision
 
     def stats(self) -> dict[str, Any]:
         """Fields of `Stats`."""
@@ -156,10 +157,11 @@ class Phases:
             self.controller.observe(self.lanes.now, plan.decodes, seconds, riding)
 
     def _decide(self, controller: Controller) -> None:
-        """Move the border, now and then, to where the controller wants it."""
-        now = self.engine.clock()
-        if now < self._decide_at:
+        """Move the border, now and then and when the first prompt comes, to where the controller wants it."""
+        now, idle = self.engine.clock(), not self.engine.scheduler.backlog
+        if now < self._decide_at and (idle or not self._idle):
             return
+        self._idle = idle
         self._decide_at = now + self.tick
         decision = controller.decide(self._observed(now, controller.targets.served), self.lanes.now)
         self.why = decision.why

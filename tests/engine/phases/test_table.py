@@ -162,8 +162,8 @@ def test_the_strictest_request_sets_the_targets_and_the_border_is_told() -> None
 def test_controllers_keep_to_the_targets_of_the_requests() -> None:
     staircase = Staircase(Targets(10.0, 1.0), SPLITS, STAIRS)
     seen = Observed(0.1, 0.01, 2048, 0.0, 8, 100.0)
-    assert staircase.miss(SPLITS[0], seen) == 1.0
-    assert staircase.miss(SPLITS[0], replace(seen, targets=Targets(10.0, 0.001))) > 1.0
+    assert staircase.promise(SPLITS[0], seen).miss == 1.0
+    assert staircase.promise(SPLITS[0], replace(seen, targets=Targets(10.0, 0.001))).miss > 1.0
 
 
 def test_what_was_measured_is_said() -> None:
@@ -204,4 +204,4 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     assert [row[0] for row in splits] == [f"{size}+{132 - size}" for size in table.SIZES]
     assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", ""]  # 36 SMs decode in 10.6 ms
     _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
-    assert whole[-1] == "1 answers in steps with 1280 tokens of prompts, 8 answers in steps with 1280 tokens of prompts"
+    assert whole[-1] == "1 answers in steps with 128 tokens of prompts, 8 answers in steps with 128 tokens of prompts"
