@@ -123,8 +123,9 @@ class EngineConfig:
     )
     border: str = setting(
         "adaptive",
-        "schedule=phases, who gets which multiprocessors: adaptive (both all of them while tokens come within tpot, "
-        "else as measured), staircase (as measured), paper (semi-PD's Algorithm 1), shared, or how many prompts get",
+        "schedule=phases, who gets which multiprocessors: adaptive (prompts ride in the steps of answers that keep "
+        "to tpot, or have a part as measured), staircase (as measured), paper (semi-PD's Algorithm 1), shared, or how "
+        "many prompts get",
     )
     ttft: float = setting(
         0.0,
