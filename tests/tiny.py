@@ -28,6 +28,16 @@ LONGROPE = {
 }
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "moe_intermediate_size": 24,
+}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A variant of a family: prefix of its transformers classes, and config values.
@@ -110,9 +120,67 @@ TINY: dict[str, Tiny] = {
     "phi3-partial": Tiny("Phi3", {"partial_rotary_factor": 0.5, "tie_word_embeddings": True}),
     "phi3-short": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}, positions=128),
     "phi3-long": Tiny("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}, shortest=17),
+    "mixtral": Tiny("Mixtral", {"num_local_experts": 4, "sliding_window": 8}),
+    "qwen2-moe": Tiny(
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe": Tiny(
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "olmoe": Tiny("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 2}),
+    "olmoe-clip": Tiny("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.9, "norm_topk_prob": True}),
+    "deepseek-v2": Tiny(
+        "DeepseekV2",
+        {**LATENT, "n_routed_experts": 6, "num_experts_per_tok": 2, "q_lora_rank": None, "first_k_dense_replace": 1},
+    ),
+    "deepseek-v2-groups": Tiny(
+        "DeepseekV2",
+        {
+            **LATENT,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "q_lora_rank": 20,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 3.0,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.8),
+        },
+    ),
+    "deepseek-v3": Tiny(
+        "DeepseekV3",
+        {
+            **LATENT,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "q_lora_rank": 20,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0),
+        },
+    ),
 }
 # One variant a family, for tests that need not see them all.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3")
+EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v2", "deepseek-v3")
+FAMILIES = (*DENSE, *EXPERTS)
 
 
 def make_checkpoint(tiny: Tiny, folder: Path) -> Path:
@@ -135,10 +203,13 @@ def fill(model: Any, seed: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * (1.5 / parameter.shape[1] ** 0.5))
+            if parameter.dim() >= 2:  # experts lie in three dimensions
+                parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))
             else:
                 parameter.add_(0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 def write_tokenizer(folder: Path) -> None:

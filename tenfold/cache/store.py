@@ -22,7 +22,8 @@ Groupings = Sequence[tuple[Grouping, Grouping]]
 @dataclass(frozen=True, slots=True)
 class KVSpec:
     """What the cache of a model looks like. dtype: of keys and values that are stored as computed; packed: how others
-    are stored, None where there are none; local: the layers that are not packed.
+    are stored, None where there are none; local: the layers that are not packed; one: keys are values too (latent
+    attention), and are stored once.
     """
 
     layers: int
@@ -32,6 +33,7 @@ class KVSpec:
     page_size: int
     packed: PackedSpec | None = None
     local: frozenset[int] = frozenset()
+    one: bool = False
 
     def __str__(self) -> str:
         as_computed = f"as computed in {str(self.dtype).removeprefix('torch.')}"
@@ -51,7 +53,7 @@ class KVSpec:
     @property
     def exact_bytes(self) -> int:
         """Of a token in one layer that is stored as computed."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return (1 if self.one else 2) * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def bytes_per_token(self) -> int:
@@ -102,7 +104,7 @@ class KVStore:
         dense = spec.layers - spec.packing
         shape = (dense, pages, spec.kv_heads, spec.page_size, spec.head_dim)
         self._keys = torch.empty(shape, dtype=spec.dtype, device=device)
-        self._values = torch.empty(shape, dtype=spec.dtype, device=device)
+        self._values = self._keys if spec.one else torch.empty(shape, dtype=spec.dtype, device=device)
         self.keys = list(self._keys.unbind(0))
         self.values = list(self._values.unbind(0))
         self.layers: list[tuple[Tensor, Tensor] | PackedLayer] = []
@@ -113,21 +115,26 @@ class KVStore:
             groups = groupings[i] if groupings else None
             self.layers.append(self._packed.layer(groups) if spec.packs(i) else next(stored))
 
+    @property
+    def _stored(self) -> tuple[Tensor, ...]:
+        """What is stored as computed."""
+        return (self._keys,) if self.spec.one else (self._keys, self._values)
+
     def take_pages(self, other: "KVStore", pages: Tensor) -> None:
         """Whole pages of a store of the same shape on another device, to the same numbers; pages [N] int64 on the host.
         Stores that pack have no such copies.
         """
-        for own, theirs in ((self._keys, other._keys), (self._values, other._values)):
+        for own, theirs in zip(self._stored, other._stored):
             own[:, pages.to(own.device)] = theirs[:, pages.to(theirs.device)].to(own.device)
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages in every layer; `sources`, `targets` [N] int64 page numbers on the store's device."""
-        for whole in (self._keys, self._values, *(self._packed.pages if self.spec.packing else ())):
+        for whole in (*self._stored, *(self._packed.pages if self.spec.packing else ())):
             whole[:, targets] = whole[:, sources]
 
     def fill(self, value: float) -> None:
         """Put a number everywhere; in packed pages, the largest codes and scales and zeros that are no numbers."""
-        for tensor in (self._keys, self._values, *(self._packed.rooms if self.spec.packing else ())):
+        for tensor in (*self._stored, *(self._packed.rooms if self.spec.packing else ())):
             tensor.fill_(value)
         for tensor in self._packed.pages if self.spec.packing else ():
             tensor.fill_(-1 if tensor.dtype == torch.int16 else 0xFF)

@@ -199,10 +199,15 @@ def check_sizes(config: EngineConfig) -> None:
 
 def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
     """The KV cache's layout for a model under resolved settings. Raises ValueError for a format it cannot have."""
+    if model.latent is not None and config.kv_cache not in AS_COMPUTED:
+        raise ValueError(
+            f"kv_cache is {config.kv_cache!r} and this model caches one latent vector for all heads, which is small "
+            "already and is stored as computed; allowed: auto."
+        )
     packed = parse(config.kv_cache, model.kv_heads, model.head_dim)
     local = frozenset(i for i, window in enumerate(model.windows) if window) if packed else frozenset()
     sizes = (model.layers, model.kv_heads, model.head_dim)
-    return KVSpec(*sizes, DTYPES[config.kv_dtype], config.page_size, packed, local)
+    return KVSpec(*sizes, DTYPES[config.kv_dtype], config.page_size, packed, local, model.latent is not None)
 
 
 def draft_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:

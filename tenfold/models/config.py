@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tenfold.nn.rope import RopeSpec
+from tenfold.ops.route import Routing
 
 # Largest believable values: what lies above is a broken or hostile file, not a model.
 LIMITS = {
@@ -17,6 +18,21 @@ LIMITS = {
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 28,
     "sliding_window": 1 << 30,
+    "num_local_experts": 1 << 12,
+    "num_experts": 1 << 12,
+    "n_routed_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 10,
+    "moe_intermediate_size": 1 << 20,
+    "shared_expert_intermediate_size": 1 << 20,
+    "decoder_sparse_step": 1 << 10,
+    "moe_layer_freq": 1 << 10,
+    "n_group": 1 << 10,
+    "topk_group": 1 << 10,
+    "kv_lora_rank": 1 << 14,
+    "q_lora_rank": 1 << 14,
+    "qk_rope_head_dim": 1 << 12,
+    "qk_nope_head_dim": 1 << 12,
+    "v_head_dim": 1 << 12,
 }
 ACTIVATIONS = {
     "silu": "silu",
@@ -32,11 +48,41 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The experts of a decoder. layers: whether each layer has them, else it is dense; size: features inside one;
+    shared: inside those that see every token, together, 0 for none.
+    """
+
+    routing: Routing
+    size: int
+    layers: tuple[bool, ...]
+    shared: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2): keys and values of all heads are made from `rank` features of a token,
+    which are cached beside `rotary` ones that rotate. plain, value: features of a head's keys that do not rotate, and
+    of its values; q_rank: of what queries are made from, 0 where that is the token itself; paired: features that
+    rotate together are neighbours, not halves. In `ModelConfig`, kv_heads is 1 and head_dim what is cached.
+    """
+
+    rank: int
+    rotary: int
+    plain: int
+    value: int
+    q_rank: int = 0
+    paired: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder of `layers` equal blocks.
 
     windows: sliding window of each layer in tokens, 0 for none. rope, local_rope: of layers without and with a window
-    (equal where a family has one). scale multiplies query-key products; attention_softcap, logit_softcap: 0 for none.
+    (equal where a family has one). scale multiplies query-key products; qkv_clip (queries, keys and values are
+    kept within it), attention_softcap, logit_softcap: 0 for none.
+    experts, latent: None where a family has none.
     """
 
     architecture: str
@@ -58,8 +104,11 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    qkv_clip: float = 0.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    experts: ExpertsConfig | None = None
+    latent: Latent | None = None
 
     @property
     def q_size(self) -> int:
@@ -91,6 +140,13 @@ class Keys:
             raise ConfigError(f"The model config has no {key}; it must hold a whole number from 1 to {limit}.")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
             raise ConfigError(f"{key} is {value!r} in the model config; allowed: a whole number from 1 to {limit}.")
+        return value
+
+    def whole(self, key: str, default: int = 0) -> int:
+        """A whole number from 0."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1 << 20:
+            raise ConfigError(f"{key} is {value!r} in the model config; allowed: a whole number from 0.")
         return value
 
     def number(self, key: str, default: float, low: float = 0.0, high: float = 1e9) -> float:
@@ -134,6 +190,20 @@ class Keys:
         partial = self.number("partial_rotary_factor", 1.0, high=1.0)
         try:
             return RopeSpec(theta, int(head_dim * partial), self.count("max_position_embeddings"), scaling)
+        except ValueError as error:
+            raise ConfigError(f"The model config cannot be used: {error}") from error
+
+    def sparse_layers(self, layers: int) -> tuple[bool, ...]:
+        """Which layers have experts: each `decoder_sparse_step`-th, but for those that `mlp_only_layers` names."""
+        step, dense = self.count("decoder_sparse_step", 1), self.get("mlp_only_layers", [])
+        if not isinstance(dense, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in dense):
+            raise ConfigError(f"mlp_only_layers is {dense!r} in the model config; allowed: a list of layer numbers.")
+        return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
+
+    def routing(self, experts: int, **how: Any) -> Routing:
+        """Raises ConfigError for numbers that do not go together."""
+        try:
+            return Routing(experts, self.count("num_experts_per_tok"), **how)
         except ValueError as error:
             raise ConfigError(f"The model config cannot be used: {error}") from error
 

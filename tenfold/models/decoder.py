@@ -5,7 +5,7 @@ A family file holds its config reading and its block, whose `__call__` is the fa
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -16,11 +16,12 @@ from tenfold.nn.attention import Attention
 from tenfold.nn.embed import Embedding, Head
 from tenfold.nn.linear import Linear
 from tenfold.nn.mlp import MLP
+from tenfold.nn.moe import MoE
 from tenfold.nn.norm import RMSNorm
 from tenfold.nn.rope import rope_table
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import proven_phi, score_bound
-from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm
+from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm, run
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import load_phi
 
@@ -50,6 +51,9 @@ class Source:
     @property
     def prefix(self) -> str:
         return f"model.layers.{self.layer}."
+
+    def has(self, name: str) -> bool:
+        return self.weights.has(self.prefix + name)
 
     def norm(self, name: str, size: int | None = None) -> RMSNorm:
         return make_norm(
@@ -98,14 +102,47 @@ class Source:
             phi = proven_phi(score_bound(spec, *norms), spec.heads, self.weights.dtype)
         return None if phi is None else phi.to(self.weights.device)
 
-    def mlp(self, gate_up: Sequence[str], down: str) -> MLP:
-        """Gated feed-forward; gate_up names either two projections or one that holds both."""
+    def mlp(self, gate_up: Sequence[str], down: str, size: int = 0) -> MLP:
+        """Gated feed-forward; gate_up names either two projections or one that holds both; size: features inside, of
+        the config where none is named.
+        """
         c = self.config
-        rows = [c.intermediate_size] * 2 if len(gate_up) == 2 else [2 * c.intermediate_size]
+        size = size or c.intermediate_size
+        rows = [size] * 2 if len(gate_up) == 2 else [2 * size]
         return MLP(
             self.linear(gate_up, rows, c.hidden_size, c.mlp_bias),
-            self.linear([down], [c.hidden_size], c.intermediate_size, c.mlp_bias),
+            self.linear([down], [c.hidden_size], size, c.mlp_bias),
             c.activation,
+        )
+
+    def moe(
+        self,
+        router: str,
+        experts: str,
+        projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        shared: MLP | None = None,
+        shared_gate: Linear | None = None,
+        bias: str = "",
+    ) -> MoE:
+        """A router's weight by name; experts: what names of theirs begin with, before their number; projections: gate,
+        up and down; bias: the name of what is added to scores for the choice.
+        """
+        c, weights = self.config, self.weights
+        assert c.experts is not None
+        own, hidden, count = c.experts, c.hidden_size, c.experts.routing.experts
+        each = [[f"{self.prefix}{experts}{i}.{name}.weight" for name in projections] for i in range(count)]
+        routing = own.routing
+        if bias:
+            routing = replace(routing, bias=weights.vector(self.prefix + bias, size=count))
+        return MoE(
+            weights.kernels,
+            weights.dense(self.prefix + router, count, hidden, torch.float32),
+            routing,
+            weights.bank(f"{self.prefix}{experts}gate_up_proj", [e[:2] for e in each], [own.size] * 2, hidden),
+            weights.bank(f"{self.prefix}{experts}down_proj", [e[2:] for e in each], [hidden], own.size),
+            c.activation,
+            shared,
+            shared_gate,
         )
 
 
@@ -141,8 +178,12 @@ class Decoder:
             else weights.matrix("lm_head.weight", rows=[config.vocab_size], cols=config.hidden_size)
         )
         self.head = Head(kernels, head, config.logit_softcap)
-        self._replay = kernels.replay()
-        self._graph = kernels.graph()
+        self._record(kernels)
+
+    def _record(self, kernels: Kernels) -> None:
+        """Steps are recorded where the host need not know which experts they go to."""
+        recorded = self.config.experts is None or kernels.routes
+        self._replay, self._graph = (kernels.replay(), kernels.graph()) if recorded else (run, run)
 
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
@@ -158,7 +199,7 @@ class Decoder:
     def on(self, kernels: Kernels) -> Self:
         """The same weights on other kernels, with recordings and graphs of its own."""
         other = on_kernels(self, kernels)
-        other._replay, other._graph = kernels.replay(), kernels.graph()
+        other._record(kernels)
         return other
 
     def forward(self, step: Step) -> Tensor:

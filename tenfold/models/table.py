@@ -12,12 +12,18 @@ from tenfold.ops.kernels import Kernels
 from tenfold.weights.load import Weights
 
 MODELS = {
+    "DeepseekV2ForCausalLM": "tenfold.models.deepseek:DeepseekV2",
+    "DeepseekV3ForCausalLM": "tenfold.models.deepseek:DeepseekV3",
     "Gemma3ForCausalLM": "tenfold.models.gemma3:Gemma3",
     "LlamaForCausalLM": "tenfold.models.llama:Llama",
     "MistralForCausalLM": "tenfold.models.mistral:Mistral",
+    "MixtralForCausalLM": "tenfold.models.mixtral:Mixtral",
+    "OlmoeForCausalLM": "tenfold.models.olmoe:Olmoe",
     "Phi3ForCausalLM": "tenfold.models.phi3:Phi3",
     "Qwen2ForCausalLM": "tenfold.models.qwen2:Qwen2",
+    "Qwen2MoeForCausalLM": "tenfold.models.qwen_moe:Qwen2MoE",
     "Qwen3ForCausalLM": "tenfold.models.qwen3:Qwen3",
+    "Qwen3MoeForCausalLM": "tenfold.models.qwen_moe:Qwen3MoE",
 }
 
 

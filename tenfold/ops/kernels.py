@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.ops.experts import experts
+from tenfold.ops.matrix import Bank, Matrix, RawTensor
 
 if TYPE_CHECKING:
     from tenfold.ops.kv.layer import PackedLayer
@@ -162,6 +163,7 @@ class Kernels(Protocol):
 
     name: str
     reason: str  # why these kernels were picked, set by `make_kernels`
+    routes: bool  # whether `experts` can be recorded: the host need not know who goes where
 
     @property
     def recomputed(self) -> int:
@@ -183,6 +185,10 @@ class Kernels(Protocol):
 
     def matrix(self, parts: Sequence[RawTensor]) -> Matrix:
         """One Matrix of the parts stacked by rows, in the layout these kernels want."""
+        ...
+
+    def bank(self, experts: Sequence[Sequence[RawTensor]]) -> Bank:
+        """The same of every expert, each the parts of `matrix`."""
         ...
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
@@ -210,6 +216,22 @@ class Kernels(Protocol):
         """`y = (rms_norm(x) if norm else x) @ w.T + bias`; act "silu" or "gelu_tanh": the rows of w are gate then up
         and `y = act(gate) * up`; then `y + residual`. x [T, cols], bias [rows] float32, residual as the result -> [T,
         rows] (rows / 2 with act).
+        """
+        ...
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`sum over k of weights[t, k] * down[e] @ (act(gate) * up)` with e = ids[t, k] and the rows of gate_up[e] gate
+        then up; then `+ residual`. x [T, cols], ids [T, K] int64, weights [T, K] float32, residual as the result -> [T,
+        rows of down].
         """
         ...
 
@@ -257,7 +279,9 @@ class Kernels(Protocol):
 
 
 class Separate:
-    """What kernels do that neither fuse `rope_write` and `attend` nor capture graphs."""
+    """What kernels do that neither fuse `rope_write` and `attend` nor experts nor capture graphs."""
+
+    routes = False
 
     @property
     def recomputed(self) -> int:
@@ -265,6 +289,21 @@ class Separate:
 
     def logits(self: Any, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         return self.linear(x, w, norm=norm).float()
+
+    def bank(self: Any, experts: Sequence[Sequence[RawTensor]]) -> Bank:
+        return Bank(tuple(self.matrix(parts) for parts in experts))
+
+    def experts(
+        self: Any,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return experts(self, x, ids, weights, gate_up, down, act, residual)
 
     def graph(self) -> Replay:
         return run

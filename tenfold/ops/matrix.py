@@ -77,3 +77,17 @@ class Matrix:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bank:
+    """One projection of every expert of a layer. stacked [experts, rows, cols]: the memory that all lie in, where they
+    are dense.
+    """
+
+    each: tuple[Matrix, ...]
+    stacked: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self.each)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold.ops.blocks import dequantize
 from tenfold.ops.formats import unpack
 from tenfold.ops.kernels import AttentionSpec, Heads, Norm, Replay, Separate, run
-from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Matrix, RawTensor
 
 # Elements of the largest float32 temporary of one attention block: 64 MiB on a CPU, 512 MiB on a GPU.
 WORKSPACE = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -49,6 +49,17 @@ class Oracle(Separate):
         dense = [dequantize(part, self.dtype).to(self.device) for part in parts]
         data = dense[0] if len(dense) == 1 else torch.cat(dense)
         return Matrix("dense", data.shape[0], data.shape[1], (data.contiguous(),))
+
+    def bank(self, experts: Sequence[Sequence[RawTensor]]) -> Bank:
+        """Dense experts lie in one memory, which grows by one expert at a time."""
+        first = self.matrix(experts[0])
+        if first.format != "dense":
+            return Bank((first, *(self.matrix(parts) for parts in experts[1:])))
+        stacked = torch.empty(len(experts), first.rows, first.cols, dtype=self.dtype, device=self.device)
+        stacked[0] = first.data[0]
+        for place, parts in zip(stacked[1:], experts[1:]):
+            place.copy_(self.dense(self.matrix(parts)))
+        return Bank(tuple(Matrix("dense", first.rows, first.cols, (place,)) for place in stacked), stacked)
 
     def dense(self, w: Matrix) -> Tensor:
         """The values [rows, cols] in the compute type."""

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
-from tenfold.ops.blocks import BLOCKS, DENSE, quantize
+from tenfold.ops.blocks import BLOCKS, DENSE, dequantize, quantize
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.kernels import Kernels
-from tenfold.ops.matrix import Deferred, Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Deferred, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint, CheckpointError
 
 # What dense weights are quantised to when loading: matrices of the blocks, and the head, which decides the token and
@@ -63,6 +63,32 @@ class Weights:
             wanted = (part.shape[0] if rows is None else rows[i], part.shape[-1] if cols is None else cols)
             check_shape(part, wanted)
         return self._make(parts, [loaded_storage(self.mode, part.name, part.storage, part.shape) for part in parts])
+
+    def bank(self, stacked: str, names: Sequence[Sequence[str]], rows: Sequence[int], cols: int) -> Bank:
+        """Experts' matrices: slices of the tensor `stacked` [experts, sum of rows, cols] where the file has it, else
+        each expert's named ones stacked by rows. Raises CheckpointError.
+        """
+        if self.has(stacked):
+            experts = [[part] for part in slices(self._take(stacked), (len(names), sum(rows), cols))]
+            heights: Sequence[int] = [sum(rows)]
+        else:
+            experts, heights = [[self._take(name) for name in own] for own in names], rows
+        made = []
+        for parts in experts:
+            for part, height in zip(parts, heights):
+                check_shape(part, (height, cols))
+            made.append([self._convert(p, loaded_storage(self.mode, p.name, p.storage, p.shape)) for p in parts])
+        bank = self.kernels.bank(made)
+        self.matrices += bank.each
+        return bank
+
+    def dense(self, name: str, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A matrix that no kernel of ours runs on, [rows, cols] in the compute type or another one. Raises
+        CheckpointError.
+        """
+        part = self._take(name)
+        check_shape(part, (rows, cols))
+        return dequantize(self._convert(part, part.storage), dtype or self.dtype).to(self.device)
 
     def tied_head(self, table: Matrix) -> Matrix:
         """The head of a model whose embedding table it is: the table itself, or in modes that pack heads a copy."""
@@ -136,6 +162,17 @@ class Weights:
             # Rounding is quick where the weights will run.
             part = RawTensor(part.name, part.storage, part.shape, part.data.to(self.device))
         return quantize(part, storage)
+
+
+def slices(part: RawTensor, shape: tuple[int, int, int]) -> list[RawTensor]:
+    """The matrices of a tensor of three dimensions. Raises CheckpointError where it has another shape or is packed."""
+    if part.shape != shape or part.storage not in DENSE:
+        raise CheckpointError(
+            f"Tensor {part.name} has shape {list(part.shape)} and type {part.storage}; the config calls for "
+            f"{list(shape)} in F32, F16 or BF16. Config and weights are of different models, or the file is damaged."
+        )
+    whole = part.data
+    return [RawTensor(f"{part.name}[{i}]", part.storage, shape[1:], whole[i]) for i in range(shape[0])]
 
 
 def loaded_storage(mode: str, name: str, storage: str, shape: tuple[int, ...]) -> str:
