@@ -16,7 +16,7 @@ from tenfold.nn.step import Step
 from tenfold.ops.formats import is_format
 from tenfold.ops.gpu.arms import HEAD, Use, Work
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
-from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights
 
@@ -60,6 +60,21 @@ class Tracing(Separate):
         self.calls.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
         return torch.zeros(len(x), w.rows // 2 if act else w.rows)
 
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return x
+
+    def each(self, x: Tensor, bank: Bank) -> Tensor:
+        return torch.zeros(*x.shape[:2], bank.each[0].rows)
+
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         self.calls.append(Work(w.rows, w.cols, w.format, HEAD, len(x), self.dtype))
         return torch.zeros(len(x), w.rows)
@@ -77,6 +92,15 @@ class Shapes(Weights):
         made = Matrix(one if is_format(one) else "dense", sum(p.shape[0] for p in parts), parts[0].shape[-1], ())
         self.matrices.append(made)
         return made
+
+    def bank(self, stacked: str, names: Sequence[Sequence[str]], rows: Sequence[int], cols: int) -> Bank:
+        return Bank((Matrix("dense", sum(rows), cols, ()),) * len(names))
+
+    def bank_of(self, matrices: Tensor) -> Bank:
+        return Bank(tuple(Matrix("dense", part.shape[0], part.shape[1], ()) for part in matrices))
+
+    def dense(self, name: str, rows: int, cols: int) -> Tensor:
+        return torch.zeros(rows, cols)
 
 
 def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work | AttentionSpec]:

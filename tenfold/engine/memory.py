@@ -300,7 +300,10 @@ def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Activations of one step and what sampling takes, in each lane: an estimate from above."""
-    width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * model.intermediate_size
+    inner = model.intermediate_size
+    if model.experts is not None:
+        inner = max(inner, model.experts.routing.top * model.experts.size + model.experts.shared)
+    width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * inner
     activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
     logits = logits_rows(config) * model.vocab_size * (3 * 4 + 8)
     return schedules.pairs_of(config) * (activations + logits + (64 << 20))
@@ -359,8 +362,12 @@ def _lighter_weights(
 
 
 def _parameters(model: ModelConfig) -> int:
-    block = model.hidden_size * (2 * model.q_size + 2 * model.kv_size + 3 * model.intermediate_size)
-    return model.layers * block + model.vocab_size * model.hidden_size * (1 if model.tied else 2)
+    inner = model.layers * model.intermediate_size
+    if model.experts is not None:
+        each = model.experts.routing.experts * model.experts.size + model.experts.shared
+        inner = sum(each if sparse else model.intermediate_size for sparse in model.experts.layers)
+    attention = model.layers * (2 * model.q_size + 2 * model.kv_size)
+    return model.hidden_size * (attention + 3 * inner) + model.vocab_size * model.hidden_size * (1 if model.tied else 2)
 
 
 def weight_bytes(checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels: str) -> tuple[int, bool]:
@@ -375,8 +382,8 @@ def weight_bytes(checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels:
     total, quantised = 0, False
     for stored, shape in loaded:
         storage = kept_storage(stored, kernels)
-        if storage and len(shape) == 2:
-            total += storage_bytes(storage, shape)
+        if storage and len(shape) > 1:
+            total += math.prod(shape[:-2]) * storage_bytes(storage, shape[-2:])
             quantised = True
         else:
             total += math.prod(shape) * dtype.itemsize

@@ -136,7 +136,7 @@ class Source:
             routing = replace(routing, bias=weights.vector(self.prefix + bias, size=count))
         return MoE(
             weights.kernels,
-            weights.dense(self.prefix + router, count, hidden, torch.float32),
+            weights.kept(self.prefix + router, count, hidden),
             routing,
             weights.bank(f"{self.prefix}{experts}gate_up_proj", [e[:2] for e in each], [own.size] * 2, hidden),
             weights.bank(f"{self.prefix}{experts}down_proj", [e[2:] for e in each], [hidden], own.size),

@@ -51,8 +51,8 @@ def latent_attention(source: Source) -> LatentAttention:
         queries,
         source.linear(["self_attn.kv_a_proj_with_mqa"], [own.rank + own.rotary], c.hidden_size, c.qkv_bias),
         source.norm("self_attn.kv_a_layernorm.weight", own.rank),
-        to_keys.contiguous(),
-        to_values.transpose(1, 2).contiguous(),
+        weights.bank_of(to_keys.transpose(1, 2)),
+        weights.bank_of(to_values),
         source.linear(["self_attn.o_proj"], [c.hidden_size], c.heads * own.value, c.out_bias),
         own.paired,
     )

@@ -10,6 +10,7 @@ from tenfold.nn.norm import RMSNorm
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import AttentionSpec, Heads, Kernels
 from tenfold.ops.kv.layer import PackedLayer
+from tenfold.ops.matrix import Bank
 from tenfold.ops.oracle import rotate
 
 
@@ -78,7 +79,7 @@ class LatentAttention:
     cached: what makes keys of it is taken over by the queries, what makes values by the output ("absorbed").
 
     What is cached of a token is [latent, rotated features], key and value of one head for all queries. down: rows of
-    the latent, then of the features that rotate. to_keys [heads, plain, rank], to_values [heads, rank, value]. rope:
+    the latent, then of the features that rotate. to_keys: of each head, [rank, plain]; to_values: [value, rank]. rope:
     table of the rotated features, of which neighbours are pairs where `paired`, else halves.
     """
 
@@ -91,8 +92,8 @@ class LatentAttention:
         queries: Queries,
         down: Linear,
         norm: RMSNorm,
-        to_keys: Tensor,
-        to_values: Tensor,
+        to_keys: Bank,
+        to_values: Bank,
         out: Linear,
         paired: bool,
     ) -> None:
@@ -110,17 +111,17 @@ class LatentAttention:
     def __call__(self, x: Tensor, step: Step, norm: RMSNorm, residual: Tensor) -> Tensor:
         """x [T, D] -> `out(attention) + residual` [T, D], computed on norm(x)."""
         x = norm(x)
-        heads, (_, plain, rank) = self.heads.spec.heads, self.to_keys.shape
+        heads, rank, plain = self.heads.spec.heads, self.to_keys.each[0].rows, self.to_keys.each[0].cols
         q, k = self.queries(x).view(len(x), heads, -1), self.down(x)
         cos, sin = self.heads.rope[step.positions][:, None].chunk(2, dim=-1)
-        absorbed = torch.bmm(q[..., :plain].transpose(0, 1), self.to_keys).transpose(0, 1)
+        absorbed = self.kernels.each(q[..., :plain], self.to_keys)
         queries = torch.cat([absorbed, self._rotated(q[..., plain:], cos, sin)], dim=2).flatten(1)
         latent = self.norm(k[:, :rank].contiguous())
         kept = torch.cat([latent, self._rotated(k[:, None, rank:], cos, sin)[:, 0]], dim=1)
         keys, values = step.kv.keys[self.layer], step.kv.values[self.layer]  # such layers are never packed
         attended = self.kernels.attention(torch.cat([queries, kept, kept], dim=1), self.heads, keys, values, step)
-        latents = attended.view(len(x), heads, -1)[..., :rank].transpose(0, 1)
-        return self.out(torch.bmm(latents, self.to_values).transpose(0, 1).flatten(1), residual=residual)
+        values_of = self.kernels.each(attended.view(len(x), heads, -1)[..., :rank], self.to_values)
+        return self.out(values_of.flatten(1), residual=residual)
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, heads, features]; pairs are put in halves, alike for queries and keys, which changes no product."""

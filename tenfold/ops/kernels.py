@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from tenfold.ops.experts import experts
@@ -235,6 +236,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def each(self, x: Tensor, bank: Bank) -> Tensor:
+        """`x[:, h] @ bank[h].T` for every h: x [T, H, cols] -> [T, H, rows]."""
+        ...
+
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         """`linear` of a model's head, in float32 [T, rows]; better not rounded to the compute type before."""
         ...
@@ -304,6 +309,9 @@ class Separate:
         residual: Tensor | None = None,
     ) -> Tensor:
         return experts(self, x, ids, weights, gate_up, down, act, residual)
+
+    def each(self: Any, x: Tensor, bank: Bank) -> Tensor:
+        return torch.stack([self.linear(part.contiguous(), w) for part, w in zip(x.unbind(1), bank.each)], dim=1)
 
     def graph(self) -> Replay:
         return run

@@ -93,6 +93,11 @@ class Oracle(Separate):
             y = ACTIVATIONS[act](gate) * up
         return y if residual is None else y + residual
 
+    def each(self, x: Tensor, bank: Bank) -> Tensor:
+        if bank.stacked is None:
+            return super().each(x, bank)
+        return torch.bmm(x.transpose(0, 1), bank.stacked.transpose(1, 2)).transpose(0, 1)
+
     def rope_write(
         self, qkv: Tensor, heads: Heads, positions: Tensor, slots: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:

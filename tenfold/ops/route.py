@@ -48,7 +48,7 @@ class Routing:
 
 def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     """logits [T, experts] float32 -> ids [T, top] int64 of different experts in no order, weights [T, top] float32."""
-    scores = logits.softmax(-1) if routing.score == "softmax" else logits.sigmoid()
+    scores = logits.softmax(-1) if routing.score == "softmax" else sigmoid(logits)
     choice = scores if routing.bias is None else scores + routing.bias
     if routing.groups > 1:
         choice = choice.masked_fill(~_taking_part(choice, routing), float("-inf"))
@@ -57,6 +57,13 @@ def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     if routing.normed:
         weights = weights / (weights.sum(-1, keepdim=True) + TINY)
     return ids, weights * routing.scale if routing.scale != 1.0 else weights
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The same of a number wherever it stands: on CPUs PyTorch's own differs in the last bit between whole vectors and
+    what is left over, so that a token's would depend on how many others there are.
+    """
+    return x.double().sigmoid().to(x.dtype)
 
 
 def _taking_part(choice: Tensor, routing: Routing) -> Tensor:

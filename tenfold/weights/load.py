@@ -18,6 +18,8 @@ PACKED = {"fp8": "fp8a8", "int8": "int8g128", "int4": "int4g128"}
 TARGETS = {"q8_0": "Q8_0", **PACKED, **{f"{mode}-blocks": target for mode, target in PACKED.items()}}
 HEADS = {"q8_0": "Q8_0", **dict.fromkeys(PACKED, "int8g128")}
 MODES = ("auto", "dense", *TARGETS)
+# Matrices that decide much and weigh little: routers, and what makes keys and values of a latent vector.
+KEPT = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "self_attn.kv_b_proj.weight")
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Buffers that old exports saved; they are computed, not read.
@@ -82,13 +84,25 @@ class Weights:
         self.matrices += bank.each
         return bank
 
-    def dense(self, name: str, rows: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A matrix that no kernel of ours runs on, [rows, cols] in the compute type or another one. Raises
-        CheckpointError.
-        """
+    def kept(self, name: str, rows: int, cols: int) -> Matrix:
+        """A matrix that no mode quantises. Raises CheckpointError."""
         part = self._take(name)
         check_shape(part, (rows, cols))
-        return dequantize(self._convert(part, part.storage), dtype or self.dtype).to(self.device)
+        return self._make([part], [part.storage])
+
+    def dense(self, name: str, rows: int, cols: int) -> Tensor:
+        """A matrix that no kernel of ours runs on, [rows, cols] in the compute type. Raises CheckpointError."""
+        part = self._take(name)
+        check_shape(part, (rows, cols))
+        return dequantize(self._convert(part, part.storage), self.dtype).to(self.device)
+
+    def bank_of(self, matrices: Tensor) -> Bank:
+        """Of dense matrices [N, rows, cols] in the compute type, made from those of the checkpoint."""
+        storage = next(name for name, dtype in DENSE.items() if dtype == matrices.dtype)
+        each = matrices.contiguous()
+        bank = self.kernels.bank([[RawTensor("", storage, tuple(part.shape), part)] for part in each])
+        self.matrices += bank.each
+        return bank
 
     def tied_head(self, table: Matrix) -> Matrix:
         """The head of a model whose embedding table it is: the table itself, or in modes that pack heads a copy."""
@@ -176,16 +190,16 @@ def slices(part: RawTensor, shape: tuple[int, int, int]) -> list[RawTensor]:
 
 
 def loaded_storage(mode: str, name: str, storage: str, shape: tuple[int, ...]) -> str:
-    """The storage a tensor has when it is handed to the kernels."""
-    if len(shape) != 2:
+    """The storage a matrix, or matrices of many experts, have when they are handed to the kernels."""
+    if len(shape) < 2 or name.endswith(KEPT):
         return storage
     if mode == "dense":
         return storage if storage in DENSE else "F32"
     target = (HEADS if name == HEAD else TARGETS).get(mode, "")
     if target == "Q8_0":
         wide = storage in DENSE or storage.startswith("fp8")
-        return target if wide and shape[1] % BLOCKS[target].elements == 0 else storage
-    if not target or storage not in DENSE or name == TABLE or format_of(target).obstacle(shape[1]):
+        return target if wide and shape[-1] % BLOCKS[target].elements == 0 else storage
+    if not target or storage not in DENSE or name == TABLE or format_of(target).obstacle(shape[-1]):
         return storage
     return target
 

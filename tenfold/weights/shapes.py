@@ -63,7 +63,15 @@ def shape(
 
 TIED = {"tie_word_embeddings": True}
 
-# Sizes as the models' own config.json files give them. "tiny" is no published model: it is for trying things out.
+QWEN3_MOE = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+# Sizes as the models' own config.json files give them. "tiny" is no published model: it is for trying things out, as
+# is "tiny-moe".
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": shape("Llama", 32000, 4096, 11008, 32, 32, 32, 4096, 1e4, 1e-5),
     "llama-2-13b": shape("Llama", 32000, 5120, 13824, 40, 40, 40, 4096, 1e4, 1e-5),
@@ -98,7 +106,67 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-32b": shape("Qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, 1e6, 1e-6, head_dim=128),
     "smollm2-135m": shape("Llama", 49152, 576, 1536, 30, 9, 3, 8192, 1e5, 1e-5, **TIED),
     "smollm2-1.7b": shape("Llama", 49152, 2048, 8192, 24, 32, 32, 8192, 1.3e5, 1e-5, **TIED),
+    "mixtral-8x7b": shape(
+        "Mixtral",
+        *(32000, 4096, 14336, 32, 32, 8, 32768, 1e6, 1e-5),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    ),
+    "qwen1.5-moe-a2.7b": shape(
+        "Qwen2Moe",
+        *(151936, 2048, 5632, 24, 16, 16, 8192, 1e6, 1e-6),
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+    ),
+    "qwen3-30b-a3b": shape("Qwen3Moe", *(151936, 2048, 6144, 48, 32, 4, 40960, 1e6, 1e-6), head_dim=128, **QWEN3_MOE),
+    "olmoe-1b-7b": shape(
+        "Olmoe", *(50304, 2048, 1024, 16, 16, 16, 4096, 1e4, 1e-5), num_experts=64, num_experts_per_tok=8
+    ),
+    "deepseek-v2-lite": shape(
+        "DeepseekV2",
+        *(102400, 2048, 10944, 27, 16, 16, 163840, 1e4, 1e-6),
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=128,
+        v_head_dim=128,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        n_shared_experts=2,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    ),
     "tiny": shape("Llama", 512, 64, 128, 2, 4, 2, 2048, 1e4, 1e-5),
+    "tiny-moe": shape(
+        "Qwen3Moe",
+        *(512, 64, 128, 2, 4, 2, 2048, 1e4, 1e-5),
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+}
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+# Of families with experts: what names of their tensors begin with, the key of their number, and their projections.
+EXPERTS = {
+    "mixtral": ("block_sparse_moe", "num_local_experts", ("w1", "w3", "w2")),
+    "qwen2moe": ("mlp", "num_experts", GATED),
+    "qwen3moe": ("mlp", "num_experts", GATED),
+    "olmoe": ("mlp", "num_experts", GATED),
+    "deepseekv2": ("mlp", "n_routed_experts", GATED),
 }
 
 # What may follow a name: `shape:llama-3-8b@layers=4,positions=40960`.
@@ -134,30 +202,76 @@ def at_least_positions(name: str, tokens: int) -> str:
 
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the family, in the order models ask for them."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
-    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    block: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-        "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    if config["model_type"] == "qwen2":
-        block |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))}
-    if config["model_type"] == "qwen3":
-        block |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    hidden, family = config["hidden_size"], config["model_type"]
+    attention = latent_attention(config) if config.get("kv_lora_rank") else plain_attention(config)
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
+        dense = family not in EXPERTS or layer < config.get("first_k_dense_replace", 0)
+        block = {
+            "input_layernorm.weight": (hidden,),
+            **attention,
+            "post_attention_layernorm.weight": (hidden,),
+            **(gated("mlp", hidden, config["intermediate_size"]) if dense else experts(config)),
+        }
         found |= {f"model.layers.{layer}.{name}": size for name, size in block.items()}
     found["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (config["vocab_size"], hidden)
+    return found
+
+
+Tensors = dict[str, tuple[int, ...]]
+
+
+def plain_attention(config: Mapping[str, Any]) -> Tensors:
+    hidden, family = config["hidden_size"], config["model_type"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    found: Tensors = {
+        f"self_attn.{name}_proj.weight": (size, hidden) for name, size in (("q", q), ("k", kv), ("v", kv))
+    }
+    found["self_attn.o_proj.weight"] = (hidden, q)
+    if family in ("qwen2", "qwen2moe"):
+        found |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))}
+    if family in ("qwen3", "qwen3moe"):
+        found |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    if family == "olmoe":
+        found |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (kv,)}
+    return found
+
+
+def latent_attention(config: Mapping[str, Any]) -> Tensors:
+    """Of DeepSeek-V2 without compressed queries."""
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    rotary, plain, value = (config[name] for name in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"))
+    return {
+        "self_attn.q_proj.weight": (heads * (plain + rotary), hidden),
+        "self_attn.kv_a_proj_with_mqa.weight": (rank + rotary, hidden),
+        "self_attn.kv_a_layernorm.weight": (rank,),
+        "self_attn.kv_b_proj.weight": (heads * (plain + value), rank),
+        "self_attn.o_proj.weight": (hidden, heads * value),
+    }
+
+
+def gated(name: str, hidden: int, inner: int, names: Iterable[str] = GATED) -> Tensors:
+    """A gated feed-forward layer."""
+    gate, up, down = names
+    sizes = {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+    return {f"{name}.{projection}.weight": size for projection, size in sizes.items()}
+
+
+def experts(config: Mapping[str, Any]) -> Tensors:
+    """A router, its experts, and those that see every token."""
+    hidden, family = config["hidden_size"], config["model_type"]
+    name, count, names = EXPERTS[family]
+    inner = config.get("moe_intermediate_size") or config["intermediate_size"]
+    found: Tensors = {f"{name}.gate.weight": (config[count], hidden)}
+    for i in range(config[count]):
+        found |= gated(f"{name}.experts.{i}", hidden, inner, names)
+    if shared := config.get("shared_expert_intermediate_size"):
+        found |= {**gated("mlp.shared_expert", hidden, shared), "mlp.shared_expert_gate.weight": (1, hidden)}
+    if shared := config.get("n_shared_experts"):
+        found |= gated("mlp.shared_experts", hidden, shared * inner)
     return found
 
 

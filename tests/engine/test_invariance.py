@@ -59,7 +59,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=ANSWER, logprobs=2)
 
 
 MODELS = ("llama", "gemma3", "llama-native", "llama k2v2g16w9s1", "llama-native k3v1.5g16w4s1-post", "gemma3 int4")
-MODELS += ("llama-native fp8",)
+MODELS += ("llama-native fp8", "qwen2_moe", "qwen3_moe-native", "deepseek_v3-native")
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -70,7 +70,7 @@ def case(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Case:
         kernels = make_kernels("native" if native else "torch", torch.device("cpu"), torch.float32, 1)
     except ValueError as error:
         pytest.skip(str(error))
-    checkpoint = open_checkpoint(tiny(name))
+    checkpoint = open_checkpoint(tiny(name.replace("_", "-")))
     model, draft = (build_model(checkpoint.config, Weights(checkpoint, kernels), 128) for _ in range(2))
     case = Case(model, kernels, [], draft, kv_cache or "auto")
     for prompt in prompts():

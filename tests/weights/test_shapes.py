@@ -19,6 +19,8 @@ from tenfold.weights.shapes import SHAPES, at_least_positions, shape_config, ten
 # What the publishers say of their models, in billions.
 PARAMETERS = {"llama-2-7b": 6.738, "llama-3-8b": 8.030, "qwen3-8b": 8.191, "mistral-7b": 7.248, "llama-3.2-1b": 1.236}
 PARAMETERS |= {"qwen2.5-7b": 7.616, "smollm2-135m": 0.1345, "qwen3-0.6b": 0.596, "llama-3.2-3b": 3.213}
+PARAMETERS |= {"mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532, "qwen1.5-moe-a2.7b": 14.316, "olmoe-1b-7b": 6.919}
+PARAMETERS |= {"deepseek-v2-lite": 15.706}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
