@@ -178,11 +178,12 @@ class Decoder:
             else weights.matrix("lm_head.weight", rows=[config.vocab_size], cols=config.hidden_size)
         )
         self.head = Head(kernels, head, config.logit_softcap)
+        self.banks = tuple(weights.banks)
         self._record(kernels)
 
     def _record(self, kernels: Kernels) -> None:
         """Steps are recorded where the host need not know which experts they go to."""
-        recorded = self.config.experts is None or kernels.routes
+        recorded = all(map(kernels.records, self.banks))
         self._replay, self._graph = (kernels.replay(), kernels.graph()) if recorded else (run, run)
 
     @classmethod

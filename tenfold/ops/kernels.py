@@ -164,7 +164,6 @@ class Kernels(Protocol):
 
     name: str
     reason: str  # why these kernels were picked, set by `make_kernels`
-    routes: bool  # whether `experts` can be recorded: the host need not know who goes where
 
     @property
     def recomputed(self) -> int:
@@ -240,6 +239,10 @@ class Kernels(Protocol):
         """`x[:, h] @ bank[h].T` for every h: x [T, H, cols] -> [T, H, rows]."""
         ...
 
+    def records(self, bank: Bank) -> bool:
+        """Whether `experts` of such banks can be recorded: the host need not know who goes where."""
+        ...
+
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         """`linear` of a model's head, in float32 [T, rows]; better not rounded to the compute type before."""
         ...
@@ -286,8 +289,6 @@ class Kernels(Protocol):
 class Separate:
     """What kernels do that neither fuse `rope_write` and `attend` nor experts nor capture graphs."""
 
-    routes = False
-
     @property
     def recomputed(self) -> int:
         return 0
@@ -309,6 +310,9 @@ class Separate:
         residual: Tensor | None = None,
     ) -> Tensor:
         return experts(self, x, ids, weights, gate_up, down, act, residual)
+
+    def records(self, bank: Bank) -> bool:
+        return False
 
     def each(self: Any, x: Tensor, bank: Bank) -> Tensor:
         return torch.stack([self.linear(part.contiguous(), w) for part, w in zip(x.unbind(1), bank.each)], dim=1)

@@ -53,6 +53,7 @@ class Weights:
         self.progress = progress
         self.used: set[str] = set()
         self.matrices: list[Matrix] = []  # all that were made
+        self.banks: list[Bank] = []  # of experts
         self._names = frozenset(checkpoint.names())
 
     def has(self, name: str) -> bool:
@@ -82,6 +83,7 @@ class Weights:
             made.append([self._convert(p, loaded_storage(self.mode, p.name, p.storage, p.shape)) for p in parts])
         bank = self.kernels.bank(made)
         self.matrices += bank.each
+        self.banks.append(bank)
         return bank
 
     def kept(self, name: str, rows: int, cols: int) -> Matrix:

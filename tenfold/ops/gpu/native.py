@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tenfold.ops import elementwise, formats
 from tenfold.ops.attention.attend import attend
+from tenfold.ops.attention.plan import MOST_HEAD_DIM
+from tenfold.ops.gemm import grouped
 from tenfold.ops.gpu import arms, graphs, nvrtc, rope
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
@@ -20,7 +22,7 @@ from tenfold.ops.gpu.pieces import Pieces, Recording
 from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
 from tenfold.ops.kv import attend as unpacking
 from tenfold.ops.kv.layer import PackedLayer
-from tenfold.ops.matrix import Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 
 COUNT_EVERY = 1.0  # seconds between two reads of the counters of `recomputed`
@@ -95,6 +97,24 @@ class Gpu(Oracle):
     ) -> Tensor:
         return self.arms(x, w, bias, norm, act, residual)
 
+    def records(self, bank: Bank) -> bool:
+        return bank.stacked is not None
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if gate_up.stacked is None or down.stacked is None:
+            return super().experts(x, ids, weights, gate_up, down, act, residual)
+        chosen = grouped.plan(ids.numel(), len(gate_up.each))
+        return grouped.run(chosen, x, ids, weights, gate_up.stacked, down.stacked, act, residual)
+
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         return self.arms.logits(x, w, norm)
 
@@ -136,6 +156,8 @@ class Gpu(Oracle):
     ) -> Tensor:
         """Of decodes alone, or of what need not be parted."""
         requests, page_size, max_kv = len(step.kv_lengths), keys.shape[2], step.max_kv
+        if heads.spec.head_dim > MOST_HEAD_DIM:
+            return self._attention_plain(qkv, heads, keys, values, step, out)
         alone = step.max_query == 1 and requests == len(qkv) and not step.shared  # else all is written, then read
         if step.max_query == 1:
             max_kv = step.page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
@@ -147,6 +169,16 @@ class Gpu(Oracle):
             arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
             step.memo[place] = arm
         return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax, out)
+
+    def _attention_plain(
+        self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts, out: Tensor | None
+    ) -> Tensor:
+        """Heads that no kernel of ours serves yet, those of latent attention, by the oracle."""
+        max_kv = step.page_table.shape[1] * keys.shape[2] if step.max_query == 1 else step.max_kv
+        q = Oracle.rope_write(self, qkv, heads, step.positions, step.slots, keys, values)
+        contexts = (step.page_table, step.query_start, step.kv_lengths)
+        found = Oracle.attend(self, q, keys, values, *contexts, heads.spec, step.max_query, max_kv)
+        return found if out is None else out.copy_(found)
 
     def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         """Steps of one token a request run kernels that read codes; others read a copy as numbers."""

@@ -1,0 +1,175 @@
+"""Products of experts in Triton: every expert that has tokens in one launch, for few tokens and for many.
+
+    inner[i] = act(gate) * up of gate_up[e] @ x[token of i]      part[i] = weight of i * down[e] @ inner[i]
+
+Picks (token t's k-th expert) are sorted by expert on the device, so no host waits and graphs hold; a tile is up to
+`height` picks of one expert. Tokens are gathered as a tile is read, and parts of a token are summed by a third launch,
+in the order of its picks, so results repeat bit for bit. As in `flat.py` weights stand on the wide side of the matrix
+instruction; the weight of a pick and the gate are applied in float32, and results are rounded once a launch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tenfold.ops.gemm.flat import activate, own_rows
+from tenfold.ops.gpu.nvrtc import GATES
+
+DTYPES = (torch.bfloat16, torch.float16)
+SUM_TILE = 1024  # features of a program that sums parts
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedPlan:
+    """height: picks of a tile; rows and cols of the weight tile, tiles under way, warps."""
+
+    height: int
+    rows: int
+    cols: int
+    stages: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"grouped:{self.height}x{self.rows}x{self.cols}x{self.stages}:w{self.warps}"
+
+
+FEW = GroupedPlan(16, 64, 128, 4, 4)
+SOME = GroupedPlan(32, 64, 128, 4, 4)
+MANY = GroupedPlan(64, 128, 64, 4, 4)
+MOST = GroupedPlan(128, 128, 64, 3, 8)
+
+
+def plan(picks: int, experts: int) -> GroupedPlan:
+    """By how many picks an expert has where all have some."""
+    each = picks / max(1, min(picks, experts))
+    return FEW if each <= 12 else SOME if each <= 24 else MANY if each <= 96 else MOST
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sorted:
+    """Picks by expert. order [P] int32: picks, `token * K + k`; ends [experts] int32: where each expert's end in it;
+    tiles [N, 2] int32: expert and first place of each tile, the expert -1 where there are fewer tiles.
+    """
+
+    order: Tensor
+    ends: Tensor
+    tiles: Tensor
+
+
+def sort(ids: Tensor, experts: int, height: int) -> Sorted:
+    """ids [T, K] int64, of experts. Nothing is read back from the device."""
+    flat = ids.flatten()
+    picks = len(flat)
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=ids.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    ends = counts.cumsum(0)
+    last = ((counts + height - 1) // height).cumsum(0)  # tiles up to each expert's end
+    slots = torch.arange(most_tiles(picks, experts, height), device=ids.device)
+    expert = torch.searchsorted(last, slots, right=True)
+    own = expert.clamp(max=experts - 1)
+    before = torch.where(own > 0, last[own - 1], 0)
+    first = (ends - counts)[own] + (slots - before) * height
+    tiles = torch.stack([torch.where(expert < experts, expert, -1), first], dim=1)
+    return Sorted(order.to(torch.int32), ends.to(torch.int32), tiles.to(torch.int32))
+
+
+def most_tiles(picks: int, experts: int, height: int) -> int:
+    """Of any picks: each of the experts that have some may have one that is not full."""
+    return (picks + min(picks, experts) * (height - 1)) // height
+
+
+@triton.jit
+def grouped_kernel(
+    x, w, out, shares, order, ends, tiles, size, cols, each, K,
+    GATE: tl.constexpr, DOWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of picks by a tile of an expert's features; grid (features / BN, tiles). DOWN: rows of x lie by place and
+    results go by pick, else the other way around. each: elements of one expert's weight.
+    """
+    tile = tl.program_id(1)
+    expert = tl.load(tiles + 2 * tile)
+    if expert >= 0:
+        place = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BM)
+        lives = place < tl.load(ends + expert)
+        pick = tl.load(order + place, mask=lives, other=0)
+        source = (place if DOWN else pick // K).to(tl.int64)
+        row = own_rows(tl.program_id(0), size, BN, GATE)
+        k = tl.arange(0, BK)
+        weights = w + expert.to(tl.int64) * each + row[:, None].to(tl.int64) * cols + k[None, :]
+        tokens = x + source[None, :] * cols + k[:, None]
+        acc = tl.zeros([BN, BM], tl.float32)
+        for begin in range(0, cols, BK):
+            left = k < cols - begin
+            a = tl.load(weights + begin, mask=left[None, :], other=0.0)
+            b = tl.load(tokens + begin, mask=left[:, None] & lives[None, :], other=0.0)
+            acc = tl.dot(a, b, acc)
+        if GATE:
+            H: tl.constexpr = BN // 2
+            gate, up = tl.split(tl.permute(tl.reshape(acc, (2, H, BM)), (1, 2, 0)))
+            acc = activate(gate, GATE) * up
+            feature = tl.program_id(0) * H + tl.arange(0, H)
+        else:
+            feature = tl.program_id(0) * BN + tl.arange(0, BN)
+        if DOWN:
+            acc *= tl.load(shares + pick, mask=lives, other=0.0)[None, :]
+            target = pick.to(tl.int64)
+        else:
+            target = place.to(tl.int64)
+        at = out + target[None, :] * size + feature[:, None]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=lives[None, :] & (feature < size)[:, None])
+
+
+@triton.jit
+def sum_kernel(parts, residual, out, size, K: tl.constexpr, B: tl.constexpr):
+    """B features of one token: the sum of its K parts and the residual; grid (tokens, size / B)."""
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * B + tl.arange(0, B)
+    lives = feature < size
+    total = tl.zeros([B], tl.float32)
+    for k in range(K):
+        total += tl.load(parts + (token * K + k) * size + feature, mask=lives, other=0.0).to(tl.float32)
+    if residual is not None:
+        total += tl.load(residual + token * size + feature, mask=lives, other=0.0).to(tl.float32)
+    tl.store(out + token * size + feature, total.to(out.dtype.element_ty), mask=lives)
+
+
+def run(
+    chosen: GroupedPlan,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `Kernels.experts` with gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], contiguous."""
+    tokens, cols = x.shape
+    experts, twice, _ = gate_up.shape
+    inner, rows, picks = twice // 2, down.shape[1], ids.numel()
+    out = x.new_empty(tokens, rows)
+    if not picks:
+        return out
+    by = sort(ids, experts, chosen.height)
+    halfway, parts = x.new_empty(picks, inner), x.new_empty(picks, rows)
+    common = {"BM": chosen.height, "BN": chosen.rows, "BK": chosen.cols}
+    settings = {"num_stages": chosen.stages, "num_warps": chosen.warps}
+    shares, top = weights.contiguous(), ids.shape[1]
+    for source, w, target, size, depth, gate in (
+        (x, gate_up, halfway, inner, cols, GATES[act]),
+        (halfway, down, parts, rows, inner, 0),
+    ):
+        features = chosen.rows // 2 if gate else chosen.rows
+        grouped_kernel[(triton.cdiv(size, features), len(by.tiles))](
+            *(source, w, target, shares, by.order, by.ends, by.tiles, size, depth, w.stride(0), top),
+            GATE=gate,
+            DOWN=not gate,
+            **common,
+            **settings,
+        )
+    sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
+    return out
