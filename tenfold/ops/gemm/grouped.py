@@ -50,13 +50,13 @@ def plan(picks: int, experts: int) -> GroupedPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sorted:
-    """Picks by expert. order [P] int32: picks, `token * K + k`; ends [experts] int32: where each expert's end in it;
-    tiles [N, 2] int32: expert and first place of each tile, the expert -1 where there are fewer tiles.
+    """Picks by expert. order [P] int32: picks, `token * K + k`; tiles [N, 4] int32: expert, first place, end and 0 of
+    each tile, the expert -1 where there are fewer tiles; count [1] int32: how many there are.
     """
 
     order: Tensor
-    ends: Tensor
     tiles: Tensor
+    count: Tensor
 
 
 def sort(ids: Tensor, experts: int, height: int) -> Sorted:
@@ -73,8 +73,9 @@ def sort(ids: Tensor, experts: int, height: int) -> Sorted:
     own = expert.clamp(max=experts - 1)
     before = torch.where(own > 0, last[own - 1], 0)
     first = (ends - counts)[own] + (slots - before) * height
-    tiles = torch.stack([torch.where(expert < experts, expert, -1), first], dim=1)
-    return Sorted(order.to(torch.int32), ends.to(torch.int32), tiles.to(torch.int32))
+    end = torch.minimum(first + height, ends[own])
+    tiles = torch.stack([torch.where(expert < experts, expert, -1), first, end, torch.zeros_like(end)], dim=1)
+    return Sorted(order.to(torch.int32), tiles.to(torch.int32), last[-1:].to(torch.int32))
 
 
 def most_tiles(picks: int, experts: int, height: int) -> int:
@@ -84,17 +85,17 @@ def most_tiles(picks: int, experts: int, height: int) -> int:
 
 @triton.jit
 def grouped_kernel(
-    x, w, out, shares, order, ends, tiles, size, cols, each, K,
+    x, w, out, shares, order, tiles, size, cols, each, K,
     GATE: tl.constexpr, DOWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of picks by a tile of an expert's features; grid (features / BN, tiles). DOWN: rows of x lie by place and
     results go by pick, else the other way around. each: elements of one expert's weight.
     """
     tile = tl.program_id(1)
-    expert = tl.load(tiles + 2 * tile)
+    expert = tl.load(tiles + 4 * tile)
     if expert >= 0:
-        place = tl.load(tiles + 2 * tile + 1) + tl.arange(0, BM)
-        lives = place < tl.load(ends + expert)
+        place = tl.load(tiles + 4 * tile + 1) + tl.arange(0, BM)
+        lives = place < tl.load(tiles + 4 * tile + 2)
         pick = tl.load(order + place, mask=lives, other=0)
         source = (place if DOWN else pick // K).to(tl.int64)
         row = own_rows(tl.program_id(0), size, BN, GATE)
@@ -165,7 +166,7 @@ def run(
     ):
         features = chosen.rows // 2 if gate else chosen.rows
         grouped_kernel[(triton.cdiv(size, features), len(by.tiles))](
-            *(source, w, target, shares, by.order, by.ends, by.tiles, size, depth, w.stride(0), top),
+            *(source, w, target, shares, by.order, by.tiles, size, depth, w.stride(0), top),
             GATE=gate,
             DOWN=not gate,
             **common,

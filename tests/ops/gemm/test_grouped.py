@@ -76,15 +76,16 @@ def test_tiles_cover_each_pick_once_and_no_other(height: int) -> None:
     for kind in ("spread", "all on one", "two of six", "one token"):
         ids = picks(kind).to(DEVICE)
         by = grouped.sort(ids, EXPERTS, height)
-        flat, ends = ids.flatten().tolist(), by.ends.tolist()
+        flat = ids.flatten().tolist()
+        assert int(by.count) == sum(tile[0] >= 0 for tile in by.tiles.tolist())
         covered = []
         seen_end = False
-        for expert, first in by.tiles.tolist():
+        for expert, first, end, _ in by.tiles.tolist():
             seen_end |= expert < 0
             assert (expert < 0) == seen_end  # those that are none come last
             if expert >= 0:
-                own = by.order[first : min(first + height, ends[expert])].tolist()
-                assert own
+                own = by.order[first:end].tolist()
+                assert 1 <= len(own) <= height
                 assert all(flat[pick] == expert for pick in own)
                 covered += own
         assert sorted(covered) == list(range(len(flat)))

@@ -1,0 +1,197 @@
+// Products of experts, all in one launch: for a list of tiles of picks, which are sorted by expert,
+//
+//     out[place, features] = x[place, cols] @ w[expert, rows, cols]^T
+//
+// w comes through the tensor copy engine into a ring of stages in shared memory and is the 64-row operand of wgmma, the
+// N picks of a tile, whose rows of x lie one after the other, are its narrow side. Picks past the end of an expert are
+// another expert's: they are multiplied too and not stored. One warp keeps the ring full, across items.
+//
+// An item is ROWS rows of one expert's w for one tile of picks; row tiles of a tile of picks follow each other. How many
+// tiles there are is read from memory, so no host needs to know. Without SPLIT blocks take items in turn; with it the
+// steps of all items are dealt out evenly ("stream-K", deal.h).
+//
+// With a gate the rows of w are gate, then up, and a slab of 16 rows in shared memory is 8 of gate and the same 8 of up:
+// a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. DOWN: results are multiplied by the weight
+// of the pick and stored by pick, else by place; the list of tiles is older than the kernel in front, so weights are asked
+// for before that has ended.
+//
+// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
+// · STAGES · BLOCKS of a multiprocessor · SPLIT (N up to 64) · DOWN.
+
+#include "fragments.h"
+#include "hopper.h"
+#define BITS 16
+#include "narrow.h"
+
+#define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
+#define W_BOX (ROWS * 128)    // bytes
+#define X_BOX (N * 128)
+#define STAGE_BYTES (BOXES * (W_BOX + X_BOX))
+#define STEP_COLS (BOXES * 64)
+
+#include "deal.h"
+
+struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
+
+__device__ __forceinline__ void fetch_expert(u32 to, const Map *map, int col, int row, int expert, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
+        :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(expert), "r"(barrier), "l"(policy) : "memory");
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
+experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, void *out, const Tile *list, const int *listed, const int *order, const float *shares, float4 *slots, int *counters, int rows, int cols) {
+    extern __shared__ unsigned char raw[];
+    unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
+    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
+    const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
+#if GATE
+    const int height = ROWS / 2, outputs = rows / 2;
+#else
+    const int height = ROWS, outputs = rows;
+#endif
+    const int steps = (cols + STEP_COLS - 1) / STEP_COLS, deep = (outputs + height - 1) / height;
+
+    if (threadIdx.x == CONSUMERS) {
+        for (int s = 0; s < STAGES; s++) {
+            begin_barrier(full + s * 8, 1);
+            begin_barrier(empty + s * 8, CONSUMERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+    }
+    __syncthreads();
+#if !DOWN
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const int items = *(volatile const int *)listed * deep;
+#if SPLIT
+    int *last = (int *)(barriers + 2 * STAGES);
+    const Deal deal = {steps, items * steps};
+    const int begin = items ? deal.begin(blockIdx.x) : 0, mine = items ? deal.begin(blockIdx.x + 1) - begin : 0;
+    auto item_of = [&](int at) { return (begin + at) / steps; };
+    auto step_of = [&](int at) { return (begin + at) % steps; };
+#else
+    const int mine = blockIdx.x < items ? ((items - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
+    auto item_of = [&](int at) { return blockIdx.x + at / steps * gridDim.x; };
+    auto step_of = [&](int at) { return at % steps; };
+#endif
+
+    if (threadIdx.x >= CONSUMERS) {
+        if (threadIdx.x == CONSUMERS) {
+            u64 once, kept;
+            asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+            asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
+            const u64 policy = N <= 64 ? once : kept;  // large tiles read an expert's weights again
+            int count = 0, known = -1;
+            Tile tile = {};
+            auto look = [&](int at) {
+                const int item = item_of(at);
+                if (item / deep != known) known = item / deep, tile = list[known];
+                return item % deep * height;  // its first row
+            };
+            auto weights = [&](int at) {
+                const int row = look(at), step = step_of(at);
+                const u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
+                expect(barrier, STAGE_BYTES);
+#pragma unroll
+                for (int b = 0; b < BOXES; b++) {
+                    const int col = step * STEP_COLS + b * 64;
+#if GATE
+#pragma unroll
+                    for (int slab = 0; slab < ROWS / 16; slab++) {
+                        fetch_expert(to + b * W_BOX + slab * 2048, &w_map, col, row + slab * 8, tile.expert, barrier, policy);
+                        fetch_expert(to + b * W_BOX + slab * 2048 + 1024, &w_map, col, outputs + row + slab * 8, tile.expert, barrier, policy);
+                    }
+#else
+                    fetch_expert(to + b * W_BOX, &w_map, col, row, tile.expert, barrier, policy);
+#endif
+                }
+            };
+            auto inputs = [&](int at) {
+                look(at);
+                const u32 to = stage0 + at % STAGES * STAGE_BYTES + BOXES * W_BOX, barrier = full + at % STAGES * 8;
+#pragma unroll
+                for (int b = 0; b < BOXES; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, tile.first, barrier, kept);
+            };
+#if DOWN
+            for (; count < mine && count < STAGES; count++) weights(count);
+            asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
+            for (int at = 0; at < count; at++) inputs(at);
+#else
+            asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+            for (; count < mine; count++) {
+                if (count >= STAGES) wait_for(empty + count % STAGES * 8, (count / STAGES - 1) & 1);
+                weights(count);
+                inputs(count);
+            }
+        }
+        return;
+    }
+
+#if DOWN
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows_at = (warp >> 2) * 64 * 128;  // bytes in a box
+    for (int count = 0; count < mine;) {
+        const int item = item_of(count);
+        float d[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[i] = 0.f;
+        int open = -1;  // the stage of a product that may not have ended
+        for (int step = step_of(count); step < steps && count < mine; step++, count++) {
+            const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
+            wait_for(full + count % STAGES * 8, count / STAGES & 1);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int b = 0; b < BOXES; b++) {
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    multiply(d, operand(stage + b * W_BOX + rows_at + k * 32), operand(stage + BOXES * W_BOX + b * X_BOX + k * 32), 1);
+            }
+            asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+            if (open >= 0 && lane == 0) arrive(empty + open * 8);
+            open = count % STAGES;
+        }
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (open >= 0 && lane == 0) arrive(empty + open * 8);
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
+#if SPLIT
+        if (!meet(d, deal, item, slots, counters, last)) continue;
+#endif
+        const Tile tile = list[item / deep];
+        const int first = item % deep * height, quad = lane >> 2;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                const int place = tile.first + n * 8 + (lane & 3) * 2 + t;
+                if (place >= tile.end) continue;
+#if DOWN
+                const int at = order[place];
+                const float share = shares[at];
+#else
+                const int at = place;
+#endif
+#if GATE
+                const int feature = first + warp * 8 + quad;
+                const float y = round_trip(activate(round_trip(d[n * 4 + t]))) * round_trip(d[n * 4 + 2 + t]);
+                if (feature < outputs) store(out, (size_t)at * outputs + feature, y);
+#else
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int feature = first + warp * 16 + half * 8 + quad;
+                    float y = d[n * 4 + half * 2 + t];
+#if DOWN
+                    y = round_trip(y) * share;
+#endif
+                    if (feature < outputs) store(out, (size_t)at * outputs + feature, y);
+                }
+#endif
+            }
+        }
+    }
+}

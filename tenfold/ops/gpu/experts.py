@@ -1,0 +1,168 @@
+"""Experts of a layer on Hopper: csrc/experts.cu, all in one launch each way, for a few tokens and for thousands.
+
+Picks are sorted by expert and their tokens copied side by side, so that the tensor copy engine can bring those of a
+tile; a tile is up to `width` picks of one expert. Sums of a token's experts meet in a launch of their own.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+
+from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, most_tiles, sort, sum_kernel
+from tenfold.ops.gpu import hopper, nvrtc
+from tenfold.ops.gpu.sums import MOST_TILES, WORKSPACE, Workspace
+
+WIDTHS = (8, 16, 32, 64, 128, 256)
+BOX_COLS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsPlan:
+    """width: picks of a tile; height: rows of w of a tile, 64 or 128; boxes of 64 columns in a stage; stages of the
+    ring; blocks of a multiprocessor; even: steps are dealt out evenly to all blocks, not whole tiles.
+    """
+
+    width: int
+    height: int
+    boxes: int
+    stages: int
+    blocks: int = 1
+    even: bool = False
+
+    def __str__(self) -> str:
+        name = f"experts:{self.width}x{self.height}x{self.boxes}x{self.stages}x{self.blocks}"
+        return name + ":even" * self.even
+
+
+def parse(name: str) -> ExpertsPlan:
+    """The plan `str(plan)` names. Raises ValueError."""
+    found = re.fullmatch(r"experts:(\d+)x(64|128)x([12])x(\d+)x(\d+)(:even)?", name)
+    if not found or int(found[1]) not in WIDTHS:
+        widths = ", ".join(map(str, WIDTHS))
+        raise ValueError(
+            f"{name!r} is no plan of experts; allowed: experts:WIDTHxHEIGHTxBOXESxSTAGESxBLOCKS, then :even, with a "
+            f"width of {widths} and a height of 64 or 128."
+        )
+    width, height, boxes, stages, blocks = (int(n) for n in found.groups()[:5])
+    return ExpertsPlan(width, height, boxes, stages, blocks, found[6] is not None)
+
+
+def shared_bytes(plan: ExpertsPlan) -> int:
+    """Dynamic shared memory of one block."""
+    stage = plan.boxes * 128 * (plan.height + plan.width)
+    return 1024 + plan.stages * (stage + 16) + 16
+
+
+def legal(plan: ExpertsPlan, picks: int, experts: int, rows: int, cols: int, gate: bool, sms: int) -> bool:
+    """Whether a plan can run so many picks of experts with weights of rows x cols."""
+    if cols % 8 or (gate and rows % 16) or not hopper.fits(shared_bytes(plan), plan.blocks):
+        return False
+    if not plan.even:
+        return True
+    tiles = most_tiles(picks, experts, plan.width) * -(-rows // plan.height)
+    slots = 2 * sms * plan.blocks * plan.height * plan.width * 4
+    return plan.width <= 64 and tiles <= MOST_TILES and slots <= WORKSPACE
+
+
+def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
+    """Plans worth timing, of widths about the picks that an expert has."""
+    each = picks / max(1, min(picks, experts))
+    for width in WIDTHS:
+        if not each / 4 <= width <= max(8, 4 * each):
+            continue
+        if width <= 64:
+            for stages, blocks, height in ((6, 1, 64), (8, 1, 64), (4, 2, 64), (4, 1, 128)):
+                for even in (False, True):
+                    yield ExpertsPlan(width, height, 2, stages, blocks, even)
+        elif width == 128:
+            yield ExpertsPlan(128, 128, 1, 6)
+            yield ExpertsPlan(128, 128, 1, 4)
+        else:
+            yield ExpertsPlan(256, 128, 1, 4)
+
+
+def plan(picks: int, experts: int) -> ExpertsPlan:
+    """The plan where nothing was measured."""
+    each = picks / max(1, min(picks, experts))
+    width = next((w for w in WIDTHS if w >= each), WIDTHS[-1])
+    if width <= 64:
+        return ExpertsPlan(width, 64, 2, 6 if width <= 16 else 4, 1, picks <= 4 * experts)
+    return ExpertsPlan(128, 128, 1, 6) if width == 128 else ExpertsPlan(256, 128, 1, 4)
+
+
+def takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether these experts can run here at all."""
+    inner, cols = gate_up.shape[1] // 2, gate_up.shape[2]
+    same = x.dtype == gate_up.dtype == down.dtype
+    return same and x.dtype in nvrtc.HALF and cols % 8 == 0 and inner % 8 == 0 and down.shape[1] % 8 == 0
+
+
+def run(
+    chosen: ExpertsPlan,
+    workspace: Workspace,
+    sms: int,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    act: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `Kernels.experts` with gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], contiguous."""
+    tokens, top = ids.shape
+    experts, twice, _ = gate_up.shape
+    picks, rows = tokens * top, down.shape[1]
+    out = x.new_empty(tokens, rows)
+    if not picks:
+        return out
+    by = sort(ids, experts, chosen.width)
+    halfway, parts = x.new_empty(picks, twice // 2), x.new_empty(picks, rows)
+    shares = weights.contiguous()
+    gathered = x.index_select(0, by.order // top)
+    product(chosen, workspace, sms, gathered, gate_up, halfway, by, shares, act)
+    product(chosen, workspace, sms, halfway, down, parts, by, shares, None)
+    sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
+    return out
+
+
+def product(
+    chosen: ExpertsPlan,
+    workspace: Workspace,
+    sms: int,
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    by: Sorted,
+    shares: Tensor,
+    act: str | None,
+) -> None:
+    """One way: x and out by place, but out by pick without a gate."""
+    _, rows, cols = w.shape
+    gate = nvrtc.GATES[act]
+    kernel = nvrtc.load(
+        "experts.cu",
+        "experts",
+        (
+            ("HALF", nvrtc.HALF[x.dtype]),
+            ("GATE", gate),
+            ("FLOAT32", 0),
+            ("N", chosen.width),
+            ("ROWS", chosen.height),
+            ("BOXES", chosen.boxes),
+            ("STAGES", chosen.stages),
+            ("BLOCKS", chosen.blocks),
+            ("SPLIT", int(chosen.even)),
+            ("DOWN", int(not gate)),
+        ),
+    )
+    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, chosen.width)
+    arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares]
+    arguments += [workspace.sums, workspace.counters, rows, cols]
+    height = chosen.height // 2 if gate else chosen.height
+    most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)
+    blocks = sms * chosen.blocks if chosen.even else min(most, sms * chosen.blocks)
+    kernel((blocks, 1, 1), chosen.height * 2 + 32, shared_bytes(chosen), arguments, dependent=True)

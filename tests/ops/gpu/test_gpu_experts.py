@@ -1,0 +1,110 @@
+"""Experts on Hopper against float64: every width, whole tiles and even shares, any picks; graphs replayed."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold.ops.matrix import Bank, Matrix
+from tenfold.ops.oracle import Oracle
+
+experts = pytest.importorskip("tenfold.ops.gpu.experts")
+Workspace = pytest.importorskip("tenfold.ops.gpu.sums").Workspace
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PLANS = [
+    experts.ExpertsPlan(width, height, 2, 4, 1, even)
+    for width, height, even in itertools.product((8, 16, 32, 64), (64, 128), (False, True))
+]
+PLANS += [experts.ExpertsPlan(128, 128, 1, 4), experts.ExpertsPlan(256, 128, 1, 3), experts.ExpertsPlan(256, 64, 1, 4)]
+COUNT = 16
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def picks(kind: str, tokens: int, top: int) -> Tensor:
+    draw = torch.Generator().manual_seed(len(kind))
+    if kind == "all on one":
+        return torch.full((tokens, 1), COUNT - 2).cuda()
+    if kind == "few experts":
+        return torch.tensor([[3, 9]]).repeat(tokens, 1).cuda()
+    return torch.stack([torch.randperm(COUNT, generator=draw)[:top] for _ in range(tokens)]).cuda()
+
+
+def bank(w: Tensor) -> Bank:
+    return Bank(tuple(Matrix("dense", *part.shape, (part,)) for part in w), w)
+
+
+def case(kind: str, tokens: int, dtype: torch.dtype, cols: int = 512, inner: int = 192) -> tuple[Tensor, ...]:
+    ids = picks(kind, tokens, 4)
+    return (
+        random(tokens, cols, seed=1).to(dtype),
+        ids,
+        random(*ids.shape, seed=2).abs(),
+        (random(COUNT, 2 * inner, cols, seed=3) * cols**-0.5).to(dtype),
+        (random(COUNT, cols, inner, seed=4) * inner**-0.5).to(dtype),
+        random(tokens, cols, seed=5).to(dtype),
+    )
+
+
+def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor, act: str) -> Tensor:
+    banks = bank(gate_up.double()), bank(down.double())
+    return Oracle("cuda", torch.float64).experts(x.double(), ids, weights, *banks, act, residual.double())
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("kind", ["spread", "all on one", "few experts"])
+    @pytest.mark.parametrize("plan", PLANS, ids=str)
+    def test_sums_of_experts(self, plan: object, kind: str) -> None:
+        workspace = Workspace(torch.device("cuda"))
+        for tokens, dtype, act, sizes in (
+            (1, torch.bfloat16, "silu", (512, 192)),
+            (37, torch.float16, "gelu_tanh", (576, 200)),
+            (300, torch.bfloat16, "silu", (512, 192)),
+        ):
+            x, ids, weights, gate_up, down, residual = case(kind, tokens, dtype, *sizes)
+            want = exact(x, ids, weights, gate_up, down, residual, act)
+            found = experts.run(plan, workspace, 132, x, ids, weights, gate_up, down, act, residual)
+            tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+            assert (found - want).abs().max() <= tolerance * want.abs().max()
+            again = experts.run(plan, workspace, 132, x, ids, weights, gate_up, down, act, residual)
+            assert torch.equal(found, again)
+            assert int(workspace.counters.abs().max()) == 0
+
+    def test_a_replayed_graph_follows_other_picks(self) -> None:
+        workspace, plan = Workspace(torch.device("cuda")), experts.plan(64, COUNT)
+        x, ids, weights, gate_up, down, residual = case("spread", 16, torch.bfloat16)
+        read = x, ids, weights, gate_up, down, "silu", residual
+        experts.run(plan, workspace, 132, *read)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = experts.run(plan, workspace, 132, *read)
+        for seed in (7, 8):
+            x.copy_(random(*x.shape, seed=seed))
+            draw = torch.Generator().manual_seed(seed)
+            ids.copy_(torch.stack([torch.randperm(COUNT, generator=draw)[:4] for _ in range(16)]))
+            graph.replay()
+            want = exact(x, ids, weights, gate_up, down, residual, "silu")
+            assert (found - want).abs().max() <= 3e-2 * want.abs().max()
+
+
+def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
+    for plan in PLANS:
+        assert experts.parse(str(plan)) == plan
+    for wrong in ("experts:12x64x2x4x1", "experts:8x96x2x4x1", "grouped:8"):
+        with pytest.raises(ValueError, match="width of 8, 16"):
+            experts.parse(wrong)
+    widths = [experts.plan(n, 128).width for n in (8, 512, 2048, 8192, 65536)]
+    assert widths == sorted(widths)
+    for picks_of in (8, 64, 512, 4096, 65536):
+        for gate, rows, cols in ((True, 1536, 2048), (False, 2048, 768)):
+            assert experts.legal(experts.plan(picks_of, 128), picks_of, 128, rows, cols, gate, 132)
+            assert any(
+                experts.legal(p, picks_of, 128, rows, cols, gate, 132) for p in experts.candidates(picks_of, 128)
+            )
