@@ -138,7 +138,12 @@ def whole_arms(case: Case) -> dict[str, Arm]:
     rest = case.shares, case.gate_up, case.down, "silu"
     found: dict[str, Arm] = {str(triton): lambda i: grouped.run(triton, case.x, case.ids[i], *rest)}
     for plan in plans_of(case):
-        found[str(plan)] = lambda i, plan=plan: experts.run(plan, workspace, sms, case.x, case.ids[i], *rest)  # type: ignore[misc]
+
+        def run(i: int, plan: Any = plan) -> Tensor:
+            by = grouped.sort(case.ids[i], case.layer.experts, plan.width)
+            return experts.run(plan, workspace, sms, case.x, by, *rest)
+
+        found[str(plan)] = run
     return found
 
 

@@ -7,7 +7,7 @@ from tenfold.nn.mlp import MLP
 from tenfold.nn.norm import RMSNorm
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.matrix import Bank, Matrix
-from tenfold.ops.route import Routing, route, sigmoid
+from tenfold.ops.route import Routing, sigmoid
 
 
 class MoE:
@@ -45,5 +45,4 @@ class MoE:
             residual = self.shared(x, residual=residual)
         elif self.shared is not None and self.shared_gate is not None:
             residual = residual + self.shared(x) * sigmoid(self.shared_gate(x))
-        ids, weights = route(scores, self.routing)
-        return self.kernels.experts(x, ids, weights, self.gate_up, self.down, self.act, residual)
+        return self.kernels.routed(x, scores, self.routing, self.gate_up, self.down, self.act, residual)

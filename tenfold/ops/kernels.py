@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.experts import experts
 from tenfold.ops.matrix import Bank, Matrix, RawTensor
+from tenfold.ops.route import Routing, route
 
 if TYPE_CHECKING:
     from tenfold.ops.kv.layer import PackedLayer
@@ -239,8 +240,21 @@ class Kernels(Protocol):
         """`x[:, h] @ bank[h].T` for every h: x [T, H, cols] -> [T, H, rows]."""
         ...
 
+    def routed(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        routing: Routing,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`experts` with the picks that a router's scores [T, experts] float32 make."""
+        ...
+
     def records(self, bank: Bank) -> bool:
-        """Whether `experts` of such banks can be recorded: the host need not know who goes where."""
+        """Whether `experts` and `routed` of such banks can be recorded: the host need not know who goes where."""
         ...
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
@@ -310,6 +324,19 @@ class Separate:
         residual: Tensor | None = None,
     ) -> Tensor:
         return experts(self, x, ids, weights, gate_up, down, act, residual)
+
+    def routed(
+        self: Any,
+        x: Tensor,
+        scores: Tensor,
+        routing: Routing,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        ids, weights = route(scores, routing)
+        return self.experts(x, ids, weights, gate_up, down, act, residual)
 
     def records(self, bank: Bank) -> bool:
         return False

@@ -8,15 +8,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, most_tiles, sort, sum_kernel
+from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, most_tiles, sum_kernel
 from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.gpu.sums import MOST_TILES, WORKSPACE, Workspace
+from tenfold.ops.route import Routing
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
-BOX_COLS = 64
+WARPS = 32  # of the block that routes
+MOST_PICKS = 4096
+MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,28 +104,58 @@ def takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
     return same and x.dtype in nvrtc.HALF and cols % 8 == 0 and inner % 8 == 0 and down.shape[1] % 8 == 0
 
 
+def routes(tokens: int, routing: Routing) -> bool:
+    """Whether `routed` takes so many tokens: few, whose picks one block sorts in no time."""
+    most = hopper.SHARED - 4 * (WARPS + 3) * routing.experts - 16
+    few = tokens * routing.top <= min(MOST_PICKS, most // 2)
+    return few and routing.experts <= MOST_EXPERTS and routing.top <= 32 and routing.groups <= 32
+
+
+def routed(logits: Tensor, routing: Routing, width: int) -> tuple[Tensor, Sorted]:
+    """As `ops.route.route` for logits [T, experts] float32, contiguous, with picks sorted into tiles of `width`:
+    weights [T, top] float32. csrc/route.cu; there must be a token. The list holds what `Sorted.count` says, no more.
+    """
+    tokens, top = len(logits), routing.top
+    picks = tokens * top
+    weights = logits.new_empty(tokens, top)
+    order, count = (torch.empty(n, dtype=torch.int32, device=logits.device) for n in (picks, 1))
+    tiles = torch.empty(most_tiles(picks, routing.experts, width), 4, dtype=torch.int32, device=logits.device)
+    macros = {
+        "EXPERTS": routing.experts,
+        "TOP": top,
+        "SIGMOID": int(routing.score == "sigmoid"),
+        "NORMED": int(routing.normed),
+        "GROUPS": routing.groups,
+        "KEPT": routing.kept,
+        "BEST": routing.best,
+        "WIDTH": width,
+        "WARPS": WARPS,
+    }
+    shared = 4 * ((WARPS + 3) * routing.experts + 1) + 2 * picks
+    arguments: list[nvrtc.Argument] = [logits, routing.bias, weights, order, tiles, count, float(routing.scale), tokens]
+    nvrtc.load("route.cu", "route", tuple(macros.items()))((1, 1, 1), WARPS * 32, shared, arguments, dependent=True)
+    return weights, Sorted(order, tiles, count)
+
+
 def run(
     chosen: ExpertsPlan,
     workspace: Workspace,
     sms: int,
     x: Tensor,
-    ids: Tensor,
-    weights: Tensor,
+    by: Sorted,
+    shares: Tensor,
     gate_up: Tensor,
     down: Tensor,
     act: str,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """As `Kernels.experts` with gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], contiguous."""
-    tokens, top = ids.shape
-    experts, twice, _ = gate_up.shape
+    """As `Kernels.experts` for picks sorted into tiles of the plan's width, shares [T, K] their weights, contiguous;
+    gate_up [experts, 2 * inner, cols] and down [experts, rows, inner] too. There must be a token.
+    """
+    tokens, top = shares.shape
     picks, rows = tokens * top, down.shape[1]
     out = x.new_empty(tokens, rows)
-    if not picks:
-        return out
-    by = sort(ids, experts, chosen.width)
-    halfway, parts = x.new_empty(picks, twice // 2), x.new_empty(picks, rows)
-    shares = weights.contiguous()
+    halfway, parts = x.new_empty(picks, gate_up.shape[1] // 2), x.new_empty(picks, rows)
     gathered = x.index_select(0, by.order // top)
     product(chosen, workspace, sms, gathered, gate_up, halfway, by, shares, act)
     product(chosen, workspace, sms, halfway, down, parts, by, shares, None)

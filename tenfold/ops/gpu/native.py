@@ -15,7 +15,7 @@ from tenfold.ops import elementwise, formats
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.attention.plan import MOST_HEAD_DIM
 from tenfold.ops.gemm import grouped
-from tenfold.ops.gpu import arms, graphs, nvrtc, rope
+from tenfold.ops.gpu import arms, experts, graphs, nvrtc, rope
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
 from tenfold.ops.gpu.pieces import Pieces, Recording
@@ -24,6 +24,7 @@ from tenfold.ops.kv import attend as unpacking
 from tenfold.ops.kv.layer import PackedLayer
 from tenfold.ops.matrix import Bank, Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
+from tenfold.ops.route import Routing
 
 COUNT_EVERY = 1.0  # seconds between two reads of the counters of `recomputed`
 
@@ -112,8 +113,33 @@ class Gpu(Oracle):
     ) -> Tensor:
         if gate_up.stacked is None or down.stacked is None:
             return super().experts(x, ids, weights, gate_up, down, act, residual)
-        chosen = grouped.plan(ids.numel(), len(gate_up.each))
-        return grouped.run(chosen, x, ids, weights, gate_up.stacked, down.stacked, act, residual)
+        banks = gate_up.stacked, down.stacked
+        if not len(x) or not experts.takes(x, *banks):
+            chosen = grouped.plan(ids.numel(), len(gate_up.each))
+            return grouped.run(chosen, x, ids, weights, *banks, act, residual)
+        plan = experts.plan(ids.numel(), len(gate_up.each))
+        by = grouped.sort(ids, len(gate_up.each), plan.width)
+        return experts.run(plan, self.arms.context.sums, self.sms, x, by, weights.contiguous(), *banks, act, residual)
+
+    def routed(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        routing: Routing,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """One launch routes and sorts few tokens."""
+        up, back = gate_up.stacked, down.stacked
+        if up is None or back is None or not len(x) or not experts.takes(x, up, back):
+            return super().routed(x, scores, routing, gate_up, down, act, residual)
+        if not experts.routes(len(x), routing):
+            return super().routed(x, scores, routing, gate_up, down, act, residual)
+        plan = experts.plan(len(x) * routing.top, routing.experts)
+        shares, by = experts.routed(scores.contiguous(), routing, plan.width)
+        return experts.run(plan, self.arms.context.sums, self.sms, x, by, shares, up, back, act, residual)
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         return self.arms.logits(x, w, norm)

@@ -112,6 +112,17 @@ static bool __any_sync(u32, bool v) {
     });
     return w.out[current % 32][0];
 }
+static u32 __ballot_sync(u32, bool v) {
+    Warp &w = warps[current / 32];
+    w.in[current % 32][0] = v;
+    collective(9, [](Warp &w) {
+        u32 all = 0;
+        for (int l = 0; l < 32; l++) all |= (w.in[l][0] & 1) << l;
+        for (int l = 0; l < 32; l++) w.out[l][0] = all;
+    });
+    return w.out[current % 32][0];
+}
+static int __popc(u32 v) { return __builtin_popcount(v); }
 static void __syncwarp() { collective(5, [](Warp &) {}); }
 static void __syncthreads() {
     const unsigned round = barrier_round;

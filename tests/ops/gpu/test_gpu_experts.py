@@ -1,6 +1,7 @@
 """Experts on Hopper against float64: every width, whole tiles and even shares, any picks; graphs replayed."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from tenfold.ops.matrix import Bank, Matrix
 from tenfold.ops.oracle import Oracle
+from tenfold.ops.route import Routing, route
 
 experts = pytest.importorskip("tenfold.ops.gpu.experts")
+sort = pytest.importorskip("tenfold.ops.gemm.grouped").sort
 Workspace = pytest.importorskip("tenfold.ops.gpu.sums").Workspace
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -60,7 +63,7 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("kind", ["spread", "all on one", "few experts"])
     @pytest.mark.parametrize("plan", PLANS, ids=str)
-    def test_sums_of_experts(self, plan: object, kind: str) -> None:
+    def test_sums_of_experts(self, plan: Any, kind: str) -> None:
         workspace = Workspace(torch.device("cuda"))
         for tokens, dtype, act, sizes in (
             (1, torch.bfloat16, "silu", (512, 192)),
@@ -69,22 +72,27 @@ class TestOnGpu:
         ):
             x, ids, weights, gate_up, down, residual = case(kind, tokens, dtype, *sizes)
             want = exact(x, ids, weights, gate_up, down, residual, act)
-            found = experts.run(plan, workspace, 132, x, ids, weights, gate_up, down, act, residual)
+            by = sort(ids, COUNT, plan.width)
+            found = experts.run(plan, workspace, 132, x, by, weights, gate_up, down, act, residual)
             tolerance = 4e-3 if dtype == torch.float16 else 3e-2
             assert (found - want).abs().max() <= tolerance * want.abs().max()
-            again = experts.run(plan, workspace, 132, x, ids, weights, gate_up, down, act, residual)
+            again = experts.run(plan, workspace, 132, x, by, weights, gate_up, down, act, residual)
             assert torch.equal(found, again)
             assert int(workspace.counters.abs().max()) == 0
 
     def test_a_replayed_graph_follows_other_picks(self) -> None:
         workspace, plan = Workspace(torch.device("cuda")), experts.plan(64, COUNT)
         x, ids, weights, gate_up, down, residual = case("spread", 16, torch.bfloat16)
-        read = x, ids, weights, gate_up, down, "silu", residual
-        experts.run(plan, workspace, 132, *read)
+
+        def run() -> Tensor:
+            by = sort(ids, COUNT, plan.width)
+            return experts.run(plan, workspace, 132, x, by, weights, gate_up, down, "silu", residual)
+
+        run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = experts.run(plan, workspace, 132, *read)
+            found = run()
         for seed in (7, 8):
             x.copy_(random(*x.shape, seed=seed))
             draw = torch.Generator().manual_seed(seed)
@@ -92,6 +100,17 @@ class TestOnGpu:
             graph.replay()
             want = exact(x, ids, weights, gate_up, down, residual, "silu")
             assert (found - want).abs().max() <= 3e-2 * want.abs().max()
+
+    @pytest.mark.parametrize("tokens", [1, 64, 600])
+    def test_kernels_of_a_gpu_route_and_sum(self, tokens: int) -> None:
+        from tenfold.ops.gpu.native import Gpu
+
+        x, _, _, gate_up, down, residual = case("spread", tokens, torch.bfloat16)
+        scores, routing = random(tokens, COUNT, seed=9) * 2, Routing(COUNT, 4, normed=True)
+        found = Gpu().routed(x, scores, routing, bank(gate_up), bank(down), "silu", residual)
+        ids, weights = route(scores, routing)
+        want = exact(x, ids, weights, gate_up, down, residual, "silu")
+        assert (found - want).abs().max() <= 3e-2 * want.abs().max()
 
 
 def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:

@@ -19,6 +19,7 @@ DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
 RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 EXPERTS = {"FLOAT32": 0, "STAGES": 4, "BLOCKS": 1}
+ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 32}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
     ("smid.cu", {}),
@@ -41,6 +42,8 @@ SOURCES = [
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
     ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "SPLIT": 1, "DOWN": 0}),
     ("experts.cu", EXPERTS | {"HALF": 1, "GATE": 0, "N": 256, "ROWS": 128, "BOXES": 1, "SPLIT": 0, "DOWN": 1}),
+    ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1}),
+    ("route.cu", ROUTE | {"EXPERTS": 256, "SIGMOID": 1, "GROUPS": 8, "KEPT": 4, "BEST": 2}),
     ("argmax.cu", {}),
     ("rope.cu", {"HALF": 0, "D": 128}),
     ("rope.cu", {"HALF": 1, "D": 64}),
