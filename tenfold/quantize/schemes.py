@@ -1,0 +1,112 @@
+"""Schemes of weights and activations as they are rounded to: what a matrix becomes, and how many bits that takes.
+
+    w_hat[r, j] = (code[r, j] - zero[r, g]) * scale[r, g]        g = j // group; without groups, one for the whole row
+
+Names: `w4g128z` is codes of 4 bits, 128 columns a group, with zeros; `a8`: activations are rounded to 8 bits too, one
+scale a token. Codes without zeros are symmetric about the middle. Scales and zeros are kept in float16.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAME = re.compile(r"w([2-8])(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
+PARAMETER_BITS = 16  # of a scale, and of a zero
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """bits of a code; group: columns that share a scale, 0 for all of a row; zero: groups have zeros; activations: bits
+    that these are rounded to, 16 for none.
+    """
+
+    bits: int
+    group: int = 0
+    zero: bool = False
+    activations: int = 16
+
+    def __str__(self) -> str:
+        group = f"g{self.group}" if self.group else ""
+        return f"w{self.bits}{group}{'z' * self.zero}{'a8' * (self.activations == 8)}"
+
+    def stored_bits(self, cols: int) -> float:
+        """Of a weight in a matrix with so many columns, scales and zeros included."""
+        return self.bits + PARAMETER_BITS * (1 + self.zero) / min(self.group or cols, cols)
+
+
+def parse(name: str) -> Scheme:
+    """The scheme of this name. Raises ValueError."""
+    found = NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(
+            f"{name!r} is no scheme; allowed: wBITS from w2 to w8, then gN for groups of N columns, z for zeros, a8 "
+            "for activations of 8 bits, as in w4g128z or w8a8."
+        )
+    bits, group, zero, activations = found.groups()
+    return Scheme(int(bits), int(group or 0), bool(zero), int(activations or 16))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Scales and zeros of a matrix, [rows, groups] float32 with the values that float16 has."""
+
+    scheme: Scheme
+    scales: Tensor
+    zeros: Tensor
+
+    def group_of(self, column: int) -> int:
+        return column // self.scheme.group if self.scheme.group else 0
+
+    def rounded(self, w: Tensor, column: int) -> Tensor:
+        """One column [rows] of the matrix as it is stored."""
+        g = self.group_of(column)
+        return on_grid(w, self.scales[:, g], self.zeros[:, g], self.scheme.bits)
+
+
+def on_grid(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    codes = torch.round(w / scale + zero).clamp_(0, (1 << bits) - 1)
+    return (codes - zero) * scale
+
+
+def grid_of(w: Tensor, scheme: Scheme) -> Grid:
+    """For w [rows, cols] float32: with zeros from the least to the largest of a group, else from minus to plus the
+    largest magnitude. Raises ValueError where groups do not divide the columns.
+    """
+    rows, cols = w.shape
+    group = scheme.group or cols
+    if cols % group:
+        raise ValueError(f"{scheme} has groups of {group} columns and the matrix {cols}; allowed: divisors of that.")
+    parts = w.float().view(rows, -1, group)
+    top = (1 << scheme.bits) - 1
+    if scheme.zero:
+        low, high = parts.amin(-1).clamp(max=0.0), parts.amax(-1).clamp(min=0.0)
+        scales = _stored((high - low) / top)
+        zeros = _stored(-low / scales)
+    else:
+        middle = 1 << (scheme.bits - 1)
+        scales = _stored(parts.abs().amax(-1) / (middle - 1))
+        zeros = torch.full_like(scales, float(middle))
+    return Grid(scheme, scales, zeros)
+
+
+def _stored(values: Tensor) -> Tensor:
+    """Positive numbers as float16 has them, never 0."""
+    return values.to(torch.float16).float().clamp(min=2.0**-24)
+
+
+def round_to_nearest(w: Tensor, scheme: Scheme) -> Tensor:
+    """w [rows, cols] as it is stored, float32."""
+    grid, group = grid_of(w, scheme), scheme.group or w.shape[1]
+    parts = w.float().view(len(w), -1, group)
+    return on_grid(parts, grid.scales[..., None], grid.zeros[..., None], scheme.bits).view_as(w)
+
+
+def round_activations(x: Tensor, scheme: Scheme) -> Tensor:
+    """x [tokens, features] as a product of the scheme sees it: one scale a token."""
+    if scheme.activations == 16:
+        return x
+    top = (1 << (scheme.activations - 1)) - 1
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / top
+    return (torch.round(x.float() / scale).clamp_(-top, top) * scale).to(x.dtype)

@@ -1,0 +1,111 @@
+"""The allocator against every allocation there is, in small; budgets, ties, scopes; what cannot be is said."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+pytest.importorskip("scipy")
+
+from tenfold.quantize.mxmoe.allocate import Allocator, Block, BudgetError, Plan, budgets, joined
+
+BITS = {"w2": 2.25, "w4": 4.25, "w8": 8.0, "bf16": 16.0}
+
+
+def random_blocks(seed: int, count: int, scopes: int = 1) -> list[Block]:
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        spread = draw.lognormvariate(0, 1)
+        loss = {s: spread * 4.0 ** -(b / 2) * draw.uniform(0.5, 2) for s, b in BITS.items()}
+        time = {s: draw.uniform(0.5, 1.5) * (1 + b / 4) for s, b in BITS.items()}
+        found.append(Block(f"b{i}", draw.choice([100, 200]), loss, time, f"layer {i % scopes}" if scopes > 1 else ""))
+    return found
+
+
+def every(blocks: list[Block], budget: dict[str, float]) -> list[Plan]:
+    found = []
+    for schemes in itertools.product(BITS, repeat=len(blocks)):
+        taken: dict[str, float] = {}
+        for block, scheme in zip(blocks, schemes):
+            taken[block.scope] = taken.get(block.scope, 0) + block.weights * BITS[scheme] / 8
+        if all(taken[scope] <= budget[scope] * (1 + 1e-12) for scope in taken):
+            loss = sum(b.loss[s] for b, s in zip(blocks, schemes))
+            time = sum(b.time[s] for b, s in zip(blocks, schemes))
+            found.append(Plan(dict(zip([b.name for b in blocks], schemes)), loss, time, taken))
+    return found
+
+
+@pytest.mark.parametrize("r", [0.0, 0.25, 0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_allocation_is_better(seed: int, r: float) -> None:
+    blocks = random_blocks(seed, 6, scopes=1 + seed % 2)
+    budget = budgets(blocks, 3.0 + 2 * (seed % 3))
+    best = min(every(blocks, budget), key=lambda plan: plan.goal(r))
+    found = Allocator(blocks, BITS).solve(budget, r)
+    assert found.goal(r) == pytest.approx(best.goal(r), abs=1e-6)
+    assert all(found.bytes[scope] <= budget[scope] * (1 + 1e-9) for scope in budget)
+    again = Allocator(blocks, BITS).solve(budget, r)
+    assert again == found
+
+
+def test_accuracy_falls_and_speed_grows_with_r() -> None:
+    blocks = random_blocks(1, 40)
+    solver, budget = Allocator(blocks, BITS), budgets(blocks, 5.0)
+    plans = [solver.solve(budget, r) for r in (1.0, 0.9, 0.75, 0.5, 0.25, 0.0)]
+    assert [p.loss for p in plans] == sorted(p.loss for p in plans)
+    assert [p.time for p in plans] == sorted((p.time for p in plans), reverse=True)
+    assert plans[0].loss < plans[-1].loss
+    assert plans[0].time > plans[-1].time
+
+
+def test_many_blocks_are_solved_with_few_programs() -> None:
+    blocks = random_blocks(2, 256, scopes=4)
+    solver = Allocator(blocks, BITS)
+    found = solver.solve(budgets(blocks, 4.5), 0.75)
+    assert len(found.schemes) == 256
+    assert solver.solved < 60
+    assert set(found.schemes.values()) > {"w2", "w4"}
+
+
+def test_one_scheme_for_an_expert_is_never_better_than_one_for_each_block() -> None:
+    blocks = random_blocks(3, 12)
+    budget = budgets(blocks, 4.5)
+    tied = joined(blocks, {f"b{i}": f"expert {i // 2}" for i in range(12)})
+    assert len(tied) == 6
+    assert sum(b.weights for b in tied) == sum(b.weights for b in blocks)
+    for r in (0.75, 1.0):
+        alone, together = (Allocator(own, BITS).solve(budget, r) for own in (blocks, tied))
+        assert alone.goal(r) <= together.goal(r) + 1e-9
+
+
+def test_a_budget_for_the_model_is_never_worse_than_one_for_each_layer() -> None:
+    blocks = random_blocks(4, 24, scopes=4)
+    whole = [Block(b.name, b.weights, b.loss, b.time) for b in blocks]
+    layers = Allocator(blocks, BITS).solve(budgets(blocks, 3.5), 1.0)
+    model = Allocator(whole, BITS).solve(budgets(whole, 3.5), 1.0)
+    assert model.loss <= layers.loss + 1e-9
+
+
+def test_what_cannot_be_is_said() -> None:
+    blocks = random_blocks(5, 4)
+    with pytest.raises(BudgetError, match=r"smallest schemes take \d+"):
+        Allocator(blocks, BITS).solve(budgets(blocks, 2.0))
+    with pytest.raises(ValueError, match=r"r is 1\.5; allowed: 0"):
+        Allocator(blocks, BITS).solve(budgets(blocks, 4.0), 1.5)
+    with pytest.raises(ValueError, match="has no scheme of w2"):
+        Allocator([Block("a", 10, {"w3": 1.0}, {"w3": 1.0})], BITS)
+    with pytest.raises(ValueError, match="not positive numbers"):
+        Allocator([Block("a", 10, {"w4": math.nan}, {"w4": 1.0})], BITS)
+    with pytest.raises(ValueError, match="one name"):
+        Allocator([blocks[0], blocks[0]], BITS)
+    with pytest.raises(ValueError, match="several scopes"):
+        joined(random_blocks(6, 2, scopes=2), {"b0": "e", "b1": "e"})
+
+
+def test_a_block_may_lack_a_scheme() -> None:
+    only = Block("a", 10, {"w4": 1.0, "w8": 0.1}, {"w4": 1.0, "w8": 2.0, "w2": 0.1})
+    assert Allocator([only], BITS).solve({"": 1e9}).schemes == {"a": "w8"}
+    assert Allocator([only], BITS).solve({"": 10 * 4.25 / 8}).schemes == {"a": "w4"}
+    assert Allocator([only], BITS).solve({"": 1e9}, r=0.0).schemes == {"a": "w4"}
