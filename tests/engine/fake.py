@@ -59,6 +59,8 @@ class FakeModel:
         self.config: Any = SimpleNamespace(
             layers=2, kv_heads=1, head_dim=16, vocab_size=VOCAB, max_positions=max_positions, hidden_size=2,
             windows=(1, 0),
+            experts=None,
+            latent=None,
         )  # fmt: skip
         self.fail_on: int | None = None  # a token that makes the whole step fail
         self.steps: list[list[int]] = []  # tokens of each request of each step

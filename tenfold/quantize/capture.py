@@ -1,0 +1,136 @@
+"""What experts see of a text, layer by layer: their inputs, how often they are picked, with what weight.
+
+Every window of the text goes through one layer before any goes through the next, so what is kept of experts at a time
+is that of one layer. The model runs as it is; nothing of it is rounded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tenfold.cache.store import KVSpec, KVStore
+from tenfold.models.decoder import Decoder
+from tenfold.nn.step import Step
+from tenfold.ops.matrix import Bank
+from tenfold.ops.oracle import Oracle
+from tenfold.quantize.gptq import Moments
+
+SAMPLE = 512  # tokens of an expert that are kept as they are
+LEAST_TOKENS = 256  # of a text that is worth capturing
+PAGE = 64
+
+
+class TextTooShort(ValueError):
+    """A calibration text that says too little: says how much there is and how much is wanted."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """Of one expert. picks: tokens that went to it, share: their weights together; inputs, inner: second moments of
+    what gate and up, and down, multiply; sample [n, cols] and its weights [n]: the first tokens.
+    """
+
+    inputs: Moments
+    inner: Moments
+    picks: int = 0
+    share: float = 0.0
+    sample: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    kept: int = 0
+
+    def add(self, x: Tensor, inner: Tensor, weights: Tensor) -> None:
+        self.inputs.add(x)
+        self.inner.add(inner)
+        self.picks += len(x)
+        self.share += float(weights.sum())
+        left = SAMPLE - self.kept
+        if left > 0:
+            self.sample.append(x[:left].clone())
+            self.weights.append(weights[:left].float().clone())
+            self.kept += len(self.sample[-1])
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """The sample and its weights; empty where the expert was never picked."""
+        if not self.sample:
+            return self.inputs.sums.new_zeros(0, len(self.inputs.sums)), self.inputs.sums.new_zeros(0)
+        return torch.cat(self.sample), torch.cat(self.weights)
+
+
+class Watching(Oracle):
+    """The oracle, which writes down what experts see while `seen` is a list."""
+
+    seen: list[Seen] | None = None
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Bank,
+        down: Bank,
+        act: str,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if self.seen is not None:
+            for expert, own in enumerate(self.seen):
+                rows, slots = (ids == expert).nonzero(as_tuple=True)
+                if len(rows):
+                    inner = self.linear(x[rows], gate_up.each[expert], act=act)
+                    own.add(x[rows], inner, weights[rows, slots])
+        return super().experts(x, ids, weights, gate_up, down, act, residual)
+
+
+def watched(
+    model: Decoder,
+    kernels: Watching,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, list[Seen]]]:
+    """Each layer with experts and what these saw of windows of token ids. progress(done, all): after each window of
+    each layer. Raises TextTooShort.
+    """
+    config = model.config
+    count = sum(map(len, windows))
+    if config.experts is None:
+        raise ValueError("The model has no experts; this quantises mixture-of-experts models.")
+    if count < LEAST_TOKENS:
+        raise TextTooShort(f"The calibration text has {count} tokens; give one of at least {LEAST_TOKENS}.")
+    longest = max(map(len, windows))
+    spec = KVSpec(config.layers, config.kv_heads, config.head_dim, kernels.dtype, PAGE, one=config.latent is not None)
+    store = KVStore(spec, -(-longest // PAGE), kernels.device)
+    steps = [step_of(window, store, kernels.device) for window in windows]
+    states: list[Tensor | None] = [None] * len(steps)
+    device = kernels.device
+    with torch.inference_mode():
+        for layer in range(config.layers):
+            sparse = config.experts.layers[layer]
+            if sparse:
+                hidden, inner, number = config.hidden_size, config.experts.size, config.experts.routing.experts
+                kernels.seen = [Seen(Moments(hidden, device), Moments(inner, device)) for _ in range(number)]
+            for i, step in enumerate(steps):
+                states[i] = model.part(step, states[i], range(layer, layer + 1))
+                if progress is not None:
+                    progress(layer * len(steps) + i + 1, config.layers * len(steps))
+            seen, kernels.seen = kernels.seen, None
+            if sparse and seen is not None:
+                yield layer, seen
+
+
+def step_of(window: Sequence[int], store: KVStore, device: torch.device) -> Step:
+    """A whole sequence, in the first pages of a store; the logits of its last token."""
+    count, size = len(window), store.spec.page_size
+    places = torch.arange(count, dtype=torch.int32, device=device)
+    return Step(
+        token_ids=torch.tensor(list(window), dtype=torch.int64, device=device),
+        positions=places,
+        slots=places,
+        page_table=torch.arange(-(-count // size), dtype=torch.int32, device=device)[None],
+        query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
+        kv_lengths=torch.tensor([count], dtype=torch.int32, device=device),
+        logits_rows=torch.tensor([count - 1], dtype=torch.int64, device=device),
+        max_query=count,
+        max_kv=count,
+        kv=store,
+    )

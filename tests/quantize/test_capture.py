@@ -1,0 +1,113 @@
+"""Capturing what experts see, and the sensitivity of their blocks against running the whole layer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold.models.table import build_model
+from tenfold.ops.matrix import Bank, Matrix
+from tenfold.ops.route import route
+from tenfold.quantize.capture import TextTooShort, Watching, watched
+from tenfold.quantize.mxmoe.sensitivity import losses
+from tenfold.quantize.schemes import Scheme, parse, round_activations, round_to_nearest
+from tenfold.weights.load import Weights
+from tenfold.weights.open import open_checkpoint
+from tests.tiny import VOCAB
+
+SCHEMES = [parse(name) for name in ("w2g8z", "w4g8", "w8a8")]
+Folder = Callable[[str], Path]
+
+
+def windows(count: int = 6, length: int = 70) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(3)
+    return [torch.randint(3, VOCAB, (length,), generator=draw).tolist() for _ in range(count)]
+
+
+def opened(folder: Path) -> tuple[object, Watching]:
+    kernels = Watching()
+    checkpoint = open_checkpoint(folder)
+    return build_model(checkpoint.config, Weights(checkpoint, kernels), 128), kernels
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe", "mixtral", "deepseek-v3"])
+def test_every_pick_is_seen_once(name: str, tiny: Folder) -> None:
+    model, kernels = opened(tiny(name))
+    texts, said = windows(), []
+    config = model.config.experts  # type: ignore[attr-defined]
+    layers = dict(watched(model, kernels, texts, lambda done, total: said.append((done, total))))  # type: ignore[arg-type]
+    assert list(layers) == [i for i, sparse in enumerate(config.layers) if sparse]
+    tokens = sum(map(len, texts))
+    for seen in layers.values():
+        assert sum(s.picks for s in seen) == tokens * config.routing.top
+        assert all(s.inputs.count == s.inner.count == s.picks for s in seen)
+        assert all(len(s.tokens()[0]) == min(s.picks, 512) for s in seen)
+        if config.routing.normed:
+            assert sum(s.share for s in seen) == pytest.approx(tokens * config.routing.scale, rel=1e-3)
+    count = len(texts) * len(config.layers)
+    assert said == [(i + 1, count) for i in range(count)]
+
+
+def test_capturing_changes_no_answer(tiny: Folder) -> None:
+    model, kernels = opened(tiny("qwen3-moe"))
+    (seen,) = [s for _, s in watched(model, kernels, windows())]  # type: ignore[arg-type]
+    again = dict(watched(model, kernels, windows()))  # type: ignore[arg-type]
+    for first, second in zip(seen, next(iter(again.values()))):
+        assert torch.equal(first.inputs.sums, second.inputs.sums)
+
+
+def test_texts_and_models_that_will_not_do(tiny: Folder) -> None:
+    model, kernels = opened(tiny("mixtral"))
+    with pytest.raises(TextTooShort, match="has 20 tokens; give one of at least 256"):
+        next(watched(model, kernels, [list(range(3, 23))]))  # type: ignore[arg-type]
+    dense, kernels = opened(tiny("llama"))
+    with pytest.raises(ValueError, match="no experts"):
+        next(watched(dense, kernels, windows()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("part", ["gate_up", "down"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_cheap_sensitivity_is_that_of_the_whole_layer(part: str, scheme: Scheme, tiny: Folder) -> None:
+    """The layer of a random model on random tokens, each block of each expert rounded in turn."""
+    model, kernels = opened(tiny("mixtral"))
+    moe = model.blocks[1].moe  # type: ignore[attr-defined]
+    x = torch.randn(90, 64, generator=torch.Generator().manual_seed(4))
+    ids, weights = route(torch.randn(90, 4, generator=torch.Generator().manual_seed(5)), moe.routing)
+    from tenfold.quantize.capture import Seen
+    from tenfold.quantize.gptq import Moments
+
+    kernels.seen = [Seen(Moments(64), Moments(96)) for _ in range(4)]
+    exact = kernels.experts(x, ids, weights, moe.gate_up, moe.down, moe.act)
+    seen, kernels.seen = kernels.seen, None
+    for expert in range(4):
+        banks = {"gate_up": moe.gate_up, "down": moe.down}
+        each = list(banks[part].each)
+        w = round_to_nearest(each[expert].data[0], scheme)
+        each[expert] = Matrix("dense", *w.shape, (w,))
+        banks[part] = Bank(tuple(each))
+        if scheme.activations == 16:
+            changed = kernels.experts(x, ids, weights, banks["gate_up"], banks["down"], moe.act)
+        else:
+            changed = exact + difference(kernels, x, ids, weights, moe, banks, expert, part, scheme)
+        own = moe.gate_up.each[expert].data[0], moe.down.each[expert].data[0]
+        found = losses(seen[expert], *own, moe.act, [scheme], lambda w, s, _: round_to_nearest(w, s))
+        assert found[part, str(scheme)] == pytest.approx(float((changed - exact).square().sum()), rel=1e-3)
+
+
+def difference(
+    kernels: Watching, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, moe: object, banks: dict[str, Bank],
+    expert: int, part: str, scheme: Scheme,
+) -> torch.Tensor:  # fmt: skip
+    """What one expert's output changes by where its inputs are rounded too."""
+    out = torch.zeros_like(x)
+    rows, slots = (ids == expert).nonzero(as_tuple=True)
+    own, act = x[rows], moe.act  # type: ignore[attr-defined]
+    exact = kernels.linear(kernels.linear(own, moe.gate_up.each[expert], act=act), moe.down.each[expert])  # type: ignore[attr-defined]
+    if part == "gate_up":
+        own = round_activations(own, scheme)
+    inner = kernels.linear(own, banks["gate_up"].each[expert], act=act)
+    if part == "down":
+        inner = round_activations(inner, scheme)
+    out[rows] = (kernels.linear(inner, banks["down"].each[expert]) - exact) * weights[rows, slots, None]
+    return out
