@@ -118,8 +118,8 @@ def watched(
                 yield layer, seen
 
 
-def step_of(window: Sequence[int], store: KVStore, device: torch.device) -> Step:
-    """A whole sequence, in the first pages of a store; the logits of its last token."""
+def step_of(window: Sequence[int], store: KVStore, device: torch.device, every: bool = False) -> Step:
+    """A whole sequence, in the first pages of a store; the logits of its last token, or of every one."""
     count, size = len(window), store.spec.page_size
     places = torch.arange(count, dtype=torch.int32, device=device)
     return Step(
@@ -129,7 +129,7 @@ def step_of(window: Sequence[int], store: KVStore, device: torch.device) -> Step
         page_table=torch.arange(-(-count // size), dtype=torch.int32, device=device)[None],
         query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
         kv_lengths=torch.tensor([count], dtype=torch.int32, device=device),
-        logits_rows=torch.tensor([count - 1], dtype=torch.int64, device=device),
+        logits_rows=torch.arange(0 if every else count - 1, count, dtype=torch.int64, device=device),
         max_query=count,
         max_kv=count,
         kv=store,

@@ -7,13 +7,16 @@ scale a token. Codes without zeros are symmetric about the middle. Scales and ze
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-NAME = re.compile(r"w([2-8])(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
+NAME = re.compile(r"w([1-8])(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
 PARAMETER_BITS = 16  # of a scale, and of a zero
+SHRINKS = tuple(1 - 0.04 * i for i in range(16))  # of the range from the least to the largest, that are tried
+WIDE = (1.0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def parse(name: str) -> Scheme:
     found = NAME.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"{name!r} is no scheme; allowed: wBITS from w2 to w8, then gN for groups of N columns, z for zeros, a8 "
+            f"{name!r} is no scheme; allowed: wBITS from w1 to w8, then gN for groups of N columns, z for zeros, a8 "
             "for activations of 8 bits, as in w4g128z or w8a8."
         )
     bits, group, zero, activations = found.groups()
@@ -70,35 +73,60 @@ def on_grid(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (codes - zero) * scale
 
 
-def grid_of(w: Tensor, scheme: Scheme) -> Grid:
+def grid_of(w: Tensor, scheme: Scheme, shrinks: Sequence[float] = SHRINKS) -> Grid:
     """For w [rows, cols] float32: with zeros from the least to the largest of a group, else from minus to plus the
-    largest magnitude. Raises ValueError where groups do not divide the columns.
+    largest magnitude; of ranges shrunk so much the one with the least square error, group by group. One bit: the mean
+    plus and minus the mean distance from it. Raises ValueError where groups do not divide the columns.
     """
     rows, cols = w.shape
     group = scheme.group or cols
     if cols % group:
         raise ValueError(f"{scheme} has groups of {group} columns and the matrix {cols}; allowed: divisors of that.")
     parts = w.float().view(rows, -1, group)
-    top = (1 << scheme.bits) - 1
-    if scheme.zero:
-        low, high = parts.amin(-1).clamp(max=0.0), parts.amax(-1).clamp(min=0.0)
-        scales = _stored((high - low) / top)
-        zeros = _stored(-low / scales)
-    else:
-        middle = 1 << (scheme.bits - 1)
-        scales = _stored(parts.abs().amax(-1) / (middle - 1))
-        zeros = torch.full_like(scales, float(middle))
+    if scheme.bits == 1:
+        mean = parts.mean(-1)
+        scales = _scales(2 * (parts - mean[..., None]).abs().mean(-1))
+        return Grid(scheme, scales, 0.5 - _half(mean / scales) if scheme.zero else torch.full_like(scales, 0.5))
+    scales, zeros = _range(parts, scheme, shrinks[0])
+    best = _error(parts, scales, zeros, scheme)
+    for shrink in shrinks[1:]:
+        tried = _range(parts, scheme, shrink)
+        error = _error(parts, *tried, scheme)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, tried[0], scales), torch.where(better, tried[1], zeros)
     return Grid(scheme, scales, zeros)
 
 
-def _stored(values: Tensor) -> Tensor:
-    """Positive numbers as float16 has them, never 0."""
-    return values.to(torch.float16).float().clamp(min=2.0**-24)
+def _error(parts: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
+    """Square error of each group [rows, groups]."""
+    return (on_grid(parts, scales[..., None], zeros[..., None], scheme.bits) - parts).square().sum(-1)
 
 
-def round_to_nearest(w: Tensor, scheme: Scheme) -> Tensor:
+def _range(parts: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [rows, groups]."""
+    if scheme.zero:
+        low, high = parts.amin(-1).clamp(max=0.0), parts.amax(-1).clamp(min=0.0)
+        scales = _scales(shrink * (high - low) / ((1 << scheme.bits) - 1))
+        return scales, _half(-shrink * low / scales)
+    middle = 1 << (scheme.bits - 1)
+    scales = _scales(shrink * parts.abs().amax(-1) / (middle - 1))
+    return scales, torch.full_like(scales, float(middle))
+
+
+def _half(values: Tensor) -> Tensor:
+    """As float16 has them."""
+    return values.to(torch.float16).float()
+
+
+def _scales(values: Tensor) -> Tensor:
+    """As float16 has them, never 0."""
+    return _half(values).clamp(min=2.0**-24)
+
+
+def round_to_nearest(w: Tensor, scheme: Scheme, shrinks: Sequence[float] = SHRINKS) -> Tensor:
     """w [rows, cols] as it is stored, float32."""
-    grid, group = grid_of(w, scheme), scheme.group or w.shape[1]
+    grid, group = grid_of(w, scheme, shrinks), scheme.group or w.shape[1]
     parts = w.float().view(len(w), -1, group)
     return on_grid(parts, grid.scales[..., None], grid.zeros[..., None], scheme.bits).view_as(w)
 

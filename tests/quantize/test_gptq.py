@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from tenfold.quantize.gptq import Moments, gptq, loss_of
-from tenfold.quantize.schemes import Scheme, grid_of, parse, round_activations, round_to_nearest
+from tenfold.quantize.schemes import SHRINKS, WIDE, Scheme, grid_of, parse, round_activations, round_to_nearest
 
-SCHEMES = ["w2g32z", "w3g32z", "w4g32z", "w4g32", "w8", "w4"]
+SCHEMES = ["w1g32z", "w2g32z", "w3g32z", "w4g32z", "w4g32", "w8", "w4"]
 
 
 def weights(rows: int = 24, cols: int = 96, seed: int = 0) -> Tensor:
@@ -33,9 +33,9 @@ def test_names(name: str) -> None:
     assert str(parse(name)) == name
 
 
-@pytest.mark.parametrize("wrong", ["w1", "w9", "4", "w4g0", "w4a4", "w4zg32", ""])
+@pytest.mark.parametrize("wrong", ["w0", "w9", "4", "w4g0", "w4a4", "w4zg32", ""])
 def test_what_is_no_scheme_says_what_is(wrong: str) -> None:
-    with pytest.raises(ValueError, match="w2 to w8"):
+    with pytest.raises(ValueError, match="w1 to w8"):
         parse(wrong)
 
 
@@ -45,17 +45,34 @@ def test_bits_count_scales_and_zeros() -> None:
     assert parse("w8").stored_bits(2048) == 8 + 16 / 2048
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", SCHEMES[1:])
 def test_rounding_stays_within_half_a_step_and_keeps_to_its_levels(name: str) -> None:
     scheme, w = parse(name), weights()
-    rounded, grid = round_to_nearest(w, scheme), grid_of(w, scheme)
+    rounded, grid = round_to_nearest(w, scheme, WIDE), grid_of(w, scheme, WIDE)
     group = scheme.group or w.shape[1]
     steps = grid.scales.repeat_interleave(group, dim=1)
     slack = 1.02 if scheme.zero else 1.0  # scales and zeros are rounded too
     assert ((w - rounded).abs() <= 0.5 * slack * steps + 0.01 * steps * (1 << scheme.bits) * scheme.zero).all()
     for row in rounded.view(len(w), -1, group).flatten(0, 1):
         assert len(row.unique()) <= 1 << scheme.bits
-    assert torch.equal(round_to_nearest(rounded, scheme), rounded) or scheme.zero
+    assert torch.equal(round_to_nearest(rounded, scheme, WIDE), rounded) or scheme.zero
+    assert (w - round_to_nearest(w, scheme)).square().sum() <= (w - rounded).square().sum()
+
+
+def test_few_bits_gain_much_from_a_narrower_range() -> None:
+    w = weights()
+    for name, gain in (("w2g32z", 0.9), ("w4", 0.95)):
+        narrow, wide = (round_to_nearest(w, parse(name), by) for by in (SHRINKS, WIDE))
+        assert (w - narrow).square().sum() < gain * (w - wide).square().sum()
+
+
+def test_one_bit_is_the_mean_plus_and_minus_a_distance() -> None:
+    w = weights() + 0.5
+    rounded = round_to_nearest(w, parse("w1g32z"))
+    for row, own in zip(rounded.view(-1, 32), w.view(-1, 32)):
+        assert len(row.unique()) == 2
+        assert float(row.unique().mean()) == pytest.approx(float(own.mean()), abs=5e-3)
+    assert (w - rounded).square().mean() < 0.6
 
 
 @pytest.mark.parametrize("order", [True, False])

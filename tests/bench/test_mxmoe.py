@@ -1,0 +1,65 @@
+"""Quality of experts of few bits: what is put back, budgets, rows; on a random model, whose numbers say nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from tenfold.bench import mxmoe
+from tenfold.bench.mxmoe import Subject, name_of
+from tenfold.quantize.schemes import parse
+from tests.tiny import VOCAB
+
+SCHEMES = [parse(name) for name in ("w2g8z", "w4g8z", "w8g8z")]
+BITS = {str(s): s.stored_bits(64) for s in SCHEMES}
+
+
+def windows(seed: int, count: int = 5) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (64,), generator=draw).tolist() for _ in range(count)]
+
+
+@pytest.fixture
+def subject(tiny: Callable[[str], Path]) -> Subject:
+    return Subject(str(tiny("qwen2-moe")))
+
+
+def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
+    found = subject.measure(windows(1), SCHEMES, "rtn", lambda _: None)
+    assert set(found.sizes) == set(subject.exact)
+    assert all(sum(picks) == 5 * 64 * 2 for picks in found.picks.values())
+    rows = mxmoe.rows(subject, found, BITS, [7.0, 9.0], windows(2), lambda _: None)
+    kinds = [row["kind"] for row in rows]
+    assert kinds[:4] == ["exact", *(f"uniform {name}" for name in BITS)]
+    assert len(rows) == 4 + 2 * 4
+    for row in rows[4:]:
+        assert row["bits"] <= (7.0 if row in rows[4:8] else 9.0) + 1e-6
+        assert sum(row["schemes"].values()) == len(found.sizes)
+    closest = [abs(row["perplexity"] - rows[0]["perplexity"]) for row in rows[1:4]]
+    assert closest == sorted(closest, reverse=True)
+    alone, tied = ([r["loss"] for r in rows if r["kind"] == f"mixed layer {tie}"] for tie in ("block", "expert"))
+    assert all(a <= b + 1e-9 for a, b in zip(alone, tied))
+    assert subject.perplexity(windows(2)) == pytest.approx(rows[0]["perplexity"])  # all exact again
+
+
+def test_rounded_blocks_are_put_in_place_and_taken_back(subject: Subject) -> None:
+    before = subject.perplexity(windows(3))
+    key = next(iter(subject.exact))
+    subject.put({key: torch.zeros_like(subject.exact[key])})
+    assert subject.perplexity(windows(3)) != before
+    subject.put({})
+    assert subject.perplexity(windows(3)) == before
+    assert name_of(key).count(".") == 2
+
+
+def test_better_rounding_loses_less(subject: Subject) -> None:
+    plain, fitted = (subject.measure(windows(4, 12), SCHEMES[:1], how, lambda _: None) for how in ("rtn", "gptq"))
+    assert sum(fitted.losses.values()) < sum(plain.losses.values())
+
+
+def test_a_model_without_experts_is_refused(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="has no experts"):
+        Subject(str(tiny("llama")))
