@@ -70,9 +70,9 @@ class Subject:
     def _blocks(self) -> list[tuple[Key, Bank]]:
         sparse = [i for i, has in enumerate(self.model.config.experts.layers) if has]
         found = []
-        for n, bank in enumerate(self.model.banks):
-            layer, part = sparse[n // 2], PARTS[n % 2]
-            found += [((layer, expert, part), bank) for expert in range(len(bank.each))]
+        for layer, own in zip(sparse, self.model.experts):
+            for part, bank in zip(PARTS, (own.gate_up, own.down)):
+                found += [((layer, expert, part), bank) for expert in range(len(own))]
         return found
 
     def put(self, weights: Mapping[Key, Tensor]) -> None:

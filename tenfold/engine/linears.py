@@ -16,7 +16,7 @@ from tenfold.nn.step import Step
 from tenfold.ops.formats import is_format
 from tenfold.ops.gpu.arms import HEAD, Use, Work
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
-from tenfold.ops.matrix import Bank, Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights
 
@@ -60,16 +60,7 @@ class Tracing(Separate):
         self.calls.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
         return torch.zeros(len(x), w.rows // 2 if act else w.rows)
 
-    def experts(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
         return x
 
     def each(self, x: Tensor, bank: Bank) -> Tensor:

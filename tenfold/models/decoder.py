@@ -22,6 +22,7 @@ from tenfold.nn.rope import rope_table
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import proven_phi, score_bound
 from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm, run
+from tenfold.ops.matrix import Experts
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import load_phi
 
@@ -134,16 +135,14 @@ class Source:
         routing = own.routing
         if bias:
             routing = replace(routing, bias=weights.vector(self.prefix + bias, size=count))
-        return MoE(
-            weights.kernels,
-            weights.kept(self.prefix + router, count, hidden),
-            routing,
+        made = Experts(
             weights.bank(f"{self.prefix}{experts}gate_up_proj", [e[:2] for e in each], [own.size] * 2, hidden),
             weights.bank(f"{self.prefix}{experts}down_proj", [e[2:] for e in each], [hidden], own.size),
             c.activation,
-            shared,
-            shared_gate,
         )
+        weights.experts.append(made)
+        router_weight = weights.kept(self.prefix + router, count, hidden)
+        return MoE(weights.kernels, router_weight, routing, made, shared, shared_gate)
 
 
 class Decoder:
@@ -178,12 +177,12 @@ class Decoder:
             else weights.matrix("lm_head.weight", rows=[config.vocab_size], cols=config.hidden_size)
         )
         self.head = Head(kernels, head, config.logit_softcap)
-        self.banks = tuple(weights.banks)
+        self.experts = tuple(weights.experts)
         self._record(kernels)
 
     def _record(self, kernels: Kernels) -> None:
         """Steps are recorded where the host need not know which experts they go to."""
-        recorded = all(map(kernels.records, self.banks))
+        recorded = all(map(kernels.records, self.experts))
         self._replay, self._graph = (kernels.replay(), kernels.graph()) if recorded else (run, run)
 
     @classmethod

@@ -6,7 +6,7 @@ from tenfold.nn.linear import Linear
 from tenfold.nn.mlp import MLP
 from tenfold.nn.norm import RMSNorm
 from tenfold.ops.kernels import Kernels
-from tenfold.ops.matrix import Bank, Matrix
+from tenfold.ops.matrix import Experts, Matrix
 from tenfold.ops.route import Routing, sigmoid
 
 
@@ -22,18 +22,14 @@ class MoE:
         kernels: Kernels,
         router: Matrix,
         routing: Routing,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
+        experts: Experts,
         shared: MLP | None = None,
         shared_gate: Linear | None = None,
     ) -> None:
         self.kernels = kernels
         self.router = router
         self.routing = routing
-        self.gate_up = gate_up
-        self.down = down
-        self.act = act
+        self.experts = experts
         self.shared = shared
         self.shared_gate = shared_gate
 
@@ -45,4 +41,4 @@ class MoE:
             residual = self.shared(x, residual=residual)
         elif self.shared is not None and self.shared_gate is not None:
             residual = residual + self.shared(x) * sigmoid(self.shared_gate(x))
-        return self.kernels.routed(x, scores, self.routing, self.gate_up, self.down, self.act, residual)
+        return self.kernels.routed(x, scores, self.routing, self.experts, residual)

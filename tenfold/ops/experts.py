@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tenfold.ops.matrix import Bank
+from tenfold.ops.matrix import Experts
 
 if TYPE_CHECKING:
     from tenfold.ops.kernels import Kernels
@@ -19,9 +19,7 @@ def experts(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    gate_up: Bank,
-    down: Bank,
-    act: str,
+    own: Experts,
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.experts`. Sums are float32 and rounded once."""
@@ -29,12 +27,13 @@ def experts(
     places = ids.flatten().sort(stable=True)
     tokens = places.indices // ids.shape[1]
     shares = weights.flatten()[places.indices, None].float()
-    counts = torch.bincount(places.values, minlength=len(gate_up.each)).tolist()
+    counts = torch.bincount(places.values, minlength=len(own)).tolist()
     start = 0
     for expert, count in enumerate(counts):
         if count:
             rows = tokens[start : start + count]
-            inner = kernels.linear(x[rows], gate_up.each[expert], act=act)
-            out.index_add_(0, rows, kernels.linear(inner, down.each[expert]).float() * shares[start : start + count])
+            inner = kernels.linear(x[rows], own.gate_up.each[expert], act=own.act)
+            part = kernels.linear(inner, own.down.each[expert]).float()
+            out.index_add_(0, rows, part * shares[start : start + count])
             start += count
     return out.to(x.dtype) if residual is None else (out + residual.float()).to(x.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.experts import experts
-from tenfold.ops.matrix import Bank, Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.ops.route import Routing, route
 
 if TYPE_CHECKING:
@@ -220,19 +220,9 @@ class Kernels(Protocol):
         """
         ...
 
-    def experts(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """`sum over k of weights[t, k] * down[e] @ (act(gate) * up)` with e = ids[t, k] and the rows of gate_up[e] gate
-        then up; then `+ residual`. x [T, cols], ids [T, K] int64, weights [T, K] float32, residual as the result -> [T,
-        rows of down].
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
+        """`sum over k of weights[t, k] * down[e] @ (act(gate) * up)` with e = ids[t, k]; then `+ residual`. x [T,
+        cols], ids [T, K] int64, weights [T, K] float32, residual as the result -> [T, rows of down].
         """
         ...
 
@@ -241,20 +231,13 @@ class Kernels(Protocol):
         ...
 
     def routed(
-        self,
-        x: Tensor,
-        scores: Tensor,
-        routing: Routing,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
+        self, x: Tensor, scores: Tensor, routing: Routing, own: Experts, residual: Tensor | None = None
     ) -> Tensor:
         """`experts` with the picks that a router's scores [T, experts] float32 make."""
         ...
 
-    def records(self, bank: Bank) -> bool:
-        """Whether `experts` and `routed` of such banks can be recorded: the host need not know who goes where."""
+    def records(self, own: Experts) -> bool:
+        """Whether `experts` and `routed` of these can be recorded: the host need not know who goes where."""
         ...
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
@@ -314,31 +297,16 @@ class Separate:
         return Bank(tuple(self.matrix(parts) for parts in experts))
 
     def experts(
-        self: Any,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
+        self: Any, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None
     ) -> Tensor:
-        return experts(self, x, ids, weights, gate_up, down, act, residual)
+        return experts(self, x, ids, weights, own, residual)
 
     def routed(
-        self: Any,
-        x: Tensor,
-        scores: Tensor,
-        routing: Routing,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
+        self: Any, x: Tensor, scores: Tensor, routing: Routing, own: Experts, residual: Tensor | None = None
     ) -> Tensor:
-        ids, weights = route(scores, routing)
-        return self.experts(x, ids, weights, gate_up, down, act, residual)
+        return self.experts(x, *route(scores, routing), own, residual)
 
-    def records(self, bank: Bank) -> bool:
+    def records(self, own: Experts) -> bool:
         return False
 
     def each(self: Any, x: Tensor, bank: Bank) -> Tensor:

@@ -91,3 +91,21 @@ class Bank:
     @property
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.each)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experts:
+    """The experts of a layer. Rows of gate_up are gate, then up; act: "silu" or "gelu_tanh"."""
+
+    gate_up: Bank
+    down: Bank
+    act: str
+
+    def __len__(self) -> int:
+        return len(self.gate_up.each)
+
+    @property
+    def stacked(self) -> tuple[Tensor, Tensor] | None:
+        """gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], where both are dense."""
+        up, down = self.gate_up.stacked, self.down.stacked
+        return None if up is None or down is None else (up, down)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.decoder import Decoder
 from tenfold.nn.step import Step
-from tenfold.ops.matrix import Bank
+from tenfold.ops.matrix import Experts
 from tenfold.ops.oracle import Oracle
 from tenfold.quantize.gptq import Moments
 
@@ -63,23 +63,14 @@ class Watching(Oracle):
 
     seen: list[Seen] | None = None
 
-    def experts(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
         if self.seen is not None:
-            for expert, own in enumerate(self.seen):
+            for expert, watched in enumerate(self.seen):
                 rows, slots = (ids == expert).nonzero(as_tuple=True)
                 if len(rows):
-                    inner = self.linear(x[rows], gate_up.each[expert], act=act)
-                    own.add(x[rows], inner, weights[rows, slots])
-        return super().experts(x, ids, weights, gate_up, down, act, residual)
+                    inner = self.linear(x[rows], own.gate_up.each[expert], act=own.act)
+                    watched.add(x[rows], inner, weights[rows, slots])
+        return super().experts(x, ids, weights, own, residual)
 
 
 def watched(

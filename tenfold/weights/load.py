@@ -9,7 +9,7 @@ from tenfold.base.log import logger
 from tenfold.ops.blocks import BLOCKS, DENSE, dequantize, quantize
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.kernels import Kernels
-from tenfold.ops.matrix import Bank, Deferred, Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Deferred, Experts, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint, CheckpointError
 
 # What dense weights are quantised to when loading: matrices of the blocks, and the head, which decides the token and
@@ -53,7 +53,7 @@ class Weights:
         self.progress = progress
         self.used: set[str] = set()
         self.matrices: list[Matrix] = []  # all that were made
-        self.banks: list[Bank] = []  # of experts
+        self.experts: list[Experts] = []  # of the layers that have some
         self._names = frozenset(checkpoint.names())
 
     def has(self, name: str) -> bool:
@@ -83,7 +83,6 @@ class Weights:
             made.append([self._convert(p, loaded_storage(self.mode, p.name, p.storage, p.shape)) for p in parts])
         bank = self.kernels.bank(made)
         self.matrices += bank.each
-        self.banks.append(bank)
         return bank
 
     def kept(self, name: str, rows: int, cols: int) -> Matrix:

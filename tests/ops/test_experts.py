@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tenfold.ops.blocks import dequantize, quantize
-from tenfold.ops.matrix import RawTensor
+from tenfold.ops.matrix import Experts, RawTensor
 from tenfold.ops.oracle import ACTIVATIONS, Oracle
 
 HIDDEN, INNER, EXPERTS = 64, 32, 5
@@ -62,7 +62,7 @@ def test_a_tokens_experts_are_summed(name: str, act: str, storage: str, kernels:
     gate_up, down = parts(3, storage)
     banks = kernels.bank(gate_up), kernels.bank(down)
     for added in (None, residual):
-        found = kernels.experts(x, ids, weights, *banks, act, added)
+        found = kernels.experts(x, ids, weights, Experts(*banks, act), added)
         want = one_by_one(x, ids, weights, gate_up, down, act, added)
         # the CPU's kernels round activations to 8 bits beside weights of 8 bits
         assert (found - want).abs().max() <= (1e-5 if storage == "F32" else 0.02) * want.abs().max() if len(ids) else 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tenfold.models.table import build_model
-from tenfold.ops.matrix import Bank, Matrix
+from tenfold.ops.matrix import Bank, Experts, Matrix
 from tenfold.ops.route import route
 from tenfold.quantize.capture import TextTooShort, Watching, watched
 from tenfold.quantize.mxmoe.sensitivity import losses
@@ -78,20 +78,20 @@ def test_the_cheap_sensitivity_is_that_of_the_whole_layer(part: str, scheme: Sch
     from tenfold.quantize.gptq import Moments
 
     kernels.seen = [Seen(Moments(64), Moments(96)) for _ in range(4)]
-    exact = kernels.experts(x, ids, weights, moe.gate_up, moe.down, moe.act)
+    exact = kernels.experts(x, ids, weights, moe.experts)
     seen, kernels.seen = kernels.seen, None
     for expert in range(4):
-        banks = {"gate_up": moe.gate_up, "down": moe.down}
+        banks = {"gate_up": moe.experts.gate_up, "down": moe.experts.down}
         each = list(banks[part].each)
         w = round_to_nearest(each[expert].data[0], scheme)
         each[expert] = Matrix("dense", *w.shape, (w,))
         banks[part] = Bank(tuple(each))
         if scheme.activations == 16:
-            changed = kernels.experts(x, ids, weights, banks["gate_up"], banks["down"], moe.act)
+            changed = kernels.experts(x, ids, weights, Experts(banks["gate_up"], banks["down"], moe.experts.act))
         else:
             changed = exact + difference(kernels, x, ids, weights, moe, banks, expert, part, scheme)
-        own = moe.gate_up.each[expert].data[0], moe.down.each[expert].data[0]
-        found = losses(seen[expert], *own, moe.act, [scheme], lambda w, s, _: round_to_nearest(w, s))
+        own = moe.experts.gate_up.each[expert].data[0], moe.experts.down.each[expert].data[0]
+        found = losses(seen[expert], *own, moe.experts.act, [scheme], lambda w, s, _: round_to_nearest(w, s))
         assert found[part, str(scheme)] == pytest.approx(float((changed - exact).square().sum()), rel=1e-3)
 
 
@@ -102,8 +102,9 @@ def difference(
     """What one expert's output changes by where its inputs are rounded too."""
     out = torch.zeros_like(x)
     rows, slots = (ids == expert).nonzero(as_tuple=True)
-    own, act = x[rows], moe.act  # type: ignore[attr-defined]
-    exact = kernels.linear(kernels.linear(own, moe.gate_up.each[expert], act=act), moe.down.each[expert])  # type: ignore[attr-defined]
+    own, layer = x[rows], moe.experts  # type: ignore[attr-defined]
+    act = layer.act
+    exact = kernels.linear(kernels.linear(own, layer.gate_up.each[expert], act=act), layer.down.each[expert])
     if part == "gate_up":
         own = round_activations(own, scheme)
     inner = kernels.linear(own, banks["gate_up"].each[expert], act=act)

@@ -22,7 +22,7 @@ from tenfold.ops.gpu.pieces import Pieces, Recording
 from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
 from tenfold.ops.kv import attend as unpacking
 from tenfold.ops.kv.layer import PackedLayer
-from tenfold.ops.matrix import Bank, Matrix, RawTensor
+from tenfold.ops.matrix import Experts, Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 from tenfold.ops.route import Routing
 
@@ -98,48 +98,31 @@ class Gpu(Oracle):
     ) -> Tensor:
         return self.arms(x, w, bias, norm, act, residual)
 
-    def records(self, bank: Bank) -> bool:
-        return bank.stacked is not None
+    def records(self, own: Experts) -> bool:
+        return own.stacked is not None
 
-    def experts(
-        self,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        if gate_up.stacked is None or down.stacked is None:
-            return super().experts(x, ids, weights, gate_up, down, act, residual)
-        banks = gate_up.stacked, down.stacked
-        if not len(x) or not experts.takes(x, *banks):
-            chosen = grouped.plan(ids.numel(), len(gate_up.each))
-            return grouped.run(chosen, x, ids, weights, *banks, act, residual)
-        plan = experts.plan(ids.numel(), len(gate_up.each))
-        by = grouped.sort(ids, len(gate_up.each), plan.width)
-        return experts.run(plan, self.arms.context.sums, self.sms, x, by, weights.contiguous(), *banks, act, residual)
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
+        stacked = own.stacked
+        if stacked is None:
+            return super().experts(x, ids, weights, own, residual)
+        if not len(x) or not experts.takes(x, *stacked):
+            return grouped.run(grouped.plan(ids.numel(), len(own)), x, ids, weights, *stacked, own.act, residual)
+        plan = experts.plan(ids.numel(), len(own))
+        by = grouped.sort(ids, len(own), plan.width)
+        sums, shares = self.arms.context.sums, weights.contiguous()
+        return experts.run(plan, sums, self.sms, x, by, shares, *stacked, own.act, residual)
 
     def routed(
-        self,
-        x: Tensor,
-        scores: Tensor,
-        routing: Routing,
-        gate_up: Bank,
-        down: Bank,
-        act: str,
-        residual: Tensor | None = None,
+        self, x: Tensor, scores: Tensor, routing: Routing, own: Experts, residual: Tensor | None = None
     ) -> Tensor:
         """One launch routes and sorts few tokens."""
-        up, back = gate_up.stacked, down.stacked
-        if up is None or back is None or not len(x) or not experts.takes(x, up, back):
-            return super().routed(x, scores, routing, gate_up, down, act, residual)
-        if not experts.routes(len(x), routing):
-            return super().routed(x, scores, routing, gate_up, down, act, residual)
-        plan = experts.plan(len(x) * routing.top, routing.experts)
+        stacked = own.stacked
+        few = len(x) > 0 and experts.routes(len(x), routing)
+        if stacked is None or not few or not experts.takes(x, *stacked):
+            return super().routed(x, scores, routing, own, residual)
+        plan = experts.plan(len(x) * routing.top, len(own))
         shares, by = experts.routed(scores.contiguous(), routing, plan.width)
-        return experts.run(plan, self.arms.context.sums, self.sms, x, by, shares, up, back, act, residual)
+        return experts.run(plan, self.arms.context.sums, self.sms, x, by, shares, *stacked, own.act, residual)
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         return self.arms.logits(x, w, norm)

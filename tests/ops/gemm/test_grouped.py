@@ -1,13 +1,12 @@
 """Experts' products in Triton against float64, interpreted on a CPU: whoever has how many tokens."""
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.matrix import Bank, Matrix
+from tenfold.ops.matrix import Bank, Experts, Matrix
 from tenfold.ops.oracle import Oracle
 
 grouped = pytest.importorskip("tenfold.ops.gemm.grouped")
@@ -59,13 +58,8 @@ def test_sums_of_experts(kind: str, added: bool, cols: int, inner: int, act: str
     assert found.shape == (tokens, cols)
     assert found.dtype == dtype
     exact = Oracle(DEVICE, torch.float64)
-    args: list[Any] = [
-        bank(gate_up.double()),
-        bank(down.double()),
-        act,
-        None if residual is None else residual.double(),
-    ]
-    want = exact.experts(x.double(), ids, weights, *args)
+    own = Experts(bank(gate_up.double()), bank(down.double()), act)
+    want = exact.experts(x.double(), ids, weights, own, None if residual is None else residual.double())
     assert tokens == 0 or (found - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
     again = grouped.run(SMALL, x, ids, weights, gate_up, down, act, residual)
     assert torch.equal(found, again)

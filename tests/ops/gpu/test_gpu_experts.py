@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.matrix import Bank, Matrix
+from tenfold.ops.matrix import Bank, Experts, Matrix
 from tenfold.ops.oracle import Oracle
 from tenfold.ops.route import Routing, route
 
@@ -54,8 +54,8 @@ def case(kind: str, tokens: int, dtype: torch.dtype, cols: int = 512, inner: int
 
 
 def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor, act: str) -> Tensor:
-    banks = bank(gate_up.double()), bank(down.double())
-    return Oracle("cuda", torch.float64).experts(x.double(), ids, weights, *banks, act, residual.double())
+    own = Experts(bank(gate_up.double()), bank(down.double()), act)
+    return Oracle("cuda", torch.float64).experts(x.double(), ids, weights, own, residual.double())
 
 
 class TestOnGpu:
@@ -107,7 +107,7 @@ class TestOnGpu:
 
         x, _, _, gate_up, down, residual = case("spread", tokens, torch.bfloat16)
         scores, routing = random(tokens, COUNT, seed=9) * 2, Routing(COUNT, 4, normed=True)
-        found = Gpu().routed(x, scores, routing, bank(gate_up), bank(down), "silu", residual)
+        found = Gpu().routed(x, scores, routing, Experts(bank(gate_up), bank(down), "silu"), residual)
         ids, weights = route(scores, routing)
         want = exact(x, ids, weights, gate_up, down, residual, "silu")
         assert (found - want).abs().max() <= 3e-2 * want.abs().max()
