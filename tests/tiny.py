@@ -131,6 +131,15 @@ TINY: dict[str, Tiny] = {
             "mlp_only_layers": [1],
         },
     ),
+    "qwen2-moe-even": Tiny(  # sizes that groups of 32 divide
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
     "qwen3-moe": Tiny(
         "Qwen3Moe",
         {

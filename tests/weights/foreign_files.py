@@ -5,6 +5,7 @@ formula gives, in float32: what a reader must find again, exactly.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ State = dict[str, Tensor]
 Writer = Callable[[State, str, Tensor], Tensor]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+EXPERTS = re.compile(r"experts?\.(\d+\.)?(gate|up|down)_proj$")
 LINEARS = tuple(f"self_attn.{p}_proj" for p in "qkvo") + tuple(f"mlp.{p}_proj" for p in ("gate", "up", "down"))
 
 
@@ -166,7 +168,8 @@ def quantise(source: Path, folder: Path, settings: dict[str, Any], write: Writer
     for name, tensor in dense.items():
         module = name.removesuffix(".weight")
         writer = next((w for end, w in more.items() if module.endswith(end)), write)
-        if name.endswith(".weight") and module.endswith(LINEARS) and writer is not None:
+        linear = module.endswith(LINEARS) or EXPERTS.search(module)
+        if name.endswith(".weight") and linear and writer is not None:
             values[name] = writer(state, module, tensor.float())
         else:
             state[name] = values[name] = tensor

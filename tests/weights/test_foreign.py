@@ -124,14 +124,15 @@ def test_every_value_is_found_again(layout: str, tiny: Folder, tmp_path: Path) -
     assert_values(tmp_path, values, storage)
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "qwen2"])
+@pytest.mark.parametrize("family", ["llama-bias", "qwen2", "qwen2-moe-even"])
 @pytest.mark.parametrize(
     "layout", ["gptq", "gptq-act-order", "awq", "packed-4-asymmetric", "float-channel", "fp8-block"]
 )
 def test_logits_are_those_of_the_dequantised_model(
     layout: str, family: str, tiny: Folder, tmp_path: Path, kernels: Kernels
 ) -> None:
-    """Stacked projections, biases and all. The same numbers in the same order: equal in torch.
+    """Stacked projections, biases, experts and all. The same numbers in the same order: equal in torch, up to how
+    products of other places in memory are added up.
 
     The compiled kernels round activations to 8 bits where weights run as blocks, and to nothing where they are float32;
     against the same checkpoint dequantised by hand that leaves 4 % of the logits' spread; a wrong zero leaves 100 %.
@@ -148,7 +149,7 @@ def test_logits_are_those_of_the_dequantised_model(
         sequences = Sequences(make_store(model.config, page_size=4))
         with torch.inference_mode():
             logits.append(model.forward(sequences.step({0: [3, 9, 200, 7], 1: list(range(5, 30))}, "all")))
-    bound = 0.0 if kernels.name == "torch" else 0.1
+    bound = 1e-6 if kernels.name == "torch" else 0.1
     assert (logits[0] - logits[1]).square().mean() <= bound**2 * logits[1].square().mean()
 
 
