@@ -27,7 +27,9 @@ from tenfold.quantize.capture import PAGE, Seen, Watching, step_of, watched
 from tenfold.quantize.gptq import gptq
 from tenfold.quantize.mxmoe.allocate import Allocator, Block, BudgetError, Plan, budgets, joined
 from tenfold.quantize.mxmoe.sensitivity import PARTS, losses
+from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import Scheme, parse, round_to_nearest
+from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.find import resolve
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
@@ -57,10 +59,13 @@ def name_of(key: Key) -> str:
 class Subject:
     """A model whose experts are rounded and made exact again."""
 
-    def __init__(self, model: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        """Raises ValueError for a model without experts."""
+    def __init__(
+        self, model: str, device: str = "cpu", dtype: torch.dtype = torch.float32, rotate: bool = False
+    ) -> None:
+        """rotate: turn the residual stream first. Raises ValueError for a model without experts."""
         self.kernels = Watching(device, dtype)
-        self.checkpoint = open_checkpoint(resolve(model))
+        source = open_checkpoint(resolve(model))
+        self.checkpoint: Checkpoint = Rotated(source) if rotate else source
         weights = Weights(self.checkpoint, self.kernels, device, dtype, "dense")
         self.model: Any = build_model(self.checkpoint.config, weights, 4096)
         if self.model.config.experts is None:
@@ -225,13 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--schemes", default=SCHEMES, help="that blocks may get, and that uniform rows have")
     parser.add_argument("--bits", default=BITS, help="a weight, of mixed rows")
     parser.add_argument("--method", default="gptq", choices=("gptq", "rtn"))
+    parser.add_argument("--rotate", action="store_true", help="turn the residual stream first (QuaRot)")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64, help="that losses are measured on, and that are judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
     given = parser.parse_args(arguments)
-    subject = Subject(given.model, given.device)
+    subject = Subject(given.model, given.device, rotate=given.rotate)
     schemes = [parse(name) for name in given.schemes.split(",")]
     calibrating, judged = (
         subject.tokens(path.read_text(errors="ignore"), given.length, given.windows)
@@ -245,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "suite": "mxmoe",
         "machine": machine(given.device),
         "command": f"python -m tenfold.bench.mxmoe --schemes {given.schemes} --bits {given.bits} "
-        f"--method {given.method} --length {given.length} --windows {given.windows}",
+        f"--method {given.method} --length {given.length} --windows {given.windows}{' --rotate' * given.rotate}",
         "texts": [given.calibrate.name, given.text.name],
         "schemes": bits,
         "picks": {str(layer): own for layer, own in found.picks.items()},

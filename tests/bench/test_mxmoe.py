@@ -60,6 +60,12 @@ def test_better_rounding_loses_less(subject: Subject) -> None:
     assert sum(fitted.losses.values()) < sum(plain.losses.values())
 
 
+def test_a_rotated_model_is_the_same_before_it_is_rounded(subject: Subject, tiny: Callable[[str], Path]) -> None:
+    turned = Subject(str(tiny("qwen2-moe")), rotate=True)
+    assert turned.perplexity(windows(5)) == pytest.approx(subject.perplexity(windows(5)), rel=1e-3)
+    assert not torch.equal(next(iter(turned.exact.values())), next(iter(subject.exact.values())))
+
+
 def test_a_model_without_experts_is_refused(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="has no experts"):
         Subject(str(tiny("llama")))
