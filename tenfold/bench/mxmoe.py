@@ -145,14 +145,31 @@ def _average(seen: Sequence[Seen], part: str) -> Tensor:
     return torch.stack([m.sums for m in every]).sum(0) / max(1, sum(m.count for m in every))
 
 
-def blocks_of(found: Rounded, bits: Mapping[str, float], scope: str, norm: bool) -> list[Block]:
-    """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared. Time is
-    what reading takes, of experts that are picked as often as here.
+def slopes(subject: Subject, found: Rounded, scheme: str, windows: Sequence[Sequence[int]]) -> dict[int, float]:
+    """What a loss of each layer costs in the end: the rise of the text's mean negative log-likelihood where all experts
+    of the layer have a scheme, for each unit of their losses. Never below zero.
+    """
+    before = math.log(subject.perplexity(windows))
+    made = {}
+    for layer in found.picks:
+        own = {key: found.weights[key, scheme] for key in found.sizes if key[0] == layer}
+        subject.put(own)
+        loss = sum(found.losses[key, scheme] for key in own)
+        made[layer] = max(0.0, math.log(subject.perplexity(windows)) - before) / loss if loss else 0.0
+    subject.put({})
+    return made
+
+
+def blocks_of(
+    found: Rounded, bits: Mapping[str, float], scope: str, norm: bool, slope: Mapping[int, float] | None = None
+) -> list[Block]:
+    """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
+    each layer, of `slopes`. Time is what reading takes, of experts that are picked as often as here.
     """
     made = []
     for key, size in found.sizes.items():
         layer, expert, _ = key
-        own = {name: found.losses[key, name] for name in bits}
+        own = {name: found.losses[key, name] * (slope[layer] if slope else 1.0) for name in bits}
         often = found.picks[layer][expert] / max(1, sum(found.picks[layer]))
         made.append(
             Block(
@@ -166,9 +183,18 @@ def blocks_of(found: Rounded, bits: Mapping[str, float], scope: str, norm: bool)
     return made
 
 
-def mixed(found: Rounded, bits: Mapping[str, float], budget: float, scope: str, tie: str, norm: bool, r: float) -> Plan:
+def mixed(
+    found: Rounded,
+    bits: Mapping[str, float],
+    budget: float,
+    scope: str,
+    tie: str,
+    norm: bool,
+    r: float,
+    slope: Mapping[int, float] | None = None,
+) -> Plan:
     """tie: "block", or "expert" for one scheme for both blocks of an expert."""
-    blocks = blocks_of(found, bits, scope, norm)
+    blocks = blocks_of(found, bits, scope, norm, slope)
     names = {name_of(key): f"{key[0]}.{key[1]}" for key in found.sizes}
     own = joined(blocks, names) if tie == "expert" else blocks
     plan = Allocator(own, bits).solve(budgets(own, budget), r)
@@ -188,8 +214,9 @@ def rows(
     wanted: Sequence[float],
     judged: Sequence[Sequence[int]],
     say: Callable[[str], None],
+    slope: Mapping[int, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Perplexity of everything exact, uniform and mixed."""
+    """Perplexity of everything exact, uniform and mixed; with slopes of layers, of losses in the end too."""
     made: list[dict[str, Any]] = []
 
     def add(kind: str, average: float, weights: Mapping[Key, Tensor], **more: Any) -> None:
@@ -203,19 +230,20 @@ def rows(
     for name, each in bits.items():
         add(f"uniform {name}", each, chosen(found, {name_of(key): name for key in found.sizes}))
     for budget in wanted:
-        for scope, tie, norm in (
-            ("layer", "block", True),
-            ("layer", "block", False),
-            ("layer", "expert", False),
-            ("model", "block", False),
+        for scope, tie, norm, end in (
+            ("layer", "block", True, None),
+            ("layer", "block", False, None),
+            ("layer", "expert", False, None),
+            ("model", "block", False, None),
+            *((("model", "block", False, slope),) if slope else ()),
         ):
             try:
-                plan = mixed(found, bits, budget, scope, tie, norm, 1.0)
+                plan = mixed(found, bits, budget, scope, tie, norm, 1.0, end)
             except BudgetError as error:
                 say(str(error))
                 continue
             share = {name: sum(s == name for s in plan.schemes.values()) for name in bits}
-            kind = f"mixed {scope} {tie}{' norm' * norm}"
+            kind = f"mixed {scope} {tie}{' norm' * norm}{' end' * bool(end)}"
             add(kind, 8 * sum(plan.bytes.values()) / every, chosen(found, plan.schemes), schemes=share, loss=plan.loss)
     return made
 
@@ -255,8 +283,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "texts": [given.calibrate.name, given.text.name],
         "schemes": bits,
         "picks": {str(layer): own for layer, own in found.picks.items()},
-        "rows": rows(subject, found, bits, wanted, judged, print),
     }
+    middle = min(bits, key=lambda name: abs(bits[name] - wanted[0]))
+    result["slopes"] = slope = slopes(subject, found, middle, calibrating[:16])
+    result["rows"] = rows(subject, found, bits, wanted, judged, print, slope)
     if given.out:
         save(given.out, result, given.commit)
 

@@ -45,6 +45,20 @@ def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
     assert subject.perplexity(windows(2)) == pytest.approx(rows[0]["perplexity"])  # all exact again
 
 
+def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: Subject) -> None:
+    found = subject.measure(windows(6), SCHEMES, "rtn", lambda _: None)
+    slope = mxmoe.slopes(subject, found, "w2g8z", windows(6))
+    assert set(slope) == set(found.picks)
+    assert all(value >= 0 for value in slope.values())
+    slope = {layer: 1.0 + layer for layer in found.picks}
+    rows = mxmoe.rows(subject, found, BITS, [8.0], windows(7, 2), lambda _: None, slope)
+    assert rows[-1]["kind"] == "mixed model block end"
+    plain = {b.name: b for b in mxmoe.blocks_of(found, BITS, "model", False)}
+    for block in mxmoe.blocks_of(found, BITS, "model", False, slope):
+        factor = slope[int(block.name.split(".")[0])]
+        assert block.loss == pytest.approx({name: factor * loss for name, loss in plain[block.name].loss.items()})
+
+
 def test_rounded_blocks_are_put_in_place_and_taken_back(subject: Subject) -> None:
     before = subject.perplexity(windows(3))
     key = next(iter(subject.exact))
