@@ -151,6 +151,16 @@ TINY: dict[str, Tiny] = {
             "decoder_sparse_step": 2,
         },
     ),
+    "qwen3-moe-even": Tiny(
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "head_dim": 32,
+            "norm_topk_prob": True,
+        },
+    ),
     "olmoe": Tiny("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 2}),
     "olmoe-clip": Tiny("Olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.9, "norm_topk_prob": True}),
     "deepseek-v2": Tiny(

@@ -1,6 +1,6 @@
 """Which experts a token goes to, and with what weight: routers of all mixture-of-experts families in one meaning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ SCORES = ("softmax", "sigmoid")
 TINY = 1e-20  # beside a sum that weights are divided by
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Routing:
     """How scores of `experts` become the `top` picks of a token.
 
@@ -27,7 +27,7 @@ class Routing:
     groups: int = 1
     kept: int = 1
     best: int = 1
-    bias: Tensor | None = None
+    bias: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:

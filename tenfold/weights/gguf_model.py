@@ -38,6 +38,15 @@ GATED = {
     "ffn_down": "mlp.down_proj",
 }
 LLAMA = {**ATTENTION, **GATED, "ffn_norm": "post_attention_layernorm"}
+# A layer's experts lie in one tensor of three dimensions, [experts, rows, cols], for each projection.
+STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+ROUTED = {"ffn_gate_inp": "mlp.gate"} | {name: f"mlp.experts.{projection}" for name, projection in STACKS.items()}
+SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 GEMMA3 = {
     **ATTENTION,
@@ -75,6 +84,14 @@ FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", LLAMA, permuted=True, config=SILU),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", LLAMA, config=SILU),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", {**LLAMA, **HEAD_NORMS}, config=SILU),
+    "qwen2moe": Family("qwen2_moe", "Qwen2MoeForCausalLM", {**LLAMA, **ROUTED, **SHARED}, config=SILU),
+    "qwen3moe": Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {**LLAMA, **HEAD_NORMS, **ROUTED},
+        config={**SILU, "norm_topk_prob": True},
+    ),
+    "olmoe": Family("olmoe", "OlmoeForCausalLM", {**LLAMA, **HEAD_NORMS, **ROUTED}, config=SILU),
     "phi3": Family("phi3", "Phi3ForCausalLM", PHI3, config=SILU),
     "gemma3": Family(
         "gemma3_text",
@@ -84,6 +101,10 @@ FAMILIES = {
         config={"hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1e6, "rope_local_base_freq": 1e4},
     ),
 }
+
+MIXTRAL = Family(
+    "mixtral", "MixtralForCausalLM", {**LLAMA, **ROUTED}, permuted=True, config=SILU
+)  # "llama" with experts
 
 # Config keys whose value a file states as it is.
 SIZES = {
@@ -100,6 +121,7 @@ OPTIONAL_NUMBERS = {
     "final_logit_softcapping": "final_logit_softcapping",
 }
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+MOST_EXPERTS = 1 << 12
 MOST_LAYERS = 99_999  # that BLOCK can tell apart
 BLOCK = re.compile(r"blk\.(?P<layer>\d{1,5})\.(?P<name>\w+)\.(?P<kind>weight|bias)")
 
@@ -113,7 +135,10 @@ class GGUFCheckpoint:
         self.metadata = self.files[0].metadata
         self.family = family_of(path, self.metadata)
         self._stored = {name: file for file in self.files for name in file.tensors}
-        self._names = {hf: name for name in self._stored if (hf := self._translate(name))}
+        self._names: dict[str, str] = {}
+        self._experts: dict[str, int] = {}  # which one of its stored tensor
+        for name in self._stored:
+            self._name(name)
         self.config = GGUFConfig(self).read()
         template = self.metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) and template else None
@@ -132,7 +157,11 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{self.path} holds no tensor {name}; it is incomplete or of another architecture.")
         stored = self._names[name]
         raw = self.stored(stored)
+        if name in self._experts:
+            return expert_of(name, raw, self._experts[name])
         data, storage = raw.data, raw.storage
+        if ".ffn_gate_inp_shexp." in stored:
+            return RawTensor(name, storage, (1, raw.shape[-1]), data.reshape(1, -1))
         if self.family.permuted and ".attn_q." in stored:
             data = half_split(data, self.config["num_attention_heads"], raw)
         elif self.family.permuted and ".attn_k." in stored:
@@ -158,6 +187,23 @@ class GGUFCheckpoint:
             self._tokenizer = build_tokenizer(self.path, self.metadata)
         return self._tokenizer
 
+    def _name(self, stored: str) -> None:
+        """Note what a stored tensor is called. Raises CheckpointError for an unknown one."""
+        own = self._translate(stored)
+        if own is None:
+            return
+        block = BLOCK.fullmatch(stored)
+        if block is None or block["name"] not in STACKS:
+            self._names[own] = stored
+            return
+        shape = self._stored[stored].tensors[stored].shape
+        if len(shape) != 3 or shape[0] > MOST_EXPERTS:
+            raise CheckpointError(f"{self.path}: {stored} has the shape {list(shape)}; the file is damaged.")
+        place, _, projection = own.removesuffix(".weight").rpartition(".")
+        for i in range(shape[0]):
+            one = f"{place}.{i}.{projection}.weight"
+            self._names[one], self._experts[one] = stored, i
+
     def _translate(self, name: str) -> str | None:
         """Hugging Face's name, None for what belongs to the config. Raises CheckpointError for an unknown one."""
         if name in OUTSIDE:
@@ -168,7 +214,7 @@ class GGUFCheckpoint:
         if block is None or block["name"] not in self.family.blocks:
             raise CheckpointError(
                 f"{self.path} holds the tensor {name}, which {self.family.architecture} does not have; "
-                "it is a variant of this architecture that Tenfold cannot run (mixture of experts, for instance)."
+                "it is a variant of this architecture that Tenfold cannot run."
             )
         return f"model.layers.{int(block['layer'])}.{self.family.blocks[block['name']]}.{block['kind']}"
 
@@ -180,7 +226,14 @@ def family_of(path: Path, metadata: Mapping[str, Any]) -> Family:
         raise CheckpointError(
             f"{path}: the architecture of this GGUF file is {given}; Tenfold runs {', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[name]
+    return MIXTRAL if name == "llama" and metadata.get("llama.expert_count") else FAMILIES[name]
+
+
+def expert_of(name: str, raw: RawTensor, expert: int) -> RawTensor:
+    """One expert's matrix of a tensor [experts, rows, cols]."""
+    rows = raw.shape[1]
+    data = raw.data[expert] if raw.data.dim() == 3 else raw.data[expert * rows : (expert + 1) * rows]
+    return RawTensor(name, raw.storage, raw.shape[1:], data)
 
 
 def half_split(data: torch.Tensor, heads: int, raw: RawTensor) -> torch.Tensor:
@@ -221,6 +274,7 @@ class GGUFConfig:
         config["tie_word_embeddings"] = "lm_head.weight" not in self.checkpoint
         config["attention_bias"] = self.has_bias("self_attn.q_proj") or self.has_bias("self_attn.qkv_proj")
         config["mlp_bias"] = self.has_bias("mlp.down_proj")
+        config |= self.experts(config)
         config |= self.windows(config)
         if family.model_type == "gemma3_text":
             config["query_pre_attn_scalar"] = self.query_scalar(config)
@@ -334,6 +388,18 @@ class GGUFConfig:
         if self.prefix + "rope.scaling.attn_factor" in self.metadata:
             scaling["attention_factor"] = self.number("rope.scaling.attn_factor")
         return scaling
+
+    def experts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a file of a family with experts."""
+        if "ffn_gate_inp" not in self.checkpoint.family.blocks:
+            return {}
+        count = self.whole("expert_count")
+        found = {"num_experts": count, "num_local_experts": count}
+        found["num_experts_per_tok"] = self.whole("expert_used_count")
+        found["moe_intermediate_size"] = self.whole("expert_feed_forward_length", config["intermediate_size"])
+        if self.prefix + "expert_shared_feed_forward_length" in self.metadata:
+            found["shared_expert_intermediate_size"] = self.whole("expert_shared_feed_forward_length")
+        return found
 
     def windows(self, config: dict[str, Any]) -> dict[str, Any]:
         """Sliding window keys; a Llama-family file that has a window holds a Mistral."""

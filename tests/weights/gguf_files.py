@@ -1,6 +1,7 @@
 """Making GGUF files for tests: a writer of the container, and a converter with llama.cpp's names and layouts."""
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenfold.ops.blocks import quantize
+from tenfold.ops.blocks import DENSE, quantize
 from tenfold.ops.matrix import RawTensor
 from tenfold.weights.gguf import STORAGES
 from tenfold.weights.hf import HFCheckpoint
@@ -75,6 +76,12 @@ NAMES = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.gate.": "ffn_gate_inp.",
     "mlp.gate_proj": "ffn_gate",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.up_proj": "ffn_up",
@@ -98,9 +105,32 @@ def interleaved(data: torch.Tensor, heads: int) -> torch.Tensor:
     return split.transpose(1, 2).reshape(data.shape)
 
 
-def converted(hf: HFCheckpoint, arch: str, storage: str) -> list[RawTensor]:
-    tensors = []
+EXPERT = re.compile(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.0\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight")
+STACKS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+
+
+def stacks(hf: HFCheckpoint, storage: str) -> list[RawTensor]:
+    """Each projection of all experts of a layer in one tensor."""
+    found = []
     for name in hf.names():
+        first = EXPERT.fullmatch(name)
+        if first is None:
+            continue
+        names = [name.replace(".experts.0.", f".experts.{i}.") for i in range(len(list(hf.names())))]
+        each = [hf.tensor(one).data.float() for one in names if one in hf]
+        own = f"{first[1].replace('model.layers.', 'blk.')}.ffn_{STACKS[first[2]]}_exps.weight"
+        flat = quantize(RawTensor(own, "F32", (len(each) * len(each[0]), each[0].shape[1]), torch.cat(each)), storage)
+        shape = (len(each), *each[0].shape)
+        data = flat.data.view(shape) if flat.storage in DENSE else flat.data
+        found.append(RawTensor(own, flat.storage, shape, data))
+    return found
+
+
+def converted(hf: HFCheckpoint, arch: str, storage: str) -> list[RawTensor]:
+    tensors = stacks(hf, storage)
+    for name in hf.names():
+        if ".experts." in name:
+            continue
         raw = hf.tensor(name)
         data = raw.data.float()
         if arch == "llama" and "q_proj" in name:
@@ -110,7 +140,8 @@ def converted(hf: HFCheckpoint, arch: str, storage: str) -> list[RawTensor]:
         if arch == "gemma3" and name.endswith("norm.weight"):
             data = data + 1
         own = RawTensor(gguf_name(name, arch), "F32", raw.shape, data)
-        tensors.append(quantize(own, storage) if data.dim() == 2 else own)
+        rounded = data.dim() == 2 and "ffn_gate_inp" not in own.name  # routers stay as they are
+        tensors.append(quantize(own, storage) if rounded else own)
     return tensors
 
 
@@ -136,6 +167,13 @@ def metadata_of(hf: HFCheckpoint, arch: str) -> dict[str, Any]:
         found[f"{arch}.attention.sliding_window"] = config["sliding_window"]
     if config.get("final_logit_softcapping"):
         found[f"{arch}.final_logit_softcapping"] = float(config["final_logit_softcapping"])
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        found[f"{arch}.expert_count"] = experts
+        found[f"{arch}.expert_used_count"] = config["num_experts_per_tok"]
+    for key, name in (("moe", "expert"), ("shared_expert", "expert_shared")):
+        if config.get(f"{key}_intermediate_size"):
+            found[f"{arch}.{name}_feed_forward_length"] = config[f"{key}_intermediate_size"]
     return found | tokenizer_metadata(hf.path)
 
 

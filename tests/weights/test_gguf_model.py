@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tenfold.models.config import ConfigError
-from tenfold.models.table import model_config
+from tenfold.models.table import build_model, model_config
 from tenfold.ops.blocks import dequantize
 from tenfold.ops.matrix import RawTensor
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.gguf_model import GGUFCheckpoint
 from tenfold.weights.hf import HFCheckpoint
+from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
+from tests.steps import Sequences, make_store
 from tests.weights.gguf_files import converted, metadata_of, to_gguf, write_gguf
 
 # Variants whose config a GGUF file can state in full.
@@ -47,6 +49,36 @@ def test_config_and_tensors_equal_those_of_the_folder(tiny, tmp_path, name):
         ours = file.tensor(tensor)
         assert ours.name == tensor
         assert torch.equal(ours.data, folder.tensor(tensor).data), tensor
+
+
+EXPERTS = {"mixtral": "llama", "qwen2-moe-even": "qwen2moe", "qwen3-moe-even": "qwen3moe", "olmoe": "olmoe"}
+
+
+@pytest.mark.parametrize("storage", ["F32", "Q8_0"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_those_of_the_folder(tiny, tmp_path, name, storage, kernels):
+    """One tensor of a file holds a projection of all experts of a layer."""
+    folder = HFCheckpoint(tiny(name))
+    file = GGUFCheckpoint(to_gguf(tiny(name), tmp_path / "m.gguf", EXPERTS[name], storage))
+    assert model_config(file.config) == model_config(folder.config)
+    logits = []
+    for checkpoint in (file, folder):
+        mode = "auto" if checkpoint is file or storage == "F32" else "q8_0"
+        model = build_model(checkpoint.config, Weights(checkpoint, kernels, mode=mode), 64)
+        with torch.inference_mode():
+            logits.append(model.forward(Sequences(make_store(model.config)).step({0: [3, 9, 200], 1: [7]}, "all")))
+    # the gate of the shared expert is rounded where weights are quantised as they are loaded, and not in the file
+    bound = 1e-5 if storage == "F32" else 0.02
+    assert (logits[0] - logits[1]).abs().mean() <= bound * logits[1].abs().mean()
+
+
+def test_experts_of_another_shape_get_a_sentence(tiny, tmp_path):
+    flat = [RawTensor("blk.0.ffn_gate_exps.weight", "F32", (8, 4), torch.zeros(8, 4))]
+    hf = HFCheckpoint(tiny("mixtral"))
+    others = [t for t in converted(hf, "llama", "F32") if t.name != flat[0].name]
+    path = write_gguf(tmp_path / "m.gguf", metadata_of(hf, "llama"), [*flat, *others])
+    with pytest.raises(CheckpointError, match=r"ffn_gate_exps\.weight has the shape \[8, 4\]"):
+        GGUFCheckpoint(path)
 
 
 def gemma_extra(folder: Path) -> dict[str, object]:
@@ -169,7 +201,7 @@ def test_metadata_that_makes_no_model_gets_a_sentence(tiny, tmp_path, key):
 def test_tensors_that_do_not_belong_get_a_sentence(tiny, tmp_path):
     expert = [RawTensor("blk.0.ffn_gate_exps.weight", "F32", (2, 4, 4), torch.zeros(2, 4, 4))]
     path = to_gguf(tiny("llama"), tmp_path / "m.gguf", "llama", more=expert)
-    with pytest.raises(CheckpointError, match=r"ffn_gate_exps\.weight.*mixture of experts"):
+    with pytest.raises(CheckpointError, match=r"ffn_gate_exps\.weight, which LlamaForCausalLM does not have"):
         GGUFCheckpoint(path)
     path = write_gguf(tmp_path / "empty.gguf", metadata_of(HFCheckpoint(tiny("llama")), "llama"), [])
     with pytest.raises(CheckpointError, match=r"token_embd\.weight"):
