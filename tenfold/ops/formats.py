@@ -5,20 +5,22 @@ every value exactly:
 
     W[r, order[j]] = (code[r, j] - zero[r, j // group]) * scale[r, j // group]        (order[j] = j where there is none)
 
-Names: `int4g128`, `int4g128z`, `int8`, `fp8a8`, ... = codes (`int4`, `int8`: whole numbers; `fp8`: float8 e4m3), then
+Names: `int4g128`, `int2g64z`, `int8`, `fp8a8`, ... = codes (`int2` to `int8`: whole numbers; `fp8`: float8 e4m3), then
 `gN`: N neighbouring columns share a scale (without it: the whole row does), `z`: groups have zeros, `o`: columns lie in
 an order of their own, `a8`: kernels may round activations to 8 bits (fp8: e4m3), one scale a token, where that is
 faster; without it activations keep 16 bits.
 
 Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this order (`Packed`); G = ceil(cols / N):
 
-    codes   int4: int32 [rows, cols / 8]   int8: int8 [rows, cols]   fp8: float8_e4m3fn [rows, cols]
+    codes   int4: int32 [rows, cols / 8]   int3: int32 [rows, cols / 32 * 3]   int2: int32 [rows, cols / 16]
+            int8: int8 [rows, cols]        fp8: float8_e4m3fn [rows, cols]
     scales  [rows, G]                      int: float16, bfloat16 or float32 as the checkpoint has them · fp8: float32
     zeros   [rows, G], type of the scales  only with `z`; any number, whole ones in all known checkpoints
     order   int32 [cols]                   only with `o`: stored column j multiplies input feature order[j]
 
 - A row's codes are contiguous along the columns: 16 bytes hold 32 columns of int4, 16 of int8 and fp8, all of one row
-  and, as groups are multiples of 32, of one group. `cols` is a multiple of 32 (int4) or 16.
+  and, as groups are multiples of 32, of one group; 16 bytes of int2 hold 64 columns and 48 bytes of int3 128. `cols` is
+  a multiple of 32 (int4), 64 (int2), 128 (int3) or 16, so that every row starts at a multiple of 16 bytes.
 - int4: codes are 0..15; without `z` the zero is 8. Word w of a row holds columns 8w .. 8w+7. Its nibble i (bits 4i to
   4i+3) is column 8w + 2i and its nibble i + 4 is column 8w + 2i + 1, for i = 0..3:
 
@@ -27,6 +29,11 @@ Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this ord
 
   So `(word >> 4 * i) & 0x000F000F` is the pair of columns 2i, 2i+1 in two halves of 16 bits. OR with 0x64006400 makes
   them the float16 pair 1024 + code, OR with 0x43004300 the bfloat16 pair 128 + code: one LOP3 for two weights.
+- int2: codes are 0..3; without `z` the zero is 2. Word w holds columns 16w .. 16w+15 in pairs as int4 does: bits 2i and
+  2i+1 are column 16w + 2i, and the same bits of the upper half column 16w + 2i + 1, for i = 0..7.
+- int3: codes are 0..7; without `z` the zero is 4. Three words hold 32 columns. In the lower half of word t lie columns
+  2p for p = 5t .. 5t+4, three bits each from the lowest, and in its bit 15 bit t of column 30; in the upper half lie
+  columns 2p + 1, and 31. So 15 of 16 pairs cost one shift and one mask, as those of int4.
 - int8: two's complement, without `z` the zero is 0. Checkpoints that count from 0 to 255 are stored less 128, and so
   are their zeros.
 - fp8: no zeros. A scale of a whole tensor is repeated for every row, one of a block of rows for each of its rows.
@@ -44,13 +51,14 @@ from torch import Tensor
 from tenfold.ops.matrix import Deferred, Matrix, RawTensor
 
 NIBBLES = 8  # columns in one int32 word of int4 codes
+THREE = 32  # columns in three int32 words of int3 codes
 EVERY_NIBBLE_PAIR = 0x000F000F  # picks columns 2i and 2i+1 of a word that was shifted right by 4 * i
 HALF_MAGIC, BFLOAT_MAGIC = 0x64006400, 0x43004300  # float16 pair 1024 + code, bfloat16 pair 128 + code
 LOAD_COLS = 32  # a group is a multiple of this, so that a 16-byte load needs one scale
 FP8_MAX = 448.0
 CHUNK_ELEMENTS = 1 << 22  # elements decoded at once, as float32
 
-NAME = re.compile(r"(?P<kind>int4|int8|fp8)(?:g(?P<group>[1-9]\d{0,5}))?(?P<zero>z?)(?P<order>o?)(?P<acts>(?:a8)?)")
+NAME = re.compile(r"(?P<kind>int[2348]|fp8)(?:g(?P<group>[1-9]\d{0,5}))?(?P<zero>z?)(?P<order>o?)(?P<acts>(?:a8)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +181,7 @@ class Format:
         """The values [rows, cols], computed in float32 and rounded to `dtype` once."""
         codes, scales, zeros, order = packed
         rows = codes.shape[0]
-        cols = codes.shape[1] * (NIBBLES if self.kind == "int4" else 1)
+        cols = codes.shape[1] * codes.element_size() * 8 // self.bits
         out = torch.empty(rows, cols, dtype=dtype, device=codes.device)
         step = max(1, CHUNK_ELEMENTS // cols)
         for first in range(0, rows, step):
@@ -224,6 +232,49 @@ def load_nibbles(words: Tensor) -> Tensor:
     return torch.stack((joined & 15, joined >> 4), dim=3).reshape(rows, count * NIBBLES)
 
 
+def store_pairs(numbers: Tensor, bits: int) -> Tensor:
+    """Codes of so many bits [rows, words, columns of a word] -> int32 [rows, words]: columns 2i and 2i + 1 at bit
+    bits * i of the two halves.
+    """
+    pairs = numbers.to(torch.int32).unflatten(2, (-1, 2))
+    shifts = bits * torch.arange(pairs.shape[2], dtype=torch.int32, device=numbers.device)
+    halves = (pairs << shifts[:, None]).sum(dim=2, dtype=torch.int32)
+    return halves[..., 0] | (halves[..., 1] << 16)
+
+
+def load_pairs(words: Tensor, bits: int) -> Tensor:
+    """What `store_pairs` stored: int32 [rows, words] -> uint8 [rows, words, columns of a word]."""
+    shifts = bits * torch.arange(16 // bits, dtype=torch.int32, device=words.device)
+    places = (shifts[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=words.device)).flatten()
+    return ((words[..., None] >> places) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def store_two(numbers: Tensor) -> Tensor:
+    """Codes 0..3 [rows, cols] of any type -> int32 [rows, cols / 16] in the layout of the module."""
+    return store_pairs(numbers.unflatten(1, (-1, 16)), 2)
+
+
+def load_two(words: Tensor) -> Tensor:
+    return load_pairs(words, 2).flatten(1)
+
+
+def store_three(numbers: Tensor) -> Tensor:
+    """Codes 0..7 [rows, cols] of any type -> int32 [rows, cols / 32 * 3] in the layout of the module."""
+    blocks = numbers.to(torch.int32).unflatten(1, (-1, THREE))
+    words = store_pairs(blocks[..., :-2].unflatten(2, (3, -1)).flatten(1, 2), 3).unflatten(1, (-1, 3))
+    bit = torch.arange(3, dtype=torch.int32, device=numbers.device)
+    last = (blocks[..., -2:, None] >> bit) & 1  # [rows, blocks, halves, words]
+    return (words | (last[:, :, 0] << 15) | (last[:, :, 1] << 31)).flatten(1)
+
+
+def load_three(words: Tensor) -> Tensor:
+    blocks = words.unflatten(1, (-1, 3))
+    most = load_pairs(words, 3).unflatten(1, (-1, 3)).flatten(2)
+    bit = torch.arange(3, dtype=torch.int32, device=words.device)
+    last = [(((blocks >> place) & 1) << bit).sum(dim=2, dtype=torch.uint8) for place in (15, 31)]
+    return torch.cat([most, torch.stack(last, dim=2)], dim=2).flatten(1)
+
+
 def interleave(words: Tensor) -> Tensor:
     """Words whose nibble i is column i, as most files have them -> words in the layout of the module."""
     low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
@@ -241,6 +292,8 @@ def same(codes: Tensor) -> Tensor:
 
 
 CODES: dict[str, Codes] = {
+    "int2": Codes(2, 2, 0, 64, torch.int32, store_two, load_two),
+    "int3": Codes(3, 4, 0, 128, torch.int32, store_three, load_three),
     "int4": Codes(4, 8, 0, 32, torch.int32, store_nibbles, load_nibbles),
     "int8": Codes(8, 0, -128, 16, torch.int8, lambda numbers: numbers.to(torch.int8), same),
     "fp8": Codes(8, 0, 0, 16, torch.float8_e4m3fn, same, same),
@@ -253,7 +306,7 @@ def format_of(name: str) -> Format:
     match = NAME.fullmatch(name)
     if match is None:
         raise ValueError(
-            f"{name[:80]!r} is no packed format; formats look like int4g128, int4g128z, int8, int8g128, fp8 or fp8a8."
+            f"{name[:80]!r} is no packed format; formats look like int4g128, int2g64z, int3, int8, fp8 or fp8a8."
         )
     group, acts = int(match["group"] or 0), 8 if match["acts"] else 16
     return Format(match["kind"], group, bool(match["zero"]), bool(match["order"]), acts)

@@ -24,6 +24,12 @@ from tenfold.ops.matrix import Deferred, RawTensor
 from tenfold.ops.oracle import Oracle
 
 NAMES = [
+    "int2",
+    "int2g32",
+    "int2g64z",
+    "int3",
+    "int3g128",
+    "int3g32z",
     "int4",
     "int4g32",
     "int4g128",
@@ -52,7 +58,7 @@ def test_a_name_says_all(name: str) -> None:
     assert is_format(name)
 
 
-@pytest.mark.parametrize("name", ["", "int3", "int4g0", "int4g", "int4zg32", "fp8a4", "Q4_0", "F32", "int4g128 "])
+@pytest.mark.parametrize("name", ["", "int5", "int4g0", "int4g", "int4zg32", "fp8a4", "Q4_0", "F32", "int4g128 "])
 def test_names_that_are_none(name: str) -> None:
     assert not is_format(name)
     with pytest.raises(ValueError, match="is no packed format"):
@@ -68,13 +74,17 @@ def test_parts_that_do_not_go_together(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cols", [32, 128, 352])
+@pytest.mark.parametrize("cols", [32, 64, 128, 352, 384])
 def test_numbers_are_rounded_to_the_nearest_code(name: str, cols: int) -> None:
     """No value is farther than half a step from its code, but for the end that a format without zeros cuts off.
 
     A step is the scale; float8's is a sixteenth of the number, or 2^-10 of the scale near zero.
     """
     raw, format = dense(5, cols), format_of(name)
+    if format.obstacle(cols):
+        with pytest.raises(ValueError, match=f"{cols} columns are no multiple of {format.codes.align}"):
+            quantize(raw, name)
+        return
     packed = quantize(raw, name)
     assert packed.data.dtype == format.codes.dtype
     assert sum(t.numel() * t.element_size() for t in (packed.data, *packed.extras)) == storage_bytes(name, (5, cols))
@@ -119,6 +129,35 @@ def test_layout_of_nibbles() -> None:
     assert torch.equal(interleave(plain.to(torch.int32)), words)
 
 
+def test_layout_of_two_bits() -> None:
+    """Every code at every place, in the pairs that kernels mask out."""
+    codes = torch.stack([torch.arange(64) + step for step in range(4)]) % 4
+    words = format_of("int2").codes.store(codes)
+    assert words.shape == (4, 4)
+    assert torch.equal(format_of("int2").codes.load(words).long(), codes)
+    for i in range(8):
+        pairs = (words >> 2 * i) & 0x00030003
+        half = (pairs | HALF_MAGIC).view(torch.float16).view(4, 4, 2)
+        assert torch.equal(half.float() - 1024, codes.view(4, 4, 8, 2)[:, :, i].float())
+
+
+def test_layout_of_three_bits() -> None:
+    """Every code at every place, in the pairs that kernels mask out; the last pair is one bit of each word."""
+    codes = torch.stack([torch.arange(128) * (1 + step) + step for step in range(8)]) % 8
+    words = format_of("int3").codes.store(codes)
+    assert words.shape == (8, 12)
+    assert torch.equal(format_of("int3").codes.load(words).long(), codes)
+    of_block, wanted = words.view(8, 4, 3), codes.view(8, 4, 16, 2)
+    for i in range(15):
+        pairs = (of_block[:, :, i // 5] >> 3 * (i % 5)) & 0x00070007
+        bfloat = (pairs | BFLOAT_MAGIC)[..., None].contiguous().view(torch.bfloat16)
+        assert torch.equal(bfloat.float() - 128, wanted[:, :, i].float())
+    first, second, third = of_block.unbind(2)
+    pairs = ((first >> 15) & 0x00010001) | ((second >> 14) & 0x00020002) | ((third >> 13) & 0x00040004)
+    assert torch.equal(pairs & 0xFFFF, wanted[:, :, 15, 0].int())
+    assert torch.equal(pairs >> 16, wanted[:, :, 15, 1].int())
+
+
 def test_the_meaning_of_codes_scales_zeros_and_order() -> None:
     format = format_of("int8g32zo")
     codes = torch.randint(-128, 128, (3, 80), dtype=torch.int8)
@@ -139,12 +178,12 @@ def test_what_cannot_be_packed() -> None:
         quantize(dense(2, 64), "int4o")
 
 
-@pytest.mark.parametrize("name", ["int4g32", "int4g32z", "int8", "fp8a8"])
+@pytest.mark.parametrize("name", ["int2g32z", "int3", "int4g32", "int4g32z", "int8", "fp8a8"])
 def test_parts_stack_by_rows(name: str) -> None:
-    parts = [quantize(dense(rows, 64, rows), name) for rows in (3, 1, 5)]
+    parts = [quantize(dense(rows, 128, rows), name) for rows in (3, 1, 5)]
     assert can_stack(parts)
     matrix = stack(parts, "cpu")
-    assert (matrix.format, matrix.rows, matrix.cols) == (name, 9, 64)
+    assert (matrix.format, matrix.rows, matrix.cols) == (name, 9, 128)
     assert torch.equal(unpack(matrix), torch.cat([dequantize(part) for part in parts]))
 
 
@@ -181,9 +220,9 @@ def test_a_deferred_tensor_is_made_when_it_is_asked_for() -> None:
     assert made == ["cpu"]
 
 
-@pytest.mark.parametrize("name", ["int4g32", "fp8a8"])
+@pytest.mark.parametrize("name", ["int2", "int3g32z", "int4g32", "fp8a8"])
 def test_the_oracle_runs_packed_matrices(name: str) -> None:
-    raw, x, oracle = quantize(dense(6, 64), name), random(3, 64, seed=2), Oracle()
+    raw, x, oracle = quantize(dense(6, 128), name), random(3, 128, seed=2), Oracle()
     matrix = stack([raw], "cpu")
     assert torch.equal(oracle.linear(x, matrix), x @ dequantize(raw).T)
     assert torch.equal(oracle.linear(x, oracle.matrix([raw])), x @ dequantize(raw).T)

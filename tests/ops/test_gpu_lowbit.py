@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 FORMATS = [
+    *("int2", "int2g64z", "int3g32", "int3g128z"),
     *("int4", "int4g32", "int4g64z", "int4g128", "int4g128z", "int4g128zo"),
     *("int8", "int8g128", "int8g128z", "fp8", "fp8g128", "fp8a8", "fp8g128a8"),
 ]
@@ -56,6 +57,7 @@ def plans(name: str, rows: int, cols: int) -> list[LowbitPlan]:
     [(n, torch.bfloat16) for n in FORMATS] + [(n, torch.float16) for n in ("int4g128z", "int8g128", "fp8a8")],
 )
 def test_every_format(name: str, rows: int, cols: int, dtype: torch.dtype) -> None:
+    cols += -cols % format_of(name).codes.align
     w, workspace = weight(name, rows, cols), lowbit.Workspace(torch.device("cuda"))
     exact, format = unpack(w), format_of(name)
     for count in TOKENS:

@@ -1,8 +1,8 @@
 """Packed formats on the CPU: each becomes a block type of the compiled kernels that holds exactly the same values.
 
-int4 without zeros becomes Q4_0, other whole-number codes Q8_0 (a code less its zero fits 8 bits), with a group's scale
-repeated for every 32 columns. What those cannot say (fp8, scales that float16 cannot hold, columns in an order of their
-own) is kept as float32.
+Codes of 2, 3 and 4 bits without zeros become Q4_0, other whole-number codes Q8_0 (a code less its zero fits 8 bits),
+with a group's scale repeated for every 32 columns. What those cannot say (fp8, scales that float16 cannot hold, columns
+in an order of their own) is kept as float32.
 """
 
 import torch
@@ -13,6 +13,7 @@ from tenfold.ops.formats import Packed, format_of, is_format, packed_of, unpack
 from tenfold.ops.matrix import RawTensor
 
 BLOCK = 32  # columns that share a scale in Q4_0 and Q8_0
+NIBBLE_MIDDLE = 8  # the code of zero in Q4_0
 
 
 def cpu_storage(storage: str) -> str:
@@ -20,7 +21,7 @@ def cpu_storage(storage: str) -> str:
     format = format_of(storage)
     if format.kind == "fp8" or format.order:
         return "F32"
-    return "Q4_0" if format.kind == "int4" and not format.zero else "Q8_0"
+    return "Q4_0" if format.bits <= 4 and not format.zero else "Q8_0"
 
 
 def repack(raw: RawTensor) -> RawTensor:
@@ -33,7 +34,8 @@ def repack(raw: RawTensor) -> RawTensor:
     if storage == "F32" or cols % BLOCK or not torch.equal(scales.float(), packed.scales.float()):
         return values(raw)
     if storage == "Q4_0":
-        codes = format_of(raw.storage).codes.load(packed.codes).view(-1, BLOCK)
+        known = format_of(raw.storage).codes
+        codes = known.load(packed.codes).view(-1, BLOCK) + (NIBBLE_MIDDLE - known.middle)
         data = assemble(packed.codes, blocks_of(raw, scales), pair_nibbles(codes))
         return RawTensor(raw.name, storage, raw.shape, data)
     signed = differences(raw, packed)

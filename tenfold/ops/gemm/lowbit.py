@@ -34,7 +34,7 @@ from tenfold.ops.matrix import Matrix
 # What makes a pair of codes a pair of numbers. Not a constant of the kernels: two constants would cost an instruction.
 ABOVE = {torch.bfloat16: BFLOAT_MAGIC, torch.float16: HALF_MAGIC}
 KINDS = ("fused", "dense", "fp8", "library")
-CODES = {"int4": 0, "int8": 1, "fp8": 2}
+CODES = {"int4": 0, "int8": 1, "fp8": 2, "int2": 3, "int3": 4}
 AT_END, SUMS, WEIGHTS = 0, 1, 2  # what scales multiply
 WHOLE_ROW = 1 << 30  # columns of a group, for kernels, where a row has one
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000: the sign bits of a pair of 16-bit numbers
@@ -445,10 +445,12 @@ def load_codes(
     """Codes less MIDDLE of columns first .. first + COLS, as numbers [ROWS, COLS]. codes: int32 words, or with KEEP
     float8 that stays as it is; above: `ABOVE`.
     """
-    each: tl.constexpr = 1 if KEEP else (8 if CODE == 0 else 4)  # columns of what is loaded
+    # Columns of what is loaded, and words of that.
+    each: tl.constexpr = 1 if KEEP else (8 if CODE == 0 else (16 if CODE == 3 else (32 if CODE == 4 else 4)))
+    words: tl.constexpr = 3 if CODE == 4 else 1
     count: tl.constexpr = COLS // each
     at = first // each + tl.arange(0, count)
-    where = codes + row[:, None].to(tl.int64) * (cols // each) + at[None, :]
+    where = codes + row[:, None].to(tl.int64) * (cols // each * words) + (at * words)[None, :]
     if EVEN:
         loaded = tl.load(where)
     elif KEEP:
@@ -457,6 +459,12 @@ def load_codes(
         loaded = tl.load(where, mask=(at * each < cols)[None, :] & (row >= 0)[:, None], other=0)
     if KEEP:
         numbers = loaded
+    elif CODE == 3:
+        numbers = spread_pairs(loaded, loaded, loaded, above, number, MIDDLE, 2, ROWS, COLS)
+    elif CODE == 4:
+        inside = (at * each < cols)[None, :] & (row >= 0)[:, None]
+        second, third = tl.load(where + 1, mask=inside, other=0), tl.load(where + 2, mask=inside, other=0)
+        numbers = spread_pairs(loaded, second, third, above, number, MIDDLE, 3, ROWS, COLS)
     elif CODE == 0:
         numbers = spread_nibbles(loaded, above, number, MIDDLE, ROWS, COLS)
     else:
@@ -487,6 +495,83 @@ def nibble(words, above, pair: tl.constexpr, index: tl.constexpr, number: tl.con
     """
     base: tl.constexpr = 128.0 if number == tl.bfloat16 else 1024.0
     return half(((words >> (4 * pair)) & 0x000F000F) | above, index, number) - (base + MIDDLE)
+
+
+@triton.jit
+def spread_pairs(
+    first, second, third, above, number: tl.constexpr, MIDDLE: tl.constexpr, BITS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Words of 2 bits, int32 [ROWS, COLS / 16] three times, or words 0, 1 and 2 of each 32 columns of 3 bits, int32
+    [ROWS, COLS / 32] -> [ROWS, COLS].
+    """
+    even = tl.join(
+        every_second(first, second, third, above, 0, 0, number, MIDDLE, BITS),
+        every_second(first, second, third, above, 1, 0, number, MIDDLE, BITS),
+    )
+    odd = tl.join(
+        every_second(first, second, third, above, 0, 1, number, MIDDLE, BITS),
+        every_second(first, second, third, above, 1, 1, number, MIDDLE, BITS),
+    )
+    return tl.reshape(tl.join(even, odd), (ROWS, COLS))
+
+
+@triton.jit
+def every_second(
+    first, second, third, above, low: tl.constexpr, index: tl.constexpr, number: tl.constexpr,
+    MIDDLE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Half `index` of pairs low, low + 2, .. in their order: 4 of a word of 2 bits, 8 of three words of 3 bits."""
+    if BITS == 2:
+        near = tl.join(
+            pair_of(first, second, third, above, low, index, number, MIDDLE, BITS),
+            pair_of(first, second, third, above, low + 4, index, number, MIDDLE, BITS),
+        )
+        far = tl.join(
+            pair_of(first, second, third, above, low + 2, index, number, MIDDLE, BITS),
+            pair_of(first, second, third, above, low + 6, index, number, MIDDLE, BITS),
+        )
+    else:
+        near = tl.join(
+            two_pairs(first, second, third, above, low, index, number, MIDDLE),
+            two_pairs(first, second, third, above, low + 4, index, number, MIDDLE),
+        )
+        far = tl.join(
+            two_pairs(first, second, third, above, low + 2, index, number, MIDDLE),
+            two_pairs(first, second, third, above, low + 6, index, number, MIDDLE),
+        )
+    return tl.join(near, far)
+
+
+@triton.jit
+def two_pairs(
+    first, second, third, above, low: tl.constexpr, index: tl.constexpr, number: tl.constexpr, MIDDLE: tl.constexpr
+):
+    """Half `index` of pairs low and low + 8 of three words."""
+    return tl.join(
+        pair_of(first, second, third, above, low, index, number, MIDDLE, 3),
+        pair_of(first, second, third, above, low + 8, index, number, MIDDLE, 3),
+    )
+
+
+@triton.jit
+def pair_of(
+    first, second, third, above, pair: tl.constexpr, index: tl.constexpr, number: tl.constexpr,
+    MIDDLE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Half `index` of one pair of codes of 2 or 3 bits, less MIDDLE; as `nibble`."""
+    base: tl.constexpr = 128.0 if number == tl.bfloat16 else 1024.0
+    if BITS == 2:
+        bits = (first >> (2 * pair)) & 0x00030003
+    elif pair == 15:
+        bits = ((first >> 15) & 0x00010001) | ((second >> 14) & 0x00020002) | ((third >> 13) & 0x00040004)
+    elif pair < 5:
+        bits = (first >> (3 * pair)) & 0x00070007
+    elif pair < 10:
+        bits = (second >> (3 * (pair - 5))) & 0x00070007
+    else:
+        bits = (third >> (3 * (pair - 10))) & 0x00070007
+    return half(bits | above, index, number) - (base + MIDDLE)
 
 
 @triton.jit

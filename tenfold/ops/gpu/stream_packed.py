@@ -47,7 +47,7 @@ def kind_of(format: str, kinds: Mapping[str, tuple[str, ...]] = CODES) -> str:
     found = format_of(format)
     if found.order or found.group % CHUNK:
         return ""
-    return next(kind for kind, codes in kinds.items() if found.kind in codes)
+    return next((kind for kind, codes in kinds.items() if found.kind in codes), "")
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:

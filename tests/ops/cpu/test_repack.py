@@ -9,10 +9,13 @@ from tenfold.ops.blocks import dequantize, quantize
 from tenfold.ops.cpu import lib, pack
 from tenfold.ops.cpu.native import Native
 from tenfold.ops.cpu.repack import cpu_storage, repack
-from tenfold.ops.formats import Packed, format_of, packed_of, raw_tensor
+from tenfold.ops.formats import Packed, format_of, is_format, packed_of, raw_tensor
 from tenfold.ops.matrix import RawTensor
 
 STORAGES = {
+    "int2": "Q4_0",
+    "int3g32": "Q4_0",
+    "int3g128z": "Q8_0",
     "int4": "Q4_0",
     "int4g32": "Q4_0",
     "int4g128": "Q4_0",
@@ -25,7 +28,8 @@ STORAGES = {
 
 
 def weight(storage: str, rows: int = 19, cols: int = 320) -> RawTensor:
-    """320 columns end in half a group of 128."""
+    """320 columns end in half a group of 128; rows of 3 bits are whole multiples of that."""
+    cols += -cols % (format_of(storage).codes.align if is_format(storage) else 1)
     dense = torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows))
     return quantize(RawTensor("w", "F32", (rows, cols), dense), storage)
 
@@ -42,7 +46,8 @@ def test_values_stay(storage: str) -> None:
 @pytest.mark.skipif(not lib.available(), reason="no compiled kernels")
 @pytest.mark.parametrize("storage", STORAGES)
 def test_compiled_kernels_hold_them(storage: str) -> None:
-    parts = [weight(storage), weight(storage, 5), weight("Q8_0", 3)]
+    parts = [weight(storage), weight(storage, 5)]
+    parts.append(weight("Q8_0", 3, parts[0].shape[1]))
     assert torch.equal(pack.unpack(Native(1).matrix(parts)), torch.cat([dequantize(part) for part in parts]))
 
 

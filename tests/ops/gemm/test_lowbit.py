@@ -20,7 +20,10 @@ LowbitPlan = lowbit.LowbitPlan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_lowbit.py runs these on the GPU")
 
-FORMATS = ["int4", "int4g32", "int4g128", "int4g128z", "int8", "int8g64", "int8g128z", "fp8", "fp8g128", "fp8a8"]
+FORMATS = [
+    *("int2", "int2g32z", "int3", "int3g64z", "int4", "int4g32", "int4g128", "int4g128z"),
+    *("int8", "int8g64", "int8g128z", "fp8", "fp8g128", "fp8a8"),
+]
 HALF = 2**-11
 
 
@@ -49,13 +52,14 @@ def assert_close(got: Tensor, x: Tensor, w: Matrix, bias: Tensor | None, roundin
 @pytest.mark.parametrize(("name", "order"), [*((name, False) for name in FORMATS), ("int4g64z", True), ("int8", True)])
 def test_every_format(name: str, order: bool) -> None:
     """Ragged rows, ragged columns with part of a group at the end, one token and a few, one and several splits."""
-    w, bias = weight(name, 24, 160, order), random(24, seed=5, dtype=torch.float32)
+    cols = {2: 192, 3: 384}.get(format_of(name).bits, 160)
+    w, bias = weight(name, 24, cols, order), random(24, seed=5, dtype=torch.float32)
     for tokens, plan in (
         (1, LowbitPlan("fused", 16, 64, 16, 3)),
-        (19, LowbitPlan("fused", 32, 128, 16, 1)),
+        (19, LowbitPlan("fused", 32, 256 if cols == 384 else 128, 16, 1)),
         (3, LowbitPlan("dense")),
     ):
-        x = random(tokens, 160, seed=tokens)
+        x = random(tokens, cols, seed=tokens)
         assert_close(lowbit.lowbit_linear(x, w, bias, plan=plan), x, w, bias)
         if tokens == 1:
             assert_close(lowbit.lowbit_linear(x, w, plan=plan), x, w, None)
@@ -82,10 +86,11 @@ def test_more_splits_than_tiles_and_no_tokens() -> None:
 
 def test_every_code_becomes_its_number() -> None:
     """Rows of the unit matrix read the weight out: all codes of each kind, exactly, through both kernels."""
-    for name in ("int4g32", "int8", "fp8"):
-        w = weight(name, 16, 256)
-        if name == "int4g32":
-            w.data[0].copy_(format_of(name).codes.store(torch.arange(16 * 256).view(16, 256) % 16))
+    for name in ("int2", "int3g32", "int4g32", "int8", "fp8"):
+        w, known = weight(name, 16, 256), format_of(name)
+        if known.bits < 8:
+            codes = torch.arange(16 * 256).view(16, 256) + torch.arange(16)[:, None]
+            w.data[0].copy_(known.codes.store(codes % (1 << known.bits)))
         else:
             codes = torch.arange(256, dtype=torch.uint8).repeat(16, 1)
             codes[codes & 127 == 127] = 0  # float8 has no number there
