@@ -25,13 +25,14 @@ LINEARS = tuple(f"self_attn.{p}_proj" for p in "qkvo") + tuple(f"mlp.{p}_proj" f
 
 
 def words(numbers: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """[n, m] whole numbers, each below 2^bits -> int32 [n, m * bits / 32], number order[i] in place i of its word."""
-    count = 32 // bits
-    out = np.zeros((numbers.shape[0], numbers.shape[1] // count), dtype=np.uint64)
-    for place in range(count):
-        number = place if order is None else order[place]
-        out |= numbers[:, number::count].astype(np.uint64) << np.uint64(bits * place)
-    return torch.from_numpy(out.astype(np.uint32).view(np.int32))
+    """[n, m] whole numbers, each below 2^bits -> int32 [n, ceil(m * bits / 32)], one after the other from the lowest
+    bit on; order: number order[i] of as many is in place i.
+    """
+    if order is not None:
+        numbers = numbers.reshape(len(numbers), -1, len(order))[:, :, order].reshape(len(numbers), -1)
+    stream = ((numbers[:, :, None] >> np.arange(bits)) & 1).reshape(len(numbers), -1).astype(np.uint8)
+    whole = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(whole, axis=1, bitorder="little").view(np.int32))
 
 
 def whole_groups(weight: Tensor, group: int) -> tuple[np.ndarray, int]:

@@ -13,11 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from tenfold.models.table import build_model, model_config
 from tenfold.ops.blocks import dequantize
+from tenfold.ops.formats import format_of
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.foreign.linear import Files
+from tenfold.weights.foreign.table import foreign_linears
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
+from tenfold.weights.safetensors import TensorEntry
 from tests.steps import Sequences, make_store
 from tests.weights import foreign_files as files
 from tests.weights.foreign_files import awq, compressed, fp8, gptq, packed, plain_int, quantise
@@ -33,6 +37,15 @@ def ints(bits: int, strategy: str, symmetric: bool = True, **more: Any) -> dict[
     return {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "dynamic": False, **more}
 
 
+STORAGES = {
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+
 # name: (quantization_config, writer, storage of the linears of the blocks)
 LAYOUTS: dict[str, tuple[dict[str, Any], files.Writer, str]] = {
     "gptq": (GPTQ, gptq(), "int4g32"),
@@ -41,6 +54,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], files.Writer, str]] = {
         {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"},
         gptq(symmetric=False, version=2),
         "int4g32z",
+    ),
+    "gptq-2": ({**GPTQ, "bits": 2}, gptq(bits=2), "int2g32"),
+    "gptq-3-act-order": (
+        {**GPTQ, "desc_act": True, "bits": 3, "sym": False},
+        gptq(bits=3, symmetric=False, shuffle=True),
+        "int3g32zo",
     ),
     "gptq-8": ({**GPTQ, "bits": 8}, gptq(bits=8), "int8g32"),
     "gptq-8-asymmetric": ({**GPTQ, "bits": 8, "sym": False}, gptq(bits=8, symmetric=False), "int8g32z"),
@@ -58,6 +77,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], files.Writer, str]] = {
         packed(symmetric=False),
         "int4g32z",
     ),
+    "packed-2": (compressed("pack-quantized", ints(2, "group", group_size=32)), packed(bits=2), "int2g32"),
+    "packed-3-asymmetric": (
+        compressed("pack-quantized", ints(3, "group", False, group_size=32)),
+        packed(bits=3, symmetric=False),
+        "int3g32z",
+    ),
     "packed-8-channel": (compressed("pack-quantized", ints(8, "channel")), packed(bits=8, group=-1), "int8"),
     "packed-8-asymmetric": (
         compressed("pack-quantized", ints(8, "channel", False)),
@@ -70,6 +95,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], files.Writer, str]] = {
         "int8",
     ),
     "int-8-asymmetric": (compressed("naive-quantized", ints(8, "channel", False)), plain_int(symmetric=False), "int8z"),
+    "int-3": (compressed("naive-quantized", ints(3, "channel")), plain_int(3), "int3"),
     "int-4-asymmetric": (
         compressed("naive-quantized", ints(4, "group", False, group_size=32)),
         plain_int(4, 32, symmetric=False),
@@ -112,7 +138,8 @@ def assert_values(folder: Path, values: dict[str, torch.Tensor], storage: str) -
     for name, wanted in values.items():
         raw = checkpoint.tensor(name)
         assert name in checkpoint
-        assert raw.storage == (storage if name.removesuffix(".weight").endswith(files.LINEARS) else "F32")
+        fits = name.removesuffix(".weight").endswith(files.LINEARS) and not format_of(storage).obstacle(wanted.shape[1])
+        assert raw.storage == (storage if fits else "F32")
         assert raw.shape == tuple(wanted.shape)
         assert torch.equal(dequantize(raw), wanted.float()), name
 
@@ -209,6 +236,19 @@ def test_columns_that_fit_no_format_are_made_dense(tiny: Folder, tmp_path: Path)
     assert torch.equal(dequantize(checkpoint.tensor(name)), values[name])
 
 
+@pytest.mark.parametrize("layout", ["gptq-2", "gptq-3-act-order", "packed-2", "packed-3-asymmetric", "int-3"])
+def test_few_bits_stay_packed_where_columns_fit(layout: str, tmp_path: Path) -> None:
+    settings, write, storage = LAYOUTS[layout]
+    state: dict[str, torch.Tensor] = {}
+    wanted = write(state, "m", torch.randn(40, 256, generator=torch.Generator().manual_seed(1)))
+    entries = {name: TensorEntry(STORAGES[t.dtype], tuple(t.shape), 0, 0) for name, t in state.items()}
+    (found,) = foreign_linears(settings, Files(tmp_path, entries, state.__getitem__)).values()
+    assert (found.storage, found.rows, found.cols) == (storage, 40, 256)
+    raw = found.raw().on("cpu")
+    assert raw.data.numel() * raw.data.element_size() * 8 == 40 * 256 * format_of(storage).bits
+    assert torch.equal(dequantize(raw), wanted)
+
+
 def test_settings_in_a_file_of_their_own(tiny: Folder, tmp_path: Path) -> None:
     values = quantise(tiny("llama"), tmp_path, {}, awq())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -297,7 +337,7 @@ def regrouped(layout: str, weights: dict[str, Any], **more: Any) -> tuple[str, d
     [
         (changed("gptq", quant_method="bitsandbytes"), "quantised by 'bitsandbytes', which is not read; read are gptq"),
         (changed("gptq", quant_method=None), "quantised by 'None', which is not read"),
-        (changed("gptq", bits=3), "bits is '3' in the quantization_config of gptq; supported: 4, 8"),
+        (changed("gptq", bits=5), "bits is '5' in the quantization_config of gptq; supported: 2, 3, 4, 8"),
         (changed("gptq", checkpoint_format="marlin"), "checkpoint_format is 'marlin'.*supported: gptq, gptq_v2"),
         (changed("gptq", is_marlin_format=True), "is_marlin_format is 'True'"),
         (changed("gptq", group_size="a"), "group_size is 'a'"),
@@ -312,7 +352,7 @@ def regrouped(layout: str, weights: dict[str, Any], **more: Any) -> tuple[str, d
         (changed("packed-4", transform_config={"R1": {}}), "rotations of activations"),
         (changed("packed-4", config_groups={}), "config_groups is"),
         (changed("packed-4", ignore=["re:.*q_proj"]), "q_proj is quantised and in the list of what is not"),
-        (regrouped("packed-4", {"num_bits": 3}), "num_bits is '3'.*supported: 4, 8"),
+        (regrouped("packed-4", {"num_bits": 5}), "num_bits is '5'.*supported: 2, 3, 4, 8"),
         (regrouped("packed-4", {"type": "float", "num_bits": 8}), "type is 'float'.*int in pack-quantized"),
         (regrouped("packed-4", {"strategy": "token"}), "strategy is 'token'"),
         (regrouped("float-channel", {"num_bits": 4}), "num_bits is '4'.*supported: 8"),

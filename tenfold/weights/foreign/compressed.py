@@ -1,8 +1,9 @@
-"""compressed-tensors checkpoints (llm-compressor, Neural Magic, Red Hat AI): int4, int8 and float8 e4m3 linears.
+"""compressed-tensors checkpoints (llm-compressor, Neural Magic, Red Hat AI): linears of 2 to 8 bits and of float8 e4m3.
 
 `config_groups` say how the modules they target are stored; a module holds, for `cols` inputs and `rows` outputs,
 
-    pack-quantized   weight_packed int32 [rows, cols * bits / 32], lowest bits first, codes counted from 0
+    pack-quantized   weight_packed int32 [rows, cols * bits / 32], codes counted from 0, lowest bits first, one after
+                     the other without gaps
                      weight_zero_point int32 [rows * bits / 32, groups], packed along the rows, where not symmetric
                      weight_g_idx int32 [cols], the group of each column, with actorder "group"
     the others       weight int8 or float8_e4m3fn [rows, cols]; weight_zero_point int8 like the scales
@@ -19,12 +20,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tenfold.ops.formats import Format, Packed, interleave, store_nibbles
+from tenfold.ops.formats import CODES, Format, Packed
 from tenfold.weights.foreign.fp8 import block_scales, row_scales
-from tenfold.weights.foreign.gptq import column_order, joined
-from tenfold.weights.foreign.linear import REAL, Files, Linear, Settings, count_groups, fields, packed_format, signed
+from tenfold.weights.foreign.gptq import column_order, gptq_codes
+from tenfold.weights.foreign.linear import (
+    REAL,
+    Files,
+    Linear,
+    Settings,
+    check_cols,
+    count_groups,
+    fields,
+    packed_format,
+    signed,
+)
 
 PACKED = "pack-quantized"
 PLAIN = ("naive-quantized", "int-quantized", "float-quantized")
@@ -106,7 +116,7 @@ def read_group(name: str, raw: Mapping[str, Any], settings: Settings) -> Group:
 
 def read_kind(weights: Settings) -> str:
     kind = weights.choice("type", ("int", "float"), "int")
-    bits = weights.choice("num_bits", (4, 8) if kind == "int" else (8,), 8)
+    bits = weights.choice("num_bits", (2, 3, 4, 8) if kind == "int" else (8,), 8)
     return "fp8" if kind == "float" else f"int{bits}"
 
 
@@ -134,12 +144,13 @@ def matches(target: str, module: str, settings: Settings) -> bool:
 def packed_linear(group: Group, files: Files, module: str) -> Linear:
     if group.format != PACKED or group.strategy not in ("channel", "group", "tensor"):
         files.fail(f"{module} has packed weights, and its group describes {group.format} by {group.strategy}")
-    bits = 4 if group.kind == "int4" else 8
+    bits = CODES[group.kind].bits
     files.entry(f"{module}.weight_shape", ("I64", "I32"), (2,))
     rows, words = files.entry(f"{module}.weight_packed", ("I32",), (None, None)).shape
     cols = int(files.read(f"{module}.weight_shape")[1])
     if words != -(-cols * bits // 32):
         files.fail(f"{module}.weight_packed has {words} words a row, too few or many for {cols} columns")
+    check_cols(files, module, cols, bits)
     count = count_groups(cols, group.size)
     names = [f"{module}.weight_packed", f"{module}.weight_scale", f"{module}.weight_shape"]
     check_scale(group, files, module, rows, cols)
@@ -163,19 +174,10 @@ def packed_linear(group: Group, files: Files, module: str) -> Linear:
         if not group.symmetric:
             stored = files.read(f"{module}.weight_zero_point").to(device)
             codes = fields(stored.t(), bits)[:, :rows].t().contiguous()
-            zeros = (codes if bits == 4 else signed(codes)).to(scales.dtype)
-        return Packed(packed_codes(words, bits, cols, columns), scales, zeros, columns)
+            zeros = (signed(codes) if bits == 8 else codes).to(scales.dtype)
+        return Packed(gptq_codes(words, bits, columns, cols), scales, zeros, columns)
 
     return Linear(module, format, rows, cols, tuple(names), make)
-
-
-def packed_codes(words: Tensor, bits: int, cols: int, order: Tensor | None) -> Tensor:
-    """weight_packed in the layout of our formats; where a row does not end with its last word, as far as it goes."""
-    if order is None and bits == 4 and cols == words.shape[1] * 8:
-        return interleave(words)
-    codes = fields(words, bits)[:, :cols]
-    codes = codes if order is None else codes.index_select(1, order)
-    return signed(codes.contiguous()) if bits == 8 else interleave(joined(codes.contiguous()))
 
 
 def plain_linear(group: Group, files: Files, module: str) -> Linear:
@@ -190,6 +192,8 @@ def plain_linear(group: Group, files: Files, module: str) -> Linear:
             files.fail(f"{module} has zeros, which are not known for {group.kind} by {group.strategy}")
         files.entry(f"{module}.weight_zero_point", ("I8",), files.entries[f"{module}.weight_scale"].shape)
     format = plain_format(group, files)
+    if group.kind != "fp8":
+        check_cols(files, module, cols, format.bits)
 
     def make(device: torch.device | str) -> Packed:
         codes, scales = (files.read(name).to(device) for name in names[:2])
@@ -199,9 +203,8 @@ def plain_linear(group: Group, files: Files, module: str) -> Linear:
         zeros = None
         if not group.symmetric:
             zeros = row_scales(files.read(f"{module}.weight_zero_point").to(device), rows).to(torch.int16)
-            zeros = (zeros + group_middle(group)).to(scales.dtype)
-        stored = store_nibbles(codes + 8) if group.kind == "int4" and cols % 8 == 0 else codes
-        return Packed(stored, scales, zeros)
+            zeros = (zeros + format.codes.middle).to(scales.dtype)
+        return Packed(format.codes.store(codes + format.codes.middle), scales, zeros)
 
     return Linear(module, format, rows, cols, tuple(names), make)
 
@@ -209,11 +212,6 @@ def plain_linear(group: Group, files: Files, module: str) -> Linear:
 def plain_format(group: Group, files: Files) -> Format:
     size = group.block[1] if group.strategy == "block" else group.size
     return packed_format(group.kind, size, not group.symmetric, files, activations=group.activations)
-
-
-def group_middle(group: Group) -> int:
-    """What our codes have on top of the signed codes of the file."""
-    return 8 if group.kind == "int4" else 0
 
 
 def check_scale(group: Group, files: Files, module: str, rows: int, cols: int) -> None:

@@ -1,6 +1,7 @@
-"""GPTQ checkpoints (AutoGPTQ, GPTQModel): int4 or int8 groups, with or without columns ordered by activation.
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel): groups of 2, 3, 4 or 8 bits, with or without columns ordered by activation.
 
-A module holds, for `cols` inputs and `rows` outputs, 32 / bits codes in an int32, lowest bits first:
+A module holds, for `cols` inputs and `rows` outputs, codes in words of int32, lowest bits first and, where they have
+three bits, from one word on into the next:
 
     qweight int32 [cols * bits / 32, rows]     qzeros int32 [groups, rows * bits / 32]
     scales  float [groups, rows]               g_idx  int32 [cols], the group of each column
@@ -18,9 +19,20 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.formats import Packed, interleave
-from tenfold.weights.foreign.linear import REAL, Files, Linear, Settings, count_groups, fields, packed_format, signed
+from tenfold.weights.foreign.linear import (
+    REAL,
+    Files,
+    Linear,
+    Settings,
+    check_cols,
+    count_groups,
+    fields,
+    packed_format,
+    signed,
+    stored,
+)
 
-BITS = (4, 8)
+BITS = (2, 3, 4, 8)
 
 
 def linears(settings: Settings, files: Files) -> list[Linear]:
@@ -54,12 +66,12 @@ def linear(settings: Settings, files: Files, module: str) -> Linear:
     bits = settings.choice("bits", BITS)
     group, symmetric = settings.group("group_size", 128), settings.flag("sym", True)
     version = settings.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
-    count = 32 // bits
     words, rows = files.entry(f"{module}.qweight", ("I32",), (None, None)).shape
-    cols = words * count
+    cols = words * 32 // bits
+    check_cols(files, module, cols, bits)
     groups = count_groups(cols, group)
     files.entry(f"{module}.scales", REAL, (groups, rows))
-    files.entry(f"{module}.qzeros", ("I32",), (groups, -(-rows // count)))
+    files.entry(f"{module}.qzeros", ("I32",), (groups, -(-rows * bits // 32)))
     names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
     order = None
     if files.has(f"{module}.g_idx"):
@@ -70,16 +82,15 @@ def linear(settings: Settings, files: Files, module: str) -> Linear:
 
     def make(device: torch.device | str) -> Packed:
         words, zeros, scales = (files.read(name).to(device) for name in names[:3])
-        stored = fields(zeros, bits)[:, :rows].t()
+        points = fields(zeros, bits)[:, :rows].t()
         if version == "gptq":
-            stored = (stored + 1) & ((1 << bits) - 1)
-        if symmetric and not bool((stored == 1 << (bits - 1)).all()):
+            points = (points + 1) & ((1 << bits) - 1)
+        if symmetric and not bool((points == 1 << (bits - 1)).all()):
             files.fail(f"{module} is said to be symmetric and has zeros other than {1 << (bits - 1)}")
         columns = None if order is None else order.to(device)
-        codes = gptq_codes(words, bits, columns, rows, cols)
-        shifted = stored if bits == 4 else signed(stored.contiguous())
+        shifted = signed(points.contiguous()) if bits == 8 else points
         return Packed(
-            codes,
+            gptq_codes(words.t(), bits, columns, cols),
             scales.t().contiguous(),
             None if symmetric else shifted.to(scales.dtype).contiguous(),
             columns,
@@ -88,19 +99,12 @@ def linear(settings: Settings, files: Files, module: str) -> Linear:
     return Linear(module, format, rows, cols, tuple(names), make)
 
 
-def gptq_codes(words: Tensor, bits: int, order: Tensor | None, rows: int, cols: int) -> Tensor:
-    """qweight in the layout of our formats."""
-    words = words.t().contiguous()
-    if order is not None:
-        codes = fields(words, bits).index_select(1, order)
-        words = codes.contiguous().view(torch.int32) if bits == 8 else joined(codes)
-    return interleave(words) if bits == 4 else signed(words.view(torch.uint8)).view(rows, cols)
-
-
-def joined(codes: Tensor) -> Tensor:
-    """Codes of 4 bits [rows, cols] -> int32 words, lowest first."""
-    pairs = codes.unflatten(1, (-1, 2))
-    return (pairs[..., 0] | (pairs[..., 1] << 4)).view(torch.int32)
+def gptq_codes(words: Tensor, bits: int, order: Tensor | None, cols: int) -> Tensor:
+    """Words [rows, words of a row] in the layout of our formats."""
+    if order is None and bits == 4:
+        return interleave(words.contiguous())
+    codes = fields(words, bits)[:, :cols]
+    return stored(codes if order is None else codes.index_select(1, order), bits)
 
 
 def column_order(groups: Tensor, group: int, files: Files, module: str) -> Tensor | None:

@@ -12,12 +12,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import Format, Packed, is_format
+from tenfold.ops.formats import CODES, Format, Packed, is_format
 from tenfold.ops.matrix import Deferred
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.safetensors import TensorEntry
 
 REAL = ("F32", "F16", "BF16")
+WHOLE = {2: 16, 3: 32, 4: 8, 8: 1}  # columns that whole words of our formats hold, by the bits of a code
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,30 @@ def packed_format(
 
 
 def fields(words: Tensor, bits: int) -> Tensor:
-    """Fields of 4 or 8 bits of int32 words, lowest first: [n, m] -> uint8 [n, m * 32 / bits]."""
+    """Fields of 2, 3, 4 or 8 bits of int32 words, lowest first; those of 3 bits run on from word to word.
+
+    [n, m] -> uint8 [n, m * 32 / bits], rounded up for 3 bits.
+    """
     flat = words.contiguous().view(torch.uint8)
-    return flat if bits == 8 else torch.stack((flat & 15, flat >> 4), dim=-1).flatten(1)
+    if bits == 8:
+        return flat
+    if bits == 3:
+        low, middle, high = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 3)).int().unflatten(1, (-1, 3)).unbind(2)
+        flat, count = low | (middle << 8) | (high << 16), 8
+    else:
+        count = 8 // bits
+    return torch.stack([(flat >> bits * i) & ((1 << bits) - 1) for i in range(count)], dim=-1).flatten(1).byte()
+
+
+def stored(codes: Tensor, bits: int) -> Tensor:
+    """Codes counted from 0, uint8 [rows, cols], in the layout of our format of so many bits."""
+    return signed(codes.contiguous()) if bits == 8 else CODES[f"int{bits}"].store(codes)
+
+
+def check_cols(files: Files, module: str, cols: int, bits: int) -> None:
+    """Raises CheckpointError for rows that do not end with a word."""
+    if cols % WHOLE[bits]:
+        files.fail(f"{module} has {cols} columns of {bits} bits; supported: multiples of {WHOLE[bits]}")
 
 
 def signed(codes: Tensor) -> Tensor:
