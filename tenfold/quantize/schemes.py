@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tenfold.ops.formats import Format, Packed
+
 NAME = re.compile(r"w([1-8])(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
 PARAMETER_BITS = 16  # of a scale, and of a zero
 SHRINKS = tuple(1 - 0.04 * i for i in range(16))  # of the range from the least to the largest, that are tried
@@ -33,6 +35,11 @@ class Scheme:
     def __str__(self) -> str:
         group = f"g{self.group}" if self.group else ""
         return f"w{self.bits}{group}{'z' * self.zero}{'a8' * (self.activations == 8)}"
+
+    @property
+    def lowest(self) -> int:
+        """What is taken from codes and zeros when they are stored: whole numbers of 8 bits have signs."""
+        return 128 if self.bits == 8 else 0
 
     def stored_bits(self, cols: int) -> float:
         """Of a weight in a matrix with so many columns, scales and zeros included."""
@@ -108,7 +115,7 @@ def _range(parts: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tensor
     if scheme.zero:
         low, high = parts.amin(-1).clamp(max=0.0), parts.amax(-1).clamp(min=0.0)
         scales = _scales(shrink * (high - low) / ((1 << scheme.bits) - 1))
-        return scales, _half(-shrink * low / scales)
+        return scales, _half(-shrink * low / scales - scheme.lowest) + scheme.lowest
     middle = 1 << (scheme.bits - 1)
     scales = _scales(shrink * parts.abs().amax(-1) / (middle - 1))
     return scales, torch.full_like(scales, float(middle))
@@ -138,3 +145,31 @@ def round_activations(x: Tensor, scheme: Scheme) -> Tensor:
     top = (1 << (scheme.activations - 1)) - 1
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / top
     return (torch.round(x.float() / scale).clamp_(-top, top) * scale).to(x.dtype)
+
+
+STORED = (2, 3, 4, 8)  # bits of schemes that there is a packed format for
+
+
+def format_of_scheme(scheme: Scheme) -> Format:
+    """The packed format that holds what a scheme rounds to. Raises ValueError where there is none."""
+    if scheme.bits not in STORED:
+        raise ValueError(
+            f"{scheme} cannot be stored; formats have {', '.join(map(str, STORED))} bits. Take one of those schemes."
+        )
+    return Format(f"int{scheme.bits}", scheme.group, scheme.zero)
+
+
+def packed(rounded: Tensor, grid: Grid) -> Packed:
+    """What `rounded` [rows, cols] of a grid is stored as, exactly. Raises ValueError as `format_of_scheme` does, and
+    for columns that the format cannot hold.
+    """
+    scheme = grid.scheme
+    format = format_of_scheme(scheme)
+    rows, cols = rounded.shape
+    if obstacle := format.obstacle(cols):
+        raise ValueError(f"A matrix {rows} x {cols} cannot be stored as {format.name}: {obstacle}.")
+    group = scheme.group or cols
+    parts = rounded.float().view(rows, -1, group)
+    codes = torch.round(parts / grid.scales[..., None] + grid.zeros[..., None]).view(rows, cols)
+    zeros = (grid.zeros - scheme.lowest).to(torch.float16) if scheme.zero else None
+    return Packed(format.codes.store(codes - scheme.lowest), grid.scales.to(torch.float16), zeros)

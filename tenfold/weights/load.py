@@ -54,6 +54,7 @@ class Weights:
         self.used: set[str] = set()
         self.matrices: list[Matrix] = []  # all that were made
         self.experts: list[Experts] = []  # of the layers that have some
+        self.banks: list[tuple[str, Sequence[Sequence[str]]]] = []  # names given to `bank`, in turn
         self._names = frozenset(checkpoint.names())
 
     def has(self, name: str) -> bool:
@@ -83,6 +84,7 @@ class Weights:
             made.append([self._convert(p, loaded_storage(self.mode, p.name, p.storage, p.shape)) for p in parts])
         bank = self.kernels.bank(made)
         self.matrices += bank.each
+        self.banks.append((stacked, names))
         return bank
 
     def kept(self, name: str, rows: int, cols: int) -> Matrix:

@@ -9,8 +9,10 @@ import torch
 pytest.importorskip("scipy")
 
 from tenfold.bench import mxmoe
-from tenfold.bench.mxmoe import Subject, name_of
+from tenfold.quantize.mxmoe.subject import Subject, blocks_of, name_of, slopes
+from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
+from tenfold.weights.open import open_checkpoint
 from tests.tiny import VOCAB
 
 SCHEMES = [parse(name) for name in ("w2g8z", "w4g8z", "w8g8z")]
@@ -24,11 +26,11 @@ def windows(seed: int, count: int = 5) -> list[list[int]]:
 
 @pytest.fixture
 def subject(tiny: Callable[[str], Path]) -> Subject:
-    return Subject(str(tiny("qwen2-moe")))
+    return Subject(open_checkpoint(tiny("qwen2-moe")))
 
 
 def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
-    found = subject.measure(windows(1), SCHEMES, "rtn", lambda _: None)
+    found = subject.measure(windows(1), SCHEMES, "rtn")
     assert set(found.sizes) == set(subject.exact)
     assert all(sum(picks) == 5 * 64 * 2 for picks in found.picks.values())
     rows = mxmoe.rows(subject, found, BITS, [7.0, 9.0], windows(2), lambda _: None)
@@ -47,14 +49,14 @@ def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
 
 def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: Subject) -> None:
     found = subject.measure(windows(6), SCHEMES, "rtn", lambda _: None)
-    slope = mxmoe.slopes(subject, found, "w2g8z", windows(6))
+    slope = slopes(subject, found, "w2g8z", windows(6))
     assert set(slope) == set(found.picks)
     assert all(value >= 0 for value in slope.values())
     slope = {layer: 1.0 + layer for layer in found.picks}
     rows = mxmoe.rows(subject, found, BITS, [8.0], windows(7, 2), lambda _: None, slope)
     assert rows[-1]["kind"] == "mixed model block end"
-    plain = {b.name: b for b in mxmoe.blocks_of(found, BITS, "model", False)}
-    for block in mxmoe.blocks_of(found, BITS, "model", False, slope):
+    plain = {b.name: b for b in blocks_of(found, BITS, "model", False)}
+    for block in blocks_of(found, BITS, "model", False, slope):
         factor = slope[int(block.name.split(".")[0])]
         assert block.loss == pytest.approx({name: factor * loss for name, loss in plain[block.name].loss.items()})
 
@@ -75,11 +77,11 @@ def test_better_rounding_loses_less(subject: Subject) -> None:
 
 
 def test_a_rotated_model_is_the_same_before_it_is_rounded(subject: Subject, tiny: Callable[[str], Path]) -> None:
-    turned = Subject(str(tiny("qwen2-moe")), rotate=True)
+    turned = Subject(Rotated(open_checkpoint(tiny("qwen2-moe"))))
     assert turned.perplexity(windows(5)) == pytest.approx(subject.perplexity(windows(5)), rel=1e-3)
     assert not torch.equal(next(iter(turned.exact.values())), next(iter(subject.exact.values())))
 
 
 def test_a_model_without_experts_is_refused(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="has no experts"):
-        Subject(str(tiny("llama")))
+        Subject(open_checkpoint(tiny("llama")))

@@ -5,7 +5,7 @@ from typing import Any
 
 from tenfold.base.log import logger
 from tenfold.weights.checkpoint import CheckpointError
-from tenfold.weights.foreign import awq, compressed, fp8, gptq
+from tenfold.weights.foreign import awq, compressed, fp8, gptq, own
 from tenfold.weights.foreign.linear import Files, Linear, Settings
 
 METHODS: dict[str, Callable[[Settings, Files], list[Linear]]] = {
@@ -14,6 +14,7 @@ METHODS: dict[str, Callable[[Settings, Files], list[Linear]]] = {
     "compressed-tensors": compressed.linears,
     "fp8": fp8.linears,
     "fbgemm_fp8": fp8.linears,
+    own.METHOD: own.linears,
 }
 # Beside the weights, and of no use where activations are not quantised with fixed scales.
 LEFT_OUT = (

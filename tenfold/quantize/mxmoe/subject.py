@@ -1,0 +1,214 @@
+"""A model whose experts are rounded and made exact again, what rounding them costs, and what a plan of schemes is."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.cache.store import KVSpec, KVStore
+from tenfold.models.table import build_model
+from tenfold.ops.matrix import Bank
+from tenfold.quantize.capture import PAGE, Seen, Watching, step_of, watched
+from tenfold.quantize.gptq import gptq
+from tenfold.quantize.mxmoe.allocate import Allocator, Block, Plan, budgets, joined
+from tenfold.quantize.mxmoe.sensitivity import PARTS, losses
+from tenfold.quantize.schemes import Scheme, round_to_nearest
+from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.load import Weights
+
+LONGEST = 4096  # tokens of a window at most
+AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
+Key = tuple[int, int, str]  # layer, expert, part
+
+
+@dataclass(slots=True)
+class Rounded:
+    """What was measured of a model: weights of each block by scheme, their losses, how many numbers they have, and how
+    many picks each expert of each layer had.
+    """
+
+    weights: dict[tuple[Key, str], Tensor] = field(default_factory=dict)
+    losses: dict[tuple[Key, str], float] = field(default_factory=dict)
+    sizes: dict[Key, int] = field(default_factory=dict)
+    picks: dict[int, list[int]] = field(default_factory=dict)
+
+
+def name_of(key: Key) -> str:
+    return f"{key[0]}.{key[1]}.{key[2]}"
+
+
+class Subject:
+    """A model in float32 or another dense type, whose experts are rounded and made exact again. Raises ValueError for
+    one without experts.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.kernels = Watching(device, dtype)
+        self.checkpoint = checkpoint
+        self.weights = Weights(checkpoint, self.kernels, device, dtype, "dense")
+        self.model: Any = build_model(checkpoint.config, self.weights, LONGEST)
+        experts = self.model.config.experts
+        if experts is None:
+            raise ValueError(f"{checkpoint.path} has no experts; name a mixture-of-experts model.")
+        self.layers = [i for i, has in enumerate(experts.layers) if has]
+        self.exact = {key: bank.each[key[1]].data[0].clone() for key, bank in self._blocks()}
+
+    def names(self, key: Key) -> list[str]:
+        """Names of the matrices whose rows one after the other make a block."""
+        layer, expert, part = key
+        _, names = self.weights.banks[2 * self.layers.index(layer) + PARTS.index(part)]
+        return list(names[expert])
+
+    def _blocks(self) -> list[tuple[Key, Bank]]:
+        found = []
+        for layer, own in zip(self.layers, self.model.experts):
+            for part, bank in zip(PARTS, (own.gate_up, own.down)):
+                found += [((layer, expert, part), bank) for expert in range(len(own))]
+        return found
+
+    def put(self, weights: Mapping[Key, Tensor]) -> None:
+        """These blocks rounded, all others exact."""
+        for key, bank in self._blocks():
+            bank.each[key[1]].data[0].copy_(weights.get(key, self.exact[key]))
+
+    def tokens(self, text: str, length: int, windows: int) -> list[list[int]]:
+        ids = self.checkpoint.tokenizer().encode(text, add_special_tokens=False).ids
+        found = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        step = max(1, len(found) // windows)
+        return found[::step][:windows]
+
+    def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
+        config, device = self.model.config, self.kernels.device
+        spec = KVSpec(
+            config.layers, config.kv_heads, config.head_dim, self.kernels.dtype, PAGE, one=bool(config.latent)
+        )
+        store = KVStore(spec, -(-max(map(len, windows)) // PAGE), device)
+        total, count = 0.0, 0
+        with torch.inference_mode():
+            for window in windows:
+                step = step_of(window, store, device, every=True)
+                logs = self.model.forward(step)[:-1].log_softmax(-1)
+                total -= float(logs.gather(1, step.token_ids[1:, None]).sum())
+                count += len(window) - 1
+        return math.exp(total / count)
+
+    def measure(
+        self,
+        windows: Sequence[Sequence[int]],
+        schemes: Sequence[Scheme],
+        method: str,
+        say: Callable[[str], None] = lambda _: None,
+        keep: bool = True,
+    ) -> Rounded:
+        """What each scheme costs each block. method: gptq or rtn; keep: the rounded weights too."""
+        found, act = Rounded(), self.model.config.activation
+        for layer, seen in watched(self.model, self.kernels, windows):
+            found.picks[layer] = [own.picks for own in seen]
+            for expert, (own, moments) in enumerate(zip(seen, moments_of(seen))):
+                exact = {part: self.exact[layer, expert, part].float() for part in PARTS}
+                made = {
+                    (part, str(scheme)): rounded(exact[part], moments[part], scheme, method)
+                    for part in PARTS
+                    for scheme in schemes
+                }
+
+                def kept(w: Tensor, scheme: Scheme, part: str, made: Mapping[tuple[str, str], Tensor] = made) -> Tensor:
+                    return made[part, str(scheme)]
+
+                for (part, name), loss in losses(own, exact["gate_up"], exact["down"], act, schemes, kept).items():
+                    key = (layer, expert, part)
+                    found.losses[key, name] = loss
+                    found.sizes[key] = exact[part].numel()
+                    if keep:
+                        found.weights[key, name] = made[part, name]
+            picks, tokens = found.picks[layer], sum(map(len, windows))
+            say(f"layer {layer}: {tokens} tokens, {min(picks)} to {max(picks)} of them for an expert")
+        return found
+
+
+def moments_of(seen: Sequence[Seen]) -> list[dict[str, Tensor]]:
+    """Second moments of the inputs of each expert's parts; few inputs lean on those of the layer's other experts."""
+    averages = {part: _average(seen, part) for part in PARTS}
+    return [
+        {
+            "gate_up": own.inputs.shrunk(averages["gate_up"], AS_MANY),
+            "down": own.inner.shrunk(averages["down"], AS_MANY),
+        }
+        for own in seen
+    ]
+
+
+def _average(seen: Sequence[Seen], part: str) -> Tensor:
+    """Second moments over all experts of a layer."""
+    every = [own.inputs if part == "gate_up" else own.inner for own in seen]
+    return torch.stack([m.sums for m in every]).sum(0) / max(1, sum(m.count for m in every))
+
+
+def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str) -> Tensor:
+    """method: gptq or rtn."""
+    return gptq(w, moments, scheme) if method == "gptq" else round_to_nearest(w, scheme)
+
+
+def slopes(subject: Subject, found: Rounded, scheme: str, windows: Sequence[Sequence[int]]) -> dict[int, float]:
+    """What a loss of each layer costs in the end: the rise of the text's mean negative log-likelihood where all experts
+    of the layer have a scheme, for each unit of their losses. Never below zero.
+    """
+    before = math.log(subject.perplexity(windows))
+    made = {}
+    for layer in found.picks:
+        own = {key: found.weights[key, scheme] for key in found.sizes if key[0] == layer}
+        subject.put(own)
+        loss = sum(found.losses[key, scheme] for key in own)
+        made[layer] = max(0.0, math.log(subject.perplexity(windows)) - before) / loss if loss else 0.0
+    subject.put({})
+    return made
+
+
+def blocks_of(
+    found: Rounded, bits: Mapping[str, float], scope: str, norm: bool, slope: Mapping[int, float] | None = None
+) -> list[Block]:
+    """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
+    each layer, of `slopes`. Time is what reading takes, of experts that are picked as often as here.
+    """
+    made = []
+    for key, size in found.sizes.items():
+        layer, expert, _ = key
+        own = {name: found.losses[key, name] * (slope[layer] if slope else 1.0) for name in bits}
+        often = found.picks[layer][expert] / max(1, sum(found.picks[layer]))
+        made.append(
+            Block(
+                name_of(key),
+                size,
+                {name: math.sqrt(loss) if norm else loss for name, loss in own.items()},
+                {name: often * size * b for name, b in bits.items()},
+                f"layer {layer}" if scope == "layer" else "",
+            )
+        )
+    return made
+
+
+def mixed(
+    found: Rounded,
+    bits: Mapping[str, float],
+    budget: float,
+    scope: str,
+    tie: str,
+    norm: bool,
+    r: float,
+    slope: Mapping[int, float] | None = None,
+) -> Plan:
+    """tie: "block", or "expert" for one scheme for both blocks of an expert."""
+    blocks = blocks_of(found, bits, scope, norm, slope)
+    names = {name_of(key): f"{key[0]}.{key[1]}" for key in found.sizes}
+    own = joined(blocks, names) if tie == "expert" else blocks
+    plan = Allocator(own, bits).solve(budgets(own, budget), r)
+    if tie == "block":
+        return plan
+    return Plan({name: plan.schemes[names[name]] for name in names}, plan.loss, plan.time, plan.bytes)
+
+
+def chosen(found: Rounded, schemes: Mapping[str, str]) -> dict[Key, Tensor]:
+    return {key: found.weights[key, schemes[name_of(key)]] for key in found.sizes}
