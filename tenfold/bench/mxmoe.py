@@ -18,6 +18,7 @@ from torch import Tensor
 from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
+from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import Key, Rounded, Subject, chosen, mixed, name_of, slopes
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
@@ -93,8 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subject.tokens(path.read_text(errors="ignore"), given.length, given.windows)
         for path in (given.calibrate, given.text)
     )
-    found = subject.measure(calibrating, schemes, given.method, print)
-    columns = {w.shape[1] for w in subject.exact.values()}
+    found, count = Rounded(), sum(map(len, calibrating))
+    for layer in subject.measure(found, calibrating, dict.fromkeys(PARTS, schemes), given.method):
+        picks = found.picks[layer]
+        print(f"layer {layer}: {count} tokens, {min(picks)} to {max(picks)} of them for an expert")
+    columns = {w.cols for w in subject.blocks.values()}
     bits = {str(s): max(s.stored_bits(cols) for cols in columns) for s in schemes}
     wanted = [float(b) for b in given.bits.split(",")]
     result: dict[str, Any] = {

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("scipy")
 
 from tenfold.bench import mxmoe
-from tenfold.quantize.mxmoe.subject import Subject, blocks_of, name_of, slopes
+from tenfold.quantize.mxmoe.sensitivity import PARTS
+from tenfold.quantize.mxmoe.subject import Rounded, Subject, blocks_of, name_of, slopes
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.open import open_checkpoint
@@ -24,14 +25,23 @@ def windows(seed: int, count: int = 5) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (64,), generator=draw).tolist() for _ in range(count)]
 
 
+def measured(subject: Subject, seed: int, method: str = "rtn", count: int = 5, schemes: int = 3) -> Rounded:
+    found = Rounded()
+    assert (
+        list(subject.measure(found, windows(seed, count), dict.fromkeys(PARTS, SCHEMES[:schemes]), method))
+        == subject.layers
+    )
+    return found
+
+
 @pytest.fixture
 def subject(tiny: Callable[[str], Path]) -> Subject:
     return Subject(open_checkpoint(tiny("qwen2-moe")))
 
 
 def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
-    found = subject.measure(windows(1), SCHEMES, "rtn")
-    assert set(found.sizes) == set(subject.exact)
+    found = measured(subject, 1)
+    assert set(found.sizes) == set(subject.blocks)
     assert all(sum(picks) == 5 * 64 * 2 for picks in found.picks.values())
     rows = mxmoe.rows(subject, found, BITS, [7.0, 9.0], windows(2), lambda _: None)
     kinds = [row["kind"] for row in rows]
@@ -48,7 +58,7 @@ def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
 
 
 def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: Subject) -> None:
-    found = subject.measure(windows(6), SCHEMES, "rtn", lambda _: None)
+    found = measured(subject, 6)
     slope = slopes(subject, found, "w2g8z", windows(6))
     assert set(slope) == set(found.picks)
     assert all(value >= 0 for value in slope.values())
@@ -63,8 +73,8 @@ def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: S
 
 def test_rounded_blocks_are_put_in_place_and_taken_back(subject: Subject) -> None:
     before = subject.perplexity(windows(3))
-    key = next(iter(subject.exact))
-    subject.put({key: torch.zeros_like(subject.exact[key])})
+    key = next(iter(subject.blocks))
+    subject.put({key: torch.zeros_like(subject.exact(key))})
     assert subject.perplexity(windows(3)) != before
     subject.put({})
     assert subject.perplexity(windows(3)) == before
@@ -72,14 +82,14 @@ def test_rounded_blocks_are_put_in_place_and_taken_back(subject: Subject) -> Non
 
 
 def test_better_rounding_loses_less(subject: Subject) -> None:
-    plain, fitted = (subject.measure(windows(4, 12), SCHEMES[:1], how, lambda _: None) for how in ("rtn", "gptq"))
+    plain, fitted = (measured(subject, 4, how, 12, 1) for how in ("rtn", "gptq"))
     assert sum(fitted.losses.values()) < sum(plain.losses.values())
 
 
 def test_a_rotated_model_is_the_same_before_it_is_rounded(subject: Subject, tiny: Callable[[str], Path]) -> None:
     turned = Subject(Rotated(open_checkpoint(tiny("qwen2-moe"))))
     assert turned.perplexity(windows(5)) == pytest.approx(subject.perplexity(windows(5)), rel=1e-3)
-    assert not torch.equal(next(iter(turned.exact.values())), next(iter(subject.exact.values())))
+    assert not torch.equal(*(s.exact(next(iter(s.blocks))) for s in (turned, subject)))
 
 
 def test_a_model_without_experts_is_refused(tiny: Callable[[str], Path]) -> None:

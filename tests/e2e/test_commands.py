@@ -114,6 +114,22 @@ def test_plan_that_does_not_fit_says_what_would(inside, model):
     assert "--max-step-tokens" in result.stdout
 
 
+def test_quantize_writes_a_model_that_runs(inside, tiny, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "few-bits"
+    text.write_text("the land and the hill lay under the wide sky, and nobody came. " * 80)
+    asked = ("quantize", str(tiny("qwen2-moe-even")), "--text", str(text), "--out", str(out), "--bits", "5.5")
+    wish = ("--schemes", "w2g32z,w4g32z,w8g32z", "--window", "64", "--windows", "8", "--device", "cpu")
+    result = inside(*asked, *wish)
+    assert result.returncode == 0, result.stderr
+    assert "bits of a weight of experts" in result.stdout
+    assert "of the layer's picks went to it" in result.stdout
+    answer = inside("run", "--model", str(out), "--max-tokens", "5", "-q", "the land")
+    assert answer.returncode == 0, answer.stderr
+    again = inside(*asked, *wish)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+
+
 def test_doctor(inside):
     result = inside("doctor", "--json")
     assert result.returncode == 0, result.stderr

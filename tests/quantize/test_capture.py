@@ -10,7 +10,7 @@ from tenfold.models.table import build_model
 from tenfold.ops.matrix import Bank, Experts, Matrix
 from tenfold.ops.route import route
 from tenfold.quantize.capture import TextTooShort, Watching, watched
-from tenfold.quantize.mxmoe.sensitivity import losses
+from tenfold.quantize.mxmoe.sensitivity import PARTS, losses
 from tenfold.quantize.schemes import Scheme, parse, round_activations, round_to_nearest
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
@@ -91,7 +91,8 @@ def test_the_cheap_sensitivity_is_that_of_the_whole_layer(part: str, scheme: Sch
         else:
             changed = exact + difference(kernels, x, ids, weights, moe, banks, expert, part, scheme)
         own = moe.experts.gate_up.each[expert].data[0], moe.experts.down.each[expert].data[0]
-        found = losses(seen[expert], *own, moe.experts.act, [scheme], lambda w, s, _: round_to_nearest(w, s))
+        schemes = {key: [scheme] for key in PARTS}
+        found = losses(seen[expert], *own, moe.experts.act, schemes, lambda w, s, _: round_to_nearest(w, s))
         assert found[part, str(scheme)] == pytest.approx(float((changed - exact).square().sum()), rel=1e-3)
 
 

@@ -31,18 +31,20 @@ def outputs(x: Tensor, gate_up: Tensor, down: Tensor, act: str, schemes: Mapping
 
 
 def losses(
-    seen: Seen, gate_up: Tensor, down: Tensor, act: str, schemes: Sequence[Scheme], rounding: Rounding
+    seen: Seen, gate_up: Tensor, down: Tensor, act: str, schemes: Mapping[str, Sequence[Scheme]], rounding: Rounding
 ) -> dict[tuple[str, str], float]:
-    """By part and scheme: the sum over the expert's tokens of the squared change of the layer's output, float32 weights
-    gate_up [2 * inner, cols] and down [cols, inner]. An expert that was never picked loses nothing.
+    """By part and scheme, of those each part may get: the sum over the expert's tokens of the squared change of the
+    layer's output, float32 weights gate_up [2 * inner, cols] and down [cols, inner]. An expert that was never picked
+    loses nothing.
     """
     x, weights = seen.tokens()
-    found = {(part, str(scheme)): 0.0 for part in PARTS for scheme in schemes}
+    pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
+    found = {(part, str(scheme)): 0.0 for part, scheme in pairs}
     if not len(x):
         return found
     exact = outputs(x, gate_up, down, act)
     more = seen.picks / len(x)  # the sample stands for all
-    for part, scheme in ((part, scheme) for part in PARTS for scheme in schemes):
+    for part, scheme in pairs:
         own = {"gate_up": gate_up, "down": down}
         own[part] = rounding(own[part], scheme, part)
         changed = outputs(x, own["gate_up"], own["down"], act, {part: scheme})

@@ -1,7 +1,7 @@
 """A model whose experts are rounded and made exact again, what rounding them costs, and what a plan of schemes is."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from tenfold.weights.load import Weights
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
 Key = tuple[int, int, str]  # layer, expert, part
+Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -54,7 +55,12 @@ class Subject:
         if experts is None:
             raise ValueError(f"{checkpoint.path} has no experts; name a mixture-of-experts model.")
         self.layers = [i for i, has in enumerate(experts.layers) if has]
-        self.exact = {key: bank.each[key[1]].data[0].clone() for key, bank in self._blocks()}
+        self.blocks = {key: bank.each[key[1]] for key, bank in self._blocks()}
+        self._exact: dict[Key, Tensor] = {}  # of the blocks that are rounded
+
+    def exact(self, key: Key) -> Tensor:
+        """A block as the checkpoint has it [rows, cols]."""
+        return self._exact[key] if key in self._exact else self.blocks[key].data[0]
 
     def names(self, key: Key) -> list[str]:
         """Names of the matrices whose rows one after the other make a block."""
@@ -71,8 +77,11 @@ class Subject:
 
     def put(self, weights: Mapping[Key, Tensor]) -> None:
         """These blocks rounded, all others exact."""
-        for key, bank in self._blocks():
-            bank.each[key[1]].data[0].copy_(weights.get(key, self.exact[key]))
+        for key in [key for key in self._exact if key not in weights]:
+            self.blocks[key].data[0].copy_(self._exact.pop(key))
+        for key, rounded in weights.items():
+            self._exact.setdefault(key, self.blocks[key].data[0].clone())
+            self.blocks[key].data[0].copy_(rounded)
 
     def tokens(self, text: str, length: int, windows: int) -> list[list[int]]:
         ids = self.checkpoint.tokenizer().encode(text, add_special_tokens=False).ids
@@ -97,36 +106,46 @@ class Subject:
 
     def measure(
         self,
+        found: Rounded,
         windows: Sequence[Sequence[int]],
-        schemes: Sequence[Scheme],
+        schemes: Mapping[str, Sequence[Scheme]],
         method: str,
-        say: Callable[[str], None] = lambda _: None,
         keep: bool = True,
-    ) -> Rounded:
-        """What each scheme costs each block. method: gptq or rtn; keep: the rounded weights too."""
-        found, act = Rounded(), self.model.config.activation
-        for layer, seen in watched(self.model, self.kernels, windows):
-            found.picks[layer] = [own.picks for own in seen]
+        progress: Progress | None = None,
+    ) -> Iterator[int]:
+        """What each scheme costs each block, into `found`, layer by layer; layers that it has are passed over. schemes:
+        that each part may get; method: gptq or rtn; keep: the rounded weights too. progress(done, all): windows of all
+        layers.
+        """
+        for layer, seen in watched(self.model, self.kernels, windows, progress):
+            if layer in found.picks:
+                continue
             for expert, (own, moments) in enumerate(zip(seen, moments_of(seen))):
-                exact = {part: self.exact[layer, expert, part].float() for part in PARTS}
-                made = {
-                    (part, str(scheme)): rounded(exact[part], moments[part], scheme, method)
-                    for part in PARTS
-                    for scheme in schemes
-                }
+                self._measure_expert(found, (layer, expert), own, moments, schemes, method, keep)
+            found.picks[layer] = [own.picks for own in seen]
+            yield layer
 
-                def kept(w: Tensor, scheme: Scheme, part: str, made: Mapping[tuple[str, str], Tensor] = made) -> Tensor:
-                    return made[part, str(scheme)]
-
-                for (part, name), loss in losses(own, exact["gate_up"], exact["down"], act, schemes, kept).items():
-                    key = (layer, expert, part)
-                    found.losses[key, name] = loss
-                    found.sizes[key] = exact[part].numel()
-                    if keep:
-                        found.weights[key, name] = made[part, name]
-            picks, tokens = found.picks[layer], sum(map(len, windows))
-            say(f"layer {layer}: {tokens} tokens, {min(picks)} to {max(picks)} of them for an expert")
-        return found
+    def _measure_expert(
+        self,
+        found: Rounded,
+        at: tuple[int, int],
+        seen: Seen,
+        moments: Mapping[str, Tensor],
+        schemes: Mapping[str, Sequence[Scheme]],
+        method: str,
+        keep: bool,
+    ) -> None:
+        exact = {part: self.exact((*at, part)).float() for part in PARTS}
+        pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
+        made = {(part, str(s)): rounded(exact[part], moments[part], s, method) for part, s in pairs}
+        act = self.model.config.activation
+        lost = losses(seen, exact["gate_up"], exact["down"], act, schemes, lambda w, s, part: made[part, str(s)])
+        for (part, name), loss in lost.items():
+            key = (*at, part)
+            found.losses[key, name] = loss
+            found.sizes[key] = exact[part].numel()
+            if keep:
+                found.weights[key, name] = made[part, name]
 
 
 def moments_of(seen: Sequence[Seen]) -> list[dict[str, Tensor]]:
@@ -176,14 +195,18 @@ def blocks_of(
     made = []
     for key, size in found.sizes.items():
         layer, expert, _ = key
-        own = {name: found.losses[key, name] * (slope[layer] if slope else 1.0) for name in bits}
+        own = {
+            name: found.losses[key, name] * (slope[layer] if slope else 1.0)
+            for name in bits
+            if (key, name) in found.losses
+        }
         often = found.picks[layer][expert] / max(1, sum(found.picks[layer]))
         made.append(
             Block(
                 name_of(key),
                 size,
                 {name: math.sqrt(loss) if norm else loss for name, loss in own.items()},
-                {name: often * size * b for name, b in bits.items()},
+                {name: often * size * bits[name] for name in own},
                 f"layer {layer}" if scope == "layer" else "",
             )
         )

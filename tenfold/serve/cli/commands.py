@@ -29,6 +29,7 @@ BODIES = {
     "doctor": "tenfold.serve.cli.doctor:doctor",
     "explain": "tenfold.serve.cli.choices:explain",
     "tune": "tenfold.serve.cli.choices:tune",
+    "quantize": "tenfold.serve.cli.quantize:run",
     "calibrate softmax": "tenfold.serve.cli.calibrate:softmax",
     "calibrate kv": "tenfold.serve.cli.calibrate_kv:kv",
     "bench": "tenfold.bench.cli:app",
@@ -328,6 +329,41 @@ def calibrate_kv_command(
     stopped.
     """
     body("calibrate kv")(settled.config, text, format, window, windows, as_json)
+
+
+@app.command(
+    "quantize",
+    epilog=examples(
+        "tenfold quantize ./qwen3-30b-a3b --text wiki.txt --bits 4.25 --out ./qwen3-mixed",
+        "tenfold quantize ./mixtral --text wiki.txt --bits 3.25 --scope layer --out ./mixtral-3",
+    ),
+)
+@settings(EngineConfig, models=ARGUMENT)
+def quantize_command(
+    settled: Settled,
+    text: Sample,
+    out: Annotated[Path, Option("--out", help="Folder to write, new or empty.")],
+    bits: Annotated[float, Option("--bits", help="Of a weight of experts, scales and zeros included.")] = 4.25,
+    schemes: Annotated[str, Option("--schemes", help="That blocks may get.")] = "w2g128z,w3g128z,w4g128z,w8g128z",
+    method: Annotated[str, Option("--method", help="Rounding: gptq, or rtn (to nearest).")] = "gptq",
+    scope: Annotated[str, Option("--scope", help="What keeps to the bits: model as a whole, or each layer.")] = "model",
+    r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
+    window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
+    windows: Annotated[int, Option("--windows", help="Sequences at most.")] = 64,
+    recipe: Annotated[
+        Path | None, Option("--recipe", exists=True, dir_okay=False, help="Follow this recipe.json, measure nothing.")
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the recipe.")] = False,
+) -> None:
+    """Give every block of every expert the bits it deserves (MxMoE), and write the model.
+
+    What each scheme costs each block is measured on the text; the best choice under the bits is found exactly. An
+    interrupted run goes on where it stopped.
+    """
+    from tenfold.quantize.mxmoe.run import Wish
+
+    wish = Wish(bits, schemes, method, scope, r, window, windows)
+    body("quantize")(settled.config, text, out, wish, recipe, as_json)
 
 
 @app.command(

@@ -1,0 +1,70 @@
+"""What was decided about a model's blocks, and why: `recipe.json` in the folder of the quantised model.
+
+It names the model and the text it was made from by their digests; used with another model it is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "recipe.json"
+SCHEMA = 1
+LARGEST = 1 << 28  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """model: `identity` of the checkpoint; text: digest of the calibration text, tokens of which were used; bits: of a
+    weight of experts, scales and zeros included; losses: what each scheme that a block could get costs, and picks the
+    tokens that went to each expert of a layer: together the reason why.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    method: str
+    scope: str
+    r: float
+    bits: float
+    schemes: Mapping[str, str]
+    losses: Mapping[str, Mapping[str, float]]
+    picks: Mapping[str, list[int]]
+
+    def content(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def why(self, block: str) -> str:
+        """A sentence about one block, "layer.expert.part"."""
+        layer, expert, part = block.split(".")
+        taken, own = self.schemes[block], self.losses[block]
+        costs = ", ".join(f"{name} {loss:.3g}" for name, loss in own.items())
+        picks = self.picks[layer]
+        share = picks[int(expert)] / max(1, sum(picks))
+        return (
+            f"layer {layer}, expert {expert}, {part}: {taken}. {share:.1%} of the layer's picks went to it; "
+            f"squared error of the layer's output by scheme: {costs}."
+        )
+
+
+def load(path: Path, model: str) -> Recipe:
+    """The recipe of a file, for the model of this identity. Raises ValueError for a file that is none, and for another
+    model's; OSError.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} is too large for a recipe; give the {FILE} of a model that tenfold quantize made.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("schema") != SCHEMA:
+            raise KeyError("schema")
+        found = Recipe(**raw)
+        found.schemes.items(), found.losses.items(), found.picks.items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no recipe; give the {FILE} of a model that tenfold quantize made.") from error
+    if found.model != model:
+        raise ValueError(
+            f"{path} was made from another model (digest {str(found.model)[:12]}, this one has {model[:12]}); "
+            "measure this model with --text, or name the one the recipe belongs to."
+        )
+    return found

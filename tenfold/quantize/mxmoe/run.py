@@ -1,0 +1,263 @@
+"""`tenfold quantize`: measure a model's experts on a text, choose a scheme for every block, write the model.
+
+Two passes over the text, layer by layer: one measures what every scheme costs every block, and what it found is kept in
+a file beside the folder to be written, so an interrupted run goes on where it stopped; the other rounds each block as
+was chosen, and writes a layer's experts as one file.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenfold.ops.blocks import DENSE
+from tenfold.ops.formats import Packed
+from tenfold.quantize.capture import TextTooShort, watched
+from tenfold.quantize.mxmoe.allocate import Allocator, BudgetError, Plan, budgets
+from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
+from tenfold.quantize.mxmoe.sensitivity import PARTS
+from tenfold.quantize.mxmoe.subject import LONGEST, Progress, Rounded, Subject, blocks_of, moments_of, name_of, rounded
+from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
+from tenfold.quantize.write import Folder, check_free
+from tenfold.weights import beside
+from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.foreign import own
+from tenfold.weights.hf import HFCheckpoint
+from tenfold.weights.identity import identity
+from tenfold.weights.mapped import read_object
+
+SCHEMES = "w2g128z,w3g128z,w4g128z,w8g128z"
+LARGEST_CONFIG = 1 << 24
+METHODS, SCOPES = ("gptq", "rtn"), ("layer", "model")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get; scope: whether each
+    layer keeps to that many bits or the model as a whole; r: how much accuracy counts against speed, 0 to 1; length,
+    windows: of the text's sequences, in tokens, and their number.
+    """
+
+    bits: float
+    schemes: str = SCHEMES
+    method: str = "gptq"
+    scope: str = "model"
+    r: float = 1.0
+    length: int = 512
+    windows: int = 64
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", METHODS), ("scope", SCOPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+        if not 2 <= self.length <= LONGEST or self.windows < 1:
+            raise ValueError(
+                f"{self.windows} windows of {self.length} tokens were asked for; allowed: from 1, of 2 to {LONGEST}."
+            )
+        if not 0 <= self.r <= 1:
+            raise ValueError(f"r is {self.r}; allowed: 0 (speed alone) to 1 (accuracy alone).")
+
+    def parsed(self) -> list[Scheme]:
+        """Raises ValueError for schemes that cannot be stored."""
+        found = [parse(name.strip()) for name in self.schemes.split(",")]
+        for scheme in found:
+            format_of_scheme(scheme)
+        return found
+
+
+def quantize(
+    checkpoint: Checkpoint,
+    text: Path,
+    out: Path,
+    wish: Wish,
+    recipe: Path | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], Progress] = lambda _: lambda done, total: None,
+) -> Recipe:
+    """The model in `out`. recipe: what to follow instead of measuring. progress(what) is given what a pass is called.
+
+    Raises ValueError for a model without experts or already quantised, a text too short, a budget below the smallest
+    schemes, another model's recipe and a folder that holds something; OSError.
+    """
+    check_installed()
+    check_free(out)
+    source = config_of(checkpoint)
+    model = identity(checkpoint)
+    content = text.read_bytes()
+    subject = Subject(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    allowed = allowed_schemes(subject, wish.parsed())
+    windows = subject.tokens(content.decode("utf-8", "ignore"), wish.length, wish.windows)
+    if not windows:
+        raise TextTooShort(
+            f"{text} has fewer than {wish.length} tokens, one window; give more text or a shorter window."
+        )
+    digest = hashlib.sha256(content).hexdigest()
+    if recipe is None:
+        bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
+        check_budget(subject, allowed, wish.bits)
+        found = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
+        plan = planned(found, bits, wish)
+        made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish)
+    else:
+        made = load(recipe, model)
+        if set(made.schemes) != {name_of(key) for key in subject.blocks}:
+            raise ValueError(f"{recipe} does not name a scheme for every block of the model; it is damaged.")
+    with Folder(out) as folder:
+        formats = write_experts(subject, windows, made, wish.method, folder, progress("writing"))
+        write_rest(subject, folder)
+        quantization = {
+            "quant_method": own.METHOD,
+            "version": own.VERSION,
+            "model": model,
+            "text": made.text,
+            "recipe": hashlib.sha256(json.dumps(made.content(), sort_keys=True).encode()).hexdigest(),
+            "formats": formats,
+        }
+        folder.finish({**source, "quantization_config": quantization}, checkpoint.path, {FILE: made.content()})
+    partial(out).unlink(missing_ok=True)
+    return made
+
+
+def check_installed() -> None:
+    """Raises ImportError."""
+    missing = [name for name in ("scipy", "safetensors") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'Quantising needs {" and ".join(missing)}, not installed here; run: pip install "tenfold[quantize]"'
+        )
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json as it is in the folder. Raises ValueError for what is no folder of dense weights."""
+    if not isinstance(checkpoint, HFCheckpoint):
+        raise ValueError(f"{checkpoint.path} is no Hugging Face folder; quantise the original weights of this model.")
+    for name in checkpoint.names():
+        if (storage := checkpoint.tensor(name).storage) not in DENSE:
+            raise ValueError(f"{checkpoint.path} is quantised already ({storage}); give the original weights.")
+    return read_object(checkpoint.path / "config.json", LARGEST_CONFIG)
+
+
+def allowed_schemes(subject: Subject, schemes: Sequence[Scheme]) -> dict[str, list[Scheme]]:
+    """Those whose format holds the columns of each part. Raises ValueError where a part is left with none."""
+    found = {}
+    for part in PARTS:
+        cols = next(matrix.cols for key, matrix in subject.blocks.items() if key[2] == part)
+        fits = [s for s in schemes if not format_of_scheme(s).obstacle(cols) and cols % (s.group or cols) == 0]
+        if not fits:
+            raise ValueError(
+                f"None of {', '.join(map(str, schemes))} fits the {cols} columns of {part}; "
+                "add schemes of smaller groups, such as w4g32z."
+            )
+        found[part] = fits
+    return found
+
+
+def check_budget(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> None:
+    """Before anything is measured. Raises BudgetError."""
+    sizes = {part: sum(m.rows * m.cols for k, m in subject.blocks.items() if k[2] == part) for part in PARTS}
+    cols = {key[2]: matrix.cols for key, matrix in subject.blocks.items()}
+    least = sum(sizes[p] * min(s.stored_bits(cols[p]) for s in allowed[p]) for p in PARTS) / sum(sizes.values())
+    if bits < least:
+        raise BudgetError(
+            f"{bits:g} bits a weight were asked for and the smallest schemes take {least:.3f}, scales and zeros "
+            "included; allow that much, or add a scheme of fewer bits."
+        )
+
+
+def measured(
+    subject: Subject,
+    windows: Sequence[Sequence[int]],
+    allowed: Mapping[str, Sequence[Scheme]],
+    wish: Wish,
+    out: Path,
+    subjects: str,
+    progress: Progress,
+) -> Rounded:
+    """Losses of every block, of layers that an interrupted run measured as it left them."""
+    names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
+    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows])
+    found, place = Rounded(), partial(out)
+    resume(found, place, key, subject)
+    for _ in subject.measure(found, windows, allowed, wish.method, keep=False, progress=progress):
+        state = {
+            "key": key,
+            "picks": {str(layer): picks for layer, picks in found.picks.items()},
+            "losses": [[*block, name, loss] for (block, name), loss in found.losses.items()],
+        }
+        beside.write(place, json.dumps(state).encode())
+    return found
+
+
+def partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.measured.json")
+
+
+def resume(found: Rounded, place: Path, key: str, subject: Subject) -> None:
+    """What a run with the same key left; anything else is passed over."""
+    try:
+        state = json.loads(place.read_text(encoding="utf-8"))
+        if state["key"] != key:
+            return
+        losses = {((int(layer), int(e), part), name): float(x) for layer, e, part, name, x in state["losses"]}
+        picks = {int(layer): list(own) for layer, own in state["picks"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    found.losses, found.picks = losses, picks
+    found.sizes = {k: m.rows * m.cols for k, m in subject.blocks.items() if k[0] in picks}
+
+
+def planned(found: Rounded, bits: Mapping[str, float], wish: Wish) -> Plan:
+    blocks = blocks_of(found, bits, wish.scope, norm=False)
+    return Allocator(blocks, bits).solve(budgets(blocks, wish.bits), wish.r)
+
+
+def recipe_of(found: Rounded, plan: Plan, model: str, text: str, tokens: int, wish: Wish) -> Recipe:
+    losses: dict[str, dict[str, float]] = {}
+    for (key, name), loss in found.losses.items():
+        losses.setdefault(name_of(key), {})[name] = loss
+    picks = {str(layer): own for layer, own in found.picks.items()}
+    bits = 8 * sum(plan.bytes.values()) / sum(found.sizes.values())
+    return Recipe(model, text, tokens, wish.method, wish.scope, wish.r, bits, dict(plan.schemes), losses, picks)
+
+
+def write_experts(
+    subject: Subject,
+    windows: Sequence[Sequence[int]],
+    recipe: Recipe,
+    method: str,
+    folder: Folder,
+    progress: Progress,
+) -> dict[str, str]:
+    """A file for each layer; the packed format of each module."""
+    formats: dict[str, str] = {}
+    for layer, seen in watched(subject.model, subject.kernels, windows, progress):
+        tensors: dict[str, Tensor] = {}
+        for expert, moments in enumerate(moments_of(seen)):
+            for part in PARTS:
+                key = (layer, expert, part)
+                scheme, w = parse(recipe.schemes[name_of(key)]), subject.exact(key).float()
+                held = packed(rounded(w, moments[part], scheme, method), grid_of(w, scheme))
+                names = subject.names(key)
+                height = len(w) // len(names)
+                for i, name in enumerate(names):
+                    module = name.removesuffix(".weight")
+                    rows = slice(i * height, (i + 1) * height)
+                    zeros = None if held.zeros is None else held.zeros[rows]
+                    tensors |= own.tensors(module, Packed(held.codes[rows], held.scales[rows], zeros))
+                    formats[module] = format_of_scheme(scheme).name
+        folder.add(tensors)
+    return formats
+
+
+def write_rest(subject: Subject, folder: Folder) -> None:
+    """All other tensors, as they were."""
+    banks = subject.weights.banks
+    experts = {stacked for stacked, _ in banks} | {name for _, names in banks for each in names for name in each}
+    rest = [name for name in subject.checkpoint.names() if name not in experts]
+    folder.add({name: subject.checkpoint.tensor(name).data for name in rest})

@@ -1,0 +1,79 @@
+"""A quantised model's folder as it is written: a file of tensors at a time, and in its place only when it is whole."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+# Whatever of a model's folder is neither weights nor config.
+BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def check_free(path: Path) -> None:
+    """Raises ValueError where a folder cannot be made, since the path holds something."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is there already; give a folder that is new or empty, or remove it.")
+
+
+class Folder:
+    """Written beside `path` under a name of its own, until `finish`; left without that, it is removed. Raises
+    ValueError as `check_free` does, OSError where it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_free(path)
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.partial")
+        self.files: list[str] = []
+        self.owners: dict[str, str] = {}
+        self.bytes = 0
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """One file more; nothing where there are no tensors."""
+        from safetensors.torch import save_file
+
+        if not tensors:
+            return
+        name = f"part-{len(self.files) + 1:05}.safetensors"
+        save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, self.partial / name, {"format": "pt"})
+        self.files.append(name)
+        self.owners |= dict.fromkeys(tensors, name)
+        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def finish(self, config: Mapping[str, Any], source: Path, more: Mapping[str, Mapping[str, Any]]) -> None:
+        """config.json, what lies beside the weights in `source`, and further JSON files by name; then the folder gets
+        its name.
+        """
+        final = {
+            name: f"model-{i:05}-of-{len(self.files):05}.safetensors" for i, name in enumerate(self.files, start=1)
+        }
+        for name, new in final.items():
+            (self.partial / name).rename(self.partial / new)
+        index = {
+            "metadata": {"total_size": self.bytes},
+            "weight_map": {key: final[file] for key, file in sorted(self.owners.items())},
+        }
+        for name, content in {INDEX: index, "config.json": config, **more}.items():
+            (self.partial / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        for name in BESIDE:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, self.partial / name)
+        if self.path.exists():
+            self.path.rmdir()
+        os.replace(self.partial, self.path)

@@ -1,0 +1,219 @@
+"""`tenfold quantize`: it writes the model that it decided on, goes on where it stopped, and says what cannot be."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from tenfold.ops.blocks import dequantize
+from tenfold.quantize.capture import TextTooShort
+from tenfold.quantize.mxmoe import run
+from tenfold.quantize.mxmoe.allocate import BudgetError
+from tenfold.quantize.mxmoe.recipe import FILE, Recipe
+from tenfold.quantize.mxmoe.run import Wish, quantize
+from tenfold.quantize.mxmoe.subject import Subject, name_of
+from tenfold.quantize.schemes import format_of_scheme, parse
+from tenfold.quantize.write import Folder
+from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.open import open_checkpoint
+
+Tiny = Callable[[str], Path]
+WISH = Wish(5.5, "w2g32z,w4g32z,w8g32z", length=64, windows=8)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog, and nobody knows why it would do that. " * 60)
+    return path
+
+
+def model(tiny: Tiny, name: str = "qwen2-moe-even") -> Path:
+    return tiny(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "wish"),
+    [
+        ("qwen2-moe-even", WISH),
+        ("qwen2-moe-even", Wish(6.0, "w2g32z,w4g32z,w8g32z", "rtn", "layer", 0.5, 64, 8)),
+        ("mixtral", WISH),
+    ],
+)
+def test_the_model_is_what_was_decided(name: str, wish: Wish, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    source, out = model(tiny, name), tmp_path / "out"
+    made = quantize(open_checkpoint(source), text, out, wish)
+    assert made.bits <= wish.bits
+    assert len(set(made.schemes.values())) > 1
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    subject = Subject(before)
+    assert set(made.schemes) == {name_of(key) for key in subject.blocks}
+    bits = numbers = 0.0
+    experts = set()
+    for key in subject.blocks:
+        scheme = parse(made.schemes[name_of(key)])
+        exact, parts = subject.exact(key), []
+        for part in subject.names(key):
+            raw = after.tensor(part)
+            assert raw.storage == format_of_scheme(scheme).name
+            parts.append(dequantize(raw))
+            bits += 8 * sum(t.numel() * t.element_size() for t in (raw.data, *raw.extras))
+            experts.add(part)
+        got = torch.cat(parts)
+        numbers += got.numel()
+        assert got.shape == exact.shape
+        step = exact.view(len(exact), -1, 32).abs().amax(-1).max() * 2 / ((1 << scheme.bits) - 1)
+        assert (got - exact).abs().mean() < step
+    assert bits / numbers == pytest.approx(made.bits)
+    for other in set(after.names()) - experts:
+        assert torch.equal(after.tensor(other).data, before.tensor(other).data), other
+    assert set(after.names()) - experts == {n for n in before.names() if "experts." not in n or "shared" in n}
+    assert json.loads((out / FILE).read_text())["schemes"] == made.schemes
+    assert after.tokenizer().encode("fox").ids == before.tokenizer().encode("fox").ids
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(model(tiny))
+    first = quantize(source, text, tmp_path / "a", WISH)
+    assert quantize(source, text, tmp_path / "b", WISH) == first
+    assert quantize(source, text, tmp_path / "c", WISH, recipe=tmp_path / "a" / FILE) == first
+    for file in sorted((tmp_path / "a").iterdir()):
+        for other in "bc":
+            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file.name
+
+
+def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = open_checkpoint(model(tiny)), tmp_path / "out"
+    whole = quantize(source, text, tmp_path / "whole", WISH)
+    first, second, *_ = Subject(source).layers
+    measured: list[tuple[int, int]] = []
+    stopping = [(second, 1)]
+    measure = Subject._measure_expert
+
+    def counting(self: Subject, found: object, at: tuple[int, int], *rest: object) -> None:
+        if at in stopping:
+            stopping.clear()
+            raise KeyboardInterrupt
+        measured.append(at)
+        measure(self, found, at, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Subject, "_measure_expert", counting)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, text, out, WISH)
+    assert not out.exists()
+    assert quantize(source, text, out, WISH) == whole
+    twice = {at for at in measured if measured.count(at) > 1}
+    assert twice == {(second, 0)}  # of the layer it broke off in, and nothing of the one before
+    assert (first, 0) in measured
+    # Of another wish nothing is taken over, nor of a damaged file.
+    left = run.partial(tmp_path / "other")
+    for content in ("{}", "", json.dumps({"key": "another", "picks": {}, "losses": []})):
+        left.write_text(content)
+        measured.clear()
+        quantize(source, text, tmp_path / "other", WISH)
+        assert len(measured) == len(set(measured)) > 0
+        shutil.rmtree(tmp_path / "other")
+
+
+def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    source, out = open_checkpoint(model(tiny)), tmp_path / "out"
+    for wish, error, message in (
+        (Wish(2.0, WISH.schemes, length=64), BudgetError, "2 bits a weight were asked for and the smallest .* 3.667"),
+        (Wish(4.0, "w3g128z", length=64), ValueError, "None of w3g128z fits the 64 columns of gate_up"),
+        (Wish(4.0, "w5g32z", length=64), ValueError, "w5g32z cannot be stored"),
+    ):
+        with pytest.raises(error, match=message):
+            quantize(source, text, out, wish)
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(TextTooShort, match="short.txt has fewer than 64 tokens, one window"):
+        quantize(source, short, out, WISH)
+    for wrong, message in (
+        ({"method": "awq"}, "method is 'awq'; allowed: gptq, rtn"),
+        ({"scope": "world"}, "scope is 'world'"),
+        ({"r": 2.0}, "r is 2.0; allowed: 0"),
+        ({"length": 1}, "64 windows of 1 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Wish(4.0, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no experts"):
+        quantize(open_checkpoint(tiny("llama")), text, out, WISH)
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").write_text("")
+    with pytest.raises(ValueError, match="is there already"):
+        quantize(source, text, out, WISH)
+    assert (out / "mine").exists()
+
+
+def test_foreign_recipes_and_quantised_models_are_refused(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    quantize(open_checkpoint(tiny("mixtral")), text, tmp_path / "a", WISH)
+    source = open_checkpoint(model(tiny))
+    recipe = tmp_path / "a" / FILE
+    with pytest.raises(ValueError, match="was made from another model"):
+        quantize(source, text, tmp_path / "b", WISH, recipe=recipe)
+    for content in ("[]", "{", json.dumps({**json.loads(recipe.read_text()), "schema": 2})):
+        recipe.write_text(content)
+        with pytest.raises(ValueError, match="is no recipe"):
+            quantize(source, text, tmp_path / "b", WISH, recipe=recipe)
+    with pytest.raises(ValueError, match="is quantised already"):
+        quantize(open_checkpoint(tmp_path / "a"), text, tmp_path / "b", WISH)
+    assert not (tmp_path / "b").exists()
+
+
+def test_why_a_block_got_its_scheme() -> None:
+    made = Recipe(
+        "m", "t", 9, "gptq", "model", 1.0, 4.0, {"0.1.down": "w4"}, {"0.1.down": {"w2": 9.0, "w4": 1.0}}, {"0": [1, 3]}
+    )
+    assert made.why("0.1.down") == (
+        "layer 0, expert 1, down: w4. 75.0% of the layer's picks went to it; squared error of the layer's output by "
+        "scheme: w2 9, w4 1."
+    )
+
+
+def test_a_folder_that_is_left_unfinished_is_gone(tmp_path: Path) -> None:
+    with Folder(tmp_path / "out") as folder:
+        folder.add({"a": torch.ones(2)})
+        assert list(tmp_path.iterdir()) == [folder.partial]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version is '2'"),
+        ({"formats": None}, "formats is"),
+        ({"formats": {}}, "has codes, and quantization_config names no format"),
+    ],
+)
+def test_damaged_models_get_a_sentence(
+    change: dict[str, object], message: str, tiny: Tiny, text: Path, tmp_path: Path
+) -> None:
+    quantize(open_checkpoint(model(tiny)), text, tmp_path / "a", WISH)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["quantization_config"] |= change
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a")
+
+
+def test_a_format_that_the_tensors_do_not_fit(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    quantize(open_checkpoint(model(tiny)), text, tmp_path / "a", WISH)
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    formats = config["quantization_config"]["formats"]
+    module = next(iter(formats))
+    for name, message in (
+        ("int9", "is no packed format"),
+        ("fp8", "stored as I"),
+        ("int8g64z", "scales has shape|stored as I32"),
+    ):
+        formats[module] = name
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path / "a")
