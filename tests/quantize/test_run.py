@@ -132,7 +132,7 @@ def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
             quantize(source, text, out, wish)
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    with pytest.raises(TextTooShort, match="short.txt has fewer than 64 tokens, one window"):
+    with pytest.raises(TextTooShort, match=r"short\.txt has fewer than 64 tokens, one window"):
         quantize(source, short, out, WISH)
     for wrong, message in (
         ({"method": "awq"}, "method is 'awq'; allowed: gptq, rtn"),
