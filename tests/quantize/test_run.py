@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,28 @@ def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path
             assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("tie", ["block", "layer"])
+def test_compressed_tensors_hold_the_same(tie: str, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(model(tiny))
+    wish = Wish(5.5, "w2g32,w4g32,w8g32", "rtn", length=64, windows=8, tie=tie)
+    made = quantize(source, text, tmp_path / "own", wish)
+    again = quantize(source, text, tmp_path / "foreign", replace(wish, layout="compressed-tensors"))
+    assert again == made
+    own, foreign = open_checkpoint(tmp_path / "own"), open_checkpoint(tmp_path / "foreign")
+    assert set(own.names()) == set(foreign.names())
+    for name in own.names():
+        a, b = own.tensor(name), foreign.tensor(name)
+        assert a.storage == b.storage
+        assert torch.equal(dequantize(a), dequantize(b))
+    settings = json.loads((tmp_path / "foreign" / "config.json").read_text())["quantization_config"]
+    bits = {group["weights"]["num_bits"] for group in settings["config_groups"].values()}
+    assert bits == {parse(scheme).bits for scheme in made.schemes.values()}
+    assert "lm_head" in settings["ignore"] or source.config.get("tie_word_embeddings")
+    assert not any("experts.0" in name for name in settings["ignore"])
+    of_layers = {layer: {s for b, s in made.schemes.items() if b.split(".")[0] == layer} for layer in "01"}
+    assert all(len(own) == 1 for own in of_layers.values()) == (tie == "layer")
+
+
 def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = open_checkpoint(model(tiny)), tmp_path / "out"
     whole = quantize(source, text, tmp_path / "whole", WISH)
@@ -127,6 +150,7 @@ def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
         (Wish(2.0, WISH.schemes, length=64), BudgetError, "2 bits a weight were asked for and the smallest .* 3.667"),
         (Wish(4.0, "w3g128z", length=64), ValueError, "None of w3g128z fits the 64 columns of gate_up"),
         (Wish(4.0, "w5g32z", length=64), ValueError, "w5g32z cannot be stored"),
+        (Wish(4.0, "w4g32z", layout="compressed-tensors"), ValueError, "w4g32z has zeros.*lacks; take w4g32"),
     ):
         with pytest.raises(error, match=message):
             quantize(source, text, out, wish)
@@ -137,6 +161,8 @@ def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     for wrong, message in (
         ({"method": "awq"}, "method is 'awq'; allowed: gptq, rtn"),
         ({"scope": "world"}, "scope is 'world'"),
+        ({"tie": "model"}, "tie is 'model'; allowed: block, expert, layer"),
+        ({"layout": "gguf"}, "layout is 'gguf'; allowed: tenfold, compressed-tensors"),
         ({"r": 2.0}, "r is 2.0; allowed: 0"),
         ({"length": 1}, "64 windows of 1 tokens"),
     ):
@@ -158,6 +184,14 @@ def test_foreign_recipes_and_quantised_models_are_refused(tiny: Tiny, text: Path
     recipe = tmp_path / "a" / FILE
     with pytest.raises(ValueError, match="was made from another model"):
         quantize(source, text, tmp_path / "b", WISH, recipe=recipe)
+    with pytest.raises(ValueError, match="has zeros"):
+        quantize(
+            open_checkpoint(tiny("mixtral")),
+            text,
+            tmp_path / "b",
+            replace(WISH, layout="compressed-tensors", schemes="w4g32"),
+            recipe=recipe,
+        )
     for content in ("[]", "{", json.dumps({**json.loads(recipe.read_text()), "schema": 2})):
         recipe.write_text(content)
         with pytest.raises(ValueError, match="is no recipe"):

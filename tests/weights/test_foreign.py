@@ -17,7 +17,7 @@ from tenfold.ops.formats import format_of
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
-from tenfold.weights.foreign.linear import Files
+from tenfold.weights.foreign.linear import Files, fields, stream
 from tenfold.weights.foreign.table import foreign_linears
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
@@ -247,6 +247,15 @@ def test_few_bits_stay_packed_where_columns_fit(layout: str, tmp_path: Path) -> 
     raw = found.raw().on("cpu")
     assert raw.data.numel() * raw.data.element_size() * 8 == 40 * 256 * format_of(storage).bits
     assert torch.equal(dequantize(raw), wanted)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fields_and_streams_are_inverse(bits: int) -> None:
+    codes = torch.randint(0, 1 << bits, (5, 96), generator=torch.Generator().manual_seed(bits)).byte()
+    words = stream(codes, bits)
+    assert words.shape == (5, 96 * bits // 32)
+    assert torch.equal(words, files.words(codes.long().numpy(), bits))
+    assert torch.equal(fields(words, bits), codes)
 
 
 def test_settings_in_a_file_of_their_own(tiny: Folder, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ was chosen, and writes a layer's experts as one file.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,43 +17,57 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.blocks import DENSE
-from tenfold.ops.formats import Packed
+from tenfold.ops.formats import Format, Packed
 from tenfold.quantize.capture import TextTooShort, watched
-from tenfold.quantize.mxmoe.allocate import Allocator, BudgetError, Plan, budgets
+from tenfold.quantize.mxmoe.allocate import BudgetError, Plan
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import LONGEST, Progress, Rounded, Subject, blocks_of, moments_of, name_of, rounded
+from tenfold.quantize.mxmoe.subject import (
+    LONGEST,
+    TIES,
+    Progress,
+    Rounded,
+    Subject,
+    mixed,
+    moments_of,
+    name_of,
+    rounded,
+)
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
 from tenfold.quantize.write import Folder, check_free
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.foreign import own
+from tenfold.weights.foreign import compressed, own
 from tenfold.weights.hf import HFCheckpoint
 from tenfold.weights.identity import identity
 from tenfold.weights.mapped import read_object
 
-SCHEMES = "w2g128z,w3g128z,w4g128z,w8g128z"
+# By layout of the files: our own, and compressed-tensors with what other engines read of it.
+SCHEMES = {own.METHOD: "w2g128z,w3g128z,w4g128z,w8g128z", compressed.METHOD: "w4g128,w8g128"}
 LARGEST_CONFIG = 1 << 24
 METHODS, SCOPES = ("gptq", "rtn"), ("layer", "model")
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get; scope: whether each
-    layer keeps to that many bits or the model as a whole; r: how much accuracy counts against speed, 0 to 1; length,
-    windows: of the text's sequences, in tokens, and their number.
+    """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get, empty for those of
+    the layout; scope: whether each layer keeps to that many bits or the model as a whole; tie: what has one scheme; r:
+    how much accuracy counts against speed, 0 to 1; length, windows: of the text's sequences, in tokens, and their
+    number; layout: of the files that are written.
     """
 
     bits: float
-    schemes: str = SCHEMES
+    schemes: str = ""
     method: str = "gptq"
     scope: str = "model"
     r: float = 1.0
     length: int = 512
     windows: int = 64
+    tie: str = "block"
+    layout: str = own.METHOD
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("scope", SCOPES)):
+        for name, allowed in (("method", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
         if not 2 <= self.length <= LONGEST or self.windows < 1:
@@ -65,10 +79,19 @@ class Wish:
 
     def parsed(self) -> list[Scheme]:
         """Raises ValueError for schemes that cannot be stored."""
-        found = [parse(name.strip()) for name in self.schemes.split(",")]
+        found = [parse(name.strip()) for name in (self.schemes or SCHEMES[self.layout]).split(",")]
         for scheme in found:
-            format_of_scheme(scheme)
+            self.check(scheme)
         return found
+
+    def check(self, scheme: Scheme) -> None:
+        """Raises ValueError for a scheme that the files cannot hold."""
+        format_of_scheme(scheme)
+        if scheme.zero and self.layout != own.METHOD:
+            without = replace(scheme, zero=False)
+            raise ValueError(
+                f"{scheme} has zeros that are no whole numbers, which {self.layout} lacks; take {without}."
+            )
 
 
 def quantize(
@@ -102,24 +125,19 @@ def quantize(
         bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
         check_budget(subject, allowed, wish.bits)
         found = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
-        plan = planned(found, bits, wish)
+        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, False, wish.r)
         made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish)
     else:
         made = load(recipe, model)
+        for name in set(made.schemes.values()):
+            wish.check(parse(name))
         if set(made.schemes) != {name_of(key) for key in subject.blocks}:
             raise ValueError(f"{recipe} does not name a scheme for every block of the model; it is damaged.")
     with Folder(out) as folder:
-        formats = write_experts(subject, windows, made, wish.method, folder, progress("writing"))
-        write_rest(subject, folder)
-        quantization = {
-            "quant_method": own.METHOD,
-            "version": own.VERSION,
-            "model": model,
-            "text": made.text,
-            "recipe": hashlib.sha256(json.dumps(made.content(), sort_keys=True).encode()).hexdigest(),
-            "formats": formats,
-        }
-        folder.finish({**source, "quantization_config": quantization}, checkpoint.path, {FILE: made.content()})
+        formats = write_experts(subject, windows, made, wish, folder, progress("writing"))
+        dense = write_rest(subject, folder)
+        settings = settings_of(wish.layout, formats, dense, made)
+        folder.finish({**source, "quantization_config": settings}, checkpoint.path, {FILE: made.content()})
     partial(out).unlink(missing_ok=True)
     return made
 
@@ -212,11 +230,6 @@ def resume(found: Rounded, place: Path, key: str, subject: Subject) -> None:
     found.sizes = {k: m.rows * m.cols for k, m in subject.blocks.items() if k[0] in picks}
 
 
-def planned(found: Rounded, bits: Mapping[str, float], wish: Wish) -> Plan:
-    blocks = blocks_of(found, bits, wish.scope, norm=False)
-    return Allocator(blocks, bits).solve(budgets(blocks, wish.bits), wish.r)
-
-
 def recipe_of(found: Rounded, plan: Plan, model: str, text: str, tokens: int, wish: Wish) -> Recipe:
     losses: dict[str, dict[str, float]] = {}
     for (key, name), loss in found.losses.items():
@@ -230,34 +243,51 @@ def write_experts(
     subject: Subject,
     windows: Sequence[Sequence[int]],
     recipe: Recipe,
-    method: str,
+    wish: Wish,
     folder: Folder,
     progress: Progress,
-) -> dict[str, str]:
+) -> dict[str, Format]:
     """A file for each layer; the packed format of each module."""
-    formats: dict[str, str] = {}
+    formats: dict[str, Format] = {}
     for layer, seen in watched(subject.model, subject.kernels, windows, progress):
         tensors: dict[str, Tensor] = {}
         for expert, moments in enumerate(moments_of(seen)):
             for part in PARTS:
                 key = (layer, expert, part)
                 scheme, w = parse(recipe.schemes[name_of(key)]), subject.exact(key).float()
-                held = packed(rounded(w, moments[part], scheme, method), grid_of(w, scheme))
+                held = packed(rounded(w, moments[part], scheme, wish.method), grid_of(w, scheme))
                 names = subject.names(key)
                 height = len(w) // len(names)
                 for i, name in enumerate(names):
                     module = name.removesuffix(".weight")
                     rows = slice(i * height, (i + 1) * height)
                     zeros = None if held.zeros is None else held.zeros[rows]
-                    tensors |= own.tensors(module, Packed(held.codes[rows], held.scales[rows], zeros))
-                    formats[module] = format_of_scheme(scheme).name
+                    parts = Packed(held.codes[rows], held.scales[rows], zeros)
+                    formats[module] = format = format_of_scheme(scheme)
+                    if wish.layout == own.METHOD:
+                        tensors |= own.tensors(module, parts)
+                    else:
+                        tensors |= compressed.tensors(module, format, parts)
         folder.add(tensors)
     return formats
 
 
-def write_rest(subject: Subject, folder: Folder) -> None:
-    """All other tensors, as they were."""
+def write_rest(subject: Subject, folder: Folder) -> list[str]:
+    """All other tensors, as they were; the modules of their matrices."""
     banks = subject.weights.banks
     experts = {stacked for stacked, _ in banks} | {name for _, names in banks for each in names for name in each}
     rest = [name for name in subject.checkpoint.names() if name not in experts]
-    folder.add({name: subject.checkpoint.tensor(name).data for name in rest})
+    tensors = {name: subject.checkpoint.tensor(name).data for name in rest}
+    folder.add(tensors)
+    return [name.removesuffix(".weight") for name, t in tensors.items() if name.endswith(".weight") and t.dim() == 2]
+
+
+def settings_of(layout: str, formats: Mapping[str, Format], dense: Sequence[str], recipe: Recipe) -> dict[str, Any]:
+    """The quantization_config of a layout."""
+    if layout == compressed.METHOD:
+        return compressed.settings_of(formats, dense)
+    return own.settings_of(formats) | {
+        "model": recipe.model,
+        "text": recipe.text,
+        "recipe": hashlib.sha256(json.dumps(recipe.content(), sort_keys=True).encode()).hexdigest(),
+    }

@@ -22,6 +22,7 @@ from tenfold.weights.load import Weights
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
 Key = tuple[int, int, str]  # layer, expert, part
+TIES = {"block": 3, "expert": 2, "layer": 1}  # parts of a block's name that blocks of one scheme share
 Progress = Callable[[int, int], None]
 
 
@@ -223,13 +224,11 @@ def mixed(
     r: float,
     slope: Mapping[int, float] | None = None,
 ) -> Plan:
-    """tie: "block", or "expert" for one scheme for both blocks of an expert."""
+    """tie: what has one scheme, each "block", "expert" or "layer"."""
     blocks = blocks_of(found, bits, scope, norm, slope)
-    names = {name_of(key): f"{key[0]}.{key[1]}" for key in found.sizes}
-    own = joined(blocks, names) if tie == "expert" else blocks
-    plan = Allocator(own, bits).solve(budgets(own, budget), r)
-    if tie == "block":
-        return plan
+    names = {block.name: ".".join(block.name.split(".")[: TIES[tie]]) for block in blocks}
+    tied = joined(blocks, names)
+    plan = Allocator(tied, bits).solve(budgets(tied, budget), r)
     return Plan({name: plan.schemes[names[name]] for name in names}, plan.loss, plan.time, plan.bytes)
 
 

@@ -344,9 +344,15 @@ def quantize_command(
     text: Sample,
     out: Annotated[Path, Option("--out", help="Folder to write, new or empty.")],
     bits: Annotated[float, Option("--bits", help="Of a weight of experts, scales and zeros included.")] = 4.25,
-    schemes: Annotated[str, Option("--schemes", help="That blocks may get.")] = "w2g128z,w3g128z,w4g128z,w8g128z",
+    schemes: Annotated[
+        str, Option("--schemes", help="That blocks may get; unset: w2g128z to w8g128z, or w4g128,w8g128 for others.")
+    ] = "",
     method: Annotated[str, Option("--method", help="Rounding: gptq, or rtn (to nearest).")] = "gptq",
     scope: Annotated[str, Option("--scope", help="What keeps to the bits: model as a whole, or each layer.")] = "model",
+    tie: Annotated[
+        str, Option("--tie", help="What has one scheme: block, expert, or layer as other engines want it.")
+    ] = "block",
+    layout: Annotated[str, Option("--layout", help="Of the files: tenfold, or compressed-tensors.")] = "tenfold",
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
     window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
     windows: Annotated[int, Option("--windows", help="Sequences at most.")] = 64,
@@ -362,7 +368,7 @@ def quantize_command(
     """
     from tenfold.quantize.mxmoe.run import Wish
 
-    wish = Wish(bits, schemes, method, scope, r, window, windows)
+    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout)
     body("quantize")(settled.config, text, out, wish, recipe, as_json)
 
 

@@ -15,11 +15,12 @@ fixed when the checkpoint was made, and int8 activations, are left out, as 16-bi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tenfold.ops.formats import CODES, Format, Packed
 from tenfold.weights.foreign.fp8 import block_scales, row_scales
@@ -34,8 +35,10 @@ from tenfold.weights.foreign.linear import (
     fields,
     packed_format,
     signed,
+    stream,
 )
 
+METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 PLAIN = ("naive-quantized", "int-quantized", "float-quantized")
 MIXED = "mixed-precision"
@@ -64,15 +67,17 @@ def linears(settings: Settings, files: Files) -> list[Linear]:
         settings.refuse("transform_config", "none; rotations of activations")
     settings.choice("quantization_status", ("compressed",), "compressed")
     groups = read_groups(settings)
+    named = {target: group for group in reversed(groups) for target in group.targets}
     ignored = settings.names("ignore")
+    ignored_names, ignored_patterns = set(ignored), [name for name in ignored if name.startswith("re:")]
     found = []
     for ending, read in ((".weight_packed", packed_linear), (".weight_scale", plain_linear)):
         for module in files.modules(ending):
             if ending == ".weight_scale" and files.has(f"{module}.weight_packed"):
                 continue
-            if any(matches(name, module, settings) for name in ignored):
+            if module in ignored_names or any(matches(name, module, settings) for name in ignored_patterns):
                 files.fail(f"{module} is quantised and in the list of what is not, `ignore`")
-            found.append(read(group_of(module, groups, settings, files), files, module))
+            found.append(read(named.get(module) or group_of(module, groups, settings, files), files, module))
     return found
 
 
@@ -121,13 +126,15 @@ def read_kind(weights: Settings) -> str:
 
 
 def group_of(module: str, groups: list[Group], settings: Settings, files: Files) -> Group:
-    """The group that targets a module: by its name first, then by pattern, then by its class, Linear."""
+    """The group that targets a module which none names: by pattern first, then by its class, Linear."""
     if len(groups) == 1:
         return groups[0]
-    for wanted in (lambda t: not t.startswith("re:") and t != "Linear", lambda t: t.startswith("re:"), lambda t: True):
-        for group in groups:
-            if any(wanted(t) and (t == "Linear" or matches(t, module, settings)) for t in group.targets):
-                return group
+    for group in groups:
+        if any(t.startswith("re:") and matches(t, module, settings) for t in group.targets):
+            return group
+    for group in groups:
+        if "Linear" in group.targets:
+            return group
     files.fail(f"{module} is quantised and no group of config_groups targets it")
 
 
@@ -212,6 +219,36 @@ def plain_linear(group: Group, files: Files, module: str) -> Linear:
 def plain_format(group: Group, files: Files) -> Format:
     size = group.block[1] if group.strategy == "block" else group.size
     return packed_format(group.kind, size, not group.symmetric, files, activations=group.activations)
+
+
+def tensors(module: str, format: Format, packed: Packed) -> dict[str, Tensor]:
+    """What a pack-quantized file holds of a module, of a format of whole numbers without zeros and order."""
+    codes = format.codes.load(packed.codes)
+    counted = (codes.int() - format.codes.lowest).to(torch.uint8)
+    return {
+        f"{module}.weight_packed": stream(counted, format.bits),
+        f"{module}.weight_scale": packed.scales.contiguous(),
+        f"{module}.weight_shape": torch.tensor(codes.shape),
+    }
+
+
+def settings_of(formats: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
+    """The quantization_config of modules of these formats; ignored: linears that are none of them."""
+    targets: dict[Format, list[str]] = {}
+    for module, format in formats.items():
+        targets.setdefault(format, []).append(module)
+    groups = {}
+    for i, (format, modules) in enumerate(sorted(targets.items(), key=lambda item: item[0].name)):
+        strategy = {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "channel"}
+        weights = {"num_bits": format.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
+        groups[f"group_{i}"] = {"targets": modules, "weights": weights, "input_activations": None}
+    return {
+        "quant_method": METHOD,
+        "format": PACKED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(ignored),
+    }
 
 
 def check_scale(group: Group, files: Files, module: str, rows: int, cols: int) -> None:

@@ -151,6 +151,14 @@ def fields(words: Tensor, bits: int) -> Tensor:
     return torch.stack([(flat >> bits * i) & ((1 << bits) - 1) for i in range(count)], dim=-1).flatten(1).byte()
 
 
+def stream(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of `fields`: uint8 [n, m] -> int32 [n, m * bits / 32]; m is a multiple of 32."""
+    count, wide = (8, 3) if bits == 3 else (8 // bits, 1)
+    shifts = bits * torch.arange(count, dtype=torch.int32, device=codes.device)
+    joined = (codes.int().unflatten(1, (-1, count)) << shifts).sum(dim=2, dtype=torch.int32)
+    return joined.view(torch.uint8).unflatten(1, (-1, 4))[..., :wide].flatten(1).contiguous().view(torch.int32)
+
+
 def stored(codes: Tensor, bits: int) -> Tensor:
     """Codes counted from 0, uint8 [rows, cols], in the layout of our format of so many bits."""
     return signed(codes.contiguous()) if bits == 8 else CODES[f"int{bits}"].store(codes)

@@ -5,10 +5,11 @@ as they are in memory, `<module>.codes`, `.scales` and, where the format has the
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from tenfold.ops.formats import Packed, format_of
+from tenfold.ops.formats import Format, Packed, format_of
 from tenfold.weights.foreign.linear import REAL, Files, Linear, Settings
 
 METHOD = "tenfold"
@@ -54,6 +55,12 @@ def linear(module: str, name: object, files: Files) -> Linear:
         return Packed(codes, scales, zeros, rest.pop(0) if format.order else None)
 
     return Linear(module, format, rows, cols, tuple(names), make)
+
+
+def settings_of(formats: Mapping[str, Format]) -> dict[str, Any]:
+    """The quantization_config of modules of these formats."""
+    named = {module: format.name for module, format in formats.items()}
+    return {"quant_method": METHOD, "version": VERSION, "formats": named}
 
 
 def tensors(module: str, packed: Packed) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from tenfold.weights.foreign.linear import Files, Linear, Settings
 METHODS: dict[str, Callable[[Settings, Files], list[Linear]]] = {
     "gptq": gptq.linears,
     "awq": awq.linears,
-    "compressed-tensors": compressed.linears,
+    compressed.METHOD: compressed.linears,
     "fp8": fp8.linears,
     "fbgemm_fp8": fp8.linears,
     own.METHOD: own.linears,
