@@ -21,6 +21,7 @@ from tenfold.quantize.mxmoe.subject import Subject, name_of
 from tenfold.quantize.schemes import format_of_scheme, parse
 from tenfold.quantize.write import Folder
 from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.load import TABLE
 from tenfold.weights.open import open_checkpoint
 
 Tiny = Callable[[str], Path]
@@ -109,6 +110,22 @@ def test_compressed_tensors_hold_the_same(tie: str, tiny: Tiny, text: Path, tmp_
     assert not any("experts.0" in name for name in settings["ignore"])
     of_layers = {layer: {s for b, s in made.schemes.items() if b.split(".")[0] == layer} for layer in "01"}
     assert all(len(own) == 1 for own in of_layers.values()) == (tie == "layer")
+
+
+def test_a_rotated_model_answers_as_before(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """With 8 bits everywhere, what is left is little; the embedding is turned, and tied no more."""
+    source = open_checkpoint(model(tiny))
+    wish = Wish(9.0, "w8g32z", length=64, windows=8, rotate=True)
+    made = quantize(source, text, tmp_path / "out", wish)
+    after = open_checkpoint(tmp_path / "out")
+    assert made.rotated
+    assert not torch.equal(after.tensor(TABLE).data, source.tensor(TABLE).data)
+    assert after.config["tie_word_embeddings"] is False
+    before, turned = (Subject(checkpoint) for checkpoint in (source, after))
+    windows = before.tokens(text.read_text(), 64, 4)
+    assert turned.perplexity(windows) == pytest.approx(before.perplexity(windows), rel=0.01)
+    with pytest.raises(ValueError, match="is for a model rotated; ask for the same"):
+        quantize(source, text, tmp_path / "b", replace(wish, rotate=False), recipe=tmp_path / "out" / FILE)
 
 
 def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +220,17 @@ def test_foreign_recipes_and_quantised_models_are_refused(tiny: Tiny, text: Path
 
 def test_why_a_block_got_its_scheme() -> None:
     made = Recipe(
-        "m", "t", 9, "gptq", "model", 1.0, 4.0, {"0.1.down": "w4"}, {"0.1.down": {"w2": 9.0, "w4": 1.0}}, {"0": [1, 3]}
+        "m",
+        "t",
+        9,
+        "gptq",
+        False,
+        "model",
+        1.0,
+        4.0,
+        {"0.1.down": "w4"},
+        {"0.1.down": {"w2": 9.0, "w4": 1.0}},
+        {"0": [1, 3]},
     )
     assert made.why("0.1.down") == (
         "layer 0, expert 1, down: w4. 75.0% of the layer's picks went to it; squared error of the layer's output by "

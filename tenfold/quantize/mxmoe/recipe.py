@@ -16,15 +16,17 @@ LARGEST = 1 << 28  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """model: `identity` of the checkpoint; text: digest of the calibration text, tokens of which were used; bits: of a
-    weight of experts, scales and zeros included; losses: what each scheme that a block could get costs, and picks the
-    tokens that went to each expert of a layer: together the reason why.
+    """model: `identity` of the checkpoint; text: digest of the calibration text, tokens of which were used; rotated:
+    whether the residual stream was turned first; bits: of a weight of experts, scales and zeros included; losses: what
+    each scheme that a block could get costs, and picks the tokens that went to each expert of a layer: together the
+    reason why.
     """
 
     model: str
     text: str
     tokens: int
     method: str
+    rotated: bool
     scope: str
     r: float
     bits: float

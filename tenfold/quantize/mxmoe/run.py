@@ -33,6 +33,7 @@ from tenfold.quantize.mxmoe.subject import (
     name_of,
     rounded,
 )
+from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
 from tenfold.quantize.write import Folder, check_free
 from tenfold.weights import beside
@@ -40,6 +41,7 @@ from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
 from tenfold.weights.hf import HFCheckpoint
 from tenfold.weights.identity import identity
+from tenfold.weights.load import TABLE
 from tenfold.weights.mapped import read_object
 
 # By layout of the files: our own, and compressed-tensors with what other engines read of it.
@@ -53,7 +55,7 @@ class Wish:
     """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get, empty for those of
     the layout; scope: whether each layer keeps to that many bits or the model as a whole; tie: what has one scheme; r:
     how much accuracy counts against speed, 0 to 1; length, windows: of the text's sequences, in tokens, and their
-    number; layout: of the files that are written.
+    number; layout: of the files that are written; rotate: turn the residual stream first.
     """
 
     bits: float
@@ -65,6 +67,7 @@ class Wish:
     windows: int = 64
     tie: str = "block"
     layout: str = own.METHOD
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)):
@@ -113,7 +116,8 @@ def quantize(
     source = config_of(checkpoint)
     model = identity(checkpoint)
     content = text.read_bytes()
-    subject = Subject(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    turned = Rotated(checkpoint) if wish.rotate else checkpoint
+    subject = Subject(turned, device, torch.float32 if device == "cpu" else torch.bfloat16)
     allowed = allowed_schemes(subject, wish.parsed())
     windows = subject.tokens(content.decode("utf-8", "ignore"), wish.length, wish.windows)
     if not windows:
@@ -129,15 +133,19 @@ def quantize(
         made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish)
     else:
         made = load(recipe, model)
+        if made.rotated != wish.rotate:
+            raise ValueError(f"{recipe} is for a model {'' if made.rotated else 'not '}rotated; ask for the same here.")
         for name in set(made.schemes.values()):
             wish.check(parse(name))
         if set(made.schemes) != {name_of(key) for key in subject.blocks}:
             raise ValueError(f"{recipe} does not name a scheme for every block of the model; it is damaged.")
     with Folder(out) as folder:
         formats = write_experts(subject, windows, made, wish, folder, progress("writing"))
-        dense = write_rest(subject, folder)
-        settings = settings_of(wish.layout, formats, dense, made)
-        folder.finish({**source, "quantization_config": settings}, checkpoint.path, {FILE: made.content()})
+        dense = write_rest(subject, checkpoint, folder)
+        source["quantization_config"] = settings_of(wish.layout, formats, dense, made)
+        if wish.rotate:
+            source["tie_word_embeddings"] = False
+        folder.finish(source, checkpoint.path, {FILE: made.content()})
     partial(out).unlink(missing_ok=True)
     return made
 
@@ -199,7 +207,7 @@ def measured(
 ) -> Rounded:
     """Losses of every block, of layers that an interrupted run measured as it left them."""
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
-    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows])
+    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate])
     found, place = Rounded(), partial(out)
     resume(found, place, key, subject)
     for _ in subject.measure(found, windows, allowed, wish.method, keep=False, progress=progress):
@@ -236,7 +244,8 @@ def recipe_of(found: Rounded, plan: Plan, model: str, text: str, tokens: int, wi
         losses.setdefault(name_of(key), {})[name] = loss
     picks = {str(layer): own for layer, own in found.picks.items()}
     bits = 8 * sum(plan.bytes.values()) / sum(found.sizes.values())
-    return Recipe(model, text, tokens, wish.method, wish.scope, wish.r, bits, dict(plan.schemes), losses, picks)
+    schemes = dict(plan.schemes)
+    return Recipe(model, text, tokens, wish.method, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks)
 
 
 def write_experts(
@@ -272,12 +281,13 @@ def write_experts(
     return formats
 
 
-def write_rest(subject: Subject, folder: Folder) -> list[str]:
-    """All other tensors, as they were; the modules of their matrices."""
+def write_rest(subject: Subject, source: Checkpoint, folder: Folder) -> list[str]:
+    """All other tensors, in the types that the source has; the modules of their matrices."""
     banks = subject.weights.banks
     experts = {stacked for stacked, _ in banks} | {name for _, names in banks for each in names for name in each}
     rest = [name for name in subject.checkpoint.names() if name not in experts]
-    tensors = {name: subject.checkpoint.tensor(name).data for name in rest}
+    types = {name: source.tensor(name).data.dtype for name in source.names()}
+    tensors = {name: subject.checkpoint.tensor(name).data.to(types.get(name, types[TABLE])) for name in rest}
     folder.add(tensors)
     return [name.removesuffix(".weight") for name, t in tensors.items() if name.endswith(".weight") and t.dim() == 2]
 

@@ -353,6 +353,7 @@ def quantize_command(
         str, Option("--tie", help="What has one scheme: block, expert, or layer as other engines want it.")
     ] = "block",
     layout: Annotated[str, Option("--layout", help="Of the files: tenfold, or compressed-tensors.")] = "tenfold",
+    rotate: Annotated[bool, Option("--rotate", help="Turn the residual stream first (QuaRot).")] = False,
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
     window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
     windows: Annotated[int, Option("--windows", help="Sequences at most.")] = 64,
@@ -368,7 +369,7 @@ def quantize_command(
     """
     from tenfold.quantize.mxmoe.run import Wish
 
-    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout)
+    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate)
     body("quantize")(settled.config, text, out, wish, recipe, as_json)
 
 
