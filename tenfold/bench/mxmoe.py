@@ -19,7 +19,7 @@ from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import Key, Rounded, Subject, chosen, mixed, name_of, slopes
+from tenfold.quantize.mxmoe.subject import METHODS, Key, Rounded, Subject, chosen, mixed, name_of, slopes
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.find import resolve
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, required=True, help="text that is judged")
     parser.add_argument("--schemes", default=SCHEMES, help="that blocks may get, and that uniform rows have")
     parser.add_argument("--bits", default=BITS, help="a weight, of mixed rows")
-    parser.add_argument("--method", default="gptq", choices=("gptq", "rtn"))
+    parser.add_argument("--method", default="gptq", choices=METHODS)
     parser.add_argument("--rotate", action="store_true", help="turn the residual stream first (QuaRot)")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=64, help="that losses are measured on, and that are judged")

@@ -17,7 +17,7 @@ from tenfold.quantize.mxmoe import run
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe
 from tenfold.quantize.mxmoe.run import Wish, quantize
-from tenfold.quantize.mxmoe.subject import Subject, name_of
+from tenfold.quantize.mxmoe.subject import Rounded, Subject, name_of
 from tenfold.quantize.schemes import format_of_scheme, parse
 from tenfold.quantize.write import Folder
 from tenfold.weights.checkpoint import CheckpointError
@@ -128,6 +128,31 @@ def test_a_rotated_model_answers_as_before(tiny: Tiny, text: Path, tmp_path: Pat
         quantize(source, text, tmp_path / "b", replace(wish, rotate=False), recipe=tmp_path / "out" / FILE)
 
 
+def test_scales_of_awq_go_into_up(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """The expert as it is stored gives what was measured: up's rows have been divided by what down's columns have."""
+    source = open_checkpoint(model(tiny))
+    subject = Subject(source)
+    windows = subject.tokens(text.read_text(), 64, 8)
+    found = Rounded()
+    schemes = {part: [parse("w4g32z")] for part in ("gate_up", "down")}
+    assert list(subject.measure(found, windows, schemes, "awq")) == subject.layers
+    quantize(source, text, tmp_path / "out", Wish(6.0, "w4g32z", "awq", length=64, windows=8))
+    after = Subject(open_checkpoint(tmp_path / "out"))
+    scaled = 0
+    for layer, expert, part in subject.blocks:
+        if part != "down":
+            continue
+        gate_up, down = (found.weights[(layer, expert, p), "w4g32z"] for p in ("gate_up", "down"))
+        got_up, got_down = (after.exact((layer, expert, p)) for p in ("gate_up", "down"))
+        by = (got_down.abs().amax(0) / down.abs().amax(0)).log2().round().exp2()
+        scaled += int((by != 1).any())
+        inner = down.shape[1]
+        torch.testing.assert_close(got_down / by, down, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got_up[inner:] * by[:, None], gate_up[inner:], rtol=2e-3, atol=1e-5)
+        assert torch.equal(got_up[:inner], gate_up[:inner])
+    assert scaled
+
+
 def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = open_checkpoint(model(tiny)), tmp_path / "out"
     whole = quantize(source, text, tmp_path / "whole", WISH)
@@ -176,7 +201,7 @@ def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     with pytest.raises(TextTooShort, match=r"short\.txt has fewer than 64 tokens, one window"):
         quantize(source, short, out, WISH)
     for wrong, message in (
-        ({"method": "awq"}, "method is 'awq'; allowed: gptq, rtn"),
+        ({"method": "spqr"}, "method is 'spqr'; allowed: gptq, awq, rtn"),
         ({"scope": "world"}, "scope is 'world'"),
         ({"tie": "model"}, "tie is 'model'; allowed: block, expert, layer"),
         ({"layout": "gguf"}, "layout is 'gguf'; allowed: tenfold, compressed-tensors"),

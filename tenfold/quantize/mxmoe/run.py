@@ -18,12 +18,14 @@ from torch import Tensor
 
 from tenfold.ops.blocks import DENSE
 from tenfold.ops.formats import Format, Packed
+from tenfold.quantize.awq import scaled
 from tenfold.quantize.capture import TextTooShort, watched
 from tenfold.quantize.mxmoe.allocate import BudgetError, Plan
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import (
     LONGEST,
+    METHODS,
     TIES,
     Progress,
     Rounded,
@@ -47,7 +49,7 @@ from tenfold.weights.mapped import read_object
 # By layout of the files: our own, and compressed-tensors with what other engines read of it.
 SCHEMES = {own.METHOD: "w2g128z,w3g128z,w4g128z,w8g128z", compressed.METHOD: "w4g128,w8g128"}
 LARGEST_CONFIG = 1 << 24
-METHODS, SCOPES = ("gptq", "rtn"), ("layer", "model")
+SCOPES = ("layer", "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,10 +263,16 @@ def write_experts(
     for layer, seen in watched(subject.model, subject.kernels, windows, progress):
         tensors: dict[str, Tensor] = {}
         for expert, moments in enumerate(moments_of(seen)):
-            for part in PARTS:
-                key = (layer, expert, part)
-                scheme, w = parse(recipe.schemes[name_of(key)]), subject.exact(key).float()
-                held = packed(rounded(w, moments[part], scheme, wish.method), grid_of(w, scheme))
+            keys = {part: (layer, expert, part) for part in PARTS}
+            schemes = {part: parse(recipe.schemes[name_of(key)]) for part, key in keys.items()}
+            exact = {part: subject.exact(key).float() for part, key in keys.items()}
+            method = wish.method
+            if method == "awq":
+                pair = scaled(exact["gate_up"], exact["down"], moments["down"], schemes["down"])
+                exact, method = dict(zip(PARTS, pair)), "rtn"
+            for part, key in keys.items():
+                scheme, w = schemes[part], exact[part]
+                held = packed(rounded(w, moments[part], scheme, method, part), grid_of(w, scheme))
                 names = subject.names(key)
                 height = len(w) // len(names)
                 for i, name in enumerate(names):

@@ -11,6 +11,7 @@ from torch import Tensor
 from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.table import build_model
 from tenfold.ops.matrix import Bank
+from tenfold.quantize.awq import scales
 from tenfold.quantize.capture import PAGE, Seen, Watching, step_of, watched
 from tenfold.quantize.gptq import gptq
 from tenfold.quantize.mxmoe.allocate import Allocator, Block, Plan, budgets, joined
@@ -19,6 +20,7 @@ from tenfold.quantize.schemes import Scheme, round_to_nearest
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights
 
+METHODS = ("gptq", "awq", "rtn")
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
 Key = tuple[int, int, str]  # layer, expert, part
@@ -115,8 +117,8 @@ class Subject:
         progress: Progress | None = None,
     ) -> Iterator[int]:
         """What each scheme costs each block, into `found`, layer by layer; layers that it has are passed over. schemes:
-        that each part may get; method: gptq or rtn; keep: the rounded weights too. progress(done, all): windows of all
-        layers.
+        that each part may get; method: one of METHODS; keep: the rounded weights too. progress(done, all): windows of
+        all layers.
         """
         for layer, seen in watched(self.model, self.kernels, windows, progress):
             if layer in found.picks:
@@ -138,7 +140,7 @@ class Subject:
     ) -> None:
         exact = {part: self.exact((*at, part)).float() for part in PARTS}
         pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
-        made = {(part, str(s)): rounded(exact[part], moments[part], s, method) for part, s in pairs}
+        made = {(part, str(s)): rounded(exact[part], moments[part], s, method, part) for part, s in pairs}
         act = self.model.config.activation
         lost = losses(seen, exact["gate_up"], exact["down"], act, schemes, lambda w, s, part: made[part, str(s)])
         for (part, name), loss in lost.items():
@@ -167,9 +169,16 @@ def _average(seen: Sequence[Seen], part: str) -> Tensor:
     return torch.stack([m.sums for m in every]).sum(0) / max(1, sum(m.count for m in every))
 
 
-def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str) -> Tensor:
-    """method: gptq or rtn."""
-    return gptq(w, moments, scheme) if method == "gptq" else round_to_nearest(w, scheme)
+def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str, part: str) -> Tensor:
+    """What a part's matrix becomes by one of METHODS, float32. Scales of awq are those of down, and what they do to up
+    is not seen in its rounding.
+    """
+    if method == "gptq":
+        return gptq(w, moments, scheme)
+    if method == "awq" and part == "down":
+        by = scales(w, moments, scheme)
+        return round_to_nearest(w * by, scheme) / by
+    return round_to_nearest(w, scheme)
 
 
 def slopes(subject: Subject, found: Rounded, scheme: str, windows: Sequence[Sequence[int]]) -> dict[int, float]:

@@ -347,7 +347,9 @@ def quantize_command(
     schemes: Annotated[
         str, Option("--schemes", help="That blocks may get; unset: w2g128z to w8g128z, or w4g128,w8g128 for others.")
     ] = "",
-    method: Annotated[str, Option("--method", help="Rounding: gptq, or rtn (to nearest).")] = "gptq",
+    method: Annotated[
+        str, Option("--method", help="Of rounding: gptq, rtn (to nearest) or awq (rtn, scaled).")
+    ] = "gptq",
     scope: Annotated[str, Option("--scope", help="What keeps to the bits: model as a whole, or each layer.")] = "model",
     tie: Annotated[
         str, Option("--tie", help="What has one scheme: block, expert, or layer as other engines want it.")
