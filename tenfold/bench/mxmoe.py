@@ -26,7 +26,7 @@ from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
 SCHEMES = "w1g128z,w2g128z,w3g128z,w4g128z,w8g128z"
-BITS = "2.25,3.25"
+BITS = "2.25,2.75,3.25,4.25"
 
 
 def rows(
@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": machine(given.device),
         "command": f"python -m tenfold.bench.mxmoe --schemes {given.schemes} --bits {given.bits} "
         f"--method {given.method} --length {given.length} --windows {given.windows}{' --rotate' * given.rotate}",
+        "model": Path(given.model).name,
+        "method": given.method,
         "texts": [given.calibrate.name, given.text.name],
         "schemes": bits,
         "picks": {str(layer): own for layer, own in found.picks.items()},

@@ -145,6 +145,26 @@ def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return saved(figure, path, plt)
 
 
+def mxmoe(data: Mapping[str, Any], path: Path) -> Path:
+    """Perplexity over bits a weight: uniform experts, every way of mixing, and the exact model."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in data["rows"][1:]:
+        name = "uniform" if row["kind"].startswith("uniform") else row["kind"]
+        series.setdefault(name, []).append((row["bits"], row["perplexity"]))
+    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES.values())):
+        axis.plot(*zip(*sorted(points)), color=colour, marker=marker, linewidth=1.8, label=name)
+    axis.axhline(data["rows"][0]["perplexity"], color=FLOOR, linestyle="--", linewidth=1.2, label="exact")
+    axis.set_yscale("log")
+    axis.set_xlabel("bits a weight of experts, scales and zeros included")
+    axis.set_ylabel("perplexity")
+    axis.grid(True, which="both", color="#dddddd", linewidth=0.7)
+    axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(title(data["model"], data["machine"]))
+    return saved(figure, path, plt)
+
+
 def saved(figure: Any, path: Path, plt: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -248,6 +248,18 @@ def phases_table(result: phases.Result) -> str:
     return "\n".join(lines)
 
 
+def mxmoe_table(data: Mapping[str, Any]) -> str:
+    """Perplexity of exact, uniform and mixed experts."""
+    exact = data["rows"][0]["perplexity"]
+    lines = [_cells(["experts", "bits", "perplexity", "change"]), _cells(["---"] * 4)]
+    for r in data["rows"]:
+        change = f"{r['perplexity'] / exact - 1:+.1%}"
+        lines.append(_cells([r["kind"], f"{r['bits']:.3f}", f"{r['perplexity']:.3f}", change]))
+    machine, (measured, judged) = data["machine"], data["texts"]
+    told = f"measured on {measured}, judged on {judged}; commit {machine.get('commit', '')}, {machine.get('date', '')}"
+    return "\n".join([*lines, "", f"{told}. `{data['command']}`"])
+
+
 def lines_table(data: Mapping[str, Any]) -> str:
     """A result that comes with its lines, as a block of text."""
     return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
@@ -289,6 +301,7 @@ def tables(folder: Path) -> str:
         f"### Quality of KV formats, {data['model']}\n\n{kv_quality_table(data)}"
         for data in found.get("kv-quality", ())
     ]
+    parts += [f"### Bits of experts, {data['model']}\n\n{mxmoe_table(data)}" for data in found.get("mxmoe", ())]
     for served in map(phases.loaded, found.get("phases", ())):
         parts += [f"### Schedules, {served.model.partition('@')[0]}\n\n{phases_table(served)}"]
     for suite in ("throughput", "serving", "soak", "quality"):
@@ -312,6 +325,8 @@ def charts(folder: Path) -> list[Path]:
     for served in map(phases.loaded, found.get("phases", ())):
         if served.rows:
             made.append(plots.phases(served, folder / f"attainment{'-long' if served.long else ''}.png"))
+    for data in found.get("mxmoe", ()):
+        made.append(plots.mxmoe(data, folder / f"bits-{data['model']}.png"))
     if found.get("serving"):
         made.append(plots.serving(found["serving"], folder / "serving.png"))
     return made

@@ -1,5 +1,6 @@
 """Quality of experts of few bits: what is put back, budgets, rows; on a random model, whose numbers say nothing."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 pytest.importorskip("scipy")
 
-from tenfold.bench import mxmoe
+from tenfold.bench import claims_moe, mxmoe, report
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import Rounded, Subject, blocks_of, name_of, slopes
 from tenfold.quantize.rotate import Rotated
@@ -69,6 +70,30 @@ def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: S
     for block in blocks_of(found, BITS, "model", False, slope):
         factor = slope[int(block.name.split(".")[0])]
         assert block.loss == pytest.approx({name: factor * loss for name, loss in plain[block.name].loss.items()})
+
+
+def test_claims_table_and_picture(tmp_path: Path) -> None:
+    kinds = [
+        *(("exact", 16.0, 5.0), ("uniform w2", 2.25, 9.0), ("uniform w3", 3.25, 6.0)),
+        *(("mixed layer block", 2.25, 8.0), ("mixed layer expert", 2.25, 8.5), ("mixed model block", 2.25, 7.5)),
+        *(("mixed model block", 3.0, 6.5), ("mixed model block", 3.25, 6.1)),
+    ]
+    rows = [{"kind": kind, "bits": bits, "perplexity": perplexity} for kind, bits, perplexity in kinds]
+    machine = {"hardware": "here", "commit": "c", "date": "2026-11-28"}
+    told = {"texts": ["a.txt", "b.txt"], "model": "m", "method": "gptq", "command": "python", "machine": machine}
+    data = {"suite": "mxmoe", "rows": rows, **told}
+    found = claims_moe.of_suites({"mxmoe": [data]})
+    assert [(c.id, c.value, c.met) for c in found] == [
+        ("M4", pytest.approx(9 / 7.5, rel=1e-3), True),  # at 2.25 bits the best of three
+        ("M4", pytest.approx(8.5 / 8, rel=1e-3), True),
+        ("M4", pytest.approx(6 / 6.1, rel=1e-3), False),
+        ("M4", 1, False),
+    ]
+    assert "mixed model block at" not in report.mxmoe_table(data)
+    assert "| uniform w2 | 2.250 | 9.000 | +80.0% |" in report.mxmoe_table(data)
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    assert "### Bits of experts, m" in report.tables(tmp_path)
+    assert [path.stat().st_size > 10_000 for path in report.charts(tmp_path)] == [True]
 
 
 def test_rounded_blocks_are_put_in_place_and_taken_back(subject: Subject) -> None:
