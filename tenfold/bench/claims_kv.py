@@ -114,9 +114,10 @@ def of_quality(data: Mapping[str, Any]) -> list[Claim]:
             continue
         best = min(equal, key=lambda r: r["perplexity"])
         theirs = f"{best['perplexity']:.2f} ({best['perplexity'] / exact - 1:+.1%})"
-        what = f"perplexity of the best other format of as many bits over that of {row['format']}, {row['bits']} bits"
+        rival = "perplexity of the best other format of as many bits"
+        what = f"{rival} over that of {row['format']}, {row['bits']} bits, {data['model'].removesuffix('.gguf')}"
         note = (
-            f"{data['model']}: {row['perplexity']:.2f} ({row['perplexity'] / exact - 1:+.1%} over 16 bits), "
+            f"{row['perplexity']:.2f} ({row['perplexity'] / exact - 1:+.1%} over 16 bits), "
             f"{best['format']} at {best['bits']} bits {theirs}; "
             f"codes found {row['found']} of {row['asked']}, {rows[0]['found']} with 16 bits"
         )
