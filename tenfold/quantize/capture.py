@@ -88,9 +88,7 @@ def watched(
         raise ValueError("The model has no experts; this quantises mixture-of-experts models.")
     if count < LEAST_TOKENS:
         raise TextTooShort(f"The calibration text has {count} tokens; give one of at least {LEAST_TOKENS}.")
-    longest = max(map(len, windows))
-    spec = KVSpec(config.layers, config.kv_heads, config.head_dim, kernels.dtype, PAGE, one=config.latent is not None)
-    store = KVStore(spec, -(-longest // PAGE), kernels.device)
+    store = store_for(model, kernels, max(map(len, windows)))
     steps = [step_of(window, store, kernels.device) for window in windows]
     states: list[Tensor | None] = [None] * len(steps)
     device = kernels.device
@@ -107,6 +105,13 @@ def watched(
             seen, kernels.seen = kernels.seen, None
             if sparse and seen is not None:
                 yield layer, seen
+
+
+def store_for(model: Decoder, kernels: Oracle, tokens: int) -> KVStore:
+    """Pages for one sequence of so many tokens."""
+    config = model.config
+    spec = KVSpec(config.layers, config.kv_heads, config.head_dim, kernels.dtype, PAGE, one=config.latent is not None)
+    return KVStore(spec, -(-tokens // PAGE), kernels.device)
 
 
 def step_of(window: Sequence[int], store: KVStore, device: torch.device, every: bool = False) -> Step:

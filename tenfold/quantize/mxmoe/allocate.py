@@ -72,10 +72,12 @@ class Allocator:
 
     def least(self) -> dict[str, float]:
         """Bytes of each scope with the smallest scheme everywhere."""
+        smallest = [inf] * len(self.blocks)
+        for i, scheme in self._choices:
+            smallest[i] = min(smallest[i], self._bytes(i, scheme))
         found: dict[str, float] = {}
-        for i, block in enumerate(self.blocks):
-            each = min(self._bytes(i, s) for j, s in self._choices if j == i)
-            found[block.scope] = found.get(block.scope, 0.0) + each
+        for block, size in zip(self.blocks, smallest):
+            found[block.scope] = found.get(block.scope, 0.0) + size
         return found
 
     def solve(self, budget: Mapping[str, float], r: float = 1.0) -> Plan:

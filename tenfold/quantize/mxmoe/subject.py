@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.table import build_model
 from tenfold.ops.matrix import Bank
 from tenfold.quantize.awq import scales
-from tenfold.quantize.capture import PAGE, Seen, Watching, step_of, watched
+from tenfold.quantize.capture import Seen, Watching, step_of, store_for, watched
 from tenfold.quantize.gptq import gptq
 from tenfold.quantize.mxmoe.allocate import Allocator, Block, Plan, budgets, joined
 from tenfold.quantize.mxmoe.sensitivity import PARTS, losses
@@ -93,15 +92,11 @@ class Subject:
         return found[::step][:windows]
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        config, device = self.model.config, self.kernels.device
-        spec = KVSpec(
-            config.layers, config.kv_heads, config.head_dim, self.kernels.dtype, PAGE, one=bool(config.latent)
-        )
-        store = KVStore(spec, -(-max(map(len, windows)) // PAGE), device)
+        store = store_for(self.model, self.kernels, max(map(len, windows)))
         total, count = 0.0, 0
         with torch.inference_mode():
             for window in windows:
-                step = step_of(window, store, device, every=True)
+                step = step_of(window, store, self.kernels.device, every=True)
                 logs = self.model.forward(step)[:-1].log_softmax(-1)
                 total -= float(logs.gather(1, step.token_ids[1:, None]).sum())
                 count += len(window) - 1
