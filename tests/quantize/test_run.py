@@ -85,6 +85,12 @@ def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path
     first = quantize(source, text, tmp_path / "a", WISH)
     assert quantize(source, text, tmp_path / "b", WISH) == first
     assert quantize(source, text, tmp_path / "c", WISH, recipe=tmp_path / "a" / FILE) == first
+    for other, message in (
+        ({"method": "rtn"}, "is for the method gptq"),
+        ({"windows": 7}, "another text or other windows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize(source, text, tmp_path / "d", replace(WISH, **other), recipe=tmp_path / "a" / FILE)
     for file in sorted((tmp_path / "a").iterdir()):
         for other in "bc":
             assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file.name

@@ -41,14 +41,13 @@ from tenfold.quantize.write import Folder, check_free
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
-from tenfold.weights.hf import HFCheckpoint
+from tenfold.weights.hf import MAX_CONFIG, HFCheckpoint
 from tenfold.weights.identity import identity
 from tenfold.weights.load import TABLE
 from tenfold.weights.mapped import read_object
 
 # By layout of the files: our own, and compressed-tensors with what other engines read of it.
 SCHEMES = {own.METHOD: "w2g128z,w3g128z,w4g128z,w8g128z", compressed.METHOD: "w4g128,w8g128"}
-LARGEST_CONFIG = 1 << 24
 SCOPES = ("layer", "model")
 
 
@@ -135,6 +134,10 @@ def quantize(
         made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish)
     else:
         made = load(recipe, model)
+        if (made.text, made.tokens) != (digest, sum(map(len, windows))):
+            raise ValueError(f"{recipe} was made with another text or other windows of it; give the same here.")
+        if made.method != wish.method:
+            raise ValueError(f"{recipe} is for the method {made.method}; ask for the same here.")
         if made.rotated != wish.rotate:
             raise ValueError(f"{recipe} is for a model {'' if made.rotated else 'not '}rotated; ask for the same here.")
         for name in set(made.schemes.values()):
@@ -142,7 +145,7 @@ def quantize(
         if set(made.schemes) != {name_of(key) for key in subject.blocks}:
             raise ValueError(f"{recipe} does not name a scheme for every block of the model; it is damaged.")
     with Folder(out) as folder:
-        formats = write_experts(subject, windows, made, wish, folder, progress("writing"))
+        formats = write_experts(subject, windows, made, wish.layout, folder, progress("writing"))
         dense = write_rest(subject, checkpoint, folder)
         source["quantization_config"] = settings_of(wish.layout, formats, dense, made)
         if wish.rotate:
@@ -168,7 +171,7 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
     for name in checkpoint.names():
         if (storage := checkpoint.tensor(name).storage) not in DENSE:
             raise ValueError(f"{checkpoint.path} is quantised already ({storage}); give the original weights.")
-    return read_object(checkpoint.path / "config.json", LARGEST_CONFIG)
+    return read_object(checkpoint.path / "config.json", MAX_CONFIG)
 
 
 def allowed_schemes(subject: Subject, schemes: Sequence[Scheme]) -> dict[str, list[Scheme]]:
@@ -254,7 +257,7 @@ def write_experts(
     subject: Subject,
     windows: Sequence[Sequence[int]],
     recipe: Recipe,
-    wish: Wish,
+    layout: str,
     folder: Folder,
     progress: Progress,
 ) -> dict[str, Format]:
@@ -266,7 +269,7 @@ def write_experts(
             keys = {part: (layer, expert, part) for part in PARTS}
             schemes = {part: parse(recipe.schemes[name_of(key)]) for part, key in keys.items()}
             exact = {part: subject.exact(key).float() for part, key in keys.items()}
-            method = wish.method
+            method = recipe.method
             if method == "awq":
                 pair = scaled(exact["gate_up"], exact["down"], moments["down"], schemes["down"])
                 exact, method = dict(zip(PARTS, pair)), "rtn"
@@ -281,7 +284,7 @@ def write_experts(
                     zeros = None if held.zeros is None else held.zeros[rows]
                     parts = Packed(held.codes[rows], held.scales[rows], zeros)
                     formats[module] = format = format_of_scheme(scheme)
-                    if wish.layout == own.METHOD:
+                    if layout == own.METHOD:
                         tensors |= own.tensors(module, parts)
                     else:
                         tensors |= compressed.tensors(module, format, parts)
