@@ -188,8 +188,8 @@ class Kernels(Protocol):
         """One Matrix of the parts stacked by rows, in the layout these kernels want."""
         ...
 
-    def bank(self, experts: Sequence[Sequence[RawTensor]]) -> Bank:
-        """The same of every expert, each the parts of `matrix`."""
+    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
+        """The same of every expert, each the parts of `matrix`. pairs: their rows are gate, then up."""
         ...
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
@@ -293,7 +293,7 @@ class Separate:
     def logits(self: Any, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         return self.linear(x, w, norm=norm).float()
 
-    def bank(self: Any, experts: Sequence[Sequence[RawTensor]]) -> Bank:
+    def bank(self: Any, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
         return Bank(tuple(self.matrix(parts) for parts in experts))
 
     def experts(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what speaks of checkpoints only need not wait for PyTorch
     import torch
     from torch import Tensor
+
+    from tenfold.ops.tiles import Tiled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,15 +84,13 @@ class Matrix:
 @dataclass(frozen=True, slots=True, eq=False)
 class Bank:
     """One projection of every expert of a layer. stacked [experts, rows, cols]: the memory that all lie in, where they
-    are dense.
+    are dense; tiled: their tiles, where they are packed for kernels of formats mixed in one launch, and `each` is made
+    of those.
     """
 
-    each: tuple[Matrix, ...]
+    each: Sequence[Matrix]
     stacked: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(matrix.nbytes for matrix in self.each)
+    tiled: Tiled | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,4 +108,10 @@ class Experts:
     def stacked(self) -> tuple[Tensor, Tensor] | None:
         """gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], where both are dense."""
         up, down = self.gate_up.stacked, self.down.stacked
+        return None if up is None or down is None else (up, down)
+
+    @property
+    def tiled(self) -> tuple[Tiled, Tiled] | None:
+        """The tiles of both, where both have some."""
+        up, down = self.gate_up.tiled, self.down.tiled
         return None if up is None or down is None else (up, down)

@@ -50,7 +50,7 @@ class Oracle(Separate):
         data = dense[0] if len(dense) == 1 else torch.cat(dense)
         return Matrix("dense", data.shape[0], data.shape[1], (data.contiguous(),))
 
-    def bank(self, experts: Sequence[Sequence[RawTensor]]) -> Bank:
+    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
         """Dense experts lie in one memory, which grows by one expert at a time."""
         first = self.matrix(experts[0])
         if first.format != "dense":

@@ -82,8 +82,8 @@ class Weights:
             for part, height in zip(parts, heights):
                 check_shape(part, (height, cols))
             made.append([self._convert(p, loaded_storage(self.mode, p.name, p.storage, p.shape)) for p in parts])
-        bank = self.kernels.bank(made)
-        self.matrices += bank.each
+        bank = self.kernels.bank(made, pairs=len(rows) == 2)
+        self.matrices += () if bank.tiled else bank.each
         self.banks.append((stacked, names))
         return bank
 

@@ -24,7 +24,7 @@ pytestmark = [
 PROMPTS = {0: [5, 9, 31, 7], 1: [8], 2: list(range(20, 75))}
 
 
-@pytest.mark.parametrize("mode", ["auto", "q8_0"])
+@pytest.mark.parametrize("mode", ["auto", "q8_0", "int4", "fp8"])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_logits_are_near_those_in_float32(name: str, mode: str, tiny: Callable[[str], Path]) -> None:
     """Of prompts, then of decodes after them; a random model turns roundings of bfloat16 into a few per cent."""
@@ -43,7 +43,9 @@ def test_logits_are_near_those_in_float32(name: str, mode: str, tiny: Callable[[
             found.append(torch.cat([first, model.forward(sequences.step({0: [3], 1: [4], 2: [5]})).float()]))
     ours, theirs = found
     assert torch.isfinite(ours).all()
-    assert (ours - theirs).norm() < 0.1 * theirs.norm()
+    far = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    assert far.median() < 0.05
+    assert (far > 0.15).float().mean() < 0.15  # where rounding sends a token to another expert
 
 
 @pytest.mark.parametrize("shape", ["tiny-moe", "qwen3-30b-a3b@layers=2", "deepseek-v2-lite@layers=3"])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, most_tiles, sum_kernel
 from tenfold.ops.gpu import hopper, nvrtc
-from tenfold.ops.gpu.sums import MOST_TILES, WORKSPACE, Workspace
 from tenfold.ops.route import Routing
 
 WIDTHS = (8, 16, 32, 64, 128, 256)
@@ -26,7 +25,7 @@ MOST_EXPERTS = 1024
 @dataclass(frozen=True, slots=True)
 class ExpertsPlan:
     """width: picks of a tile; height: rows of w of a tile, 64 or 128; boxes of 64 columns in a stage; stages of the
-    ring; blocks of a multiprocessor; even: steps are dealt out evenly to all blocks, not whole tiles.
+    ring; blocks of a multiprocessor.
     """
 
     width: int
@@ -34,24 +33,21 @@ class ExpertsPlan:
     boxes: int
     stages: int
     blocks: int = 1
-    even: bool = False
 
     def __str__(self) -> str:
-        name = f"experts:{self.width}x{self.height}x{self.boxes}x{self.stages}x{self.blocks}"
-        return name + ":even" * self.even
+        return f"experts:{self.width}x{self.height}x{self.boxes}x{self.stages}x{self.blocks}"
 
 
 def parse(name: str) -> ExpertsPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"experts:(\d+)x(64|128)x([12])x(\d+)x(\d+)(:even)?", name)
+    found = re.fullmatch(r"experts:(\d+)x(64|128)x([12])x(\d+)x(\d+)", name)
     if not found or int(found[1]) not in WIDTHS:
         widths = ", ".join(map(str, WIDTHS))
         raise ValueError(
-            f"{name!r} is no plan of experts; allowed: experts:WIDTHxHEIGHTxBOXESxSTAGESxBLOCKS, then :even, with a "
+            f"{name!r} is no plan of experts; allowed: experts:WIDTHxHEIGHTxBOXESxSTAGESxBLOCKS with a "
             f"width of {widths} and a height of 64 or 128."
         )
-    width, height, boxes, stages, blocks = (int(n) for n in found.groups()[:5])
-    return ExpertsPlan(width, height, boxes, stages, blocks, found[6] is not None)
+    return ExpertsPlan(*map(int, found.groups()))
 
 
 def shared_bytes(plan: ExpertsPlan) -> int:
@@ -60,15 +56,9 @@ def shared_bytes(plan: ExpertsPlan) -> int:
     return 1024 + plan.stages * (stage + 16) + 16
 
 
-def legal(plan: ExpertsPlan, picks: int, experts: int, rows: int, cols: int, gate: bool, sms: int) -> bool:
-    """Whether a plan can run so many picks of experts with weights of rows x cols."""
-    if cols % 8 or (gate and rows % 16) or not hopper.fits(shared_bytes(plan), plan.blocks):
-        return False
-    if not plan.even:
-        return True
-    tiles = most_tiles(picks, experts, plan.width) * -(-rows // plan.height)
-    slots = 2 * sms * plan.blocks * plan.height * plan.width * 4
-    return plan.width <= 64 and tiles <= MOST_TILES and slots <= WORKSPACE
+def legal(plan: ExpertsPlan, rows: int, cols: int, gate: bool) -> bool:
+    """Whether a plan can run experts with weights of rows x cols."""
+    return cols % 8 == 0 and not (gate and rows % 16) and hopper.fits(shared_bytes(plan), plan.blocks)
 
 
 def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
@@ -79,8 +69,7 @@ def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
             continue
         if width <= 64:
             for stages, blocks, height in ((6, 1, 64), (8, 1, 64), (4, 2, 64), (4, 1, 128)):
-                for even in (False, True):
-                    yield ExpertsPlan(width, height, 2, stages, blocks, even)
+                yield ExpertsPlan(width, height, 2, stages, blocks)
         elif width == 128:
             yield ExpertsPlan(128, 128, 1, 6)
             yield ExpertsPlan(128, 128, 1, 4)
@@ -89,11 +78,13 @@ def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
 
 
 def plan(picks: int, experts: int) -> ExpertsPlan:
-    """The plan where nothing was measured."""
-    each = picks / max(1, min(picks, experts))
-    width = next((w for w in WIDTHS if w >= each), WIDTHS[-1])
+    """The plan where nothing was measured (H100, 2026-11-28)."""
+    if picks < experts / 2:
+        return ExpertsPlan(8, 64, 2, 4, 2)  # few items, which two blocks of a multiprocessor share better
+    each = picks / experts
+    width = next((w for w in WIDTHS if w >= 2 * each), WIDTHS[-1])
     if width <= 64:
-        return ExpertsPlan(width, 64, 2, 6 if width <= 16 else 4, 1, picks <= 4 * experts)
+        return ExpertsPlan(width, 128, 2, 4)
     return ExpertsPlan(128, 128, 1, 6) if width == 128 else ExpertsPlan(256, 128, 1, 4)
 
 
@@ -139,7 +130,6 @@ def routed(logits: Tensor, routing: Routing, width: int) -> tuple[Tensor, Sorted
 
 def run(
     chosen: ExpertsPlan,
-    workspace: Workspace,
     sms: int,
     x: Tensor,
     by: Sorted,
@@ -157,15 +147,14 @@ def run(
     out = x.new_empty(tokens, rows)
     halfway, parts = x.new_empty(picks, gate_up.shape[1] // 2), x.new_empty(picks, rows)
     gathered = x.index_select(0, by.order // top)
-    product(chosen, workspace, sms, gathered, gate_up, halfway, by, shares, act)
-    product(chosen, workspace, sms, halfway, down, parts, by, shares, None)
+    product(chosen, sms, gathered, gate_up, halfway, by, shares, act)
+    product(chosen, sms, halfway, down, parts, by, shares, None)
     sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
     return out
 
 
 def product(
     chosen: ExpertsPlan,
-    workspace: Workspace,
     sms: int,
     x: Tensor,
     w: Tensor,
@@ -189,14 +178,13 @@ def product(
             ("BOXES", chosen.boxes),
             ("STAGES", chosen.stages),
             ("BLOCKS", chosen.blocks),
-            ("SPLIT", int(chosen.even)),
             ("DOWN", int(not gate)),
         ),
     )
     maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, chosen.width)
-    arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares]
-    arguments += [workspace.sums, workspace.counters, rows, cols]
+    arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares, rows, cols]
     height = chosen.height // 2 if gate else chosen.height
     most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)
-    blocks = sms * chosen.blocks if chosen.even else min(most, sms * chosen.blocks)
-    kernel((blocks, 1, 1), chosen.height * 2 + 32, shared_bytes(chosen), arguments, dependent=True)
+    kernel(
+        (min(most, sms * chosen.blocks), 1, 1), chosen.height * 2 + 32, shared_bytes(chosen), arguments, dependent=True
+    )

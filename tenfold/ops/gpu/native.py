@@ -7,22 +7,23 @@ plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a
 import copy
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenfold.ops import elementwise, formats
+from tenfold.ops import elementwise, formats, tiles
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.attention.plan import MOST_HEAD_DIM
 from tenfold.ops.gemm import grouped
-from tenfold.ops.gpu import arms, experts, graphs, nvrtc, rope
+from tenfold.ops.gpu import arms, experts, experts_packed, graphs, nvrtc, rope
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
 from tenfold.ops.gpu.pieces import Pieces, Recording
 from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
 from tenfold.ops.kv import attend as unpacking
 from tenfold.ops.kv.layer import PackedLayer
-from tenfold.ops.matrix import Experts, Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 from tenfold.ops.route import Routing
 
@@ -77,6 +78,15 @@ class Gpu(Oracle):
         """Packed parts of one format stay packed; all else becomes dense in the compute type."""
         return formats.stack(parts, self.device) if formats.can_stack(parts) else super().matrix(parts)
 
+    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
+        """Packed experts lie in tiles where their formats allow it."""
+        if not tiles.can_tile(experts):
+            return super().bank(experts, pairs)
+        tiled = tiles.bank(
+            experts, pairs, lambda parts: super(Gpu, self).matrix(parts).data[0], self.device, self.dtype
+        )
+        return Bank(tiles.Untiled(tiled), tiled=tiled)
+
     def replay(self) -> Replay:
         return Pieces(self) if self.options.graphs else run
 
@@ -99,30 +109,42 @@ class Gpu(Oracle):
         return self.arms(x, w, bias, norm, act, residual)
 
     def records(self, own: Experts) -> bool:
-        return own.stacked is not None
+        return own.stacked is not None or own.tiled is not None
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
-        stacked = own.stacked
-        if stacked is None:
+        chosen = self._expert_plan(x, ids.numel(), own)
+        if chosen is not None:
+            by = grouped.sort(ids, len(own), chosen.width)
+            return self._experts(chosen, x, by, weights.contiguous(), own, residual)
+        if own.stacked is None:
             return super().experts(x, ids, weights, own, residual)
-        if not len(x) or not experts.takes(x, *stacked):
-            return grouped.run(grouped.plan(ids.numel(), len(own)), x, ids, weights, *stacked, own.act, residual)
-        plan = experts.plan(ids.numel(), len(own))
-        by = grouped.sort(ids, len(own), plan.width)
-        sums, shares = self.arms.context.sums, weights.contiguous()
-        return experts.run(plan, sums, self.sms, x, by, shares, *stacked, own.act, residual)
+        return grouped.run(grouped.plan(ids.numel(), len(own)), x, ids, weights, *own.stacked, own.act, residual)
+
+    def _expert_plan(self, x: Tensor, picks: int, own: Experts) -> Any:
+        """Of experts.py, or of experts_packed.py where experts lie in tiles; None: neither takes them."""
+        if own.tiled is not None and len(x) and experts_packed.takes(x, *own.tiled):
+            return experts_packed.plan(picks, len(own), own.tiled[0].kinds + own.tiled[1].kinds)
+        if own.stacked is not None and len(x) and experts.takes(x, *own.stacked):
+            return experts.plan(picks, len(own))
+        return None
+
+    def _experts(
+        self, chosen: Any, x: Tensor, by: grouped.Sorted, shares: Tensor, own: Experts, residual: Tensor | None
+    ) -> Tensor:
+        if own.tiled is not None:
+            return experts_packed.run(chosen, self.sms, x, by, shares, *own.tiled, own.act, residual)
+        assert own.stacked is not None
+        return experts.run(chosen, self.sms, x, by, shares, *own.stacked, own.act, residual)
 
     def routed(
         self, x: Tensor, scores: Tensor, routing: Routing, own: Experts, residual: Tensor | None = None
     ) -> Tensor:
         """One launch routes and sorts few tokens."""
-        stacked = own.stacked
-        few = len(x) > 0 and experts.routes(len(x), routing)
-        if stacked is None or not few or not experts.takes(x, *stacked):
+        chosen = self._expert_plan(x, len(x) * routing.top, own) if experts.routes(len(x), routing) else None
+        if chosen is None:
             return super().routed(x, scores, routing, own, residual)
-        plan = experts.plan(len(x) * routing.top, len(own))
-        shares, by = experts.routed(scores.contiguous(), routing, plan.width)
-        return experts.run(plan, self.arms.context.sums, self.sms, x, by, shares, *stacked, own.act, residual)
+        shares, by = experts.routed(scores.contiguous(), routing, chosen.width)
+        return self._experts(chosen, x, by, shares, own, residual)
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
         return self.arms.logits(x, w, norm)

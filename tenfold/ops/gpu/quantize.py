@@ -24,15 +24,31 @@ def quantize(x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """x [T, cols] bfloat16 or float16, normed where there is a norm -> float8_e4m3fn codes [T, cols], float32 scales
     [T]: the largest of a token becomes 448.
     """
-    tokens, cols = x.shape
-    codes = torch.empty(tokens, cols, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    return _launch(x, len(x), norm)
+
+
+def for_tiles(x: Tensor, order: Tensor | None = None, top: int = 1) -> tuple[Tensor, Tensor]:
+    """The same with columns as products of tiles take them (ops/tiles.py): of every 16, number 4 t + 2 c + h is column
+    2 t + 8 h + c. order: of picks [P] int32, `top` of a token, each of which is its token. cols: whole sixteens.
+    """
+    return _launch(x, len(x) if order is None else len(order), None, 1, order, top)
+
+
+def _launch(
+    x: Tensor, rows: int, norm: Norm | None, tiles: int = 0, order: Tensor | None = None, top: int = 1
+) -> tuple[Tensor, Tensor]:
+    cols = x.shape[1]
+    codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     vectors = -(-cols // (8 * THREADS))
-    kernel = nvrtc.load("quantize.cu", "quantize", quantize_defines(x.dtype, norm is not None, vectors))
+    macros = {
+        "HALF": nvrtc.HALF[x.dtype],
+        "NORM": int(norm is not None),
+        "VECTORS": vectors,
+        "TILES": tiles,
+        "TOP": top,
+    }
+    kernel = nvrtc.load("quantize.cu", "quantize", tuple(macros.items()))
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-    kernel((tokens, 1, 1), THREADS, 0, [x, weight, codes, scales, eps, cols], dependent=True)
+    kernel((rows, 1, 1), THREADS, 0, [x, weight, codes, scales, order, eps, cols], dependent=True)
     return codes, scales
-
-
-def quantize_defines(dtype: torch.dtype, norm: bool, vectors: int) -> tuple[tuple[str, int], ...]:
-    return (("HALF", nvrtc.HALF[dtype]), ("NORM", int(norm)), ("VECTORS", vectors))

@@ -19,6 +19,11 @@ DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
 RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 EXPERTS = {"FLOAT32": 0, "STAGES": 4, "BLOCKS": 1}
+KINDS = {
+    f"K{i}": name + 6 * (name == 2) + 12 * scales
+    for i, (name, scales) in enumerate(zip((0, 1, 2, 3, 4, 5, 1, 3), (0, 1, 2, 0, 1, 2, 2, 1)))
+}
+TILES = {"SPAN": 1, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
 ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 32}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
@@ -35,13 +40,18 @@ SOURCES = [
     ("ring_packed.cu", RING | FOUR | {"N": 64, "HALF": 0, "ROWS": 192, "SPLIT": 1, "E4M3": 0}),
     ("ring_packed.cu", RING | EIGHT | {"N": 32, "HALF": 1, "ROWS": 256, "GATE": 0}),
     ("ring_packed.cu", RING | EIGHT | {"N": 8, "HALF": 0, "E4M3": 1, "GROUP": 1 << 30}),
-    ("quantize.cu", {"HALF": 0, "NORM": 1, "VECTORS": 7}),
+    ("quantize.cu", {"HALF": 0, "NORM": 1, "VECTORS": 7, "TILES": 0, "TOP": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),
     ("prefill.cu", PREFILL | {"SOFTMAX": 2, "OVERLAP": 1, "PING": 1}),
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
-    ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "SPLIT": 1, "DOWN": 0}),
-    ("experts.cu", EXPERTS | {"HALF": 1, "GATE": 0, "N": 256, "ROWS": 128, "BOXES": 1, "SPLIT": 0, "DOWN": 1}),
+    ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "DOWN": 0}),
+    ("experts.cu", EXPERTS | {"HALF": 1, "GATE": 0, "N": 256, "ROWS": 128, "BOXES": 1, "DOWN": 1}),
+    ("experts_packed.cu", EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 16, "KINDS": 8, "ACTS8S": 0}),
+    (
+        "experts_packed.cu",
+        EXPERTS | TILES | {"HALF": 1, "GATE": 0, "N": 128, "KINDS": 2, "ACTS8S": 3, "K0": 39, "K1": 65},
+    ),
     ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1}),
     ("route.cu", ROUTE | {"EXPERTS": 256, "SIGMOID": 1, "GROUPS": 8, "KEPT": 4, "BEST": 2}),
     ("argmax.cu", {}),

@@ -7,16 +7,14 @@
 // another expert's: they are multiplied too and not stored. One warp keeps the ring full, across items.
 //
 // An item is ROWS rows of one expert's w for one tile of picks; row tiles of a tile of picks follow each other. How many
-// tiles there are is read from memory, so no host needs to know. Without SPLIT blocks take items in turn; with it the
-// steps of all items are dealt out evenly ("stream-K", deal.h).
+// tiles there are is read from memory, so no host needs to know. Blocks take items in turn.
 //
 // With a gate the rows of w are gate, then up, and a slab of 16 rows in shared memory is 8 of gate and the same 8 of up:
-// a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. DOWN: results are multiplied by the weight
-// of the pick and stored by pick, else by place; the list of tiles is older than the kernel in front, so weights are asked
-// for before that has ended.
+// a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. DOWN: the list of tiles is older than the
+// kernel in front, so weights are asked for before that has ended.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
-// · STAGES · BLOCKS of a multiprocessor · SPLIT (N up to 64) · DOWN.
+// · STAGES · BLOCKS of a multiprocessor · DOWN.
 
 #include "fragments.h"
 #include "hopper.h"
@@ -29,9 +27,7 @@
 #define STAGE_BYTES (BOXES * (W_BOX + X_BOX))
 #define STEP_COLS (BOXES * 64)
 
-#include "deal.h"
-
-struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
+#include "experts.h"
 
 __device__ __forceinline__ void fetch_expert(u32 to, const Map *map, int col, int row, int expert, u32 barrier, u64 policy) {
     asm volatile(
@@ -40,7 +36,7 @@ __device__ __forceinline__ void fetch_expert(u32 to, const Map *map, int col, in
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
-experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, void *out, const Tile *list, const int *listed, const int *order, const float *shares, float4 *slots, int *counters, int rows, int cols) {
+experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, void *out, const Tile *list, const int *listed, const int *order, const float *shares, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
@@ -65,17 +61,9 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
     const int items = *(volatile const int *)listed * deep;
-#if SPLIT
-    int *last = (int *)(barriers + 2 * STAGES);
-    const Deal deal = {steps, items * steps};
-    const int begin = items ? deal.begin(blockIdx.x) : 0, mine = items ? deal.begin(blockIdx.x + 1) - begin : 0;
-    auto item_of = [&](int at) { return (begin + at) / steps; };
-    auto step_of = [&](int at) { return (begin + at) % steps; };
-#else
     const int mine = blockIdx.x < items ? ((items - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
     auto item_of = [&](int at) { return blockIdx.x + at / steps * gridDim.x; };
     auto step_of = [&](int at) { return at % steps; };
-#endif
 
     if (threadIdx.x >= CONSUMERS) {
         if (threadIdx.x == CONSUMERS) {
@@ -141,7 +129,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
         int open = -1;  // the stage of a product that may not have ended
-        for (int step = step_of(count); step < steps && count < mine; step++, count++) {
+        for (int step = 0; step < steps; step++, count++) {
             const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
             wait_for(full + count % STAGES * 8, count / STAGES & 1);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -159,39 +147,6 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
         if (open >= 0 && lane == 0) arrive(empty + open * 8);
 #pragma unroll
         for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
-#if SPLIT
-        if (!meet(d, deal, item, slots, counters, last)) continue;
-#endif
-        const Tile tile = list[item / deep];
-        const int first = item % deep * height, quad = lane >> 2;
-#pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-#pragma unroll
-            for (int t = 0; t < 2; t++) {
-                const int place = tile.first + n * 8 + (lane & 3) * 2 + t;
-                if (place >= tile.end) continue;
-#if DOWN
-                const int at = order[place];
-                const float share = shares[at];
-#else
-                const int at = place;
-#endif
-#if GATE
-                const int feature = first + warp * 8 + quad;
-                const float y = round_trip(activate(round_trip(d[n * 4 + t]))) * round_trip(d[n * 4 + 2 + t]);
-                if (feature < outputs) store(out, (size_t)at * outputs + feature, y);
-#else
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int feature = first + warp * 16 + half * 8 + quad;
-                    float y = d[n * 4 + half * 2 + t];
-#if DOWN
-                    y = round_trip(y) * share;
-#endif
-                    if (feature < outputs) store(out, (size_t)at * outputs + feature, y);
-                }
-#endif
-            }
-        }
+        store_sums(d, out, list[item / deep], item % deep * ROWS + warp * 16, outputs, order, shares);
     }
 }

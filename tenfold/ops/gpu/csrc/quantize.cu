@@ -1,7 +1,10 @@
 // Tokens to float8 e4m3, RMS-normed first or not: codes[t] = x[t] / scales[t], where the largest of a token becomes 448. A
 // block takes a token. The kernel behind may begin at once and fetch weights meanwhile (programmatic dependent launch).
 //
-// Compile-time: HALF 0 bfloat16, 1 float16 · NORM · VECTORS of 8 columns of a thread.
+// TILES: columns as experts_packed.cu wants them, of every 16 number 4 t + 2 c + h is column 2 t + 8 h + c; and where there
+// is an order of picks, each is its token.
+//
+// Compile-time: HALF 0 bfloat16, 1 float16 · NORM · VECTORS of 8 columns of a thread · TILES · TOP picks of a token.
 
 #define GATE 0
 #include "fragments.h"
@@ -10,10 +13,9 @@
 #define WARPS (THREADS / 32)
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, float eps, int cols) {
+quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const int *order, float eps, int cols) {
     __shared__ float squares[WARPS], largests[WARPS];
     const int vectors = cols / 8, tid = threadIdx.x;
-    const size_t row = (size_t)blockIdx.x * vectors;
     asm volatile("griddepcontrol.launch_dependents;");
 #if NORM
     float weights[VECTORS][8];  // they depend on no kernel
@@ -26,11 +28,12 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, float e
     }
 #endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    const size_t row = (size_t)blockIdx.x * vectors, from = TILES && order ? (size_t)(order[blockIdx.x] / TOP) * vectors : row;
     float values[VECTORS][8], square = 0.f, largest = 0.f;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int v = tid + i * THREADS;
-        const uint4 a = v < vectors ? ((const uint4 *)x)[row + v] : make_uint4(0, 0, 0, 0);
+        const uint4 a = v < vectors ? ((const uint4 *)x)[from + v] : make_uint4(0, 0, 0, 0);
         const u32 *p = &a.x;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -64,7 +67,7 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, float e
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int v = tid + i * THREADS;
-        if (v >= vectors) break;
+        if (!TILES && v >= vectors) break;
         u32 pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -72,6 +75,14 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, float e
             asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(values[i][j * 2 + 1] * inverse), "f"(values[i][j * 2] * inverse));
             pairs[j] = pair;
         }
-        codes[row + v] = make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+        u32 first = pairs[0] | pairs[1] << 16, second = pairs[2] | pairs[3] << 16;
+#if TILES
+        const bool odd = tid & 1;  // eight columns further
+        const u32 own = odd ? second : first, other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+        const u32 even = odd ? other : own, further = odd ? own : other;
+        first = __byte_perm(even, further, 0x5140), second = __byte_perm(even, further, 0x7362);
+        if (v >= vectors) break;
+#endif
+        codes[row + v] = make_uint2(first, second);
     }
 }

@@ -30,43 +30,8 @@
 #include "fragments.h"
 #include "hopper.h"
 #include "codes.h"
+#include "registers.h"
 #include "deal.h"
-
-#if HALF
-#define NUMBERS "k16.f32.f16.f16"
-#else
-#define NUMBERS "k16.f32.bf16.bf16"
-#endif
-
-// Four registers of a warp's 16 rows and 16 columns: upper row, lower row, and both 8 columns further.
-typedef u32 Fragment[4];
-
-// 64 rows times N tokens in shared memory, over 16 columns. add 0: d is overwritten.
-__device__ __forceinline__ void multiply(float (&d)[N / 2], const Fragment &a, u64 b, int add) {
-#if N == 8
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\nwgmma.mma_async.sync.aligned.m64n8" NUMBERS " {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, p, 1, 1, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#elif N == 16
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\nwgmma.mma_async.sync.aligned.m64n16" NUMBERS " {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#elif N == 32
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\nwgmma.mma_async.sync.aligned.m64n32" NUMBERS " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#else
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64" NUMBERS " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-#endif
-}
-
-// Until at most so many units are under way.
-#define FINISH(units) asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(units) : "memory")
 
 __device__ __forceinline__ uint4 load_codes(u32 at) {
     uint4 v;
@@ -116,22 +81,6 @@ __device__ __forceinline__ void convert(Fragment (&a)[FRAGMENTS], u32 at, int un
         f[0] = pair(u.x, u.y, place, zero_upper), f[1] = pair(l.x, l.y, place, zero_lower);
         f[2] = pair(u.z, u.w, place, zero_upper), f[3] = pair(l.z, l.w, place, zero_lower);
 #endif
-    }
-}
-
-// Holds the registers of a finished unit until here: wgmma reads them while it is under way.
-__device__ __forceinline__ void release(Fragment (&a)[FRAGMENTS]) {
-#pragma unroll
-    for (int k = 0; k < FRAGMENTS; k++) asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
-}
-
-// Adds a finished product.
-__device__ __forceinline__ void add_part(float (&sums)[N / 2], float (&part)[N / 2], float upper, float lower) {
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-        float sum;
-        asm volatile("mov.f32 %0, %1;" : "=f"(sum) : "f"(part[i]));  // not before the wait
-        sums[i] += sum * (i & 2 ? lower : upper);
     }
 }
 

@@ -1,0 +1,393 @@
+// Products of experts whose weights lie in tiles of packed formats (ops/tiles.py), each expert's in its own, all in one
+// launch: as experts.cu, with a micro-kernel for each kind of tile, chosen item by item.
+//
+// Tiles of one row of tiles follow each other in memory, codes and scales together, so plain copies keep the ring full,
+// several tiles a stage where they are small. Codes become exact 16-bit numbers in the registers that wgmma takes its
+// 64-row operand from; a tile's sum is scaled in float32. While 64 columns are multiplied the next become numbers.
+//
+// Kinds with ACTS8 take float8 codes, or 4-bit ones made float8, and picks as float8 with a scale each, whose columns lie
+// as the codes of a lane do: of every 16, number 4 t + 2 c + h is column 2 t + 8 h + c.
+//
+// An item is ROWS rows of one expert for one tile of picks. The warp that fills the ring tells the others with each stage
+// of what kind it is. Compile-time: HALF, GATE, FLOAT32, N (8 to 128), ROWS (64, 128), STAGES, BLOCKS, DOWN as in
+// experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
+// a stage · KINDS kinds, K0 to K7: name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for
+// each kind with acts8.
+
+#include "fragments.h"
+#include "hopper.h"
+#include "numbers.h"
+#include "registers.h"
+#include "experts.h"
+
+#define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
+#define TRADE (N >= 64)  // the warp that brings tiles has three idle ones beside it, which give their registers to the others
+#define THREADS (CONSUMERS + (TRADE ? 128 : 32))
+#define X_BOX (N * 128)  // of 64 columns, or 128 in 8 bits
+#define W_AT (SPAN * 2 * X_BOX)  // where a stage's tiles begin
+#define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + 1023) / 1024 * 1024)
+
+struct Source { u64 address; int kind, bytes; };  // of an expert: its first tile, which of KINDS, and bytes of a tile
+struct Stage { int kind, unused; };  // what the others must know
+
+__device__ __forceinline__ int span_of(int bytes) { return max(1, min(SPAN, LIMIT / bytes)); }
+
+__device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ uint4 piece_16(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ uint2 piece_8(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+
+// Codes 0 to 15 in the bytes of a word, less 8, as float8 e4m3.
+__device__ __forceinline__ u32 eighths_of(u32 word) {
+    const u32 t = word ^ 0x08080808u;       // what is left of codes from 8 on; else 8 more than the code
+    const u32 below = t >> 3 & 0x01010101u;  // 1 where the number is negative, and then it is 16 - t
+    return (t ^ below * 15u) + below * 0x81u;
+}
+
+template <int ID> struct Kind {
+    static constexpr int NAME = ID % 6, ZEROS = ID / 6 % 2, SCALES = ID / 12 % 3, ACTS8 = ID / 36;
+    static constexpr int BITS = NAME == 0 ? 16 : NAME <= 3 ? NAME + 1 : 8;
+    static constexpr int CODES = 64 * 128 / 8 * BITS, NUMBER = SCALES == 2 ? 4 : 2;  // bytes
+    static constexpr int BYTES = CODES + (NAME ? 64 * NUMBER * (1 + ZEROS) : 0);
+    static constexpr int MIDDLE = NAME == 1 ? 2 : NAME == 2 ? 4 : NAME == 3 ? 8 : 0;
+
+    static __device__ __forceinline__ float number(u32 at) {
+        float f;
+        if constexpr (SCALES == 2) {
+            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(at));
+        } else {
+            u16 stored;
+            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(stored) : "r"(at));
+            if constexpr (SCALES == 1) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(stored));
+            else f = __uint_as_float((u32)stored << 16);
+        }
+        return f;
+    }
+
+    // A row's scale, or its zero: at of a tile's numbers.
+    static __device__ __forceinline__ float scale(u32 tile, int row) { return NAME ? number(tile + CODES + row * NUMBER) : 1.f; }
+    static __device__ __forceinline__ u32 zero(u32 tile, int row) {
+        const float base = BITS == 8 ? OFFSET_8 : OFFSET;
+        if constexpr (ZEROS) {
+            const float f = base + number(tile + CODES + (64 + row) * NUMBER);
+            return pack(f, f);
+        }
+        return pack(base + MIDDLE, base + MIDDLE);
+    }
+};
+
+// A lane's codes of a tile, and its 64 columns `unit` as numbers. warp: of the warpgroup.
+template <class K> struct Codes {
+    u32 words[K::BITS <= 3 ? 2 * K::BITS : 1];
+
+    __device__ __forceinline__ void load(u32 tile, int warp, int lane) {
+        if constexpr (K::BITS <= 3) {
+            const uint4 v = piece_16(tile + warp * 512 + lane * 16);
+            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+            if constexpr (K::BITS == 3) {
+                const uint2 u = piece_8(tile + 2048 + warp * 256 + lane * 8);
+                words[4] = u.x, words[5] = u.y;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void convert(Fragment (&a)[4], u32 tile, int unit, int warp, int lane, u32 zero_upper, u32 zero_lower) {
+        if constexpr (K::BITS <= 3) {
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    u32 number = pick(words[unit * 2 + k / 2] >> ((k & 1) * 4 + r) * 2, 0x00030003u, MAGIC);
+                    if constexpr (K::BITS == 3) {
+                        const int at = k * 4 + r;
+                        const u32 high = words[4 + unit];
+                        number = pick(at < 2 ? high << (2 - at) : high >> (at - 2), 0x00040004u, number);
+                    }
+                    a[k][r] = minus(number, r & 1 ? zero_lower : zero_upper);
+                }
+        } else if constexpr (K::BITS == 4) {
+            const uint4 v = piece_16(tile + (warp * 2 + unit) * 512 + lane * 16);
+            const u32 each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) a[k][r] = nibbles(each[k] >> 4 * r, r & 1 ? zero_lower : zero_upper);
+        } else if constexpr (K::BITS == 8) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint4 v = piece_16(tile + (warp * 4 + unit * 2 + i) * 512 + lane * 16);
+                const u32 each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+#pragma unroll
+                    for (int r = 0; r < 4; r++) a[i * 2 + k][r] = pair(each[k * 2 + (r & 1)], r >> 1, r & 1 ? zero_lower : zero_upper);
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                const uint4 v = piece_16(tile + (warp * 8 + unit * 4 + k) * 512 + lane * 16);
+                a[k][0] = v.x, a[k][1] = v.y, a[k][2] = v.z, a[k][3] = v.w;
+            }
+        }
+    }
+
+    // Bytes `half` and half + 2 of a word of 8-bit codes.
+    static __device__ __forceinline__ u32 pair(u32 word, int half, u32 zero) {
+        if constexpr (K::NAME == 5) {
+#if HALF
+            return eighths(__byte_perm(word, 0, half ? 0x31 : 0x20));
+#else
+            const u32 high = half ? word : word << 8;
+            return eighths(high, high >> 4);
+#endif
+        } else {
+            return signed_bytes<K::ZEROS>(half ? word >> 8 : word, zero);
+        }
+    }
+
+    // All of a tile's columns as float8.
+    static __device__ __forceinline__ void convert_8(Fragment (&a)[4], u32 tile, int warp, int lane) {
+        if constexpr (K::BITS == 8) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint4 v = piece_16(tile + (warp * 4 + i) * 512 + lane * 16);
+                a[i][0] = v.x, a[i][1] = v.y, a[i][2] = v.z, a[i][3] = v.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint4 v = piece_16(tile + (warp * 2 + i) * 512 + lane * 16);
+                const u32 each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    a[i * 2 + k / 2][k % 2 * 2] = eighths_of(each[k] & 0x0f0f0f0fu);
+                    a[i * 2 + k / 2][k % 2 * 2 + 1] = eighths_of(each[k] >> 4 & 0x0f0f0f0fu);
+                }
+            }
+        }
+    }
+};
+
+// The ring as the warps that multiply see it.
+struct Ring {
+    u32 full, empty, stages;
+    int slot, turn;
+
+    __device__ __forceinline__ u32 stage() const { return stages + slot * STAGE_BYTES; }
+    __device__ __forceinline__ void next() { if (++slot == STAGES) slot = 0, turn ^= 1; }
+};
+
+// Sums of an item: a warpgroup's 64 rows, of which `group` counts. steps: tiles of a row.
+template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 2], Ring &ring, int steps, int group, int warp, int lane) {
+    const int upper = (warp * 16) + (lane >> 2), span = max(1, min(SPAN, LIMIT / K::BYTES));
+    float part[N / 2], scale_upper = 0.f, scale_lower = 0.f;
+    Fragment a[2][4];
+    u32 held = 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) part[i] = 0.f;
+#pragma unroll
+    for (int k = 0; k < 4; k++) a[1][k][0] = a[1][k][1] = a[1][k][2] = a[1][k][3] = 0;
+    for (int step = 0; step < steps;) {
+        wait_for(ring.full + ring.slot * 8, ring.turn);
+        const int count = min(span, steps - step);
+#pragma unroll 1
+        for (int b = 0; b < count; b++, step++) {
+            const u32 tile = ring.stage() + W_AT + group * ROOM + b * K::BYTES;
+            Codes<K> codes;
+            const float next_upper = K::scale(tile, upper), next_lower = K::scale(tile, upper + 8);
+            if constexpr (K::ACTS8) {
+                const u64 x_at = operand(ring.stage() + b * X_BOX);
+                FINISH(0);
+                release(a[0]);
+                if (held) { if (lane == 0) arrive(held); held = 0; }
+                add_part(d, part, scale_upper, scale_lower);
+                codes.convert_8(a[0], tile, warp, lane);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int k = 0; k < 4; k++) multiply_8(part, a[0][k], x_at + k * 2, k);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            } else {
+                const u64 x_at = operand(ring.stage() + b * 2 * X_BOX);
+                const u32 zero_upper = K::zero(tile, upper), zero_lower = K::zero(tile, upper + 8);
+                codes.load(tile, warp, lane);
+                codes.convert(a[0], tile, 0, warp, lane, zero_upper, zero_lower);
+                FINISH(0);
+                release(a[1]);
+                if (held) { if (lane == 0) arrive(held); held = 0; }
+                add_part(d, part, scale_upper, scale_lower);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int k = 0; k < 4; k++) multiply(part, a[0][k], x_at + k * 2, k);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                codes.convert(a[1], tile, 1, warp, lane, zero_upper, zero_lower);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int k = 0; k < 4; k++) multiply(part, a[1][k], x_at + X_BOX / 16 + k * 2, 1);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                FINISH(1);
+                release(a[0]);
+            }
+            scale_upper = next_upper, scale_lower = next_lower;
+        }
+        held = ring.empty + ring.slot * 8;
+        ring.next();
+    }
+    FINISH(0);
+    release(a[K::ACTS8 ? 0 : 1]);
+    if (lane == 0) arrive(held);
+    add_part(d, part, scale_upper, scale_lower);
+}
+
+// Where the warp that fills the ring is: the tiles of a stage, item after item.
+struct Walk {
+    const Tile *list;
+    const Source *sources;
+    int deep, steps, items, item, step, count;
+    Tile tile;
+    Source source;
+
+    __device__ __forceinline__ void begin() {
+        if (item < items) {
+            tile = list[item / deep], source = sources[tile.expert];
+            step = 0, count = min(span_of(source.bytes), steps);
+        }
+    }
+    __device__ __forceinline__ void next() {
+        step += count;
+        if (step == steps) item += gridDim.x, begin();
+        else count = min(count, steps - step);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8_map, const float *x8_scales, const Source *sources, void *out, const Tile *list, const int *listed, const int *order, const float *shares, int rows, int cols) {
+    extern __shared__ unsigned char raw[];
+    unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
+    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
+    volatile Stage *told = (volatile Stage *)(barriers + 2 * STAGES);
+    const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
+    const int outputs = GATE ? rows / 2 : rows, height = GATE ? ROWS / 2 : ROWS;
+    const int steps = (cols + 127) / 128, deep = (outputs + height - 1) / height, down = (outputs * (GATE ? 2 : 1) + 63) / 64;
+
+    if (threadIdx.x == CONSUMERS) {
+        for (int s = 0; s < STAGES; s++) {
+            begin_barrier(full + s * 8, 1);
+            begin_barrier(empty + s * 8, CONSUMERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+    }
+    __syncthreads();
+#if !DOWN
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const int items = *(volatile const int *)listed * deep;
+
+    if (threadIdx.x >= CONSUMERS) {
+#if TRADE
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+#endif
+        if (threadIdx.x == CONSUMERS) {
+            u64 once, kept;
+            asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+            asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
+            const u64 policy = N <= 64 ? once : kept;  // large tiles read an expert's weights again
+            auto acts8 = [](int kind) { return ACTS8S >> kind & 1; };
+            auto weights = [&](const Walk &at, int stage) {
+                const u32 to = stage0 + stage * STAGE_BYTES + W_AT, barrier = full + stage * 8;
+                const int first = at.item % deep * (ROWS / 64), own = min(ROWS / 64, down - first);
+                told[stage].kind = at.source.kind;
+                expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * X_BOX));
+                for (int group = 0; group < own; group++)
+                    copy(to + group * ROOM, at.source.address + (u64)((first + group) * steps + at.step) * at.source.bytes, at.count * at.source.bytes, barrier, policy);
+            };
+            auto inputs = [&](const Walk &at, int stage) {
+                const u32 to = stage0 + stage * STAGE_BYTES, barrier = full + stage * 8;
+                if (acts8(at.source.kind)) {
+                    for (int b = 0; b < at.count; b++) fetch(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile.first, barrier, kept);
+                } else {
+                    for (int b = 0; b < 2 * at.count; b++) fetch(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile.first, barrier, kept);
+                }
+            };
+            Walk at = {list, sources, deep, steps, items, (int)blockIdx.x};
+            at.begin();
+            int count = 0;
+#if DOWN
+            Walk behind = at;
+            for (; at.item < items && count < STAGES; count++, at.next()) weights(at, count);
+            asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
+            for (int stage = 0; stage < count; stage++, behind.next()) inputs(behind, stage);
+#else
+            asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+            for (; at.item < items; count++, at.next()) {
+                const int stage = count % STAGES;
+                if (count >= STAGES) wait_for(empty + stage * 8, (count / STAGES - 1) & 1);
+                weights(at, stage);
+                inputs(at, stage);
+            }
+        }
+        return;
+    }
+
+#if TRADE
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+#endif
+#if DOWN
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
+    Ring ring = {full, empty, stage0, 0, 0};
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        float d[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[i] = 0.f;
+        wait_for(full + ring.slot * 8, ring.turn);
+        const int kind = told[ring.slot].kind;
+        switch (kind) {
+#define CASE(I, ID) case I: multiply_item<Kind<ID>>(d, ring, steps, group, warp & 3, lane); break;
+            CASE(0, K0)
+#if KINDS > 1
+            CASE(1, K1)
+#endif
+#if KINDS > 2
+            CASE(2, K2)
+#endif
+#if KINDS > 3
+            CASE(3, K3)
+#endif
+#if KINDS > 4
+            CASE(4, K4)
+#endif
+#if KINDS > 5
+            CASE(5, K5)
+#endif
+#if KINDS > 6
+            CASE(6, K6)
+#endif
+#if KINDS > 7
+            CASE(7, K7)
+#endif
+        }
+        const Tile tile = list[item / deep];
+        if (ACTS8S >> kind & 1) {
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) d[i] *= x8_scales[min(tile.first + i / 4 * 8 + (lane & 3) * 2 + (i & 1), tile.end - 1)];
+        }
+        store_sums(d, out, tile, item % deep * ROWS + warp * 16, outputs, order, shares);
+    }
+}

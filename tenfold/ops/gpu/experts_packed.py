@@ -1,0 +1,203 @@
+"""Experts of a layer whose weights are packed, each in a format of its own, on Hopper: csrc/experts_packed.cu.
+
+As `experts.py`, with weights in tiles (ops/tiles.py). Codes become exact numbers and a tile's sum is scaled in float32:
+no weight is rounded. Activations keep their 16 bits, but for kinds whose format lets them be rounded to 8 in plans with
+`acts8`, which many picks of an expert make worth while.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, sum_kernel
+from tenfold.ops.gpu import hopper, nvrtc, quantize
+from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
+
+WIDTHS = (8, 16, 32, 64, 128)
+LIMIT = 17408  # bytes of a warpgroup's tiles in a stage, where that holds more than one: four of 4 bits
+MOST_STAGES = 8
+MANY = 64  # picks of a tile from which on products may be bound by arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExpertsPlan:
+    """width: picks of a tile; height: rows of weights of a block, 64 or 128; stages of the ring; blocks of a
+    multiprocessor; span: tiles in a stage at most; acts8: activations may be rounded to 8 bits.
+    """
+
+    width: int
+    height: int
+    stages: int
+    blocks: int = 1
+    span: int = 1
+    acts8: bool = False
+
+    def __str__(self) -> str:
+        name = f"tiles:{self.width}x{self.height}x{self.stages}x{self.blocks}x{self.span}"
+        return name + ":a8" * self.acts8
+
+
+def parse(name: str) -> PackedExpertsPlan:
+    """The plan `str(plan)` names. Raises ValueError."""
+    found = re.fullmatch(r"tiles:(\d+)x(64|128)x(\d+)x([12])x([124])(:a8)?", name)
+    if not found or int(found[1]) not in WIDTHS:
+        widths = ", ".join(map(str, WIDTHS))
+        raise ValueError(
+            f"{name!r} is no plan of packed experts; allowed: tiles:WIDTHxHEIGHTxSTAGESxBLOCKSxSPAN, then :a8, with a "
+            f"width of {widths} and a height of 64 or 128."
+        )
+    width, height, stages, blocks, tiles = map(int, found.groups()[:5])
+    return PackedExpertsPlan(width, height, stages, blocks, tiles, found[6] is not None)
+
+
+def span(plan: PackedExpertsPlan, kind: Kind) -> int:
+    """Tiles of a kind in a stage."""
+    return max(1, min(plan.span, LIMIT // kind.nbytes))
+
+
+def room(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
+    """Bytes of a warpgroup's tiles in a stage."""
+    return max(span(plan, kind) * kind.nbytes for kind in kinds)
+
+
+def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
+    """Dynamic shared memory of one block."""
+    stage = plan.span * 2 * plan.width * 128 + plan.height // ROWS * room(plan, kinds)
+    return 1024 + plan.stages * (-(-stage // 1024) * 1024 + 24)
+
+
+def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
+    """Whether a plan can run experts of these kinds: its ring has room, and the kernel's registers suffice."""
+    registers = plan.blocks == 1 or (plan.width <= 32 and plan.height == 64)
+    return registers and plan.stages >= 2 and hopper.fits(shared_bytes(plan, kinds), plan.blocks)
+
+
+def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[PackedExpertsPlan]:
+    """Plans worth timing, of widths about the picks that an expert has, with as many stages as fit."""
+    each = picks / max(1, min(picks, experts))
+    for width in WIDTHS:
+        if not each / 4 <= width <= max(8, 4 * each):
+            continue
+        for height, blocks in ((64, 2), (64, 1), (128, 1)):
+            for tiles in (1, 2, 4):
+                if width * tiles > 64 and tiles > 1:
+                    continue
+                for acts8 in (False, True)[: 1 + (width >= MANY and any(kind.acts8 for kind in kinds))]:
+                    plans = (
+                        PackedExpertsPlan(width, height, stages, blocks, tiles, acts8)
+                        for stages in range(MOST_STAGES, 1, -1)
+                    )
+                    found = next((plan for plan in plans if legal(plan, kinds)), None)
+                    if found is not None:
+                        yield found
+
+
+def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan:
+    """The plan where nothing was measured."""
+    each = picks / max(1, min(picks, experts))
+    width = next((w for w in WIDTHS if w >= each), WIDTHS[-1])
+    height, tiles = (128, 1) if width >= MANY else (128, 4 if width <= 16 else 2)
+    acts8 = width >= MANY and any(kind.acts8 for kind in kinds)
+    plans = (PackedExpertsPlan(width, height, n, 1, tiles, acts8) for n in range(MOST_STAGES, 1, -1))
+    return next(plan for plan in plans if legal(plan, kinds))
+
+
+def takes(x: Tensor, gate_up: Tiled, down: Tiled) -> bool:
+    """Whether these experts can run here at all."""
+    same = x.dtype == gate_up.dtype == down.dtype
+    return same and x.dtype in nvrtc.HALF and gate_up.cols % 8 == 0 and down.cols % 8 == 0
+
+
+def code(kind: Kind, acts8: bool) -> int:
+    """A kind as the kernel counts them."""
+    return NAMES.index(kind.name) + 6 * kind.zeros + 12 * kind.scales + 36 * acts8
+
+
+def rounds(chosen: PackedExpertsPlan, kind: Kind, cols: int) -> bool:
+    """Whether products of a kind take activations of 8 bits."""
+    return chosen.acts8 and kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros and cols % 16 == 0
+
+
+def run(
+    chosen: PackedExpertsPlan,
+    sms: int,
+    x: Tensor,
+    by: Sorted,
+    shares: Tensor,
+    gate_up: Tiled,
+    down: Tiled,
+    act: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `Kernels.experts` for picks sorted into tiles of the plan's width, shares [T, K] their weights, contiguous.
+    There must be a token.
+    """
+    tokens, top = shares.shape
+    picks = tokens * top
+    out = x.new_empty(tokens, down.rows)
+    halfway, parts = x.new_empty(picks, down.cols), x.new_empty(picks, down.rows)
+    gathered = x.index_select(0, by.order // top)
+    eights = quantize.for_tiles(x, by.order, top) if some(chosen, gate_up) else None
+    product(chosen, sms, gathered, eights, gate_up, halfway, by, shares, act)
+    eights = quantize.for_tiles(halfway) if some(chosen, down) else None
+    product(chosen, sms, halfway, eights, down, parts, by, shares, None)
+    sum_kernel[(tokens, triton.cdiv(down.rows, SUM_TILE))](parts, residual, out, down.rows, K=top, B=SUM_TILE)
+    return out
+
+
+def some(chosen: PackedExpertsPlan, w: Tiled) -> bool:
+    """Whether any expert takes activations of 8 bits."""
+    return any(rounds(chosen, kind, w.cols) for kind in w.kinds)
+
+
+def product(
+    chosen: PackedExpertsPlan,
+    sms: int,
+    x: Tensor,
+    eights: tuple[Tensor, Tensor] | None,
+    w: Tiled,
+    out: Tensor,
+    by: Sorted,
+    shares: Tensor,
+    act: str | None,
+) -> None:
+    """One way: x and out by place, but out by pick without a gate. eights: x as `quantize.for_tiles` rounds it, where
+    some kind takes it so.
+    """
+    gate = nvrtc.GATES[act]
+    kernel = nvrtc.load("experts_packed.cu", "experts_packed", defines(chosen, w, gate, x.dtype))
+    codes, scales = eights if eights is not None else (x, None)
+    maps = nvrtc.tensor_map(x, chosen.width), nvrtc.tensor_map(codes, chosen.width)
+    arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
+    most = len(by.tiles) * -(-w.rows // chosen.height)
+    grid = (min(most, sms * chosen.blocks), 1, 1)
+    kernel(grid, threads(chosen), shared_bytes(chosen, w.kinds), [*arguments, w.rows, w.cols], dependent=True)
+
+
+def threads(chosen: PackedExpertsPlan) -> int:
+    """Of a block: a warpgroup for 64 rows, and a warp that brings tiles, with many picks a warpgroup."""
+    return chosen.height * 2 + (128 if chosen.width >= 64 else 32)
+
+
+def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    eight = [rounds(chosen, kind, w.cols) for kind in w.kinds]
+    return (
+        ("HALF", nvrtc.HALF[dtype]),
+        ("GATE", gate),
+        ("DOWN", int(not gate)),
+        ("FLOAT32", 0),
+        ("N", chosen.width),
+        ("ROWS", chosen.height),
+        ("STAGES", chosen.stages),
+        ("BLOCKS", chosen.blocks),
+        ("SPAN", chosen.span),
+        ("LIMIT", LIMIT),
+        ("ROOM", room(chosen, w.kinds)),
+        ("KINDS", len(w.kinds)),
+        ("ACTS8S", sum(1 << at for at, one in enumerate(eight) if one)),
+        *((f"K{at}", code(kind, one)) for at, (kind, one) in enumerate(zip(w.kinds, eight))),
+    )

@@ -1,0 +1,171 @@
+"""Experts of packed formats on Hopper, mixed in one launch, against float64 on the values their codes mean."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tenfold.ops import tiles
+from tenfold.ops.formats import format_of, raw_tensor
+from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
+from tenfold.ops.oracle import Oracle
+from tenfold.ops.route import Routing, route
+
+packed = pytest.importorskip("tenfold.ops.gpu.experts_packed")
+quantize = pytest.importorskip("tenfold.ops.gpu.quantize")
+sort = pytest.importorskip("tenfold.ops.gemm.grouped").sort
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+Plan = packed.PackedExpertsPlan
+COUNT = 16
+MIXES = {
+    **{name: (name,) for name in ("int2g128", "int2g128z", "int3g128", "int3g128z", "int4g128", "int4g128z")},
+    **{name: (name,) for name in ("int8g128", "int8g128z", "int8", "fp8", "int4g256", "int4")},
+    "all": ("int4g128", "int2g128z", "dense", "int8g128", "int3g128z", "fp8a8", "int4g128z", "int2g128"),
+}
+PLANS = [Plan(8, 128, 4, 1, 4), Plan(16, 64, 3, 2, 2), Plan(32, 128, 3, 1, 2), Plan(64, 128, 3), Plan(128, 128, 2)]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def raw(name: str, w: Tensor, scales: torch.dtype) -> RawTensor:
+    if name == "dense":
+        return RawTensor("w", "F32", tuple(w.shape), w)
+    return raw_tensor("w", format_of(name), *w.shape, format_of(name).pack(w, scales))
+
+
+def bank(names: tuple[str, ...], w: Tensor, pairs: bool, dtype: torch.dtype, scales: torch.dtype) -> tiles.Tiled:
+    parts = [[raw(names[i % len(names)], each, scales)] for i, each in enumerate(w)]
+    return tiles.bank(parts, pairs, lambda own: own[0].data, torch.device("cuda"), dtype)
+
+
+def doubled(tiled: tiles.Tiled) -> Bank:
+    """The values of every expert, exactly as tiles mean them."""
+    values = []
+    for i, data in enumerate(tiled.data):
+        kind = tiled.kinds[tiled.of[i]]
+        exact = torch.float32 if kind.name != "dense" else tiled.dtype
+        values.append(tiles.untile(kind, data, tiled.rows, tiled.cols, exact, tiled.pairs).double())
+    return Bank(tuple(Matrix("dense", *v.shape, (v,)) for v in values))
+
+
+def case(
+    names: tuple[str, ...], tokens: int, dtype: torch.dtype, cols: int, inner: int, scales: torch.dtype = torch.float16
+) -> tuple[Any, ...]:
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(COUNT, generator=draw)[:4] for _ in range(tokens)]).cuda()
+    gate_up = bank(names, random(COUNT, 2 * inner, cols, seed=3) * cols**-0.5, True, dtype, scales)
+    down = bank(names[::-1], random(COUNT, cols, inner, seed=4) * inner**-0.5, False, dtype, scales)
+    x, residual = (random(tokens, cols, seed=seed).to(dtype).cuda() for seed in (1, 5))
+    return x, ids, random(*ids.shape, seed=2).abs().cuda(), gate_up, down, residual
+
+
+def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Any, down: Any, residual: Tensor, act: str) -> Tensor:
+    own = Experts(doubled(gate_up), doubled(down), act)
+    return Oracle("cuda", torch.float64).experts(x.double(), ids, weights, own, residual.double())
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize(
+        ("plan", "mix"), [(plan, mix) for plan in PLANS for mix in (MIXES if plan in PLANS[::4] else ("all",))], ids=str
+    )
+    def test_sums_of_experts(self, plan: Any, mix: str) -> None:
+        for tokens, dtype, act, sizes, scales in (
+            (1, torch.bfloat16, "silu", (512, 256), torch.float16),
+            (37, torch.float16, "gelu_tanh", (640, 128), torch.bfloat16),
+            (300, torch.bfloat16, "silu", (512, 384), torch.float32),
+        ):
+            x, ids, weights, gate_up, down, residual = case(MIXES[mix], tokens, dtype, *sizes, scales)
+            want = exact(x, ids, weights, gate_up, down, residual, act)
+            assert packed.legal(plan, gate_up.kinds + down.kinds)
+            by = sort(ids, COUNT, plan.width)
+            found = packed.run(plan, 132, x, by, weights, gate_up, down, act, residual)
+            tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+            assert (found - want).abs().max() <= tolerance * want.abs().max()
+            again = packed.run(plan, 132, x, by, weights, gate_up, down, act, residual)
+            assert torch.equal(found, again)
+
+    @pytest.mark.parametrize("kind", ["all on one", "few experts"])
+    @pytest.mark.parametrize("plan", PLANS, ids=str)
+    def test_experts_without_tokens(self, plan: Any, kind: str) -> None:
+        x, _, _, gate_up, down, residual = case(MIXES["all"], 90, torch.bfloat16, 512, 256)
+        one = torch.tensor([[COUNT - 2]] if kind == "all on one" else [[3, 9]]).repeat(90, 1).cuda()
+        weights = torch.ones(one.shape, device="cuda")
+        want = exact(x, one, weights, gate_up, down, residual, "silu")
+        by = sort(one, COUNT, plan.width)
+        found = packed.run(plan, 132, x, by, weights, gate_up, down, "silu", residual)
+        assert (found - want).abs().max() <= 3e-2 * want.abs().max()
+
+    @pytest.mark.parametrize(
+        "mix", [("fp8a8",), ("int4g128a8",), ("int4g128a8", "int3g128", "fp8a8", "dense")], ids=str
+    )
+    @pytest.mark.parametrize("width", [64, 128])
+    def test_activations_of_8_bits(self, width: int, mix: tuple[str, ...]) -> None:
+        """As far from the exact sums as rounding activations to float8 explains, and further than without."""
+        x, ids, weights, gate_up, down, residual = case(mix, 500, torch.bfloat16, 512, 256)
+        want = exact(x, ids, weights, gate_up, down, residual, "silu")
+        by = sort(ids, COUNT, width)
+        found = [
+            packed.run(Plan(width, 128, 2, acts8=acts8), 132, x, by, weights, gate_up, down, "silu", residual)
+            for acts8 in (False, True)
+        ]
+        off, error = ((each - want).norm() / want.norm() for each in found)
+        assert off < 0.01
+        assert off < error < 0.06
+
+    def test_columns_of_rounded_picks(self) -> None:
+        x = random(5, 416, seed=7).bfloat16().cuda()
+        order = torch.tensor([9, 3, 0, 7], dtype=torch.int32, device="cuda")  # of two picks a token
+        codes, scales = quantize.for_tiles(x, order, 2)
+        plain, same = quantize.quantize(x[(order // 2).long()])
+        h, c, t = (
+            g.flatten() for g in torch.meshgrid(torch.arange(2), torch.arange(2), torch.arange(4), indexing="ij")
+        )
+        columns = torch.empty(16, dtype=torch.int64)
+        columns[4 * t + 2 * c + h] = 2 * t + 8 * h + c
+        assert torch.equal(scales, same)
+        want = plain.view(torch.uint8).unflatten(1, (-1, 16))[:, :, columns].flatten(1)
+        assert torch.equal(codes.view(torch.uint8), want)
+
+    @pytest.mark.parametrize("tokens", [1, 64, 600])
+    def test_kernels_of_a_gpu_load_route_and_sum(self, tokens: int) -> None:
+        from tenfold.ops.gpu.native import Gpu
+
+        kernels = Gpu()
+        names = ("int4g128", "int2g128z", "int8g128", "dense")
+        w = [random(COUNT, rows, cols, seed=rows) * cols**-0.5 for rows, cols in ((512, 512), (512, 256))]
+        parts = [[[raw(names[i % 4], one, torch.float16)] for i, one in enumerate(each)] for each in w]
+        own = Experts(kernels.bank(parts[0], pairs=True), kernels.bank(parts[1]), "silu")
+        assert own.tiled is not None
+        assert kernels.records(own)
+        x, residual = (random(tokens, 512, seed=seed).bfloat16().cuda() for seed in (1, 2))
+        scores, routing = random(tokens, COUNT, seed=9).cuda() * 2, Routing(COUNT, 4, normed=True)
+        found = kernels.routed(x, scores, routing, own, residual)
+        want = exact(x, *route(scores, routing), *own.tiled, residual, "silu")
+        assert (found - want).abs().max() <= 3e-2 * want.abs().max()
+        assert torch.allclose(Oracle.experts(kernels, x, *route(scores, routing), own, residual), found, atol=0.3)
+
+
+def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
+    kinds = (tiles.Kind("int4"), tiles.Kind("int8", zeros=True, scales=2), tiles.DENSE)
+    for plan in (*PLANS, Plan(64, 128, 3, acts8=True)):
+        assert packed.parse(str(plan)) == plan
+    for wrong in ("tiles:12x64x2x1x1", "tiles:8x96x2x1x1", "experts:8x64x2x6x1"):
+        with pytest.raises(ValueError, match="width of 8, 16"):
+            packed.parse(wrong)
+    widths = [packed.plan(n, 128, kinds).width for n in (8, 512, 2048, 8192, 65536)]
+    assert widths == sorted(widths)
+    for picks in (8, 64, 512, 4096, 65536):
+        assert packed.legal(packed.plan(picks, 128, kinds), kinds)
+        every = list(packed.candidates(picks, 128, kinds))
+        assert every
+        assert all(packed.legal(plan, kinds) for plan in every)
+        assert not any(plan.acts8 for plan in every)
+    eight = (tiles.Kind("fp8", scales=2, acts8=True),)
+    assert packed.plan(65536, 128, eight).acts8
+    assert not packed.plan(64, 128, eight).acts8
