@@ -1,13 +1,15 @@
-"""Times of a layer's experts on a GPU, ours and the libraries': `python -m tenfold.bench.moe --out FILE`.
+"""Times of a layer's experts on a GPU, in bfloat16 and packed, ours and the libraries': `python -m tenfold.bench.moe`.
 
-For each shape and number of tokens: every plan of ours over the whole operation (sort, gather, both products, sum), the
-two products alone, and as rivals PyTorch's grouped product and a loop of cuBLAS products over the experts, which are
-given sorted tokens, do no sorting, and in the loop's case know the counts on the host. Picks are random; `--skew` draws
-experts as unevenly as Zipf's law of that exponent. What must be read (experts that have tokens, once) and computed is
-held against copy bandwidth and the matrix ceiling.
+For each shape, number of tokens and format: both products of sorted picks by every plan of ours ("products"), and the
+whole operation (route, sort, gather, products, sum) by the fastest of them. Rivals in bfloat16 are PyTorch's grouped
+product and a loop of cuBLAS products over the experts, which are given sorted tokens and do no sorting, and in the
+loop's case know the counts on the host. Scores are random; `--skew` draws experts as unevenly as Zipf's law of that
+exponent. What must be read (experts that have tokens, once) and computed is held against copy bandwidth and the matrix
+ceiling, which is twice as high where activations have 8 bits.
 """
 
 import argparse
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,26 @@ from tenfold.bench.command import save
 from tenfold.bench.floor import GB, copy_bandwidth, matmul_ceiling
 from tenfold.bench.hardware import machine
 from tenfold.models.table import model_config
+from tenfold.ops.formats import format_of, raw_tensor
+from tenfold.ops.route import Routing, route
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
 MODELS = "shape:qwen3-30b-a3b,shape:deepseek-v2-lite,shape:qwen1.5-moe-a2.7b,shape:mixtral-8x7b"
 TOKENS = "1,8,64,512,8192"
+DENSE = "bfloat16"
+# What a format of the measurement is made of, and in what parts.
+MIXES: dict[str, dict[str, int]] = {
+    "w8a16": {"int8g128": 1},
+    "w4a16": {"int4g128": 1},
+    "w3a16": {"int3g128": 1},
+    "w2a16": {"int2g128z": 1},
+    "w8a8": {"fp8a8": 1},
+    "w4a8": {"int4g128a8": 1},
+    "mixed 4 bits": {"int8g128": 1, "int4g128": 4, "int3g128z": 2, "int2g128z": 1},
+    "mixed 5 bits": {"fp8a8": 1, "int4g128a8": 3},
+}
+FORMATS = ",".join((DENSE, *MIXES))
 Arm = Callable[[int], Tensor]
 
 
@@ -39,15 +56,19 @@ class Layer:
     inner: int
 
     @property
-    def expert_bytes(self) -> int:
-        return 3 * self.hidden * self.inner * 2
+    def numbers(self) -> int:
+        """Of one expert."""
+        return 3 * self.hidden * self.inner
 
-    def floor(self, ids: Tensor, copy_gbs: float, tflops: float) -> tuple[float, float]:
-        """Microseconds that picks [T, top] cannot but take: to read the experts hit, and to compute."""
-        hit, picks = len(ids.unique()), ids.numel()
+    def floor(self, ids: Tensor, bits: Sequence[float], copy_gbs: float, tflops: float) -> tuple[float, float]:
+        """Microseconds that picks [T, top] cannot but take, to read the experts hit and to compute. bits: of a weight
+        of each expert, scales included.
+        """
+        hit, picks = ids.unique().tolist(), ids.numel()
+        weights = sum(self.numbers * bits[expert] / 8 for expert in hit)
         activations = 2 * (2 * picks * self.hidden + 2 * picks * self.inner)
-        read = (hit * self.expert_bytes + activations) / (copy_gbs * GB)
-        return 1e6 * read, 1e6 * picks * 6 * self.hidden * self.inner / (tflops * 1e12)
+        read = (weights + activations) / (copy_gbs * GB)
+        return 1e6 * read, 1e6 * picks * 2 * self.numbers / (tflops * 1e12)
 
 
 def layer_of(model: str) -> Layer:
@@ -59,125 +80,173 @@ def layer_of(model: str) -> Layer:
     return Layer(own.routing.experts, own.routing.top, config.hidden_size, own.size)
 
 
-def drawn(layer: Layer, tokens: int, skew: float, seed: int = 0) -> Tensor:
-    """Picks [tokens, top] int64, different for each token; skew: exponent of Zipf's law over experts, 0 for none."""
+def scores_of(layer: Layer, tokens: int, skew: float, seed: int = 0) -> Tensor:
+    """A router's scores [tokens, experts], whose best are draws without replacement; skew: exponent of Zipf's law over
+    experts, 0 for none.
+    """
     draw = torch.Generator().manual_seed(seed)
     chance = torch.arange(1, layer.experts + 1, dtype=torch.float64) ** -skew
     chance = chance[torch.randperm(layer.experts, generator=draw)]
-    return torch.multinomial(chance.expand(tokens, -1), layer.top, generator=draw)
+    noise = torch.rand(tokens, layer.experts, dtype=torch.float64, generator=draw)
+    return (chance.log() - (-noise.log()).log()).float()  # Gumbel's trick
+
+
+def formats_of(mix: str, experts: int, seed: int = 0) -> list[str]:
+    """The format of each expert, in the parts of MIXES, dealt out at random. Raises ValueError for an unknown mix."""
+    if mix not in MIXES:
+        raise ValueError(f"There is no format {mix!r} here; allowed: {FORMATS.replace(',', ', ')}.")
+    parts = [name for name, count in MIXES[mix].items() for _ in range(count)]
+    dealt = [parts[i * len(parts) // experts] for i in range(experts)]
+    random.Random(seed).shuffle(dealt)
+    return dealt
+
+
+def bits_of(name: str, layer: Layer) -> float:
+    """Of a weight of an expert, scales included."""
+    if name == DENSE:
+        return 16.0
+    sizes = ((2 * layer.inner, layer.hidden), (layer.hidden, layer.inner))
+    return 8 * sum(format_of(name).nbytes(*size) for size in sizes) / layer.numbers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
     """Experts of one layer and picks for several calls, each with other experts where few are hit, so that a call finds
-    its weights as cold as in a real step.
+    its weights as cold as in a real step. own: dense [experts, rows, cols] or tiled gate_up and down.
     """
 
     layer: Layer
     x: Tensor
-    ids: list[Tensor]
-    shares: Tensor
-    gate_up: Tensor
-    down: Tensor
+    scores: list[Tensor]
+    routing: Routing
+    own: tuple[Any, Any]
 
     @property
     def picks(self) -> int:
-        return self.ids[0].numel()
+        return len(self.x) * self.layer.top
+
+    def routed(self) -> list[tuple[Tensor, Tensor]]:
+        """Ids and weights of each call."""
+        return [route(scores, self.routing) for scores in self.scores]
 
 
-def make(layer: Layer, tokens: int, skew: float, copies: int, device: torch.device) -> Case:
-    generator, half = torch.Generator(device).manual_seed(1), torch.bfloat16
+def normal(spread: float, seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(0, spread, generator=generator)
 
-    def normal(spread: float, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=half, device=device).normal_(0, spread, generator=generator)
 
-    ids = [drawn(layer, tokens, skew, seed).to(device) for seed in range(copies)]
+def dense_experts(layer: Layer) -> tuple[Tensor, Tensor]:
+    sizes = (layer.experts, 2 * layer.inner, layer.hidden), (layer.experts, layer.hidden, layer.inner)
+    return normal(0.02, 2, *sizes[0]), normal(0.02, 3, *sizes[1])
+
+
+def packed_experts(layer: Layer, dense: tuple[Tensor, Tensor], names: Sequence[str]) -> tuple[Any, Any]:
+    """The same rounded to the format of each expert, in tiles."""
+    from tenfold.ops import tiles
+
+    def tiled(w: Tensor, pairs: bool) -> Any:
+        parts = []
+        for name, each in zip(names, w):
+            format = format_of(name)
+            parts.append([raw_tensor("w", format, len(each), each.shape[1], format.pack(each))])
+        return tiles.bank(parts, pairs, lambda own: own[0].data, w.device, w.dtype)
+
+    return tiled(dense[0], True), tiled(dense[1], False)
+
+
+def make(layer: Layer, own: tuple[Any, Any], tokens: int, skew: float, copies: int) -> Case:
+    scores = [scores_of(layer, tokens, skew, seed).cuda() for seed in range(copies)]
     return Case(
-        layer,
-        normal(1.0, tokens, layer.hidden),
-        ids,
-        torch.rand(ids[0].shape, device=device, generator=generator),
-        normal(0.02, layer.experts, 2 * layer.inner, layer.hidden),
-        normal(0.02, layer.experts, layer.hidden, layer.inner),
+        layer, normal(1.0, 1, tokens, layer.hidden), scores, Routing(layer.experts, layer.top, normed=True), own
     )
 
 
-def measure(layer: Layer, tokens: int, skew: float) -> list[dict[str, Any]]:
+def measure(
+    layer: Layer, own: tuple[Any, Any], tokens: int, skew: float, bits: Sequence[float]
+) -> list[dict[str, Any]]:
     """A row for every arm: name, microseconds, whether it is ours, and whether it is the whole operation."""
     from tenfold.ops.gpu.timing import GpuTimer
 
     timer = GpuTimer(torch.device("cuda"))
-    copies = min(16, timer.copies(len(drawn(layer, tokens, skew).unique()) * layer.expert_bytes))
-    case = make(layer, tokens, skew, copies, timer.device)
-    whole, products, rivals = whole_arms(case), product_arms(case), library_arms(case)
-    first = next(iter(whole.values()))
-    rows = []
-    for name, took in timer.measure(whole, copies, first).items():
-        rows.append({"arm": name, "microseconds": took, "ours": True, "whole": True})
-    for name, took in timer.measure(products | rivals, copies).items():
-        rows.append({"arm": name, "microseconds": took, "ours": name not in rivals, "whole": False})
-    return rows
+    hit = layer.floor(scores_of(layer, tokens, skew).topk(layer.top).indices, bits, 1.0, 1.0)[0] * GB / 1e6
+    case = make(layer, own, tokens, skew, min(16, timer.copies(int(hit))))
+    plans = {str(plan): plan for plan in plans_of(case)}
+    rivals = library_arms(case) if isinstance(own[0], Tensor) else {}
+    times = timer.measure({name: product_arm(case, plan) for name, plan in plans.items()} | rivals, len(case.scores))
+    rows = [{"arm": name, "microseconds": t, "ours": name in plans, "whole": False} for name, t in times.items()]
+    ours = sorted((name for name in times if name in plans), key=times.__getitem__)[:2]
+    arms = {name: whole_arm(case, plans[name]) for name in ours}
+    whole = timer.measure(arms, len(case.scores), next(iter(arms.values())), 0.1)
+    return rows + [{"arm": name, "microseconds": t, "ours": True, "whole": True} for name, t in whole.items()]
 
 
 def plans_of(case: Case) -> list[Any]:
-    from tenfold.ops.gpu import experts
+    from tenfold.ops.gemm import grouped
+    from tenfold.ops.gpu import experts, experts_packed
 
-    layer, sms = case.layer, torch.cuda.get_device_properties("cuda").multi_processor_count
+    layer, (gate_up, down) = case.layer, case.own
+    if not isinstance(gate_up, Tensor):
+        return list(experts_packed.candidates(case.picks, layer.experts, gate_up.kinds + down.kinds))
     sizes = ((2 * layer.inner, layer.hidden, True), (layer.hidden, layer.inner, False))
     every = experts.candidates(case.picks, layer.experts)
-    return [p for p in every if all(experts.legal(p, case.picks, layer.experts, *size, sms) for size in sizes)]
+    ours = [plan for plan in every if all(experts.legal(plan, *size) for size in sizes)]
+    return [*ours, grouped.plan(case.picks, layer.experts)]
 
 
-def whole_arms(case: Case) -> dict[str, Arm]:
+def width_of(plan: Any) -> int:
+    """Picks of a tile."""
+    width: int = plan.height if str(plan).startswith("grouped") else plan.width
+    return width
+
+
+def products(case: Case, plan: Any, by: Any, shares: Tensor, gathered: Tensor) -> Tensor:
+    """What each pick gives, of picks sorted before."""
+    from tenfold.ops.gemm import grouped
+    from tenfold.ops.gpu import experts, experts_packed
+
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    if isinstance(plan, grouped.GroupedPlan):
+        return grouped.products(plan, case.x, by, shares, *case.own, "silu")
+    if isinstance(plan, experts.ExpertsPlan):
+        return experts.products(plan, sms, gathered, by, shares, *case.own, "silu")
+    return experts_packed.products(plan, sms, case.x, gathered, by, shares, *case.own, "silu")
+
+
+def product_arm(case: Case, plan: Any) -> Arm:
+    """Both products."""
     from tenfold.ops.gemm import grouped
     from tenfold.ops.gpu import experts
-    from tenfold.ops.gpu.sums import Workspace
 
-    workspace, sms = Workspace(case.x.device), torch.cuda.get_device_properties("cuda").multi_processor_count
-    triton = grouped.plan(case.picks, case.layer.experts)
-    rest = case.shares, case.gate_up, case.down, "silu"
-    found: dict[str, Arm] = {str(triton): lambda i: grouped.run(triton, case.x, case.ids[i], *rest)}
-    for plan in plans_of(case):
-
-        def run(i: int, plan: Any = plan) -> Tensor:
-            by = grouped.sort(case.ids[i], case.layer.experts, plan.width)
-            return experts.run(plan, workspace, sms, case.x, by, *rest)
-
-        found[str(plan)] = run
-    return found
+    routed = case.routed()
+    own = [grouped.sort(ids, case.layer.experts, width_of(plan)) for ids, _ in routed]
+    sources = [experts.gather(case.x, by, shares) for by, (_, shares) in zip(own, routed)]
+    return lambda i: products(case, plan, own[i], routed[i][1], sources[i])
 
 
-def product_arms(case: Case) -> dict[str, Arm]:
-    """Of ours: both products, of picks sorted before."""
+def whole_arm(case: Case, plan: Any) -> Arm:
+    """As the engine runs them: routed and sorted in one launch where tokens are few."""
     from tenfold.ops.gemm import grouped
     from tenfold.ops.gpu import experts
-    from tenfold.ops.gpu.sums import Workspace
 
-    layer, sms = case.layer, torch.cuda.get_device_properties("cuda").multi_processor_count
-    workspace = Workspace(case.x.device)
-    halfway = case.x.new_empty(case.picks, layer.inner)
-    parts = case.x.new_empty(case.picks, layer.hidden)
-    sources = [case.x.index_select(0, ids.flatten().argsort(stable=True) // layer.top) for ids in case.ids]
-    sorted_by: dict[int, list[Any]] = {}
+    few = experts.routes(len(case.x), case.routing)
 
-    def arm(plan: Any) -> Arm:
-        if plan.width not in sorted_by:
-            sorted_by[plan.width] = [grouped.sort(ids, layer.experts, plan.width) for ids in case.ids]
-        own = sorted_by[plan.width]
+    def run(i: int) -> Tensor:
+        if few:
+            shares, by = experts.routed(case.scores[i], case.routing, width_of(plan))
+        else:
+            ids, shares = route(case.scores[i], case.routing)
+            by = grouped.sort(ids, case.layer.experts, width_of(plan))
+        needed = not isinstance(plan, grouped.GroupedPlan)
+        gathered = experts.gather(case.x, by, shares) if needed else case.x
+        parts = products(case, plan, by, shares, gathered)
+        return grouped.summed(parts, None, torch.empty_like(case.x), case.layer.top)
 
-        def run(i: int) -> Tensor:
-            experts.product(plan, workspace, sms, sources[i], case.gate_up, halfway, own[i], case.shares, "silu")
-            experts.product(plan, workspace, sms, halfway, case.down, parts, own[i], case.shares, None)
-            return parts
-
-        return run
-
-    return {f"products {plan}": arm(plan) for plan in plans_of(case)}
+    return run
 
 
 def library_arms(case: Case) -> dict[str, Arm]:
-    layer = case.layer
-    flat = [ids.flatten() for ids in case.ids]
+    layer, (gate_up, down) = case.layer, case.own
+    flat = [ids.flatten() for ids, _ in case.routed()]
     sources = [case.x.index_select(0, own.argsort(stable=True) // layer.top) for own in flat]
     inner = torch.randn(case.picks, layer.inner, device=case.x.device).to(case.x.dtype)
     counts = [torch.bincount(own, minlength=layer.experts) for own in flat]
@@ -188,13 +257,13 @@ def library_arms(case: Case) -> dict[str, Arm]:
     ]
 
     def grouped_mm(i: int) -> Tensor:
-        torch._grouped_mm(sources[i], case.gate_up.transpose(1, 2), offs=ends[i])
-        return torch._grouped_mm(inner, case.down.transpose(1, 2), offs=ends[i])
+        torch._grouped_mm(sources[i], gate_up.transpose(1, 2), offs=ends[i])
+        return torch._grouped_mm(inner, down.transpose(1, 2), offs=ends[i])
 
     def loop(i: int) -> Tensor:
         for e, a, b in parted[i]:
-            F.linear(sources[i][a:b], case.gate_up[e])
-            last = F.linear(inner[a:b], case.down[e])
+            F.linear(sources[i][a:b], gate_up[e])
+            last = F.linear(inner[a:b], down[e])
         return last
 
     return (
@@ -202,13 +271,25 @@ def library_arms(case: Case) -> dict[str, Arm]:
     )
 
 
-def line(model: str, tokens: int, row: dict[str, Any], floor: tuple[float, float]) -> str:
+def line(row: dict[str, Any]) -> str:
     """For people: microseconds, and the share of the larger floor that it reaches."""
     kind = "whole   " if row["whole"] else "products"
+    share = 100 * max(row["read"], row["compute"]) / row["microseconds"]
     return (
-        f"{model:28} {tokens:5} {kind} {row['arm']:28} {row['microseconds']:9.1f} us  "
-        f"{100 * max(floor) / row['microseconds']:5.1f} % of the floor (read {floor[0]:.1f}, compute {floor[1]:.1f})"
+        f"{row['model'][6:]:18} {row['tokens']:5} {row['format']:12} {kind} {row['arm']:24} "
+        f"{row['microseconds']:8.1f} us {share:5.1f} % of the floor "
+        f"(read {row['read']:.1f}, compute {row['compute']:.1f})"
     )
+
+
+def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kind of row the fastest of ours, and all rivals."""
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        name = (row["whole"], "" if row["ours"] else row["arm"])
+        if name not in kept or row["microseconds"] < kept[name]["microseconds"]:
+            kept[name] = row
+    return list(kept.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -217,29 +298,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", default=MODELS, help="a comma between two")
     parser.add_argument("--tokens", default=TOKENS)
+    parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--skew", type=float, default=0.0)
     parser.add_argument("--out", type=Path, help="file of the result")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     given = parser.parse_args(arguments)
     copy_gbs, tflops = copy_bandwidth("cuda"), matmul_ceiling("cuda")
+    command = f"python -m tenfold.bench.moe --models {given.models} --tokens {given.tokens} --formats '{given.formats}'"
     result: dict[str, Any] = {
         "suite": "moe",
         "machine": machine("cuda"),
-        "command": f"python -m tenfold.bench.moe --models {given.models} --tokens {given.tokens} --skew {given.skew}",
+        "command": f"{command} --skew {given.skew}",
         "copy_gbs": copy_gbs,
         "matmul_tflops": tflops,
         "rows": [],
     }
     for model in given.models.split(","):
         layer = layer_of(model)
-        for tokens in map(int, given.tokens.split(",")):
-            floor = layer.floor(drawn(layer, tokens, given.skew), copy_gbs, tflops)
-            for row in measure(layer, tokens, given.skew):
-                about = {"model": model, "tokens": tokens, "skew": given.skew, "read": floor[0], "compute": floor[1]}
-                result["rows"].append(about | row)
-                print(line(model, tokens, row, floor), flush=True)
-            if given.out:
-                save(given.out, result, given.commit)
+        dense = dense_experts(layer)
+        for name in given.formats.split(","):
+            names = [DENSE] * layer.experts if name == DENSE else formats_of(name, layer.experts)
+            own = dense if name == DENSE else packed_experts(layer, dense, names)
+            bits = [bits_of(each, layer) for each in names]
+            ceiling = tflops * (2 if all(each.endswith("a8") for each in names) else 1)
+            for tokens in map(int, given.tokens.split(",")):
+                ids = scores_of(layer, tokens, given.skew).topk(layer.top).indices
+                read, compute = layer.floor(ids, bits, copy_gbs, ceiling)
+                about = {"model": model, "tokens": tokens, "skew": given.skew, "format": name, "read": read}
+                about |= {"compute": compute, "bits": sum(bits) / len(bits)}
+                rows = [about | row for row in measure(layer, own, tokens, given.skew, bits)]
+                result["rows"] += rows
+                for row in best(rows):
+                    print(line(row), flush=True)
+                if given.out:
+                    save(given.out, result, given.commit)
 
 
 if __name__ == "__main__":

@@ -149,17 +149,22 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.experts` with gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], contiguous."""
-    tokens, cols = x.shape
-    experts, twice, _ = gate_up.shape
-    inner, rows, picks = twice // 2, down.shape[1], ids.numel()
-    out = x.new_empty(tokens, rows)
-    if not picks:
+    out = x.new_empty(len(x), down.shape[1])
+    if not ids.numel():
         return out
-    by = sort(ids, experts, chosen.height)
-    halfway, parts = x.new_empty(picks, inner), x.new_empty(picks, rows)
+    by = sort(ids, len(gate_up), chosen.height)
+    parts = products(chosen, x, by, weights.contiguous(), gate_up, down, act)
+    return summed(parts, residual, out, ids.shape[1])
+
+
+def products(
+    chosen: GroupedPlan, x: Tensor, by: Sorted, shares: Tensor, gate_up: Tensor, down: Tensor, act: str
+) -> Tensor:
+    """What each pick gives, times its weight: [T * K, rows]. shares [T, K] contiguous."""
+    cols, inner, rows, top = x.shape[1], gate_up.shape[1] // 2, down.shape[1], shares.shape[1]
+    halfway, parts = x.new_empty(shares.numel(), inner), x.new_empty(shares.numel(), rows)
     common = {"BM": chosen.height, "BN": chosen.rows, "BK": chosen.cols}
     settings = {"num_stages": chosen.stages, "num_warps": chosen.warps}
-    shares, top = weights.contiguous(), ids.shape[1]
     for source, w, target, size, depth, gate in (
         (x, gate_up, halfway, inner, cols, GATES[act]),
         (halfway, down, parts, rows, inner, 0),
@@ -172,5 +177,11 @@ def run(
             **common,
             **settings,
         )
+    return parts
+
+
+def summed(parts: Tensor, residual: Tensor | None, out: Tensor, top: int) -> Tensor:
+    """The sum of each token's `top` parts, and the residual, in `out` [T, rows]."""
+    tokens, rows = out.shape
     sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
     return out

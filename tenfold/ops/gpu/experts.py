@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, most_tiles, sum_kernel
+from tenfold.ops.gemm.grouped import Sorted, most_tiles, summed
 from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.route import Routing
 
@@ -142,15 +141,24 @@ def run(
     """As `Kernels.experts` for picks sorted into tiles of the plan's width, shares [T, K] their weights, contiguous;
     gate_up [experts, 2 * inner, cols] and down [experts, rows, inner] too. There must be a token.
     """
-    tokens, top = shares.shape
-    picks, rows = tokens * top, down.shape[1]
-    out = x.new_empty(tokens, rows)
-    halfway, parts = x.new_empty(picks, gate_up.shape[1] // 2), x.new_empty(picks, rows)
-    gathered = x.index_select(0, by.order // top)
+    parts = products(chosen, sms, gather(x, by, shares), by, shares, gate_up, down, act)
+    return summed(parts, residual, x.new_empty(len(x), down.shape[1]), shares.shape[1])
+
+
+def gather(x: Tensor, by: Sorted, shares: Tensor) -> Tensor:
+    """The tokens of all picks, by place."""
+    return x.index_select(0, by.order // shares.shape[1])
+
+
+def products(
+    chosen: ExpertsPlan, sms: int, gathered: Tensor, by: Sorted, shares: Tensor, gate_up: Tensor, down: Tensor, act: str
+) -> Tensor:
+    """What each pick gives, times its weight: [T * K, rows]."""
+    halfway = gathered.new_empty(len(gathered), down.shape[2])
+    parts = gathered.new_empty(len(gathered), down.shape[1])
     product(chosen, sms, gathered, gate_up, halfway, by, shares, act)
     product(chosen, sms, halfway, down, parts, by, shares, None)
-    sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
-    return out
+    return parts
 
 
 def product(

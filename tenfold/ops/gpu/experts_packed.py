@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import SUM_TILE, Sorted, sum_kernel
+from tenfold.ops.gemm.grouped import Sorted, summed
 from tenfold.ops.gpu import hopper, nvrtc, quantize
+from tenfold.ops.gpu.experts import gather
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -136,17 +136,29 @@ def run(
     """As `Kernels.experts` for picks sorted into tiles of the plan's width, shares [T, K] their weights, contiguous.
     There must be a token.
     """
-    tokens, top = shares.shape
-    picks = tokens * top
-    out = x.new_empty(tokens, down.rows)
-    halfway, parts = x.new_empty(picks, down.cols), x.new_empty(picks, down.rows)
-    gathered = x.index_select(0, by.order // top)
-    eights = quantize.for_tiles(x, by.order, top) if some(chosen, gate_up) else None
+    parts = products(chosen, sms, x, gather(x, by, shares), by, shares, gate_up, down, act)
+    return summed(parts, residual, x.new_empty(len(x), down.rows), shares.shape[1])
+
+
+def products(
+    chosen: PackedExpertsPlan,
+    sms: int,
+    x: Tensor,
+    gathered: Tensor,
+    by: Sorted,
+    shares: Tensor,
+    gate_up: Tiled,
+    down: Tiled,
+    act: str,
+) -> Tensor:
+    """What each pick gives, times its weight: [T * K, rows]. gathered: x by place."""
+    halfway = x.new_empty(len(gathered), down.cols)
+    parts = x.new_empty(len(gathered), down.rows)
+    eights = quantize.for_tiles(x, by.order, shares.shape[1]) if some(chosen, gate_up) else None
     product(chosen, sms, gathered, eights, gate_up, halfway, by, shares, act)
     eights = quantize.for_tiles(halfway) if some(chosen, down) else None
     product(chosen, sms, halfway, eights, down, parts, by, shares, None)
-    sum_kernel[(tokens, triton.cdiv(down.rows, SUM_TILE))](parts, residual, out, down.rows, K=top, B=SUM_TILE)
-    return out
+    return parts
 
 
 def some(chosen: PackedExpertsPlan, w: Tiled) -> bool:

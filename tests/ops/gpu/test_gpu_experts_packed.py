@@ -57,8 +57,8 @@ def case(
 ) -> tuple[Any, ...]:
     draw = torch.Generator().manual_seed(tokens)
     ids = torch.stack([torch.randperm(COUNT, generator=draw)[:4] for _ in range(tokens)]).cuda()
-    gate_up = bank(names, random(COUNT, 2 * inner, cols, seed=3) * cols**-0.5, True, dtype, scales)
-    down = bank(names[::-1], random(COUNT, cols, inner, seed=4) * inner**-0.5, False, dtype, scales)
+    gate_up = bank(names, random(COUNT, 2 * inner, cols, seed=3).cuda() * cols**-0.5, True, dtype, scales)
+    down = bank(names[::-1], random(COUNT, cols, inner, seed=4).cuda() * inner**-0.5, False, dtype, scales)
     x, residual = (random(tokens, cols, seed=seed).to(dtype).cuda() for seed in (1, 5))
     return x, ids, random(*ids.shape, seed=2).abs().cuda(), gate_up, down, residual
 

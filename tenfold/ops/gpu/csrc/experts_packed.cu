@@ -50,7 +50,7 @@ __device__ __forceinline__ uint2 piece_8(u32 at) {
     return v;
 }
 
-// Codes 0 to 15 in the bytes of a word, less 8, as float8 e4m3.
+// Codes 0 to 15 in the bytes of a word, less 8, as float8 e4m3 times 2^-9: the bits of its smallest numbers count.
 __device__ __forceinline__ u32 eighths_of(u32 word) {
     const u32 t = word ^ 0x08080808u;       // what is left of codes from 8 on; else 8 more than the code
     const u32 below = t >> 3 & 0x01010101u;  // 1 where the number is negative, and then it is 16 - t
@@ -77,8 +77,11 @@ template <int ID> struct Kind {
         return f;
     }
 
-    // A row's scale, or its zero: at of a tile's numbers.
-    static __device__ __forceinline__ float scale(u32 tile, int row) { return NAME ? number(tile + CODES + row * NUMBER) : 1.f; }
+    // A row's scale, and its zero. What `eighths_of` makes of codes is 512 times too small.
+    static __device__ __forceinline__ float scale(u32 tile, int row) {
+        if constexpr (NAME == 0) return 1.f;
+        return number(tile + CODES + row * NUMBER) * (ACTS8 && BITS == 4 ? 512.f : 1.f);
+    }
     static __device__ __forceinline__ u32 zero(u32 tile, int row) {
         const float base = BITS == 8 ? OFFSET_8 : OFFSET;
         if constexpr (ZEROS) {
