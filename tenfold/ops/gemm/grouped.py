@@ -85,15 +85,15 @@ def most_tiles(picks: int, experts: int, height: int) -> int:
 
 @triton.jit
 def grouped_kernel(
-    x, w, out, shares, order, tiles, size, cols, each, K,
+    x, w, out, shares, order, tiles, count, size, cols, each, K,
     GATE: tl.constexpr, DOWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of picks by a tile of an expert's features; grid (features / BN, tiles). DOWN: rows of x lie by place and
     results go by pick, else the other way around. each: elements of one expert's weight.
     """
     tile = tl.program_id(1)
-    expert = tl.load(tiles + 4 * tile)
-    if expert >= 0:
+    if tile < tl.load(count):
+        expert = tl.load(tiles + 4 * tile)
         place = tl.load(tiles + 4 * tile + 1) + tl.arange(0, BM)
         lives = place < tl.load(tiles + 4 * tile + 2)
         pick = tl.load(order + place, mask=lives, other=0)
@@ -171,7 +171,7 @@ def products(
     ):
         features = chosen.rows // 2 if gate else chosen.rows
         grouped_kernel[(triton.cdiv(size, features), len(by.tiles))](
-            *(source, w, target, shares, by.order, by.tiles, size, depth, w.stride(0), top),
+            *(source, w, target, shares, by.order, by.tiles, by.count, size, depth, w.stride(0), top),
             GATE=gate,
             DOWN=not gate,
             **common,
