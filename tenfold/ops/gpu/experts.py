@@ -52,7 +52,12 @@ def parse(name: str) -> ExpertsPlan:
 def shared_bytes(plan: ExpertsPlan) -> int:
     """Dynamic shared memory of one block."""
     stage = plan.boxes * 128 * (plan.height + plan.width)
-    return 1024 + plan.stages * (stage + 16) + 16
+    return 1024 + plan.stages * (stage + 16) + plan.height // 64 * store_bytes(plan.width)
+
+
+def store_bytes(width: int) -> int:
+    """Where a warpgroup's sums pass on their way out, in shared memory."""
+    return 8 * width + min(width, 32) * (2 * 64 + 16)
 
 
 def legal(plan: ExpertsPlan, rows: int, cols: int, gate: bool) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.gemm.grouped import Sorted, summed
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import gather
+from tenfold.ops.gpu.experts import gather, store_bytes
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -67,7 +67,8 @@ def room(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
 def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
     """Dynamic shared memory of one block."""
     stage = plan.span * 2 * plan.width * 128 + plan.height // ROWS * room(plan, kinds)
-    return 1024 + plan.stages * (-(-stage // 1024) * 1024 + 24)
+    stages = plan.stages * (-(-stage // 1024) * 1024 + 24)
+    return 1024 + stages + plan.height // ROWS * store_bytes(plan.width)
 
 
 def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:

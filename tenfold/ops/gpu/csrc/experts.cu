@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
 experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, void *out, const Tile *list, const int *listed, const int *order, const float *shares, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
-    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
+    const u32 store_at = shared_address(memory + STAGES * STAGE_BYTES);
+    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES + ROWS / 64 * STORE_BYTES);
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
 #if GATE
     const int height = ROWS / 2, outputs = rows / 2;
@@ -122,9 +123,12 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows_at = (warp >> 2) * 64 * 128;  // bytes in a box
+    const int lane = threadIdx.x & 31, group = threadIdx.x >> 7, rows_at = group * 64 * 128;  // bytes in a box
     for (int count = 0; count < mine;) {
         const int item = item_of(count);
+        const Tile tile = list[item / deep];
+        Homes homes;
+        homes.load(tile, order, shares);
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
@@ -147,6 +151,6 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
         if (open >= 0 && lane == 0) arrive(empty + open * 8);
 #pragma unroll
         for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
-        store_sums(d, out, list[item / deep], item % deep * ROWS + warp * 16, outputs, order, shares);
+        store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, item % deep * height + group * ROW_FEATURES, outputs);
     }
 }

@@ -1,40 +1,83 @@
-// What products of experts share: the list of tiles of picks, and how a thread's sums are stored. GATE, N, as in
-// experts.cu, DOWN.
+// What products of experts share: the list of tiles of picks, and how sums are stored. N, GATE as in experts.cu, DOWN:
+// results are multiplied by the weight of the pick and stored by pick, else by place.
 
 struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
 
-// Sums of a warp's 16 rows from `row` on and of a tile's picks, as wgmma leaves them. With a gate the upper eight rows are
-// gate and the lower eight up of the same features, row / 2 and so on. DOWN: results are multiplied by the weight of the
-// pick and stored by pick, else by place.
-__device__ __forceinline__ void store_sums(const float (&d)[N / 2], void *out, const Tile &tile, int row, int outputs, const int *order, const float *shares) {
-    const int lane = threadIdx.x & 31, quad = lane >> 2;
-#pragma unroll
-    for (int n = 0; n < N / 8; n++) {
-#pragma unroll
-        for (int t = 0; t < 2; t++) {
-            const int place = tile.first + n * 8 + (lane & 3) * 2 + t;
-            if (place >= tile.end) continue;
+#define HOMES (N < 128 ? 1 : N / 128)  // of a thread
+#define TURN (N < 32 ? N : 32)         // picks that are stored in turn
+#define ROW_FEATURES (GATE ? 32 : 64)  // of a warpgroup
+#define PITCH (ROW_FEATURES * 2 + 16)  // bytes between picks in shared memory
+#define STORE_BYTES (N * 8 + TURN * PITCH)  // of a warpgroup
+
+#define GROUP_BARRIER(group) asm volatile("bar.sync %0, 128;" ::"r"((group) + 1) : "memory")
+
+// Where a tile's picks go, asked for before their sums are made: a thread of a warpgroup has each 128th.
+struct Homes {
+    int at[HOMES];
+    float share[HOMES];
+
+    __device__ __forceinline__ void load(const Tile &tile, const int *order, const float *shares) {
 #if DOWN
-            const int at = order[place];
-            const float share = shares[at];
-#else
-            const int at = place;
+#pragma unroll
+        for (int i = 0; i < HOMES; i++) at[i] = __ldg(order + min(tile.first + (int)(threadIdx.x & 127) + i * 128, tile.end - 1));
+#pragma unroll
+        for (int i = 0; i < HOMES; i++) share[i] = __ldg(shares + at[i]);
 #endif
+    }
+};
+
+__device__ __forceinline__ void store_matrices(u32 to, u32 first, u32 second) {
 #if GATE
-            const int feature = row / 2 + quad;
-            const float y = round_trip(activate(round_trip(d[n * 4 + t]))) * round_trip(d[n * 4 + 2 + t]);
-            if (feature < outputs) store(out, (size_t)at * outputs + feature, y);
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(first) : "memory");
 #else
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int feature = row + half * 8 + quad;
-                float y = d[n * 4 + half * 2 + t];
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory");
+#endif
+}
+
+// A warpgroup's sums of its 64 rows and of a tile's picks, as wgmma leaves them, by way of `memory` of STORE_BYTES. feature:
+// its first. With a gate the upper eight of a warp's rows are gate and the lower eight up of the same features.
+__device__ __forceinline__ void store_sums(const float (&d)[N / 2], void *out, const Tile &tile, const Homes &homes, u32 memory, int feature, int outputs) {
+    const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, group = threadIdx.x >> 7;
+    const u32 rows = memory + N * 8;
 #if DOWN
-                y = round_trip(y) * share;
+    GROUP_BARRIER(group);  // those of the tile before are still read
+#pragma unroll
+    for (int i = 0; i < HOMES; i++)
+        if (thread + i * 128 < N) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(memory + (thread + i * 128) * 8), "r"(homes.at[i]), "r"(__float_as_uint(homes.share[i])) : "memory");
 #endif
-                if (feature < outputs) store(out, (size_t)at * outputs + feature, y);
-            }
+#pragma unroll
+    for (int turn = 0; turn < N / TURN; turn++) {
+        GROUP_BARRIER(group);
+#pragma unroll
+        for (int n = 0; n < TURN / 8; n++) {
+            const float *own = d + (turn * TURN / 8 + n) * 4;
+            const u32 to = rows + (n * 8 + (lane & 7)) * PITCH + (GATE ? warp * 16 : warp * 32 + (lane >> 3 & 1) * 16);
+#if GATE
+            float y[2];
+#pragma unroll
+            for (int t = 0; t < 2; t++) y[t] = round_trip(activate(round_trip(own[t]))) * round_trip(own[2 + t]);
+            store_matrices(to, pack(y[0], y[1]), 0);
+#elif DOWN
+            float first, second;  // shares of a lane's two picks
+            asm volatile("ld.shared.f32 %0, [%2 + 4];\nld.shared.f32 %1, [%2 + 12];" : "=f"(first), "=f"(second) : "r"(memory + (turn * TURN + n * 8 + (lane & 3) * 2) * 8));
+            store_matrices(to, pack(round_trip(own[0]) * first, round_trip(own[1]) * second), pack(round_trip(own[2]) * first, round_trip(own[3]) * second));
+#else
+            store_matrices(to, pack(own[0], own[1]), pack(own[2], own[3]));
 #endif
+        }
+        GROUP_BARRIER(group);
+        const int pieces = ROW_FEATURES / 8;  // of 16 bytes, of a pick
+#pragma unroll
+        for (int i = 0; i < TURN * pieces; i += 128) {
+            const int pick = (thread + i) / pieces, piece = (thread + i) % pieces, place = tile.first + turn * TURN + pick;
+            if (pick >= TURN || place >= tile.end || feature + piece * 8 >= outputs) continue;
+            uint4 v;
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(rows + pick * PITCH + piece * 16));
+            int at = place;
+#if DOWN
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(at) : "r"(memory + (turn * TURN + pick) * 8));
+#endif
+            *(uint4 *)((u16 *)out + (size_t)at * outputs + feature + piece * 8) = v;
         }
     }
 }

@@ -279,7 +279,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8_map, const float *x8_scales, const Source *sources, void *out, const Tile *list, const int *listed, const int *order, const float *shares, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
-    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
+    const u32 store_at = shared_address(memory + STAGES * STAGE_BYTES);
+    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES + ROWS / 64 * STORE_BYTES);
     volatile Stage *told = (volatile Stage *)(barriers + 2 * STAGES);
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
     const int outputs = GATE ? rows / 2 : rows, height = GATE ? ROWS / 2 : ROWS;
@@ -356,6 +357,9 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     Ring ring = {full, empty, stage0, 0, 0};
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const Tile tile = list[item / deep];
+        Homes homes;
+        homes.load(tile, order, shares);
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
@@ -386,11 +390,10 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
             CASE(7, K7)
 #endif
         }
-        const Tile tile = list[item / deep];
         if (ACTS8S >> kind & 1) {
 #pragma unroll
             for (int i = 0; i < N / 2; i++) d[i] *= x8_scales[min(tile.first + i / 4 * 8 + (lane & 3) * 2 + (i & 1), tile.end - 1)];
         }
-        store_sums(d, out, tile, item % deep * ROWS + warp * 16, outputs, order, shares);
+        store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, item % deep * height + group * ROW_FEATURES, outputs);
     }
 }
