@@ -24,7 +24,7 @@ MOST_EXPERTS = 1024
 @dataclass(frozen=True, slots=True)
 class ExpertsPlan:
     """width: picks of a tile; height: rows of w of a tile, 64 or 128; boxes of 64 columns in a stage; stages of the
-    ring; blocks of a multiprocessor.
+    ring; blocks of a multiprocessor; cluster: blocks that share picks, 1 or 2.
     """
 
     width: int
@@ -32,21 +32,24 @@ class ExpertsPlan:
     boxes: int
     stages: int
     blocks: int = 1
+    cluster: int = 1
 
     def __str__(self) -> str:
-        return f"experts:{self.width}x{self.height}x{self.boxes}x{self.stages}x{self.blocks}"
+        name = f"experts:{self.width}x{self.height}x{self.boxes}x{self.stages}x{self.blocks}"
+        return name + ":pairs" * (self.cluster == 2)
 
 
 def parse(name: str) -> ExpertsPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"experts:(\d+)x(64|128)x([12])x(\d+)x(\d+)", name)
+    found = re.fullmatch(r"experts:(\d+)x(64|128)x([12])x(\d+)x(\d+)(:pairs)?", name)
     if not found or int(found[1]) not in WIDTHS:
         widths = ", ".join(map(str, WIDTHS))
         raise ValueError(
             f"{name!r} is no plan of experts; allowed: experts:WIDTHxHEIGHTxBOXESxSTAGESxBLOCKS with a "
             f"width of {widths} and a height of 64 or 128."
         )
-    return ExpertsPlan(*map(int, found.groups()))
+    width, height, boxes, stages, blocks = map(int, found.groups()[:5])
+    return ExpertsPlan(width, height, boxes, stages, blocks, 2 if found[6] else 1)
 
 
 def shared_bytes(plan: ExpertsPlan) -> int:
@@ -72,13 +75,11 @@ def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
         if not each / 4 <= width <= max(8, 4 * each):
             continue
         if width <= 64:
-            for stages, blocks, height in ((6, 1, 64), (8, 1, 64), (4, 2, 64), (4, 1, 128)):
+            for stages, blocks, height in ((6, 1, 64), (4, 2, 64), (4, 1, 128)):
                 yield ExpertsPlan(width, height, 2, stages, blocks)
-        elif width == 128:
-            yield ExpertsPlan(128, 128, 1, 6)
-            yield ExpertsPlan(128, 128, 1, 4)
-        else:
-            yield ExpertsPlan(256, 128, 1, 4)
+        if width >= 64:
+            yield ExpertsPlan(width, 128, 1, 6 if width <= 128 else 4)
+            yield ExpertsPlan(width, 128, 1, 6 if width <= 128 else 4, cluster=2)
 
 
 def plan(picks: int, experts: int) -> ExpertsPlan:
@@ -89,7 +90,7 @@ def plan(picks: int, experts: int) -> ExpertsPlan:
     width = next((w for w in WIDTHS if w >= 2 * each), WIDTHS[-1])
     if width <= 64:
         return ExpertsPlan(width, 128, 2, 4)
-    return ExpertsPlan(128, 128, 1, 6) if width == 128 else ExpertsPlan(256, 128, 1, 4)
+    return ExpertsPlan(width, 128, 1, 6 if width == 128 else 4, cluster=2)
 
 
 def takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
@@ -191,13 +192,24 @@ def product(
             ("BOXES", chosen.boxes),
             ("STAGES", chosen.stages),
             ("BLOCKS", chosen.blocks),
+            ("CLUSTER", chosen.cluster),
             ("DOWN", int(not gate)),
         ),
     )
-    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, chosen.width)
+    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, chosen.width // chosen.cluster)
     arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares, rows, cols]
     height = chosen.height // 2 if gate else chosen.height
     most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)
     kernel(
-        (min(most, sms * chosen.blocks), 1, 1), chosen.height * 2 + 32, shared_bytes(chosen), arguments, dependent=True
+        (grid(most, sms * chosen.blocks, chosen.cluster), 1, 1),
+        chosen.height * 2 + 32,
+        shared_bytes(chosen),
+        arguments,
+        dependent=True,
+        cluster=chosen.cluster,
     )
+
+
+def grid(items: int, room: int, cluster: int) -> int:
+    """Blocks of a launch, whole clusters of them."""
+    return min(-(-items // cluster), room // cluster) * cluster

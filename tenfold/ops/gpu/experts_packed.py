@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.gemm.grouped import Sorted, summed
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import gather, store_bytes
+from tenfold.ops.gpu.experts import gather, grid, store_bytes
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -26,7 +26,8 @@ MANY = 64  # picks of a tile from which on products may be bound by arithmetic
 @dataclass(frozen=True, slots=True)
 class PackedExpertsPlan:
     """width: picks of a tile; height: rows of weights of a block, 64 or 128; stages of the ring; blocks of a
-    multiprocessor; span: tiles in a stage at most; acts8: activations may be rounded to 8 bits.
+    multiprocessor; span: tiles in a stage at most; acts8: activations may be rounded to 8 bits; cluster: blocks that
+    share picks, 1 or 2.
     """
 
     width: int
@@ -35,23 +36,24 @@ class PackedExpertsPlan:
     blocks: int = 1
     span: int = 1
     acts8: bool = False
+    cluster: int = 1
 
     def __str__(self) -> str:
         name = f"tiles:{self.width}x{self.height}x{self.stages}x{self.blocks}x{self.span}"
-        return name + ":a8" * self.acts8
+        return name + ":a8" * self.acts8 + ":pairs" * (self.cluster == 2)
 
 
 def parse(name: str) -> PackedExpertsPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"tiles:(\d+)x(64|128)x(\d+)x([12])x([124])(:a8)?", name)
+    found = re.fullmatch(r"tiles:(\d+)x(64|128)x(\d+)x([12])x([124])(:a8)?(:pairs)?", name)
     if not found or int(found[1]) not in WIDTHS:
         widths = ", ".join(map(str, WIDTHS))
         raise ValueError(
-            f"{name!r} is no plan of packed experts; allowed: tiles:WIDTHxHEIGHTxSTAGESxBLOCKSxSPAN, then :a8, with a "
-            f"width of {widths} and a height of 64 or 128."
+            f"{name!r} is no plan of packed experts; allowed: tiles:WIDTHxHEIGHTxSTAGESxBLOCKSxSPAN, then :a8, "
+            f":pairs or both, with a width of {widths} and a height of 64 or 128."
         )
     width, height, stages, blocks, tiles = map(int, found.groups()[:5])
-    return PackedExpertsPlan(width, height, stages, blocks, tiles, found[6] is not None)
+    return PackedExpertsPlan(width, height, stages, blocks, tiles, bool(found[6]), 2 if found[7] else 1)
 
 
 def span(plan: PackedExpertsPlan, kind: Kind) -> int:
@@ -83,28 +85,36 @@ def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[Pa
     for width in WIDTHS:
         if not each / 4 <= width <= max(8, 4 * each):
             continue
-        for height, blocks in ((64, 2), (64, 1), (128, 1)):
-            for tiles in (1, 2, 4):
-                if width * tiles > 64 and tiles > 1:
-                    continue
-                for acts8 in (False, True)[: 1 + (width >= MANY and any(kind.acts8 for kind in kinds))]:
-                    plans = (
-                        PackedExpertsPlan(width, height, stages, blocks, tiles, acts8)
-                        for stages in range(MOST_STAGES, 1, -1)
-                    )
-                    found = next((plan for plan in plans if legal(plan, kinds)), None)
-                    if found is not None:
-                        yield found
+        acts8 = width >= MANY and any(kind.acts8 for kind in kinds)
+        if width >= MANY:
+            sizes = [(128, 1, 1, acts8, cluster) for cluster in (1, 2)]
+        else:
+            shapes = ((64, 2), (128, 1))
+            sizes = [(*shape, tiles, False, 1) for shape in shapes for tiles in (1, 2, 4) if width * tiles <= 64]
+        for height, blocks, tiles, eight, cluster in sizes:
+            found = deepest(width, height, blocks, tiles, eight, cluster, kinds)
+            if found is not None:
+                yield found
+
+
+def deepest(
+    width: int, height: int, blocks: int, tiles: int, acts8: bool, cluster: int, kinds: tuple[Kind, ...]
+) -> PackedExpertsPlan | None:
+    """The plan with as many stages as fit."""
+    plans = (PackedExpertsPlan(width, height, n, blocks, tiles, acts8, cluster) for n in range(MOST_STAGES, 1, -1))
+    return next((plan for plan in plans if legal(plan, kinds)), None)
 
 
 def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan:
-    """The plan where nothing was measured."""
+    """The plan where nothing was measured (H100, 2026-11-28)."""
     each = picks / max(1, min(picks, experts))
-    width = next((w for w in WIDTHS if w >= each), WIDTHS[-1])
-    height, tiles = (128, 1) if width >= MANY else (128, 4 if width <= 16 else 2)
-    acts8 = width >= MANY and any(kind.acts8 for kind in kinds)
-    plans = (PackedExpertsPlan(width, height, n, 1, tiles, acts8) for n in range(MOST_STAGES, 1, -1))
-    return next(plan for plan in plans if legal(plan, kinds))
+    width = next((w for w in WIDTHS if w >= 1.5 * each), WIDTHS[-1])
+    if width >= MANY:
+        found = deepest(width, 128, 1, 1, any(kind.acts8 for kind in kinds), 2 if width > MANY else 1, kinds)
+    else:
+        found = deepest(width, 64, 2, 4 if width <= 16 else 2, False, 1, kinds)
+    assert found is not None
+    return found
 
 
 def takes(x: Tensor, gate_up: Tiled, down: Tiled) -> bool:
@@ -184,11 +194,18 @@ def product(
     gate = nvrtc.GATES[act]
     kernel = nvrtc.load("experts_packed.cu", "experts_packed", defines(chosen, w, gate, x.dtype))
     codes, scales = eights if eights is not None else (x, None)
-    maps = nvrtc.tensor_map(x, chosen.width), nvrtc.tensor_map(codes, chosen.width)
+    height = chosen.width // chosen.cluster
+    maps = nvrtc.tensor_map(x, height), nvrtc.tensor_map(codes, height)
     arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
     most = len(by.tiles) * -(-w.rows // chosen.height)
-    grid = (min(most, sms * chosen.blocks), 1, 1)
-    kernel(grid, threads(chosen), shared_bytes(chosen, w.kinds), [*arguments, w.rows, w.cols], dependent=True)
+    kernel(
+        (grid(most, sms * chosen.blocks, chosen.cluster), 1, 1),
+        threads(chosen),
+        shared_bytes(chosen, w.kinds),
+        [*arguments, w.rows, w.cols],
+        dependent=True,
+        cluster=chosen.cluster,
+    )
 
 
 def threads(chosen: PackedExpertsPlan) -> int:
@@ -207,6 +224,7 @@ def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) 
         ("ROWS", chosen.height),
         ("STAGES", chosen.stages),
         ("BLOCKS", chosen.blocks),
+        ("CLUSTER", chosen.cluster),
         ("SPAN", chosen.span),
         ("LIMIT", LIMIT),
         ("ROOM", room(chosen, w.kinds)),

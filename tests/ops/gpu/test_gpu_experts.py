@@ -17,6 +17,7 @@ sort = pytest.importorskip("tenfold.ops.gemm.grouped").sort
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PLANS = [experts.ExpertsPlan(width, height, 2, 4, 1) for width, height in itertools.product((8, 16, 32, 64), (64, 128))]
 PLANS += [experts.ExpertsPlan(128, 128, 1, 4), experts.ExpertsPlan(256, 128, 1, 3), experts.ExpertsPlan(256, 64, 1, 4)]
+PLANS += [experts.ExpertsPlan(width, 128, 1, 3, cluster=2) for width in (64, 256)]
 COUNT = 16
 
 

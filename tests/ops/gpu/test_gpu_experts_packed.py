@@ -24,7 +24,13 @@ MIXES = {
     **{name: (name,) for name in ("int8g128", "int8g128z", "int8", "fp8", "int4g256", "int4")},
     "all": ("int4g128", "int2g128z", "dense", "int8g128", "int3g128z", "fp8a8", "int4g128z", "int2g128"),
 }
-PLANS = [Plan(8, 128, 4, 1, 4), Plan(16, 64, 3, 2, 2), Plan(32, 128, 3, 1, 2), Plan(64, 128, 3), Plan(128, 128, 2)]
+PLANS = [
+    Plan(8, 128, 4, 1, 4),
+    Plan(16, 64, 3, 2, 2),
+    Plan(32, 128, 3, 1, 2),
+    Plan(64, 128, 3, cluster=2),
+    Plan(128, 128, 2),
+]
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -111,7 +117,17 @@ class TestOnGpu:
         want = exact(x, ids, weights, gate_up, down, residual, "silu")
         by = sort(ids, COUNT, width)
         found = [
-            packed.run(Plan(width, 128, 2, acts8=acts8), 132, x, by, weights, gate_up, down, "silu", residual)
+            packed.run(
+                Plan(width, 128, 2, acts8=acts8, cluster=width // 64),
+                132,
+                x,
+                by,
+                weights,
+                gate_up,
+                down,
+                "silu",
+                residual,
+            )
             for acts8 in (False, True)
         ]
         off, error = ((each - want).norm() / want.norm() for each in found)
@@ -153,7 +169,7 @@ class TestOnGpu:
 
 def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
     kinds = (tiles.Kind("int4"), tiles.Kind("int8", zeros=True, scales=2), tiles.DENSE)
-    for plan in (*PLANS, Plan(64, 128, 3, acts8=True)):
+    for plan in (*PLANS, Plan(64, 128, 3, acts8=True), Plan(64, 64, 2, cluster=2)):
         assert packed.parse(str(plan)) == plan
     for wrong in ("tiles:12x64x2x1x1", "tiles:8x96x2x1x1", "experts:8x64x2x6x1"):
         with pytest.raises(ValueError, match="width of 8, 16"):

@@ -6,15 +6,15 @@
 // N picks of a tile, whose rows of x lie one after the other, are its narrow side. Picks past the end of an expert are
 // another expert's: they are multiplied too and not stored. One warp keeps the ring full, across items.
 //
-// An item is ROWS rows of one expert's w for one tile of picks; row tiles of a tile of picks follow each other. How many
-// tiles there are is read from memory, so no host needs to know. Blocks take items in turn.
+// Blocks take items in turn; those of a tile of picks follow each other. How many tiles there are is read from memory, so
+// no host needs to know.
 //
 // With a gate the rows of w are gate, then up, and a slab of 16 rows in shared memory is 8 of gate and the same 8 of up:
 // a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. DOWN: the list of tiles is older than the
 // kernel in front, so weights are asked for before that has ended.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
-// · STAGES · BLOCKS of a multiprocessor · DOWN.
+// · STAGES · BLOCKS of a multiprocessor · CLUSTER, DOWN as in experts.h.
 
 #include "fragments.h"
 #include "hopper.h"
@@ -42,28 +42,24 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     const u32 store_at = shared_address(memory + STAGES * STAGE_BYTES);
     u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES + ROWS / 64 * STORE_BYTES);
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
-#if GATE
-    const int height = ROWS / 2, outputs = rows / 2;
-#else
-    const int height = ROWS, outputs = rows;
-#endif
+    const int outputs = GATE ? rows / 2 : rows, height = GATE ? ROWS / 2 : ROWS;
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS, deep = (outputs + height - 1) / height;
 
     if (threadIdx.x == CONSUMERS) {
         for (int s = 0; s < STAGES; s++) {
             begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CONSUMERS / 32);
+            begin_barrier(empty + s * 8, CLUSTER * CONSUMERS / 32);
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
-    __syncthreads();
+    meet();
 #if !DOWN
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
-    const int items = *(volatile const int *)listed * deep;
-    const int mine = blockIdx.x < items ? ((items - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
-    auto item_of = [&](int at) { return blockIdx.x + at / steps * gridDim.x; };
+    const Items items(*(volatile const int *)listed, deep);
+    const int mine = items.first() < items.count ? ((items.count - 1 - items.first()) / items.hop() + 1) * steps : 0;
+    auto item_of = [&](int at) { return items.first() + at / steps * items.hop(); };
     auto step_of = [&](int at) { return at % steps; };
 
     if (threadIdx.x >= CONSUMERS) {
@@ -76,8 +72,8 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
             Tile tile = {};
             auto look = [&](int at) {
                 const int item = item_of(at);
-                if (item / deep != known) known = item / deep, tile = list[known];
-                return item % deep * height;  // its first row
+                if (items.tile(item) != known) known = items.tile(item), tile = list[known];
+                return items.row(item);
             };
             auto weights = [&](int at) {
                 const int row = look(at), step = step_of(at);
@@ -101,7 +97,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
                 look(at);
                 const u32 to = stage0 + at % STAGES * STAGE_BYTES + BOXES * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int b = 0; b < BOXES; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, tile.first, barrier, kept);
+                for (int b = 0; b < BOXES; b++) fetch_picks(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, tile.first, items.rank, barrier, kept);
             };
 #if DOWN
             for (; count < mine && count < STAGES; count++) weights(count);
@@ -123,10 +119,10 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
-    const int lane = threadIdx.x & 31, group = threadIdx.x >> 7, rows_at = group * 64 * 128;  // bytes in a box
+    const int group = threadIdx.x >> 7, rows_at = group * 64 * 128;  // bytes in a box
     for (int count = 0; count < mine;) {
         const int item = item_of(count);
-        const Tile tile = list[item / deep];
+        const Tile tile = list[items.tile(item)];
         Homes homes;
         homes.load(tile, order, shares);
         float d[N / 2];
@@ -144,13 +140,16 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
                     multiply(d, operand(stage + b * W_BOX + rows_at + k * 32), operand(stage + BOXES * W_BOX + b * X_BOX + k * 32), 1);
             }
             asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (open >= 0 && lane == 0) arrive(empty + open * 8);
+            if (open >= 0) release_stage(empty + open * 8);
             open = count % STAGES;
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (open >= 0 && lane == 0) arrive(empty + open * 8);
+        if (open >= 0) release_stage(empty + open * 8);
 #pragma unroll
         for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
-        store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, item % deep * height + group * ROW_FEATURES, outputs);
+        store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
     }
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here
+#endif
 }

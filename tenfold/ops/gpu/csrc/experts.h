@@ -1,7 +1,55 @@
-// What products of experts share: the list of tiles of picks, and how sums are stored. N, GATE as in experts.cu, DOWN:
-// results are multiplied by the weight of the pick and stored by pick, else by place.
+// What products of experts share: the list of tiles of picks, who computes what, and how sums are stored.
+//
+// An item is ROWS rows of one expert's weights for one tile of picks; with CLUSTER 2 two blocks take two that follow each
+// other and share the picks, of which each fetches half for both: the L2 cache cannot feed large tiles otherwise.
+// N, GATE, ROWS as in experts.cu · DOWN: results are multiplied by the weight of the pick and stored by pick, else by place.
 
 struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
+
+// Which items a block takes: so many tiles of picks, so many items for each.
+struct Items {
+    int deep, pairs, rank, count;
+
+    __device__ __forceinline__ Items(int tiles, int deep) : deep(deep), pairs((deep + CLUSTER - 1) / CLUSTER), rank(blockIdx.x % CLUSTER) { count = tiles * pairs; }
+    __device__ __forceinline__ int first() const { return blockIdx.x / CLUSTER; }
+    __device__ __forceinline__ int hop() const { return gridDim.x / CLUSTER; }
+    __device__ __forceinline__ int tile(int item) const { return item / pairs; }
+    __device__ __forceinline__ int row(int item) const { return (item % pairs * CLUSTER + rank) * (GATE ? ROWS / 2 : ROWS); }  // of outputs
+};
+
+// All blocks that share picks wait for each other.
+__device__ __forceinline__ void meet() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// A box of picks, N rows by 128 bytes: this block's part of it, for all that share it.
+__device__ __forceinline__ void fetch_picks(u32 to, const Map *map, int col, int row, int rank, u32 barrier, u64 policy) {
+#if CLUSTER > 1
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
+        :: "r"(to + rank * (N / CLUSTER * 128)), "l"(map), "r"(col), "r"(row + rank * (N / CLUSTER)), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(policy) : "memory");
+#else
+    fetch(to, map, col, row, barrier, policy);
+#endif
+}
+
+// A warp has read a stage: whoever may fill it is told, in all blocks that share it.
+__device__ __forceinline__ void release_stage(u32 barrier) {
+#if CLUSTER > 1
+    const int lane = threadIdx.x & 31;
+    if (lane < CLUSTER) {
+        u32 there;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(barrier), "r"(lane));
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+    }
+#else
+    if ((threadIdx.x & 31) == 0) arrive(barrier);
+#endif
+}
 
 #define HOMES (N < 128 ? 1 : N / 128)  // of a thread
 #define TURN (N < 32 ? N : 32)         // picks that are stored in turn

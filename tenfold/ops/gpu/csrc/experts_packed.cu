@@ -8,9 +8,9 @@
 // Kinds with ACTS8 take float8 codes, or 4-bit ones made float8, and picks as float8 with a scale each, whose columns lie
 // as the codes of a lane do: of every 16, number 4 t + 2 c + h is column 2 t + 8 h + c.
 //
-// An item is ROWS rows of one expert for one tile of picks. The warp that fills the ring tells the others with each stage
-// of what kind it is. Compile-time: HALF, GATE, FLOAT32, N (8 to 128), ROWS (64, 128), STAGES, BLOCKS, DOWN as in
-// experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
+// The warp that fills the ring tells the others with each stage of what kind it is.
+//
+// Compile-time: HALF, GATE, FLOAT32, N (8 to 128), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
 // a stage · KINDS kinds, K0 to K7: name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for
 // each kind with acts8.
 
@@ -215,7 +215,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
                 const u64 x_at = operand(ring.stage() + b * X_BOX);
                 FINISH(0);
                 release(a[0]);
-                if (held) { if (lane == 0) arrive(held); held = 0; }
+                if (held) release_stage(held), held = 0;
                 add_part(d, part, scale_upper, scale_lower);
                 codes.convert_8(a[0], tile, warp, lane);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -229,7 +229,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
                 codes.convert(a[0], tile, 0, warp, lane, zero_upper, zero_lower);
                 FINISH(0);
                 release(a[1]);
-                if (held) { if (lane == 0) arrive(held); held = 0; }
+                if (held) release_stage(held), held = 0;
                 add_part(d, part, scale_upper, scale_lower);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -250,7 +250,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
     }
     FINISH(0);
     release(a[K::ACTS8 ? 0 : 1]);
-    if (lane == 0) arrive(held);
+    release_stage(held);
     add_part(d, part, scale_upper, scale_lower);
 }
 
@@ -258,19 +258,20 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
 struct Walk {
     const Tile *list;
     const Source *sources;
-    int deep, steps, items, item, step, count;
+    const Items &items;
+    int steps, item, step, count;
     Tile tile;
     Source source;
 
     __device__ __forceinline__ void begin() {
-        if (item < items) {
-            tile = list[item / deep], source = sources[tile.expert];
+        if (item < items.count) {
+            tile = list[items.tile(item)], source = sources[tile.expert];
             step = 0, count = min(span_of(source.bytes), steps);
         }
     }
     __device__ __forceinline__ void next() {
         step += count;
-        if (step == steps) item += gridDim.x, begin();
+        if (step == steps) item += items.hop(), begin();
         else count = min(count, steps - step);
     }
 };
@@ -289,16 +290,16 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
     if (threadIdx.x == CONSUMERS) {
         for (int s = 0; s < STAGES; s++) {
             begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CONSUMERS / 32);
+            begin_barrier(empty + s * 8, CLUSTER * CONSUMERS / 32);
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
-    __syncthreads();
+    meet();
 #if !DOWN
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
-    const int items = *(volatile const int *)listed * deep;
+    const Items items(*(volatile const int *)listed, deep);
 
     if (threadIdx.x >= CONSUMERS) {
 #if TRADE
@@ -312,7 +313,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
             auto acts8 = [](int kind) { return ACTS8S >> kind & 1; };
             auto weights = [&](const Walk &at, int stage) {
                 const u32 to = stage0 + stage * STAGE_BYTES + W_AT, barrier = full + stage * 8;
-                const int first = at.item % deep * (ROWS / 64), own = min(ROWS / 64, down - first);
+                const int first = items.row(at.item) / ROW_FEATURES, own = max(0, min(ROWS / 64, down - first));
                 told[stage].kind = at.source.kind;
                 expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * X_BOX));
                 for (int group = 0; group < own; group++)
@@ -321,23 +322,23 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
             auto inputs = [&](const Walk &at, int stage) {
                 const u32 to = stage0 + stage * STAGE_BYTES, barrier = full + stage * 8;
                 if (acts8(at.source.kind)) {
-                    for (int b = 0; b < at.count; b++) fetch(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile.first, barrier, kept);
+                    for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile.first, items.rank, barrier, kept);
                 } else {
-                    for (int b = 0; b < 2 * at.count; b++) fetch(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile.first, barrier, kept);
+                    for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile.first, items.rank, barrier, kept);
                 }
             };
-            Walk at = {list, sources, deep, steps, items, (int)blockIdx.x};
+            Walk at = {list, sources, items, steps, items.first()};
             at.begin();
             int count = 0;
 #if DOWN
             Walk behind = at;
-            for (; at.item < items && count < STAGES; count++, at.next()) weights(at, count);
+            for (; at.item < items.count && count < STAGES; count++, at.next()) weights(at, count);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
             for (int stage = 0; stage < count; stage++, behind.next()) inputs(behind, stage);
 #else
             asm volatile("fence.proxy.async;" ::: "memory");
 #endif
-            for (; at.item < items; count++, at.next()) {
+            for (; at.item < items.count; count++, at.next()) {
                 const int stage = count % STAGES;
                 if (count >= STAGES) wait_for(empty + stage * 8, (count / STAGES - 1) & 1);
                 weights(at, stage);
@@ -356,8 +357,8 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     Ring ring = {full, empty, stage0, 0, 0};
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const Tile tile = list[item / deep];
+    for (int item = items.first(); item < items.count; item += items.hop()) {
+        const Tile tile = list[items.tile(item)];
         Homes homes;
         homes.load(tile, order, shares);
         float d[N / 2];
@@ -394,6 +395,9 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #pragma unroll
             for (int i = 0; i < N / 2; i++) d[i] *= x8_scales[min(tile.first + i / 4 * 8 + (lane & 3) * 2 + (i & 1), tile.end - 1)];
         }
-        store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, item % deep * height + group * ROW_FEATURES, outputs);
+        store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
     }
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here
+#endif
 }
