@@ -212,13 +212,20 @@ def products(case: Case, plan: Any, by: Any, shares: Tensor, gathered: Tensor) -
     return experts_packed.products(plan, sms, case.x, gathered, by, shares, *case.own, "silu")
 
 
+def turns_of(case: Case) -> Tensor | None:
+    """The order in which experts come."""
+    from tenfold.ops.gpu import experts_packed
+
+    return None if isinstance(case.own[0], Tensor) else experts_packed.turns(*case.own)
+
+
 def product_arm(case: Case, plan: Any) -> Arm:
     """Both products."""
     from tenfold.ops.gemm import grouped
     from tenfold.ops.gpu import experts
 
-    routed = case.routed()
-    own = [grouped.sort(ids, case.layer.experts, width_of(plan)) for ids, _ in routed]
+    routed, turns = case.routed(), turns_of(case)
+    own = [grouped.sort(ids, case.layer.experts, width_of(plan), turns) for ids, _ in routed]
     sources = [experts.gather(case.x, by, shares) for by, (_, shares) in zip(own, routed)]
     return lambda i: products(case, plan, own[i], routed[i][1], sources[i])
 
@@ -228,18 +235,17 @@ def whole_arm(case: Case, plan: Any) -> Arm:
     from tenfold.ops.gemm import grouped
     from tenfold.ops.gpu import experts
 
-    few = experts.routes(len(case.x), case.routing)
+    few, turns = experts.routes(len(case.x), case.routing), turns_of(case)
 
     def run(i: int) -> Tensor:
         if few:
-            shares, by = experts.routed(case.scores[i], case.routing, width_of(plan))
+            shares, by = experts.routed(case.scores[i], case.routing, width_of(plan), turns)
         else:
             ids, shares = route(case.scores[i], case.routing)
-            by = grouped.sort(ids, case.layer.experts, width_of(plan))
+            by = grouped.sort(ids, case.layer.experts, width_of(plan), turns)
         needed = not isinstance(plan, grouped.GroupedPlan)
         gathered = experts.gather(case.x, by, shares) if needed else case.x
-        parts = products(case, plan, by, shares, gathered)
-        return grouped.summed(parts, None, torch.empty_like(case.x), case.layer.top)
+        return experts.summed(products(case, plan, by, shares, gathered), None, case.layer.top)
 
     return run
 

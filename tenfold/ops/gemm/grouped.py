@@ -59,9 +59,11 @@ class Sorted:
     count: Tensor
 
 
-def sort(ids: Tensor, experts: int, height: int) -> Sorted:
-    """ids [T, K] int64, of experts. Nothing is read back from the device."""
-    flat = ids.flatten()
+def sort(ids: Tensor, experts: int, height: int, turns: Tensor | None = None) -> Sorted:
+    """ids [T, K] int64, of experts. turns [experts] int32: the order in which experts come, where it is another.
+    Nothing is read back from the device.
+    """
+    flat = ids.flatten() if turns is None else turns.argsort()[ids.flatten()]
     picks = len(flat)
     order = flat.argsort(stable=True)
     counts = torch.zeros(experts, dtype=torch.int64, device=ids.device)
@@ -74,7 +76,8 @@ def sort(ids: Tensor, experts: int, height: int) -> Sorted:
     before = torch.where(own > 0, last[own - 1], 0)
     first = (ends - counts)[own] + (slots - before) * height
     end = torch.minimum(first + height, ends[own])
-    tiles = torch.stack([torch.where(expert < experts, expert, -1), first, end, torch.zeros_like(end)], dim=1)
+    name = own if turns is None else turns[own].long()
+    tiles = torch.stack([torch.where(expert < experts, name, -1), first, end, torch.zeros_like(end)], dim=1)
     return Sorted(order.to(torch.int32), tiles.to(torch.int32), last[-1:].to(torch.int32))
 
 
@@ -149,12 +152,15 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.experts` with gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], contiguous."""
-    out = x.new_empty(len(x), down.shape[1])
+    tokens, top = ids.shape
+    rows = down.shape[1]
+    out = x.new_empty(tokens, rows)
     if not ids.numel():
         return out
     by = sort(ids, len(gate_up), chosen.height)
     parts = products(chosen, x, by, weights.contiguous(), gate_up, down, act)
-    return summed(parts, residual, out, ids.shape[1])
+    sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
+    return out
 
 
 def products(
@@ -178,10 +184,3 @@ def products(
             **settings,
         )
     return parts
-
-
-def summed(parts: Tensor, residual: Tensor | None, out: Tensor, top: int) -> Tensor:
-    """The sum of each token's `top` parts, and the residual, in `out` [T, rows]."""
-    tokens, rows = out.shape
-    sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
-    return out

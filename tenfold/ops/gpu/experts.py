@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import Sorted, most_tiles, summed
+from tenfold.ops.gemm.grouped import Sorted, most_tiles
 from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.route import Routing
 
@@ -107,9 +107,10 @@ def routes(tokens: int, routing: Routing) -> bool:
     return few and routing.experts <= MOST_EXPERTS and routing.top <= 32 and routing.groups <= 32
 
 
-def routed(logits: Tensor, routing: Routing, width: int) -> tuple[Tensor, Sorted]:
+def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = None) -> tuple[Tensor, Sorted]:
     """As `ops.route.route` for logits [T, experts] float32, contiguous, with picks sorted into tiles of `width`:
     weights [T, top] float32. csrc/route.cu; there must be a token. The list holds what `Sorted.count` says, no more.
+    turns [experts] int32: the order in which experts come, where it is another.
     """
     tokens, top = len(logits), routing.top
     picks = tokens * top
@@ -127,8 +128,9 @@ def routed(logits: Tensor, routing: Routing, width: int) -> tuple[Tensor, Sorted
         "WIDTH": width,
         "WARPS": WARPS,
     }
-    shared = 4 * ((WARPS + 3) * routing.experts + 1) + 2 * picks
-    arguments: list[nvrtc.Argument] = [logits, routing.bias, weights, order, tiles, count, float(routing.scale), tokens]
+    shared = 4 * (WARPS + 3) * routing.experts + 2 * picks
+    arguments: list[nvrtc.Argument] = [logits, routing.bias, turns, weights, order, tiles, count]
+    arguments += [float(routing.scale), tokens]
     nvrtc.load("route.cu", "route", tuple(macros.items()))((1, 1, 1), WARPS * 32, shared, arguments, dependent=True)
     return weights, Sorted(order, tiles, count)
 
@@ -148,12 +150,28 @@ def run(
     gate_up [experts, 2 * inner, cols] and down [experts, rows, inner] too. There must be a token.
     """
     parts = products(chosen, sms, gather(x, by, shares), by, shares, gate_up, down, act)
-    return summed(parts, residual, x.new_empty(len(x), down.shape[1]), shares.shape[1])
+    return summed(parts, residual, shares.shape[1])
 
 
 def gather(x: Tensor, by: Sorted, shares: Tensor) -> Tensor:
-    """The tokens of all picks, by place."""
-    return x.index_select(0, by.order // shares.shape[1])
+    """The tokens of all picks, by place. x contiguous, its columns whole eights."""
+    cols, picks = x.shape[1], shares.numel()
+    out = x.new_empty(picks, cols)
+    _around("gather", x, shares.shape[1])((picks, 1, 1), 256, 0, [x, by.order, out, cols // 8], dependent=True)
+    return out
+
+
+def summed(parts: Tensor, residual: Tensor | None, top: int) -> Tensor:
+    """The sum of each token's `top` parts, and the residual: [T, rows], whole eights of rows."""
+    picks, rows = parts.shape
+    out = parts.new_empty(picks // top, rows)
+    arguments: list[nvrtc.Argument] = [parts, residual, out, rows // 8]
+    _around("add_up", parts, top)((len(out), 1, 1), 256, 0, arguments, dependent=True)
+    return out
+
+
+def _around(entry: str, x: Tensor, top: int) -> nvrtc.Kernel:
+    return nvrtc.load("picks.cu", entry, (("HALF", nvrtc.HALF[x.dtype]), ("TOP", top)))
 
 
 def products(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import Sorted, summed
+from tenfold.ops.gemm.grouped import Sorted
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import gather, grid, store_bytes
+from tenfold.ops.gpu.experts import gather, grid, store_bytes, summed
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -117,10 +117,21 @@ def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan
     return found
 
 
+def turns(gate_up: Tiled, down: Tiled) -> Tensor | None:
+    """Experts from the largest to the smallest [experts] int32, so that blocks run out of work together; None where all
+    are alike.
+    """
+    sizes = [up.numel() + down.numel() for up, down in zip(gate_up.data, down.data)]
+    if len(set(sizes)) == 1:
+        return None
+    order = sorted(range(len(sizes)), key=lambda expert: -sizes[expert])
+    return torch.tensor(order, dtype=torch.int32, device=gate_up.sources.device)
+
+
 def takes(x: Tensor, gate_up: Tiled, down: Tiled) -> bool:
     """Whether these experts can run here at all."""
     same = x.dtype == gate_up.dtype == down.dtype
-    return same and x.dtype in nvrtc.HALF and gate_up.cols % 8 == 0 and down.cols % 8 == 0
+    return same and x.dtype in nvrtc.HALF and all(size % 8 == 0 for size in (gate_up.cols, down.cols, down.rows))
 
 
 def code(kind: Kind, acts8: bool) -> int:
@@ -148,7 +159,7 @@ def run(
     There must be a token.
     """
     parts = products(chosen, sms, x, gather(x, by, shares), by, shares, gate_up, down, act)
-    return summed(parts, residual, x.new_empty(len(x), down.rows), shares.shape[1])
+    return summed(parts, residual, shares.shape[1])
 
 
 def products(

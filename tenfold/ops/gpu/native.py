@@ -61,6 +61,7 @@ class Gpu(Oracle):
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
         self.attending = Attending(self.device, self.sms, table, options.merge)
         self.packing = Packing(self.device, self.sms)
+        self._orders: dict[int, Tensor | None] = {}  # of tiled experts, by where their sources lie
         self._unified = False  # whether any layer runs with a unified maximum
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self._count_at = 0.0
@@ -114,7 +115,7 @@ class Gpu(Oracle):
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
         chosen = self._expert_plan(x, ids.numel(), own)
         if chosen is not None:
-            by = grouped.sort(ids, len(own), chosen.width)
+            by = grouped.sort(ids, len(own), chosen.width, self._turns(own))
             return self._experts(chosen, x, by, weights.contiguous(), own, residual)
         if own.stacked is None:
             return super().experts(x, ids, weights, own, residual)
@@ -127,6 +128,15 @@ class Gpu(Oracle):
         if own.stacked is not None and len(x) and experts.takes(x, *own.stacked):
             return experts.plan(picks, len(own))
         return None
+
+    def _turns(self, own: Experts) -> Tensor | None:
+        """In what order experts come: `experts_packed.turns`."""
+        if own.tiled is None:
+            return None
+        at = own.tiled[0].sources.data_ptr()
+        if at not in self._orders:
+            self._orders[at] = experts_packed.turns(*own.tiled)
+        return self._orders[at]
 
     def _experts(
         self, chosen: Any, x: Tensor, by: grouped.Sorted, shares: Tensor, own: Experts, residual: Tensor | None
@@ -143,7 +153,7 @@ class Gpu(Oracle):
         chosen = self._expert_plan(x, len(x) * routing.top, own) if experts.routes(len(x), routing) else None
         if chosen is None:
             return super().routed(x, scores, routing, own, residual)
-        shares, by = experts.routed(scores.contiguous(), routing, chosen.width)
+        shares, by = experts.routed(scores.contiguous(), routing, chosen.width, self._turns(own))
         return self._experts(chosen, x, by, shares, own, residual)
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:

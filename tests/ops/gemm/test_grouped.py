@@ -65,6 +65,18 @@ def test_sums_of_experts(kind: str, added: bool, cols: int, inner: int, act: str
     assert torch.equal(found, again)
 
 
+def test_experts_come_in_the_order_that_is_asked_for() -> None:
+    ids, turns = picks("spread").to(DEVICE), torch.tensor([4, 0, 5, 2, 1, 3], dtype=torch.int32, device=DEVICE)
+    plain, by = grouped.sort(ids, EXPERTS, 4), grouped.sort(ids, EXPERTS, 4, turns)
+    tiles = by.tiles[: int(by.count)].tolist()
+    assert list(dict.fromkeys(tile[0] for tile in tiles)) == turns.tolist()
+    flat = ids.flatten().tolist()
+    for expert, first, end, _ in tiles:
+        assert {flat[pick] for pick in by.order[first:end].tolist()} == {expert}
+    assert sorted(by.order.tolist()) == sorted(plain.order.tolist())
+    assert int(by.count) == int(plain.count)
+
+
 @pytest.mark.parametrize("height", [1, 4, 16])
 def test_tiles_cover_each_pick_once_and_no_other(height: int) -> None:
     for kind in ("spread", "all on one", "two of six", "one token"):

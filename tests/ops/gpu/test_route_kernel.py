@@ -37,9 +37,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
         monkeypatch.setattr(nvrtc, "load", Emulator(tmp_path_factory.getbasetemp()))
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (37, 16), (70, 8)])
+@pytest.mark.parametrize(("tokens", "width", "turned"), [(1, 8, False), (37, 16, True), (70, 8, False), (70, 8, True)])
 @pytest.mark.parametrize("name", RULES)
-def test_picks_weights_and_tiles(name: str, tokens: int, width: int) -> None:
+def test_picks_weights_and_tiles(name: str, tokens: int, width: int, turned: bool) -> None:
     draw = torch.Generator().manual_seed(tokens)
     rule = RULES[name]
     count = rule["experts"]
@@ -48,7 +48,9 @@ def test_picks_weights_and_tiles(name: str, tokens: int, width: int) -> None:
     assert experts.routes(tokens, routing)
     logits = (torch.randn(tokens, count, generator=draw) * 2).to(DEVICE)
     want_ids, want = route(logits, routing)
-    weights, by = experts.routed(logits, routing, width)
+    turns = torch.randperm(count, generator=draw).to(torch.int32)
+    turn = turns.argsort().tolist() if turned else list(range(count))
+    weights, by = experts.routed(logits, routing, width, turns.to(DEVICE) if turned else None)
     order, tiles = by.order.tolist(), by.tiles[: int(by.count)].tolist()
     assert sorted(order) == list(range(tokens * routing.top))
     own: dict[int, int] = {}  # the expert of each pick
@@ -56,7 +58,7 @@ def test_picks_weights_and_tiles(name: str, tokens: int, width: int) -> None:
     for expert, first, end, _ in tiles:
         assert first == end_before
         assert 1 <= end - first <= width
-        assert not own or expert >= own[order[first - 1]]
+        assert not own or turn[expert] >= turn[own[order[first - 1]]]
         assert expert != own.get(order[first - 1]) or (first - start_of(tiles, expert)) % width == 0
         own |= dict.fromkeys(order[first:end], expert)
         end_before = end

@@ -54,6 +54,7 @@ SOURCES = [
     ),
     ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1}),
     ("route.cu", ROUTE | {"EXPERTS": 256, "SIGMOID": 1, "GROUPS": 8, "KEPT": 4, "BEST": 2}),
+    ("picks.cu", {"HALF": 1, "TOP": 8}),
     ("argmax.cu", {}),
     ("rope.cu", {"HALF": 0, "D": 128}),
     ("rope.cu", {"HALF": 1, "D": 64}),

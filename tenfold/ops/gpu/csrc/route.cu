@@ -1,7 +1,8 @@
 // Which experts tokens go to, and the picks of all of them sorted by expert with the list of tiles that experts.cu takes:
 // one launch of one block for what takes PyTorch a dozen. A warp takes a token, then an expert.
 //
-// Picks are numbered token * TOP + k, and those of an expert stay in that order. Compile-time: EXPERTS, up to 1024 · TOP of
+// Picks are numbered token * TOP + k, and those of an expert stay in that order. Experts come in the order of `turns`, where
+// there is one. Compile-time: EXPERTS, up to 1024 · TOP of
 // a token · SIGMOID scores, else softmax · NORMED weights of a token sum to 1 · GROUPS of experts of which the KEPT best
 // take part, a group being as good as its BEST highest scores together · WIDTH picks of a tile · WARPS.
 
@@ -42,11 +43,11 @@ __device__ __forceinline__ int before(int count, int &all) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-route(const float *logits, const float *bias, float *weights, int *order, int *list, int *listed, float scale, int tokens) {
+route(const float *logits, const float *bias, const int *turns, float *weights, int *order, int *list, int *listed, float scale, int tokens) {
     extern __shared__ __align__(16) u8 memory[];
     float *choices = (float *)memory;                  // [WARPS][EXPERTS]
-    int *starts = (int *)(choices + WARPS * EXPERTS);  // [EXPERTS + 1], of picks
-    int *counts = starts + EXPERTS + 1;                // [EXPERTS]
+    int *starts = (int *)(choices + WARPS * EXPERTS);  // [EXPERTS], of picks
+    int *counts = starts + EXPERTS;                    // [EXPERTS]
     int *tiles = counts + EXPERTS;                     // [EXPERTS], before each expert's
     u16 *picks = (u16 *)(tiles + EXPERTS);             // [tokens * TOP]
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, count = tokens * TOP;
@@ -147,17 +148,17 @@ route(const float *logits, const float *bias, float *weights, int *order, int *l
     if (warp == 0) {
         int pick = 0, tile = 0;
         for (int first = 0; first < EXPERTS; first += 32) {
-            const int e = first + lane, n = e < EXPERTS ? counts[e] : 0;
+            const int turn = first + lane, e = turn < EXPERTS && turns ? turns[turn] : turn, n = turn < EXPERTS ? counts[e] : 0;
             int more, further;
             const int start = pick + before(n, more), slot = tile + before((n + WIDTH - 1) / WIDTH, further);
-            if (e < EXPERTS) starts[e] = start, tiles[e] = slot;
+            if (turn < EXPERTS) starts[e] = start, tiles[e] = slot;
             pick += more, tile += further;
         }
-        if (lane == 0) starts[EXPERTS] = pick, *listed = tile;
+        if (lane == 0) *listed = tile;
     }
     __syncthreads();
     for (int e = warp; e < EXPERTS; e += WARPS) {
-        const int end = starts[e + 1];
+        const int end = starts[e] + counts[e];
         int next = starts[e];
         for (int j = lane; j * WIDTH < end - next; j += 32) {
             int *tile = list + (tiles[e] + j) * 4;
