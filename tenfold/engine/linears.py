@@ -14,7 +14,7 @@ from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops.formats import is_format
-from tenfold.ops.gpu.arms import HEAD, Use, Work
+from tenfold.ops.gpu.arms import HEAD, ROUTER, Use, Work
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
@@ -66,8 +66,9 @@ class Tracing(Separate):
     def each(self, x: Tensor, bank: Bank) -> Tensor:
         return torch.zeros(*x.shape[:2], bank.each[0].rows)
 
-    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
-        self.calls.append(Work(w.rows, w.cols, w.format, HEAD, len(x), self.dtype))
+    def logits(self, x: Tensor, w: Matrix, norm: Norm | None = None) -> Tensor:
+        use = ROUTER if norm is None else HEAD
+        self.calls.append(Work(w.rows, w.cols, w.format, use, len(x), self.dtype))
         return torch.zeros(len(x), w.rows)
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:

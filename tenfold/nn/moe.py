@@ -35,8 +35,8 @@ class MoE:
 
     def __call__(self, x: Tensor, norm: RMSNorm, residual: Tensor) -> Tensor:
         """x [T, D] -> `experts + residual` [T, D], computed on norm(x)."""
-        scores = self.kernels.logits(x, self.router, norm.spec)
         x = norm(x)
+        scores = self.kernels.logits(x, self.router)
         if self.shared is not None and self.shared_gate is None:
             residual = self.shared(x, residual=residual)
         elif self.shared is not None and self.shared_gate is not None:

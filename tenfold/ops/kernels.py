@@ -240,8 +240,8 @@ class Kernels(Protocol):
         """Whether `experts` and `routed` of these can be recorded: the host need not know who goes where."""
         ...
 
-    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
-        """`linear` of a model's head, in float32 [T, rows]; better not rounded to the compute type before."""
+    def logits(self, x: Tensor, w: Matrix, norm: Norm | None = None) -> Tensor:
+        """`linear` of a model's head or router, in float32 [T, rows]; better not rounded to the compute type before."""
         ...
 
     def rope_write(
@@ -290,7 +290,7 @@ class Separate:
     def recomputed(self) -> int:
         return 0
 
-    def logits(self: Any, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+    def logits(self: Any, x: Tensor, w: Matrix, norm: Norm | None = None) -> Tensor:
         return self.linear(x, w, norm=norm).float()
 
     def bank(self: Any, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:

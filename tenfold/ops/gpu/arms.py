@@ -52,6 +52,7 @@ class Use:
 
 
 HEAD = Use(norm=True, float32=True)
+ROUTER = Use(float32=True)
 LOGITS = len(ACTS) * 4  # of `Matrix.arms`, behind the uses that `Arms.__call__` numbers
 
 
@@ -435,12 +436,13 @@ class Arms:
             run = w.arms[at] = self.pick(work)
         return run(self.context, x, w, Fused(bias, norm, act, residual))
 
-    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+    def logits(self, x: Tensor, w: Matrix, norm: Norm | None) -> Tensor:
         """As `Kernels.logits`."""
-        at = self._place + x.shape[0] * 16 + LOGITS
+        at = self._place + x.shape[0] * 16 + LOGITS + (norm is None)
         run = w.arms.get(at)
         if run is None:
-            run = w.arms[at] = self.pick(Work(w.rows, w.cols, w.format, HEAD, x.shape[0], self.dtype))
+            use = HEAD if norm is not None else ROUTER
+            run = w.arms[at] = self.pick(Work(w.rows, w.cols, w.format, use, x.shape[0], self.dtype))
         return run(self.context, x, w, Fused(None, norm, float32=True)).float()
 
     def pick(self, work: Work) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:

@@ -102,9 +102,15 @@ def takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 
 def routes(tokens: int, routing: Routing) -> bool:
     """Whether `routed` takes so many tokens: few, whose picks one block sorts in no time."""
-    most = hopper.SHARED - 4 * (WARPS + 3) * routing.experts - 16
-    few = tokens * routing.top <= min(MOST_PICKS, most // 2)
+    few = tokens * routing.top <= MOST_PICKS and route_bytes(tokens, routing) <= hopper.SHARED
     return few and routing.experts <= MOST_EXPERTS and routing.top <= 32 and routing.groups <= 32
+
+
+def route_bytes(tokens: int, routing: Routing) -> int:
+    """Shared memory of the block that routes."""
+    pieces = -(-tokens * routing.top // 32)
+    each = 12 + 4 * WARPS * (routing.groups > 1) + 2 * pieces
+    return each * routing.experts + 64 * pieces
 
 
 def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = None) -> tuple[Tensor, Sorted]:
@@ -128,7 +134,7 @@ def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = 
         "WIDTH": width,
         "WARPS": WARPS,
     }
-    shared = 4 * (WARPS + 3) * routing.experts + 2 * picks
+    shared = route_bytes(tokens, routing)
     arguments: list[nvrtc.Argument] = [logits, routing.bias, turns, weights, order, tiles, count]
     arguments += [float(routing.scale), tokens]
     nvrtc.load("route.cu", "route", tuple(macros.items()))((1, 1, 1), WARPS * 32, shared, arguments, dependent=True)

@@ -17,6 +17,7 @@ from tenfold.ops.attention.attend import attend
 from tenfold.ops.attention.plan import MOST_HEAD_DIM
 from tenfold.ops.gemm import grouped
 from tenfold.ops.gpu import arms, experts, experts_packed, graphs, nvrtc, rope
+from tenfold.ops.gpu import norm as norms
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
 from tenfold.ops.gpu.pieces import Pieces, Recording
@@ -156,14 +157,15 @@ class Gpu(Oracle):
         shares, by = experts.routed(scores.contiguous(), routing, chosen.width, self._turns(own))
         return self._experts(chosen, x, by, shares, own, residual)
 
-    def logits(self, x: Tensor, w: Matrix, norm: Norm) -> Tensor:
+    def logits(self, x: Tensor, w: Matrix, norm: Norm | None = None) -> Tensor:
         return self.arms.logits(x, w, norm)
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
         return elementwise.embed(ids, self.dense(table), scale)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
-        return elementwise.norm(x, norm)
+        plain = x.dim() == 2 and x.is_contiguous() and x.dtype in nvrtc.HALF
+        return norms.run(x, norm) if plain else elementwise.norm(x, norm)
 
     def add_norm(self, x: Tensor, y: Tensor, norm: Norm) -> Tensor:
         return elementwise.add_norm(x, y, norm)

@@ -122,6 +122,30 @@ static u32 __ballot_sync(u32, bool v) {
     });
     return w.out[current % 32][0];
 }
+template <class F> static u32 reduced(u32 v, F less) {
+    Warp &w = warps[current / 32];
+    w.in[current % 32][0] = v;
+    collective(11, [less](Warp &w) {
+        u32 best = w.in[0][0];
+        for (int l = 1; l < 32; l++)
+            if (less(w.in[l][0], best)) best = w.in[l][0];
+        for (int l = 0; l < 32; l++) w.out[l][0] = best;
+    });
+    return w.out[current % 32][0];
+}
+static u32 __reduce_min_sync(u32, u32 v) { return reduced(v, [](u32 a, u32 b) { return a < b; }); }
+static u32 __reduce_max_sync(u32, u32 v) { return reduced(v, [](u32 a, u32 b) { return a > b; }); }
+static u32 __match_any_sync(u32, u32 v) {
+    Warp &w = warps[current / 32];
+    w.in[current % 32][0] = v;
+    collective(12, [](Warp &w) {
+        for (int l = 0; l < 32; l++) {
+            w.out[l][0] = 0;
+            for (int m = 0; m < 32; m++) w.out[l][0] |= (u32)(w.in[m][0] == w.in[l][0]) << m;
+        }
+    });
+    return w.out[current % 32][0];
+}
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static void __syncwarp() { collective(5, [](Warp &) {}); }
 static void __syncthreads() {

@@ -19,14 +19,28 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 #define NONE -3.0e38f
 #define EACH (EXPERTS / GROUPS)
 
-// The largest of all lanes' values and where it stands, of equals the first.
-__device__ __forceinline__ void largest(float &value, int &place) {
+// A number that is the larger the larger v is.
+__device__ __forceinline__ u32 ordered(float v) {
+    const u32 bits = (u32)__float_as_int(v);
+    return bits ^ (bits >> 31 ? ~0u : 1u << 31);
+}
+
+// Where the largest of COUNT keys of all lanes stands, of equals the first; it is struck out. Key i of a lane stands at
+// lane + 32 i.
+template <int COUNT> __device__ __forceinline__ int strike_largest(u32 (&keys)[COUNT]) {
+    const int lane = threadIdx.x & 31;
+    u32 most = 0, at = ~0u;
 #pragma unroll
-    for (int d = 16; d; d >>= 1) {
-        const float other = __shfl_xor_sync(~0u, value, d);
-        const int there = __shfl_sync(~0u, place, (threadIdx.x & 31) ^ d);
-        if (other > value || (other == value && there < place)) value = other, place = there;
-    }
+    for (int i = 0; i < COUNT; i++) most = max(most, keys[i]);
+    most = __reduce_max_sync(~0u, most);
+#pragma unroll
+    for (int i = COUNT - 1; i >= 0; i--)
+        if (keys[i] == most) at = lane + 32 * i;
+    at = __reduce_min_sync(~0u, at);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        if (at == lane + 32 * i) keys[i] = 0;
+    return at;
 }
 
 // How many there are before each lane, and of all lanes together.
@@ -45,11 +59,13 @@ __device__ __forceinline__ int before(int count, int &all) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 route(const float *logits, const float *bias, const int *turns, float *weights, int *order, int *list, int *listed, float scale, int tokens) {
     extern __shared__ __align__(16) u8 memory[];
-    float *choices = (float *)memory;                  // [WARPS][EXPERTS]
-    int *starts = (int *)(choices + WARPS * EXPERTS);  // [EXPERTS], of picks
-    int *counts = starts + EXPERTS;                    // [EXPERTS]
-    int *tiles = counts + EXPERTS;                     // [EXPERTS], before each expert's
-    u16 *picks = (u16 *)(tiles + EXPERTS);             // [tokens * TOP]
+    int *starts = (int *)memory;                   // [EXPERTS], of picks
+    int *counts = starts + EXPERTS;                // [EXPERTS]
+    int *tiles = counts + EXPERTS;                 // [EXPERTS], before each expert's
+    float *choices = (float *)(tiles + EXPERTS);   // [WARPS][EXPERTS], with GROUPS
+    u16 *picks = (u16 *)(choices + (GROUPS > 1 ? WARPS * EXPERTS : 0));  // [tokens * TOP]
+    const int pieces = (tokens * TOP + 31) / 32;   // of 32 picks
+    u16 *ahead = picks + pieces * 32;              // [pieces][EXPERTS], picks of an expert in a piece, then before it
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, count = tokens * TOP;
     float *own = choices + warp * EXPERTS;
     wait_for_kernel_before();
@@ -88,7 +104,7 @@ route(const float *logits, const float *bias, const int *turns, float *weights, 
         }
 #if GROUPS > 1
         __syncwarp();
-        float group = NONE;  // of lane g, how good group g is
+        u32 group[1] = {0};  // of lane g, how good group g is
         if (lane < GROUPS) {
             float best[BEST];
 #pragma unroll
@@ -99,34 +115,28 @@ route(const float *logits, const float *bias, const int *turns, float *weights, 
                 for (int b = 0; b < BEST; b++)
                     if (value > best[b]) { const float less = best[b]; best[b] = value, value = less; }
             }
-            group = 0.f;
+            float sum = 0.f;
 #pragma unroll
-            for (int b = 0; b < BEST; b++) group += best[b];
+            for (int b = 0; b < BEST; b++) sum += best[b];
+            group[0] = ordered(sum);
         }
         u32 kept = 0;
-        for (int k = 0; k < KEPT; k++) {
-            float value = group;
-            int place = lane;
-            largest(value, place);
-            kept |= 1u << place;
-            if (lane == place) group = NONE;
-        }
+        for (int k = 0; k < KEPT; k++) kept |= 1u << strike_largest(group);
 #pragma unroll
         for (int i = 0; i < VALUES; i++)
             if (!(kept >> min((lane + 32 * i) / EACH, 31) & 1)) choice[i] = NONE;
         __syncwarp();
 #endif
+        u32 keys[VALUES];
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) keys[i] = ordered(choice[i]);
         float weight = 0.f, whole = 0.f;  // of pick `lane`, and of all picks
         for (int k = 0; k < TOP; k++) {
-            float value = NONE, share = 0.f;
-            int place = 1 << 30;
+            const int place = strike_largest(keys);
+            float share = 0.f;
 #pragma unroll
             for (int i = 0; i < VALUES; i++)
-                if (choice[i] > value) value = choice[i], place = lane + 32 * i;
-            largest(value, place);
-#pragma unroll
-            for (int i = 0; i < VALUES; i++)
-                if (place == lane + 32 * i) share = score[i], choice[i] = NONE;
+                if (place >> 5 == i) share = score[i];
             share = __shfl_sync(~0u, share, place & 31);
             whole += share;
             if (lane == k) weight = share;
@@ -137,12 +147,28 @@ route(const float *logits, const float *bias, const int *turns, float *weights, 
     }
     __syncthreads();
 
-    // Picks [at, at + 32) that go to expert e, a bit for each.
-    auto going = [&](int at, int e) { return __ballot_sync(~0u, at + lane < count && picks[min(at + lane, count - 1)] == e); };
-    for (int e = warp; e < EXPERTS; e += WARPS) {
+    // Which picks of a piece go where this lane's goes, a bit for each.
+    auto alike = [&](int piece, int &expert) {
+        const int at = piece * 32 + lane;
+        expert = at < count ? picks[at] : EXPERTS;
+        return __match_any_sync(~0u, expert);
+    };
+    for (int i = threadIdx.x; i < pieces * EXPERTS; i += WARPS * 32) ahead[i] = 0;
+    __syncthreads();
+    for (int piece = warp; piece < pieces; piece += WARPS) {
+        int expert;
+        const u32 same = alike(piece, expert);
+        if (expert < EXPERTS && !(same & ((1u << lane) - 1))) ahead[piece * EXPERTS + expert] = __popc(same);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < EXPERTS; e += WARPS * 32) {
         int sum = 0;
-        for (int at = 0; at < count; at += 32) sum += __popc(going(at, e));
-        if (lane == 0) counts[e] = sum;
+        for (int piece = 0; piece < pieces; piece++) {
+            const int more = ahead[piece * EXPERTS + e];
+            ahead[piece * EXPERTS + e] = sum;
+            sum += more;
+        }
+        counts[e] = sum;
     }
     __syncthreads();
     if (warp == 0) {
@@ -157,17 +183,14 @@ route(const float *logits, const float *bias, const int *turns, float *weights, 
         if (lane == 0) *listed = tile;
     }
     __syncthreads();
-    for (int e = warp; e < EXPERTS; e += WARPS) {
+    for (int piece = warp; piece < pieces; piece += WARPS) {
+        int expert;
+        const u32 same = alike(piece, expert);
+        if (expert < EXPERTS) order[starts[expert] + ahead[piece * EXPERTS + expert] + __popc(same & ((1u << lane) - 1))] = piece * 32 + lane;
+    }
+    for (int e = threadIdx.x; e < EXPERTS; e += WARPS * 32) {
         const int end = starts[e] + counts[e];
-        int next = starts[e];
-        for (int j = lane; j * WIDTH < end - next; j += 32) {
-            int *tile = list + (tiles[e] + j) * 4;
-            tile[0] = e, tile[1] = next + j * WIDTH, tile[2] = min(next + (j + 1) * WIDTH, end), tile[3] = 0;
-        }
-        for (int at = 0; at < count && next < end; at += 32) {
-            const u32 mine = going(at, e);
-            if (mine >> lane & 1) order[next + __popc(mine & ((1u << lane) - 1))] = at + lane;
-            next += __popc(mine);
-        }
+        int *tile = list + tiles[e] * 4;
+        for (int at = starts[e]; at < end; at += WIDTH, tile += 4) tile[0] = e, tile[1] = at, tile[2] = min(at + WIDTH, end), tile[3] = 0;
     }
 }
