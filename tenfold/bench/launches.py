@@ -14,7 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 
 if TYPE_CHECKING:  # Triton comes with it, which tables of results do not need
     from tenfold.ops.gpu.arms import Work
+    from tenfold.ops.gpu.expert_arms import ExpertsWork
 
 KERNEL, COPY, FILL = 0, 1, 2  # CUgraphNodeType
 KEPT = 2 << 30  # bytes of keys and values of each of two models on a GPU
@@ -120,7 +121,7 @@ def named(launches: dict[str, int]) -> str:
 # Bytes
 
 
-def moved(call: "Work | AttentionSpec", batch: int, context: int, dtype: torch.dtype) -> Moved:
+def moved(call: "Work | ExpertsWork | AttentionSpec", batch: int, context: int, dtype: torch.dtype) -> Moved:
     """Bytes of one operation for `batch` tokens, each with `context` tokens in the cache, itself among them."""
     size = dtype.itemsize
     if isinstance(call, AttentionSpec):
@@ -130,6 +131,11 @@ def moved(call: "Work | AttentionSpec", batch: int, context: int, dtype: torch.d
         activations = batch * size * call.head_dim * (2 * call.heads + 2 * call.kv_heads)
         name = f"attention {call.heads}/{call.kv_heads} heads of {call.head_dim}"
         return Moved(name, 0, batch * seen * token, activations)
+    from tenfold.ops.gpu import expert_arms
+
+    if isinstance(call, expert_arms.ExpertsWork):
+        weights, activations = map(round, expert_arms.moved(replace(call, tokens=batch)))
+        return Moved(f"{call.count} experts of {call.inner}, {call.top} a token", weights, 0, activations)
     outputs = call.rows // 2 if call.use.act else call.rows
     weights = call.rows * call.cols * size
     if call.format != "dense":

@@ -1,8 +1,8 @@
 """Tune a GPU for models without the command line's packages: `python -m tenfold.bench.tune --model shape:llama-3-8b`.
 
-Measures the arms of every linear operation and attention, writes the table of choices, and prints what runs. `tenfold
-tune` does the same for one model. `--stages FILE` also times the flat GEMM with no buffering, double buffering and
-more.
+Measures the arms of every linear operation, layer of experts and attention, writes the table of choices, and prints
+what runs. `tenfold tune` does the same for one model. `--stages FILE` also times the flat GEMM with no buffering,
+double buffering and more.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from tenfold.bench.hardware import machine
-from tenfold.engine.linears import attention_specs, linear_works
+from tenfold.engine.linears import attention_specs, expert_works, linear_works
 from tenfold.engine.memory import DTYPES
 from tenfold.ops.choose import Table
 from tenfold.ops.gemm import flat
-from tenfold.ops.gpu import arms, report, tune, tune_attention
+from tenfold.ops.gpu import arms, report, tune, tune_attention, tune_experts
 from tenfold.ops.gpu.attending import Attending, readings
+from tenfold.ops.gpu.expert_arms import ExpertArms
 from tenfold.ops.gpu.timing import GpuTimer
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="auto", help="as the engine's setting: auto, int4, int8, fp8")
     parser.add_argument("--batches", default=",".join(map(str, arms.BATCHES)))
     parser.add_argument("--families", default="", help=f"of {', '.join(arms.FAMILIES)}; without it all")
-    parser.add_argument("--parts", default="linear,attention", help="what to measure, a comma between two")
+    parser.add_argument("--parts", default="linear,experts,attention", help="what to measure, a comma between two")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest context of attention")
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
     parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts, reader = given.parts.split(","), Attending(device, running.sms, table)
     if "linear" in parts:
         tune.tune(works, running, GpuTimer(device), batches, families, given.force, progress)
+    layers = [layer for one in checkpoints for layer in expert_works(one, dtype, given.weights)]
+    if "experts" in parts:
+        experts = ExpertArms(table, running.sms)
+        tune_experts.tune(layers, experts, GpuTimer(device), device, force=given.force, progress=progress)
     specs = list(dict.fromkeys(spec for one in checkpoints for spec in attention_specs(one, dtype)))
     reads = readings(specs, PAGE, dtype, given.longest, tune_attention.KEPT)
     if "attention" in parts:
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):
         print("\n".join(report.chart(shape)))
+    for layer in report.experts(layers, table, running.sms):
+        print(f"{layer.choice}{shared(layer)}")
     print("\n".join(map(told, report.attention(reads, table, running.sms))))
     if given.stages:
         rows = stages(works, running, GpuTimer(device), [batch for batch in batches if batch <= flat.MOST_TOKENS])
@@ -76,8 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def told(line: report.Read) -> str:
     """One attention in a line."""
-    share = "" if line.share is None else f", {line.share:.0%} of the floor"
-    return f"{line.reading.tokens or line.reading.requests} x {line.reading.longest}: {line.choice}{share}"
+    return f"{line.reading.tokens or line.reading.requests} x {line.reading.longest}: {line.choice}{shared(line)}"
+
+
+def shared(line: report.Timed) -> str:
+    return "" if line.share is None else f", {line.share:.0%} of the floor"
 
 
 def stages(

@@ -1,9 +1,10 @@
-"""The linear operations and attentions of a model, found by running its forward on nothing: shapes and uses, no
-weights.
+"""The linear operations, experts and attentions of a model, found by running its forward on nothing: shapes and uses,
+no weights.
 
 Invariant: no matrix of the checkpoint is read or allocated, so a model of any size is answered for at once.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
-from tenfold.ops.formats import is_format
+from tenfold.ops import tiles
+from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gpu.arms import HEAD, ROUTER, Use, Work
+from tenfold.ops.gpu.expert_arms import DENSE, ExpertsWork
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.load import Weights
+from tenfold.weights.load import Weights, loaded_storage
 
 
 class Tracing(Separate):
@@ -29,7 +32,7 @@ class Tracing(Separate):
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.calls: list[Work | AttentionSpec] = []
+        self.calls: list[Work | ExpertsWork | AttentionSpec] = []
 
     def replay(self) -> Replay:
         return run
@@ -61,6 +64,12 @@ class Tracing(Separate):
         return torch.zeros(len(x), w.rows // 2 if act else w.rows)
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
+        formats = Counter((up.format, down.format) for up, down in zip(own.gate_up.each, own.down.each))
+        packed = [name for pair in formats for name in pair if name != DENSE]
+        if not any(tiles.obstacle(format_of(name)) for name in packed):  # else they run one by one
+            up, down = own.gate_up.each[0], own.down.each[0]
+            mix = tuple((*pair, count) for pair, count in sorted(formats.items()))
+            self.calls.append(ExpertsWork(len(own), ids.shape[1], up.cols, down.cols, mix, own.act, len(x), self.dtype))
         return x
 
     def each(self, x: Tensor, bank: Bank) -> Tensor:
@@ -86,7 +95,15 @@ class Shapes(Weights):
         return made
 
     def bank(self, stacked: str, names: Sequence[Sequence[str]], rows: Sequence[int], cols: int) -> Bank:
-        return Bank((Matrix("dense", sum(rows), cols, ()),) * len(names))
+        if self.has(stacked):
+            return Bank((self._shape([stacked], sum(rows), cols),) * len(names))
+        return Bank(tuple(self._shape(own, sum(rows), cols) for own in names))
+
+    def _shape(self, names: Sequence[str], rows: int, cols: int) -> Matrix:
+        parts = [self._take(name) for name in names]
+        storages = {loaded_storage(self.mode, part.name, part.storage, (rows, cols)) for part in parts}
+        one = storages.pop()
+        return Matrix(one if is_format(one) and not storages else DENSE, rows, cols, ())
 
     def bank_of(self, matrices: Tensor) -> Bank:
         return Bank(tuple(Matrix("dense", part.shape[0], part.shape[1], ()) for part in matrices))
@@ -95,8 +112,9 @@ class Shapes(Weights):
         return torch.zeros(rows, cols)
 
 
-def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work | AttentionSpec]:
-    """Every linear operation and attention of a decode step on a GPU, in the order of the forward, for one token.
+def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work | ExpertsWork | AttentionSpec]:
+    """Every linear operation, layer of experts and attention of a decode step on a GPU, in the order of the forward,
+    for one token.
 
     mode: as `Weights`. Raises ValueError for a model that cannot be built.
     """
@@ -125,6 +143,11 @@ def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> li
 def linear_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work]:
     """Every different linear operation, as `traced`."""
     return [call for call in dict.fromkeys(traced(checkpoint, dtype, mode)) if isinstance(call, Work)]
+
+
+def expert_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[ExpertsWork]:
+    """Every different layer of experts, as `traced`."""
+    return [call for call in dict.fromkeys(traced(checkpoint, dtype, mode)) if isinstance(call, ExpertsWork)]
 
 
 def attention_specs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[AttentionSpec]:

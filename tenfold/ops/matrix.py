@@ -93,6 +93,11 @@ class Bank:
     tiled: Tiled | None = None
 
 
+def dense_bank(stacked: Tensor) -> Bank:
+    """Of matrices [experts, rows, cols] in one memory."""
+    return Bank(tuple(Matrix("dense", *part.shape, (part,)) for part in stacked), stacked)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Experts:
     """The experts of a layer. Rows of gate_up are gate, then up; act: "silu" or "gelu_tanh"."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold.ops.blocks import dequantize
 from tenfold.ops.formats import unpack
 from tenfold.ops.kernels import AttentionSpec, Heads, Norm, Replay, Separate, run
-from tenfold.ops.matrix import Bank, Matrix, RawTensor
+from tenfold.ops.matrix import Bank, Matrix, RawTensor, dense_bank
 
 # Elements of the largest float32 temporary of one attention block: 64 MiB on a CPU, 512 MiB on a GPU.
 WORKSPACE = {"cpu": 1 << 24, "cuda": 1 << 27}
@@ -59,7 +59,7 @@ class Oracle(Separate):
         stacked[0] = first.data[0]
         for place, parts in zip(stacked[1:], experts[1:]):
             place.copy_(self.dense(self.matrix(parts)))
-        return Bank(tuple(Matrix("dense", first.rows, first.cols, (place,)) for place in stacked), stacked)
+        return dense_bank(stacked)
 
     def dense(self, w: Matrix) -> Tensor:
         """The values [rows, cols] in the compute type."""

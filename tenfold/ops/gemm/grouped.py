@@ -8,6 +8,7 @@ in the order of its picks, so results repeat bit for bit. As in `flat.py` weight
 instruction; the weight of a pick and the gate are applied in float32, and results are rounded once a launch.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,14 @@ class GroupedPlan:
 
     def __str__(self) -> str:
         return f"grouped:{self.height}x{self.rows}x{self.cols}x{self.stages}:w{self.warps}"
+
+
+def parse(name: str) -> GroupedPlan:
+    """The plan `str(plan)` names. Raises ValueError."""
+    found = re.fullmatch(r"grouped:(\d+)x(\d+)x(\d+)x(\d+):w(\d+)", name)
+    if not found:
+        raise ValueError(f"{name!r} is no plan of experts in Triton; allowed: grouped:HEIGHTxROWSxCOLSxSTAGES:wWARPS.")
+    return GroupedPlan(*map(int, found.groups()))
 
 
 FEW = GroupedPlan(16, 64, 128, 4, 4)
@@ -152,13 +161,18 @@ def run(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.experts` with gate_up [experts, 2 * inner, cols] and down [experts, rows, inner], contiguous."""
-    tokens, top = ids.shape
-    rows = down.shape[1]
-    out = x.new_empty(tokens, rows)
+    out = x.new_empty(len(x), down.shape[1])
     if not ids.numel():
         return out
     by = sort(ids, len(gate_up), chosen.height)
     parts = products(chosen, x, by, weights.contiguous(), gate_up, down, act)
+    return summed(parts, residual, out)
+
+
+def summed(parts: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
+    """out [T, rows]: the sum of each token's parts [T * K, rows], in the order of its picks, and the residual."""
+    tokens, rows = out.shape
+    top = len(parts) // tokens
     sum_kernel[(tokens, triton.cdiv(rows, SUM_TILE))](parts, residual, out, rows, K=top, B=SUM_TILE)
     return out
 

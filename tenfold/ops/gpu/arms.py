@@ -382,10 +382,8 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    ours = [
-        here / f"{name}.py"
-        for name in ("norm", "quantize", "ring", "ring_packed", "stream", "stream_packed", "decode", "green")
-    ]
+    names = "norm quantize ring ring_packed stream stream_packed decode green experts experts_packed"
+    ours = [here / f"{name}.py" for name in names.split()]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])
     digest = hashlib.sha256(torch.__version__.encode())

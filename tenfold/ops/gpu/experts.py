@@ -141,24 +141,6 @@ def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = 
     return weights, Sorted(order, tiles, count)
 
 
-def run(
-    chosen: ExpertsPlan,
-    sms: int,
-    x: Tensor,
-    by: Sorted,
-    shares: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    act: str,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """As `Kernels.experts` for picks sorted into tiles of the plan's width, shares [T, K] their weights, contiguous;
-    gate_up [experts, 2 * inner, cols] and down [experts, rows, inner] too. There must be a token.
-    """
-    parts = products(chosen, sms, gather(x, by, shares), by, shares, gate_up, down, act)
-    return summed(parts, residual, shares.shape[1])
-
-
 def gather(x: Tensor, by: Sorted, shares: Tensor) -> Tensor:
     """The tokens of all picks, by place. x contiguous, its columns whole eights."""
     cols, picks = x.shape[1], shares.numel()

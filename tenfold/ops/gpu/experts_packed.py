@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.gemm.grouped import Sorted
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import gather, grid, store_bytes, summed
+from tenfold.ops.gpu.experts import grid, store_bytes
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -142,24 +142,6 @@ def code(kind: Kind, acts8: bool) -> int:
 def rounds(chosen: PackedExpertsPlan, kind: Kind, cols: int) -> bool:
     """Whether products of a kind take activations of 8 bits."""
     return chosen.acts8 and kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros and cols % 16 == 0
-
-
-def run(
-    chosen: PackedExpertsPlan,
-    sms: int,
-    x: Tensor,
-    by: Sorted,
-    shares: Tensor,
-    gate_up: Tiled,
-    down: Tiled,
-    act: str,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """As `Kernels.experts` for picks sorted into tiles of the plan's width, shares [T, K] their weights, contiguous.
-    There must be a token.
-    """
-    parts = products(chosen, sms, x, gather(x, by, shares), by, shares, gate_up, down, act)
-    return summed(parts, residual, shares.shape[1])
 
 
 def products(

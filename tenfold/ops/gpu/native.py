@@ -7,7 +7,6 @@ plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a
 import copy
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from tenfold.ops import elementwise, formats, tiles
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.attention.plan import MOST_HEAD_DIM
 from tenfold.ops.gemm import grouped
-from tenfold.ops.gpu import arms, experts, experts_packed, graphs, nvrtc, rope
+from tenfold.ops.gpu import arms, expert_arms, experts, graphs, nvrtc, rope
 from tenfold.ops.gpu import norm as norms
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
@@ -61,8 +60,8 @@ class Gpu(Oracle):
         table = arms.table(torch.cuda.get_device_name(self.device))
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
         self.attending = Attending(self.device, self.sms, table, options.merge)
+        self.expert_arms = expert_arms.ExpertArms(table, self.sms)
         self.packing = Packing(self.device, self.sms)
-        self._orders: dict[int, Tensor | None] = {}  # of tiled experts, by where their sources lie
         self._unified = False  # whether any layer runs with a unified maximum
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self._count_at = 0.0
@@ -73,6 +72,7 @@ class Gpu(Oracle):
         other.sms = sms
         other.arms = arms.Arms(self.device, self.dtype, sms, self.arms.table, self.options.gemm)
         other.attending = Attending(self.device, sms, self.attending.table, self.options.merge)
+        other.expert_arms = expert_arms.ExpertArms(self.attending.table, sms)
         other.packing = Packing(self.device, sms)
         return other
 
@@ -114,48 +114,23 @@ class Gpu(Oracle):
         return own.stacked is not None or own.tiled is not None
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
-        chosen = self._expert_plan(x, ids.numel(), own)
-        if chosen is not None:
-            by = grouped.sort(ids, len(own), chosen.width, self._turns(own))
-            return self._experts(chosen, x, by, weights.contiguous(), own, residual)
-        if own.stacked is None:
+        chosen = self.expert_arms.plan(x, ids.shape[1], own) if len(x) else None
+        if chosen is None:
             return super().experts(x, ids, weights, own, residual)
-        return grouped.run(grouped.plan(ids.numel(), len(own)), x, ids, weights, *own.stacked, own.act, residual)
-
-    def _expert_plan(self, x: Tensor, picks: int, own: Experts) -> Any:
-        """Of experts.py, or of experts_packed.py where experts lie in tiles; None: neither takes them."""
-        if own.tiled is not None and len(x) and experts_packed.takes(x, *own.tiled):
-            return experts_packed.plan(picks, len(own), own.tiled[0].kinds + own.tiled[1].kinds)
-        if own.stacked is not None and len(x) and experts.takes(x, *own.stacked):
-            return experts.plan(picks, len(own))
-        return None
-
-    def _turns(self, own: Experts) -> Tensor | None:
-        """In what order experts come: `experts_packed.turns`."""
-        if own.tiled is None:
-            return None
-        at = own.tiled[0].sources.data_ptr()
-        if at not in self._orders:
-            self._orders[at] = experts_packed.turns(*own.tiled)
-        return self._orders[at]
-
-    def _experts(
-        self, chosen: Any, x: Tensor, by: grouped.Sorted, shares: Tensor, own: Experts, residual: Tensor | None
-    ) -> Tensor:
-        if own.tiled is not None:
-            return experts_packed.run(chosen, self.sms, x, by, shares, *own.tiled, own.act, residual)
-        assert own.stacked is not None
-        return experts.run(chosen, self.sms, x, by, shares, *own.stacked, own.act, residual)
+        by = grouped.sort(ids, len(own), expert_arms.width(chosen), self.expert_arms.turns(own))
+        return self.expert_arms.run(chosen, x, by, weights.contiguous(), own, residual)
 
     def routed(
         self, x: Tensor, scores: Tensor, routing: Routing, own: Experts, residual: Tensor | None = None
     ) -> Tensor:
         """One launch routes and sorts few tokens."""
-        chosen = self._expert_plan(x, len(x) * routing.top, own) if experts.routes(len(x), routing) else None
+        few = len(x) > 0 and experts.routes(len(x), routing)
+        chosen = self.expert_arms.plan(x, routing.top, own) if few else None
         if chosen is None:
             return super().routed(x, scores, routing, own, residual)
-        shares, by = experts.routed(scores.contiguous(), routing, chosen.width, self._turns(own))
-        return self._experts(chosen, x, by, shares, own, residual)
+        width, turns = expert_arms.width(chosen), self.expert_arms.turns(own)
+        shares, by = experts.routed(scores.contiguous(), routing, width, turns)
+        return self.expert_arms.run(chosen, x, by, shares, own, residual)
 
     def logits(self, x: Tensor, w: Matrix, norm: Norm | None = None) -> Tensor:
         return self.arms.logits(x, w, norm)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from tenfold.ops import formats
 from tenfold.ops.choose import Choice, Table
-from tenfold.ops.gpu import arms, attending
+from tenfold.ops.gpu import arms, attending, expert_arms
 from tenfold.ops.gpu.arms import OWN, Work
 from tenfold.ops.gpu.attending import Reading
+from tenfold.ops.gpu.expert_arms import ExpertsWork
 from tenfold.ops.gpu.tune import copy_key, distinct
 
 BAR = 40  # characters of the longest bar
@@ -44,6 +45,13 @@ class Read(Timed):
     """One attention. Chunks have no floor: arithmetic bounds them, not memory."""
 
     reading: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Routed(Timed):
+    """Experts of one layer at one number of tokens."""
+
+    work: ExpertsWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,16 @@ def attention(readings: Iterable[Reading], table: Table, sms: int, merge: str = 
         found += measured or [r for r in every if r.tokens or (r.requests, r.longest) in TYPICAL]
     floors = [None if rate is None or r.tokens else attending.floor_bytes(r) / rate / 1e3 for r in found]
     return [Read(attending.choice(r, table, sms, merge), floor, r) for r, floor in zip(found, floors)]
+
+
+def experts(works: Iterable[ExpertsWork], table: Table, sms: int) -> list[Routed]:
+    """Every different layer of experts at every number of tokens. Floors are those of even picks, and hold where memory
+    is the bound.
+    """
+    rate = bandwidth(table, sms)
+    each = [replace(work, tokens=tokens) for work in expert_arms.distinct(works) for tokens in expert_arms.TOKENS]
+    floors = [None if rate is None else sum(expert_arms.moved(work)) / rate / 1e3 for work in each]
+    return [Routed(expert_arms.choice(work, table, sms), floor, work) for work, floor in zip(each, floors)]
 
 
 def bandwidth(table: Table, sms: int, how: str = "copy") -> float | None:

@@ -1,5 +1,5 @@
-"""`tenfold explain` and `tenfold tune`: what runs each linear operation and attention of a model on this device, and
-measuring it.
+"""`tenfold explain` and `tenfold tune`: what runs each linear operation, layer of experts and attention of a model on
+this device, and measuring it.
 """
 
 import sys
@@ -24,7 +24,8 @@ from tenfold.weights.load import Weights
 if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.ops.gpu.arms import Arms, Work
     from tenfold.ops.gpu.attending import Attending, Reading
-    from tenfold.ops.gpu.report import Line, Read
+    from tenfold.ops.gpu.expert_arms import ExpertsWork
+    from tenfold.ops.gpu.report import Line, Read, Routed
 
 
 class Collecting(Weights):
@@ -44,6 +45,7 @@ def explain(config: EngineConfig) -> None:
     if opened.device.type == "cuda":
         kernels = gpu_kernels(opened)
         show_gpu(gpu_works(opened), kernels.arms)
+        show_experts(gpu_experts(opened), kernels.arms)
         show_attention(gpu_readings(opened), kernels.attending)
         show_phases(opened, kernels)
     else:
@@ -65,16 +67,19 @@ def tune(config: EngineConfig) -> None:
 
 
 def tune_gpu(opened: Opened, progress: "Progress") -> None:
-    from tenfold.ops.gpu import tune_attention
+    from tenfold.ops.gpu import tune_attention, tune_experts
     from tenfold.ops.gpu.timing import GpuTimer
     from tenfold.ops.gpu.tune import tune as tune_works
 
     kernels, timer = gpu_kernels(opened), GpuTimer(opened.device)
     works, readings = gpu_works(opened), gpu_readings(opened, tune_attention.KEPT)
     tune_works(works, kernels.arms, timer, progress=progress)
+    layers = gpu_experts(opened)
+    tune_experts.tune(layers, kernels.expert_arms, timer, opened.device, progress=progress)
     tune_attention.tune(readings, kernels.attending, timer, progress=progress)
     progress.end()
     show_gpu(works, kernels.arms)
+    show_experts(layers, kernels.arms)
     show_attention(readings, kernels.attending)
     print(f"saved in {kernels.arms.table.path}", file=sys.stderr)
 
@@ -158,6 +163,13 @@ def gpu_works(opened: Opened) -> "list[Work]":
     return linear_works(opened.checkpoint, gpu_dtype(opened.config), opened.config.weights)
 
 
+def gpu_experts(opened: Opened) -> "list[ExpertsWork]":
+    """The layers of experts of a model; none of most."""
+    from tenfold.engine.linears import expert_works
+
+    return expert_works(opened.checkpoint, gpu_dtype(opened.config), opened.config.weights)
+
+
 def gpu_readings(opened: Opened, most_bytes: int = 0) -> "list[Reading]":
     """The attentions of a model for every measured number of requests and length that it may have."""
     from tenfold.engine.linears import attention_specs
@@ -205,6 +217,16 @@ def show_gpu(works: "list[Work]", running: "Arms") -> None:
     print("M1: first batch at which a flat kernel beats the GEMV; M2: first at which the library beats both")
 
 
+def show_experts(works: "list[ExpertsWork]", running: "Arms") -> None:
+    """A table of every layer of experts and number of tokens, where there are some."""
+    from tenfold.ops.gpu import report
+
+    lines = report.experts(works, running.table, running.sms)
+    if lines:
+        head = ("EXPERTS", "WEIGHT", "FORMAT", "TOKENS", "SMS", "RUNS", "TIME", "FLOOR", "SHARE", "BECAUSE")
+        print("\n" + columns([head, *map(gpu_row, lines)]))
+
+
 def show_attention(readings: "list[Reading]", running: "Attending") -> None:
     """A table of every attention that was measured, and of a few where nothing was."""
     from tenfold.ops.gpu import report
@@ -229,7 +251,7 @@ def reading(running: "Arms") -> str:
     return "" if rate is None else f"; reading alone reaches {rate:.0f} GB/s"
 
 
-def gpu_row(line: "Line") -> tuple[str, ...]:
+def gpu_row(line: "Line | Routed") -> tuple[str, ...]:
     key = line.choice.key
     weight, share = f"{key.rows} x {key.cols}", "" if line.share is None else f"{line.share:.0%}"
     took, floor = microseconds(line.choice.microseconds), microseconds(line.floor)

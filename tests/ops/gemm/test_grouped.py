@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.matrix import Bank, Experts, Matrix
+from tenfold.ops.matrix import Experts, dense_bank
 from tenfold.ops.oracle import Oracle
 
 grouped = pytest.importorskip("tenfold.ops.gemm.grouped")
@@ -36,10 +36,6 @@ def picks(kind: str) -> Tensor:
     return {"one token": torch.tensor([[5, 0]]), "nobody": torch.empty(0, 2, dtype=torch.int64)}[kind]
 
 
-def bank(w: Tensor) -> Bank:
-    return Bank(tuple(Matrix("dense", *part.shape, (part,)) for part in w), w)
-
-
 CASES = list(itertools.product(["spread", "all on one", "two of six", "one token", "nobody"], [False, True]))
 
 
@@ -58,7 +54,7 @@ def test_sums_of_experts(kind: str, added: bool, cols: int, inner: int, act: str
     assert found.shape == (tokens, cols)
     assert found.dtype == dtype
     exact = Oracle(DEVICE, torch.float64)
-    own = Experts(bank(gate_up.double()), bank(down.double()), act)
+    own = Experts(dense_bank(gate_up.double()), dense_bank(down.double()), act)
     want = exact.experts(x.double(), ids, weights, own, None if residual is None else residual.double())
     assert tokens == 0 or (found - want).abs().max() <= TOLERANCE[dtype] * want.abs().max()
     again = grouped.run(SMALL, x, ids, weights, gate_up, down, act, residual)

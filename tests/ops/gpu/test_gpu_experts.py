@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenfold.ops.matrix import Bank, Experts, Matrix
+from tenfold.ops.choose import Table
+from tenfold.ops.matrix import Experts, dense_bank
 from tenfold.ops.oracle import Oracle
 from tenfold.ops.route import Routing, route
 
 experts = pytest.importorskip("tenfold.ops.gpu.experts")
+arms = pytest.importorskip("tenfold.ops.gpu.expert_arms")
 sort = pytest.importorskip("tenfold.ops.gemm.grouped").sort
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -34,10 +36,6 @@ def picks(kind: str, tokens: int, top: int) -> Tensor:
     return torch.stack([torch.randperm(COUNT, generator=draw)[:top] for _ in range(tokens)]).cuda()
 
 
-def bank(w: Tensor) -> Bank:
-    return Bank(tuple(Matrix("dense", *part.shape, (part,)) for part in w), w)
-
-
 def case(kind: str, tokens: int, dtype: torch.dtype, cols: int = 512, inner: int = 192) -> tuple[Tensor, ...]:
     ids = picks(kind, tokens, 4)
     return (
@@ -51,8 +49,16 @@ def case(kind: str, tokens: int, dtype: torch.dtype, cols: int = 512, inner: int
 
 
 def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor, act: str) -> Tensor:
-    own = Experts(bank(gate_up.double()), bank(down.double()), act)
+    own = Experts(dense_bank(gate_up.double()), dense_bank(down.double()), act)
     return Oracle("cuda", torch.float64).experts(x.double(), ids, weights, own, residual.double())
+
+
+def run(
+    plan: Any, x: Tensor, by: Any, weights: Tensor, gate_up: Tensor, down: Tensor, act: str, residual: Tensor
+) -> Tensor:
+    own = Experts(dense_bank(gate_up), dense_bank(down), act)
+    found: Tensor = arms.ExpertArms(Table("none", ""), 132).run(plan, x, by, weights, own, residual)
+    return found
 
 
 class TestOnGpu:
@@ -69,25 +75,25 @@ class TestOnGpu:
             x, ids, weights, gate_up, down, residual = case(kind, tokens, dtype, *sizes)
             want = exact(x, ids, weights, gate_up, down, residual, act)
             by = sort(ids, COUNT, plan.width)
-            found = experts.run(plan, 132, x, by, weights, gate_up, down, act, residual)
+            found = run(plan, x, by, weights, gate_up, down, act, residual)
             tolerance = 4e-3 if dtype == torch.float16 else 3e-2
             assert (found - want).abs().max() <= tolerance * want.abs().max()
-            again = experts.run(plan, 132, x, by, weights, gate_up, down, act, residual)
+            again = run(plan, x, by, weights, gate_up, down, act, residual)
             assert torch.equal(found, again)
 
     def test_a_replayed_graph_follows_other_picks(self) -> None:
         plan = experts.plan(64, COUNT)
         x, ids, weights, gate_up, down, residual = case("spread", 16, torch.bfloat16)
 
-        def run() -> Tensor:
+        def again() -> Tensor:
             by = sort(ids, COUNT, plan.width)
-            return experts.run(plan, 132, x, by, weights, gate_up, down, "silu", residual)
+            return run(plan, x, by, weights, gate_up, down, "silu", residual)
 
-        run()
+        again()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = run()
+            found = again()
         for seed in (7, 8):
             x.copy_(random(*x.shape, seed=seed))
             draw = torch.Generator().manual_seed(seed)
@@ -102,7 +108,7 @@ class TestOnGpu:
 
         x, _, _, gate_up, down, residual = case("spread", tokens, torch.bfloat16)
         scores, routing = random(tokens, COUNT, seed=9) * 2, Routing(COUNT, 4, normed=True)
-        found = Gpu().routed(x, scores, routing, Experts(bank(gate_up), bank(down), "silu"), residual)
+        found = Gpu().routed(x, scores, routing, Experts(dense_bank(gate_up), dense_bank(down), "silu"), residual)
         ids, weights = route(scores, routing)
         want = exact(x, ids, weights, gate_up, down, residual, "silu")
         assert (found - want).abs().max() <= 3e-2 * want.abs().max()

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from tenfold.ops import tiles
+from tenfold.ops.choose import Table
 from tenfold.ops.formats import format_of, raw_tensor
 from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 from tenfold.ops.route import Routing, route
 
 packed = pytest.importorskip("tenfold.ops.gpu.experts_packed")
+arms = pytest.importorskip("tenfold.ops.gpu.expert_arms")
 quantize = pytest.importorskip("tenfold.ops.gpu.quantize")
 sort = pytest.importorskip("tenfold.ops.gemm.grouped").sort
 
@@ -74,6 +76,12 @@ def exact(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Any, down: Any, resi
     return Oracle("cuda", torch.float64).experts(x.double(), ids, weights, own, residual.double())
 
 
+def run(plan: Any, x: Tensor, by: Any, weights: Tensor, gate_up: Any, down: Any, act: str, residual: Tensor) -> Tensor:
+    banks = [Bank(tiles.Untiled(tiled), tiled=tiled) for tiled in (gate_up, down)]
+    found: Tensor = arms.ExpertArms(Table("none", ""), 132).run(plan, x, by, weights, Experts(*banks, act), residual)
+    return found
+
+
 class TestOnGpu:
     pytestmark = gpu
 
@@ -90,10 +98,10 @@ class TestOnGpu:
             want = exact(x, ids, weights, gate_up, down, residual, act)
             assert packed.legal(plan, gate_up.kinds + down.kinds)
             by = sort(ids, COUNT, plan.width, packed.turns(gate_up, down))
-            found = packed.run(plan, 132, x, by, weights, gate_up, down, act, residual)
+            found = run(plan, x, by, weights, gate_up, down, act, residual)
             tolerance = 4e-3 if dtype == torch.float16 else 3e-2
             assert (found - want).abs().max() <= tolerance * want.abs().max()
-            again = packed.run(plan, 132, x, by, weights, gate_up, down, act, residual)
+            again = run(plan, x, by, weights, gate_up, down, act, residual)
             assert torch.equal(found, again)
 
     @pytest.mark.parametrize("kind", ["all on one", "few experts"])
@@ -104,7 +112,7 @@ class TestOnGpu:
         weights = torch.ones(one.shape, device="cuda")
         want = exact(x, one, weights, gate_up, down, residual, "silu")
         by = sort(one, COUNT, plan.width)
-        found = packed.run(plan, 132, x, by, weights, gate_up, down, "silu", residual)
+        found = run(plan, x, by, weights, gate_up, down, "silu", residual)
         assert (found - want).abs().max() <= 3e-2 * want.abs().max()
 
     @pytest.mark.parametrize(
@@ -116,20 +124,8 @@ class TestOnGpu:
         x, ids, weights, gate_up, down, residual = case(mix, 500, torch.bfloat16, 512, 256)
         want = exact(x, ids, weights, gate_up, down, residual, "silu")
         by = sort(ids, COUNT, width)
-        found = [
-            packed.run(
-                Plan(width, 128, 2, acts8=acts8, cluster=width // 64),
-                132,
-                x,
-                by,
-                weights,
-                gate_up,
-                down,
-                "silu",
-                residual,
-            )
-            for acts8 in (False, True)
-        ]
+        plan = lambda acts8: Plan(width, 128, 2, acts8=acts8, cluster=width // 64)  # noqa: E731
+        found = [run(plan(acts8), x, by, weights, gate_up, down, "silu", residual) for acts8 in (False, True)]
         off, error = ((each - want).norm() / want.norm() for each in found)
         assert off < 0.01
         assert off < error < 0.06
