@@ -95,7 +95,7 @@ class Bank:
 
 def dense_bank(stacked: Tensor) -> Bank:
     """Of matrices [experts, rows, cols] in one memory."""
-    return Bank(tuple(Matrix("dense", *part.shape, (part,)) for part in stacked), stacked)
+    return Bank(tuple(Matrix("dense", part.shape[0], part.shape[1], (part,)) for part in stacked), stacked)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
