@@ -54,7 +54,8 @@ def plans(name: str, rows: int, cols: int) -> list[LowbitPlan]:
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, torch.bfloat16) for n in FORMATS] + [(n, torch.float16) for n in ("int4g128z", "int8g128", "fp8a8")],
+    [(n, torch.bfloat16) for n in (*FORMATS, "int4a8")]
+    + [(n, torch.float16) for n in ("int4g128z", "int8g128", "fp8a8")],
 )
 def test_every_format(name: str, rows: int, cols: int, dtype: torch.dtype) -> None:
     cols += -cols % format_of(name).codes.align

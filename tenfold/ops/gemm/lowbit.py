@@ -9,8 +9,8 @@ Four kinds of implementation compete; `candidates` lists those that are legal, `
   then rounded to 16 bits.
 - "dense": the weight is unpacked to 16 bits and handed to the library. Pays when many tokens share it.
 - "fp8": tokens are rounded to e4m3, one scale each, and multiplied with float8 weights. Only for `a8` formats.
-- "library": the same with the product by cuBLASLt (torch._scaled_mm). Only for `a8` formats with a scale a row, and in
-  float16 "fp8" in its place.
+- "library": the same with the product by cuBLASLt (torch._scaled_mm), for which codes of 4 bits become float8 first,
+  exactly. Only for `a8` formats with a scale a row and no zeros; in float16 "fp8" or "dense" in its place.
 
 Split columns are added up by the block that comes last, in the order of the columns, so results repeat bit for bit.
 """
@@ -135,7 +135,7 @@ def plan(rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPl
     """The rule where nothing was measured: enough blocks to keep `sms` multiprocessors reading, tiles as large as that
     allows; many tokens go to the library.
     """
-    if batch > 32 and takes_library(rows, cols, format):
+    if batch > (32 if format.kind == "fp8" else 256) and takes_library(rows, cols, format):
         return LowbitPlan("library")
     if batch > 32 and takes_fp8(format) and format.group % 64 == 0:
         return tiled("fp8", rows, cols, batch, format, sms)
@@ -181,7 +181,10 @@ def takes_fp8(format: Format) -> bool:
 
 
 def takes_library(rows: int, cols: int, format: Format) -> bool:
-    return takes_fp8(format) and not format.group and rows % LEAST_LIBRARY == 0 and cols % LEAST_LIBRARY == 0
+    plain = (
+        format.activations == 8 and format.kind in ("fp8", "int4") and not (format.group or format.zero or format.order)
+    )
+    return plain and rows % LEAST_LIBRARY == 0 and cols % LEAST_LIBRARY == 0
 
 
 def lowbit_linear(
@@ -216,19 +219,20 @@ def run(plan: LowbitPlan, x: Tensor, w: Matrix, bias: Tensor | None, workspace: 
     format, packed = format_of(w.format), packed_of(w)
     if not len(x):
         return x.new_empty(0, w.rows)
-    if plan.kind == "dense":
-        return F.linear(x, unpack_on_device(packed, format, w.rows, w.cols, x.dtype), _typed(bias, x.dtype))
     if plan.kind == "library" and x.dtype != torch.bfloat16:
         # The library gives bfloat16 only.
-        plan = tiled("fp8", w.rows, w.cols, len(x), format, sms=132)
+        wide = format.kind != "fp8"
+        plan = LowbitPlan("dense") if wide else tiled("fp8", w.rows, w.cols, len(x), format, sms=132)
+    if plan.kind == "dense":
+        return F.linear(x, unpack_on_device(packed, format, w.rows, w.cols, x.dtype), _typed(bias, x.dtype))
     if plan.kind == "fused":
         return _launch(plan, format, packed, x, None, bias, w, x.dtype, workspace)
     codes, scales = quantize_tokens(x)
     if plan.kind == "library":
         return torch._scaled_mm(
-            *(codes, packed.codes.t()),
+            *(codes, eighths(packed, format, w.rows, w.cols).t()),
             scale_a=scales[:, None],
-            scale_b=packed.scales.view(1, -1),
+            scale_b=packed.scales.view(1, -1).float(),
             bias=_typed(bias, x.dtype),
             out_dtype=x.dtype,
         )
@@ -675,7 +679,7 @@ def unpack_on_device(packed: Packed, format: Format, rows: int, cols: int, dtype
         *(packed.codes.view(torch.int32), packed.scales),
         out if packed.zeros is None else packed.zeros,
         out if packed.order is None else packed.order,
-        *(out, rows, cols, packed.scales.shape[1], ABOVE[dtype]),
+        *(out, rows, cols, packed.scales.shape[1], ABOVE.get(dtype, BFLOAT_MAGIC)),
         CODE=CODES[format.kind],
         GROUP=format.group or WHOLE_ROW,
         ZERO=packed.zeros is not None,
@@ -685,6 +689,14 @@ def unpack_on_device(packed: Packed, format: Format, rows: int, cols: int, dtype
         COLS=width,
     )
     return out
+
+
+def eighths(packed: Packed, format: Format, rows: int, cols: int) -> Tensor:
+    """Codes less their zero as float8 e4m3 [rows, cols], which has them all: of float8, or of 4 bits without zeros."""
+    if format.kind == "fp8":
+        return packed.codes
+    ones = torch.ones(rows, 1, dtype=torch.float16, device=packed.codes.device)
+    return unpack_on_device(Packed(packed.codes, ones), format, rows, cols, torch.float8_e4m3fn)
 
 
 @triton.jit(do_not_specialize=["groups", "above"])
@@ -706,7 +718,8 @@ def unpack_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    number = out.dtype.element_ty
+    kind = out.dtype.element_ty
+    number = tl.float16 if kind == tl.float16 else tl.bfloat16
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near_row = tl.minimum(row, rows - 1)
     first = tl.program_id(1) * COLS
@@ -716,6 +729,6 @@ def unpack_kernel(
     s = load_groups(scales, near_row, first, groups, GROUP, ROWS, COLS)
     col = first + tl.arange(0, COLS)
     place = tl.load(order + col, mask=col < cols, other=0) if ORDER else col
-    values = (w.to(tl.float32) * s).to(number)
+    values = (w.to(tl.float32) * s).to(kind)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     tl.store(out + row[:, None].to(tl.int64) * cols + place[None, :], values, mask=inside)

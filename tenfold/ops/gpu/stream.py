@@ -21,7 +21,7 @@ MOST_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """How a linear operation runs. kind: "stream", or "stream4" and "stream8" (see `stream_packed`); warps of a block;
+    """How a linear operation runs. kind: "stream", or one of `stream_packed`; warps of a block;
     chunks: pieces of 32 columns (128 of packed weights) under way; blocks of a multiprocessor.
     """
 

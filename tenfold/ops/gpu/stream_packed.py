@@ -17,7 +17,9 @@ from tenfold.ops.gpu.stream import StreamPlan, shared_bytes, token_tiles
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
-CODES = {"stream4": ("int4",), "stream8": ("int8", "fp8")}  # what each kind of plan reads
+# What each kind of plan reads.
+CODES = {"stream4": ("int4",), "stream8": ("int8", "fp8"), "stream3": ("int3",), "stream2": ("int2",)}
+GROUPED = ("int2", "int3")  # codes that are read with groups only
 CHUNK = 128  # columns
 MOST_TOKENS = 16
 WHOLE_ROW = 1 << 30  # GROUP where a row has one scale
@@ -26,6 +28,8 @@ SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SIZES = {
     "stream4": ((8, 4, 2), (16, 1, 2), (8, 4, 1), (8, 2, 2), (8, 2, 3), (4, 4, 3)),
     "stream8": ((8, 4, 1), (16, 1, 2), (8, 2, 2), (16, 1, 1), (4, 4, 2)),
+    "stream3": ((8, 4, 2), (16, 1, 2), (8, 4, 1), (8, 2, 3), (16, 2, 1), (4, 4, 3)),
+    "stream2": ((8, 4, 2), (16, 1, 2), (8, 4, 1), (8, 2, 3), (16, 2, 1), (4, 4, 3)),
 }
 MANY = (16, 2, 1)  # the same for more than FEW tokens (H100, 2026-11-28)
 FEW = 2
@@ -35,7 +39,7 @@ def parse(name: str) -> StreamPlan:
     """The plan `str(plan)` names. Raises ValueError."""
     found = re.fullmatch(rf"({'|'.join(CODES)}):(\d+)x(\d+)x(\d+)", name)
     if not found:
-        raise ValueError(f"{name!r} is no plan that streams codes; allowed: stream4:WxCxB or stream8:WxCxB.")
+        raise ValueError(f"{name!r} is no plan that streams codes; allowed: {':WxCxB, '.join(CODES)}:WxCxB.")
     kind, *sizes = found.groups()
     return StreamPlan(kind, *map(int, sizes))
 
@@ -45,7 +49,7 @@ def kind_of(format: str, kinds: Mapping[str, tuple[str, ...]] = CODES) -> str:
     if not is_format(format):
         return ""
     found = format_of(format)
-    if found.order or found.group % CHUNK:
+    if found.order or found.group % CHUNK or (found.kind in GROUPED and not found.group):
         return ""
     return next((kind for kind, codes in kinds.items() if found.kind in codes), "")
 

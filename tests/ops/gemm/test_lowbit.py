@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.blocks import quantize
-from tenfold.ops.formats import FP8_MAX, format_of, stack, unpack
+from tenfold.ops.formats import FP8_MAX, Packed, format_of, stack, unpack
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
@@ -138,7 +138,7 @@ def test_the_whole_operation_is_that_of_the_oracle() -> None:
     assert (got.float() - wanted).abs().max() <= 16 * HALF * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "int4g128zo", "fp8g128a8"])
+@pytest.mark.parametrize("name", [*FORMATS, "int4g128zo", "int4a8", "fp8g128a8"])
 @pytest.mark.parametrize("batch", [1, 2, 17, 64, 300, 5000])
 @pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (28672, 8192), (64, 96), (1000, 352)])
 def test_plans_are_legal_and_round_trip(name: str, batch: int, rows: int, cols: int) -> None:
@@ -153,7 +153,7 @@ def test_plans_are_legal_and_round_trip(name: str, batch: int, rows: int, cols: 
         assert each.splits == 1 or blocks <= lowbit.MOST_COUNTERS
     assert len({str(each) for each in every}) == len(every) > 0
     assert [lowbit.parse(str(each)) for each in every] == every
-    assert any(each.kind == "library" for each in every) == (name == "fp8a8" and rows % 16 == 0)
+    assert any(each.kind == "library" for each in every) == (name in ("fp8a8", "int4a8") and rows % 16 == 0)
 
 
 def test_the_rule_reads_with_all_multiprocessors() -> None:
@@ -164,6 +164,17 @@ def test_the_rule_reads_with_all_multiprocessors() -> None:
     assert lowbit.plan(4096, 4096, 1000, format_of("int4g128"), 132).kind == "dense"
     assert lowbit.plan(4096, 4096, 1000, format_of("fp8g128a8"), 132).kind == "fp8"
     assert lowbit.plan(4096, 4096, 1000, format_of("fp8a8"), 132).kind == "library"
+    assert lowbit.plan(4096, 4096, 1000, format_of("int4a8"), 132).kind == "library"
+    assert lowbit.plan(4096, 4096, 100, format_of("int4a8"), 132).kind == "fused"
+
+
+def test_codes_of_four_bits_are_float8_exactly() -> None:
+    format = format_of("int4a8")
+    numbers = torch.arange(16 * 64).view(16, 64) * 7 % 16
+    packed = Packed(format.codes.store(numbers), torch.rand(16, 1).half())
+    found = lowbit.eighths(packed, format, 16, 64)
+    assert found.dtype == torch.float8_e4m3fn
+    assert torch.equal(found.float(), numbers.float() - 8)
 
 
 @pytest.mark.parametrize("name", ["fused", "dense:1", "fused:1x2:s1:w1:n1", "fused:axbxc:s1:w1:n1", "gemv", ""])

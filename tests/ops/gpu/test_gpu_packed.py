@@ -29,7 +29,20 @@ pytestmark = [
 
 SMS = 132
 TYPES = [torch.bfloat16, torch.float16]
-STREAMED = ["int4", "int4g128z", "int8", "int8g128", "int8g128z", "fp8", "fp8g128", "fp8a8"]
+STREAMED = [
+    "int2g128",
+    "int2g128z",
+    "int3g128",
+    "int3g256z",
+    "int4",
+    "int4g128z",
+    "int8",
+    "int8g128",
+    "int8g128z",
+    "fp8",
+    "fp8g128",
+    "fp8a8",
+]
 FLOAT8 = ["fp8a8", "fp8g128a8"]
 
 
@@ -37,7 +50,7 @@ def matrix(format: str, rows: int, cols: int) -> Matrix:
     """Scales of random weights; for 8 bits every code in every place of a word."""
     dense = torch.randn(rows, cols, device="cuda", generator=torch.Generator("cuda").manual_seed(rows)) / cols**0.5
     made = Matrix(format, rows, cols, formats.format_of(format).pack(dense).tensors())
-    if not format.startswith("int4"):
+    if made.data[0].dtype != torch.int32:
         codes = (torch.arange(rows * cols, device="cuda") * 7 % 256).to(torch.uint8).view(rows, cols)
         if format.startswith("fp8"):
             codes[(codes & 127) == 127] = 5  # float8 has no number there

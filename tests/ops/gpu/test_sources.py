@@ -31,6 +31,8 @@ SOURCES = [
     ("stream.cu", COMMON | {"NT": 1, "BITS": 16}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1, "GATE": 1} | FOUR),
     ("stream.cu", COMMON | {"NT": 1} | EIGHT | {"ZEROS": 1}),
+    ("stream.cu", COMMON | {"NT": 1, "GATE": 1} | FOUR | {"BITS": 3}),
+    ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | FOUR | {"BITS": 2, "ZEROS": 0}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"GROUP": 1 << 30}),
     ("stream.cu", COMMON | {"NT": 1, "GATE": 2} | EIGHT | {"E4M3": 1, "GROUP": 1 << 30}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"E4M3": 1}),

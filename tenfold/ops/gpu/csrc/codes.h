@@ -1,13 +1,13 @@
-// Codes of packed weights where a kernel reads one kind of them. BITS 4 or 8 · E4M3 1: 8 bits are a float8 · SCALES type
+// Codes of packed weights where a kernel reads one kind of them. BITS 2 to 4 or 8 · E4M3 1: 8 bits are a float8 · SCALES type
 // of scales and zeros: 0 bfloat16, 1 float16, 2 float32 · ZEROS 1 where groups have zeros · GROUP columns to a scale.
 
 #include "numbers.h"
 
 #define WHOLE_ROW (GROUP >= 1 << 30)
-#if BITS == 4
+#if BITS <= 4
 #define BASE OFFSET  // added to a code by the bits above it
-#define MIDDLE (HALF ? 0x64086408u : 0x43084308u)  // a pair of BASE + 8
-#define NOTHING (ZEROS ? 0u : 0x88888888u)  // codes of zero
+#define MIDDLE (MAGIC + (1u << (BITS - 1)) * 0x00010001u)  // a pair of BASE + half of all codes
+#define NOTHING (ZEROS || BITS < 4 ? 0u : 0x88888888u)  // codes of zero; fewer bits have a scale of zero there
 #else
 #define BASE OFFSET_8
 #define MIDDLE (HALF ? 0x64806480u : 0u)
@@ -37,6 +37,8 @@ __device__ __forceinline__ float number(const void *values, size_t at) { return 
 __device__ __forceinline__ u32 whole(u32 word, u32 zero) {
 #if BITS == 4
     return nibbles(word, zero);
+#elif BITS < 4
+    return few_bits<BITS>(word, zero);
 #else
     return signed_bytes<ZEROS>(word, zero);
 #endif

@@ -26,6 +26,9 @@ __device__ __forceinline__ u32 pick(u32 word, u32 mask, u32 above) {
 // Nibbles 0 and 4 of a word as exact numbers less their zero.
 __device__ __forceinline__ u32 nibbles(u32 word, u32 zero) { return minus(pick(word, 0x000f000fu, MAGIC), zero); }
 
+// The pair of 2 or 3 bits at the low ends of both halves of a word.
+template <int COUNT> __device__ __forceinline__ u32 few_bits(u32 word, u32 zero) { return minus(pick(word, ((1u << COUNT) - 1) * 0x00010001u, MAGIC), zero); }
+
 // Bytes 0 and 2 of a word, signed: HALF 1024 + 128 + code, less that and the zero; else 128 + the low seven bits, less
 // 128, or less 256 where the sign bit makes it that, and less a zero where there are some.
 template <bool ZEROS_> __device__ __forceinline__ u32 signed_bytes(u32 word, u32 zero) {

@@ -11,8 +11,8 @@
 //
 // Compile-time: HALF 0 bfloat16, 1 float16 · NT token tiles of 8 · WARPS · CHUNKS 32-column pieces a warp has under way
 // per row · BLOCKS of one multiprocessor · NORM 1: x is RMS-normed first · GATE 0 none, 1 silu, 2 gelu_tanh: rows of w
-// are gate then up and y = act(gate) * up · BITS of a weight: 16, or 8 or 4 in the layouts of ops/formats.py with GROUP
-// columns (a multiple of 128) to a scale, SCALES their type (0 bfloat16, 1 float16, 2 float32), ZEROS 1 where groups have
+// are gate then up and y = act(gate) * up · BITS of a weight: 16, or 8, 4, 3 or 2 in the layouts of ops/formats.py with GROUP
+// columns (a multiple of 128; 2 and 3 bits no whole rows) to a scale, SCALES their type (0 bfloat16, 1 float16, 2 float32), ZEROS 1 where groups have
 // zeros, and E4M3 1 where 8 bits are a float8. Codes become exact numbers in registers; a group's sum is scaled in
 // float32, a whole row's after its last column.
 
@@ -28,9 +28,16 @@
 #include "codes.h"
 #endif
 
-// What a lane holds of a chunk of its two rows.
+// What a lane holds of a chunk of a row: with 2 and 3 bits as many words, of 32 columns.
+#if BITS < 4
+typedef u32 Own[BITS];
+#else
+typedef uint4 Own[LOADS];
+#endif
+
+// And of a chunk of its two rows.
 struct Piece {
-    uint4 first[LOADS], second[LOADS];
+    Own first, second;
 #if BITS < 16
 #if !WHOLE_ROW
     float scale_first, scale_second;
@@ -76,11 +83,21 @@ __device__ __forceinline__ u32 pair(u32 word, int i, u32 zero) {
 }
 
 // The k-th 8 of a lane's 32 columns as four pairs.
-__device__ __forceinline__ void expand(u32 (&f)[4], const uint4 (&loads)[LOADS], int k, u32 zero) {
+__device__ __forceinline__ void expand(u32 (&f)[4], const Own &loads, int k, u32 zero) {
 #if BITS == 4
     const u32 word = (&loads[0].x)[k];
 #pragma unroll
     for (int j = 0; j < 4; j++) f[j] = pair(word, j, zero);
+#elif BITS == 3
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const int p = k * 4 + j;  // the last pair has a bit in each word
+        if (p < 15) f[j] = pair(loads[p / 5], p % 5, zero);
+        else f[j] = whole(loads[0] >> 15 & 0x00010001u | loads[1] >> 14 & 0x00020002u | loads[2] >> 13 & 0x00040004u, zero);
+    }
+#elif BITS == 2
+#pragma unroll
+    for (int j = 0; j < 4; j++) f[j] = pair(loads[k / 2], k % 2 * 4 + j, zero);
 #else
     const u32 *words = &loads[k >> 1].x + (k & 1) * 2;
 #pragma unroll
@@ -89,20 +106,37 @@ __device__ __forceinline__ void expand(u32 (&f)[4], const uint4 (&loads)[LOADS],
 }
 #endif
 
+#if BITS < 4
+// Lanes beside each other read neighbouring words, so the sectors of a row are fetched once and asked for again.
+__device__ __forceinline__ void load_words(Own &words, const u16 *p) {
+#if BITS == 2
+    asm volatile("ld.global.nc.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(p));
+#else
+#pragma unroll
+    for (int k = 0; k < BITS; k++) asm volatile("ld.global.nc.L2::256B.u32 %0, [%1];" : "=r"(words[k]) : "l"(p + 2 * k));
+#endif
+}
+#endif
+
 __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS], const Weights &w, const Shape &s, int tile, int step) {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first, second;
     tile_rows(s, tile, lane >> 2, first, second);
     int chunk = (step * WARPS + warp) * CHUNKS, chunks = s.cols / CHUNK_COLS;
-    const size_t stride = (size_t)s.cols * BITS / 16, lane_at = (lane & 3) * 8;  // in 16-bit units
+    const size_t stride = (size_t)s.cols * BITS / 16, lane_at = (lane & 3) * (BITS < 4 ? 2 * BITS : 8);  // in 16-bit units
     const u16 *p = w.codes + first * stride + lane_at, *q = w.codes + second * stride + lane_at;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) {
         if (chunk + i < chunks) {
+#if BITS < 4
+            load_words(buffer[i].first, p + (size_t)(chunk + i) * 8 * BITS);
+            load_words(buffer[i].second, q + (size_t)(chunk + i) * 8 * BITS);
+#else
 #pragma unroll
             for (int k = 0; k < LOADS; k++) {
                 buffer[i].first[k] = load_weight(p + (size_t)((chunk + i) * LOADS + k) * 32);
                 buffer[i].second[k] = load_weight(q + (size_t)((chunk + i) * LOADS + k) * 32);
             }
+#endif
 #if BITS < 16 && (!WHOLE_ROW || ZEROS)
             const int groups = (s.cols - 1) / GROUP + 1, group = (chunk + i) * CHUNK_COLS / GROUP;
             const size_t at = (size_t)first * groups + group, below = (size_t)second * groups + group;
@@ -120,8 +154,13 @@ __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS], const Weights
 #else
             const u32 nothing = 0;
 #endif
+#if BITS < 4
+#pragma unroll
+            for (int k = 0; k < BITS; k++) buffer[i].first[k] = buffer[i].second[k] = nothing;
+#else
 #pragma unroll
             for (int k = 0; k < LOADS; k++) buffer[i].first[k] = buffer[i].second[k] = make_uint4(nothing, nothing, nothing, nothing);
+#endif
 #if BITS < 16 && !WHOLE_ROW
             buffer[i].scale_first = buffer[i].scale_second = 0.f;
 #endif
@@ -184,10 +223,10 @@ __device__ __forceinline__ void multiply(float (&acc)[NT][4], const Piece (&buff
     }
 }
 
-// Where 8 columns lie in shared memory. A lane takes 32 neighbouring columns of 4-bit weights in four loads, twice 16 of
+// Where 8 columns lie in shared memory. A lane takes 32 neighbouring columns of up to 4 bits in four loads, twice 16 of
 // 8-bit ones in two each; lanes that load together then find theirs side by side.
 __device__ __forceinline__ int vector_at(int v) {
-#if BITS == 4
+#if BITS <= 4
     return (v & ~15) | (v & 3) << 2 | (v >> 2 & 3);
 #elif BITS == 8
     return (v & ~7) | (v & 1) << 2 | (v >> 1 & 3);
