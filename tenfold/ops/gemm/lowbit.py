@@ -679,7 +679,7 @@ def unpack_on_device(packed: Packed, format: Format, rows: int, cols: int, dtype
         *(packed.codes.view(torch.int32), packed.scales),
         out if packed.zeros is None else packed.zeros,
         out if packed.order is None else packed.order,
-        *(out, rows, cols, packed.scales.shape[1], ABOVE.get(dtype, BFLOAT_MAGIC)),
+        *(out, rows, cols, packed.scales.shape[1], ABOVE.get(dtype, HALF_MAGIC)),
         CODE=CODES[format.kind],
         GROUP=format.group or WHOLE_ROW,
         ZERO=packed.zeros is not None,
@@ -719,7 +719,7 @@ def unpack_kernel(
     COLS: tl.constexpr,
 ):
     kind = out.dtype.element_ty
-    number = tl.float16 if kind == tl.float16 else tl.bfloat16
+    number = kind if kind.primitive_bitwidth >= 16 else tl.float16
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     near_row = tl.minimum(row, rows - 1)
     first = tl.program_id(1) * COLS
