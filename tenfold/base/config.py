@@ -54,8 +54,11 @@ class EngineConfig:
     weights: str = setting(
         "auto",
         "auto (as stored), dense (dequantise when loading), or quantise dense weights when loading: q8_0 (for CPUs), "
-        "fp8, int8, int4 (for GPUs; the head in 8 bits), fp8-blocks, int8-blocks, int4-blocks (the head as stored)",
-        choices=("auto", "dense", "q8_0", "fp8", "int8", "int4", "fp8-blocks", "int8-blocks", "int4-blocks"),
+        "fp8, int8, int4, int3, w4a8 (for GPUs; the head in 8 bits), or each with -blocks (the head as stored)",
+        choices=(
+            *("auto", "dense", "q8_0", "fp8", "int8", "int4", "int3", "w4a8"),
+            *("fp8-blocks", "int8-blocks", "int4-blocks", "int3-blocks", "w4a8-blocks"),
+        ),
     )
     max_model_len: int = setting(
         0,

@@ -182,11 +182,12 @@ def fastest(rows: Iterable[Timing], wanted: Callable[[Timing], bool] = lambda ro
 
 
 def of_kernels(rows: Sequence[Timing], copy_gbs: float, machine: Mapping[str, str], command: str) -> list[Claim]:
-    """F4, F5 and the kernel half of F6. copy_gbs: copy bandwidth measured in the same run."""
+    """F4, F5, the kernel half of F6, and V1. copy_gbs: copy bandwidth measured in the same run."""
     by_op = grouped(({"op": "linear"} | dict(row) for row in rows), "op")
     found = [*_linears(by_op.get(("linear",), []), copy_gbs, command)]
     found += _attention(by_op.get(("attention",), []), copy_gbs, command)
     found += _prefill_kernels(by_op.get(("prefill",), []), command)
+    found += _three_bits(by_op.get(("packed",), []), copy_gbs, command)
     return [signed(made, machine) for made in found]
 
 
@@ -253,6 +254,32 @@ def _prefill_kernels(rows: Sequence[Timing], command: str) -> list[Claim]:
 
 
 # Fewer bits
+
+LARGE = 10 << 20  # bytes of packed weights from which on reading them is what counts
+
+
+def _three_bits(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Claim]:
+    """V1: one token, weights of 3 bits against bfloat16 by cuBLAS, and their bytes against a copy's."""
+    found = []
+    by_shape = grouped((row for row in rows if row["batch"] == 1), "shape")
+    for (shape,), group in by_shape.items():
+        dense = fastest(group, lambda row: row["format"] == "dense")
+        ours = fastest(group, lambda row: str(row["format"]).startswith("int3"))
+        if not (dense and ours):
+            continue
+        ratio = float(dense["microseconds"]) / float(ours["microseconds"])
+        note = f"arm {ours['arm']} {float(ours['microseconds']):.1f} us, cuBLAS {float(dense['microseconds']):.1f} us"
+        large = int(ours["bytes"]) >= LARGE
+        size = "" if large else f"; {int(ours['bytes']) >> 20} MiB, too small for 3x to be asked for"
+        what = f"W3A16 ({ours['format']}) {shape}, batch 1, against bfloat16"
+        least = 3.0 if large else 1.0
+        found.append(claim("V1", what, ratio, "x", command, at_least=least, against="cuBLAS", note=note + size))
+        if large:
+            share, against = 100 * rate(ours) / copy_gbs, f"copies at {copy_gbs:.0f} GB/s"
+            what = f"W3A16 ({ours['format']}) {shape}, batch 1, packed bytes, share of a copy"
+            found.append(claim("V1", what, share, "%", command, at_least=70, against=against, note=note))
+    return found
+
 
 BITS = (("int4 over bfloat16", 1, 2.5, "W4A16"), ("fp8 over bfloat16", 64, 1.4, "FP8"))
 

@@ -1,7 +1,8 @@
 """Times of single GPU kernels as claims F4 to F6 read them: `python -m tenfold.bench.kernels --out FILE`.
 
-linear: every linear operation of the models, all fast arms and the library's, at several numbers of tokens. attention:
-decode at long context, the kernel that an engine runs and Triton's. prefill: attention of a prompt, ours and PyTorch's.
+linear: every linear operation of the models, all fast arms and the library's, at several numbers of tokens. packed:
+products with packed weights of `--shapes` beside the library's in bfloat16. attention: decode at long context, the
+kernel that an engine runs and Triton's. prefill: attention of a prompt, ours and PyTorch's.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from tenfold.ops.kernels import AttentionSpec, Heads
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
-PARTS = ("linear", "attention", "prefill")
+PARTS = ("linear", "attention", "prefill")  # unless told otherwise
+SHAPES = "3584x3584,10752x3584,18944x3584,3584x18944"  # rows x cols: linear operations of a model of 7B (MBQ, 5.3)
 FAMILIES = ("stream", "ring", "flat", "gemv", "cublas")
 Row = dict[str, Any]
 
@@ -36,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kernels", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="file of the result")
     parser.add_argument("--models", default="shape:llama-2-7b,shape:llama-3-8b", help="a comma between two models")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join((*PARTS, 'packed'))}")
+    parser.add_argument("--shapes", default=SHAPES, help="of the part packed")
+    parser.add_argument("--formats", default="int3g128z,int4g128z", help="of the part packed")
     parser.add_argument("--batches", default="1,2,4,8,16,32,64")
     parser.add_argument("--families", default="stream,ring", help=f"of {', '.join(FAMILIES)}; cublas is always timed")
     parser.add_argument("--context", type=int, default=32768, help="tokens, for decode attention")
@@ -68,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plans: list[attention.PrefillPlan | attention.ChunkPlan] = [*ours, *attention.prefill_candidates(spec)[:4]]
             for timing in attention.measure_prefill(spec, 1, given.prompt, plans):
                 result["rows"].append(row("prefill", spec, 1, timing.name, timing.microseconds, 0, given.prompt))
+        save(given.out, result, given.commit)
+    if "packed" in parts:
+        running = tune.open_arms(device, torch.bfloat16, Table("kernels", "1", given.out.with_suffix(".table")))
+        shapes = [(int(rows), int(cols)) for rows, cols in (shape.split("x") for shape in given.shapes.split(","))]
+        result["rows"] += packed(shapes, given.formats.split(","), running, timer, batches)
         save(given.out, result, given.commit)
     print(f"wrote {given.out}: {len(result['rows'])} rows, copies at {result['copy_gbs']:.0f} GB/s")
     return 0
@@ -105,6 +114,36 @@ def linear(
                 for arm, took in times.items()
             ]
             print(f"{shape}, batch {batch}: {min(times, key=times.__getitem__)} of {len(times)}", flush=True)
+    return rows
+
+
+def packed(
+    shapes: Sequence[tuple[int, int]],
+    formats: Sequence[str],
+    running: arms.Arms,
+    timer: tune.Timer,
+    batches: Sequence[int],
+) -> list[Row]:
+    """Every arm of each format, and the library's in bfloat16 under "dense"; bytes: of the weight, read once."""
+    rows = []
+    for height, cols in shapes:
+        for name in ("dense", *formats):
+            work = arms.Work(height, cols, name, arms.Use(), 1)
+            matrices = tune.weights(work, timer, running.context.device)
+            for batch in batches:
+                one = replace(work, tokens=batch)
+                names = ["cublas"] if name == "dense" else arms.candidates(one, running.sms)
+                times = tune.measure(one, matrices, running, timer, names)
+                about = {"op": "packed", "shape": f"{height} x {cols}", "format": name, "batch": batch}
+                rows += [
+                    about | {"arm": arm, "microseconds": took, "bytes": matrices[0].nbytes}
+                    for arm, took in times.items()
+                ]
+                arm = min(times, key=times.__getitem__)
+                gbs = matrices[0].nbytes / times[arm] / 1e3
+                print(
+                    f"{height} x {cols} {name}, batch {batch}: {times[arm]:.1f} us, {gbs:.0f} GB/s, {arm}", flush=True
+                )
     return rows
 
 

@@ -14,7 +14,7 @@ from tenfold.weights.checkpoint import Checkpoint, CheckpointError
 
 # What dense weights are quantised to when loading: matrices of the blocks, and the head, which decides the token and
 # gets 8 bits of whole numbers: float8 in their place loses fifty times as much there. "-blocks" modes keep it.
-PACKED = {"fp8": "fp8a8", "int8": "int8g128", "int4": "int4g128"}
+PACKED = {"fp8": "fp8a8", "int8": "int8g128", "int4": "int4g128", "int3": "int3g128z", "w4a8": "int4a8"}
 TARGETS = {"q8_0": "Q8_0", **PACKED, **{f"{mode}-blocks": target for mode, target in PACKED.items()}}
 HEADS = {"q8_0": "Q8_0", **dict.fromkeys(PACKED, "int8g128")}
 MODES = ("auto", "dense", *TARGETS)

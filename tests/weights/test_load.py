@@ -84,6 +84,8 @@ def test_vector() -> None:
         ("fp8", ["fp8a8", "fp8a8", "Q8_0", "F32"]),
         ("int8", ["int8g128", "int8g128", "Q8_0", "F32"]),
         ("int4", ["int4g128", "int4g128", "Q8_0", "F32"]),
+        ("int3", ["F32", "BF16", "Q8_0", "F32"]),
+        ("w4a8", ["int4a8", "int4a8", "Q8_0", "F32"]),
     ],
 )
 def test_modes(mode: str, storages: list[str]) -> None:
@@ -95,7 +97,7 @@ def test_modes(mode: str, storages: list[str]) -> None:
     matrices = [weights.matrix(name) for name in ("q", "kk", "packed", "odd")]
     assert kernels.storages == storages
     assert torch.equal(matrices[2].data[0], dequantize(PACKED))
-    steps = {"q8_0": 127, "int8": 128, "int4": 8, "fp8": 28}
+    steps = {"q8_0": 127, "int8": 128, "int4": 8, "fp8": 28, "w4a8": 8}
     error = (matrices[0].data[0] - Q.data).abs().max()
     assert error <= (Q.data.abs().max() / steps[mode] if mode in steps else 0.0)
     assert (error > 0) == (mode in steps)
@@ -138,8 +140,8 @@ def test_a_bias_of_zeros_is_no_leftover() -> None:
 
 
 def test_a_mode_that_is_not_one() -> None:
-    with pytest.raises(ValueError, match="weights is 'int3'; allowed: auto, dense, q8_0"):
-        Weights(CHECKPOINT, Oracle(), mode="int3")
+    with pytest.raises(ValueError, match="weights is 'int5'; allowed: auto, dense, q8_0"):
+        Weights(CHECKPOINT, Oracle(), mode="int5")
 
 
 @pytest.mark.parametrize(
