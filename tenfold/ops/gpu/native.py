@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops import elementwise, formats, tiles
+from tenfold.ops.attention import latent
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.attention.plan import MOST_HEAD_DIM
 from tenfold.ops.gemm import grouped
@@ -191,11 +192,15 @@ class Gpu(Oracle):
     def _attention_plain(
         self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts, out: Tensor | None
     ) -> Tensor:
-        """Heads that no kernel of ours serves yet, those of latent attention, by the oracle."""
+        """Heads wider than our kernels take: latent attention by one of its own, others by the oracle."""
         max_kv = step.page_table.shape[1] * keys.shape[2] if step.max_query == 1 else step.max_kv
         q = Oracle.rope_write(self, qkv, heads, step.positions, step.slots, keys, values)
-        contexts = (step.page_table, step.query_start, step.kv_lengths)
-        found = Oracle.attend(self, q, keys, values, *contexts, heads.spec, step.max_query, max_kv)
+        contexts, spec = (step.page_table, step.query_start, step.kv_lengths), heads.spec
+        if keys.data_ptr() == values.data_ptr() and latent.takes(spec):
+            plan = latent.plan(spec, len(step.kv_lengths), step.max_query, max_kv, self.sms)
+            found = latent.run(plan, q.contiguous(), keys, *contexts, spec, step.max_query)
+        else:
+            found = Oracle.attend(self, q, keys, values, *contexts, spec, step.max_query, max_kv)
         return found if out is None else out.copy_(found)
 
     def attention_packed(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
