@@ -19,7 +19,7 @@ from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import METHODS, Key, Rounded, Subject, chosen, mixed, name_of, slopes
+from tenfold.quantize.mxmoe.subject import METHODS, End, Key, Rounded, Subject, chosen, mixed, name_of, nearest
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.find import resolve
@@ -27,6 +27,7 @@ from tenfold.weights.open import open_checkpoint
 
 SCHEMES = "w1g128z,w2g128z,w3g128z,w4g128z,w8g128z"
 BITS = "2.25,2.75,3.25,4.25"
+ENDED = 16  # windows that slopes of layers are measured on
 
 
 def rows(
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="gptq", choices=METHODS)
     parser.add_argument("--rotate", action="store_true", help="turn the residual stream first (QuaRot)")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=64, help="that losses are measured on, and that are judged")
+    parser.add_argument("--windows", type=int, default=64, help="that losses are measured on")
+    parser.add_argument("--judged", type=int, default=64, help="windows that are judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
@@ -91,9 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject = Subject(Rotated(source) if given.rotate else source, given.device)
     schemes = [parse(name) for name in given.schemes.split(",")]
     calibrating, judged = (
-        subject.tokens(path.read_text(errors="ignore"), given.length, given.windows)
-        for path in (given.calibrate, given.text)
+        subject.tokens(path.read_text(errors="ignore"), given.length, windows)
+        for path, windows in ((given.calibrate, given.windows), (given.text, given.judged))
     )
+    end = End(subject, calibrating[:: max(1, len(calibrating) // ENDED)][:ENDED])
     found, count = Rounded(), sum(map(len, calibrating))
     for layer in subject.measure(found, calibrating, dict.fromkeys(PARTS, schemes), given.method):
         picks = found.picks[layer]
@@ -105,15 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "suite": "mxmoe",
         "machine": machine(given.device),
         "command": f"python -m tenfold.bench.mxmoe --schemes {given.schemes} --bits {given.bits} "
-        f"--method {given.method} --length {given.length} --windows {given.windows}{' --rotate' * given.rotate}",
+        f"--method {given.method} --length {given.length} --windows {given.windows} --judged {given.judged}"
+        f"{' --rotate' * given.rotate}",
         "model": Path(given.model).name,
         "method": given.method,
         "texts": [given.calibrate.name, given.text.name],
         "schemes": bits,
         "picks": {str(layer): own for layer, own in found.picks.items()},
     }
-    middle = min(bits, key=lambda name: abs(bits[name] - wanted[0]))
-    result["slopes"] = slope = slopes(subject, found, middle, calibrating[:16])
+    middle = dict.fromkeys(PARTS, nearest(bits, wanted[0]))
+    result["slopes"] = slope = {layer: end.slope(found, layer, middle) for layer in found.picks}
     result["rows"] = rows(subject, found, bits, wanted, judged, print, slope)
     if given.out:
         save(given.out, result, given.commit)

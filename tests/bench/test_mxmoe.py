@@ -11,7 +11,7 @@ pytest.importorskip("scipy")
 
 from tenfold.bench import claims_moe, mxmoe, report
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import Rounded, Subject, blocks_of, name_of, slopes
+from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, blocks_of, name_of
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.open import open_checkpoint
@@ -60,9 +60,16 @@ def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
 
 def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: Subject) -> None:
     found = measured(subject, 6)
-    slope = slopes(subject, found, "w2g8z", windows(6))
-    assert set(slope) == set(found.picks)
-    assert all(value >= 0 for value in slope.values())
+    end = End(subject, windows(6))
+    assert end.divergence() == pytest.approx(0, abs=1e-6)
+    coarse, fine = (
+        {layer: end.slope(found, layer, dict.fromkeys(PARTS, name)) for layer in found.picks}
+        for name in ("w2g8z", "w4g8z")
+    )
+    assert end.divergence() == pytest.approx(0, abs=1e-6)  # all exact again
+    assert all(value > 0 for value in coarse.values())
+    for layer in found.picks:  # a property of the layer more than of the scheme, whose losses differ by a power of ten
+        assert fine[layer] == pytest.approx(coarse[layer], rel=0.5)
     slope = {layer: 1.0 + layer for layer in found.picks}
     rows = mxmoe.rows(subject, found, BITS, [8.0], windows(7, 2), lambda _: None, slope)
     assert rows[-1]["kind"] == "mixed model block end"

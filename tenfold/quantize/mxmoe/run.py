@@ -215,7 +215,7 @@ def measured(
     key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate])
     found, place = Rounded(), partial(out)
     resume(found, place, key, subject)
-    for _ in subject.measure(found, windows, allowed, wish.method, keep=False, progress=progress):
+    for _ in subject.measure(found, windows, allowed, wish.method, keep=(), progress=progress):
         state = {
             "key": key,
             "picks": {str(layer): picks for layer, picks in found.picks.items()},

@@ -1,7 +1,7 @@
 """A model whose experts are rounded and made exact again, what rounding them costs, and what a plan of schemes is."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from tenfold.weights.load import Weights
 METHODS = ("gptq", "awq", "rtn")
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
+EVERY = 4  # tokens of which one's distribution is compared in the end
 Key = tuple[int, int, str]  # layer, expert, part
 TIES = {"block": 3, "expert": 2, "layer": 1}  # parts of a block's name that blocks of one scheme share
 Progress = Callable[[int, int], None]
@@ -92,15 +93,19 @@ class Subject:
         return found[::step][:windows]
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        store = store_for(self.model, self.kernels, max(map(len, windows)))
         total, count = 0.0, 0
+        for window, logs in zip(windows, self.logs(windows)):
+            following = torch.tensor(window[1:], device=logs.device)
+            total -= float(logs[:-1].gather(1, following[:, None]).sum())
+            count += len(window) - 1
+        return math.exp(total / count)
+
+    def logs(self, windows: Sequence[Sequence[int]], every: int = 1) -> Iterator[Tensor]:
+        """Log-probabilities of what follows, of each window [tokens, vocab] float32; of one of so many tokens."""
+        store = store_for(self.model, self.kernels, max(map(len, windows)))
         with torch.inference_mode():
             for window in windows:
-                step = step_of(window, store, self.kernels.device, every=True)
-                logs = self.model.forward(step)[:-1].log_softmax(-1)
-                total -= float(logs.gather(1, step.token_ids[1:, None]).sum())
-                count += len(window) - 1
-        return math.exp(total / count)
+                yield self.model.forward(step_of(window, store, self.kernels.device, every)).log_softmax(-1)
 
     def measure(
         self,
@@ -108,12 +113,12 @@ class Subject:
         windows: Sequence[Sequence[int]],
         schemes: Mapping[str, Sequence[Scheme]],
         method: str,
-        keep: bool = True,
+        keep: Collection[str] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[int]:
         """What each scheme costs each block, into `found`, layer by layer; layers that it has are passed over. schemes:
-        that each part may get; method: one of METHODS; keep: the rounded weights too. progress(done, all): windows of
-        all layers.
+        that each part may get; method: one of METHODS; keep: schemes whose rounded weights are kept too, None for all.
+        progress(done, all): windows of all layers.
         """
         for layer, seen in watched(self.model, self.kernels, windows, progress):
             if layer in found.picks:
@@ -131,7 +136,7 @@ class Subject:
         moments: Mapping[str, Tensor],
         schemes: Mapping[str, Sequence[Scheme]],
         method: str,
-        keep: bool,
+        keep: Collection[str] | None,
     ) -> None:
         exact = {part: self.exact((*at, part)).float() for part in PARTS}
         pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
@@ -142,7 +147,7 @@ class Subject:
             key = (*at, part)
             found.losses[key, name] = loss
             found.sizes[key] = exact[part].numel()
-            if keep:
+            if keep is None or name in keep:
                 found.weights[key, name] = made[part, name]
 
 
@@ -176,26 +181,46 @@ def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str, part: str) 
     return round_to_nearest(w, scheme)
 
 
-def slopes(subject: Subject, found: Rounded, scheme: str, windows: Sequence[Sequence[int]]) -> dict[int, float]:
-    """What a loss of each layer costs in the end: the rise of the text's mean negative log-likelihood where all experts
-    of the layer have a scheme, for each unit of their losses. Never below zero.
+class End:
+    """What rounding costs at the model's end: how far the distributions of tokens to follow are from the exact
+    model's, of one token in EVERY of the windows. Made while all of the subject is exact.
     """
-    before = math.log(subject.perplexity(windows))
-    made = {}
-    for layer in found.picks:
-        own = {key: found.weights[key, scheme] for key in found.sizes if key[0] == layer}
-        subject.put(own)
-        loss = sum(found.losses[key, scheme] for key in own)
-        made[layer] = max(0.0, math.log(subject.perplexity(windows)) - before) / loss if loss else 0.0
-    subject.put({})
-    return made
+
+    def __init__(self, subject: Subject, windows: Sequence[Sequence[int]]) -> None:
+        self.subject, self.windows = subject, windows
+        self.exact = list(subject.logs(windows, EVERY))
+
+    def divergence(self) -> float:
+        """Kullback-Leibler, nats a token, of the subject as it is now."""
+        total = sum(
+            float((exact.exp() * (exact - logs)).sum())
+            for exact, logs in zip(self.exact, self.subject.logs(self.windows, EVERY))
+        )
+        return max(0.0, total / sum(map(len, self.exact)))
+
+    def slope(self, found: Rounded, layer: int, schemes: Mapping[str, str]) -> float:
+        """The divergence where all experts of a layer have these schemes, by part, for each unit of their losses;
+        everything is exact after it. Both are squares of what the layer's output changes by, so their ratio tells
+        layers apart by what comes behind them, whatever the scheme.
+        """
+        own = {key: schemes[key[2]] for key in found.sizes if key[0] == layer}
+        loss = sum(found.losses[key, scheme] for key, scheme in own.items())
+        self.subject.put({key: found.weights[key, scheme] for key, scheme in own.items()})
+        divergence = self.divergence()
+        self.subject.put({})
+        return divergence / loss if loss else 0.0
+
+
+def nearest(bits: Mapping[str, float], budget: float) -> str:
+    """The scheme of about so many bits."""
+    return min(bits, key=lambda name: abs(bits[name] - budget))
 
 
 def blocks_of(
     found: Rounded, bits: Mapping[str, float], scope: str, norm: bool, slope: Mapping[int, float] | None = None
 ) -> list[Block]:
     """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
-    each layer, of `slopes`. Time is what reading takes, of experts that are picked as often as here.
+    each layer, of `End`. Time is what reading takes, of experts that are picked as often as here.
     """
     made = []
     for key, size in found.sizes.items():
