@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tenfold.weights.load import Weights
 METHODS = ("gptq", "awq", "rtn")
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
+LOGITS = 1 << 25  # numbers at a time, 128 MiB
 EVERY = 4  # tokens of which one's distribution is compared in the end
 Key = tuple[int, int, str]  # layer, expert, part
 TIES = {"block": 3, "expert": 2, "layer": 1}  # parts of a block's name that blocks of one scheme share
@@ -102,10 +104,14 @@ class Subject:
 
     def logs(self, windows: Sequence[Sequence[int]], every: int = 1) -> Iterator[Tensor]:
         """Log-probabilities of what follows, of each window [tokens, vocab] float32; of one of so many tokens."""
-        store = store_for(self.model, self.kernels, max(map(len, windows)))
+        longest = max(map(len, windows))
+        most = max(1, LOGITS // (longest * self.model.config.vocab_size))
+        store = store_for(self.model, self.kernels, longest, min(most, len(windows)))
         with torch.inference_mode():
-            for window in windows:
-                yield self.model.forward(step_of(window, store, self.kernels.device, every)).log_softmax(-1)
+            for own in alike(windows, most):
+                places = range(0, len(own[0]), every)
+                logits = self.model.forward(step_of(own, store, self.kernels.device, places))
+                yield from logits.log_softmax(-1).split(len(places))
 
     def measure(
         self,
@@ -149,6 +155,13 @@ class Subject:
             found.sizes[key] = exact[part].numel()
             if keep is None or name in keep:
                 found.weights[key, name] = made[part, name]
+
+
+def alike(windows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Runs of windows of one length, at most so many together."""
+    for _, run in groupby(windows, key=len):
+        own = list(run)
+        yield from (own[i : i + most] for i in range(0, len(own), most))
 
 
 def moments_of(seen: Sequence[Seen]) -> list[dict[str, Tensor]]:
