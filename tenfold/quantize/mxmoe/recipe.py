@@ -18,8 +18,8 @@ LARGEST = 1 << 28  # bytes
 class Recipe:
     """model: `identity` of the checkpoint; text: digest of the calibration text, tokens of which were used; rotated:
     whether the residual stream was turned first; bits: of a weight of experts, scales and zeros included; losses: what
-    each scheme that a block could get costs, picks the tokens that went to each expert of a layer, and slope what a loss
-    of each layer costs at the model's end, empty where all count alike: together the reason why.
+    each scheme that a block could get costs, picks the tokens that went to each expert of a layer, and slope what a
+    loss of each layer costs at the model's end, empty where all count alike: together the reason why.
     """
 
     model: str

@@ -358,7 +358,7 @@ def quantize_command(
     rotate: Annotated[bool, Option("--rotate", help="Turn the residual stream first (QuaRot).")] = False,
     sensitivity: Annotated[
         str,
-        Option("--sensitivity", help="What a loss counts: as the layer's output changes, or what it costs at the end."),
+        Option("--sensitivity", help="What losses are of: each layer's output, or, weighed by it, the model's end."),
     ] = "layer",
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
     window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
