@@ -3,7 +3,7 @@
 Weights of experts are rounded and put back in place of the exact ones, so any bits can be judged on any device; all
 else of the model stays exact. Uniform rows have one scheme everywhere; mixed ones are what the allocator makes of as
 many bits, of blocks (`block`) and of whole experts (`expert`), within each layer or over the model. Losses are measured
-on one text and perplexity on another.
+on one text; perplexity, and how far the next tokens' distributions are from the exact model's, on another.
 
     python -m tenfold.bench.mxmoe --model moe --calibrate a.txt --text b.txt --bits 2.25,3.25 --out mxmoe.json
 """
@@ -39,34 +39,38 @@ def rows(
     say: Callable[[str], None],
     slope: Mapping[int, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Perplexity of everything exact, uniform and mixed; with slopes of layers, of losses in the end too."""
+    """Perplexity of everything exact, uniform and mixed, and divergence from the exact model; with slopes of layers, of
+    losses in the end too.
+    """
     made: list[dict[str, Any]] = []
+    end = End(subject, judged)
 
     def add(kind: str, average: float, weights: Mapping[Key, Tensor], **more: Any) -> None:
         subject.put(weights)
-        made.append({"kind": kind, "bits": average, "perplexity": subject.perplexity(judged)} | more)
+        perplexity, divergence = end.judge()
+        made.append({"kind": kind, "bits": average, "perplexity": perplexity, "divergence": divergence} | more)
         subject.put({})
-        say(f"{kind:28} {average:6.3f} bits  perplexity {made[-1]['perplexity']:.3f}")
+        say(f"{kind:28} {average:6.3f} bits  perplexity {perplexity:.3f}  divergence {divergence:.5f}")
 
     add("exact", 16.0, {})
     every = sum(found.sizes.values())
     for name, each in bits.items():
         add(f"uniform {name}", each, chosen(found, {name_of(key): name for key in found.sizes}))
     for budget in wanted:
-        for scope, tie, norm, end in (
+        for scope, tie, norm, weights in (
             ("layer", "block", True, None),
             ("layer", "block", False, None),
             ("layer", "expert", False, None),
             ("model", "block", False, None),
-            *((("model", "block", False, slope),) if slope else ()),
+            *((("model", tie, False, slope) for tie in ("block", "expert")) if slope else ()),
         ):
             try:
-                plan = mixed(found, bits, budget, scope, tie, norm, 1.0, end)
+                plan = mixed(found, bits, budget, scope, tie, norm, 1.0, weights)
             except BudgetError as error:
                 say(str(error))
                 continue
             share = {name: sum(s == name for s in plan.schemes.values()) for name in bits}
-            kind = f"mixed {scope} {tie}{' norm' * norm}{' end' * bool(end)}"
+            kind = f"mixed {scope} {tie}{' norm' * norm}{' end' * bool(weights)}"
             add(kind, 8 * sum(plan.bytes.values()) / every, chosen(found, plan.schemes), schemes=share, loss=plan.loss)
     return made
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, starmap
 from typing import Any
 
 import torch
@@ -95,12 +95,8 @@ class Subject:
         return found[::step][:windows]
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        total, count = 0.0, 0
-        for window, logs in zip(windows, self.logs(windows)):
-            following = torch.tensor(window[1:], device=logs.device)
-            total -= float(logs[:-1].gather(1, following[:, None]).sum())
-            count += len(window) - 1
-        return math.exp(total / count)
+        total = sum(surprise(window, logs) for window, logs in zip(windows, self.logs(windows)))
+        return math.exp(total / sum(len(window) - 1 for window in windows))
 
     def logs(self, windows: Sequence[Sequence[int]], every: int = 1) -> Iterator[Tensor]:
         """Log-probabilities of what follows, of each window [tokens, vocab] float32; of one of so many tokens."""
@@ -194,6 +190,17 @@ def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str, part: str) 
     return round_to_nearest(w, scheme)
 
 
+def surprise(window: Sequence[int], logs: Tensor) -> float:
+    """Negative log-likelihood of a window after its first token, nats; logs [tokens, vocab]."""
+    following = torch.tensor(window[1:], device=logs.device)
+    return -float(logs[:-1].gather(1, following[:, None]).sum())
+
+
+def apart(exact: Tensor, logs: Tensor) -> float:
+    """Sum of the Kullback-Leibler divergences from exact log-probabilities [tokens, vocab]; never below zero."""
+    return max(0.0, float((exact.exp() * (exact - logs)).sum()))
+
+
 class End:
     """What rounding costs at the model's end: how far the distributions of tokens to follow are from the exact
     model's, of one token in EVERY of the windows. Made while all of the subject is exact.
@@ -205,11 +212,17 @@ class End:
 
     def divergence(self) -> float:
         """Kullback-Leibler, nats a token, of the subject as it is now."""
-        total = sum(
-            float((exact.exp() * (exact - logs)).sum())
-            for exact, logs in zip(self.exact, self.subject.logs(self.windows, EVERY))
-        )
-        return max(0.0, total / sum(map(len, self.exact)))
+        pairs = zip(self.exact, self.subject.logs(self.windows, EVERY))
+        return sum(starmap(apart, pairs)) / sum(map(len, self.exact))
+
+    def judge(self) -> tuple[float, float]:
+        """Perplexity of the windows, and the divergence, of the subject as it is now."""
+        lost = far = 0.0
+        for window, exact, logs in zip(self.windows, self.exact, self.subject.logs(self.windows)):
+            lost += surprise(window, logs)
+            far += apart(exact, logs[::EVERY])
+        tokens = sum(len(window) - 1 for window in self.windows)
+        return math.exp(lost / tokens), far / sum(map(len, self.exact))
 
     def slope(self, found: Rounded, layer: int, schemes: Mapping[str, str]) -> float:
         """The divergence where all experts of a layer have these schemes, by part, for each unit of their losses;
