@@ -61,7 +61,7 @@ class Wish:
     the layout; scope: whether each layer keeps to that many bits or the model as a whole; tie: what has one scheme; r:
     how much accuracy counts against speed, 0 to 1; length, windows: of the text's sequences, in tokens, and their
     number; layout: of the files that are written; rotate: turn the residual stream first; sensitivity: losses as each
-    layer's output changes, or weighed by what that costs at the model's end.
+    layer's output changes, or weighed by what that costs at the model's end; empty for the end where layers share bits.
     """
 
     bits: float
@@ -74,15 +74,15 @@ class Wish:
     tie: str = "block"
     layout: str = own.METHOD
     rotate: bool = False
-    sensitivity: str = "layer"
+    sensitivity: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in (
             *(("method", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)),
-            ("sensitivity", SENSITIVITIES),
+            ("sensitivity", ("", *SENSITIVITIES)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(filter(None, allowed))}.")
         if not 2 <= self.length <= LONGEST or self.windows < 1:
             raise ValueError(
                 f"{self.windows} windows of {self.length} tokens were asked for; allowed: from 1, of 2 to {LONGEST}."
@@ -94,6 +94,11 @@ class Wish:
                 "sensitivity is 'end', which tells layers apart, and scope is 'layer', where each has its own bits; "
                 "take the scope model, or the sensitivity layer."
             )
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether losses are weighed by what they cost at the model's end."""
+        return self.scope == "model" and self.sensitivity != "layer"
 
     def parsed(self) -> list[Scheme]:
         """Raises ValueError for schemes that cannot be stored."""
@@ -228,7 +233,7 @@ def measured(
     measured as it left them.
     """
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
-    middle = middle_of(subject, allowed, wish.bits) if wish.sensitivity == "end" else {}
+    middle = middle_of(subject, allowed, wish.bits) if wish.to_the_end else {}
     key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate, middle])
     place = partial(out)
     found, slope = resumed(place, key, subject)
