@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,18 @@ def prepare(paths: list[Path], out: Path, most: int) -> None:
         print(f"{name}: {len(found)} documents, {len(whole)} tokens")
 
 
-def train(data: Path, out: Path, minutes: float, batch: int, length: int, rate: float, seed: int, shape: dict) -> None:
+def train(
+    data: Path,
+    out: Path,
+    minutes: float,
+    batch: int,
+    length: int,
+    rate: float,
+    seed: int,
+    experts: str,
+    shape: dict[str, Any],
+) -> None:
+    """On a GPU in bfloat16 beside float32 weights, where experts run as transformers' `experts` implementation."""
     import torch
     import transformers
 
@@ -122,12 +134,16 @@ def train(data: Path, out: Path, minutes: float, batch: int, length: int, rate: 
         **shape, vocab_size=len(vocabulary), bos_token_id=0, eos_token_id=0, pad_token_id=0, output_router_logits=True
     )
     model = transformers.Qwen2MoeForCausalLM(config).to(device)
+    own = list(model.parameters())
+    exact = [p.detach().clone() for p in own]  # what the optimizer moves, in float32
     if device == "cuda":
-        model.set_experts_implementation("grouped_mm")
-    count = sum(p.numel() for p in model.parameters())
+        model.set_experts_implementation(experts)
+        for p in own:
+            p.data = p.data.to(torch.bfloat16)
+    count = sum(p.numel() for p in own)
     print(f"{count / 1e6:.1f} million parameters, {len(tokens) / 1e6:.1f} million tokens, on {device}", flush=True)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
+    decayed = [p for p in exact if p.dim() > 1]
+    rest = [p for p in exact if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=device == "cuda")
     draw = np.random.default_rng(seed)
@@ -139,12 +155,15 @@ def train(data: Path, out: Path, minutes: float, batch: int, length: int, rate: 
             group["lr"] = rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
         starts = draw.integers(0, len(tokens) - length - 1, batch)
         ids = torch.from_numpy(np.stack([tokens[s : s + length] for s in starts]).astype(np.int64)).to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for master, p in zip(exact, own):
+            master.grad = p.grad.float()
+        torch.nn.utils.clip_grad_norm_(exact, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(own, exact)
         step, seen = step + 1, seen + ids.numel()
         if step % 50 == 0 or step < 4:
             print(
@@ -154,7 +173,7 @@ def train(data: Path, out: Path, minutes: float, batch: int, length: int, rate: 
     model.eval()
     windows = np.stack(np.array_split(held[: len(held) // length * length], len(held) // length))[:64].astype(np.int64)
     losses = []
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with torch.inference_mode():
         for window in torch.from_numpy(windows).to(device).split(8):
             logits = model(input_ids=window).logits[:, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).item())
@@ -185,13 +204,15 @@ def main() -> None:
     training.add_argument("--length", type=int, default=512)
     training.add_argument("--rate", type=float, default=2e-3)
     training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--experts", default="grouped_mm", help="on a GPU: or eager, batched_mm")
     training.add_argument("--shape", default="{}", help="JSON: what differs from the usual shape")
     given = parser.parse_args()
     if given.command == "prepare":
         prepare(given.texts, given.out, given.most)
     else:
         shape = SHAPE | json.loads(given.shape)
-        train(given.data, given.out, given.minutes, given.batch, given.length, given.rate, given.seed, shape)
+        settings = given.minutes, given.batch, given.length, given.rate, given.seed, given.experts
+        train(given.data, given.out, *settings, shape)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Weights of experts are rounded and put back in place of the exact ones, so any bits can be judged on any device; all
 else of the model stays exact. Uniform rows have one scheme everywhere; mixed ones are what the allocator makes of as
 many bits, of blocks (`block`) and of whole experts (`expert`), within each layer or over the model. Losses are measured
-on one text and perplexity on another.
+on one text; perplexity, and how far the next tokens' distributions are from the exact model's, on another.
 
     python -m tenfold.bench.mxmoe --model moe --calibrate a.txt --text b.txt --bits 2.25,3.25 --out mxmoe.json
 """
@@ -19,7 +19,7 @@ from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import METHODS, Key, Rounded, Subject, chosen, mixed, name_of, slopes
+from tenfold.quantize.mxmoe.subject import METHODS, End, Key, Rounded, Subject, chosen, mixed, name_of, nearest
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.find import resolve
@@ -27,6 +27,7 @@ from tenfold.weights.open import open_checkpoint
 
 SCHEMES = "w1g128z,w2g128z,w3g128z,w4g128z,w8g128z"
 BITS = "2.25,2.75,3.25,4.25"
+ENDED = 16  # windows that slopes of layers are measured on
 
 
 def rows(
@@ -38,34 +39,38 @@ def rows(
     say: Callable[[str], None],
     slope: Mapping[int, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Perplexity of everything exact, uniform and mixed; with slopes of layers, of losses in the end too."""
+    """Perplexity of everything exact, uniform and mixed, and divergence from the exact model; with slopes of layers, of
+    losses in the end too.
+    """
     made: list[dict[str, Any]] = []
+    end = End(subject, judged)
 
     def add(kind: str, average: float, weights: Mapping[Key, Tensor], **more: Any) -> None:
         subject.put(weights)
-        made.append({"kind": kind, "bits": average, "perplexity": subject.perplexity(judged)} | more)
+        perplexity, divergence = end.judge()
+        made.append({"kind": kind, "bits": average, "perplexity": perplexity, "divergence": divergence} | more)
         subject.put({})
-        say(f"{kind:28} {average:6.3f} bits  perplexity {made[-1]['perplexity']:.3f}")
+        say(f"{kind:28} {average:6.3f} bits  perplexity {perplexity:.3f}  divergence {divergence:.5f}")
 
     add("exact", 16.0, {})
     every = sum(found.sizes.values())
     for name, each in bits.items():
         add(f"uniform {name}", each, chosen(found, {name_of(key): name for key in found.sizes}))
     for budget in wanted:
-        for scope, tie, norm, end in (
+        for scope, tie, norm, weights in (
             ("layer", "block", True, None),
             ("layer", "block", False, None),
             ("layer", "expert", False, None),
             ("model", "block", False, None),
-            *((("model", "block", False, slope),) if slope else ()),
+            *((("model", tie, False, slope) for tie in ("block", "expert")) if slope else ()),
         ):
             try:
-                plan = mixed(found, bits, budget, scope, tie, norm, 1.0, end)
+                plan = mixed(found, bits, budget, scope, tie, norm, 1.0, weights)
             except BudgetError as error:
                 say(str(error))
                 continue
             share = {name: sum(s == name for s in plan.schemes.values()) for name in bits}
-            kind = f"mixed {scope} {tie}{' norm' * norm}{' end' * bool(end)}"
+            kind = f"mixed {scope} {tie}{' norm' * norm}{' end' * bool(weights)}"
             add(kind, 8 * sum(plan.bytes.values()) / every, chosen(found, plan.schemes), schemes=share, loss=plan.loss)
     return made
 
@@ -82,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="gptq", choices=METHODS)
     parser.add_argument("--rotate", action="store_true", help="turn the residual stream first (QuaRot)")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=64, help="that losses are measured on, and that are judged")
+    parser.add_argument("--windows", type=int, default=64, help="that losses are measured on")
+    parser.add_argument("--judged", type=int, default=64, help="windows that are judged")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
@@ -91,9 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subject = Subject(Rotated(source) if given.rotate else source, given.device)
     schemes = [parse(name) for name in given.schemes.split(",")]
     calibrating, judged = (
-        subject.tokens(path.read_text(errors="ignore"), given.length, given.windows)
-        for path in (given.calibrate, given.text)
+        subject.tokens(path.read_text(errors="ignore"), given.length, windows)
+        for path, windows in ((given.calibrate, given.windows), (given.text, given.judged))
     )
+    end = End(subject, calibrating[:: max(1, len(calibrating) // ENDED)][:ENDED])
     found, count = Rounded(), sum(map(len, calibrating))
     for layer in subject.measure(found, calibrating, dict.fromkeys(PARTS, schemes), given.method):
         picks = found.picks[layer]
@@ -105,15 +112,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "suite": "mxmoe",
         "machine": machine(given.device),
         "command": f"python -m tenfold.bench.mxmoe --schemes {given.schemes} --bits {given.bits} "
-        f"--method {given.method} --length {given.length} --windows {given.windows}{' --rotate' * given.rotate}",
+        f"--method {given.method} --length {given.length} --windows {given.windows} --judged {given.judged}"
+        f"{' --rotate' * given.rotate}",
         "model": Path(given.model).name,
         "method": given.method,
         "texts": [given.calibrate.name, given.text.name],
         "schemes": bits,
         "picks": {str(layer): own for layer, own in found.picks.items()},
     }
-    middle = min(bits, key=lambda name: abs(bits[name] - wanted[0]))
-    result["slopes"] = slope = slopes(subject, found, middle, calibrating[:16])
+    middle = dict.fromkeys(PARTS, nearest(bits, wanted[0]))
+    result["slopes"] = slope = {layer: end.slope(found, layer, middle) for layer in found.picks}
     result["rows"] = rows(subject, found, bits, wanted, judged, print, slope)
     if given.out:
         save(given.out, result, given.commit)

@@ -146,21 +146,23 @@ def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def mxmoe(data: Mapping[str, Any], path: Path) -> Path:
-    """Perplexity over bits a weight: uniform experts, every way of mixing, and the exact model."""
+    """Perplexity, and divergence from the exact model, over bits a weight: uniform experts and every way of mixing."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in data["rows"][1:]:
-        name = "uniform" if row["kind"].startswith("uniform") else row["kind"]
-        series.setdefault(name, []).append((row["bits"], row["perplexity"]))
-    for (name, points), (colour, marker) in zip(series.items(), cycle(STYLES.values())):
-        axis.plot(*zip(*sorted(points)), color=colour, marker=marker, linewidth=1.8, label=name)
-    axis.axhline(data["rows"][0]["perplexity"], color=FLOOR, linestyle="--", linewidth=1.2, label="exact")
-    axis.set_yscale("log")
-    axis.set_xlabel("bits a weight of experts, scales and zeros included")
-    axis.set_ylabel("perplexity")
-    axis.grid(True, which="both", color="#dddddd", linewidth=0.7)
-    axis.legend(frameon=False, fontsize=9)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(data["rows"][1:], key=lambda row: row["bits"]):
+        series.setdefault("uniform" if row["kind"].startswith("uniform") else row["kind"], []).append(row)
+    for axis, measure in zip(axes, ("perplexity", "divergence")):
+        for (name, rows), colour, marker in zip(series.items(), cycle(plt.colormaps["tab10"].colors), cycle("osD^vPX")):
+            points = [(row["bits"], row[measure]) for row in rows]
+            axis.plot(*zip(*points), color=colour, marker=marker, linewidth=1.5, label=name)
+        axis.set_yscale("log")
+        axis.set_xlabel("bits a weight of experts, scales and zeros included")
+        axis.grid(True, which="both", color="#dddddd", linewidth=0.7)
+    axes[0].axhline(data["rows"][0]["perplexity"], color=FLOOR, linestyle="--", linewidth=1.2, label="exact")
+    axes[0].set_ylabel("perplexity")
+    axes[1].set_ylabel("divergence from the exact model, nats a token")
+    axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title(data["model"], data["machine"]))
     return saved(figure, path, plt)
 

@@ -249,12 +249,13 @@ def phases_table(result: phases.Result) -> str:
 
 
 def mxmoe_table(data: Mapping[str, Any]) -> str:
-    """Perplexity of exact, uniform and mixed experts."""
+    """Perplexity of exact, uniform and mixed experts, and divergence from the exact model in nats a token."""
     exact = data["rows"][0]["perplexity"]
-    lines = [_cells(["experts", "bits", "perplexity", "change"]), _cells(["---"] * 4)]
+    lines = [_cells(["experts", "bits", "perplexity", "change", "divergence"]), _cells(["---"] * 5)]
     for r in data["rows"]:
         change = f"{r['perplexity'] / exact - 1:+.1%}"
-        lines.append(_cells([r["kind"], f"{r['bits']:.3f}", f"{r['perplexity']:.3f}", change]))
+        cells = [r["kind"], f"{r['bits']:.3f}", f"{r['perplexity']:.3f}", change, f"{r['divergence']:.4f}"]
+        lines.append(_cells(cells))
     machine, (measured, judged) = data["machine"], data["texts"]
     told = f"measured on {measured}, judged on {judged}; commit {machine.get('commit', '')}, {machine.get('date', '')}"
     return "\n".join([*lines, "", f"{told}. `{data['command']}`"])

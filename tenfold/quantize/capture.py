@@ -29,33 +29,42 @@ class TextTooShort(ValueError):
 @dataclass(slots=True)
 class Seen:
     """Of one expert. picks: tokens that went to it, share: their weights together; inputs, inner: second moments of
-    what gate and up, and down, multiply; sample [n, cols] and its weights [n]: the first tokens.
+    what gate and up, and down, multiply; sample [n, cols] and its weights [n]: tokens drawn from all alike, each with
+    the number that was drawn for it.
     """
 
     inputs: Moments
     inner: Moments
     picks: int = 0
     share: float = 0.0
-    sample: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    kept: int = 0
+    sample: Tensor | None = None
+    weights: Tensor | None = None
+    drawn: Tensor | None = None
+    draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def add(self, x: Tensor, inner: Tensor, weights: Tensor) -> None:
         self.inputs.add(x)
         self.inner.add(inner)
         self.picks += len(x)
         self.share += float(weights.sum())
-        left = SAMPLE - self.kept
-        if left > 0:
-            self.sample.append(x[:left].clone())
-            self.weights.append(weights[:left].float().clone())
-            self.kept += len(self.sample[-1])
+        self._keep(x, weights.float(), torch.rand(len(x), generator=self.draw).to(x.device))
+
+    def _keep(self, x: Tensor, weights: Tensor, drawn: Tensor) -> None:
+        """Those of the sample and of these with the smallest numbers."""
+        if self.sample is not None and self.weights is not None and self.drawn is not None:
+            x, weights, drawn = (
+                torch.cat(pair) for pair in ((self.sample, x), (self.weights, weights), (self.drawn, drawn))
+            )
+        if len(x) > SAMPLE:
+            kept = drawn.topk(SAMPLE, largest=False).indices.sort().values
+            x, weights, drawn = x[kept], weights[kept], drawn[kept]
+        self.sample, self.weights, self.drawn = x, weights, drawn
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """The sample and its weights; empty where the expert was never picked."""
-        if not self.sample:
+        if self.sample is None or self.weights is None:
             return self.inputs.sums.new_zeros(0, len(self.inputs.sums)), self.inputs.sums.new_zeros(0)
-        return torch.cat(self.sample), torch.cat(self.weights)
+        return self.sample, self.weights
 
 
 class Watching(Oracle):
@@ -89,7 +98,7 @@ def watched(
     if count < LEAST_TOKENS:
         raise TextTooShort(f"The calibration text has {count} tokens; give one of at least {LEAST_TOKENS}.")
     store = store_for(model, kernels, max(map(len, windows)))
-    steps = [step_of(window, store, kernels.device) for window in windows]
+    steps = [step_of([window], store, kernels.device) for window in windows]
     states: list[Tensor | None] = [None] * len(steps)
     device = kernels.device
     with torch.inference_mode():
@@ -107,26 +116,33 @@ def watched(
                 yield layer, seen
 
 
-def store_for(model: Decoder, kernels: Oracle, tokens: int) -> KVStore:
-    """Pages for one sequence of so many tokens."""
+def store_for(model: Decoder, kernels: Oracle, tokens: int, count: int = 1) -> KVStore:
+    """Pages for so many sequences of so many tokens."""
     config = model.config
     spec = KVSpec(config.layers, config.kv_heads, config.head_dim, kernels.dtype, PAGE, one=config.latent is not None)
-    return KVStore(spec, -(-tokens // PAGE), kernels.device)
+    return KVStore(spec, count * -(-tokens // PAGE), kernels.device)
 
 
-def step_of(window: Sequence[int], store: KVStore, device: torch.device, every: bool = False) -> Step:
-    """A whole sequence, in the first pages of a store; the logits of its last token, or of every one."""
-    count, size = len(window), store.spec.page_size
-    places = torch.arange(count, dtype=torch.int32, device=device)
+def step_of(
+    windows: Sequence[Sequence[int]], store: KVStore, device: torch.device, logits: Sequence[int] | None = None
+) -> Step:
+    """Whole sequences of one length, in the first pages of a store; the logits at these places of each, or of its
+    last token.
+    """
+    count, size, length = len(windows), store.spec.page_size, len(windows[0])
+    pages = -(-length // size)
+    starts = torch.arange(count, device=device)
+    places = torch.arange(length, dtype=torch.int32, device=device)
+    wanted = torch.tensor([length - 1] if logits is None else list(logits), device=device)
     return Step(
-        token_ids=torch.tensor(list(window), dtype=torch.int64, device=device),
-        positions=places,
-        slots=places,
-        page_table=torch.arange(-(-count // size), dtype=torch.int32, device=device)[None],
-        query_start=torch.tensor([0, count], dtype=torch.int32, device=device),
-        kv_lengths=torch.tensor([count], dtype=torch.int32, device=device),
-        logits_rows=torch.arange(0 if every else count - 1, count, dtype=torch.int64, device=device),
-        max_query=count,
-        max_kv=count,
+        token_ids=torch.tensor([token for window in windows for token in window], dtype=torch.int64, device=device),
+        positions=places.repeat(count),
+        slots=(places + starts[:, None] * pages * size).flatten().to(torch.int32),
+        page_table=torch.arange(count * pages, dtype=torch.int32, device=device).view(count, pages),
+        query_start=torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device),
+        kv_lengths=torch.full((count,), length, dtype=torch.int32, device=device),
+        logits_rows=(wanted + starts[:, None] * length).flatten(),
+        max_query=length,
+        max_kv=length,
         kv=store,
     )

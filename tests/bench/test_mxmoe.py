@@ -11,7 +11,7 @@ pytest.importorskip("scipy")
 
 from tenfold.bench import claims_moe, mxmoe, report
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import Rounded, Subject, blocks_of, name_of, slopes
+from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, blocks_of, name_of
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.open import open_checkpoint
@@ -51,8 +51,10 @@ def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
     for row in rows[4:]:
         assert row["bits"] <= (7.0 if row in rows[4:8] else 9.0) + 1e-6
         assert sum(row["schemes"].values()) == len(found.sizes)
-    closest = [abs(row["perplexity"] - rows[0]["perplexity"]) for row in rows[1:4]]
-    assert closest == sorted(closest, reverse=True)
+    assert rows[0]["divergence"] == pytest.approx(0, abs=1e-6)
+    for measure in ("perplexity", "divergence"):
+        closest = [abs(row[measure] - rows[0][measure]) for row in rows[1:4]]
+        assert closest == sorted(closest, reverse=True)
     alone, tied = ([r["loss"] for r in rows if r["kind"] == f"mixed layer {tie}"] for tie in ("block", "expert"))
     assert all(a <= b + 1e-9 for a, b in zip(alone, tied))
     assert subject.perplexity(windows(2)) == pytest.approx(rows[0]["perplexity"])  # all exact again
@@ -60,12 +62,19 @@ def test_rows_of_uniform_and_mixed_bits(subject: Subject) -> None:
 
 def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: Subject) -> None:
     found = measured(subject, 6)
-    slope = slopes(subject, found, "w2g8z", windows(6))
-    assert set(slope) == set(found.picks)
-    assert all(value >= 0 for value in slope.values())
+    end = End(subject, windows(6))
+    assert end.divergence() == pytest.approx(0, abs=1e-6)
+    coarse, fine = (
+        {layer: end.slope(found, layer, dict.fromkeys(PARTS, name)) for layer in found.picks}
+        for name in ("w2g8z", "w4g8z")
+    )
+    assert end.divergence() == pytest.approx(0, abs=1e-6)  # all exact again
+    assert all(value > 0 for value in coarse.values())
+    for layer in found.picks:  # a property of the layer more than of the scheme, whose losses differ by a power of ten
+        assert fine[layer] == pytest.approx(coarse[layer], rel=0.5)
     slope = {layer: 1.0 + layer for layer in found.picks}
     rows = mxmoe.rows(subject, found, BITS, [8.0], windows(7, 2), lambda _: None, slope)
-    assert rows[-1]["kind"] == "mixed model block end"
+    assert [row["kind"] for row in rows[-2:]] == ["mixed model block end", "mixed model expert end"]
     plain = {b.name: b for b in blocks_of(found, BITS, "model", False)}
     for block in blocks_of(found, BITS, "model", False, slope):
         factor = slope[int(block.name.split(".")[0])]
@@ -73,24 +82,30 @@ def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: S
 
 
 def test_claims_table_and_picture(tmp_path: Path) -> None:
+    final, whole = claims_moe.FINAL, "mixed model expert end"
     kinds = [
         *(("exact", 16.0, 5.0), ("uniform w2", 2.25, 9.0), ("uniform w3", 3.25, 6.0)),
-        *(("mixed layer block", 2.25, 8.0), ("mixed layer expert", 2.25, 8.5), ("mixed model block", 2.25, 7.5)),
-        *(("mixed model block", 3.0, 6.5), ("mixed model block", 3.25, 6.1)),
+        *(("mixed layer block", 2.25, 8.0), ("mixed layer expert", 2.25, 8.5), (final, 2.25, 7.5), (whole, 2.25, 7.4)),
+        *((final, 3.0, 6.5), (final, 3.25, 6.1)),
     ]
-    rows = [{"kind": kind, "bits": bits, "perplexity": perplexity} for kind, bits, perplexity in kinds]
+    rows = [
+        {"kind": kind, "bits": bits, "perplexity": perplexity, "divergence": perplexity - 5}
+        for kind, bits, perplexity in kinds
+    ]
     machine = {"hardware": "here", "commit": "c", "date": "2026-11-28"}
     told = {"texts": ["a.txt", "b.txt"], "model": "m", "method": "gptq", "command": "python", "machine": machine}
     data = {"suite": "mxmoe", "rows": rows, **told}
     found = claims_moe.of_suites({"mxmoe": [data]})
-    assert [(c.id, c.value, c.met) for c in found] == [
-        ("M4", pytest.approx(9 / 7.5, rel=1e-3), True),  # at 2.25 bits the best of three
+    assert [(c.id, c.value, c.met) for c in found[:5]] == [
+        ("M4", pytest.approx(9 / 7.5, rel=1e-3), True),
         ("M4", pytest.approx(8.5 / 8, rel=1e-3), True),
+        ("M4", pytest.approx(7.4 / 7.5, rel=1e-3), False),
         ("M4", pytest.approx(6 / 6.1, rel=1e-3), False),
         ("M4", 1, False),
     ]
-    assert "mixed model block at" not in report.mxmoe_table(data)
-    assert "| uniform w2 | 2.250 | 9.000 | +80.0% |" in report.mxmoe_table(data)
+    assert found[5].value == pytest.approx(4 / 2.5, rel=1e-3)
+    assert len(found) == 10
+    assert "| uniform w2 | 2.250 | 9.000 | +80.0% | 4.0000 |" in report.mxmoe_table(data)
     (tmp_path / "r.json").write_text(json.dumps(data))
     assert "### Bits of experts, m" in report.tables(tmp_path)
     assert [path.stat().st_size > 10_000 for path in report.charts(tmp_path)] == [True]

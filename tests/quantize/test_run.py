@@ -15,9 +15,9 @@ from tenfold.ops.blocks import dequantize
 from tenfold.quantize.capture import TextTooShort
 from tenfold.quantize.mxmoe import run
 from tenfold.quantize.mxmoe.allocate import BudgetError
-from tenfold.quantize.mxmoe.recipe import FILE, Recipe
+from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.run import Wish, quantize
-from tenfold.quantize.mxmoe.subject import Rounded, Subject, name_of
+from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, name_of
 from tenfold.quantize.schemes import format_of_scheme, parse
 from tenfold.quantize.write import Folder
 from tenfold.weights.checkpoint import CheckpointError
@@ -190,6 +190,67 @@ def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monk
         quantize(source, text, tmp_path / "other", WISH)
         assert len(measured) == len(set(measured)) > 0
         shutil.rmtree(tmp_path / "other")
+
+
+def test_losses_count_as_what_they_cost_at_the_end(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer whose losses cost nothing there gets the fewest bits, and the recipe says what each costs."""
+    source = open_checkpoint(model(tiny))
+    made = quantize(source, text, tmp_path / "plain", WISH)
+    layers = Subject(source).layers
+    assert set(made.slope) == set(map(str, layers))
+    assert all(value > 0 for value in made.slope.values())
+    assert "nats a token at the end" in made.why(next(iter(made.schemes)))
+    assert quantize(source, text, tmp_path / "again", replace(WISH, sensitivity="end")) == made
+    assert load(tmp_path / "plain" / FILE, made.model) == made
+    for other in ({"sensitivity": "layer"}, {"scope": "layer"}):
+        assert quantize(source, text, tmp_path / next(iter(other)), replace(WISH, **other)).slope == {}
+    asked: list[int] = []
+
+    def slope(self: End, found: Rounded, layer: int, schemes: dict[str, str]) -> float:
+        asked.append(layer)
+        assert set(found.weights) == {(key, schemes[key[2]]) for key in found.sizes if key[0] == layer}
+        return float(layer == layers[-1])
+
+    monkeypatch.setattr(End, "slope", slope)
+    made = quantize(source, text, tmp_path / "last", WISH)
+    assert asked == layers
+    bits = [[parse(s).bits for b, s in made.schemes.items() if b.startswith(f"{n}.")] for n in layers]
+    assert max(bits[0] + bits[1]) < min(bits[2])
+
+
+def test_slopes_of_layers_are_kept_when_a_run_is_interrupted(
+    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(model(tiny))
+    whole = quantize(source, text, tmp_path / "whole", WISH)
+    slope, asked = End.slope, []
+
+    def stopping(self: End, found: Rounded, layer: int, schemes: dict[str, str]) -> float:
+        asked.append(layer)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return slope(self, found, layer, schemes)
+
+    monkeypatch.setattr(End, "slope", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, text, tmp_path / "out", WISH)
+    assert quantize(source, text, tmp_path / "out", WISH) == whole
+    assert asked == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"sensitivity": "middle"}, "sensitivity is 'middle'; allowed: layer, end"),
+        ({"scope": "layer", "sensitivity": "end"}, "take the scope model, or the sensitivity layer"),
+        ({"scope": "expert"}, "scope is 'expert'; allowed: layer, model"),
+    ],
+)
+def test_wishes_that_make_no_sense(wish: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(WISH, **wish)
 
 
 def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:

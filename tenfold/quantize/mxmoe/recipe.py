@@ -5,7 +5,7 @@ It names the model and the text it was made from by their digests; used with ano
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ LARGEST = 1 << 28  # bytes
 class Recipe:
     """model: `identity` of the checkpoint; text: digest of the calibration text, tokens of which were used; rotated:
     whether the residual stream was turned first; bits: of a weight of experts, scales and zeros included; losses: what
-    each scheme that a block could get costs, and picks the tokens that went to each expert of a layer: together the
-    reason why.
+    each scheme that a block could get costs, picks the tokens that went to each expert of a layer, and slope what a
+    loss of each layer costs at the model's end, empty where all count alike: together the reason why.
     """
 
     model: str
@@ -33,20 +33,27 @@ class Recipe:
     schemes: Mapping[str, str]
     losses: Mapping[str, Mapping[str, float]]
     picks: Mapping[str, list[int]]
+    slope: Mapping[str, float] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
+
+    def loss(self, block: str) -> float:
+        """What a block's scheme costs, at the end where that was measured."""
+        return self.losses[block][self.schemes[block]] * self.slope.get(block.split(".")[0], 1.0)
 
     def why(self, block: str) -> str:
         """A sentence about one block, "layer.expert.part"."""
         layer, expert, part = block.split(".")
         taken, own = self.schemes[block], self.losses[block]
+        weight = self.slope.get(layer)
+        end = "" if weight is None else f", each costing {weight:.3g} nats a token at the end"
         costs = ", ".join(f"{name} {loss:.3g}" for name, loss in own.items())
         picks = self.picks[layer]
         share = picks[int(expert)] / max(1, sum(picks))
         return (
             f"layer {layer}, expert {expert}, {part}: {taken}. {share:.1%} of the layer's picks went to it; "
-            f"squared error of the layer's output by scheme: {costs}."
+            f"squared error of the layer's output by scheme: {costs}{end}."
         )
 
 
@@ -61,7 +68,7 @@ def load(path: Path, model: str) -> Recipe:
         if raw.pop("schema") != SCHEMA:
             raise KeyError("schema")
         found = Recipe(**raw)
-        found.schemes.items(), found.losses.items(), found.picks.items()
+        found.schemes.items(), found.losses.items(), found.picks.items(), found.slope.items()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no recipe; give the {FILE} of a model that tenfold quantize made.") from error
     if found.model != model:

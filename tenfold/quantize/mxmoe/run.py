@@ -27,12 +27,14 @@ from tenfold.quantize.mxmoe.subject import (
     LONGEST,
     METHODS,
     TIES,
+    End,
     Progress,
     Rounded,
     Subject,
     mixed,
     moments_of,
     name_of,
+    nearest,
     rounded,
 )
 from tenfold.quantize.rotate import Rotated
@@ -49,6 +51,8 @@ from tenfold.weights.mapped import read_object
 # By layout of the files: our own, and compressed-tensors with what other engines read of it.
 SCHEMES = {own.METHOD: "w2g128z,w3g128z,w4g128z,w8g128z", compressed.METHOD: "w4g128,w8g128"}
 SCOPES = ("layer", "model")
+SENSITIVITIES = ("layer", "end")
+ENDED = 16  # windows at most that slopes of layers are measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class Wish:
     """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get, empty for those of
     the layout; scope: whether each layer keeps to that many bits or the model as a whole; tie: what has one scheme; r:
     how much accuracy counts against speed, 0 to 1; length, windows: of the text's sequences, in tokens, and their
-    number; layout: of the files that are written; rotate: turn the residual stream first.
+    number; layout: of the files that are written; rotate: turn the residual stream first; sensitivity: losses as each
+    layer's output changes, or weighed by what that costs at the model's end; empty for the end where layers share bits.
     """
 
     bits: float
@@ -69,17 +74,31 @@ class Wish:
     tie: str = "block"
     layout: str = own.METHOD
     rotate: bool = False
+    sensitivity: str = ""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)):
+        for name, allowed in (
+            *(("method", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)),
+            ("sensitivity", ("", *SENSITIVITIES)),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(filter(None, allowed))}.")
         if not 2 <= self.length <= LONGEST or self.windows < 1:
             raise ValueError(
                 f"{self.windows} windows of {self.length} tokens were asked for; allowed: from 1, of 2 to {LONGEST}."
             )
         if not 0 <= self.r <= 1:
             raise ValueError(f"r is {self.r}; allowed: 0 (speed alone) to 1 (accuracy alone).")
+        if self.sensitivity == "end" and self.scope == "layer":
+            raise ValueError(
+                "sensitivity is 'end', which tells layers apart, and scope is 'layer', where each has its own bits; "
+                "take the scope model, or the sensitivity layer."
+            )
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether losses are weighed by what they cost at the model's end."""
+        return self.scope == "model" and self.sensitivity != "layer"
 
     def parsed(self) -> list[Scheme]:
         """Raises ValueError for schemes that cannot be stored."""
@@ -129,9 +148,9 @@ def quantize(
     if recipe is None:
         bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
         check_budget(subject, allowed, wish.bits)
-        found = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
-        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, False, wish.r)
-        made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish)
+        found, slope = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
+        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, False, wish.r, slope)
+        made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish, slope)
     else:
         made = load(recipe, model)
         if (made.text, made.tokens) != (digest, sum(map(len, windows))):
@@ -209,48 +228,68 @@ def measured(
     out: Path,
     subjects: str,
     progress: Progress,
-) -> Rounded:
-    """Losses of every block, of layers that an interrupted run measured as it left them."""
+) -> tuple[Rounded, dict[int, float]]:
+    """Losses of every block and, where the wish asks for them, slopes of layers; of layers that an interrupted run
+    measured as it left them.
+    """
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
-    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate])
-    found, place = Rounded(), partial(out)
-    resume(found, place, key, subject)
-    for _ in subject.measure(found, windows, allowed, wish.method, keep=False, progress=progress):
+    middle = middle_of(subject, allowed, wish.bits) if wish.to_the_end else {}
+    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate, middle])
+    place = partial(out)
+    found, slope = resumed(place, key, subject)
+    end = End(subject, windows[:: max(1, len(windows) // ENDED)][:ENDED]) if middle else None
+    for layer in subject.measure(found, windows, allowed, wish.method, set(middle.values()), progress):
+        if end is not None:
+            slope[layer] = end.slope(found, layer, middle)
+            found.weights.clear()
         state = {
             "key": key,
             "picks": {str(layer): picks for layer, picks in found.picks.items()},
             "losses": [[*block, name, loss] for (block, name), loss in found.losses.items()],
+            "slope": {str(layer): value for layer, value in slope.items()},
         }
         beside.write(place, json.dumps(state).encode())
-    return found
+    return found, slope
+
+
+def middle_of(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> dict[str, str]:
+    """By part, the scheme that it may get of about so many bits."""
+    cols = {key[2]: matrix.cols for key, matrix in subject.blocks.items()}
+    return {part: nearest({str(s): s.stored_bits(cols[part]) for s in own}, bits) for part, own in allowed.items()}
 
 
 def partial(out: Path) -> Path:
     return out.with_name(f".{out.name}.measured.json")
 
 
-def resume(found: Rounded, place: Path, key: str, subject: Subject) -> None:
-    """What a run with the same key left; anything else is passed over."""
+def resumed(place: Path, key: str, subject: Subject) -> tuple[Rounded, dict[int, float]]:
+    """What a run with the same key left; nothing where there is anything else."""
     try:
         state = json.loads(place.read_text(encoding="utf-8"))
         if state["key"] != key:
-            return
+            return Rounded(), {}
         losses = {((int(layer), int(e), part), name): float(x) for layer, e, part, name, x in state["losses"]}
         picks = {int(layer): list(own) for layer, own in state["picks"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    found.losses, found.picks = losses, picks
-    found.sizes = {k: m.rows * m.cols for k, m in subject.blocks.items() if k[0] in picks}
+        slope = {int(layer): float(x) for layer, x in state["slope"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Rounded(), {}
+    sizes = {k: m.rows * m.cols for k, m in subject.blocks.items() if k[0] in picks}
+    return Rounded({}, losses, sizes, picks), slope
 
 
-def recipe_of(found: Rounded, plan: Plan, model: str, text: str, tokens: int, wish: Wish) -> Recipe:
+def recipe_of(
+    found: Rounded, plan: Plan, model: str, text: str, tokens: int, wish: Wish, slope: Mapping[int, float]
+) -> Recipe:
     losses: dict[str, dict[str, float]] = {}
     for (key, name), loss in found.losses.items():
         losses.setdefault(name_of(key), {})[name] = loss
     picks = {str(layer): own for layer, own in found.picks.items()}
     bits = 8 * sum(plan.bytes.values()) / sum(found.sizes.values())
     schemes = dict(plan.schemes)
-    return Recipe(model, text, tokens, wish.method, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks)
+    by_layer = {str(layer): value for layer, value in slope.items()}
+    return Recipe(
+        *(model, text, tokens, wish.method, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks, by_layer)
+    )
 
 
 def write_experts(

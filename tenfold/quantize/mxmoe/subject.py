@@ -1,8 +1,9 @@
 """A model whose experts are rounded and made exact again, what rounding them costs, and what a plan of schemes is."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, starmap
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from tenfold.weights.load import Weights
 METHODS = ("gptq", "awq", "rtn")
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
+LOGITS = 1 << 25  # numbers at a time, 128 MiB
+EVERY = 4  # tokens of which one's distribution is compared in the end
 Key = tuple[int, int, str]  # layer, expert, part
 TIES = {"block": 3, "expert": 2, "layer": 1}  # parts of a block's name that blocks of one scheme share
 Progress = Callable[[int, int], None]
@@ -92,15 +95,19 @@ class Subject:
         return found[::step][:windows]
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
-        store = store_for(self.model, self.kernels, max(map(len, windows)))
-        total, count = 0.0, 0
+        total = sum(surprise(window, logs) for window, logs in zip(windows, self.logs(windows)))
+        return math.exp(total / sum(len(window) - 1 for window in windows))
+
+    def logs(self, windows: Sequence[Sequence[int]], every: int = 1) -> Iterator[Tensor]:
+        """Log-probabilities of what follows, of each window [tokens, vocab] float32; of one of so many tokens."""
+        longest = max(map(len, windows))
+        most = max(1, LOGITS // (longest * self.model.config.vocab_size))
+        store = store_for(self.model, self.kernels, longest, min(most, len(windows)))
         with torch.inference_mode():
-            for window in windows:
-                step = step_of(window, store, self.kernels.device, every=True)
-                logs = self.model.forward(step)[:-1].log_softmax(-1)
-                total -= float(logs.gather(1, step.token_ids[1:, None]).sum())
-                count += len(window) - 1
-        return math.exp(total / count)
+            for own in alike(windows, most):
+                places = range(0, len(own[0]), every)
+                logits = self.model.forward(step_of(own, store, self.kernels.device, places))
+                yield from logits.log_softmax(-1).split(len(places))
 
     def measure(
         self,
@@ -108,12 +115,12 @@ class Subject:
         windows: Sequence[Sequence[int]],
         schemes: Mapping[str, Sequence[Scheme]],
         method: str,
-        keep: bool = True,
+        keep: Collection[str] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[int]:
         """What each scheme costs each block, into `found`, layer by layer; layers that it has are passed over. schemes:
-        that each part may get; method: one of METHODS; keep: the rounded weights too. progress(done, all): windows of
-        all layers.
+        that each part may get; method: one of METHODS; keep: schemes whose rounded weights are kept too, None for all.
+        progress(done, all): windows of all layers.
         """
         for layer, seen in watched(self.model, self.kernels, windows, progress):
             if layer in found.picks:
@@ -131,7 +138,7 @@ class Subject:
         moments: Mapping[str, Tensor],
         schemes: Mapping[str, Sequence[Scheme]],
         method: str,
-        keep: bool,
+        keep: Collection[str] | None,
     ) -> None:
         exact = {part: self.exact((*at, part)).float() for part in PARTS}
         pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
@@ -142,8 +149,15 @@ class Subject:
             key = (*at, part)
             found.losses[key, name] = loss
             found.sizes[key] = exact[part].numel()
-            if keep:
+            if keep is None or name in keep:
                 found.weights[key, name] = made[part, name]
+
+
+def alike(windows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Runs of windows of one length, at most so many together."""
+    for _, run in groupby(windows, key=len):
+        own = list(run)
+        yield from (own[i : i + most] for i in range(0, len(own), most))
 
 
 def moments_of(seen: Sequence[Seen]) -> list[dict[str, Tensor]]:
@@ -176,26 +190,63 @@ def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str, part: str) 
     return round_to_nearest(w, scheme)
 
 
-def slopes(subject: Subject, found: Rounded, scheme: str, windows: Sequence[Sequence[int]]) -> dict[int, float]:
-    """What a loss of each layer costs in the end: the rise of the text's mean negative log-likelihood where all experts
-    of the layer have a scheme, for each unit of their losses. Never below zero.
+def surprise(window: Sequence[int], logs: Tensor) -> float:
+    """Negative log-likelihood of a window after its first token, nats; logs [tokens, vocab]."""
+    following = torch.tensor(window[1:], device=logs.device)
+    return -float(logs[:-1].gather(1, following[:, None]).sum())
+
+
+def apart(exact: Tensor, logs: Tensor) -> float:
+    """Sum of the Kullback-Leibler divergences from exact log-probabilities [tokens, vocab]; never below zero."""
+    return max(0.0, float((exact.exp() * (exact - logs)).sum()))
+
+
+class End:
+    """What rounding costs at the model's end: how far the distributions of tokens to follow are from the exact
+    model's, of one token in EVERY of the windows. Made while all of the subject is exact.
     """
-    before = math.log(subject.perplexity(windows))
-    made = {}
-    for layer in found.picks:
-        own = {key: found.weights[key, scheme] for key in found.sizes if key[0] == layer}
-        subject.put(own)
-        loss = sum(found.losses[key, scheme] for key in own)
-        made[layer] = max(0.0, math.log(subject.perplexity(windows)) - before) / loss if loss else 0.0
-    subject.put({})
-    return made
+
+    def __init__(self, subject: Subject, windows: Sequence[Sequence[int]]) -> None:
+        self.subject, self.windows = subject, windows
+        self.exact = list(subject.logs(windows, EVERY))
+
+    def divergence(self) -> float:
+        """Kullback-Leibler, nats a token, of the subject as it is now."""
+        pairs = zip(self.exact, self.subject.logs(self.windows, EVERY))
+        return sum(starmap(apart, pairs)) / sum(map(len, self.exact))
+
+    def judge(self) -> tuple[float, float]:
+        """Perplexity of the windows, and the divergence, of the subject as it is now."""
+        lost = far = 0.0
+        for window, exact, logs in zip(self.windows, self.exact, self.subject.logs(self.windows)):
+            lost += surprise(window, logs)
+            far += apart(exact, logs[::EVERY])
+        tokens = sum(len(window) - 1 for window in self.windows)
+        return math.exp(lost / tokens), far / sum(map(len, self.exact))
+
+    def slope(self, found: Rounded, layer: int, schemes: Mapping[str, str]) -> float:
+        """The divergence where all experts of a layer have these schemes, by part, for each unit of their losses;
+        everything is exact after it. Both are squares of what the layer's output changes by, so their ratio tells
+        layers apart by what comes behind them, whatever the scheme.
+        """
+        own = {key: schemes[key[2]] for key in found.sizes if key[0] == layer}
+        loss = sum(found.losses[key, scheme] for key, scheme in own.items())
+        self.subject.put({key: found.weights[key, scheme] for key, scheme in own.items()})
+        divergence = self.divergence()
+        self.subject.put({})
+        return divergence / loss if loss else 0.0
+
+
+def nearest(bits: Mapping[str, float], budget: float) -> str:
+    """The scheme of about so many bits."""
+    return min(bits, key=lambda name: abs(bits[name] - budget))
 
 
 def blocks_of(
     found: Rounded, bits: Mapping[str, float], scope: str, norm: bool, slope: Mapping[int, float] | None = None
 ) -> list[Block]:
     """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
-    each layer, of `slopes`. Time is what reading takes, of experts that are picked as often as here.
+    each layer, of `End`. Time is what reading takes, of experts that are picked as often as here.
     """
     made = []
     for key, size in found.sizes.items():

@@ -356,6 +356,10 @@ def quantize_command(
     ] = "block",
     layout: Annotated[str, Option("--layout", help="Of the files: tenfold, or compressed-tensors.")] = "tenfold",
     rotate: Annotated[bool, Option("--rotate", help="Turn the residual stream first (QuaRot).")] = False,
+    sensitivity: Annotated[
+        str,
+        Option("--sensitivity", help="What losses are of: each layer's output, or, weighed by it, the model's end."),
+    ] = "layer",
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
     window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
     windows: Annotated[int, Option("--windows", help="Sequences at most.")] = 64,
@@ -371,7 +375,7 @@ def quantize_command(
     """
     from tenfold.quantize.mxmoe.run import Wish
 
-    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate)
+    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate, sensitivity)
     body("quantize")(settled.config, text, out, wish, recipe, as_json)
 
 

@@ -51,5 +51,5 @@ def describe(made: Recipe) -> str:
     ]
     if idle:
         rows.append(("experts never picked", f"{idle}; rounded by what others of their layer saw. More text may help"))
-    worst = sorted(made.schemes, key=lambda block: -made.losses[block][made.schemes[block]])[:COSTLY]
+    worst = sorted(made.schemes, key=lambda block: -made.loss(block))[:COSTLY]
     return "\n".join([columns(rows), "The blocks that lose most:", *(f"  {made.why(block)}" for block in worst)])
