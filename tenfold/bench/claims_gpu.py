@@ -307,6 +307,8 @@ def of_folder(folder: Path) -> list[Claim]:
     for results in by_model([loaded(data) for data in plain]).values():
         if measured := [result for result in results if result.rows]:
             made += of_single(measured)
+    singles = sorted(found.get("single", ()), key=lambda data: "weights" in data["settings"].get("tenfold", {}))
+    made += claims_moe.of_models([loaded(data) for data in singles])
     for data in found.get("arms", ()):
         made += of_arms(arms.loaded(data))
     for data in found.get("kernels", ()):

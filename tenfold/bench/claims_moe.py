@@ -1,9 +1,13 @@
-"""Claim M4, mixed bits of experts against uniform ones, from raw results of `bench.mxmoe`."""
+"""Claims M1 to M5 of mixture-of-experts models: times of a layer's experts (`bench.moe`), mixed bits against uniform
+ones (`bench.mxmoe`), and whole models (`bench.single`).
+"""
 
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean, median
 from typing import Any
 
 from tenfold.bench.claims import Claim, claim, signed
+from tenfold.bench.single import Result
 
 NEAR = 0.01  # bits a weight: a mix of as many bits as a uniform row
 LOWER = 1.001  # times what counts as a lower perplexity
@@ -56,6 +60,146 @@ def dominates(a: Mapping[str, Any], b: Mapping[str, Any], measure: str) -> bool:
     return no_more and (a["bits"] < b["bits"] - NEAR or a[measure] < b[measure])
 
 
+# Times of a layer's experts
+
+DENSE, FEW, SOME, MANY = "bfloat16", 64, 512, 8192  # tokens: of a decode at most, and of prompts
+FIVE, FOUR = "mixed 5 bits", "mixed 4 bits"
+UNIFORM = ("w8a8", "w4a16")
+Row = Mapping[str, Any]
+
+
+def of_kernels(data: Mapping[str, Any]) -> list[Claim]:
+    """M1 to M3, of both products of a layer, picks sorted before."""
+    rows = [row for row in data["rows"] if not row["whole"]]
+    made = [*_mixed(rows, data["command"]), *_uniform(rows, data["command"]), *_dense(rows, data)]
+    return [signed(each, data["machine"]) for each in made]
+
+
+def fastest(rows: Sequence[Row], ours: bool | None = True, **wanted: Any) -> Row | None:
+    """Of rows with these values; ours None: the rivals' too."""
+    found = [r for r in rows if all(r[k] == v for k, v in wanted.items()) and ours in (None, r["ours"])]
+    return min(found, key=lambda row: float(row["microseconds"]), default=None)
+
+
+def _points(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """Models and numbers of tokens."""
+    return list(dict.fromkeys((row["model"], row["tokens"]) for row in rows))
+
+
+def told(row: Row) -> str:
+    bound = "reading" if row["read"] > row["compute"] else "arithmetic"
+    share = 100 * max(row["read"], row["compute"]) / row["microseconds"]
+    return f"{row['microseconds']:.0f} us, {share:.0f} % of what {bound} allows ({row['arm']})"
+
+
+def _mixed(rows: Sequence[Row], command: str) -> list[Claim]:
+    """M1: mixed formats over the faster of our products in bfloat16 and the libraries'."""
+    made = []
+    for model, tokens in _points(rows):
+        format, least = (FOUR, 2.5) if tokens <= FEW else (FIVE, {SOME: 2.0, MANY: 1.2}.get(tokens, 1.0))
+        mixed = fastest(rows, model=model, tokens=tokens, format=format)
+        dense = fastest(rows, None, model=model, tokens=tokens, format=DENSE)
+        if mixed and dense:
+            what = f"experts of {model.removeprefix('shape:')}, {tokens} tokens, {format}, over bfloat16"
+            note = f"{told(mixed)}; bfloat16 {told(dense)}"
+            value = dense["microseconds"] / mixed["microseconds"]
+            made.append(claim("M1", what, value, "x", command, at_least=least, against=str(dense["arm"]), note=note))
+    return made
+
+
+def _uniform(rows: Sequence[Row], command: str) -> list[Claim]:
+    """M2: mixed bits against uniform W8A8, whose accuracy a mix of 5 bits is to match; W4A16 is told beside it."""
+    gains, notes = {}, []
+    for model, tokens in _points(rows):
+        mixed = fastest(rows, model=model, tokens=tokens, format=FIVE)
+        others = {name: fastest(rows, model=model, tokens=tokens, format=name) for name in UNIFORM}
+        wide = others["w8a8"]
+        if mixed and wide:
+            gains[model, tokens] = wide["microseconds"] / mixed["microseconds"]
+            each = [f"{k} {v['microseconds'] / mixed['microseconds']:.2f}" for k, v in others.items() if v]
+            notes.append(f"{model.removeprefix('shape:')} {tokens}: {', '.join(each)}")
+    if not gains:
+        return []
+    values, note = list(gains.values()), "; ".join(notes)
+    spread = min(values), max(values)
+    mean, best = 100 * (geometric_mean(values) - 1), 100 * (max(values) - 1)
+    what = f"time of W8A8 experts over that of {FIVE}"
+    return [
+        claim("M2", f"{what}, mean of {len(values)}", mean, "%", command, at_least=10, spread=spread, note=note),
+        claim("M2", f"{what}, best of {len(values)}", best, "%", command, at_least=25),
+    ]
+
+
+def _dense(rows: Sequence[Row], data: Mapping[str, Any]) -> list[Claim]:
+    """M3: our products in bfloat16 against the libraries', and of few tokens against a copy."""
+    rivals, loops, shares = {}, {}, {}
+    for model, tokens in _points(rows):
+        ours = fastest(rows, model=model, tokens=tokens, format=DENSE)
+        if ours is None:
+            continue
+        name = f"{model.removeprefix('shape:')} {tokens}"
+        theirs = fastest(rows, False, model=model, tokens=tokens, format=DENSE)
+        loop = fastest(rows, False, model=model, tokens=tokens, format=DENSE, arm="cublas loop")
+        if theirs:
+            rivals[name] = theirs["microseconds"] / ours["microseconds"]
+        if loop:
+            loops[name] = loop["microseconds"] / ours["microseconds"]
+        if tokens <= FEW:
+            shares[name] = 100 * ours["read"] / ours["microseconds"]
+    made = []
+    for what, values, unit, least, against in (
+        ("speed of bfloat16 experts over the better library's", rivals, "x", 0.9, "torch._grouped_mm, cuBLAS loop"),
+        ("speed of bfloat16 experts over a loop of cuBLAS products", loops, "x", 1.0, "cuBLAS loop"),
+        ("bytes of bfloat16 experts, share of a copy", shares, "%", 80, f"copies at {data['copy_gbs']:.0f} GB/s"),
+    ):
+        if values:
+            worst = min(values, key=values.__getitem__)
+            each = ", ".join(f"{name}: {value:.2f}" for name, value in values.items())
+            spread, title = (min(values.values()), max(values.values())), f"{what}, worst of {len(values)}"
+            note, command = f"at {worst}; {each}", data["command"]
+            value = values[worst]
+            made.append(
+                claim("M3", title, value, unit, command, at_least=least, against=against, spread=spread, note=note)
+            )
+    return made
+
+
+# Whole models
+
+WHOLE, CONTEXT = "qwen3-30b-a3b", 512
+VLLM = {1: 4.73, 8: 11.99, 64: 24.5}  # ms a step of vLLM 0.26 in bfloat16, random routing, on an H100
+
+
+def of_models(results: Sequence[Result]) -> list[Claim]:
+    """M5, of runs in bfloat16 and with experts of fewer bits."""
+    plain: dict[int, float] = {}
+    made = []
+    for result in results:
+        if result.model != f"shape:{WHOLE}":
+            continue
+        mode = result.settings.get("tenfold", {}).get("weights", "")
+        for batch, theirs in VLLM.items():
+            row = result.row("tenfold", batch, CONTEXT)
+            if row is None:
+                continue
+            took = row.inside or median(row.tpot_samples)
+            floor = result.floor(batch, CONTEXT)
+            about = f"{took:.2f} ms a step" + ("" if floor is None else f", floor {floor:.2f} ms")
+            where = f"{WHOLE}, batch {batch}, context {CONTEXT}"
+            if not mode:
+                plain[batch] = took
+                what, note = f"decode, {where}, bfloat16, against vLLM", f"{about}; vLLM {theirs} ms, measured before"
+                each = claim("M5", what, theirs / took, "x", result.command, at_least=1.15, against="vLLM", note=note)
+                made.append(signed(each, result.machine))
+            elif batch in plain:
+                least = 2.0 if batch > 1 else 1.0
+                what, note = f"decode, {where}, {mode} over bfloat16", f"{about}; bfloat16 {plain[batch]:.2f} ms"
+                each = claim("M5", what, plain[batch] / took, "x", result.command, at_least=least, note=note)
+                made.append(signed(each, result.machine))
+    return made
+
+
 def of_suites(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Claim]:
-    """All claims of raw results by suite."""
-    return [each for data in found.get("mxmoe", ()) for each in of_quality(data)]
+    """Claims of raw results by suite, but for whole models."""
+    made = [each for data in found.get("moe", ()) for each in of_kernels(data)]
+    return made + [each for data in found.get("mxmoe", ()) for each in of_quality(data)]

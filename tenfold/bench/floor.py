@@ -1,7 +1,8 @@
 """The least time a step can take: bytes that must be read over the rate at which this device copies memory.
 
 Floor of a decode step = (weights read once, the embedding table aside unless it is also the head, + keys and values of
-every context read once) / copy bandwidth, where a copy counts what it reads and what it writes.
+every context read once) / copy bandwidth, where a copy counts what it reads and what it writes. Of a layer's experts
+those count that tokens are expected to be sent to where all are equally likely.
 """
 
 import math
@@ -17,8 +18,9 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of a model. weights: all of them; streamed: those a decode step reads; kv_token: keys and values of one
-    token, all layers; flops_token: of the matrices for one token, without attention.
+    """Bytes of a model. weights: all of them; streamed: those a decode step may read; experts: of these, in layers of
+    which a token takes the share `routed`; kv_token: keys and values of one token, all layers; flops_token: of the
+    matrices for one token, without attention.
     """
 
     weights: int
@@ -29,10 +31,13 @@ class Sizes:
     heads: int = 0
     head_dim: int = 0
     vocab: int = 0
+    experts: int = 0
+    routed: float = 1.0
 
     def decode_bytes(self, batch: int, context: int) -> int:
         """What one step for `batch` contexts of `context` tokens must read."""
-        return self.streamed + batch * context * self.kv_token
+        idle = round(self.experts * (1 - self.routed) ** batch)
+        return self.streamed - idle + batch * context * self.kv_token
 
     def prefill_flops(self, batch: int, context: int) -> int:
         """Multiplications and additions of prompts of `context` tokens: matrices, and causal attention (half of all
@@ -60,15 +65,22 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
     weights, _ = weight_bytes(checkpoint, config.weights, dtype, "native" if device.startswith("cpu") else "gpu")
     table, shares = shape.vocab_size * shape.hidden_size, shape.tied and not head_copy(checkpoint, config.weights)
     count = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
+    rest = count - table * (1 if shape.tied else 2)
+    experts, routed = 0, 1.0
+    if (own := shape.experts) is not None:
+        experts = 3 * own.routing.experts * own.size * shape.hidden_size * sum(own.layers)
+        routed = own.routing.top / own.routing.experts
     return Sizes(
         weights=weights,
         streamed=weights if shares else weights - table * dtype.itemsize,
-        kv_token=2 * shape.layers * shape.kv_size * kv_dtype.itemsize,
-        flops_token=2 * (count - table * (1 if shape.tied else 2)),
+        kv_token=(2 if shape.latent is None else 1) * shape.layers * shape.kv_size * kv_dtype.itemsize,
+        flops_token=2 * round(rest - experts * (1 - routed)),
         layers=shape.layers,
         heads=shape.heads,
         head_dim=shape.head_dim,
         vocab=shape.vocab_size,
+        experts=round((weights - (count - rest) * dtype.itemsize) * experts / rest),
+        routed=routed,
     )
 
 
