@@ -5,7 +5,7 @@ tile; a tile is up to `width` picks of one expert. Sums of a token's experts mee
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -206,16 +206,24 @@ def product(
     arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares, rows, cols]
     height = chosen.height // 2 if gate else chosen.height
     most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)
-    kernel(
-        (grid(most, sms * chosen.blocks, chosen.cluster), 1, 1),
-        chosen.height * 2 + 32,
-        shared_bytes(chosen),
-        arguments,
-        dependent=True,
-        cluster=chosen.cluster,
-    )
+    launch(kernel, most, sms, chosen.blocks, chosen.cluster, chosen.height * 2 + 32, shared_bytes(chosen), arguments)
 
 
-def grid(items: int, room: int, cluster: int) -> int:
-    """Blocks of a launch, whole clusters of them."""
-    return min(-(-items // cluster), room // cluster) * cluster
+def launch(
+    kernel: nvrtc.Kernel,
+    items: int,
+    sms: int,
+    blocks: int,
+    cluster: int,
+    threads: int,
+    shared: int,
+    arguments: Sequence[nvrtc.Argument],
+) -> None:
+    """As many blocks as run at the same time, which take items in turn: a cluster that had to wait for others to end
+    would double the time.
+    """
+    room = sms * blocks // cluster
+    if cluster > 1:
+        room = min(room, kernel.clusters(threads, shared, cluster))
+    count = min(-(-items // cluster), room) * cluster
+    kernel((count, 1, 1), threads, shared, arguments, dependent=True, cluster=cluster)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.gemm.grouped import Sorted
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import grid, store_bytes
+from tenfold.ops.gpu.experts import launch, store_bytes
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -191,14 +191,8 @@ def product(
     maps = nvrtc.tensor_map(x, height), nvrtc.tensor_map(codes, height)
     arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
     most = len(by.tiles) * -(-w.rows // chosen.height)
-    kernel(
-        (grid(most, sms * chosen.blocks, chosen.cluster), 1, 1),
-        threads(chosen),
-        shared_bytes(chosen, w.kinds),
-        [*arguments, w.rows, w.cols],
-        dependent=True,
-        cluster=chosen.cluster,
-    )
+    shared = shared_bytes(chosen, w.kinds)
+    launch(kernel, most, sms, chosen.blocks, chosen.cluster, threads(chosen), shared, [*arguments, w.rows, w.cols])
 
 
 def threads(chosen: PackedExpertsPlan) -> int:

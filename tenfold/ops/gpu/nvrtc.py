@@ -81,6 +81,7 @@ class Kernel:
         self._pointers = (ctypes.c_void_p * 0)()
         self._config = _Config()
         self._lock = threading.Lock()
+        self._clusters: dict[tuple[int, int, int], int] = {}
 
     def __call__(
         self,
@@ -102,10 +103,7 @@ class Kernel:
         attributes, count = _attributes(dependent, cluster)
         config = self._config
         with self._lock:  # a driver's call lets other threads run
-            if shared > self._shared:
-                # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                check(self._driver, self._driver.cuFuncSetAttribute(self._function, 8, shared), self.name)
-                self._shared = shared
+            self._allow(shared)
             if self._layout is None:
                 self._layout = self._make_room(arguments)
             self._layout.pack_into(self._values, 0, *values)
@@ -115,6 +113,32 @@ class Kernel:
             config.stream = _current_stream(self._device)
             status = self._driver.cuLaunchKernelEx(ctypes.byref(config), self._function, self._pointers, None)
         check(self._driver, status, self.name)
+
+    def clusters(self, threads: int, shared: int, cluster: int) -> int:
+        """How many clusters of so many blocks the device runs at the same time. Multiprocessors that are left over in a
+        group of them take none, so it may be fewer than their number says.
+        """
+        at = (threads, shared, cluster)
+        if at not in self._clusters:
+            self._allow(shared)
+            config = _Config()
+            config.grid.x, config.grid.y, config.grid.z = cluster, 1, 1
+            config.block.x, config.block.y, config.block.z = threads, 1, 1
+            config.shared = shared
+            config.attributes, config.count = _attributes(False, cluster)
+            found = ctypes.c_int()
+            status = self._driver.cuOccupancyMaxActiveClusters(
+                ctypes.byref(found), self._function, ctypes.byref(config)
+            )
+            check(self._driver, status, self.name)
+            self._clusters[at] = max(1, found.value)
+        return self._clusters[at]
+
+    def _allow(self, shared: int) -> None:
+        if shared > self._shared:
+            # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(self._driver, self._driver.cuFuncSetAttribute(self._function, 8, shared), self.name)
+            self._shared = shared
 
     def _make_room(self, arguments: "Sequence[Argument]") -> struct.Struct:
         code, places = _layout(arguments)
@@ -338,6 +362,7 @@ def _driver() -> Any:
     library.cuModuleGetFunction.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
     library.cuModuleLoadData.argtypes = (ctypes.c_void_p, ctypes.c_char_p)
     library.cuFuncSetAttribute.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    library.cuOccupancyMaxActiveClusters.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     library.cuLaunchKernelEx.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return library
 

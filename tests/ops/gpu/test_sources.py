@@ -140,6 +140,36 @@ class Launched:
         return 0
 
 
+def test_clusters_that_run_at_the_same_time_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Counting(Launched):
+        def cuOccupancyMaxActiveClusters(self, found: Any, function: Any, config: Any) -> int:
+            c = config._obj
+            asked.append((c.grid.x, c.block.x, c.shared, c.attributes[0].id, c.attributes[0].value[0]))
+            found._obj.value = 61
+            return 0
+
+    driver = Counting()
+    kernel = nvrtc.Kernel("k", 1, driver, 0)
+    assert [kernel.clusters(288, 200 << 10, 2) for _ in range(2)] == [61, 61]
+    assert asked == [(2, 288, 200 << 10, 4, 2)]
+    assert driver.asked == [200 << 10]
+    launched: list[tuple[Any, ...]] = []
+
+    class Told:
+        clusters = staticmethod(kernel.clusters)
+
+        def __call__(self, grid: Any, threads: int, shared: int, arguments: Any, **more: Any) -> None:
+            launched.append((grid[0], more["cluster"]))
+
+    from tenfold.ops.gpu.experts import launch
+
+    for items, blocks, cluster in ((1000, 1, 2), (1000, 1, 1), (7, 1, 2), (1000, 2, 1)):
+        launch(Told(), items, 132, blocks, cluster, 288, 200 << 10, [])  # type: ignore[arg-type]
+    assert launched == [(122, 2), (132, 1), (8, 2), (264, 1)]
+
+
 def test_a_launch_lays_arguments_out_as_the_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Launched()
     driver.cuTensorMapEncodeTiled = lambda *told: 0  # type: ignore[attr-defined]
