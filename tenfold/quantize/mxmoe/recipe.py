@@ -19,7 +19,8 @@ class Recipe:
     """model: `identity` of the checkpoint; text: digest of the calibration text, tokens of which were used; rotated:
     whether the residual stream was turned first; bits: of a weight of experts, scales and zeros included; losses: what
     each scheme that a block could get costs, picks the tokens that went to each expert of a layer, and slope what a
-    loss of each layer costs at the model's end, empty where all count alike: together the reason why.
+    loss of each layer costs at the model's end, empty where all count alike: together the reason why. cost: where the
+    times of schemes are from, empty where accuracy alone counted.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Recipe:
     losses: Mapping[str, Mapping[str, float]]
     picks: Mapping[str, list[int]]
     slope: Mapping[str, float] = field(default_factory=dict)
+    cost: str = ""
 
     def content(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

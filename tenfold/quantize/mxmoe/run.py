@@ -21,6 +21,7 @@ from tenfold.ops.formats import Format, Packed
 from tenfold.quantize.awq import scaled
 from tenfold.quantize.capture import TextTooShort, watched
 from tenfold.quantize.mxmoe.allocate import BudgetError, Plan
+from tenfold.quantize.mxmoe.cost import per_weight
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import (
@@ -59,9 +60,10 @@ ENDED = 16  # windows at most that slopes of layers are measured on
 class Wish:
     """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get, empty for those of
     the layout; scope: whether each layer keeps to that many bits or the model as a whole; tie: what has one scheme; r:
-    how much accuracy counts against speed, 0 to 1; length, windows: of the text's sequences, in tokens, and their
-    number; layout: of the files that are written; rotate: turn the residual stream first; sensitivity: losses as each
-    layer's output changes, or weighed by what that costs at the model's end; empty for the end where layers share bits.
+    how much accuracy counts against speed, 0 to 1, and tokens: of the steps whose speed that is; length, windows: of
+    the text's sequences, in tokens, and their number; layout: of the files that are written; rotate: turn the residual
+    stream first; sensitivity: losses as each layer's output changes, or weighed by what that costs at the model's end;
+    empty for the end where layers share bits.
     """
 
     bits: float
@@ -75,6 +77,7 @@ class Wish:
     layout: str = own.METHOD
     rotate: bool = False
     sensitivity: str = ""
+    tokens: int = 64
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -87,6 +90,8 @@ class Wish:
             raise ValueError(
                 f"{self.windows} windows of {self.length} tokens were asked for; allowed: from 1, of 2 to {LONGEST}."
             )
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}; allowed: from 1, those of a step whose time counts.")
         if not 0 <= self.r <= 1:
             raise ValueError(f"r is {self.r}; allowed: 0 (speed alone) to 1 (accuracy alone).")
         if self.sensitivity == "end" and self.scope == "layer":
@@ -149,8 +154,11 @@ def quantize(
         bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
         check_budget(subject, allowed, wish.bits)
         found, slope = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
-        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, False, wish.r, slope)
-        made = recipe_of(found, plan, model, digest, sum(map(len, windows)), wish, slope)
+        costs, cost = None, ""
+        if wish.r < 1:
+            costs, cost = per_weight(subject.model.config, wish.parsed(), wish.tokens, device)
+        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, False, wish.r, slope, costs)
+        made = replace(recipe_of(found, plan, model, digest, sum(map(len, windows)), wish, slope), cost=cost)
     else:
         made = load(recipe, model)
         if (made.text, made.tokens) != (digest, sum(map(len, windows))):

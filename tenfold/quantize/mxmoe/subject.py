@@ -243,10 +243,16 @@ def nearest(bits: Mapping[str, float], budget: float) -> str:
 
 
 def blocks_of(
-    found: Rounded, bits: Mapping[str, float], scope: str, norm: bool, slope: Mapping[int, float] | None = None
+    found: Rounded,
+    bits: Mapping[str, float],
+    scope: str,
+    norm: bool,
+    slope: Mapping[int, float] | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> list[Block]:
     """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
-    each layer, of `End`. Time is what reading takes, of experts that are picked as often as here.
+    each layer, of `End`. Time is what a weight of each scheme costs, else the bits that are read, in experts that are
+    picked as often as here.
     """
     made = []
     for key, size in found.sizes.items():
@@ -262,7 +268,7 @@ def blocks_of(
                 name_of(key),
                 size,
                 {name: math.sqrt(loss) if norm else loss for name, loss in own.items()},
-                {name: often * size * bits[name] for name in own},
+                {name: often * size * (costs or bits)[name] for name in own},
                 f"layer {layer}" if scope == "layer" else "",
             )
         )
@@ -278,9 +284,10 @@ def mixed(
     norm: bool,
     r: float,
     slope: Mapping[int, float] | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> Plan:
     """tie: what has one scheme, each "block", "expert" or "layer"."""
-    blocks = blocks_of(found, bits, scope, norm, slope)
+    blocks = blocks_of(found, bits, scope, norm, slope, costs)
     names = {block.name: ".".join(block.name.split(".")[: TIES[tie]]) for block in blocks}
     tied = joined(blocks, names)
     plan = Allocator(tied, bits).solve(budgets(tied, budget), r)

@@ -361,6 +361,7 @@ def quantize_command(
         Option("--sensitivity", help="What losses are of: each layer's output, or, weighed by it, the model's end."),
     ] = "layer",
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
+    tokens: Annotated[int, Option("--tokens", help="Of a step, whose time counts where --r is below 1.")] = 64,
     window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
     windows: Annotated[int, Option("--windows", help="Sequences at most.")] = 64,
     recipe: Annotated[
@@ -375,7 +376,7 @@ def quantize_command(
     """
     from tenfold.quantize.mxmoe.run import Wish
 
-    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate, sensitivity)
+    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate, sensitivity, tokens)
     body("quantize")(settled.config, text, out, wish, recipe, as_json)
 
 

@@ -49,6 +49,8 @@ def describe(made: Recipe) -> str:
         ("tokens measured", str(made.tokens)),
         *((part, ", ".join(f"{n} x {name}" for name, n in sorted(own.items()))) for part, own in parts.items()),
     ]
+    if made.cost:
+        rows.append(("time of a scheme", made.cost))
     if idle:
         rows.append(("experts never picked", f"{idle}; rounded by what others of their layer saw. More text may help"))
     worst = sorted(made.schemes, key=lambda block: -made.loss(block))[:COSTLY]
