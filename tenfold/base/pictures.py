@@ -55,7 +55,7 @@ class PictureLimits:
 LIMITS = PictureLimits()
 
 
-def open_picture(source: bytes | str | Path | Image.Image, limits: PictureLimits = LIMITS) -> Image.Image:
+def open_picture(source: bytes | Path | Image.Image, limits: PictureLimits = LIMITS) -> Image.Image:
     """A picture as RGB: the first frame, the right way up, what is transparent on white.
 
     source: the bytes of a file, its path, or a picture that is open already. Raises PictureError.
@@ -63,12 +63,31 @@ def open_picture(source: bytes | str | Path | Image.Image, limits: PictureLimits
     if isinstance(source, Image.Image):
         check_size(source.size, limits)
         return _decoded(source)
-    data = source if isinstance(source, bytes) else read_file(Path(source), limits)
+    data = read_file(source, limits) if isinstance(source, Path) else source
+    if not isinstance(data, bytes):  # a text could be a stranger's, who must not name files
+        raise PictureError("A picture is neither bytes nor a path.")
     if len(data) > limits.max_bytes:
         raise PictureError(f"The picture has {len(data)} bytes; allowed: up to {limits.max_bytes}.")
     image = _opened(data)
     check_size(image.size, limits)
     return _decoded(image)
+
+
+def load_picture(source: bytes | str | Path | Image.Image, limits: PictureLimits = LIMITS) -> bytes | Image.Image:
+    """What somebody who may read any file of this machine means: a path, a `data:` URL, or the picture itself. Raises
+    PictureError.
+    """
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return data_url(source, limits)
+    if isinstance(source, str) and "://" in source:
+        raise PictureError("Pictures are not fetched here; download it, and give its path or its bytes.")
+    if isinstance(source, (str, Path)):
+        return read_file(Path(source), limits)
+    if not isinstance(source, (bytes, Image.Image)):
+        raise PictureError(
+            f"A picture is a {type(source).__name__}; allowed: bytes, a path, a data URL, or PIL's Image."
+        )
+    return source
 
 
 def read_file(path: Path, limits: PictureLimits = LIMITS) -> bytes:

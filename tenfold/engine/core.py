@@ -37,6 +37,7 @@ from tenfold.engine.request import FinishReason, Output, QueueFull, Request, Sam
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
+from tenfold.engine.sight import Layout, Sight
 from tenfold.engine.speculate.speculator import Speculator
 from tenfold.engine.speculate.table import make_speculator
 from tenfold.engine.text import Text
@@ -104,8 +105,11 @@ class Engine:
         )
         self.rooms = Rooms(rooms, spec.room_slack) if rooms else None
         self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix, self.rooms)
+        tower = getattr(model, "tower", None)
+        self.sight = Sight(tower, config.picture_cache, self.device) if tower is not None else None
         self.runner = Runner(
-            model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead, kernels.bucket
+            *(model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead, kernels.bucket),
+            sight=self.sight,
         )
         self.speculator: Speculator | None = make_speculator(config, draft, self.runner, self.kv, self.max_model_len)
         self.grammars: Grammars | None = None  # made when a request first asks for one
@@ -198,6 +202,7 @@ class Engine:
         """Queue a request. Raises ValueError for one that can never run, QueueFull for one too many."""
         self.check(request)
         self._check_queue(request)
+        layout = self._layout(request)
         compiling = self._compile(request)
         params, prompt = request.params, len(request.prompt)
         limit = self.max_model_len
@@ -212,7 +217,7 @@ class Engine:
         sequences = []
         for index in range(count):
             seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed + index
-            sequence = Sequence(request, index, self._order, limit, self.config.page_size, seed, stops)
+            sequence = Sequence(request, index, self._order, limit, self.config.page_size, seed, stops, layout)
             if self.text is not None and request.pool is None:
                 sequence.detokenizer = self.text.detokenizer(request)
             sequences.append(sequence)
@@ -223,6 +228,22 @@ class Engine:
         if compiling is not None:
             self._compiling[request.id] = compiling
             self._release_compiled()
+
+    def _layout(self, request: Request) -> Layout | None:
+        """Where a request's pictures stand. Raises ValueError where they cannot be seen."""
+        if self.sight is None:
+            if request.pictures:
+                raise ValueError(f"pictures has {len(request.pictures)} entries, and this model reads text only.")
+            return None
+        token_id = self.sight.tower.token_id
+        if not request.pictures and token_id not in request.prompt:
+            return None
+        for picture in request.pictures:
+            picture.check()
+        turned = bool(self.model.config.rope_sections)
+        if turned and not all(picture.axes[0] for picture in request.pictures):
+            raise ValueError("pictures has one without rows and columns; allowed: what this model's preparation makes.")
+        return Layout(request.prompt, request.pictures, token_id, turned)
 
     def _compile(self, request: Request) -> "Compiling | None":
         """Begin to compile a request's grammar. Raises ValueError for one that is over the limits."""

@@ -20,6 +20,7 @@ from tenfold.base.pictures import (
     content_key,
     data_url,
     from_base64,
+    load_picture,
     open_picture,
 )
 
@@ -49,8 +50,12 @@ def test_every_format(kind: str, tmp_path: Path) -> None:
     assert np.abs(pixels(image) - pixels(gradient())).mean() <= (0 if exact else 12)
     path = tmp_path / "name.txt"  # the content counts, not the name
     path.write_bytes(data)
-    for source in (path, str(path)):
-        assert content_key(open_picture(source)) == content_key(image)
+    for source in (path, str(path), data):
+        loaded = load_picture(source)
+        assert content_key(open_picture(loaded)) == content_key(image)
+    assert content_key(open_picture(path)) == content_key(image)
+    with pytest.raises(PictureError, match="neither bytes nor a path"):
+        open_picture(str(path))  # type: ignore[arg-type]
 
 
 def test_transparent_parts_are_white() -> None:
@@ -197,6 +202,17 @@ def test_data_urls() -> None:
         data_url("data:;base64," + "A" * 400, PictureLimits(max_bytes=100))
     with pytest.raises(PictureError, match="base64"):
         from_base64("é")
+
+
+def test_what_is_loaded() -> None:
+    image = gradient()
+    assert load_picture(image) is image
+    url = "data:;base64," + base64.b64encode(b"abc").decode()
+    assert load_picture(url) == b"abc"
+    with pytest.raises(PictureError, match="not fetched here"):
+        load_picture("https://pictures.example/a.png")
+    with pytest.raises(PictureError, match="is a int"):
+        load_picture(3)  # type: ignore[arg-type]
 
 
 def test_keys_tell_pictures_apart() -> None:
