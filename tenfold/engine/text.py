@@ -207,9 +207,12 @@ class Text:
             settings = {"reads": self._reads, "mark": self.processor.placeholder, **settings}
         return template.apply(source, messages, tools=tools, special=self.special, **settings)
 
-    def encode_pictured(self, text: str, pictures: Sequence[Any], add_special_tokens: bool = True) -> Pictured:
+    def encode_pictured(
+        self, text: str, pictures: Sequence[Any], add_special_tokens: bool = True, limits: Any = None
+    ) -> Pictured:
         """Token ids of a text in which the model's mark stands for each of the pictures: bytes of files, or pictures
-        that are open. Raises ValueError where they do not match, and PictureError for a picture that cannot be used.
+        that are open. limits: `PictureLimits` other than the usual. Raises ValueError where they do not match, and
+        PictureError for a picture that cannot be used.
         """
         if self.processor is None:
             if pictures:
@@ -225,7 +228,8 @@ class Text:
             raise ValueError("A picture is a path; give its bytes, or a picture that is open.")
         open_picture = entry(PICTURES, "open", "part")
         prepared, size = [], 0
-        for picture in self.processor.prepare(map(open_picture, pictures), len(pictures) == 1):
+        opened = (open_picture(picture, *([limits] if limits else [])) for picture in pictures)
+        for picture in self.processor.prepare(opened, len(pictures) == 1):
             prepared.append(picture)
             size += len(picture.pixels)
         if size > MOST_SEEN:
@@ -241,6 +245,7 @@ class Text:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        limits: Any = None,
         **settings: Any,
     ) -> Pictured:
         """As `encode_chat`, of a conversation in which there may be pictures: parts of content of type "image", with
@@ -248,7 +253,7 @@ class Text:
         """
         pictures: list[Any] | None = [] if self.processor is not None else None
         text = self.render_chat(messages, tools=tools, pictures=pictures, **settings)
-        return self.encode_pictured(text, pictures or (), add_special_tokens=self.template is None)
+        return self.encode_pictured(text, pictures or (), self.template is None, limits)
 
     def encode_chat(
         self,

@@ -1,0 +1,227 @@
+"""Pictures in requests, on a tiny random model that sees: every API's spelling, limits, and refusals with a reason."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tenfold.engine.llm import AsyncLLM
+from tenfold.serve.app import create_app
+from tenfold.serve.settings import ServeConfig
+from tests import vision
+from tests.serve.conftest import Client, FakeLLM, events_of
+
+CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
+
+
+def data_url(image: Image.Image, kind: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@pytest.fixture(scope="module")
+def urls() -> list[str]:
+    return [data_url(image.resize((70, 50))) for image in vision.pictures()[:3]]
+
+
+@pytest.fixture(scope="module", params=["qwen2-vl", "idefics3", "internvl"])
+def llm(request: pytest.FixtureRequest, seeing: Callable[[str], Path]) -> Iterator[AsyncLLM]:
+    """One whose template reads texts and lists, one that reads lists only, and one that reads texts only."""
+    made = AsyncLLM(str(seeing(request.param)), kernels="torch", max_model_len=512, kv_memory=8 << 20)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(llm: AsyncLLM) -> Client:
+    return Client(create_app({"tiny": llm}, ServeConfig()))
+
+
+def user(*parts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": list(parts)}
+
+
+def text(said: str) -> dict[str, Any]:
+    return {"type": "text", "text": said}
+
+
+def image(url: str, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def chat(client: Client, *messages: dict[str, Any], **fields: Any) -> Any:
+    body = {"messages": list(messages), "max_tokens": 6, "temperature": 0, "ignore_eos": True, **fields}
+    return client.post(CHAT, body)
+
+
+def said(client: Client, *messages: dict[str, Any], **fields: Any) -> tuple[str, int]:
+    response = chat(client, *messages, **fields)
+    assert response.status_code == 200, response.text
+    body = response.json()
+    return body["choices"][0]["message"]["content"], body["usage"]["prompt_tokens"]
+
+
+def test_answers_depend_on_the_picture(client: Client, urls: list[str]) -> None:
+    answers = [said(client, user(text("What is it?"), image(url))) for url in urls]
+    assert len({answer for answer, _ in answers}) == 3
+    assert answers == [said(client, user(text("What is it?"), image(url, detail="low"))) for url in urls]
+    _, words = said(client, user(text("What is it?")))
+    assert all(tokens > words + 8 for _, tokens in answers)
+
+
+def test_text_needs_no_list(client: Client) -> None:
+    assert said(client, user(text("Hello"))) == said(client, {"role": "user", "content": "Hello"})
+    system = {"role": "system", "content": "Be brief."}
+    one, plain = said(client, system, {"role": "user", "content": "Hello"}), said(client, user(text("Hello")))
+    assert one[1] > plain[1]
+
+
+def test_history_with_pictures(client: Client, urls: list[str]) -> None:
+    first = user(image(urls[0]), text("What is it?"))
+    answer = {"role": "assistant", "content": "A face."}
+    both = said(client, first, answer, user(text("And this?"), image(urls[1])), max_tokens=16)
+    other = said(client, first, answer, user(text("And this?"), image(urls[2])), max_tokens=16)
+    assert both[0] != other[0]
+
+
+def test_a_stream_says_the_same(client: Client, urls: list[str]) -> None:
+    asked = user(text("What is it?"), image(urls[0]))
+    events = events_of(chat(client, asked, stream=True))
+    streamed = "".join(e["choices"][0]["delta"].get("content") or "" for e in events if e["choices"])
+    assert streamed == said(client, asked)[0]
+
+
+def test_cached_prefixes_know_pictures(client: Client, urls: list[str]) -> None:
+    def cached(url: str) -> int:
+        body = chat(client, user(image(url), text("How many are there, and of what kind are they?"))).json()
+        found: int = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    cached(urls[0])
+    again = cached(urls[0])
+    assert again >= 16
+    assert cached(urls[1]) < again or cached(urls[1]) >= 16  # the second time it is known itself
+
+
+def test_messages(client: Client, urls: list[str]) -> None:
+    data = urls[0].partition(",")[2]
+    block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+    asked = {"messages": [user(block, text("What is it?"))], "max_tokens": 6, "temperature": 0}
+    response = client.post(MESSAGES, asked)
+    assert response.status_code == 200, response.text
+    counted = client.post(f"{MESSAGES}/count_tokens", {"messages": asked["messages"]}).json()["input_tokens"]
+    usage = response.json()["usage"]
+    assert counted == usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    assert counted == said(client, user(image(urls[0]), text("What is it?")))[1]
+
+
+def test_responses(client: Client, urls: list[str]) -> None:
+    parts = [
+        {"type": "input_image", "image_url": urls[0], "detail": "high"},
+        {"type": "input_text", "text": "What is it?"},
+    ]
+    asked = {"input": [{"role": "user", "content": parts}], "max_output_tokens": 16, "temperature": 0}
+    first = client.post(RESPONSES, asked)
+    assert first.status_code == 200, first.text
+    body = first.json()
+    assert body["usage"]["input_tokens"] == said(client, user(image(urls[0]), text("What is it?")))[1]
+    more = {"previous_response_id": body["id"], "input": "And why?", "max_output_tokens": 16, "temperature": 0}
+    second = client.post(RESPONSES, more)
+    assert second.status_code == 200, second.text
+    assert second.json()["usage"]["input_tokens"] > body["usage"]["input_tokens"]
+    kept = client.get(f"{RESPONSES}/{body['id']}/input_items").json()["data"]
+    assert kept[0]["content"][0]["type"] == "input_image"
+    assert (
+        client.post(f"{RESPONSES}/input_tokens", {"input": asked["input"]}).json()["input_tokens"]
+        == body["usage"]["input_tokens"]
+    )
+
+
+def test_structured_answers(client: Client, urls: list[str]) -> None:
+    answer, _ = said(client, user(image(urls[0])), guided_choice=["a cat", "a dog"], max_tokens=40, ignore_eos=False)
+    assert answer in ("a cat", "a dog")
+
+
+def test_models_say_what_they_read(client: Client) -> None:
+    assert client.get("/v1/models").json()["data"][0]["input_modalities"] == ["text", "image"]
+
+
+def refused(client: Client, *messages: dict[str, Any], code: str, words: str, **fields: Any) -> None:
+    response = chat(client, *messages, **fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert words in error["message"]
+    assert "/" not in error["message"].replace("http://", "").replace("https://", "").replace("image/png", "")
+
+
+def test_what_is_no_picture(client: Client, urls: list[str]) -> None:
+    broken = urls[0][: len(urls[0]) // 8 * 4 + len("data:image/png;base64,") % 4]
+    for url, words in (
+        ("data:image/png;base64,AAAA", "in no format that is read"),
+        (broken, "damaged"),
+        ("data:image/png;base64,*", "not valid base64"),
+        ("data:,", "in no format that is read"),
+        ("file:///etc/passwd", "another scheme or no host"),
+        ("/etc/passwd", "another scheme or no host"),
+        ("https://pictures.example/a.png", "--image-hosts"),
+    ):
+        refused(client, user(text("What?"), image(url)), code="invalid_image", words=words)
+    refused(client, user(image("")), code="invalid_type", words="messages[0].content[0].image_url must be the URL")
+    refused(client, user({"type": "image_url"}), code="invalid_type", words="must be the URL")
+    refused(client, user({"type": "image", "image": "/etc/passwd"}), code="unsupported_content", words="'image'")
+    refused(client, user({"type": "input_audio"}), code="unsupported_content", words="'input_audio'")
+
+
+def test_only_users_show_pictures(client: Client, urls: list[str]) -> None:
+    for role in ("system", "assistant", "tool"):
+        message = {"role": role, "content": [image(urls[0])], "tool_call_id": "a"}
+        refused(client, message, user(text("Hi")), code="unsupported_content", words="'image_url'")
+
+
+def test_the_mark_is_not_to_be_written(client: Client, llm: AsyncLLM, urls: list[str]) -> None:
+    """A user who writes the model's own mark for a picture gets told, and no other request is touched."""
+    mark = llm.text.processor.placeholder  # type: ignore[union-attr]
+    response = chat(client, user(text(f"a {mark} b")))
+    assert response.status_code == 400
+    assert "pictures" in response.json()["error"]["message"]
+    refused(
+        client, user(text(f"a {mark} b"), image(urls[0])), code="invalid_value", words="it must stand once for each"
+    )
+    assert said(client, user(text("Hello")))
+
+
+def test_counts_and_sizes(llm: AsyncLLM, urls: list[str]) -> None:
+    few = Client(create_app({"tiny": llm}, ServeConfig(max_images=2)))
+    refused(few, user(*[image(urls[0])] * 3), code="invalid_value", words="up to 2 (--max-images)")
+    small = Client(create_app({"tiny": llm}, ServeConfig(max_image_bytes=1024)))
+    refused(small, user(image(urls[0])), code="invalid_image", words="more than 1024 bytes")
+    flat = Client(create_app({"tiny": llm}, ServeConfig(max_image_pixels=100)))
+    refused(flat, user(image(urls[0])), code="invalid_image", words="allowed: up to 100")
+
+
+def test_a_prompt_that_is_too_long(llm: AsyncLLM, client: Client, urls: list[str]) -> None:
+    response = chat(client, user(*[image(url) for url in urls * 5], text("long " * 60)))
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [user(image("data:,"))]}),
+        (MESSAGES, {"messages": [user({"type": "image", "source": {"type": "url", "url": "x"}})], "max_tokens": 5}),
+        (RESPONSES, {"input": [user({"type": "input_image", "image_url": "x"})]}),
+    ],
+)
+def test_a_model_of_text_says_so(path: str, body: dict[str, Any]) -> None:
+    client = Client(create_app({"tiny": FakeLLM()}, ServeConfig()))  # type: ignore[dict-item]
+    response = client.post(path, body)
+    assert response.status_code == 400
+    assert "is an image; this model reads text only" in response.json()["error"]["message"]
+    assert client.get("/v1/models").json()["data"][0]["input_modalities"] == ["text"]
