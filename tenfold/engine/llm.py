@@ -189,8 +189,10 @@ class _Front:
         """
         return self.text.encode_chat_pictured(messages, **settings)
 
-    def _chat(self, messages: Sequence[Message], settings: Mapping[str, Any]) -> Prompt:
-        """A conversation as a prompt, whatever its pictures are."""
+    def prompt_for(self, messages: Sequence[Message], **settings: Any) -> list[int] | Pictured:
+        """A conversation as a prompt. Its pictures may be named by path or data URL, so it must not be a stranger's.
+        Raises TemplateError, and PictureError for a picture that cannot be used.
+        """
         if not self.sees:
             return self.chat_prompt(messages, **settings)
         return self.pictured_chat(_with_loaded(messages), **settings)
@@ -388,7 +390,7 @@ class LLM(_Front):
         raises.
         """
         conversations = [messages] if _is_conversation(messages) else list(messages)
-        prompts = [self._chat(c, settings) for c in conversations]  # type: ignore[arg-type]
+        prompts = [self.prompt_for(c, **settings) for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, self.default_params(chat=True) if params is None else params, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **rest: Any) -> Stream:
@@ -399,7 +401,7 @@ class LLM(_Front):
 
     def chat_stream(self, messages: Sequence[Message], params: SamplingParams | None = None, **settings: Any) -> Stream:
         """Outputs of the answer to one conversation as they come."""
-        prompt = self._chat(messages, settings)
+        prompt = self.prompt_for(messages, **settings)
         return self.stream(prompt, self.default_params(chat=True) if params is None else params)
 
     def embed(self, texts: str | Sequence[Prompt], pool: str = "mean", normalize: bool = True) -> np.ndarray:
@@ -595,7 +597,7 @@ class AsyncLLM(_Front):
         """Outputs of the answer to a conversation. template_settings: as in `template.apply`; rest: as in
         `generate`.
         """
-        prompt = await asyncio.to_thread(self._chat, messages, template_settings or {})
+        prompt = await asyncio.to_thread(self.prompt_for, messages, **(template_settings or {}))
         params = self.default_params(chat=True) if params is None else params
         async with aclosing(self.generate(prompt, params, **rest)) as outputs:
             async for output in outputs:
