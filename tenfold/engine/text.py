@@ -20,10 +20,12 @@ from tokenizers import Tokenizer
 from tenfold.base.table import entry
 from tenfold.engine import defaults, template
 from tenfold.engine.request import Pictured, Request
+from tenfold.models.picture import Picture
 from tenfold.models.table import make_processor
 from tenfold.weights.checkpoint import Checkpoint
 
-PICTURES = {"open": "tenfold.base.pictures:open_picture"}  # with Pillow, which few need
+# With Pillow, which few need.
+PICTURES = {"open": "tenfold.base.pictures:open_picture", "blank": "tenfold.models.prepare:blank"}
 PATHS = (str, PurePath)  # a stranger's text must open no file
 MOST_SEEN = 192 << 20  # bytes of pixels in one prompt, which go to the engine in one message
 REPLACEMENT = "\ufffd"
@@ -239,6 +241,10 @@ class Text:
         written = [*map(self.processor.written, prepared), ""]
         whole = "".join(part + own for part, own in zip(parts, written))
         return Pictured(tuple(self.encode(whole, add_special_tokens)), tuple(prepared))
+
+    def sample_pictures(self) -> list[Picture]:
+        """A small picture, prepared; none where the model sees none."""
+        return self.processor.prepare([entry(PICTURES, "blank", "part")()], True) if self.processor is not None else []
 
     def encode_chat_pictured(
         self,

@@ -127,6 +127,11 @@ class Settings:
         return tuple(map(float, value))
 
 
+def blank() -> Image.Image:
+    """A small picture of nothing."""
+    return Image.new("RGB", (64, 64), (128, 128, 128))
+
+
 def scaled(image: Image.Image, height: int, width: int, resample: Image.Resampling) -> Image.Image:
     return image.resize((width, height), resample=resample)
 

@@ -2,8 +2,9 @@
 preemption; and no picture is taken for another.
 """
 
+import base64
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tenfold.base.config import EngineConfig
+from tenfold.engine import core
 from tenfold.engine.core import Engine
-from tenfold.engine.request import Pictured, Request, SamplingParams
+from tenfold.engine.llm import LLM
+from tenfold.engine.memory import check_sight, plan_memory
+from tenfold.engine.request import Pictured, QueueFull, Request, SamplingParams
+from tenfold.engine.template import reads_of
 from tenfold.engine.text import Text
 from tenfold.models.picture import Picture
-from tenfold.models.table import Model, build_model
+from tenfold.models.table import Model, build_model, model_config
 from tenfold.ops.table import make_kernels
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
@@ -247,3 +253,145 @@ def test_a_picture_that_cannot_be_looked_at_ends_its_request_alone(case: Case) -
     told = fake.answers([o for o in outputs if o.request_id != "2"])
     assert told == {(str(i), 0): case.answers[i] for i in (0, 1, 3)}
     assert engine.pool.used == 0
+
+
+def test_pictures_of_those_who_wait_are_bounded(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(case.prompts[1].pictures[0].pixels)
+    monkeypatch.setattr(core, "MOST_PICTURES", 2 * size)
+    engine = case.engine(max_batch=1)
+    engine.add(case.request("a", 1))
+    engine.add(case.request("b", 1, n=2))
+    with pytest.raises(QueueFull, match="pictures of"):
+        engine.add(case.request("c", 1))
+    engine.add(case.request("text", 0))
+    engine.abort("a")
+    engine.add(case.request("c", 1))
+    fake.drain(engine)
+    assert engine._pictures == 0
+    assert engine.stats().pictures == 1
+
+
+# From Python
+
+
+@pytest.fixture(scope="module")
+def llm(seeing: Callable[[str], Path]) -> Iterator[LLM]:
+    with LLM(str(seeing("idefics3")), kernels="torch", max_model_len=LONGEST, kv_memory=4 << 20) as made:
+        yield made
+
+
+def test_a_look_before_the_first_request(seeing: Callable[[str], Path]) -> None:
+    for name in vision.FAMILIES:
+        engine = Engine.load(EngineConfig(str(seeing(name)), kernels="torch", max_model_len=256, kv_memory=2 << 20))
+        engine._look_once()
+        assert engine.sight is not None
+        assert engine.sight.looked == 1
+        assert engine.sight.bytes == 0
+
+
+def test_chats_from_python(llm: LLM, tmp_path: Path) -> None:
+    """A picture is the same as an image, a file, bytes and a data URL."""
+    image = vision.photograph().resize((60, 44))
+    path = tmp_path / "photo.png"
+    image.save(path)
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    forms: list[Any] = [
+        {"type": "image", "image": image},
+        {"type": "image", "image": str(path)},
+        {"type": "image", "image": path.read_bytes()},
+        {"type": "image", "path": path},
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+    ]
+    asked = [[{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}] for part in forms]
+    answers = llm.chat(asked, PARAMS)
+    assert len({a.tokens for a in answers}) == 1
+    (other,) = llm.chat([{"role": "user", "content": "What is it?"}], PARAMS)
+    assert other.tokens != answers[0].tokens
+    streamed = [t for output in llm.chat_stream(asked[0], PARAMS) for t in output.tokens]
+    assert tuple(streamed) == answers[0].tokens
+
+
+def test_texts_from_python(llm: LLM) -> None:
+    image = vision.photograph().resize((60, 44))
+    asked = llm.pictured("Look: <image> It is", [image])
+    one, two = llm.generate([asked, "Look: It is"], PARAMS)
+    assert one.tokens != two.tokens
+    assert llm.generate(asked, PARAMS)[0].tokens == one.tokens
+    with pytest.raises(ValueError, match="has the mark <image> 0 times, and there are 1 pictures"):
+        llm.pictured("Look", [image])
+    with pytest.raises(ValueError, match="tokens for parts of pictures"):
+        llm.generate("Look: <image>", PARAMS)
+
+
+def test_what_is_no_picture(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    for source, message in (
+        (str(tmp_path / "text.png"), "in no format that is read"),
+        (str(tmp_path / "absent.png"), "cannot be read"),
+        ("https://pictures.example/a.png", "not fetched here"),
+        (7, "A picture is a int"),
+        (None, "has no picture"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            llm.chat([{"role": "user", "content": [{"type": "image", "image": source}]}], PARAMS)
+
+
+def test_strangers_name_no_files(llm: LLM, tmp_path: Path) -> None:
+    """The way of a server: what is not bytes is not opened, even where there is such a file."""
+    path = tmp_path / "photo.png"
+    vision.photograph().resize((60, 44)).save(path)
+    for source in (str(path), path):
+        with pytest.raises(ValueError, match="A picture is a path; give its bytes"):
+            llm.pictured_chat([{"role": "user", "content": [{"type": "image", "image": source}]}])
+
+
+@pytest.mark.parametrize(
+    ("template", "reads"),
+    [
+        (vision.PARTS, "parts"),
+        (vision.EITHER, "either"),
+        (vision.STRINGS, "text"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "text"),
+        ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", "text"),
+        ("{{ messages }}", "text"),
+    ],
+)
+def test_what_templates_read(template: str, reads: str) -> None:
+    assert reads_of(template.replace("MARK", "<image>"), {}, "<image>") == reads
+
+
+def test_settings_that_cannot_be(seeing: Callable[[str], Path]) -> None:
+    shape = model_config(open_checkpoint(seeing("qwen2-vl")).config)
+    plain = model_config(open_checkpoint(seeing("llava")).config)
+    for change, message in (
+        ({"schedule": "phases"}, "schedule is 'phases', and this model sees pictures"),
+        ({"schedule": "disaggregated"}, "schedule is 'disaggregated'"),
+        ({"speculate": "small"}, "speculate is 'small', and this model sees pictures"),
+        ({"kv_cache": "k2v2g16w9s1"}, "keeps keys as they are before they turn"),
+        ({"max_step_tokens": 1 << 15}, "max_step_tokens is 32768"),
+    ):
+        config = fake.settings(**change)
+        with pytest.raises(ValueError, match=message):
+            check_sight(shape, config)
+        if not set(change) & {"kv_cache", "max_step_tokens"}:
+            with pytest.raises(ValueError, match=message):
+                check_sight(plain, config)
+        else:
+            check_sight(plain, config)
+        check_sight(replace(plain, tower=None), config)
+    for change in ({"kv_cache": "fp8"}, {"kv_cache": "int4"}, {"speculate": "ngram"}, {"schedule": "prefill-first"}):
+        check_sight(shape, fake.settings(**change))
+
+
+def test_the_memory_plan_counts_what_sees(seeing: Callable[[str], Path]) -> None:
+    shape = model_config(open_checkpoint(seeing("llava")).config)
+    config = fake.settings(picture_cache=64 << 20, max_batch=4)
+    seen, blind = (plan_memory(s, 1 << 20, config, 1 << 30) for s in (shape, replace(shape, tower=None)))
+    assert seen.pictures == 64 << 20
+    assert blind.pictures == 0
+    assert seen.workspace > blind.workspace
+    assert "what was seen" in str(seen)
+    tight = plan_memory(shape, 1 << 20, replace(config, picture_cache=1 << 30), 1 << 30)
+    assert not tight.fits
+    assert any("picture_cache=1M" in change for change in tight.changes)

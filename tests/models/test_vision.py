@@ -4,6 +4,8 @@ Logits must agree to TOLERANCE of their largest magnitude: a few times more than
 before, and what rounding does to pixels is multiplied by scores of random weights.
 """
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tenfold.engine.request import Pictured
@@ -22,6 +25,7 @@ from tenfold.models.table import Model, build_model, model_config
 from tenfold.nn.step import Seen, Step
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.oracle import Oracle
+from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 from tests import vision
@@ -204,3 +208,124 @@ def test_sizes_are_known_before_loading(seeing: Folder) -> None:
         assert size.hidden == 32
     config = open_checkpoint(seeing("qwen2-vl")).config
     assert model_config(config).tower.patches == 2400 // 16  # type: ignore[union-attr]
+
+
+def rewritten(folder: Path, to: Path, config: dict[str, object], names: list[tuple[str, str]]) -> Path:
+    """The checkpoint with another config.json and other names of tensors; "" leaves a tensor out."""
+    to.mkdir()
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".jinja") and not file.name.startswith("model"):
+            (to / file.name).write_bytes(file.read_bytes())
+    (to / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        new = name
+        for pattern, instead in names:
+            new = re.sub(pattern, instead, new)
+        tensors[new] = tensor
+    save_file(tensors, to / "model.safetensors")
+    return to
+
+
+def agrees(folder: Path, with_folder: Path) -> None:
+    """Both give the same logits for a prompt with a picture."""
+    asked = prompt(folder, [vision.pictures()[1]])
+    assert asked == prompt(with_folder, [vision.pictures()[1]])
+    found = []
+    for each in (folder, with_folder):
+        model = load(each, Oracle())
+        sequences = Sequences(make_store(model.config, page_size=4, pages=128))
+        step = with_seen(sequences.step({0: list(asked.tokens)}, "all"), model, asked, 0, len(asked))
+        with torch.inference_mode():
+            found.append(model.forward(step))
+    assert (found[0] == found[1]).all()
+
+
+def test_the_original_files_of_internvl(seeing: Folder, tmp_path: Path) -> None:
+    """`internvl_chat`, with the names and config that came before transformers knew the model."""
+    folder = seeing("internvl")
+    config = json.loads((folder / "config.json").read_text())
+    vision_config = {
+        **{key: config["vision_config"][key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        **{"num_attention_heads": 2, "image_size": 28, "patch_size": 7, "layer_norm_eps": 1e-6, "hidden_act": "gelu"},
+        **{"qkv_bias": False, "qk_normalization": False, "norm_type": "layer_norm", "model_type": "intern_vit_6b"},
+    }
+    original = {
+        **{"model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "downsample_ratio": 0.5},
+        **{
+            "llm_config": config["text_config"],
+            "vision_config": vision_config,
+            "max_dynamic_patch": 6,
+            "select_layer": -1,
+        },
+    }
+    names = [
+        (r"^vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
+        (r"^vision_tower\.embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
+        (r"^vision_tower\.embeddings\.position_embeddings", "vision_model.embeddings.position_embedding"),
+        (r"^vision_tower\.encoder\.layer\.(\d+)\.", r"vision_model.encoder.layers.\1."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.lambda_(\d)$", r".ls\1"),
+        (r"\.attention\.projection_layer\.", ".attn.proj."),
+        (r"^multi_modal_projector\.layer_norm", "mlp1.0"),
+        (r"^multi_modal_projector\.linear_1", "mlp1.1"),
+        (r"^multi_modal_projector\.linear_2", "mlp1.3"),
+    ]
+    to = rewritten(folder, tmp_path / "chat", original, names)
+    tensors = load_file(to / "model.safetensors")
+    for layer in range(2):
+        own = f"vision_model.encoder.layers.{layer}.att"
+        parts = [tensors.pop(f"{own}ention.{name}_proj.weight") for name in ("q", "k", "v")]
+        tensors[f"{own}n.qkv.weight"] = torch.cat(parts)
+    save_file(tensors, to / "model.safetensors")
+    settings = {"size": 28, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
+    (to / "preprocessor_config.json").write_text(json.dumps(settings))
+    agrees(folder, to)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl"])
+def test_flat_configs_of_qwen(name: str, seeing: Folder, tmp_path: Path) -> None:
+    """As they are on the hub: the text part lies open, and rope_scaling names its sections."""
+    folder = seeing(name)
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {
+        **{key: value for key, value in text.items() if key not in ("model_type", "layer_types")},
+        **config,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    agrees(folder, rewritten(folder, tmp_path / "flat", flat, []))
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "qwen2-vl"])
+def test_names_of_newer_files(name: str, seeing: Folder, tmp_path: Path) -> None:
+    """Everything under "model.", as in memory."""
+    folder = seeing(name)
+    config = json.loads((folder / "config.json").read_text())
+    names = [
+        (r"^language_model\.lm_head", "lm_head"),
+        (r"^language_model\.model", "model.language_model"),
+        (r"^(vision_tower|multi_modal_projector|image_newline|visual)", r"model.\1"),
+        (r"^model\.(layers|embed_tokens|norm)", r"model.language_model.\1"),
+    ]
+    agrees(folder, rewritten(folder, tmp_path / "newer", config, names))
+
+
+def test_a_text_part_that_is_not_known(seeing: Folder, tmp_path: Path) -> None:
+    folder = seeing("internvl")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["model_type"] = "internlm2"
+    with pytest.raises(CheckpointError, match="whose text part is 'internlm2'; supported: gemma3_text, llama"):
+        open_checkpoint(rewritten(folder, tmp_path / "other", config, []))
+
+
+def test_modes_that_quantise_leave_the_tower_alone(seeing: Folder) -> None:
+    checkpoint = open_checkpoint(seeing("llava"))
+    kernels = Oracle()
+    (picture,) = prompt(seeing("llava"), [vision.pictures()[1]]).pictures
+    towers = [build_model(checkpoint.config, Weights(checkpoint, kernels, mode=m), 64).tower for m in ("auto", "q8_0")]
+    want, found = (tower.encode(picture) for tower in towers if tower is not None)
+    assert (want == found).all()
