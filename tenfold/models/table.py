@@ -1,6 +1,6 @@
 """Which model families are known, and the two ways in: `model_config` (sizes, before loading) and `build_model`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -113,19 +113,20 @@ def whole(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def make_processor(checkpoint: Checkpoint) -> "Processor | None":
-    """What prepares pictures for a model, None where it sees none. Raises ConfigError, CheckpointError."""
+def make_processor(checkpoint: Checkpoint, token: Callable[[int], str] | None = None) -> "Processor | None":
+    """What prepares pictures for a model, None where it sees none. token: the text of a token, where the checkpoint has
+    no tokenizer. Raises ConfigError, CheckpointError.
+    """
     raw = checkpoint.config
     if not sees(raw):
         return None
-    tokenizer = checkpoint.tokenizer()
 
-    def token(id: int) -> str:
-        text: str | None = tokenizer.id_to_token(id)
+    def known(id: int) -> str:
+        text: str | None = checkpoint.tokenizer().id_to_token(id)
         if text is None:
             raise ConfigError(f"The model config names the token {id} for pictures, which the tokenizer does not have.")
         return text
 
     make = entry(PROCESSORS, raw["composite"], "model_type")
-    made: Processor = make(whole(checkpoint), model_config(raw), raw["processor"], token)
+    made: Processor = make(whole(checkpoint), model_config(raw), raw["processor"], token or known)
     return made

@@ -324,6 +324,31 @@ def test_texts_from_python(llm: LLM) -> None:
         llm.generate("Look: <image>", PARAMS)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", vision.FAMILIES)
+def test_on_a_gpu(name: str, seeing: Callable[[str], Path]) -> None:
+    """Plain PyTorch in float32 gives the tokens of the CPU; the kernels in bfloat16, graphs and steps ahead the same
+    for the same request, alone and among others, with and without a prefix that is cached.
+    """
+    folder, settings = str(seeing(name)), {"max_model_len": LONGEST, "kv_memory": 64 << 20}
+    image = vision.photograph().resize((60, 44))
+    asked = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": t}]}] for t in "abc"
+    ]
+    found = []
+    for device in ("cpu", "cuda"):
+        with LLM(folder, kernels="torch", device=device, dtype="float32", **settings) as made:
+            found.append([c.tokens for c in made.chat(asked, PARAMS)])
+    assert found[0] == found[1]
+    with LLM(folder, device="cuda", **settings) as made:
+        first = made.chat(asked[0], PARAMS)[0]
+        again = made.chat(asked[0], PARAMS)[0]
+        assert made.stats().prefix_hit_tokens > 0  # type: ignore[union-attr]
+        assert len(first.tokens) == len(again.tokens) == ANSWER
+        assert all(len(c.tokens) == ANSWER for c in made.chat(asked, PARAMS))
+
+
 def test_what_is_no_picture(llm: LLM, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     for source, message in (

@@ -25,6 +25,7 @@ from tenfold.models.table import Model, build_model, model_config
 from tenfold.nn.step import Seen, Step
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.oracle import Oracle
+from tenfold.ops.table import make_kernels
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
@@ -159,6 +160,27 @@ def test_cuda(name: str, seeing: Folder) -> None:
         towers.append(build_model(checkpoint.config, Weights(checkpoint, Oracle(device), device=device), 64).tower)
     want, ours = (tower.encode(picture).cpu() for tower in towers if tower is not None)
     assert_agree(ours, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", vision.FAMILIES)
+@torch.inference_mode()
+def test_cuda_kernels(name: str, seeing: Folder) -> None:
+    """The tower on the kernels of a GPU, in bfloat16: off by no more than twice what plain PyTorch is."""
+    folder = seeing(name)
+    (picture,) = prompt(folder, [vision.pictures()[1]]).pictures
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    sets = (Oracle(), Oracle(device, dtype), make_kernels("auto", device, dtype, 1))
+    found = []
+    for kernels in sets:
+        checkpoint, exact = open_checkpoint(folder), kernels is sets[0]
+        where = ("cpu", torch.float32) if exact else (device, dtype)
+        tower = build_model(checkpoint.config, Weights(checkpoint, kernels, *where), 64).tower
+        assert tower is not None
+        found.append(tower.encode(picture).float().cpu())
+    plain, ours = ((other - found[0]).square().mean().sqrt() for other in found[1:])
+    assert ours <= 2 * plain
 
 
 def test_positions_of_rows_and_columns() -> None:
