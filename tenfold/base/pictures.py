@@ -33,6 +33,8 @@ FORMATS: tuple[tuple[str, Callable[[bytes], bool], Any], ...] = (
     ("GIF", lambda b: b.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
     ("BMP", lambda b: b.startswith(b"BM"), BmpImageFile),
 )
+SCAN = b"\xff\xda"  # in a JPEG nothing else is written so, but what is embedded in it
+MOST_SCANS = 100  # each costs a pass over all pixels; encoders make about ten
 NAMES = ", ".join(name for name, _, _ in FORMATS)
 
 
@@ -151,6 +153,8 @@ def _opened(data: bytes) -> Image.Image:
     """
     for name, begins, decoder in FORMATS:
         if begins(data[:16]):
+            if decoder is JpegImageFile and data.count(SCAN) > MOST_SCANS:
+                raise PictureError(f"The picture is a JPEG of more than {MOST_SCANS} scans, which is the most allowed.")
             try:
                 opened: Image.Image = decoder(BytesIO(data))
             except Exception:

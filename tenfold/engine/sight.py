@@ -50,6 +50,8 @@ class Layout:
         at = position = 0
         for picture, first in zip(self.pictures, self.starts[:-1]):
             begin = int(self.places[first])
+            if self.places[first + picture.tokens - 1] != begin + picture.tokens - 1:
+                raise ValueError("prompt has other tokens between those of a picture, whose rows must lie together.")
             found[:, at:begin] = position + np.arange(begin - at)
             position += begin - at
             rows, columns = picture.axes

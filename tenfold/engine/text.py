@@ -234,10 +234,11 @@ class Text:
         for picture in self.processor.prepare(opened, len(pictures) == 1):
             prepared.append(picture)
             size += len(picture.pixels)
-        if size > MOST_SEEN:
-            raise ValueError(
-                f"The pictures have {size} bytes as the model sees them; allowed: up to {MOST_SEEN} together."
-            )
+            if size > MOST_SEEN:
+                raise ValueError(
+                    f"The pictures have more than {MOST_SEEN} bytes as the model sees them, which is the most allowed "
+                    "together; send fewer or smaller ones."
+                )
         written = [*map(self.processor.written, prepared), ""]
         whole = "".join(part + own for part, own in zip(parts, written))
         return Pictured(tuple(self.encode(whole, add_special_tokens)), tuple(prepared))

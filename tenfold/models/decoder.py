@@ -168,10 +168,9 @@ class Decoder:
         table = weights.matrix("model.embed_tokens.weight", rows=[config.vocab_size], cols=config.hidden_size)
         self.embed = Embedding(kernels, table, self.embed_scale(config, weights.dtype))
         rope = rope_table(config.rope, max_model_len, weights.device)
-        self.turned = (max_model_len, rope)
         if config.rope_sections:
             rope = torch.cat([rope, torch.zeros_like(rope[:1]).expand(SEEN_TOKENS, -1)])
-            self.turned = (max_model_len, rope)
+        self.turned = (max_model_len, rope)
         local = (
             rope if config.local_rope == config.rope else rope_table(config.local_rope, max_model_len, weights.device)
         )

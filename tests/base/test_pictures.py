@@ -147,6 +147,17 @@ def test_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
         open_picture(bomb(*size))
 
 
+def test_scans_without_end() -> None:
+    """A progressive JPEG of few bytes can ask for as many passes over its pixels as it likes."""
+    data = file_of(gradient(), "JPEG", progressive=True)
+    assert 5 < data.count(b"\xff\xda") < 20
+    assert open_picture(data).size == (40, 24)
+    last = data.rindex(b"\xff\xda")
+    scan = data[last:-2]
+    with pytest.raises(PictureError, match="more than 100 scans"):
+        open_picture(data[:-2] + scan * 100 + data[-2:])
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "GIF", "JPEG"])
 def test_truncated(kind: str) -> None:
     data = file_of(gradient(300, 200), kind)

@@ -201,6 +201,8 @@ def test_positions_of_rows_and_columns() -> None:
     assert layout.positions(11, 14).tolist() == [8, 9, 10]
     with pytest.raises(ValueError, match="has 5 tokens for parts of pictures, and its 2 pictures need 8"):
         Layout((9,) * 5, pictures, 9, True)
+    with pytest.raises(ValueError, match="other tokens between those of a picture"):
+        Layout((*[9] * 5, 1, *[9] * 3), pictures, 9, True)
 
 
 @pytest.mark.parametrize(

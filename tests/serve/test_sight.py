@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tenfold.engine import text as engine_text
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.app import create_app
 from tenfold.serve.settings import ServeConfig
@@ -203,6 +204,11 @@ def test_counts_and_sizes(llm: AsyncLLM, urls: list[str]) -> None:
     refused(small, user(image(urls[0])), code="invalid_image", words="more than 1024 bytes")
     flat = Client(create_app({"tiny": llm}, ServeConfig(max_image_pixels=100)))
     refused(flat, user(image(urls[0])), code="invalid_image", words="allowed: up to 100")
+
+
+def test_pictures_that_are_too_much_together(client: Client, urls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_text, "MOST_SEEN", 20_000)
+    refused(client, user(*[image(url) for url in urls]), code="invalid_value", words="more than 20000 bytes")
 
 
 def test_a_prompt_that_is_too_long(llm: AsyncLLM, client: Client, urls: list[str]) -> None:
