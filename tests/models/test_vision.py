@@ -353,3 +353,49 @@ def test_modes_that_quantise_leave_the_tower_alone(seeing: Folder) -> None:
     towers = [build_model(checkpoint.config, Weights(checkpoint, kernels, mode=m), 64).tower for m in ("auto", "q8_0")]
     want, found = (tower.encode(picture) for tower in towers if tower is not None)
     assert (want == found).all()
+
+
+# Tiles and patches of the published models, on towers that are small otherwise. 384 is no multiple of 14.
+PUBLISHED = {
+    "llava": vision.varied(
+        vision.LLAVA,
+        vision={**vision.LLAVA.vision, "image_size": 384, "patch_size": 14},
+        settings={"size": {"height": 384, "width": 384}},
+        whole={},
+    ),
+    "smolvlm": vision.varied(
+        vision.TINY["smolvlm"],
+        vision={**vision.SIGLIP, "image_size": 384, "patch_size": 14},
+        settings={"size": {"longest_edge": 1536}, "max_image_size": {"longest_edge": 384}},
+        whole={"scale_factor": 3},
+    ),
+    "idefics3": vision.varied(
+        vision.IDEFICS,
+        vision={**vision.SIGLIP, "image_size": 364, "patch_size": 14},
+        settings={"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}},
+    ),
+    "internvl": vision.varied(
+        vision.INTERN,
+        vision={**vision.SIGLIP, "image_size": [448, 448], "patch_size": [14, 14]},
+        settings={**vision.INTERN.settings, "size": {"height": 448, "width": 448}},
+    ),
+    "qwen2.5-vl": vision.varied(
+        vision.TINY["qwen2.5-vl"],
+        vision={**vision.TINY["qwen2.5-vl"].vision, "patch_size": 14, "window_size": 112},
+        settings={"patch_size": 14, "merge_size": 2, "min_pixels": 3136, "max_pixels": 602112},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@torch.inference_mode()
+def test_published_sizes(name: str, tmp_path: Path) -> None:
+    tiny, image = PUBLISHED[name], vision.photograph()
+    folder = vision.make_checkpoint(tiny, tmp_path / name)
+    (picture,) = prompt(folder, [image]).pictures
+    reference = vision.reference(folder, tiny.family)
+    found = reference.model.get_image_features(**vision.inputs(tiny, [image]), return_dict=True).pooler_output
+    theirs = torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+    model = load(folder, Oracle())
+    assert model.tower is not None
+    assert_agree(model.tower.encode(picture), theirs)
