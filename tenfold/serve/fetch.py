@@ -9,9 +9,10 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 import httptools
@@ -27,6 +28,7 @@ AGENT = "tenfold"
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is given out to the internet
 
+T = TypeVar("T")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -74,6 +76,17 @@ def is_public(address: str) -> bool:
     return own.is_global and not (own.is_multicast or own.is_reserved)
 
 
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, run at one time; the first error is raised, and nobody goes on after it."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def ascii_name(host: str) -> str:
     """A host's name as DNS knows it. Raises ValueError for one that it cannot know."""
     return host if host.isascii() else host.encode("idna").decode("ascii")
@@ -105,13 +118,7 @@ class Fetcher:
 
     async def fetch_all(self, urls: Sequence[str]) -> list[bytes]:
         """The same for several at one time; the first error ends all. Raises PictureError."""
-        tasks = [asyncio.ensure_future(self.fetch(url)) for url in urls]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await together([self.fetch(url) for url in urls])
 
     async def fetch(self, url: str) -> bytes:
         """The bytes at a URL, not yet known to be a picture. Raises PictureError."""

@@ -4,14 +4,18 @@ Invariant: what a client sends is a URL and nothing else; no text of a client ev
 users' messages have pictures.
 """
 
+import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextvars import copy_context
+from typing import Any, TypeVar
 
 from tenfold.base.pictures import PictureError
 from tenfold.serve.errors import ApiError, invalid
-from tenfold.serve.fetch import Fetcher
+from tenfold.serve.fetch import Fetcher, together
 from tenfold.serve.service import Served
 
+T = TypeVar("T")
 Part = dict[str, Any]
 Content = str | list[Part]
 
@@ -62,14 +66,24 @@ async def fetch(messages: list[dict[str, Any]], served: Served) -> bool:
     most = served.settings.max_images
     if len(parts) > most:
         raise invalid(f"{first} and others are {len(parts)} images; allowed: up to {most} (--max-images).", first)
-    missing = [part for part in parts if "image" not in part]
-    try:
-        found = await Fetcher.of(served.settings).fetch_all([part["url"] for part in missing])
-    except PictureError as error:
-        raise refused(error, first) from None
-    for part, data in zip(missing, found):
-        part["image"] = data
+    fetcher = Fetcher.of(served.settings)
+    await together([_fetch(part, fetcher) for part in parts if "image" not in part])
     return True
+
+
+async def _fetch(part: Part, fetcher: Fetcher) -> None:
+    try:
+        part["image"] = await fetcher.fetch(part["url"])
+    except PictureError as error:
+        raise refused(error, part["where"]) from None
+
+
+async def aside(pictured: bool, work: Callable[..., T], *given: Any) -> T:
+    """What `work` gives, off the event loop; pictured: where others that prepare pictures wait for each other."""
+    if not pictured:
+        return await asyncio.to_thread(work, *given)
+    run = copy_context().run
+    return await asyncio.get_running_loop().run_in_executor(PREPARING, lambda: run(work, *given))
 
 
 def refused(error: ValueError, where: str) -> ApiError:

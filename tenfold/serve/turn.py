@@ -5,7 +5,6 @@ Invariant: chat completions, responses and messages differ only in how they are 
 A turn without tools and reasoning costs its tokens next to nothing: there is no parser in it.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -137,16 +136,15 @@ async def open_turn(http: HttpRequest, served: Served, ask: Ask, prefix: str, te
     except ValueError as error:
         raise from_value_error(error, ask.fields, ask.renamed) from None
     # Long texts and large grammars must not hold up the other streams.
-    where = sight.PREPARING if await sight.fetch(ask.messages, served) else None
-    prompt, params, parsers = await asyncio.get_running_loop().run_in_executor(where, _prepared, served, ask)
+    pictured = await sight.fetch(ask.messages, served)
+    prompt, params, parsers = await sight.aside(pictured, _prepared, served, ask)
     return Turn(served, ask, Job.of(http, served, prefix, [prompt], params, terms), parsers)
 
 
 async def count_prompt(served: Served, ask: Ask) -> int:
     """Tokens of the prompt for `ask`, however long it is. Raises ApiError (400)."""
-    where = sight.PREPARING if await sight.fetch(ask.messages, served) else None
-    dialect = manner_of(served).dialect
-    return len(await asyncio.get_running_loop().run_in_executor(where, _prompt, served, ask, dialect))
+    pictured = await sight.fetch(ask.messages, served)
+    return len(await sight.aside(pictured, _prompt, served, ask, manner_of(served).dialect))
 
 
 def _prepared(served: Served, ask: Ask) -> tuple[list[int] | Pictured, SamplingParams, list[Parser] | None]:

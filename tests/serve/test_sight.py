@@ -179,6 +179,11 @@ def test_what_is_no_picture(client: Client, urls: list[str]) -> None:
     refused(client, user({"type": "input_audio"}), code="unsupported_content", words="'input_audio'")
 
 
+def test_the_picture_at_fault_is_named(client: Client, urls: list[str]) -> None:
+    response = chat(client, user(image(urls[0]), text("and"), image("data:;base64,*")))
+    assert response.json()["error"]["param"] == "messages[0].content[2].image_url"
+
+
 def test_only_users_show_pictures(client: Client, urls: list[str]) -> None:
     for role in ("system", "assistant", "tool"):
         message = {"role": role, "content": [image(urls[0])], "tool_call_id": "a"}
