@@ -33,7 +33,7 @@ def urls() -> list[str]:
 @pytest.fixture(scope="module", params=["qwen2-vl", "idefics3", "internvl"])
 def llm(request: pytest.FixtureRequest, seeing: Callable[[str], Path]) -> Iterator[AsyncLLM]:
     """One whose template reads texts and lists, one that reads lists only, and one that reads texts only."""
-    made = AsyncLLM(str(seeing(request.param)), kernels="torch", max_model_len=512, kv_memory=8 << 20)
+    made = AsyncLLM(str(seeing(request.param)), kernels="torch", max_model_len=1024, kv_memory=16 << 20)
     yield made
     made.close()
 
@@ -148,6 +148,45 @@ def test_structured_answers(client: Client, urls: list[str]) -> None:
     assert answer in ("a cat", "a dog")
 
 
+def test_tools_beside_pictures(client: Client, urls: list[str]) -> None:
+    """Whatever way the model is told of tools; a result that came before does not disturb the picture after it."""
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": "{}"}}
+    history = [
+        user(text("Find it."), image(urls[0])),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "found"},
+        user(image(urls[1]), text("Like this?")),
+    ]
+    answers = [chat(client, *history, tools=[tool], tool_choice="none", n=2) for _ in range(2)]
+    assert [a.status_code for a in answers] == [200, 200], answers[0].text
+    assert [c["message"]["content"] for c in answers[0].json()["choices"]] == [
+        c["message"]["content"] for c in answers[1].json()["choices"]
+    ]
+    assert chat(client, *history, tools=[tool], ignore_eos=False).status_code == 200
+
+
+def test_messages_with_results_and_pictures(client: Client, urls: list[str]) -> None:
+    block = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": urls[0].partition(",")[2]},
+    }
+    use = {"type": "tool_use", "id": "c", "name": "find", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": "found"}
+    messages = [
+        user(text("Find it.")),
+        {"role": "assistant", "content": [text("Yes."), use]},
+        user(result, text("Like"), block, text("this?")),
+    ]
+    tool = {"name": "find", "input_schema": {"type": "object"}}
+    response = client.post(MESSAGES, {"messages": messages, "tools": [tool], "max_tokens": 5})
+    assert response.status_code == 200, response.text
+    wrong = {"type": "tool_result", "tool_use_id": "c", "content": [block]}
+    response = client.post(MESSAGES, {"messages": [*messages[:2], user(wrong)], "tools": [tool], "max_tokens": 5})
+    assert response.status_code == 400
+    assert "text only" in response.json()["error"]["message"]
+
+
 def test_models_say_what_they_read(client: Client) -> None:
     assert client.get("/v1/models").json()["data"][0]["input_modalities"] == ["text", "image"]
 
@@ -217,7 +256,7 @@ def test_pictures_that_are_too_much_together(client: Client, urls: list[str], mo
 
 
 def test_a_prompt_that_is_too_long(llm: AsyncLLM, client: Client, urls: list[str]) -> None:
-    response = chat(client, user(*[image(url) for url in urls * 5], text("long " * 60)))
+    response = chat(client, user(*[image(url) for url in urls * 5], text("long " * 200)))
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
