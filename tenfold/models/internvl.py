@@ -31,6 +31,7 @@ from tenfold.nn.vision import LayerNorm, Spans, Surroundings, VisionBlock, fold,
 from tenfold.weights.load import Weights
 
 START, END = "<img>", "</img>"
+BOUNDS = (("min", 1), ("max", 12))  # tiles of a picture, where nothing else is said
 VISION = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -102,8 +103,9 @@ class InternProcessor:
         self.tile = own.tower.side * own.tower.patch
         if settings.tile(self.tile) != (self.tile, self.tile):
             raise settings.refuse("size", f"the tower's {self.tile} x {self.tile}")
-        self.least = settings.count("min_patches", int(whole.get("min_dynamic_patch") or 1), MOST_TILES)
-        self.most = settings.count("max_patches", int(whole.get("max_dynamic_patch") or 12), MOST_TILES)
+        least, most = (Settings(whole).count(f"{which}_dynamic_patch", n, MOST_TILES) for which, n in BOUNDS)
+        self.least = settings.count("min_patches", least, MOST_TILES)
+        self.most = settings.count("max_patches", most, MOST_TILES)
         self.tokens = own.tokens
 
     def prepare(self, images: Iterable[Image.Image], alone: bool) -> list[Picture]:

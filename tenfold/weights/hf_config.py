@@ -132,7 +132,7 @@ def text_part(config: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise CheckpointError(f"{source} describes a {kind} model without its {composite.text}; it is damaged.")
     family = text.get("model_type") or composite.family
-    if family in COMPOSITES:  # older files name the whole model here
+    if isinstance(family, str) and family in COMPOSITES:  # older files name the whole model here
         family = composite.family
     if not isinstance(family, str) or family not in TEXT_FAMILIES:
         raise CheckpointError(

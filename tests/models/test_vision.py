@@ -7,6 +7,7 @@ before, and what rounding does to pixels is multiplied by scores of random weigh
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tenfold.engine.request import Pictured
 from tenfold.engine.sight import Layout
 from tenfold.engine.text import Text
 from tenfold.models.config import ConfigError
-from tenfold.models.table import Model, build_model, model_config
+from tenfold.models.table import Model, build_model, make_processor, model_config
 from tenfold.nn.step import Seen, Step
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.oracle import Oracle
@@ -203,6 +204,29 @@ def test_positions_of_rows_and_columns() -> None:
         Layout((9,) * 5, pictures, 9, True)
     with pytest.raises(ValueError, match="other tokens between those of a picture"):
         Layout((*[9] * 5, 1, *[9] * 3), pictures, 9, True)
+
+
+HOSTILE = (None, [], {}, "x", -1, 0, 1e300, float("nan"), [[]], {"a": 1}, True, 1 << 40)
+
+
+@pytest.mark.parametrize("name", vision.FAMILIES)
+def test_hostile_configs(name: str, seeing: Folder) -> None:
+    """Whatever stands in a config or a processor's settings: a ValueError with a sentence, or a model."""
+    checkpoint = open_checkpoint(seeing(name))
+    config, whole = dict(checkpoint.config), dict(checkpoint.config["whole"])
+    for part in ("", "vision_config", "processor"):
+        keys = whole if part == "" else config["processor"] if part == "processor" else whole["vision_config"]
+        for key in [*keys, "min_pixels", "size", "image_mean", "max_dynamic_patch", "vision_feature_layer"]:
+            for value in HOSTILE:
+                changed = {**keys, key: value}
+                checkpoint.config = {
+                    **config,
+                    "whole": changed if part == "" else {**whole, part: changed} if part != "processor" else whole,
+                    "processor": changed if part == "processor" else config["processor"],
+                }
+                with suppress(ValueError):
+                    model_config(checkpoint.config)
+                    make_processor(checkpoint)
 
 
 @pytest.mark.parametrize(

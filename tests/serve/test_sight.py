@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tenfold.engine import text as engine_text
@@ -275,3 +277,36 @@ def test_a_model_of_text_says_so(path: str, body: dict[str, Any]) -> None:
     assert response.status_code == 400
     assert "is an image; this model reads text only" in response.json()["error"]["message"]
     assert client.get("/v1/models").json()["data"][0]["input_modalities"] == ["text"]
+
+
+ODD = st.sampled_from(
+    [None, 0, True, "", "x", "data:", "data:,", "data:image/png;base64,AAAA", "http://[", "\x00", [], {}]
+)
+URL = st.one_of(
+    ODD, st.text(max_size=30), st.binary(max_size=60).map(lambda b: f"data:;base64,{base64.b64encode(b).decode()}")
+)
+PART = st.one_of(
+    st.fixed_dictionaries(
+        {"type": st.just("image_url"), "image_url": st.one_of(URL, st.fixed_dictionaries({"url": URL}))}
+    ),
+    st.fixed_dictionaries({"type": st.sampled_from(["image", "input_image"]), "source": ODD, "image_url": URL}),
+    st.fixed_dictionaries(
+        {
+            "type": st.just("image"),
+            "source": st.fixed_dictionaries({"type": ODD | st.just("base64"), "data": URL, "url": URL}),
+        }
+    ),
+    st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=10)}),
+)
+
+
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(PART, max_size=4), path=st.sampled_from([CHAT, MESSAGES, RESPONSES]))
+def test_whatever_is_sent(client: Client, parts: list[dict[str, Any]], path: str) -> None:
+    """A 200 or a 4xx in the API's shape."""
+    body: dict[str, Any] = {"max_tokens": 2} if path != RESPONSES else {"max_output_tokens": 16}
+    body["input" if path == RESPONSES else "messages"] = [{"role": "user", "content": parts}]
+    response = client.post(path, body)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["message"]
