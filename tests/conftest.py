@@ -14,7 +14,7 @@ from tenfold.base.log import LogHandler
 from tenfold.ops.cpu.build import find_compiler
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.table import make_kernels
-from tests import interpreter
+from tests import interpreter, vision
 from tests.tiny import TINY, make_checkpoint
 
 interpreter.ask()
@@ -47,6 +47,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if name not in made:
             made[name] = make_checkpoint(TINY[name], root / name)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`seeing(name)` is the folder of a checkpoint of vision.TINY."""
+    root = tmp_path_factory.mktemp("seeing")
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = vision.make_checkpoint(vision.TINY[name], root / name)
         return made[name]
 
     return make

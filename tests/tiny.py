@@ -1,6 +1,7 @@
 """Variants of every model family, small enough to make in a test, and how to make one with transformers."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,20 +232,23 @@ def fill(model: Any, seed: int) -> None:
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer of VOCAB tokens: specials, the 256 bytes, a few merges, and unused names."""
+def write_tokenizer(folder: Path, further: Sequence[str] = ()) -> None:
+    """A byte-level tokenizer of VOCAB tokens: specials, the 256 bytes, a few merges, further specials, and unused
+    names.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     specials = ["<pad>", "<s>", "</s>", "<unk>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("t", "h"), ("th", "e"), ("i", "n"), ("a", "n"), ("an", "d"), ("Ġ", "the"), ("Ġ", "a"), ("l", "l")]
     names = specials + letters + [a + b for a, b in merges]
+    names += further
     names += [f"<unused{i}>" for i in range(VOCAB - len(names))]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens(specials)
+    tokenizer.add_special_tokens([*specials, *further])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -76,6 +76,11 @@ class EngineConfig:
         "or a format such as k2v2g64",
     )
     kv_memory: int = setting(0, "bytes for the KV cache (0: derived from free memory)", unit="bytes")
+    picture_cache: int = setting(
+        0,
+        "bytes for what was seen in the latest pictures, of models that see (0: 1 GiB on a GPU, 256 MiB on a CPU)",
+        unit="bytes",
+    )
     gpu_memory_utilization: float = setting(0.9, "GPU: share of its free memory to use, for everything")
     max_batch: int = setting(
         0, "requests computed together at most (0: 64 on CPU, 256 on a GPU)", unit="requests", group="Speed"

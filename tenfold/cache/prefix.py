@@ -1,13 +1,14 @@
 """The prefix cache: full pages found again by what they hold.
 
-A page's key is a SHA-256 over the key of the page before it and its own tokens, starting from the salt; so equal keys
-mean equal tokens from the start of the sequence, and requests with different salts never meet. A page enters only
+A page's key is a SHA-256 over the key of the page before it, its own tokens and the keys of pictures that they show,
+starting from the salt; so equal keys mean equal tokens and pictures from the start of the sequence, and requests with
+different salts never meet. A page enters only
 after its contents were computed, and leaves when the pool gives it to somebody else.
 """
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tenfold.cache.pages import PagePool
 
@@ -15,9 +16,11 @@ from tenfold.cache.pages import PagePool
 class PageKeys:
     """The growing chain of keys of one sequence's full pages; tokens already hashed are never hashed again."""
 
-    __slots__ = ("_last", "_page_size", "keys")
+    __slots__ = ("_last", "_marks", "_page_size", "keys")
 
-    def __init__(self, salt: str, page_size: int) -> None:
+    def __init__(self, salt: str, page_size: int, marks: Mapping[int, bytes] | None = None) -> None:
+        """marks: what pages hold beside their tokens, by page."""
+        self._marks = marks or {}
         self.keys: list[bytes] = []
         self._page_size = page_size
         self._last = hashlib.sha256(b"tenfold prefix\0" + salt.encode()).digest()
@@ -26,7 +29,8 @@ class PageKeys:
         """The keys of at least the first `pages` full pages of `tokens` (which must start as in earlier calls)."""
         size = self._page_size
         for i in range(len(self.keys), pages):
-            self._last = hashlib.sha256(self._last + array("q", tokens[i * size : (i + 1) * size]).tobytes()).digest()
+            held = array("q", tokens[i * size : (i + 1) * size]).tobytes() + self._marks.get(i, b"")
+            self._last = hashlib.sha256(self._last + held).digest()
             self.keys.append(self._last)
         return self.keys
 

@@ -37,6 +37,7 @@ from tenfold.engine.request import FinishReason, Output, QueueFull, Request, Sam
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
+from tenfold.engine.sight import Layout, Sight
 from tenfold.engine.speculate.speculator import Speculator
 from tenfold.engine.speculate.table import make_speculator
 from tenfold.engine.text import Text
@@ -46,6 +47,7 @@ from tenfold.ops.matrix import Matrix
 from tenfold.weights.load import Weights
 
 POOLS = ("mean", "last")
+MOST_PICTURES = 1 << 30  # bytes of pixels that requests under way may hold together
 COMPILE_WAIT = 0.005  # seconds a step with nothing else to do waits for a grammar
 
 
@@ -104,8 +106,11 @@ class Engine:
         )
         self.rooms = Rooms(rooms, spec.room_slack) if rooms else None
         self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix, self.rooms)
+        tower = getattr(model, "tower", None)
+        self.sight = Sight(tower, config.picture_cache, self.device) if tower is not None else None
         self.runner = Runner(
-            model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead, kernels.bucket
+            *(model, self.kv, limits.rows, self.max_model_len, self.device, config.lookahead, kernels.bucket),
+            sight=self.sight,
         )
         self.speculator: Speculator | None = make_speculator(config, draft, self.runner, self.kv, self.max_model_len)
         self.grammars: Grammars | None = None  # made when a request first asks for one
@@ -115,6 +120,7 @@ class Engine:
         self._ready: list[Output] = []  # ends that no step brings: aborts, deadlines
         self._requests: dict[str, list[Sequence]] = {}
         self._order = 0
+        self._pictures = 0  # bytes of pixels of requests under way
         self.phases: Phases | None = None  # where prefills and decodes run side by side
         self._reset_counts()
 
@@ -186,11 +192,22 @@ class Engine:
             raise RuntimeError(f"The model cannot run: {outputs[-1].error}")
         if speculates and self.speculator is None:
             raise RuntimeError(f"The draft model {self.config.speculate} cannot run; the log says why.")
+        if self.device.type != "cpu":  # where it would take seconds, and compile nothing
+            self._look_once()
         if self.prefix is not None:
             self.prefix.clear()
         if self.rooms is not None:
             self.rooms.clear()
         self._reset_counts()
+
+    def _look_once(self) -> None:
+        """Let the tower see a small picture, where there is somebody to prepare one."""
+        if self.sight is None or not isinstance(self.text, Text):
+            return
+        for picture in self.text.sample_pictures():
+            with torch.inference_mode():
+                self.sight.features(picture)
+        self.sight.clear()
 
     # Requests
 
@@ -198,6 +215,7 @@ class Engine:
         """Queue a request. Raises ValueError for one that can never run, QueueFull for one too many."""
         self.check(request)
         self._check_queue(request)
+        layout = self._layout(request)
         compiling = self._compile(request)
         params, prompt = request.params, len(request.prompt)
         limit = self.max_model_len
@@ -212,17 +230,34 @@ class Engine:
         sequences = []
         for index in range(count):
             seed = int.from_bytes(os.urandom(8)) if params.seed is None else params.seed + index
-            sequence = Sequence(request, index, self._order, limit, self.config.page_size, seed, stops)
+            sequence = Sequence(request, index, self._order, limit, self.config.page_size, seed, stops, layout)
             if self.text is not None and request.pool is None:
                 sequence.detokenizer = self.text.detokenizer(request)
             sequences.append(sequence)
         self._order += 1
         self._requests[request.id] = sequences
+        self._pictures += pixels_of(request)
         self._prompts += prompt
         self.scheduler.add(sequences, blocked=compiling is not None)
         if compiling is not None:
             self._compiling[request.id] = compiling
             self._release_compiled()
+
+    def _layout(self, request: Request) -> Layout | None:
+        """Where a request's pictures stand. Raises ValueError where they cannot be seen."""
+        if self.sight is None:
+            if request.pictures:
+                raise ValueError(f"pictures has {len(request.pictures)} entries, and this model reads text only.")
+            return None
+        token_id = self.sight.tower.token_id
+        if not request.pictures and token_id not in request.prompt:
+            return None
+        for picture in request.pictures:
+            picture.check()
+        turned = bool(self.model.config.rope_sections)
+        if turned and not all(picture.axes[0] for picture in request.pictures):
+            raise ValueError("pictures has one without rows and columns; allowed: what this model's preparation makes.")
+        return Layout(request.prompt, request.pictures, token_id, turned)
 
     def _compile(self, request: Request) -> "Compiling | None":
         """Begin to compile a request's grammar. Raises ValueError for one that is over the limits."""
@@ -284,6 +319,9 @@ class Engine:
         vacant = limits.rows - self.scheduler.running
         if waiting - vacant >= limits.max_queue:
             raise self._queue_full(f"{waiting} requests wait, {limits.max_queue} may")
+        pixels = pixels_of(request)
+        if pixels and self._pictures and self._pictures + pixels > MOST_PICTURES:
+            raise self._queue_full(f"pictures of {self._pictures} bytes are held, and {MOST_PICTURES} may be")
         if limits.max_queue_tokens and waiting and tokens + len(request.prompt) > limits.max_queue_tokens:
             raise self._queue_full(
                 f"{tokens} prompt tokens wait, {limits.max_queue_tokens} may, and this prompt has {len(request.prompt)}"
@@ -333,6 +371,7 @@ class Engine:
             drafted_tokens=self.speculator.drafted if self.speculator is not None else 0,
             accepted_tokens=self.speculator.accepted if self.speculator is not None else 0,
             recomputed_rows=self.kernels.recomputed,
+            pictures=self.sight.looked if self.sight is not None else 0,
             **(self.phases.stats() if self.phases is not None else {}),
         )
 
@@ -593,6 +632,7 @@ class Engine:
         siblings = self._requests[sequence.request.id]
         if all(s.status is Status.FINISHED for s in siblings):
             del self._requests[sequence.request.id]
+            self._pictures -= pixels_of(sequence.request)
             self._compiling.pop(sequence.request.id, None)
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Output:
@@ -636,6 +676,11 @@ class Compiling:
             return self.too_slow
         error = self.matcher.exception()
         return None if error is None else str(error)
+
+
+def pixels_of(request: Request) -> int:
+    """Bytes that its pictures hold."""
+    return sum([len(picture.pixels) for picture in request.pictures])
 
 
 class Isolated:

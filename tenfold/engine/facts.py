@@ -34,6 +34,7 @@ class Stats:
     drafted_tokens: int = 0  # guesses that were verified
     accepted_tokens: int = 0  # of those, the ones that became part of an answer
     recomputed_rows: int = 0  # of attention: a token's query head whose unified maximum did not hold
+    pictures: int = 0  # that were looked at; those that were known still are not counted
     prefill_sms: int = 0  # multiprocessors that prompts have now, where phases run side by side
     decode_sms: int = 0  # and answers
     border_changes: int = 0

@@ -31,21 +31,23 @@ from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.grammar import Grammars
 from tenfold.engine.loop import Batch, EngineDead, EngineLoop, EngineRestarted, Loop
 from tenfold.engine.remote import RemoteLoop
-from tenfold.engine.request import FinishReason, Grammar, Output, QueueFull, Request, SamplingParams
+from tenfold.engine.request import FinishReason, Grammar, Output, Pictured, QueueFull, Request, SamplingParams
 from tenfold.engine.stream import Bar, Job, RequestFailed, Run, Stream
 
 if TYPE_CHECKING:  # PyTorch comes with these
     from tenfold.engine.core import Engine
     from tenfold.engine.text import Text
 
-__all__ = ["LLM", "AsyncLLM", "Completion", "EngineDead", "EngineRestarted", "QueueFull", "RequestFailed", "Stream"]
+__all__ = ["LLM", "AsyncLLM", "Completion", "EngineDead", "EngineRestarted", "Pictured", "QueueFull"]
+__all__ += ["RequestFailed", "Stream"]
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Pictured
 Message = Mapping[str, Any]
 Front = TypeVar("Front", bound="_Front")
 
 # Imported when a model is loaded, which takes PyTorch a second or two: an engine process imports it meanwhile, too.
 HEAVY = {"engine": "tenfold.engine.core:Engine", "text": "tenfold.engine.opened:open_text"}
+PICTURES = {"load": "tenfold.base.pictures:load_picture"}  # comes with Pillow
 
 PATIENCE = 10.0  # seconds that the end of the program waits for a step under way
 LONG_TEXT = 4096  # characters from which a text is encoded off the event loop; shorter takes well under a millisecond
@@ -170,6 +172,31 @@ class _Front:
         """Token ids of a conversation by the model's chat template. settings: as in `template.apply`."""
         return self.text.encode_chat(messages, **settings)
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model looks at pictures."""
+        return getattr(self.text, "processor", None) is not None
+
+    def pictured(self, text: str, pictures: Sequence[Any]) -> Pictured:
+        """A prompt in which the model's own mark, such as <image>, stands for each of the pictures in turn: paths, data
+        URLs, bytes, or PIL images. Raises ValueError.
+        """
+        return self.text.encode_pictured(text, [_loaded(picture) for picture in pictures])
+
+    def pictured_chat(self, messages: Sequence[Message], **settings: Any) -> Pictured:
+        """As `chat_prompt`, for a conversation with pictures: parts of content of type "image" with the bytes of a file
+        or a PIL image as "image".
+        """
+        return self.text.encode_chat_pictured(messages, **settings)
+
+    def prompt_for(self, messages: Sequence[Message], **settings: Any) -> list[int] | Pictured:
+        """A conversation as a prompt. Its pictures may be named by path or data URL, so it must not be a stranger's.
+        Raises TemplateError, and PictureError for a picture that cannot be used.
+        """
+        if not self.sees:
+            return self.chat_prompt(messages, **settings)
+        return self.pictured_chat(_with_loaded(messages), **settings)
+
     def default_params(self, chat: bool = False) -> SamplingParams:
         """The parameters of requests that come without: what generation_config.json recommends, others at their
         defaults. An answer in a chat goes on until the model ends it, a completion for 16 tokens, unless the model says
@@ -187,6 +214,8 @@ class _Front:
     def _request(self, prompt: Prompt, params: SamplingParams | None, **rest: Any) -> Request:
         params = self.default_params() if params is None else checked_params(params)
         id = rest.pop("request_id", None) or f"request-{next(self._ids)}"
+        if isinstance(prompt, Pictured):
+            return Request(id, prompt.tokens, params, pictures=prompt.pictures, **rest)
         return Request(id, self._tokens(prompt), params, **rest)
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
@@ -255,9 +284,34 @@ def _is_tokens(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(isinstance(t, int) for t in prompt)
 
 
+def _loaded(picture: Any) -> Any:
+    return entry(PICTURES, "load", "part")(picture)
+
+
+def _with_loaded(messages: Any) -> Any:
+    """The messages, their pictures loaded; what is no conversation is left to the template's checks."""
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        return messages
+    return [
+        {**message, "content": [_part(part) for part in message["content"]]}
+        if isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _part(part: Any) -> Any:
+    """A part of a message, its picture loaded."""
+    if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
+        return part
+    source = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
+    source = source.get("url") if isinstance(source, Mapping) else source
+    return {"type": "image", "image": None if source is None else _loaded(source)}
+
+
 def _prompts(prompts: str | Sequence[Any]) -> list[Prompt]:
     """One prompt or several, as a list."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Pictured)):
         return [prompts]
     prompts = _plain(prompts)
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Sequence):
@@ -328,13 +382,15 @@ class LLM(_Front):
         progress: bool = False,
         **settings: Any,
     ) -> list[Completion]:
-        """Answer one conversation or many: lists of {"role", "content"}; one Completion for each.
+        """Answer one conversation or many: lists of {"role", "content"}; one Completion for each. To a model that sees,
+        content may be a list of parts {"type": "text", "text": ...} and {"type": "image", "image": a path, a data URL,
+        bytes, or PIL's Image}.
 
         settings: as in `template.apply`, such as tools or enable_thinking. Raises TemplateError, and what `generate`
         raises.
         """
         conversations = [messages] if _is_conversation(messages) else list(messages)
-        prompts = [self.chat_prompt(c, **settings) for c in conversations]  # type: ignore[arg-type]
+        prompts = [self.prompt_for(c, **settings) for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, self.default_params(chat=True) if params is None else params, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **rest: Any) -> Stream:
@@ -345,7 +401,7 @@ class LLM(_Front):
 
     def chat_stream(self, messages: Sequence[Message], params: SamplingParams | None = None, **settings: Any) -> Stream:
         """Outputs of the answer to one conversation as they come."""
-        prompt = self.chat_prompt(messages, **settings)
+        prompt = self.prompt_for(messages, **settings)
         return self.stream(prompt, self.default_params(chat=True) if params is None else params)
 
     def embed(self, texts: str | Sequence[Prompt], pool: str = "mean", normalize: bool = True) -> np.ndarray:
@@ -541,7 +597,7 @@ class AsyncLLM(_Front):
         """Outputs of the answer to a conversation. template_settings: as in `template.apply`; rest: as in
         `generate`.
         """
-        prompt = await asyncio.to_thread(self.chat_prompt, messages, **(template_settings or {}))
+        prompt = await asyncio.to_thread(self.prompt_for, messages, **(template_settings or {}))
         params = self.default_params(chat=True) if params is None else params
         async with aclosing(self.generate(prompt, params, **rest)) as outputs:
             async for output in outputs:

@@ -17,6 +17,7 @@ from tenfold.cache.format import AS_COMPUTED, parse
 from tenfold.cache.store import KVSpec
 from tenfold.engine.phases import table as schedules
 from tenfold.models.config import ModelConfig
+from tenfold.models.decoder import SEEN_TOKENS
 from tenfold.ops.blocks import DENSE, storage_bytes
 from tenfold.ops.cpu.repack import cpu_storage
 from tenfold.ops.formats import is_format
@@ -25,6 +26,7 @@ from tenfold.weights.load import TABLE, TARGETS, head_copy, loaded_storage
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GPU_PICTURES, CPU_PICTURES = GIB, GIB // 4
 CPU_KV_SHARE = 0.25  # of free memory
 CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
@@ -53,7 +55,7 @@ class Draft:
 class MemoryPlan:
     """Bytes by use, and the sizes that follow. `changes`: settings that would make it fit, empty where it does.
     weights: of a draft model, too, whose part is draft_weights; a page and a token hold its keys and values as well.
-    rooms: of a packed cache, room_bytes each, part of `kv`.
+    rooms: of a packed cache, room_bytes each, part of `kv`. pictures: for what was seen in them.
     """
 
     weights: int
@@ -71,6 +73,7 @@ class MemoryPlan:
     draft_weights: int = 0
     rooms: int = 0
     room_bytes: int = 0
+    pictures: int = 0
 
     @property
     def tokens(self) -> int:
@@ -79,7 +82,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + self.workspace
+        return self.weights + self.kv + self.workspace + self.pictures
 
     def __str__(self) -> str:
         lines = [
@@ -89,6 +92,7 @@ class MemoryPlan:
             f"{size(self.bytes_per_token)} a token in {self.kv_dtype}",
             *self._rooms(),
             f"workspace  {size(self.workspace):>10}",
+            *([f"pictures   {size(self.pictures):>10}   for what was seen in the latest"] if self.pictures else []),
             f"total      {size(self.total):>10}   of {size(self.free)} free",
             f"context    {self.max_model_len:>10}   tokens at most in one sequence; "
             f"{max(1, self.tokens // self.max_model_len)} such at a time",
@@ -115,7 +119,9 @@ class MemoryPlan:
         if self.fits:
             return
         what = (
-            f"weights {size(self.weights)}, KV cache {size(self.kv)}, workspace {size(self.workspace)}: "
+            f"weights {size(self.weights)}, KV cache {size(self.kv)}, workspace {size(self.workspace)}"
+            + (f", pictures {size(self.pictures)}" if self.pictures else "")
+            + ": "
             f"{size(self.total)} in all, and {size(self.free)} are free."
         )
         way = (
@@ -161,7 +167,37 @@ def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised:
         # with room for decodes beside a whole chunk: prompts of a chunk's length would leave a few tokens for one more
         max_step_tokens=config.max_step_tokens or (_most_prefilled(config) + batch if gpu else 512),
         lookahead=config.lookahead if config.lookahead >= 0 else int(gpu),
+        picture_cache=config.picture_cache or (GPU_PICTURES if gpu else CPU_PICTURES),
     )
+
+
+def check_sight(model: ModelConfig, config: EngineConfig) -> None:
+    """Raises ValueError for resolved settings that a model which sees pictures does not go with."""
+    if model.tower is None:
+        return
+    if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
+        raise ValueError(
+            f"schedule is {config.schedule!r}, and this model sees pictures, which only one lane can look at yet; "
+            f"allowed: {schedules.CHUNKED}, {schedules.PREFILL_FIRST}."
+        )
+    if config.speculate not in ("", "ngram"):
+        raise ValueError(
+            f"speculate is {config.speculate!r}, and this model sees pictures, which a draft model would not; allowed: "
+            "'' or ngram."
+        )
+    if not model.rope_sections:
+        return
+    packed = parse(config.kv_cache, model.kv_heads, model.head_dim)
+    if packed is not None and packed.rotary == "pre":
+        raise ValueError(
+            f"kv_cache is {config.kv_cache!r}, which keeps keys as they are before they turn, and this model turns "
+            "keys of pictures by rows and columns; allowed: auto, fp8, int4, or a format that ends in -post."
+        )
+    if config.max_step_tokens > SEEN_TOKENS:
+        raise ValueError(
+            f"max_step_tokens is {config.max_step_tokens}; allowed for a model that turns keys of pictures by rows and "
+            f"columns: up to {SEEN_TOKENS}."
+        )
 
 
 def _most_prefilled(config: EngineConfig) -> int:
@@ -176,6 +212,7 @@ def check_sizes(config: EngineConfig) -> None:
     for name in (
         "max_model_len",
         "kv_memory",
+        "picture_cache",
         "max_batch",
         "max_step_tokens",
         "max_queue",
@@ -254,7 +291,8 @@ def _lay_out(
     if draft is not None:
         workspace = max(workspace, workspace_bytes(draft.shape, config))  # they take turns
     longest = min(config.max_model_len or model.max_positions, model.max_positions)
-    left = max(0, int(free * share_of(config)) - loaded - workspace)
+    pictures = config.picture_cache if model.tower is not None else 0
+    left = max(0, int(free * share_of(config)) - loaded - workspace - pictures)
     least = longest if config.max_model_len else min(longest, LEAST_TOKENS)
     budget = config.kv_memory or _kv_budget(config, left, free, least * per_token)
     batch = _batch(specs[0], config, budget)
@@ -278,6 +316,7 @@ def _lay_out(
         room_bytes=specs[0].bytes_per_room,
         fits=kv <= min(left, config.kv_memory or left),
         draft_weights=loaded - weights,
+        pictures=pictures,
     )
 
 
@@ -299,14 +338,25 @@ def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Activations of one step and what sampling takes, in each lane: an estimate from above."""
+    """Activations of one step and what sampling takes, in each lane, and of looking at a picture: an estimate from
+    above.
+    """
     inner = model.intermediate_size
     if model.experts is not None:
         inner = max(inner, model.experts.routing.top * model.experts.size + model.experts.shared)
     width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * inner
     activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
     logits = logits_rows(config) * model.vocab_size * (3 * 4 + 8)
-    return schedules.pairs_of(config) * (activations + logits + (64 << 20))
+    return schedules.pairs_of(config) * (activations + logits + (64 << 20)) + _looking(model, config)
+
+
+def _looking(model: ModelConfig, config: EngineConfig) -> int:
+    """Activations of a tower, some of them in float32."""
+    tower = model.tower
+    if tower is None:
+        return 0
+    each = 3 * tower.pixels * 4 + (6 * tower.hidden + 2 * tower.inner) * DTYPES[config.dtype].itemsize
+    return tower.patches * (each + 4 * tower.hidden * 4)
 
 
 def logits_rows(config: EngineConfig) -> int:
@@ -339,6 +389,8 @@ def _changes(model: ModelConfig, weights: int, config: EngineConfig, free: int, 
         if length >= LEAST_TOKENS and fits(replace(config, max_model_len=length)):
             yield f"max_model_len={length}"
             break
+    if model.tower is not None and config.picture_cache > 1 << 20 and fits(replace(config, picture_cache=1 << 20)):
+        yield "picture_cache=1M (pictures are looked at again whenever they come back)"
     if config.kv_memory and fits(replace(config, kv_memory=0)):
         yield "kv_memory=0 (derived from free memory)"
     yield from _lighter_weights(model, weights, config, fits)

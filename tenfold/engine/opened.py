@@ -10,7 +10,17 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.cache.format import calibrated
 from tenfold.cache.store import Groupings
-from tenfold.engine.memory import DTYPES, Draft, fill, free_memory, kv_spec, plan_memory, resolve, weight_bytes
+from tenfold.engine.memory import (
+    DTYPES,
+    Draft,
+    check_sight,
+    fill,
+    free_memory,
+    kv_spec,
+    plan_memory,
+    resolve,
+    weight_bytes,
+)
 from tenfold.engine.text import Text
 from tenfold.models.table import Model, build_model, model_config
 from tenfold.ops.kernels import Kernels, Options
@@ -57,6 +67,7 @@ class Opened:
             size, _ = weight_bytes(self.draft_checkpoint, config.weights, dtype, self.kernels.name)
             self.draft = Draft(self.draft_shape, size)
         resolved = resolve(config, self.device, self.kernels.name, quantised)
+        check_sight(self.shape, resolved)
         self.memory = plan_memory(self.shape, self.weights, resolved, free_memory(self.device), self.draft)
         self.config = fill(resolved, self.memory)
 

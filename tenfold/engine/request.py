@@ -9,6 +9,8 @@ from enum import StrEnum
 
 import msgspec
 
+from tenfold.models.picture import Picture
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # an end token, a stop token or a stop string, or the grammar is complete
@@ -124,7 +126,8 @@ class Request:
     priority: smaller runs first. user: whose share of tokens this is counted against. salt: requests with different
     salts never share prefix pages. deadline: `time.monotonic()` seconds after which it ends with finish reason
     "abort". pool: instead of generating, return the pooled final hidden state ("mean" or "last"). ttft, tpot: seconds
-    to the first token and per token after it to aim at, where the schedule is "phases"; 0: the engine's.
+    to the first token and per token after it to aim at, where the schedule is "phases"; 0: the engine's. pictures: in
+    the order of their tokens in the prompt.
     """
 
     id: str
@@ -137,7 +140,19 @@ class Request:
     pool: str | None = None
     ttft: float = 0.0
     tpot: float = 0.0
+    pictures: tuple[Picture, ...] = ()
     arrival: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Pictured:
+    """A prompt with its pictures, which stand in it in their order."""
+
+    tokens: tuple[int, ...]
+    pictures: tuple[Picture, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class QueueFull(ValueError):

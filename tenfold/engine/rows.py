@@ -116,6 +116,8 @@ class Rows:
     apart: a token and its drafts are given to the model as so many decodes of one row, each a token longer than the one
     before, rather than as a chunk: all K and V of a step are written before any is read. So steps with drafts have the
     shapes of decodes, and on a GPU their kernels and graphs.
+
+    turned: whether tokens after pictures turn by other positions than their place in the sequence.
     """
 
     def __init__(
@@ -127,8 +129,10 @@ class Rows:
         lookahead: int,
         beside: "Rows | None" = None,
         bucket: Bucket = strides,
+        turned: bool = False,
     ) -> None:
         self.kv = kv
+        self.turned = turned
         self.bucket = bucket
         self.lookahead = lookahead
         self.max_pages = max_pages
@@ -205,6 +209,8 @@ class Rows:
             buffer.positions[count:] = 0
             buffer.token_ids[count:] = 0
         self._place(buffer, rows, rows)
+        if self.turned:
+            buffer.positions[:count] += [e.sequence.layout.shift if e.sequence.layout else 0 for e in drawn]
         buffer.kv_lengths[count:] = 0
         buffer.slots[count:] = -1
         return self._batch(buffer, entries, entries, None, ondevice, 1, longest, count)
@@ -229,7 +235,16 @@ class Rows:
         known = chain.from_iterable(e.tokens() for e in entries[ondevice:])
         buffer.token_ids[ondevice:] = list(known)
         self._place(buffer, rows, np.repeat(rows, counts))
+        if self.turned:
+            self._set_turns(buffer, entries, ends.tolist())
         return self._batch(buffer, entries, sampled, picks, ondevice, int(counts.max()), longest, decodes)
+
+    def _set_turns(self, buffer: Buffer, entries: tuple[Entry, ...], ends: list[int]) -> None:
+        """From here on positions say what tokens turn by, and no longer where they go."""
+        for entry, end in zip(entries, ends):
+            layout = entry.sequence.layout
+            if layout is not None:
+                buffer.positions[end - entry.length : end] = layout.positions(entry.start, entry.start + entry.length)
 
     def _place(self, buffer: Buffer, rows: np.ndarray, token_rows: np.ndarray) -> None:
         """The page tables of the requests' rows, and each token's slot in its row's pages."""

@@ -6,7 +6,7 @@ Steps run in the order of their launches, and a later one may use tokens of an e
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tenfold.engine.request import Logprob
 from tenfold.engine.rows import Batch, Bucket, Rows, strides
 from tenfold.engine.sampler import Sampled, SamplePlan, Sampler, logprobs_of
 from tenfold.engine.sequence import Sequence
+from tenfold.engine.sight import Sight
 from tenfold.engine.speculate.verify import Check, accepted, draws
 from tenfold.models.table import Model
 from tenfold.ops import sample as ops
@@ -47,7 +48,9 @@ class Tokens:
 
 
 class Runner:
-    """Owns the model, the KV store and the rows. `max_batch` rows of `max_len` tokens at most; bucket: see `Rows`."""
+    """Owns the model, the KV store and the rows. `max_batch` rows of `max_len` tokens at most; bucket: see `Rows`.
+    sight: where the model looks at pictures.
+    """
 
     def __init__(
         self,
@@ -58,11 +61,15 @@ class Runner:
         device: torch.device,
         lookahead: int,
         bucket: Bucket = strides,
+        sight: Sight | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
         self.device = device
-        self.rows = Rows(max_batch, -(-max_len // kv.spec.page_size), kv, device, lookahead, bucket=bucket)
+        self.sight = sight
+        turned = sight is not None and bool(model.config.rope_sections)
+        pages = -(-max_len // kv.spec.page_size)
+        self.rows = Rows(max_batch, pages, kv, device, lookahead, bucket=bucket, turned=turned)
         self.sampler = Sampler(max_batch, model.config.vocab_size, device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sample_plan: SamplePlan | None = None
@@ -121,13 +128,19 @@ class Runner:
                 pending.pooled = self._pool(entries, pooling)
             if not rest:
                 return Forward(pending)
-            batch = self.rows.gather(rest, decodes)
+            batch = self._gather(rest, decodes)
             return Forward(pending, batch, self.model.forward(batch.step))
+
+    def _gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
+        """Inputs for these entries, pictures looked at."""
+        batch = self.rows.gather(entries, decodes)
+        seen = self.sight.seen(entries) if self.sight is not None else None
+        return batch if seen is None else replace(batch, step=replace(batch.step, seen=seen))
 
     def begin(self, entries: tuple[Entry, ...]) -> "Slices":
         """Chunks of a prepared plan, to be run in slices of a few layers."""
         pooled = any(e.sequence.request.pool is not None for e in entries)
-        return Slices(entries, None if pooled else self.rows.gather(entries, 0))
+        return Slices(entries, None if pooled else self._gather(entries, 0))
 
     def advance(self, slices: "Slices", layers: int) -> "Forward | None":
         """Run so many more layers; None where some are left. Chunks that are pooled run at once, and those of which all
@@ -199,7 +212,7 @@ class Runner:
         """Sum of the hidden states over each entry, or the last one, as its request asks; float32 [hidden_size]
         each.
         """
-        hidden = self.model.hidden(self.rows.gather(entries, 0).step).float()
+        hidden = self.model.hidden(self._gather(entries, 0).step).float()
         parts = hidden.split([e.length for e in entries])
         pooled = {
             id(e): part.sum(0) if e.sequence.request.pool == "mean" else part[-1].clone()

@@ -7,10 +7,13 @@ sequence from one status to the next.
 """
 
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenfold.cache.prefix import PageKeys
 from tenfold.engine.request import Logprob, Request
+
+if TYPE_CHECKING:  # which speaks of entries of plans, and these of sequences
+    from tenfold.engine.sight import Layout
 
 Rank = tuple[int, float, int, int]
 
@@ -37,6 +40,7 @@ class Sequence:
         "index",
         "inflight",
         "keys",
+        "layout",
         "limit",
         "matcher",
         "order",
@@ -64,7 +68,15 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, index: int, order: int, limit: int, page_size: int, seed: int, stops: frozenset[int]
+        self,
+        request: Request,
+        index: int,
+        order: int,
+        limit: int,
+        page_size: int,
+        seed: int,
+        stops: frozenset[int],
+        layout: "Layout | None" = None,
     ) -> None:
         self.request = request
         self.index = index
@@ -91,7 +103,8 @@ class Sequence:
         self.guess: Any = None  # what speculation knows of it (speculate.guess.Guess)
         self.charged = 0  # leading tokens its user was charged for; work repeated after preemption is free
         self.registered = 0  # leading full pages offered to the prefix cache
-        self.keys = PageKeys(request.salt, page_size)
+        self.layout = layout  # of its pictures
+        self.keys = PageKeys(request.salt, page_size, layout.marks(page_size) if layout else None)
         self.cached_tokens = 0
         self.started = 0.0  # when its first step was planned; 0 before
         self.parent: Sequence | None = None

@@ -24,6 +24,9 @@ from tenfold.engine import sandbox
 
 MAX_SOURCE = 1 << 18  # characters of a template; the longest in use have about 3e4
 MAX_INPUT = 1 << 25  # bytes of a conversation as JSON
+READS = ("text", "parts", "either")  # content as text, as a list of parts, or a list where there are pictures
+IMAGES = ("image", "image_url")  # types of parts
+PROBE = "what does this template read?"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # What a caller may set beside messages and tools; names that templates of the served families read.
@@ -68,6 +71,9 @@ def apply(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     special: Mapping[str, str] | None = None,
+    pictures: list[Any] | None = None,
+    reads: str = "text",
+    mark: str = "",
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     **settings: Any,
@@ -75,17 +81,20 @@ def apply(
     """The prompt that a template makes of a conversation.
 
     messages: dicts with "role" (one of ROLES) and "content" (text, or a list of text parts, which are joined by
-    newlines). special: names such as "bos_token" to strings. add_generation_prompt: open the assistant's turn at the
-    end. continue_final_message: leave the last message open instead, to be continued. settings: any of SETTINGS, for
-    templates that know them. Raises TemplateError.
+    newlines). special: names such as "bos_token" to strings. pictures: receives the pictures of messages, in their
+    order; without it there must be none. reads: what the template reads, one of READS. mark: what stands for a picture
+    in text. add_generation_prompt: open the assistant's turn at the end. continue_final_message: leave the last message
+    open instead, to be continued. settings: any of SETTINGS, for templates that know them. Raises TemplateError.
     """
     unknown = sorted(settings.keys() - SETTINGS)
     if unknown:
         raise TemplateError(f"{unknown[0]} is not a setting of chat templates; allowed: {', '.join(sorted(SETTINGS))}.")
     if not isinstance(source, str) or len(source) > MAX_SOURCE:
         raise TemplateError(f"The chat template has {len(source)} characters; allowed: up to {MAX_SOURCE}.")
-    checked = check_messages(messages)
-    mark = _mark_end(checked) if continue_final_message else ""
+    checked = check_messages(messages, pictures)
+    end = _mark_end(checked) if continue_final_message else ""
+    for message in checked:
+        message["content"] = _as_read(message["content"], reads, mark)
     variables = {
         **(special or {}),
         "documents": None,
@@ -95,12 +104,35 @@ def apply(
         "add_generation_prompt": add_generation_prompt and not continue_final_message,
     }
     text = _renderer.render(source, variables)
-    return _cut_at(mark, text) if continue_final_message else text
+    return _cut_at(end, text) if continue_final_message else text
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies of messages as templates read them: content a string, the arguments of tool calls a dict. Raises
-    TemplateError.
+def reads_of(source: str, special: Mapping[str, str], mark: str) -> str:
+    """What a template of a model that sees pictures reads, found out by trying: one of READS."""
+    parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
+    answers = []
+    for content in (parts, PROBE):
+        variables = {**special, "messages": [{"role": "user", "content": content}], "add_generation_prompt": False}
+        try:
+            answers.append(_renderer.render(source, variables))
+        except TemplateError:
+            answers.append("")
+    if mark not in answers[0] or PROBE not in answers[0]:
+        return "text"
+    return "either" if PROBE in answers[1] else "parts"
+
+
+def _as_read(content: str | list[dict[str, Any]], reads: str, mark: str) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if reads == "parts" else content
+    if reads == "text":
+        return "".join(part["text"] if part["type"] == "text" else f"{mark}\n" for part in content)
+    return content
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], pictures: list[Any] | None = None) -> list[dict[str, Any]]:
+    """Copies of messages as templates read them: content a string, or a list of parts where some are pictures, which
+    `pictures` receives; the arguments of tool calls a dict. Raises TemplateError.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise TemplateError(
@@ -108,16 +140,16 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         )
     if not messages:
         raise TemplateError("messages is empty; give at least one message.")
-    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    return [_check_message(message, f"messages[{i}]", pictures) for i, message in enumerate(messages)]
 
 
-def _check_message(message: Any, where: str) -> dict[str, Any]:
+def _check_message(message: Any, where: str, pictures: list[Any] | None) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TemplateError(f'{where} is a {type(message).__name__}; allowed: a dict with "role" and "content".')
     if message.get("role") not in ROLES:
         raise TemplateError(f"{where}.role is {message.get('role')!r}; allowed: {', '.join(ROLES)}.")
     checked = dict(message)
-    checked["content"] = _content(message, where)
+    checked["content"] = _content(message, where, pictures)
     if message.get("tool_calls"):
         checked["tool_calls"] = [
             _tool_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
@@ -125,7 +157,7 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     return checked
 
 
-def _content(message: Mapping[str, Any], where: str) -> str:
+def _content(message: Mapping[str, Any], where: str, pictures: list[Any] | None) -> str | list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -133,7 +165,22 @@ def _content(message: Mapping[str, Any], where: str) -> str:
         return ""
     if not isinstance(content, list) or not content:
         raise TemplateError(f"{where}.content is {_short(content)}; allowed: text, or a list of text parts.")
+    if pictures is not None and any(isinstance(part, Mapping) and part.get("type") in IMAGES for part in content):
+        return [_part(part, f"{where}.content[{i}]", pictures) for i, part in enumerate(content)]
     return "\n".join(_text_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+
+
+def _part(part: Any, where: str, pictures: list[Any]) -> dict[str, Any]:
+    """A part beside pictures, as templates read it."""
+    if not isinstance(part, Mapping) or part.get("type") not in IMAGES:
+        return {"type": "text", "text": _text_part(part, where)}
+    source = part.get("image", part.get("image_url"))
+    if isinstance(source, Mapping):
+        source = source.get("url")
+    if source is None:
+        raise TemplateError(f'{where} has no picture; allowed: {{"type": "image", "image": a picture}}.')
+    pictures.append(source)
+    return {"type": "image"}
 
 
 def _text_part(part: Any, where: str) -> str:
@@ -180,7 +227,7 @@ _MARK = "\u27e6the answer goes on here\u27e7 "
 
 def _mark_end(messages: list[dict[str, Any]]) -> str:
     last = messages[-1]
-    if last["role"] != "assistant" or not last["content"]:
+    if last["role"] != "assistant" or not last["content"] or not isinstance(last["content"], str):
         raise TemplateError("continue_final_message needs a last message of role assistant with some text to continue.")
     last["content"] += _MARK
     return _MARK

@@ -12,14 +12,22 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
+from tenfold.base.table import entry
 from tenfold.engine import defaults, template
-from tenfold.engine.request import Request
+from tenfold.engine.request import Pictured, Request
+from tenfold.models.picture import Picture
+from tenfold.models.table import make_processor
 from tenfold.weights.checkpoint import Checkpoint
 
+# With Pillow, which few need.
+PICTURES = {"open": "tenfold.base.pictures:open_picture", "blank": "tenfold.models.prepare:blank"}
+PATHS = (str, PurePath)  # a stranger's text must open no file
+MOST_SEEN = 192 << 20  # bytes of pixels in one prompt, which go to the engine in one message
 REPLACEMENT = "\ufffd"
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 
@@ -74,7 +82,8 @@ class Text:
     """The tokenizer of a checkpoint, and its chat template. Safe to use from several threads.
 
     special: names such as "bos_token" to strings. eos_ids: tokens that end an answer. template: the Jinja source of
-    chats, or None. recommended: sampling parameters the model comes with.
+    chats, or None. recommended: sampling parameters the model comes with. processor: what prepares pictures, None where
+    the model sees none.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -85,6 +94,7 @@ class Text:
         self.eos_ids = tuple(checkpoint.eos_ids)
         self.template = checkpoint.chat_template
         self.recommended = defaults.recommended(checkpoint.path)
+        self.processor = make_processor(checkpoint)
         self.vocab_size: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
         self._skipped = frozenset(i for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special)
         self._pieces: dict[int, Piece] = {}
@@ -195,7 +205,62 @@ class Text:
     ) -> str:
         """The prompt of a conversation. `settings` are those of `template.apply`. Raises TemplateError."""
         source = self.template or self._default_template()
+        if self.processor is not None:
+            settings = {"reads": self._reads, "mark": self.processor.placeholder, **settings}
         return template.apply(source, messages, tools=tools, special=self.special, **settings)
+
+    def encode_pictured(
+        self, text: str, pictures: Sequence[Any], add_special_tokens: bool = True, limits: Any = None
+    ) -> Pictured:
+        """Token ids of a text in which the model's mark stands for each of the pictures: bytes of files, or pictures
+        that are open. limits: `PictureLimits` other than the usual. Raises ValueError where they do not match, and
+        PictureError for a picture that cannot be used.
+        """
+        if self.processor is None:
+            if pictures:
+                raise ValueError(f"There are {len(pictures)} pictures, and this model reads text only.")
+            return Pictured(tuple(self.encode(text, add_special_tokens)))
+        parts = text.split(self.processor.placeholder)
+        if len(parts) - 1 != len(pictures):
+            raise ValueError(
+                f"The prompt has the mark {self.processor.placeholder} {len(parts) - 1} times, and there are "
+                f"{len(pictures)} pictures; it must stand once for each, and nowhere else."
+            )
+        if any(isinstance(picture, PATHS) for picture in pictures):
+            raise ValueError("A picture is a path; give its bytes, or a picture that is open.")
+        open_picture = entry(PICTURES, "open", "part")
+        prepared, size = [], 0
+        opened = (open_picture(picture, *([limits] if limits else [])) for picture in pictures)
+        for picture in self.processor.prepare(opened, len(pictures) == 1):
+            prepared.append(picture)
+            size += len(picture.pixels)
+            if size > MOST_SEEN:
+                raise ValueError(
+                    f"The pictures have more than {MOST_SEEN} bytes as the model sees them, which is the most allowed "
+                    "together; send fewer or smaller ones."
+                )
+        written = [*map(self.processor.written, prepared), ""]
+        whole = "".join(part + own for part, own in zip(parts, written))
+        return Pictured(tuple(self.encode(whole, add_special_tokens)), tuple(prepared))
+
+    def sample_pictures(self) -> list[Picture]:
+        """A small picture, prepared; none where the model sees none."""
+        return self.processor.prepare([entry(PICTURES, "blank", "part")()], True) if self.processor is not None else []
+
+    def encode_chat_pictured(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        limits: Any = None,
+        **settings: Any,
+    ) -> Pictured:
+        """As `encode_chat`, of a conversation in which there may be pictures: parts of content of type "image", with
+        the bytes of a file, or a picture that is open, as "image".
+        """
+        pictures: list[Any] | None = [] if self.processor is not None else None
+        text = self.render_chat(messages, tools=tools, pictures=pictures, **settings)
+        return self.encode_pictured(text, pictures or (), self.template is None, limits)
 
     def encode_chat(
         self,
@@ -208,6 +273,13 @@ class Text:
         return self.encode(
             self.render_chat(messages, tools=tools, **settings), add_special_tokens=self.template is None
         )
+
+    @cached_property
+    def _reads(self) -> str:
+        """Of what kind the content of messages must be, where there may be pictures."""
+        assert self.processor is not None
+        source = self.template or self._default_template()
+        return template.reads_of(source, self.special, self.processor.placeholder)
 
     @property
     def chat_stop(self) -> tuple[str, ...]:

@@ -33,6 +33,15 @@ LIMITS = {
     "qk_rope_head_dim": 1 << 12,
     "qk_nope_head_dim": 1 << 12,
     "v_head_dim": 1 << 12,
+    "depth": 1 << 10,
+    "embed_dim": 1 << 18,
+    "num_heads": 1 << 12,
+    "mlp_ratio": 1 << 6,
+    "out_hidden_size": 1 << 18,
+    "window_size": 1 << 14,
+    "spatial_merge_size": 1 << 4,
+    "temporal_patch_size": 1 << 4,
+    "scale_factor": 1 << 4,
 }
 ACTIVATIONS = {
     "silu": "silu",
@@ -76,13 +85,27 @@ class Latent:
 
 
 @dataclass(frozen=True, slots=True)
+class TowerSize:
+    """What looking at pictures takes: patches that are looked at together at most, features of each, features inside a
+    feed-forward layer, and numbers a patch has as pixels.
+    """
+
+    patches: int
+    hidden: int
+    inner: int
+    pixels: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder of `layers` equal blocks.
 
     windows: sliding window of each layer in tokens, 0 for none. rope, local_rope: of layers without and with a window
     (equal where a family has one). scale multiplies query-key products; qkv_clip (queries, keys and values are
     kept within it), attention_softcap, logit_softcap: 0 for none.
-    experts, latent: None where a family has none.
+    experts, latent: None where a family has none. rope_sections: pairs of features of a head that rotate by the time,
+    the row and the column of a picture's token (M-RoPE of Qwen2-VL); empty where pictures count on like text. tower:
+    None where the model sees none.
     """
 
     architecture: str
@@ -109,6 +132,8 @@ class ModelConfig:
     logit_softcap: float = 0.0
     experts: ExpertsConfig | None = None
     latent: Latent | None = None
+    rope_sections: tuple[int, ...] = ()
+    tower: TowerSize | None = None
 
     @property
     def q_size(self) -> int:
@@ -193,6 +218,18 @@ class Keys:
         except ValueError as error:
             raise ConfigError(f"The model config cannot be used: {error}") from error
 
+    def rope_sections(self, pairs: int) -> tuple[int, ...]:
+        """`mrope_section`: pairs of features by time, row and column, `pairs` in all; empty where there is none."""
+        value = (self.get("rope_scaling") or {}).get("mrope_section")
+        if value is None:
+            return ()
+        right = isinstance(value, list) and len(value) == 3 and all(type(n) is int and n >= 0 for n in value)
+        if not right or sum(value) != pairs:
+            raise ConfigError(
+                f"mrope_section is {value!r} in the model config; allowed: three whole numbers of {pairs} together."
+            )
+        return tuple(value)
+
     def sparse_layers(self, layers: int) -> tuple[bool, ...]:
         """Which layers have experts: each `decoder_sparse_step`-th, but for those that `mlp_only_layers` names."""
         step, dense = self.count("decoder_sparse_step", 1), self.get("mlp_only_layers", [])
@@ -265,4 +302,5 @@ def read_config(keys: Keys, architecture: str, activation_key: str = "hidden_act
         local_rope=rope,
         windows=(0,) * layers,
         scale=head_dim**-0.5,
+        rope_sections=keys.rope_sections(rope.rotary_dim // 2),
     )

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from tenfold.models.config import ModelConfig
+from tenfold.models.tower import Tower
 from tenfold.nn.attention import Attention
 from tenfold.nn.embed import Embedding, Head
 from tenfold.nn.linear import Linear
 from tenfold.nn.mlp import MLP
 from tenfold.nn.moe import MoE
 from tenfold.nn.norm import RMSNorm
-from tenfold.nn.rope import rope_table
+from tenfold.nn.rope import rope_table, turned_rows
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import proven_phi, score_bound
 from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm, run
@@ -26,6 +27,7 @@ from tenfold.ops.matrix import Experts
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import load_phi
 
+SEEN_TOKENS = 1 << 14  # picture tokens of one step that have a row of the rotary table for themselves
 LAYERS = ("tenfold.nn.", "tenfold.models.")  # modules whose objects are layers
 T = TypeVar("T")
 
@@ -149,10 +151,14 @@ class Decoder:
     """Embedding, blocks, final norm, head. Families give `configure` and `block`.
 
     max_model_len: longest sequence in tokens; positions at or past it must not be run. The KV cache it needs has
-    `config.layers`, `config.kv_heads` and `config.head_dim`.
+    `config.layers`, `config.kv_heads` and `config.head_dim`. tower: what looks at pictures, None where nothing does.
+
+    Where positions of pictures have several axes, the rotary table is longer than the longest sequence: rows past it
+    are of the picture tokens of the step under way.
     """
 
     unit = 0.0
+    tower: Tower | None = None
 
     def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
         if max_model_len < 1:
@@ -162,6 +168,9 @@ class Decoder:
         table = weights.matrix("model.embed_tokens.weight", rows=[config.vocab_size], cols=config.hidden_size)
         self.embed = Embedding(kernels, table, self.embed_scale(config, weights.dtype))
         rope = rope_table(config.rope, max_model_len, weights.device)
+        if config.rope_sections:
+            rope = torch.cat([rope, torch.zeros_like(rope[:1]).expand(SEEN_TOKENS, -1)])
+        self.turned = (max_model_len, rope)
         local = (
             rope if config.local_rope == config.rope else rope_table(config.local_rope, max_model_len, weights.device)
         )
@@ -204,16 +213,19 @@ class Decoder:
 
     def forward(self, step: Step) -> Tensor:
         """Logits [len(step.logits_rows), vocab] float32 of the tokens that ask for them."""
+        if step.seen is not None:  # no two such steps are alike
+            return self._logits(self._turn(step))
         return self._graph(self._logits, step)
 
     def hidden(self, step: Step) -> Tensor:
         """Final normed states [T, hidden_size] of all tokens (for embeddings)."""
-        return self.norm(self._states(step))
+        return self.norm(self._states(self._turn(step)))
 
     def part(self, step: Step, x: Tensor | None, layers: range) -> Tensor:
         """Some layers of `forward`: x is what the layers before gave, None for the first; the last give the logits."""
         if x is None:
-            x = self.embed(step.token_ids)
+            x = self._embedded(step)
+        step = self._turn(step)
         for layer in layers:
             x = self.blocks[layer](x, step)
         return x if layers.stop < len(self.blocks) else self.head(x[step.logits_rows], self.norm)
@@ -224,13 +236,30 @@ class Decoder:
         return self.head(wanted, self.norm)
 
     def _states(self, step: Step) -> Tensor:
-        return self._replay(self._run_blocks, step)
+        return self._run_blocks(step) if step.seen is not None else self._replay(self._run_blocks, step)
 
     def _run_blocks(self, step: Step) -> Tensor:
-        x = self.embed(step.token_ids)
+        x = self._embedded(step)
         for block in self.blocks:
             x = block(x, step)
         return x
+
+    def _embedded(self, step: Step) -> Tensor:
+        x = self.embed(step.token_ids)
+        return x if step.seen is None else x.index_copy(0, step.seen.rows, step.seen.features.to(x.dtype))
+
+    def _turn(self, step: Step) -> Step:
+        """The same step, its picture tokens at rows of the rotary table that turn them by time, row and column."""
+        if step.seen is None or step.seen.places is None:
+            return step
+        base, table = self.turned
+        count = len(step.seen.rows)
+        if count > SEEN_TOKENS:
+            raise ValueError(f"A step has {count} picture tokens; allowed: up to {SEEN_TOKENS}; lower max_step_tokens.")
+        table[base : base + count] = turned_rows(table, step.seen.places, self.config.rope_sections)
+        positions = step.positions.clone()
+        positions[step.seen.rows] = torch.arange(base, base + count, dtype=positions.dtype, device=positions.device)
+        return replace(step, positions=positions)
 
 
 def on_kernels(layer: T, kernels: Kernels) -> T:

@@ -76,6 +76,16 @@ def rope_table(spec: RopeSpec, positions: int, device: torch.device | str = "cpu
     return torch.cat((angles.cos() * attention, angles.sin() * attention), dim=1).to(device)
 
 
+def turned_rows(table: Tensor, places: Tensor, sections: tuple[int, ...]) -> Tensor:
+    """Rows like those of `rope_table` for tokens that stand in several dimensions: places [M, axes] int64; of each
+    head's pairs of features the first sections[0] turn by the first axis, and so on -> [M, rotary_dim].
+    """
+    pairs = torch.arange(sum(sections), device=table.device)
+    axes = torch.repeat_interleave(torch.tensor(sections, device=table.device))
+    at = places[:, axes]
+    return torch.cat([table[at, pairs], table[at, pairs + len(pairs)]], dim=1)
+
+
 def exponents(spec: RopeSpec) -> Tensor:
     return torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
 

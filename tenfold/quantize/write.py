@@ -13,7 +13,15 @@ INDEX = "model.safetensors.index.json"
 # Whatever of a model's folder is neither weights nor config.
 BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json"),
+    *(
+        "vocab.json",
+        "merges.txt",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ),
 )
 
 

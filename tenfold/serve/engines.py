@@ -34,6 +34,7 @@ COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
         "Rows of attention whose unified maximum did not hold; they were computed again.",
         lambda s: s.recomputed_rows,
     ),
+    ("tenfold_pictures", "Pictures a model looked at, those it knew still left out.", lambda s: s.pictures),
     ("tenfold_preemptions", "Sequences put back into the queue for want of pages.", lambda s: s.preemptions),
     ("tenfold_engine_errors", "Requests that failed in the engine.", lambda s: s.errors),
 )

@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 import tenfold
 from tenfold.engine.llm import AsyncLLM
 from tenfold.engine.loop import EngineDead, EngineRestarted
-from tenfold.engine.request import FinishReason, Output, QueueFull, SamplingParams
+from tenfold.engine.request import FinishReason, Output, Pictured, QueueFull, SamplingParams
 from tenfold.serve.errors import ApiError, engine_dead, from_value_error, internal_error, logger, overloaded
 from tenfold.serve.lane import Lane
 from tenfold.serve.limits import Ticket
@@ -51,7 +51,10 @@ class Served:
         self.fingerprint = "fp_" + hashlib.sha256(described.encode()).hexdigest()[:12]
 
     def card(self) -> ModelCard:
-        return ModelCard(id=self.name, created=self.created, max_model_len=self.llm.max_model_len)
+        reads = ["text", "image"] if getattr(self.llm, "sees", False) else ["text"]
+        return ModelCard(
+            id=self.name, created=self.created, max_model_len=self.llm.max_model_len, input_modalities=reads
+        )
 
 
 class Service:
@@ -95,7 +98,7 @@ class Job:
     id: str
     served: Served
     metrics: Metrics
-    prompts: tuple[tuple[int, ...], ...]
+    prompts: tuple[tuple[int, ...] | Pictured, ...]
     params: SamplingParams
     priority: int
     key: str
@@ -117,7 +120,7 @@ class Job:
         http: HttpRequest,
         served: Served,
         prefix: str,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int] | Pictured],
         params: SamplingParams,
         terms: Terms | None = None,
         pool: str | None = None,
@@ -131,7 +134,7 @@ class Job:
             id=new_id(prefix, http),
             served=served,
             metrics=service_of(http).metrics,
-            prompts=tuple(tuple(p) for p in prompts),
+            prompts=tuple(p if isinstance(p, Pictured) else tuple(p) for p in prompts),
             params=params,
             priority=terms.priority,
             key=state["key"],

@@ -5,17 +5,19 @@ Invariant: chat completions, responses and messages differ only in how they are 
 A turn without tools and reasoning costs its tokens next to nothing: there is no parser in it.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from tenfold.engine.request import FinishReason, Grammar, Output, SamplingParams
+from tenfold.base.pictures import PictureError
+from tenfold.engine.request import FinishReason, Grammar, Output, Pictured, SamplingParams
+from tenfold.serve import sight
 from tenfold.serve.conversation import Choose, Tool, shaped
 from tenfold.serve.errors import ApiError, from_value_error, invalid
+from tenfold.serve.fetch import Fetcher
 from tenfold.serve.parse.dialect import Dialect, dialect_for
 from tenfold.serve.parse.parser import Parser
 from tenfold.serve.parse.pieces import Piece, Reasoning, Text
@@ -34,10 +36,11 @@ TAIL = 16  # tokens at the end of a prompt that tell whether it opens the reason
 class Ask:
     """A conversation to go on with.
 
-    messages: as chat templates read them, content already text. params: not yet checked. template: keywords of
-    `AsyncLLM.chat_prompt`. grammar: what the answer is held to. reasoning: "split" from the text, "drop", or "keep" in
-    the text as the model wrote it. For error messages: where, the request's field with the conversation; fields, all
-    its fields; renamed, engine names of parameters to the request's; held_by, the field that `grammar` comes from.
+    messages: as chat templates read them, content text, or parts where there are pictures (`sight`). params: not
+    yet checked. template: keywords of `AsyncLLM.chat_prompt`. grammar: what the answer is held to. reasoning: "split"
+    from the text, "drop", or "keep" in the text as the model wrote it. For error messages: where, the request's field
+    with the conversation; fields, all its fields; renamed, engine names of parameters to the request's; held_by, the
+    field that `grammar` comes from.
     """
 
     messages: list[dict[str, Any]]
@@ -133,21 +136,24 @@ async def open_turn(http: HttpRequest, served: Served, ask: Ask, prefix: str, te
     except ValueError as error:
         raise from_value_error(error, ask.fields, ask.renamed) from None
     # Long texts and large grammars must not hold up the other streams.
-    prompt, params, parsers = await asyncio.to_thread(_prepared, served, ask)
+    pictured = await sight.fetch(ask.messages, served)
+    prompt, params, parsers = await sight.aside(pictured, _prepared, served, ask)
     return Turn(served, ask, Job.of(http, served, prefix, [prompt], params, terms), parsers)
 
 
 async def count_prompt(served: Served, ask: Ask) -> int:
     """Tokens of the prompt for `ask`, however long it is. Raises ApiError (400)."""
-    return len(await asyncio.to_thread(_prompt, served, ask, manner_of(served).dialect))
+    pictured = await sight.fetch(ask.messages, served)
+    return len(await sight.aside(pictured, _prompt, served, ask, manner_of(served).dialect))
 
 
-def _prepared(served: Served, ask: Ask) -> tuple[list[int], SamplingParams, list[Parser] | None]:
+def _prepared(served: Served, ask: Ask) -> tuple[list[int] | Pictured, SamplingParams, list[Parser] | None]:
     manner = manner_of(served)
     dialect = manner.dialect if ask.reasoning != "keep" else replace(manner.dialect, think=None)
     prompt = _prompt(served, ask, dialect)
     check_prompt(prompt, served, ask.where)
-    thinking = _thinking(served, manner.dialect, prompt)
+    tokens = prompt.tokens if isinstance(prompt, Pictured) else prompt
+    thinking = _thinking(served, manner.dialect, tokens)
     params = replace(ask.params, grammar=_grammar(served, ask, Held(manner.dialect, manner.specials, thinking)))
     if not ask.offered and dialect.think is None:
         return prompt, params, None
@@ -169,16 +175,20 @@ def _parser(ask: Ask, dialect: Dialect, thinking: bool, dropped: tuple[str, ...]
     return Parser(dialect, tools, thinking=thinking and dialect.think is not None, one=one, dropped=dropped)
 
 
-def _prompt(served: Served, ask: Ask, dialect: Dialect) -> list[int]:
+def _prompt(served: Served, ask: Ask, dialect: Dialect) -> list[int] | Pictured:
     messages, more = shaped(ask.messages, ask.offered, dialect)
     try:
-        ids = served.llm.chat_prompt(messages, **ask.template, **more)
+        if sight.shown(messages):
+            limits = Fetcher.of(served.settings).limits
+            return served.llm.pictured_chat(messages, limits=limits, **ask.template, **more)
+        return served.llm.chat_prompt(messages, **ask.template, **more)
+    except PictureError as error:
+        raise sight.refused(error, ask.where) from None
     except ValueError as error:
         raise invalid(str(error), ask.where) from None
-    return ids
 
 
-def _thinking(served: Served, dialect: Dialect, prompt: list[int]) -> str:
+def _thinking(served: Served, dialect: Dialect, prompt: Sequence[int]) -> str:
     """ "open" where the prompt ends in an open reasoning, "may" where the model may open one, else ""."""
     if dialect.think is None:
         return ""

@@ -16,6 +16,7 @@ from tenfold.weights.foreign.linear import Files, Linear
 from tenfold.weights.foreign.table import foreign_linears, hidden
 from tenfold.weights.hf_config import normalise, text_prefixes
 from tenfold.weights.mapped import read_object, read_text
+from tenfold.weights.processor import processor_settings
 from tenfold.weights.safetensors import SafetensorsFile
 from tenfold.weights.sentencepiece import read_model, sentencepiece_tokenizer, surround
 
@@ -44,6 +45,9 @@ class HFCheckpoint:
         self._linears: dict[str, Linear] = {}
         self._hidden: frozenset[str] = frozenset()
         self._quantised(self.config.pop("quantization_config", None) or older_settings(path))
+        if "composite" in self.config:  # their configs say so in several places, not all of them right
+            self.config["tie_word_embeddings"] = "lm_head.weight" not in self
+            self.config["processor"] = processor_settings(path)
         tokenizer_config = optional_object(path / "tokenizer_config.json")
         self.chat_template = chat_template(path, tokenizer_config)
         self.special = special_tokens(path, tokenizer_config)
@@ -128,7 +132,7 @@ class HFCheckpoint:
         return tokenizer
 
     def _owners(self) -> dict[str, tuple[SafetensorsFile, str]]:
-        """Names of the text model to the file that holds each, and its name there."""
+        """Our names to the file that holds each tensor, and its name there."""
         prefixes = text_prefixes(self.config)
         owners: dict[str, tuple[SafetensorsFile, str]] = {}
         for file in self.files:
@@ -153,13 +157,13 @@ def older_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def text_name(stored: str, prefixes: Mapping[str, str]) -> str | None:
-    """The name inside the text model; None for a tensor of another part of a composite model."""
+    """Our name for a tensor of a composite model; None for one of a part that is not read."""
     if not prefixes:
         return stored
-    for prefix, own in prefixes.items():
-        if stored.startswith(prefix):
-            return own + stored[len(prefix) :]
-    return stored if stored.startswith("lm_head.") else None
+    prefix = max((p for p in prefixes if stored.startswith(p)), key=len, default=None)
+    if prefix is None:
+        return stored if stored.startswith("lm_head.") else None
+    return prefixes[prefix] + stored[len(prefix) :]
 
 
 def weight_files(folder: Path) -> list[Path]:

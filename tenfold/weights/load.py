@@ -20,6 +20,7 @@ HEADS = {"q8_0": "Q8_0", **dict.fromkeys(PACKED, "int8g128")}
 MODES = ("auto", "dense", *TARGETS)
 # Matrices that decide much and weigh little: routers, and what makes keys and values of a latent vector.
 KEPT = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "self_attn.kv_b_proj.weight")
+SIGHT = ("vision.", "projector.")  # what sees pictures is as small as it is sensitive: no mode quantises it
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Buffers that old exports saved; they are computed, not read.
@@ -99,6 +100,16 @@ class Weights:
         check_shape(part, (rows, cols))
         return dequantize(self._convert(part, part.storage), self.dtype).to(self.device)
 
+    def array(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A dense tensor of any shape, in the compute type on the device. Raises CheckpointError."""
+        part = self._take(name)
+        if tuple(part.shape) != shape or part.storage not in DENSE:
+            raise CheckpointError(
+                f"Tensor {part.name} has shape {list(part.shape)} and type {part.storage}; the config calls for "
+                f"{list(shape)} in F32, F16 or BF16. Config and weights are of different models."
+            )
+        return part.data.to(self.device, self.dtype)
+
     def bank_of(self, matrices: Tensor) -> Bank:
         """Of dense matrices [N, rows, cols] in the compute type, made from those of the checkpoint."""
         storage = next(name for name, dtype in DENSE.items() if dtype == matrices.dtype)
@@ -133,6 +144,10 @@ class Weights:
                 f"the config calls for {size}. Config and weights are of different models."
             )
         return joined.to(self.device)
+
+    def pass_over(self, *names: str) -> None:
+        """Tensors that the checkpoint may have and the model has no use for."""
+        self.used.update(name for name in self._names if name.startswith(names))
 
     def unused(self) -> list[str]:
         """Names in the checkpoint that no layer asked for; computed buffers and biases of zeros are left out."""
@@ -194,7 +209,7 @@ def slices(part: RawTensor, shape: tuple[int, int, int]) -> list[RawTensor]:
 
 def loaded_storage(mode: str, name: str, storage: str, shape: tuple[int, ...]) -> str:
     """The storage a matrix, or matrices of many experts, have when they are handed to the kernels."""
-    if len(shape) < 2 or name.endswith(KEPT):
+    if len(shape) < 2 or name.endswith(KEPT) or name.startswith(SIGHT):
         return storage
     if mode == "dense":
         return storage if storage in DENSE else "F32"

@@ -61,6 +61,21 @@ def shape(
     }
 
 
+def seeing(text: dict[str, Any], token_id: int) -> dict[str, Any]:
+    """The config of a LLaVA-OneVision around a text model, as `hf_config.normalise` would give it."""
+    whole = {"model_type": "llava_onevision", "image_token_index": token_id, "vision_config": SIGLIP}
+    return {**text, "composite": "llava_onevision", "whole": whole, "processor": {}}
+
+
+SIGLIP = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+
 TIED = {"tie_word_embeddings": True}
 
 QWEN3_MOE = {
@@ -106,6 +121,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-32b": shape("Qwen3", 151936, 5120, 25600, 64, 64, 8, 40960, 1e6, 1e-6, head_dim=128),
     "smollm2-135m": shape("Llama", 49152, 576, 1536, 30, 9, 3, 8192, 1e5, 1e-5, **TIED),
     "smollm2-1.7b": shape("Llama", 49152, 2048, 8192, 24, 32, 32, 8192, 1.3e5, 1e-5, **TIED),
+    "llava-onevision-7b": seeing(shape("Qwen2", 152000, 3584, 18944, 28, 28, 4, 32768, 1e6, 1e-6), 151646),
+    "llava-onevision-0.5b": seeing(shape("Qwen2", 152000, 896, 4864, 24, 14, 2, 32768, 1e6, 1e-6, **TIED), 151646),
     "mixtral-8x7b": shape(
         "Mixtral",
         *(32000, 4096, 14336, 32, 32, 8, 32768, 1e6, 1e-5),
@@ -217,10 +234,37 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     found["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (config["vocab_size"], hidden)
+    if "composite" in config:
+        found |= siglip(config["whole"]["vision_config"]) | {
+            "projector.newline": (hidden,),
+            **biased("projector.linear_1", hidden, config["whole"]["vision_config"]["hidden_size"]),
+            **biased("projector.linear_2", hidden, hidden),
+        }
     return found
 
 
 Tensors = dict[str, tuple[int, ...]]
+
+
+def siglip(config: Mapping[str, Any]) -> Tensors:
+    """A vision tower, under our names."""
+    hidden, inner, patch = (config[key] for key in ("hidden_size", "intermediate_size", "patch_size"))
+    found: Tensors = {
+        "vision.embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
+        "vision.embeddings.patch_embedding.bias": (hidden,),
+        "vision.embeddings.position_embedding.weight": ((config["image_size"] // patch) ** 2, hidden),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        block: Tensors = {f"layer_norm{i}.{part}": (hidden,) for i in (1, 2) for part in ("weight", "bias")}
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            block |= biased(f"self_attn.{name}", hidden, hidden)
+        block |= biased("mlp.fc1", inner, hidden) | biased("mlp.fc2", hidden, inner)
+        found |= {f"vision.encoder.layers.{layer}.{name}": size for name, size in block.items()}
+    return found
+
+
+def biased(name: str, rows: int, cols: int) -> Tensors:
+    return {f"{name}.weight": (rows, cols), f"{name}.bias": (rows,)}
 
 
 def plain_attention(config: Mapping[str, Any]) -> Tensors:
@@ -277,7 +321,7 @@ def experts(config: Mapping[str, Any]) -> Tensors:
 
 def draw(name: str, size: tuple[int, ...], device: torch.device | str) -> Tensor:
     """The tensor of a name; norms are ones."""
-    if name.endswith("norm.weight"):
+    if len(size) == 1 and "norm" in name and name.endswith(".weight"):
         return torch.ones(size, dtype=torch.bfloat16, device=device)
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest())
     generator = torch.Generator(device).manual_seed(seed)

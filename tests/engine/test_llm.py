@@ -40,7 +40,7 @@ def make_text(path: Path = Path("none"), template: str | None = CHAT) -> Text:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<a>", special=True), AddedToken("<b>", special=True)])
     checkpoint = SimpleNamespace(
-        path=path, tokenizer=lambda: tokenizer, special={}, eos_ids=(EOS,), chat_template=template
+        config={}, path=path, tokenizer=lambda: tokenizer, special={}, eos_ids=(EOS,), chat_template=template
     )
     return Text(checkpoint)
 

@@ -17,6 +17,7 @@ WORDS = ["Hello", " world", " stop", "END", "\n\n", "naïve", "日本", "👩‍
 
 def make_text(tokenizer: Tokenizer, template: str | None = None) -> Text:
     checkpoint = SimpleNamespace(
+        config={},
         path=Path("none"),
         tokenizer=lambda: tokenizer,
         special={"eos_token": "<|end|>"},

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, SamplingParams
+from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, Pictured, SamplingParams
 from tenfold.serve.app import create_app
 from tenfold.serve.settings import ServeConfig
 
@@ -54,6 +54,12 @@ class FakeLLM:
         self.checked.append(grammar)
         if self.refused_grammar and self.refused_grammar in grammar.source:
             raise ValueError(f"The grammar has {self.refused_grammar}.")
+
+    sees = False
+
+    def pictured_chat(self, messages: Sequence[dict[str, Any]], limits: Any = None, **kwargs: Any) -> Pictured:
+        self.rendered.append((messages, kwargs))
+        return Pictured(tuple(range(1, 9)))
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> list[int]:
         self.rendered.append((messages, kwargs))

@@ -6,7 +6,7 @@ from typing import Any
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.facts import Facts, Stats
-from tenfold.engine.request import FinishReason, Output, SamplingParams
+from tenfold.engine.request import FinishReason, Output, Pictured, SamplingParams
 from tests.serve.conftest import FakeLLM
 
 WORDS = ["The", "page", "shows", "what", "the", "server", "does", "while", "it", "does", "it", ",", "and", "why", "."]
@@ -90,10 +90,11 @@ class PagedLLM(FakeLLM):
         )
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, *, request_id: str, **rest: Any
+        self, prompt: Sequence[int] | Pictured, params: SamplingParams, *, request_id: str, **rest: Any
     ) -> AsyncIterator[Output]:
         words = (WORDS * self.repeat)[: params.max_tokens]
-        self.calls.append({"prompt": tuple(prompt), "params": params, "request_id": request_id} | rest)
+        tokens = prompt.tokens if isinstance(prompt, Pictured) else tuple(prompt)
+        self.calls.append({"prompt": tokens, "params": params, "request_id": request_id} | rest)
         self.prompts += len(prompt)
         self.hits += len(prompt) // 2
         self.running += 1

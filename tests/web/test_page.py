@@ -1,6 +1,7 @@
 """The status page in a real browser: it loads, moves, streams, stops, and asks nobody but its server."""
 
 import asyncio
+import base64
 import shutil
 import socket
 import threading
@@ -314,3 +315,34 @@ def test_it_can_be_used_with_the_keyboard(open_page):
 def test_less_motion(open_page):
     page = open_page(reduced_motion="reduce")
     assert page.evaluate("getComputedStyle(document.querySelector('.part')).transitionDuration") == "0s"
+
+
+PICTURE = """data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFElEQVR4nGP8z8DAwMDAxMDAwAAACAwA
+AfCgaNoAAAAASUVORK5CYII=""".replace("\n", "")
+
+
+def test_pictures_are_shown_sent_and_answered(open_page, site):
+    """To models that see only; the picture stands above its question, and goes to the server as it is."""
+    page = open_page()
+    expect(page.locator("#add")).to_be_hidden()
+    site.llm.sees = True
+    page.reload()
+    expect(page.locator("#add")).to_be_visible()
+    content = {"name": "dot.png", "mimeType": "image/png", "buffer": base64.b64decode(PICTURE.partition(",")[2])}
+    page.locator("#files").set_input_files([content, content])
+    expect(page.locator("#pictures img")).to_have_count(2)
+    page.locator("#pictures button").first.click()
+    expect(page.locator("#pictures img")).to_have_count(1)
+    page.locator("#message").fill("What is it?")
+    page.locator("#send").click()
+    expect(page.locator(".turn.user img")).to_have_count(1)
+    expect(page.locator(".turn.user")).to_have_text("What is it?")
+    expect(page.locator(".turn.assistant .body")).to_contain_text("The page shows")
+    expect(page.locator("#pictures img")).to_have_count(0)
+    (messages, _) = site.llm.rendered[-1]
+    image, text = messages[-1]["content"]
+    assert image["type"] == "image"
+    assert image["image"] == content["buffer"]
+    assert text == {"type": "text", "text": "What is it?"}
+    page.locator("#chat-model").evaluate("node => { node.value = 'other'; node.dispatchEvent(new Event('change')); }")
+    expect(page.locator("#add")).to_be_hidden()

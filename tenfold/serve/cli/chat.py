@@ -7,13 +7,14 @@ from typing import Any
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.llm import LLM
-from tenfold.engine.request import SamplingParams
+from tenfold.engine.request import Pictured, SamplingParams
 from tenfold.serve.cli.load import load
-from tenfold.serve.cli.run import answer, with_defaults
+from tenfold.serve.cli.run import answer, content, with_defaults
 
 HELP = """\
 /clear         forget the conversation
 /system TEXT   set the system message (nothing: remove it) and forget the conversation
+/image FILE    show a picture with the next question
 /exit          leave; so does Ctrl-D
 Ctrl-C stops an answer."""
 
@@ -23,11 +24,16 @@ class Conversation:
     """What was said so far."""
 
     system: str = ""
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)  # files of pictures to show with the next question
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         first = [{"role": "system", "content": self.system}] if self.system else []
         return first + self.turns
+
+    def ask(self, text: str) -> None:
+        self.turns.append({"role": "user", "content": content(text, self.images)})
+        self.images = []
 
     def add(self, role: str, content: str) -> None:
         self.turns.append({"role": role, "content": content})
@@ -40,9 +46,11 @@ class Conversation:
         return True
 
 
-def chat(config: EngineConfig, *, system: str, sampling: dict[str, Any], quiet: bool) -> None:
-    """Read lines, print answers, until the end of input or /exit."""
-    talk = Conversation(system)
+def chat(config: EngineConfig, *, system: str, images: list[str], sampling: dict[str, Any], quiet: bool) -> None:
+    """Read lines, print answers, until the end of input or /exit. images: files of pictures to show with the first
+    question.
+    """
+    talk = Conversation(system, images=images)
     with load(LLM, config, quiet) as llm:
         params = with_defaults(llm, sampling, chat=True)
         interactive = sys.stdin.isatty()
@@ -74,8 +82,12 @@ def command(line: str, talk: Conversation) -> bool:
     name, _, rest = line.strip().partition(" ")
     if name in ("/exit", "/quit", "/bye"):
         return False
-    if name in ("/clear", "/system"):
+    if name == "/image" and rest.strip():
+        talk.images.append(rest.strip())
+        print(f"the next question shows {len(talk.images)} picture(s)", file=sys.stderr)
+    elif name in ("/clear", "/system"):
         talk.turns.clear()
+        talk.images.clear()
         if name == "/system":
             talk.system = rest.strip()
         print("the conversation starts anew", file=sys.stderr)
@@ -86,7 +98,7 @@ def command(line: str, talk: Conversation) -> bool:
 
 def reply(llm: LLM, params: SamplingParams, talk: Conversation, line: str, quiet: bool) -> None:
     """Answer one line. What goes wrong is told, and the question forgotten; the conversation goes on."""
-    talk.add("user", line)
+    talk.ask(line)
     said: list[str] = []
     try:
         watch = answer(llm, prompt_that_fits(llm, talk), params, said)
@@ -101,10 +113,10 @@ def reply(llm: LLM, params: SamplingParams, talk: Conversation, line: str, quiet
     talk.add("assistant", "".join(said))
 
 
-def prompt_that_fits(llm: LLM, talk: Conversation) -> list[int]:
-    """Token ids of the conversation. Beyond three quarters of the context its oldest turns are forgotten."""
-    ids = llm.chat_prompt(talk.messages())
-    while len(ids) > llm.max_model_len * 3 // 4 and talk.drop_oldest():
+def prompt_that_fits(llm: LLM, talk: Conversation) -> list[int] | Pictured:
+    """The conversation as a prompt. Beyond three quarters of the context its oldest turns are forgotten."""
+    asked = llm.prompt_for(talk.messages())
+    while len(asked) > llm.max_model_len * 3 // 4 and talk.drop_oldest():
         print("(the oldest turn is forgotten: the context is full)", file=sys.stderr)
-        ids = llm.chat_prompt(talk.messages())
-    return ids
+        asked = llm.prompt_for(talk.messages())
+    return asked

@@ -110,6 +110,10 @@ TopK = Annotated[int, _answer("Keep this many likeliest tokens; 0 keeps all.")]
 RepetitionPenalty = Annotated[float, _answer("Above 1 makes repeating less likely.")]
 Seed = Annotated[int | None, _answer("Makes sampling reproducible.")]
 System = Annotated[str, _answer("System message.")]
+Images = Annotated[
+    list[str] | None,
+    Option("--image", metavar="FILE", help="A picture to ask about; may be given several times."),
+]
 Stop = Annotated[list[str] | None, _answer("A text that ends the answer; may be given several times.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print the answer only.")]
 
@@ -120,6 +124,7 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="Print the answer only.")]
         'tenfold run "Why is the sky blue?"',
         "git diff | tenfold run --max-tokens 200 -",
         'tenfold run -m ./model.gguf --raw --temperature 0.8 "Once upon a time"',
+        'tenfold run -m ./vision-model --image photo.jpg "What is this?"',
     ),
 )
 @settings(EngineConfig)
@@ -130,6 +135,7 @@ def run_command(
         bool, Option("--raw", help="Continue the text as it stands, without the model's chat template.")
     ] = False,
     system: System = "",
+    image: Images = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -147,7 +153,8 @@ def run_command(
         body("start templates")()  # their process starts while this one imports PyTorch
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     sampling = given | {"repetition_penalty": repetition_penalty, "stop": tuple(stop or ())}
-    body("run")(settled.config, text, raw=raw, system=system, sampling=sampling, quiet=quiet)
+    images = image or []
+    body("run")(settled.config, text, raw=raw, system=system, images=images, sampling=sampling, quiet=quiet)
 
 
 @app.command(
@@ -161,6 +168,7 @@ def run_command(
 def chat_command(
     settled: Settled,
     system: System = "",
+    image: Images = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
@@ -175,6 +183,7 @@ def chat_command(
     body("chat")(
         settled.config,
         system=system,
+        images=image or [],
         sampling=given | {"repetition_penalty": repetition_penalty},
         quiet=quiet,
     )

@@ -1,29 +1,51 @@
 """`tenfold run`: one prompt, one answer. The text alone goes to standard output, so that it can be piped on."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.llm import LLM
-from tenfold.engine.request import FinishReason, SamplingParams
+from tenfold.engine.request import FinishReason, Pictured, SamplingParams
 from tenfold.engine.stream import RequestFailed
 from tenfold.serve.cli.load import load
 from tenfold.serve.cli.terminal import Stopwatch, safe
 
 
-def run(config: EngineConfig, prompt: str, *, raw: bool, system: str, sampling: dict[str, Any], quiet: bool) -> None:
-    """Print the answer as it is made, then its times. Raises ValueError for what the engine refuses."""
+def run(
+    config: EngineConfig,
+    prompt: str,
+    *,
+    raw: bool,
+    system: str,
+    images: Sequence[str],
+    sampling: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """Print the answer as it is made, then its times. images: files of pictures, which come before the prompt, or raw
+    where the model's own mark for one stands in it. Raises ValueError for what the engine refuses.
+    """
     with load(LLM, config, quiet) as llm:
-        ids = llm.encode(prompt) if raw else llm.chat_prompt(conversation(system, prompt))
-        watch = answer(llm, ids, with_defaults(llm, sampling, chat=not raw))
+        if not raw:
+            asked = llm.prompt_for(conversation(system, prompt, images))
+        else:
+            asked = llm.pictured(prompt, images) if images else llm.encode(prompt)
+        watch = answer(llm, asked, with_defaults(llm, sampling, chat=not raw))
     if not quiet:
         print(watch, file=sys.stderr)
 
 
-def conversation(system: str, text: str) -> list[dict[str, str]]:
+def conversation(system: str, text: str, images: Sequence[str] = ()) -> list[dict[str, Any]]:
     first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": text}]
+    return [*first, {"role": "user", "content": content(text, images)}]
+
+
+def content(text: str, images: Sequence[str]) -> str | list[dict[str, str]]:
+    """What a user says, pictures first."""
+    if not images:
+        return text
+    return [*({"type": "image", "image": file} for file in images), {"type": "text", "text": text}]
 
 
 def with_defaults(llm: LLM, sampling: dict[str, Any], chat: bool) -> SamplingParams:
@@ -36,11 +58,11 @@ def with_defaults(llm: LLM, sampling: dict[str, Any], chat: bool) -> SamplingPar
     return params
 
 
-def answer(llm: LLM, ids: list[int], params: SamplingParams, said: list[str] | None = None) -> Stopwatch:
+def answer(llm: LLM, asked: list[int] | Pictured, params: SamplingParams, said: list[str] | None = None) -> Stopwatch:
     """Print an answer as it comes, its pieces also into `said`. Raises RequestFailed when the engine cannot go on."""
     is_terminal = sys.stdout.isatty()
-    watch = Stopwatch(len(ids))
-    with llm.stream(ids, params) as outputs:
+    watch = Stopwatch(len(asked))
+    with llm.stream(asked, params) as outputs:
         for output in outputs:
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
                 raise RequestFailed(output.error or "The engine ended the request.")

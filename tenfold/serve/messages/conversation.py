@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tenfold.engine.request import Grammar, SamplingParams
+from tenfold.serve import sight
 from tenfold.serve.errors import invalid
 from tenfold.serve.protocol.messages import RENAMED, Blocks, ClientTool, ConversationFields, InputMessage
 from tenfold.serve.protocol.nested import check_type, read
@@ -111,11 +112,26 @@ def _read(role: str, block: dict[str, Any], where: str, found: list[Message]) ->
 
 def _text(role: str, block: dict[str, Any], where: str, found: list[Message]) -> None:
     text = _string(block, "text", where)
+    _add(role, sight.text(text), found)
+
+
+def _image(role: str, block: dict[str, Any], where: str, found: list[Message]) -> None:
+    source = block.get("source")
+    kind = check_type(source if isinstance(source, dict) else {}, f"{where}.source", ("base64", "url"), "")
+    assert isinstance(source, dict)
+    if kind == "url":
+        url = _string(source, "url", f"{where}.source")
+    else:
+        url = f"data:;base64,{_string(source, 'data', f'{where}.source')}"
+    _add(role, sight.picture(url, where), found)
+
+
+def _add(role: str, part: sight.Part, found: list[Message]) -> None:
     last = found[-1] if found else None
     if last and last["role"] == role and "tool_calls" not in last:
-        last["content"] = "\n".join(filter(None, (last["content"], text)))
+        last["content"] = sight.joined(last["content"], part)
     else:
-        found.append({"role": role, "content": text})
+        found.append({"role": role, "content": sight.content([part])})
 
 
 def _thinking(role: str, block: dict[str, Any], where: str, found: list[Message]) -> None:
@@ -172,7 +188,7 @@ def _string(block: dict[str, Any], name: str, where: str) -> str:
 
 Reader = Callable[[str, dict[str, Any], str, list[Message]], None]
 READERS: dict[str, dict[str, Reader]] = {
-    "user": {"text": _text, "tool_result": _tool_result},
+    "user": {"text": _text, "image": _image, "tool_result": _tool_result},
     "system": {"text": _text},
     "assistant": {"text": _text, "thinking": _thinking, "redacted_thinking": _hidden, "tool_use": _tool_use},
 }

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tenfold.engine.request import SamplingParams
 from tenfold.engine.template import SETTINGS
+from tenfold.serve import sight
 from tenfold.serve.conversation import Choose, Tool
 from tenfold.serve.errors import invalid
 from tenfold.serve.protocol.body import MOST, honoured, ignored, refused
@@ -34,13 +35,13 @@ class Message(BaseModel):
     reasoning: str | None = None
 
     def plain(self, place: int) -> dict[str, Any]:
-        """The message for a chat template: text parts joined by newlines, "developer" as "system", "function" as
-        "tool".
+        """The message for a chat template: text parts joined by newlines, but where the user shows pictures;
+        "developer" as "system", "function" as "tool".
 
-        Raises ApiError for a part that is not text, a broken tool call, or a message without any content."""
+        Raises ApiError for a part that is neither, a broken tool call, or a message without any content."""
         where = f"messages[{place}]"
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        message: dict[str, Any] = {"role": role, "content": self._text(where)}
+        message: dict[str, Any] = {"role": role, "content": self._content(where)}
         if self.name is not None:
             message["name"] = self.name
         if self.role == "assistant":
@@ -59,14 +60,15 @@ class Message(BaseModel):
         reasoning = self.reasoning_content or self.reasoning
         return said | ({"reasoning_content": reasoning} if reasoning else {})
 
-    def _text(self, where: str) -> str:
+    def _content(self, where: str) -> sight.Content:
         if self.content is None:
             if self.role == "assistant":
                 return self.refusal or ""
             raise invalid(f"{where}.content is required for the role {self.role}.", f"{where}.content")
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(self.content))
+        pictures = self.role == "user"
+        return sight.content([_part(part, f"{where}.content[{i}]", pictures) for i, part in enumerate(self.content)])
 
 
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:
@@ -83,24 +85,33 @@ def _function(function: Any, where: str) -> dict[str, Any]:
     return {"name": name, "arguments": arguments or "{}"}
 
 
-def _part_text(part: dict[str, Any], where: str) -> str:
+def _part(part: dict[str, Any], where: str, pictures: bool) -> sight.Part:
+    """pictures: whether the message may have some. Their `detail` is as the model sees best, whatever is asked for."""
     kind = part.get("type")
+    if kind == "image_url" and pictures:
+        image = part.get("image_url")
+        return sight.picture(image.get("url") if isinstance(image, dict) else image, f"{where}.image_url")
     if kind not in ("text", "refusal"):
+        allowed = "'text', and of users 'image_url' where the model sees"
         raise invalid(
-            f"{where} has the type {str(kind)[:64]!r}; this model reads parts of type 'text' only.",
+            f"{where} has the type {str(kind)[:64]!r}; allowed: {allowed}.",
             where,
             "unsupported_content",
         )
     text = part.get(kind)
     if not isinstance(text, str):
         raise invalid(f"{where}.{kind} must be a string.", where, "invalid_type")
-    return text
+    return sight.text(text)
 
 
 class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = honoured(..., "the conversation, up to --max-messages; content is text", min_length=1)
+    messages: list[Message] = honoured(
+        ...,
+        "the conversation, up to --max-messages; content is text, and pictures (image_url) where the model sees",
+        min_length=1,
+    )
     max_completion_tokens: int | None = honoured(None, "the newer name of max_tokens", le=MOST)
     logprobs: bool | None = honoured(None, "give the log-probability of each token")
     top_logprobs: int | None = honoured(None, "and of up to 20 likeliest tokens at its place; needs logprobs")

@@ -12,6 +12,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "tenfold"
     max_model_len: int | None = None
+    input_modalities: list[str] = ["text"]
 
 
 class ModelList(BaseModel):

@@ -185,7 +185,7 @@ class ResponsesRequest(AskFields):
     prompt: Any = refused("prompt templates are not stored here; send instructions and input.")
     client_metadata: Any = ignored("what some clients tell about themselves.")
     access_programs: Any = ignored("there are no such programs here.")
-    image: Any = ignored("the models served read text.")
+    image: Any = ignored("pictures are shown as the model sees best.")
     max_tool_calls: int | None = ignored("it counts calls of built-in tools; there are none.")
     prompt_cache_key: str | None = ignored(CACHES)
     prompt_cache_options: CacheOptions | None = ignored(CACHES)

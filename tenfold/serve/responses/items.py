@@ -6,6 +6,7 @@ Invariant: what a response gave out can be sent back as it is; keys that mean no
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from tenfold.serve import sight
 from tenfold.serve.errors import ApiError, invalid
 
 Item = dict[str, Any]
@@ -61,12 +62,25 @@ def _message(item: Item, where: str) -> Item:
     role = _string(item, "role", where)
     if role not in ROLES:
         raise invalid(f"{where}.role is {role[:64]!r}; allowed: {', '.join(ROLES)}.", f"{where}.role")
-    text = _content(item.get("content"), f"{where}.content")
+    content = item.get("content")
+    if role == "user" and isinstance(content, list):
+        parts = [_input_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+        return {"role": role, "status": "completed", "content": parts}
+    text = _content(content, f"{where}.content")
     if role == "assistant":
         parts = [{"type": "output_text", "text": part, "annotations": []} for part in text]
     else:
         parts = [{"type": "input_text", "text": part} for part in text]
     return {"role": role, "status": "completed", "content": parts}
+
+
+def _input_part(part: Any, where: str) -> dict[str, Any]:
+    if not isinstance(part, dict) or part.get("type") != "input_image":
+        return {"type": "input_text", "text": _part(part, where)}
+    if part.get("image_url") is None:
+        raise invalid(f"{where} needs image_url; files are not stored here, so there is none of any file_id.", where)
+    detail = _string(part, "detail", where, "auto")
+    return {"type": "input_image", "image_url": _string(part, "image_url", where), "detail": detail}
 
 
 def _content(content: Any, where: str) -> list[str]:
@@ -138,6 +152,9 @@ def messages(instructions: str | None, items: Iterable[Item]) -> list[dict[str, 
 
 def _write_message(item: Item, found: list[dict[str, Any]]) -> None:
     role = ROLES[item["role"]]
+    if role == "user":
+        found.append({"role": role, "content": sight.content([_shown(part) for part in item["content"]])})
+        return
     text = "\n".join(part["text"] for part in item["content"])
     if role == "system" and len(found) == 1 and found[0]["role"] == "system":
         found[0]["content"] += "\n\n" + text
@@ -146,6 +163,12 @@ def _write_message(item: Item, found: list[dict[str, Any]]) -> None:
         message["content"] = "\n".join(filter(None, (message["content"], text)))
     else:
         found.append({"role": role, "content": text})
+
+
+def _shown(part: dict[str, Any]) -> sight.Part:
+    if part["type"] == "input_image":
+        return sight.picture(part["image_url"], "input")
+    return sight.text(part["text"])
 
 
 def _write_reasoning(item: Item, found: list[dict[str, Any]]) -> None:

@@ -94,7 +94,9 @@ def _choices(job: Job, body: CompletionRequest, given: Sequence[Prompt]) -> list
         prompt = given[i // job.params.n]
         echo = "" if not body.echo else prompt if isinstance(prompt, str) else job.served.llm.decode(prompt)
         logprobs = None if job.params.logprobs is None else TextLogprobs(job.served.llm.token_bytes)
-        choices.append(Choice(i, echo, job.prompts[i // job.params.n], silent, logprobs))
+        ids = job.prompts[i // job.params.n]
+        assert isinstance(ids, tuple)  # there are no pictures in texts
+        choices.append(Choice(i, echo, ids, silent, logprobs))
     return choices
 
 

@@ -36,7 +36,8 @@ KINDS = {
 }
 POLICY = "; ".join(
     (
-        *("default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'"),
+        *("default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'"),
+        "img-src 'self' data:",  # pictures that are asked about
         *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
     )
 )
@@ -116,6 +117,7 @@ def _model(served: Served, metrics: Metrics, now: float, brief: bool) -> dict[st
         "name": served.name,
         "state": state_of(llm),
         "restarts": restarts_of(llm),
+        "sees": getattr(llm, "sees", False),
         "stats": asdict(stats) if stats is not None else None,
         "prefix_hit_rate": stats.prefix_hit_tokens / stats.prompt_tokens if stats and stats.prompt_tokens else None,
         "requests": metrics.totals(metrics.requests, "outcome", served.name),

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tenfold.serve import sight
 from tenfold.serve.errors import invalid
 from tenfold.serve.prompts import check_count, check_tokens
 from tenfold.serve.protocol.body import parse
@@ -47,6 +48,9 @@ def _tokens(body: TokenizeRequest, served: Served) -> list[int]:
         if body.prompt is not None:
             return served.llm.text.encode(body.prompt, body.add_special_tokens is not False)
         messages = [message.plain(i) for i, message in enumerate(body.messages or ())]
+        for part in sight.shown(messages):
+            message = f"{part['where']} is an image; here texts become tokens. Ask /v1/messages/count_tokens about it."
+            raise invalid(message, part["where"], "unsupported_content")
         if body.add_special_tokens:
             rendered = served.llm.text.render_chat(messages, **body.template_settings())
             return served.llm.text.encode(rendered)

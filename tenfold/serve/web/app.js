@@ -161,7 +161,7 @@ function head(model) {
   if (at("shown").childElementCount !== names.length) {
     at("shown").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
     at("shown").value = shown;
-    playground.models(names);
+    playground.models(server.models);
   }
   document.title = `${model.name} · ${state} · Tenfold`;
 }

@@ -91,9 +91,18 @@ export class Playground {
   constructor(request) {
     this.request = request;
     this.messages = [];
+    this.shown = []; // data URLs of pictures that go with the next message
+    this.seeing = new Set(); // names of models that see
     this.abort = null;
     this.find("log", "empty", "ask", "message", "send", "clear", "system", "temperature", "max-tokens", "chat-model");
+    this.find("pictures", "add", "files");
     this.ask.addEventListener("submit", (event) => this.submit(event));
+    this["chat-model"].addEventListener("change", () => this.see());
+    this.files.addEventListener("change", () => {
+      this.attach(this.files.files);
+      this.files.value = "";
+    });
+    this.message.addEventListener("paste", (event) => this.attach(event.clipboardData?.files ?? []));
     this.clear.addEventListener("click", () => this.reset());
     this.message.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) this.submit(event);
@@ -105,15 +114,46 @@ export class Playground {
     for (const id of ids) this[id] = document.getElementById(id);
   }
 
-  models(names) {
+  /** models: as /status tells of them. */
+  models(models) {
+    const names = models.map((model) => model.name);
+    this.seeing = new Set(models.filter((model) => model.sees).map((model) => model.name));
     const chosen = this["chat-model"].value;
     this["chat-model"].replaceChildren(...names.map((name) => el("option", { value: name }, name)));
     if (names.includes(chosen)) this["chat-model"].value = chosen;
+    this.see();
+  }
+
+  /** Pictures are offered to models that see only. */
+  see() {
+    this.add.hidden = !this.seeing.has(this["chat-model"].value);
+    if (this.add.hidden) this.shown = [];
+    this.preview();
+  }
+
+  async attach(files) {
+    if (this.add.hidden) return;
+    const pictures = [...files].filter((file) => file.type.startsWith("image/"));
+    this.shown.push(...(await Promise.all(pictures.map(dataUrl))));
+    this.preview();
+  }
+
+  preview() {
+    this.pictures.hidden = !this.shown.length;
+    this.pictures.replaceChildren(...this.shown.map((url, i) => {
+      const drop = () => {
+        this.shown.splice(i, 1);
+        this.preview();
+      };
+      return el("button", { type: "button", title: "Remove this picture", click: drop }, el("img", { src: url, alt: `Picture ${i + 1}` }));
+    }));
   }
 
   reset() {
     this.abort?.abort();
     this.messages = [];
+    this.shown = [];
+    this.preview();
     this.log.replaceChildren(this.empty);
     this.message.focus();
   }
@@ -122,11 +162,17 @@ export class Playground {
     event.preventDefault();
     if (this.abort) return void this.abort.abort();
     const text = this.message.value.trim();
-    if (!text) return;
+    if (!text && !this.shown.length) return;
+    const pictures = this.shown;
     this.message.value = "";
+    this.shown = [];
+    this.preview();
     this.empty.remove();
-    this.log.append(el("article", { class: "turn user", "aria-label": "You" }, text));
-    this.messages.push({ role: "user", content: text });
+    const seen = pictures.map((url, i) => el("img", { src: url, alt: `Picture ${i + 1}` }));
+    this.log.append(el("article", { class: "turn user", "aria-label": "You" }, ...seen, text));
+    const parts = pictures.map((url) => ({ type: "image_url", image_url: { url } }));
+    const content = parts.length ? [...parts, { type: "text", text: text || "What is this?" }] : text;
+    this.messages.push({ role: "user", content });
     this.answer();
   }
 
@@ -179,6 +225,16 @@ export class Playground {
   follow() {
     if (this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 120) this.log.scrollTop = this.log.scrollHeight;
   }
+}
+
+/** A file as a URL that holds all of it. */
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(reader.error));
+    reader.readAsDataURL(file);
+  });
 }
 
 /** What went wrong, as the server says it. */
