@@ -1,0 +1,36 @@
+"""The mixture that the packaged classifier is trained on: rated tweets and snippets without a picture, tweets with their
+emoticon drawn, emoji without a text, and made-up posts of both. Three labels.
+"""
+
+from pathlib import Path
+
+from tenfold.classify.data import emoji, incongruity, tweets
+from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post, divide
+
+MADE_UP = (3000, 300, 300)
+
+
+def read(assets: Path, seed: int = 0) -> DataSet:
+    """Raises ValueError where the packages are not there."""
+    known = emoji.find(assets)
+    wish = incongruity.Wish("joint", MADE_UP, seed=seed)
+    sets = [
+        _rated(assets, seed),
+        _alone(emoji.read(assets)),
+        incongruity.generate(wish),
+        incongruity.generate(wish, emoji.Drawer(known), "emoji"),
+    ]
+    parts = (tuple(post for each in sets for post in each.split(name)) for name in SPLITS)
+    return DataSet("everyday", POLARITIES, *parts, source="; ".join(each.source for each in sets))
+
+
+def _rated(assets: Path, seed: int) -> DataSet:
+    posts = [tweets.post_of(*row) for name in (tweets.TWEETS, *tweets.SNIPPETS) for row in tweets.rows(assets, name)]
+    whole = [post for post in posts if post.text]
+    return DataSet("rated", POLARITIES, *divide(whole, seed), source="vaderSentiment, tweets and snippets")
+
+
+def _alone(given: DataSet) -> DataSet:
+    """Pictures without their texts."""
+    parts = (tuple(Post("", post.picture, post.label) for post in given.split(name)) for name in SPLITS)
+    return DataSet(given.name, given.labels, *parts, source=given.source)

@@ -1,0 +1,60 @@
+"""Tweets and snippets that people rated from -4 to 4, from the source archive of the PyPI package vaderSentiment (Hutto
+and Gilbert 2014, `additional_resources/hutto_ICWSM_2014.tar.gz`). They are read where they are, and never written.
+
+In a tweet with an emoticon the emoticon becomes the picture: the text alone lacks it.
+"""
+
+import html
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tenfold.classify.data.draw import characters
+from tenfold.classify.data.posts import POLARITIES, DataSet, Post, as_tensor, divide, polarity
+
+ARCHIVE = "hutto_ICWSM_2014"
+TWEETS = "tweets"
+SNIPPETS = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
+BORDER = 0.5  # rating from which a text is positive, and below minus which negative
+LARGEST = 64 << 20  # bytes of a file in the archive
+# Eyes, perhaps a nose, a mouth; the same the other way round; and hearts.
+EMOTICON = re.compile(r"(?:(?<=\s)|^)(?:[<>]?[:;=8xX][\-o*'^]?[)\](\[dDpP/\\|}{@3*sSoO]+|[)\](\[/\\]+[\-o*']?[:;=8]|<\/?3+)(?=\s|$)")
+
+
+def rows(assets: Path, name: str) -> Iterator[tuple[float, str]]:
+    """Rating and text of a file of ground truth. Raises ValueError where it is not there."""
+    file = f"{name}_GroundTruth.txt"
+    for line in _content(assets, file).decode("utf-8", "replace").splitlines():
+        parts = line.split("\t", 2)
+        if len(parts) == 3:
+            yield float(parts[1]), html.unescape(parts[2].strip())
+
+
+def _content(assets: Path, file: str) -> bytes:
+    folder = assets / "vader-ratings"
+    for path in sorted(folder.glob(f"**/{ARCHIVE}/{file}")):
+        return path.read_bytes()
+    for path in sorted(folder.glob(f"**/{ARCHIVE}.tar.gz")):
+        with tarfile.open(path) as archive:
+            member = archive.extractfile(f"{ARCHIVE}/{file}")
+            if member is not None:
+                return member.read(LARGEST)
+    raise ValueError(f"There is no {ARCHIVE}.tar.gz in {folder}; unpack the source archive of vaderSentiment there.")
+
+
+def post_of(rating: float, text: str) -> Post:
+    """With its first emoticon as the picture, if it has one; all emoticons are taken out of the text then."""
+    found = EMOTICON.search(text)
+    label = polarity(rating, BORDER)
+    if found is None:
+        return Post(text, None, label)
+    rest = " ".join(EMOTICON.sub(" ", text).split())
+    return Post(rest, as_tensor(characters(found.group())), label)
+
+
+def read(assets: Path, seed: int = 0) -> DataSet:
+    """The tweets with an emoticon, eight, one and one of ten by chance."""
+    posts = [post_of(*row) for row in rows(assets, TWEETS)]
+    seen = [post for post in posts if post.picture is not None and post.text]
+    return DataSet("tweets", POLARITIES, *divide(seen, seed), source="vaderSentiment, tweets with emoticons")
