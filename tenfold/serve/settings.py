@@ -53,6 +53,12 @@ class ServeConfig:
     max_messages: int = setting(2048, "most messages in one conversation")
     max_tools: int = setting(128, "most tools in one request")
     max_images: int = setting(16, "most images in one request")
+    max_image_bytes: int = setting(20 << 20, "largest file of an image in bytes", unit="bytes")
+    max_image_pixels: int = setting(64_000_000, "most pixels of an image")
+    image_hosts: str = setting(
+        "", "hosts that images may be fetched from, separated by commas ('*': any public one; empty: none)", unit="list"
+    )
+    image_timeout: float = setting(10.0, "seconds that fetching one image may take (0: no limit)", unit="seconds")
     max_schema_bytes: int = setting(
         64 << 10, "largest JSON schema, pattern or grammar of a request in bytes", unit="bytes"
     )
@@ -127,7 +133,15 @@ COUNTS = (
     "max_stored_responses",
     "max_background",
 )
-SECONDS = ("request_timeout", "read_timeout", "stall_timeout", "watchdog", "drain_timeout", "stored_response_ttl")
+SECONDS = (
+    "image_timeout",
+    "request_timeout",
+    "read_timeout",
+    "stall_timeout",
+    "watchdog",
+    "drain_timeout",
+    "stored_response_ttl",
+)
 CAPS = (
     *("max_json_depth", "max_n", "max_logprobs", "max_stop", "max_prompts", "max_messages", "max_tools"),
     *("max_images", "max_schema_bytes", "max_schema_depth", "max_questions", "max_decision_reads"),
@@ -147,6 +161,8 @@ CHOICES = [(f.name, f.metadata["choices"]) for f in fields(ServeConfig) if f.met
 # Field, what it may be, and the test for it.
 RULES: tuple[tuple[str, str, Callable[[ServeConfig], bool]], ...] = (
     ("port", "0 (any free one) to 65535", lambda c: 0 <= c.port <= 65535),
+    ("max_image_bytes", "at least 1024 bytes", lambda c: c.max_image_bytes >= 1024),
+    ("max_image_pixels", "at least 1", lambda c: c.max_image_pixels >= 1),
     ("max_body", "at least 1024 bytes", lambda c: c.max_body >= 1024),
     ("max_head", "at least 1024 bytes", lambda c: c.max_head >= 1024),
     ("max_headers", "at least 16", lambda c: c.max_headers >= 16),
