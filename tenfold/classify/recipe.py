@@ -13,9 +13,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """text, size: where the text encoder begins. image_weights: a file of a picture encoder's, which is frozen then, as
-    in CLMLF. frozen: epochs in which a text encoder that knows something does not change; text_rate: its learning rate
-    after that. word_dropout: share of word pieces hidden while training. contrast: weight of the contrastive losses.
+    """text, size: where the text encoder begins. image_weights: where that of pictures does: a file of its weights, and
+    it is frozen then, as in CLMLF; "default" or the folder of a classifier; or anew. frozen: epochs in which a text
+    encoder that knows something does not change; encoder_rate: learning rate of encoders that do. word_dropout: share of word pieces hidden while training. contrast: weight of the contrastive losses.
     patience: epochs without a better accuracy on dev after which training ends.
     """
 
@@ -30,7 +30,7 @@ class Recipe:
     epochs: int = 20
     batch: int = 64
     rate: float = 1e-3
-    text_rate: float = 2e-4
+    encoder_rate: float = 2e-4
     frozen: int = 2
     patience: int = 5
     decay: float = 0.01
@@ -45,7 +45,7 @@ class Recipe:
         for name in ("epochs", "batch", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: from 1.")
-        for name in ("rate", "text_rate", "decay", "contrast", "frozen"):
+        for name in ("rate", "encoder_rate", "decay", "contrast", "frozen"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: from 0.")
         for name in ("dropout", "word_dropout"):

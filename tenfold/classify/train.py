@@ -6,7 +6,7 @@ goes on as if it had not been (to the bit on a CPU).
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tenfold.classify.encoder import Beginning, begin
 from tenfold.classify.recipe import Recipe
 from tenfold.classify.scores import Scores, fit_temperature, score
 from tenfold.models.sentiment.config import SentimentConfig
-from tenfold.models.sentiment.folder import Classifier, read_tensors
+from tenfold.models.sentiment.folder import WEIGHTS, Classifier, place, read_tensors
 from tenfold.models.sentiment.image import from_image_weights
 from tenfold.models.sentiment.model import Posts, SentimentModel
 from tenfold.models.sentiment.prepare import Reader
@@ -81,14 +81,16 @@ class Trainer:
         self.unknown = self.beginning.tokenizer.token_to_id("[UNK]") or 0
 
     def _groups(self) -> list[dict[str, Any]]:
-        recipe = self.recipe
-        self.knows = bool(self.beginning.state)  # a text encoder that has learnt something is treated with care
-        text = list(self.model.text.parameters())
-        own = {id(p) for p in text}
-        rest = [p for p in self.model.parameters() if id(p) not in own and p.requires_grad]
+        """Encoders that have learnt something are treated with care."""
+        self.knows = bool(self.beginning.state)
+        known = [*self.model.text.parameters()] if self.knows else []
+        if self.recipe.image_weights:
+            known += self.model.image.parameters()
+        careful = {id(p) for p in known}
+        rest = [p for p in self.model.parameters() if id(p) not in careful]
         return [
-            {"params": rest, "peak": recipe.rate},
-            {"params": text, "peak": recipe.text_rate if self.knows else recipe.rate},
+            {"params": rest, "peak": self.recipe.rate},
+            {"params": [p for p in known if p.requires_grad], "peak": self.recipe.encoder_rate},
         ]
 
     def train(self, at: Path | None = None, progress: Progress | None = None, say: Callable[[str], None] | None = None) -> Run:
@@ -118,7 +120,7 @@ class Trainer:
         seed = torch.Generator().manual_seed(self.recipe.seed * 100_003 + epoch)
         self.model.train()
         self.model.text.requires_grad_(not self.knows or epoch >= self.recipe.frozen)
-        if self.recipe.image_weights:
+        if not next(self.model.image.encoder.parameters()).requires_grad:
             self.model.image.encoder.eval()  # its norms keep their statistics
         total = 0.0
         for i, (posts, labels) in enumerate(self.shelves["train"].shuffled(self.recipe.batch, seed)):
@@ -235,10 +237,21 @@ def initial(config: SentimentConfig, beginning: Beginning, image_weights: str) -
     model = SentimentModel(config)
     _fill(model.text, beginning.state, "the text encoder")
     if image_weights:
-        encoder = model.image.encoder
-        _fill(encoder, from_image_weights(config.image.kind, read_tensors(Path(image_weights))), image_weights)
-        encoder.requires_grad_(False)
+        _fill_image(model, image_weights)
     return model
+
+
+def _fill_image(model: SentimentModel, source: str) -> None:
+    """source: a file of weights, after which the encoder is frozen; or a classifier, whose encoder goes on learning."""
+    path, shape = Path(source).expanduser(), model.config.image
+    if path.is_file():
+        _fill(model.image.encoder, from_image_weights(shape.kind, read_tensors(path)), source)
+        model.image.encoder.requires_grad_(False)
+        return
+    folder = place(source)
+    tensors = read_tensors(folder / WEIGHTS)
+    own = {name.removeprefix("image."): t.float() for name, t in tensors.items() if name.startswith("image.")}
+    _fill(model.image, own, str(folder / WEIGHTS))
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -247,13 +260,3 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"{where} has {name} of shape {tuple(tensor.shape)}, which the model has no place for.")
     module.load_state_dict(dict(state), strict=False)
-
-
-def over_seeds(recipes: Iterator[Recipe], data: DataSet, device: str) -> list[Scores]:
-    """Test scores of several runs, each with its own temperature."""
-    made = []
-    for recipe in recipes:
-        trainer = Trainer(recipe, data, device)
-        trainer.train()
-        made.append(trainer.judge("test", fit_temperature(*trainer.logits("dev"))))
-    return made

@@ -17,7 +17,7 @@ from tenfold.models.sentiment.text import renamed
 # Kind: blocks of each stage, channels of the first, whether blocks are bottlenecks, and whether the stem is that of
 # ImageNet's large pictures.
 RESNETS: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
-    "small": ((1, 1, 1), 32, False, False),
+    "small": ((1, 1, 1), 16, False, False),
     "resnet18": ((2, 2, 2, 2), 64, False, True),
     "resnet50": ((3, 4, 6, 3), 64, True, True),
 }
