@@ -12,7 +12,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    *("LLM", "AsyncLLM", "Classifier", "Completion", "EngineConfig", "Feeling", "Output", "Post", "SamplingParams"),
+    "LLM",
+    "AsyncLLM",
+    "Classifier",
+    "Completion",
+    "EngineConfig",
+    "Feeling",
+    "Output",
+    "Post",
+    "SamplingParams",
 ]
 
 # Looked up on first use: PyTorch takes more than a second to import, and not every program needs it.

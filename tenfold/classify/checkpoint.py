@@ -56,8 +56,8 @@ class Checkpoint:
             told = json.loads((self.path / STATE).read_text(encoding="utf-8"))
             if told["digest"] != self.digest:
                 raise ValueError(
-                    f"{self.path} holds an interrupted run with other settings or data. Give the same ones to go on with "
-                    "it, or remove it to begin anew."
+                    f"{self.path} holds an interrupted run with other settings or data. Give the same ones to go on "
+                    "with it, or remove it to begin anew."
                 )
             file = SafetensorsFile(self.path / Path(told["tensors"]).name)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:

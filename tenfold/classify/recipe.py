@@ -15,8 +15,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 class Recipe:
     """text, size: where the text encoder begins. image_weights: where that of pictures does: a file of its weights, and
     it is frozen then, as in CLMLF; "default" or the folder of a classifier; or anew. frozen: epochs in which a text
-    encoder that knows something does not change; encoder_rate: learning rate of encoders that do. word_dropout: share of word pieces hidden while training. contrast: weight of the contrastive losses.
-    patience: epochs without a better accuracy on dev after which training ends.
+    encoder that knows something does not change; encoder_rate: learning rate of encoders that do. word_dropout: share
+    of word pieces hidden while training. contrast: weight of the contrastive losses. patience: epochs without a better
+    accuracy on dev after which training ends.
     """
 
     parts: Parts = field(default_factory=Parts)

@@ -75,8 +75,8 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature of least negative log-likelihood, within TEMPERATURES. As a function of 1 / T it is convex, so the
-    search closes in on its only minimum.
+    """The temperature of least negative log-likelihood, within TEMPERATURES. As a function of 1 / T it is convex, so
+    the search closes in on its only minimum.
     """
 
     def loss(log_t: float) -> float:

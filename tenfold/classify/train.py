@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import tenfold
 from tenfold.classify import loss
 from tenfold.classify.batches import Shelf, varied
 from tenfold.classify.checkpoint import Checkpoint
@@ -39,7 +38,9 @@ State = dict[str, Tensor]
 
 @dataclass(slots=True)
 class Run:
-    """What changes while training. best: weights of the epoch with the best dev accuracy, and of equals the least loss."""
+    """What changes while training. best: weights of the epoch with the best dev accuracy, of equals with the least
+    loss.
+    """
 
     epoch: int = 0
     best_epoch: int = -1
@@ -93,7 +94,9 @@ class Trainer:
             {"params": [p for p in known if p.requires_grad], "peak": self.recipe.encoder_rate},
         ]
 
-    def train(self, at: Path | None = None, progress: Progress | None = None, say: Callable[[str], None] | None = None) -> Run:
+    def train(
+        self, at: Path | None = None, progress: Progress | None = None, say: Callable[[str], None] | None = None
+    ) -> Run:
         """at: where each epoch is saved, and an interrupted run goes on. progress: called with batches done and in all.
         say: called with a line an epoch. The model then has the best weights.
         """
@@ -108,7 +111,9 @@ class Trainer:
             if checkpoint is not None:
                 checkpoint.save(run, self.model, self.optimizer, self.scaler)
             if say is not None:
-                say(f"epoch {run.epoch}: loss {trained:.4f}, dev accuracy {found.accuracy:.4f}, F1 {found.f1_macro:.4f}")
+                say(
+                    f"epoch {run.epoch}: loss {trained:.4f}, dev accuracy {found.accuracy:.4f}, F1 {found.f1_macro:.4f}"
+                )
         self.model.load_state_dict(run.best)
         return run
 
@@ -185,7 +190,6 @@ class Trainer:
         """The classifier with its best weights and the temperature that dev asks for, and a card of what it is."""
         temperature = fit_temperature(*self.logits("dev"))
         card = {
-            "tenfold": tenfold.__version__,
             "data": {
                 "name": self.data.name,
                 "source": self.data.source,

@@ -37,7 +37,8 @@ class Feeling:
 class Classifier:
     """A sentiment classifier to call from a script; may be used from several threads.
 
-    model: "default" or a folder that `tenfold train sentiment` wrote; settings: fields of PoolConfig. Raises ValueError.
+    model: "default" or a folder that `tenfold train sentiment` wrote; settings: fields of PoolConfig. Raises
+    ValueError.
 
     >>> with Classifier() as feel:
     ...     print(feel.classify("What a lovely day!")[0].label)

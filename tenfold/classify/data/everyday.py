@@ -1,5 +1,5 @@
-"""The mixture that the packaged classifier is trained on: rated tweets and snippets without a picture, tweets with their
-emoticon drawn, emoji without a text, and made-up posts of both. Three labels.
+"""The mixture that the packaged classifier is trained on: rated tweets and snippets without a picture, tweets with
+their emoticon drawn, emoji without a text, and made-up posts of both. Three labels.
 """
 
 from pathlib import Path
@@ -21,16 +21,16 @@ def read(assets: Path, seed: int = 0) -> DataSet:
         incongruity.generate(wish, emoji.Drawer(known), "emoji"),
     ]
     parts = (tuple(post for each in sets for post in each.split(name)) for name in SPLITS)
-    return DataSet("everyday", POLARITIES, *parts, source="; ".join(each.source for each in sets))
+    return DataSet.of("everyday", POLARITIES, parts, source="; ".join(each.source for each in sets))
 
 
 def _rated(assets: Path, seed: int) -> DataSet:
     posts = [tweets.post_of(*row) for name in (tweets.TWEETS, *tweets.SNIPPETS) for row in tweets.rows(assets, name)]
     whole = [post for post in posts if post.text]
-    return DataSet("rated", POLARITIES, *divide(whole, seed), source="vaderSentiment, tweets and snippets")
+    return DataSet.of("rated", POLARITIES, divide(whole, seed), source="vaderSentiment, tweets and snippets")
 
 
 def _alone(given: DataSet) -> DataSet:
     """Pictures without their texts."""
     parts = (tuple(Post("", post.picture, post.label) for post in given.split(name)) for name in SPLITS)
-    return DataSet(given.name, given.labels, *parts, source=given.source)
+    return DataSet.of(given.name, given.labels, parts, source=given.source)

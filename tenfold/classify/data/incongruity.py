@@ -53,7 +53,7 @@ def generate(wish: Wish, sprites: Sprites = sprite, pictures: str = "drawn") -> 
     ]
     labels = LABELS if wish.rule == "clash" else POLARITIES
     name = f"incongruity-{wish.rule}" if pictures == "drawn" else f"incongruity-{wish.rule}-{pictures}"
-    return DataSet(name, labels, *parts, source=f"made up, seed {wish.seed}, {wish.noise:.0%} of labels wrong")
+    return DataSet.of(name, labels, parts, source=f"made up, seed {wish.seed}, {wish.noise:.0%} of labels wrong")
 
 
 def _split(wish: Wish, split: str, size: int, sprites: Sprites, any: random.Random) -> tuple[Post, ...]:

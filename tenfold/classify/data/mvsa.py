@@ -66,7 +66,7 @@ def read(name: str, folder: Path, seed: int = 0) -> DataSet:
     if len(found) != ITEMS[name]:
         logger.warning("%s has %d posts; the literature counts %d", folder, len(found), ITEMS[name])
     parts = divide(list(found.values()), seed) if not _has_splits(folder) else _given(folder, found)
-    return DataSet(name, POLARITIES, *parts, source=f"{name}, {len(found)} posts")
+    return DataSet.of(name, POLARITIES, parts, source=f"{name}, {len(found)} posts")
 
 
 def _post(folder: Path, id: str, label: int) -> Post:

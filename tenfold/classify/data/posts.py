@@ -6,7 +6,7 @@ Invariant: the digest of a data set tells its content: posts, labels, pictures a
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,12 @@ class DataSet:
     dev: tuple[Post, ...]
     test: tuple[Post, ...]
     source: str = ""
+
+    @classmethod
+    def of(cls, name: str, labels: Sequence[str], parts: Iterable[Sequence[Post]], source: str = "") -> "DataSet":
+        """parts: train, dev and test."""
+        train, dev, test = map(tuple, parts)
+        return cls(name, tuple(labels), train, dev, test, source)
 
     def split(self, name: str) -> tuple[Post, ...]:
         posts: tuple[Post, ...] = getattr(self, name)

@@ -19,7 +19,9 @@ SNIPPETS = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets
 BORDER = 0.5  # rating from which a text is positive, and below minus which negative
 LARGEST = 64 << 20  # bytes of a file in the archive
 # Eyes, perhaps a nose, a mouth; the same the other way round; and hearts.
-EMOTICON = re.compile(r"(?:(?<=\s)|^)(?:[<>]?[:;=8xX][\-o*'^]?[)\](\[dDpP/\\|}{@3*sSoO]+|[)\](\[/\\]+[\-o*']?[:;=8]|<\/?3+)(?=\s|$)")
+EMOTICON = re.compile(
+    r"(?:(?<=\s)|^)(?:[<>]?[:;=8xX][\-o*'^]?[)\](\[dDpP/\\|}{@3*sSoO]+|[)\](\[/\\]+[\-o*']?[:;=8]|<\/?3+)(?=\s|$)"
+)
 
 
 def rows(assets: Path, name: str) -> Iterator[tuple[float, str]]:
@@ -57,4 +59,4 @@ def read(assets: Path, seed: int = 0) -> DataSet:
     """The tweets with an emoticon, eight, one and one of ten by chance."""
     posts = [post_of(*row) for row in rows(assets, TWEETS)]
     seen = [post for post in posts if post.picture is not None and post.text]
-    return DataSet("tweets", POLARITIES, *divide(seen, seed), source="vaderSentiment, tweets with emoticons")
+    return DataSet.of("tweets", POLARITIES, divide(seen, seed), source="vaderSentiment, tweets with emoticons")

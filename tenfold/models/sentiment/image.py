@@ -55,9 +55,7 @@ class ImageShape:
         if self.patch < 1 or self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width of the image encoder is {self.width}; allowed: a multiple of its heads.")
         if not self.stride <= self.size <= LARGEST or self.size % self.stride:
-            raise ValueError(
-                f"size of pictures is {self.size}; allowed: a multiple of {self.stride}, up to {LARGEST}."
-            )
+            raise ValueError(f"size of pictures is {self.size}; allowed: a multiple of {self.stride}, up to {LARGEST}.")
 
 
 def tokens_of(map: Tensor) -> Tensor:

@@ -64,7 +64,10 @@ class SentimentModel(nn.Module):
         self.fusion = Fusion(width, parts, config.dropout, config.image.tokens)
         self.pool = Pool(width)
         self.head = nn.Sequential(
-            nn.Dropout(config.dropout), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, len(config.labels))
+            nn.Dropout(config.dropout),
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, len(config.labels)),
         )
         self.contrast = nn.Linear(width, CONTRAST) if parts.contrastive else None
 

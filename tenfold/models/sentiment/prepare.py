@@ -49,8 +49,8 @@ class Reader:
             raise ValueError(f"{path} is not a tokenizer: {error}.") from None
         if tokenizer.get_vocab_size() > config.text.vocab:
             raise ValueError(
-                f"{path} has {tokenizer.get_vocab_size()} tokens, the text encoder {config.text.vocab}; allowed: no more "
-                "than the encoder."
+                f"{path} has {tokenizer.get_vocab_size()} tokens, the text encoder {config.text.vocab}; allowed: no "
+                "more than the encoder."
             )
         return cls(config, tokenizer)
 

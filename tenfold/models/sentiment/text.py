@@ -50,7 +50,8 @@ class TextShape:
             *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
             *("intermediate_size", "max_position_embeddings"),
         )
-        return cls(*(int(str(told[name])) for name in names), eps=float(str(told.get("layer_norm_eps", 1e-12))))
+        vocab, width, layers, heads, inner, positions = (int(str(told[name])) for name in names)
+        return cls(vocab, width, layers, heads, inner, positions, float(str(told.get("layer_norm_eps", 1e-12))))
 
 
 class Bert(nn.Module):

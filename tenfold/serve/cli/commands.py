@@ -440,7 +440,10 @@ def train_sentiment_command(
     size: Annotated[int, _part("Pixels of each side that it sees.", "--size")] = 56,
     image_weights: Annotated[
         str,
-        _part("Where it begins: a safetensors file, then it is frozen; default or a classifier's folder.", "--image-weights"),
+        _part(
+            "Where it begins: a safetensors file, then it is frozen; default or a classifier's folder.",
+            "--image-weights",
+        ),
     ] = "",
     bilstm: Annotated[int, _part("Layers of the bidirectional LSTM, 0 to 2.", "--bilstm")] = 2,
     cnn: Annotated[bool, _part("A convolution over the spliced features.", "--cnn/--no-cnn")] = True,

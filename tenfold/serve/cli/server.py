@@ -46,7 +46,9 @@ KILLING = 2.0  # seconds to be rid of an engine that did not
 
 Models = dict[str, AsyncLLM]
 Classifiers = dict[str, Any]
-OWN = {"classifier": "tenfold.serve.decide.own:open_own"}  # brings PyTorch into this process, so only where it is wanted
+OWN = {
+    "classifier": "tenfold.serve.decide.own:open_own"
+}  # brings PyTorch into this process, so only where it is wanted
 
 
 def serve(settled: Settled) -> int:

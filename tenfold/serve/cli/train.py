@@ -1,8 +1,10 @@
 """`tenfold train sentiment`: learn a classifier from data, save it with its card, and say how good it is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import tenfold
 from tenfold.classify import plots
 from tenfold.classify.checkpoint import Checkpoint
 from tenfold.classify.data import table
@@ -32,6 +34,7 @@ def sentiment(
         made = train(recipe, found, str(pick_device(device)), out / UNDER_WAY, bar.update, say)
     finally:
         bar.stop()
+    made = replace(made, card={"tenfold": tenfold.__version__, **made.card})
     save(out, made, torch.float16 if half else torch.float32)
     Checkpoint(out / UNDER_WAY, "").remove()
     if plots.can_plot():

@@ -11,7 +11,24 @@ from tenfold.models.sentiment.folder import Classifier, save
 from tenfold.models.sentiment.model import SentimentModel
 from tenfold.models.sentiment.prepare import Reader
 
-WORDS = "[PAD] [UNK] [CLS] [SEP] a good bad day is the not very rain sun . !".split()
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "a",
+    "good",
+    "bad",
+    "day",
+    "is",
+    "the",
+    "not",
+    "very",
+    "rain",
+    "sun",
+    ".",
+    "!",
+]
 LABELS = ("negative", "neutral", "positive")
 IMAGE = ImageShape("small", 24)
 

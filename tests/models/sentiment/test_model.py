@@ -12,13 +12,13 @@ from tenfold.models.sentiment.prepare import fit
 from tests.models.sentiment import small
 
 VARIANTS = (
-    *(dict(bilstm=layers) for layers in (0, 1, 2)),
-    *(dict(cbam=which) for which in ("none", "channel", "spatial")),
-    *(dict(layout="picture", cnn=cnn) for cnn in (True, False)),
-    dict(bilstm=0, cnn=False, cbam="none"),
-    dict(cross=2, contrastive=True),
-    dict(modalities="text"),
-    dict(modalities="image"),
+    *({"bilstm": layers} for layers in (0, 1, 2)),
+    *({"cbam": which} for which in ("none", "channel", "spatial")),
+    *({"layout": "picture", "cnn": cnn} for cnn in (True, False)),
+    {"bilstm": 0, "cnn": False, "cbam": "none"},
+    {"cross": 2, "contrastive": True},
+    {"modalities": "text"},
+    {"modalities": "image"},
 )
 TEXTS = ("A good day!", "bad", "the rain is not very good .")
 
@@ -107,7 +107,9 @@ def test_a_folder_is_the_model_that_was_saved(tmp_path):
     probabilities = again.probabilities(made.model(posts).logits)
     torch.testing.assert_close(probabilities, (made.model(posts).logits / 1.5).softmax(-1))
     save(tmp_path, made, torch.float16)
-    torch.testing.assert_close(open_folder(tmp_path).model(posts).logits, made.model(posts).logits, atol=0.01, rtol=0.01)
+    torch.testing.assert_close(
+        open_folder(tmp_path).model(posts).logits, made.model(posts).logits, atol=0.01, rtol=0.01
+    )
 
 
 @pytest.mark.parametrize(

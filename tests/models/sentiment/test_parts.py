@@ -12,7 +12,7 @@ from tenfold.models.sentiment.image import ImageShape, Regions, ResNet, from_ima
 from tenfold.models.sentiment.model import Pool
 from tenfold.models.sentiment.text import Bert, BiLstm, TextShape, from_bert
 
-NAMED = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+NAMED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TOLERANCE = 1e-6  # float32: the same sums in another order
 
 
@@ -113,7 +113,9 @@ def test_a_region_lands_in_its_token(row, column):
 
 # near: tokens away that the largest change may be; convolutions see over the border of a region.
 @pytest.mark.parametrize(
-    ("shape", "near"), [(ImageShape("small", 56), 1), (ImageShape("vit", 48, 16, 32, 0, 2, 64), 0)], ids=["small", "vit"]
+    ("shape", "near"),
+    [(ImageShape("small", 56), 1), (ImageShape("vit", 48, 16, 32, 0, 2, 64), 0)],
+    ids=["small", "vit"],
 )
 def test_what_changes_in_a_picture_changes_its_token_most(shape, near):
     regions = Regions(shape, 16).eval()
