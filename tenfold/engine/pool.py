@@ -188,7 +188,7 @@ class Pool:
     def _probabilities(self, batch: list[Entry]) -> list[Probabilities]:
         posts = self.classifier.reader.batch([entry.item for entry in batch])
         with torch.inference_mode():
-            logits = self.classifier.model(posts.to(self.device, self.dtype)).logits
+            logits = self.classifier.model(posts.to(self.device)).logits
             told: list[Probabilities] = self.classifier.probabilities(logits).tolist()
         return told
 

@@ -120,7 +120,6 @@ def test_lines_of_hfm_that_are_none(line):
 def test_counts_of_the_literature():
     assert mvsa.ITEMS == {"mvsa-single": 4511, "mvsa-multiple": 17024}
     assert sum(hfm.ITEMS.values()) == 24635
-    assert sum(incongruity.SIZES) == 4511
 
 
 def moods(text):
@@ -267,6 +266,8 @@ def test_emoji_are_split_by_emoji(tmp_path):
 def test_tweets_are_read_where_they_are(tmp_path):
     data = tweets.read(make_assets(tmp_path))
     assert sum(len(data.split(name)) for name in SPLITS) == 20
+    mixed = tweets.rated(tmp_path, (tweets.TWEETS, *tweets.SNIPPETS), lambda post: True, "all")
+    assert {post.text for post in data.test} <= {post.text for post in mixed.test}
     assert data.train[0].text.endswith("& more")
     assert data.train[0].picture.shape == (3, draw.SIZE, draw.SIZE)
 

@@ -5,7 +5,6 @@ Splits are by emoji, so that none is known from training, in whatever drawing.
 """
 
 import csv
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -16,7 +15,17 @@ from PIL import Image
 
 from tenfold.base.pictures import open_picture
 from tenfold.classify.data.draw import Sprite
-from tenfold.classify.data.posts import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, SPLITS, DataSet, Post, as_tensor
+from tenfold.classify.data.posts import (
+    NEGATIVE,
+    NEUTRAL,
+    POLARITIES,
+    POSITIVE,
+    SPLITS,
+    DataSet,
+    Post,
+    as_tensor,
+    split_of,
+)
 
 PICTURES = Path("emoji-images", "package")
 COUNTS = Path("emoji-sentiment", "emosent", "data", "Emoji_Sentiment_Data_v1.0.csv")
@@ -46,8 +55,7 @@ class Emoji:
     @property
     def split(self) -> str:
         """By its name, so that it is the same in every set."""
-        place = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") % 100
-        return SPLITS[(place >= SHARES[0]) + (place >= sum(SHARES))]
+        return split_of(self.name, *SHARES)
 
     def sprite(self) -> Sprite:
         with Image.open(self.picture) as image:

@@ -5,7 +5,7 @@ their emoticon drawn, emoji without a text, and made-up posts of both. Three lab
 from pathlib import Path
 
 from tenfold.classify.data import emoji, incongruity, tweets
-from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post, divide
+from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post
 
 MADE_UP = (3000, 300, 300)
 
@@ -15,19 +15,13 @@ def read(assets: Path, seed: int = 0) -> DataSet:
     known = emoji.find(assets)
     wish = incongruity.Wish("joint", MADE_UP, seed=seed)
     sets = [
-        _rated(assets, seed),
+        tweets.rated(assets, (tweets.TWEETS, *tweets.SNIPPETS), lambda post: True, "rated"),
         _alone(emoji.read(assets)),
         incongruity.generate(wish),
         incongruity.generate(wish, emoji.Drawer(known), "emoji"),
     ]
     parts = (tuple(post for each in sets for post in each.split(name)) for name in SPLITS)
     return DataSet.of("everyday", POLARITIES, parts, source="; ".join(each.source for each in sets))
-
-
-def _rated(assets: Path, seed: int) -> DataSet:
-    posts = [tweets.post_of(*row) for name in (tweets.TWEETS, *tweets.SNIPPETS) for row in tweets.rows(assets, name)]
-    whole = [post for post in posts if post.text]
-    return DataSet.of("rated", POLARITIES, divide(whole, seed), source="vaderSentiment, tweets and snippets")
 
 
 def _alone(given: DataSet) -> DataSet:

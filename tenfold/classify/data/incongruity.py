@@ -15,7 +15,7 @@ from tenfold.classify.data.mvsa import joint
 from tenfold.classify.data.posts import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, SPLITS, DataSet, Post, as_tensor
 from tenfold.classify.data.words import AFTER, BEFORE, THINGS, WHOS, Writer
 
-SIZES = (3611, 450, 450)  # of MVSA-single
+SIZES = (3611, 1000, 2409)  # to learn from as many as in MVSA-single; enough to judge by, that a point is no chance
 LABELS = ("congruent", "incongruent")
 NOISE = 0.05
 Sprites = Callable[[int, str, random.Random], Sprite]  # of a mood, -1, 0 or 1, for a split

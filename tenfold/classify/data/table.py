@@ -25,7 +25,7 @@ SETS: dict[str, Callable[[Path, int], DataSet]] = {
     "incongruity-tiny": lambda folder, seed: _made_up("clash", seed, (96, 32, 32)),
     "incongruity-emoji": lambda folder, seed: _of_emoji("clash", folder, seed),
     "emoji": lambda folder, seed: emoji.read(folder),
-    "tweets": tweets.read,
+    "tweets": lambda folder, seed: tweets.read(folder),
     "everyday": everyday.read,
     "mvsa-single": lambda folder, seed: mvsa.read("mvsa-single", folder, seed),
     "mvsa-multiple": lambda folder, seed: mvsa.read("mvsa-multiple", folder, seed),

@@ -7,16 +7,17 @@ In a tweet with an emoticon the emoticon becomes the picture: the text alone lac
 import html
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tenfold.classify.data.draw import characters
-from tenfold.classify.data.posts import POLARITIES, DataSet, Post, as_tensor, divide, polarity
+from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post, as_tensor, polarity, split_of
 
 ARCHIVE = "hutto_ICWSM_2014"
 TWEETS = "tweets"
 SNIPPETS = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 BORDER = 0.5  # rating from which a text is positive, and below minus which negative
+SHARES = (80, 10)  # of a hundred: train and dev
 LARGEST = 64 << 20  # bytes of a file in the archive
 # Eyes, perhaps a nose, a mouth; the same the other way round; and hearts.
 EMOTICON = re.compile(
@@ -55,8 +56,19 @@ def post_of(rating: float, text: str) -> Post:
     return Post(rest, as_tensor(characters(found.group())), label)
 
 
-def read(assets: Path, seed: int = 0) -> DataSet:
-    """The tweets with an emoticon, eight, one and one of ten by chance."""
-    posts = [post_of(*row) for row in rows(assets, TWEETS)]
-    seen = [post for post in posts if post.picture is not None and post.text]
-    return DataSet.of("tweets", POLARITIES, divide(seen, seed), source="vaderSentiment, tweets with emoticons")
+def read(assets: Path) -> DataSet:
+    """The tweets with an emoticon."""
+    return rated(assets, (TWEETS,), lambda post: post.picture is not None, "tweets")
+
+
+def rated(assets: Path, names: Sequence[str], keeps: Callable[[Post], bool], name: str) -> DataSet:
+    """Posts with some text from files of ground truth. Splits are by the text, so that no post is for learning in one
+    set and for judging in another.
+    """
+    parts: dict[str, list[Post]] = {split: [] for split in SPLITS}
+    for file in names:
+        for rating, text in rows(assets, file):
+            post = post_of(rating, text)
+            if post.text and keeps(post):
+                parts[split_of(text, *SHARES)].append(post)
+    return DataSet.of(name, POLARITIES, parts.values(), "vaderSentiment, rated texts")

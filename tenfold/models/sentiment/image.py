@@ -24,6 +24,7 @@ RESNETS: dict[str, tuple[tuple[int, ...], int, bool, bool]] = {
 KINDS = (*RESNETS, "vit")
 WIDENING = 4  # of a bottleneck
 LARGEST = 1024  # pixels of a side
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as weights of ResNets expect
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +162,30 @@ class Vit(nn.Module):
         return out[:, 1:]
 
 
+class Normal(nn.Module):
+    """Pictures of 8 bits to what encoders expect, in the module's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, numbers in (("average", MEAN), ("deviation", DEVIATION)):
+            self.register_buffer(name, 255 * torch.tensor(numbers).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        average, deviation = self.get_buffer("average"), self.get_buffer("deviation")
+        return ((pictures.float() - average.float()) / deviation.float()).to(average.dtype)
+
+
 class Regions(nn.Module):
-    """Pictures to [B, tokens, d]: the regions row by row, then their mean."""
+    """Pictures [B, 3, S, S] uint8 to [B, tokens, d]: the regions row by row, then their mean."""
 
     def __init__(self, shape: ImageShape, width: int) -> None:
         super().__init__()
+        self.normal = Normal()
         self.encoder: ResNet | Vit = Vit(shape) if shape.kind == "vit" else ResNet(shape.kind)
         self.project = nn.Linear(self.encoder.channels, width)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        regions = self.encoder(pictures)
+        regions = self.encoder(self.normal(pictures))
         both = torch.cat([regions, regions.mean(1, keepdim=True)], 1)
         return F.gelu(self.project(both))
 

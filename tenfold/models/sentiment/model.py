@@ -24,8 +24,8 @@ PICTURE_CHANNELS = 16  # of the layout "picture"
 
 @dataclass(frozen=True, slots=True)
 class Posts:
-    """A batch. ids [B, L] int64, from 0 where padded; lengths [B] int64 on the CPU, from 1; pictures [P, 3, S, S] of
-    the posts that have one; rows [P] int64: which those are.
+    """A batch. ids [B, L] int64, from 0 where padded; lengths [B] int64 on the CPU, from 1; pictures [P, 3, S, S] uint8
+    of the posts that have one; rows [P] int64: which those are.
     """
 
     ids: Tensor
@@ -33,14 +33,10 @@ class Posts:
     pictures: Tensor
     rows: Tensor
 
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Posts":
-        """On a device, pictures in a type; lengths stay where the LSTM's packing wants them."""
-
-        def there(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        pictures = self.pictures.to(device, dtype or self.pictures.dtype, non_blocking=True)
-        return Posts(there(self.ids), self.lengths, pictures, there(self.rows))
+    def to(self, device: torch.device | str) -> "Posts":
+        """On a device; lengths stay where the LSTM's packing wants them."""
+        ids, pictures, rows = (x.to(device, non_blocking=True) for x in (self.ids, self.pictures, self.rows))
+        return Posts(ids, self.lengths, pictures, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ class SentimentModel(nn.Module):
             seen[posts.rows] = True
             regions = self.image(posts.pictures)
         if text is None:
-            kind = posts.pictures.dtype if regions is None else regions.dtype
+            kind = self.image.project.weight.dtype if regions is None else regions.dtype
             text = torch.zeros(count, length, self.config.width, dtype=kind, device=where)
             read = torch.zeros_like(read)
         blank = text.new_zeros(count, self.config.image.tokens, self.config.width)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from tenfold.models.sentiment.config import SentimentConfig
 from tenfold.models.sentiment.model import Posts
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as weights of ResNets expect
 LONGEST = 1 << 20  # characters of a text
 NARROWEST = 64  # times that a picture may be longer than wide
 
@@ -35,8 +34,6 @@ class Reader:
         tokenizer.enable_truncation(config.max_tokens)
         self.config = config
         self.tokenizer = tokenizer
-        mean, deviation = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (MEAN, DEVIATION))
-        self._mean, self._deviation = mean, deviation
 
     @classmethod
     def open(cls, config: SentimentConfig, path: Path) -> "Reader":
@@ -71,17 +68,11 @@ class Reader:
         """Texts padded to `length`, or to the longest where that is more."""
         longest = max(length, *(len(item.ids) for item in items))
         ids = torch.tensor([item.ids + [0] * (longest - len(item.ids)) for item in items])
-        rows = [i for i, item in enumerate(items) if item.picture is not None]
+        seen = {i: item.picture for i, item in enumerate(items) if item.picture is not None}
         size = self.config.image.size
-        pictures = torch.zeros(0, 3, size, size)
-        if rows:
-            pictures = self.normal(torch.stack([items[i].picture for i in rows]))  # type: ignore[misc]
+        pictures = torch.stack([*seen.values()]) if seen else torch.zeros(0, 3, size, size, dtype=torch.uint8)
         lengths = torch.tensor([len(item.ids) for item in items])
-        return Posts(ids, lengths, pictures, torch.tensor(rows, dtype=torch.int64))
-
-    def normal(self, pictures: Tensor) -> Tensor:
-        """8 bits to what encoders expect, [P, 3, S, S] float32."""
-        return (pictures.float() - self._mean) / self._deviation
+        return Posts(ids, lengths, pictures, torch.tensor([*seen], dtype=torch.int64))
 
 
 def fit(picture: Tensor, size: int) -> Tensor:

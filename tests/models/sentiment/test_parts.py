@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tenfold.models.sentiment.attention import Block, across
 from tenfold.models.sentiment.cbam import Cbam, ChannelGate, SpatialGate, masked_max, masked_mean
-from tenfold.models.sentiment.image import ImageShape, Regions, ResNet, from_image_weights, tokens_of
+from tenfold.models.sentiment.image import DEVIATION, MEAN, ImageShape, Regions, ResNet, from_image_weights, tokens_of
 from tenfold.models.sentiment.model import Pool
 from tenfold.models.sentiment.text import Bert, BiLstm, TextShape, from_bert
 
@@ -127,7 +127,9 @@ def test_what_changes_in_a_picture_changes_its_token_most(shape, near):
         change = (regions.encoder(marked) - regions.encoder(plain)).abs().sum(-1)[0]
         found = divmod(int(change.argmax()), side)
         assert max(abs(found[0] - row), abs(found[1] - column)) <= near
-    assert regions(plain).shape == (1, shape.tokens, 16)
+    black = torch.zeros(1, 3, shape.size, shape.size, dtype=torch.uint8)
+    assert regions(black).shape == (1, shape.tokens, 16)
+    assert torch.equal(regions.normal(black)[0, :, 0, 0], -torch.tensor(MEAN) / torch.tensor(DEVIATION))
 
 
 def test_each_token_looks_across():

@@ -1,0 +1,204 @@
+"""The sentiment classifier: what each of its parts is worth, how well calibrated it is, and how it serves.
+
+    python -m tenfold.bench.sentiment ablation --device cuda --jobs 8 --out A.json
+    python -m tenfold.bench.sentiment serving --size base --device cuda --out S.json
+
+ablation: every variant of VARIANTS on every set with several seeds, encoders beginning where the packaged classifier's
+do, which has seen no post for judging of any set. Scores are of the test split, after the temperature that dev asks
+for; variants are compared seed by seed. serving: `bench.sentiment_serving`.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tenfold.bench import sentiment_serving
+from tenfold.bench.command import save
+from tenfold.bench.hardware import machine
+from tenfold.bench.single import device_of
+from tenfold.classify.data import table
+from tenfold.classify.data.posts import DataSet
+from tenfold.classify.recipe import Recipe
+from tenfold.classify.scores import fit_temperature
+from tenfold.classify.train import Trainer
+from tenfold.models.sentiment.config import Parts
+
+FULL, PLAIN = "full", "concatenation"
+_NOTHING = Parts(0, False, "none")
+VARIANTS: dict[str, Parts] = {
+    "text only": Parts(modalities="text"),
+    "image only": Parts(modalities="image"),
+    PLAIN: _NOTHING,
+    "+ BiLSTM 1": replace(_NOTHING, bilstm=1),
+    "+ BiLSTM 2": replace(_NOTHING, bilstm=2),
+    "+ CNN": replace(_NOTHING, cnn=True),
+    "+ CBAM channel": replace(_NOTHING, cbam="channel"),
+    "+ CBAM spatial": replace(_NOTHING, cbam="spatial"),
+    "+ CBAM both": replace(_NOTHING, cbam="both"),
+    FULL: Parts(),
+    "full, BiLSTM 1": Parts(bilstm=1),
+    "full, no BiLSTM": Parts(bilstm=0),
+    "full, no CNN": Parts(cnn=False),
+    "full, no CBAM": Parts(cbam="none"),
+    "full, channel gate": Parts(cbam="channel"),
+    "full, spatial gate": Parts(cbam="spatial"),
+    "full, as a picture": Parts(layout="picture"),
+    "full + cross-attention": Parts(cross=1),
+    "full + contrastive": Parts(contrastive=True),
+}
+DATA = "incongruity,incongruity-emoji,emoji,tweets"
+Job = tuple[str, str, int]  # set, variant, seed
+Row = dict[str, Any]
+
+
+def jobs_of(data: Sequence[str], variants: Sequence[str], seeds: int) -> list[Job]:
+    """Seeds outermost, so that what is measured before an interruption can be compared."""
+    return [(name, variant, seed) for seed in range(seeds) for name in data for variant in variants]
+
+
+@lru_cache(maxsize=1)
+def _read(data: str) -> DataSet:
+    return table.read(data)
+
+
+def one(job: Job, recipe: Recipe, device: str) -> Row:
+    """Train and judge. Raises ValueError for data that is not there."""
+    data, variant, seed = job
+    trainer = Trainer(replace(recipe, parts=VARIANTS[variant], seed=seed), _read(data), device)
+    run = trainer.train()
+    temperature = fit_temperature(*trainer.logits("dev"))
+    scores, raw = trainer.judge("test", temperature), trainer.judge("test")
+    return {
+        "data": data.partition("=")[0],
+        "variant": variant,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "epochs": run.epoch,
+        "temperature": temperature,
+        "scores": scores.as_json(),
+        "uncalibrated": {"ece": raw.ece, "brier": raw.brier},
+    }
+
+
+def _in_worker(job: Job, recipe: Recipe, device: str) -> Row:
+    torch.set_num_threads(1)
+    return one(job, recipe, device)
+
+
+def run(jobs: Sequence[Job], recipe: Recipe, device: str, workers: int, say: Callable[[str], None]) -> list[Row]:
+    """All, several at a time where there are workers: one of these small models does not fill a GPU."""
+    found: list[Row] = []
+
+    def take(row: Row) -> None:
+        found.append(row)
+        scores = row["scores"]
+        told = f"{row['data']:20} {row['variant']:24} seed {row['seed']}: accuracy {scores['accuracy']:.4f}"
+        say(f"[{len(found)}/{len(jobs)}] {told}, F1 {scores['f1_macro']:.4f}, ECE {scores['ece']:.4f}")
+
+    if workers < 2:
+        for job in jobs:
+            take(one(job, recipe, device))
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(_in_worker, job, recipe, device) for job in jobs]):
+                take(future.result())
+    return sorted(found, key=lambda row: (row["data"], list(VARIANTS).index(row["variant"]), row["seed"]))
+
+
+def by_variant(rows: Sequence[Mapping[str, Any]], data: str) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of a set, in the order of VARIANTS, each by seed."""
+    own = [row for row in rows if row["data"] == data]
+    return {name: found for name in VARIANTS if (found := [row for row in own if row["variant"] == name])}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, 0 of a single one."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def gains(rows: Sequence[Mapping[str, Any]], data: str, score: str, over: str = PLAIN) -> list[float]:
+    """By how much the full model is better than another, seed by seed."""
+    found = by_variant(rows, data)
+    before = {row["seed"]: row["scores"][score] for row in found.get(over, ())}
+    return [row["scores"][score] - before[row["seed"]] for row in found.get(FULL, ()) if row["seed"] in before]
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A table for people."""
+    for data in dict.fromkeys(row["data"] for row in rows):
+        yield f"{data}:"
+        for variant, own in by_variant(rows, data).items():
+            told = [spread([row["scores"][name] for row in own]) for name in ("accuracy", "f1_macro", "ece")]
+            yield f"  {variant:24} " + "  ".join(f"{mean:.4f} ± {off:.4f}" for mean, off in told)
+
+
+def ablation(given: argparse.Namespace) -> dict[str, Any]:
+    device = device_of(given.device)
+    recipe = Recipe(
+        text=given.text,
+        image_weights=given.image_weights,
+        epochs=given.epochs,
+        patience=given.patience,
+        frozen=given.frozen,
+        precision=given.precision,
+    )
+    names = list(VARIANTS) if not given.variants else given.variants.split(",")
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise SystemExit(f"variants has {unknown[0]!r}; allowed: {', '.join(VARIANTS)}.")
+    jobs = jobs_of(given.data.split(","), names, given.seeds)
+    rows = run(jobs, recipe, device, given.jobs, print)
+    print("\n".join(lines(rows)))
+    return {
+        "suite": "sentiment",
+        "machine": machine(device),
+        "command": f"python -m tenfold.bench.sentiment ablation --data {given.data} --seeds {given.seeds} "
+        f"--epochs {given.epochs} --device {given.device}",
+        "recipe": asdict(recipe),
+        "sets": {
+            data.partition("=")[0]: {"sha256": _read(data).digest(), "counts": _read(data).counts()}
+            for data in given.data.split(",")
+        },
+        "rows": rows,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tenfold.bench.sentiment",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    parts = kinds.add_parser("ablation")
+    parts.add_argument("--data", default=DATA, help="sets, comma-separated, each NAME or NAME=FOLDER")
+    parts.add_argument("--variants", default="", help="comma-separated; empty: all")
+    parts.add_argument("--seeds", type=int, default=5)
+    parts.add_argument("--text", default="default", help="text encoder to begin with, as for tenfold train sentiment")
+    parts.add_argument("--image-weights", default="default", help="picture encoder likewise; empty: anew")
+    parts.add_argument("--epochs", type=int, default=12)
+    parts.add_argument("--patience", type=int, default=5)
+    parts.add_argument("--frozen", type=int, default=2)
+    parts.add_argument("--precision", default="float32")
+    parts.add_argument("--jobs", type=int, default=1, help="trained at one time")
+    sentiment_serving.add_arguments(kinds.add_parser("serving"))
+    for each in kinds.choices.values():
+        each.add_argument("--device", default="auto")
+        each.add_argument("--out", type=Path)
+        each.add_argument("--commit", default="")
+    given = parser.parse_args(arguments)
+    found = ablation(given) if given.kind == "ablation" else sentiment_serving.measure(given, print)
+    if given.out:
+        save(given.out, found, given.commit)
+
+
+if __name__ == "__main__":
+    main()
