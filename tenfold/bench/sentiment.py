@@ -30,6 +30,7 @@ from tenfold.classify.recipe import Recipe
 from tenfold.classify.scores import fit_temperature
 from tenfold.classify.train import Trainer
 from tenfold.models.sentiment.config import Parts
+from tenfold.models.sentiment.folder import DEFAULT, open_folder, place
 
 FULL, PLAIN = "full", "concatenation"
 _NOTHING = Parts(0, False, "none")
@@ -167,6 +168,7 @@ def ablation(given: argparse.Namespace) -> dict[str, Any]:
             data.partition("=")[0]: {"sha256": _read(data).digest(), "counts": _read(data).counts()}
             for data in given.data.split(",")
         },
+        "packaged": open_folder(place(DEFAULT)).card["test"],
         "rows": rows,
     }
 

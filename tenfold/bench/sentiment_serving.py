@@ -29,7 +29,7 @@ from tenfold.bench.single import device_of
 from tenfold.bench.worker import Worker
 from tenfold.engine.pool import Pool, PoolConfig
 from tenfold.models.sentiment.config import ImageShape, SentimentConfig, TextShape
-from tenfold.models.sentiment.folder import Classifier, open_folder, place
+from tenfold.models.sentiment.folder import Classifier, open_folder, place, placed
 from tenfold.models.sentiment.image import Normal
 from tenfold.models.sentiment.model import SentimentModel
 from tenfold.models.sentiment.prepare import Item, Reader
@@ -65,7 +65,7 @@ def made(size: str, device: str, dtype: torch.dtype) -> Classifier:
     config = SentimentConfig(LABELS, *SIZES[size])
     with torch.device(device):
         model = SentimentModel(config)
-    return Classifier(model.to(dtype).eval().requires_grad_(False), Reader(config, NoTokenizer()))
+    return Classifier(placed(model, device, dtype), Reader(config, NoTokenizer()))
 
 
 def posts(config: SentimentConfig, count: int, seed: int = 0) -> list[Item]:

@@ -80,16 +80,20 @@ def heart(mood: int, colour: Colour, any: random.Random) -> Sprite:
 
 
 def compose(sprites: Sequence[Sprite], any: random.Random) -> Image.Image:
-    """Pictograms on a ground of two colours that tell nothing, side by side, turned and shifted a little."""
+    """One or two pictograms on a ground of two colours that tell nothing, turned and shifted a little; two stand in
+    opposite corners.
+    """
     made = ground(any)
-    count = len(sprites)
-    room = SIZE if count == 1 else SIZE * 5 // 8
+    room = SIZE if len(sprites) == 1 else SIZE * 3 // 5
+    is_rising = any.random() < 0.5
     for i, each in enumerate(sprites):
-        side = round(room * any.uniform(0.72, 0.95))
+        side = round(room * any.uniform(0.8, 1.0))
         small = each.rotate(any.uniform(-12, 12), Image.Resampling.BILINEAR).resize((side, side))
-        slack = SIZE - side
-        left = any.randint(0, slack) if count == 1 else round(slack * i / (count - 1))
-        made.paste(small, (left, any.randint(0, slack)), small)
+        left, top = (any.randint(0, room - side) for _ in range(2))
+        if len(sprites) > 1:
+            left += (SIZE - room) * i
+            top += (SIZE - room) * (i != is_rising)
+        made.paste(small, (left, top), small)
     return made
 
 

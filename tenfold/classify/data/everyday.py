@@ -7,7 +7,7 @@ from pathlib import Path
 from tenfold.classify.data import emoji, incongruity, tweets
 from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post
 
-MADE_UP = (3000, 300, 300)
+MADE_UP = (4000, 300, 300)
 
 
 def read(assets: Path, seed: int = 0) -> DataSet:

@@ -24,14 +24,11 @@ PLAIN = ("here is", "look at", "this is", "a picture of", "on the way to", "back
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """rule: "clash" or "joint". sizes: of train, dev and test. noise: share of labels that are wrong, in every split.
-    most: pictograms of a picture; of several, most have its mood.
-    """
+    """rule: "clash" or "joint". sizes: of train, dev and test. noise: share of labels that are wrong, in each."""
 
     rule: str = "clash"
     sizes: tuple[int, int, int] = SIZES
     noise: float = NOISE
-    most: int = 3
     seed: int = 0
 
     def check(self) -> None:
@@ -64,7 +61,8 @@ def _split(wish: Wish, split: str, size: int, sprites: Sprites, any: random.Rand
             others = [other for other in range(2 if wish.rule == "clash" else 3) if other != label]
             label = any.choice(others)
         written = writer.text(text) if text else plain(any)
-        drawn = as_tensor(compose(_sprites(image, split, wish.most, sprites, any), any))
+        count = 1 + (any.random() < 0.4)
+        drawn = as_tensor(compose([sprites(image, split, any) for _ in range(count)], any))
         posts.append(Post(written, drawn, label))
     return tuple(posts)
 
@@ -81,15 +79,6 @@ def _moods(wish: Wish, size: int, any: random.Random) -> Sequence[tuple[int, int
     rows = [kinds[i % len(kinds)] for i in range(size)]
     any.shuffle(rows)
     return rows
-
-
-def _sprites(mood: int, split: str, most: int, sprites: Sprites, any: random.Random) -> list[Sprite]:
-    """One pictogram, or three of which two have the mood."""
-    if most < 3 or any.random() < 0.5 or not mood:
-        return [sprites(mood, split, any)]
-    moods = [mood, mood, -mood]
-    any.shuffle(moods)
-    return [sprites(each, split, any) for each in moods]
 
 
 def plain(any: random.Random) -> str:

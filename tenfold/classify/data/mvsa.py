@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tenfold.base.log import logger
-from tenfold.classify.data.posts import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, SPLITS, DataSet, Post, divide
+from tenfold.classify.data.posts import NEUTRAL, POLARITIES, SPLITS, DataSet, Post, divide
 
 ITEMS = {"mvsa-single": 4511, "mvsa-multiple": 17024}  # that the literature counts after the rules below
-# Words that the splits of CLMLF (Link-Li/CLMLF on GitHub) use for labels: numbers, with positive first.
-SPLIT_LABELS = {0: POSITIVE, 1: NEUTRAL, 2: NEGATIVE}
 
 
 def joint(text: int, image: int) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from tenfold.models.sentiment.image import KINDS, ImageShape
+from tenfold.models.sentiment.image import ImageShape
 from tenfold.models.sentiment.text import TextShape
 
 CBAM = ("none", "channel", "spatial", "both")
@@ -99,4 +99,4 @@ def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}.")
 
 
-__all__ = ["CBAM", "KINDS", "LAYOUTS", "MODALITIES", "ImageShape", "Parts", "SentimentConfig", "TextShape"]
+__all__ = ["CBAM", "LAYOUTS", "MODALITIES", "ImageShape", "Parts", "SentimentConfig", "TextShape"]

@@ -78,9 +78,17 @@ def open_folder(path: Path, device: torch.device | str = "cpu", dtype: torch.dty
         raise ValueError(f"{path / CONFIG} has the temperature {temperature!r}; allowed: {low} to {high}.")
     model = SentimentModel(config)
     load_into(model, read_tensors(path / WEIGHTS), str(path / WEIGHTS))
-    model.to(device, dtype).eval().requires_grad_(False)
+    placed(model, device, dtype)
     card = _object(path / CARD) if (path / CARD).exists() else {}
     return Classifier(model, Reader.open(config, path / TOKENIZER), float(temperature), card)
+
+
+def placed(model: SentimentModel, device: torch.device | str, dtype: torch.dtype) -> SentimentModel:
+    """The same model, ready to be asked and no longer to be trained. On a GPU its convolutions have channels last."""
+    model.to(device, dtype).eval().requires_grad_(False)
+    if torch.device(device).type == "cuda":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

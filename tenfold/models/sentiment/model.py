@@ -58,7 +58,7 @@ class SentimentModel(nn.Module):
         self.bilstm = BiLstm(width, parts.bilstm, config.dropout) if parts.bilstm else None
         self.image = Regions(config.image, width)
         self.fusion = Fusion(width, parts, config.dropout, config.image.tokens)
-        self.pool = Pool(width)
+        self.pool = AttentionPool(width)
         self.head = nn.Sequential(
             nn.Dropout(config.dropout),
             nn.Linear(width, width // 2),
@@ -161,8 +161,8 @@ class AsPicture(nn.Module):
         return x + (self.merge(self.cbam(maps, there)) * there)[:, 0]
 
 
-class Pool(nn.Module):
-    """Attention pooling: the mean of all real tokens, weighed by what a small network makes of each."""
+class AttentionPool(nn.Module):
+    """The mean of all real tokens, weighed by what a small network makes of each."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tenfold.models.sentiment.attention import Block, across
 from tenfold.models.sentiment.cbam import Cbam, ChannelGate, SpatialGate, masked_max, masked_mean
 from tenfold.models.sentiment.image import DEVIATION, MEAN, ImageShape, Regions, ResNet, from_image_weights, tokens_of
-from tenfold.models.sentiment.model import Pool
+from tenfold.models.sentiment.model import AttentionPool
 from tenfold.models.sentiment.text import Bert, BiLstm, TextShape, from_bert
 
 NAMED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -36,11 +36,11 @@ def test_pools_of_nothing_are_zero():
     x, nothing = torch.randn(2, 3, 4), torch.zeros(2, 1, 4, dtype=torch.bool)
     assert masked_mean(x, nothing).abs().max() == 0
     assert masked_max(x, nothing).abs().max() == 0
-    assert Pool(4)(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)).abs().max() == 0
+    assert AttentionPool(4)(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)).abs().max() == 0
 
 
 def test_attention_pooling_ignores_padding():
-    pool, x = Pool(8), torch.randn(2, 5, 8)
+    pool, x = AttentionPool(8), torch.randn(2, 5, 8)
     real = torch.arange(9)[None] < 5
     junk = torch.cat([x, torch.full((2, 4, 8), 50.0)], 1)
     torch.testing.assert_close(pool(junk, real.expand(2, -1)), pool(x, torch.ones(2, 5, dtype=torch.bool)))
