@@ -10,7 +10,9 @@ for; variants are compared seed by seed. serving: `bench.sentiment_serving`.
 
 import argparse
 import multiprocessing
+import shlex
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -65,7 +67,7 @@ def jobs_of(data: Sequence[str], variants: Sequence[str], seeds: int) -> list[Jo
     return [(name, variant, seed) for seed in range(seeds) for name in data for variant in variants]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _read(data: str) -> DataSet:
     return table.read(data)
 
@@ -161,8 +163,6 @@ def ablation(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "suite": "sentiment",
         "machine": machine(device),
-        "command": f"python -m tenfold.bench.sentiment ablation --data {given.data} --seeds {given.seeds} "
-        f"--epochs {given.epochs} --device {given.device}",
         "recipe": asdict(recipe),
         "sets": {
             data.partition("=")[0]: {"sha256": _read(data).digest(), "counts": _read(data).counts()}
@@ -171,6 +171,17 @@ def ablation(given: argparse.Namespace) -> dict[str, Any]:
         "packaged": open_folder(place(DEFAULT)).card["test"],
         "rows": rows,
     }
+
+
+def again(words: Sequence[str]) -> list[str]:
+    """Arguments that measure the same once more, wherever the result is put."""
+    found, rest = [], iter(words)
+    for word in rest:
+        if word in ("--out", "--commit"):
+            next(rest)
+        elif not word.startswith(("--out=", "--commit=")):
+            found.append(word)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -196,8 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         each.add_argument("--device", default="auto")
         each.add_argument("--out", type=Path)
         each.add_argument("--commit", default="")
-    given = parser.parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = parser.parse_args(words)
     found = ablation(given) if given.kind == "ablation" else sentiment_serving.measure(given, print)
+    found["command"] = f"python -m tenfold.bench.sentiment {shlex.join(again(words))}"
     if given.out:
         save(given.out, found, given.commit)
 

@@ -272,9 +272,6 @@ def measure(given: argparse.Namespace, say: Say) -> dict[str, Any]:
         "suite": "sentiment-serving",
         "size": given.size,
         "machine": machine(device),
-        "command": f"python -m tenfold.bench.sentiment serving --size {given.size} --device {given.device}"
-        + " --against" * given.against
-        + (f" --model {given.model}" if given.model else ""),
         "rows": [],
     }
     rows: list[Row] = []

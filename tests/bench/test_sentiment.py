@@ -105,6 +105,9 @@ def test_it_runs(tmp_path, workers, capsys):
     data = json.loads(out.read_text())
     assert [each["variant"] for each in data["rows"]] == [PLAIN, FULL]
     assert data["machine"]["commit"] == "abc"
+    assert data["command"].startswith("python -m tenfold.bench.sentiment ablation --data incongruity-tiny")
+    assert "--out" not in data["command"]
+    assert "abc" not in data["command"]
     assert data["packaged"] == json.loads((PACKAGED / "card.json").read_text())["test"]
     assert "[2/2]" in capsys.readouterr().out
     assert claims(data)
