@@ -10,6 +10,7 @@ from tenfold.models.sentiment.model import Posts
 from tenfold.models.sentiment.prepare import Item, Reader
 
 KEPT = 2 << 30  # bytes of pictures that are kept; more are opened again each time
+GROUP = 16  # batches whose posts are sorted by length together
 SHIFT = 16  # a picture is moved by up to a 16th of its side
 
 
@@ -49,9 +50,13 @@ class Shelf:
             yield self.batch(order[start : start + size])
 
     def shuffled(self, size: int, seed: torch.Generator) -> Iterator[tuple[Posts, Tensor]]:
+        """All, by chance, but in batches of texts that are about as long, so that little is padded."""
         order = torch.randperm(len(self), generator=seed).tolist()
-        for start in range(0, len(order), size):
-            yield self.batch(order[start : start + size])
+        groups = (order[start : start + size * GROUP] for start in range(0, len(order), size * GROUP))
+        alike = [number for group in groups for number in sorted(group, key=lambda i: len(self.item(i).ids))]
+        batches = [alike[start : start + size] for start in range(0, len(alike), size)]
+        for i in torch.randperm(len(batches), generator=seed).tolist():
+            yield self.batch(batches[i])
 
 
 def varied(posts: Posts, seed: torch.Generator, unknown: int, share: float) -> Posts:

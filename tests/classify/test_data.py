@@ -241,7 +241,7 @@ def make_assets(folder, emojis=150):
     (folder / emoji.COUNTS).write_text("\n".join(counts), encoding="utf-8")
     inner = folder / "hutto_ICWSM_2014"
     inner.mkdir()
-    for name in (tweets.TWEETS, *tweets.SNIPPETS):
+    for name in everyday.RATED:
         lines = [f"{i}\t{(i % 9) - 4}\tsome words {i} {':)' if i % 2 else ''} &amp; more" for i in range(40)]
         (inner / f"{name}_GroundTruth.txt").write_text("\r\n".join(lines))
     (folder / "vader-ratings").mkdir()
@@ -266,7 +266,7 @@ def test_emoji_are_split_by_emoji(tmp_path):
 def test_tweets_are_read_where_they_are(tmp_path):
     data = tweets.read(make_assets(tmp_path))
     assert sum(len(data.split(name)) for name in SPLITS) == 20
-    mixed = tweets.rated(tmp_path, (tweets.TWEETS, *tweets.SNIPPETS), lambda post: True, "all")
+    mixed = tweets.rated(tmp_path, everyday.RATED, lambda post: True, "all")
     assert {post.text for post in data.test} <= {post.text for post in mixed.test}
     assert data.train[0].text.endswith("& more")
     assert data.train[0].picture.shape == (3, draw.SIZE, draw.SIZE)

@@ -211,6 +211,18 @@ def test_posts_in_order_are_all_there():
     assert sum(int(labels.sum()) for labels in counted) == 5
 
 
+def test_shuffled_posts_are_all_there_with_others_as_long():
+    posts = [Post(" ".join(["day"] * (1 + i % 5)), None, i % 2) for i in range(50)]
+    shelf = Shelf(posts, small.classifier().reader)
+    found = [batch for batch, _ in shelf.shuffled(10, torch.Generator().manual_seed(0))]
+    assert sorted(length for batch in found for length in batch.lengths.tolist()) == sorted(
+        3 + i % 5 for i in range(50)
+    )
+    assert all(batch.lengths.max() - batch.lengths.min() <= 1 for batch in found)
+    again = [batch for batch, _ in shelf.shuffled(10, torch.Generator().manual_seed(0))]
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, again))
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

@@ -7,7 +7,8 @@ from pathlib import Path
 from tenfold.classify.data import emoji, incongruity, tweets
 from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post
 
-MADE_UP = (4000, 300, 300)
+MADE_UP = (3000, 300, 300)
+RATED = (tweets.TWEETS, "amazonReviewSnippets")
 
 
 def read(assets: Path, seed: int = 0) -> DataSet:
@@ -15,7 +16,7 @@ def read(assets: Path, seed: int = 0) -> DataSet:
     known = emoji.find(assets)
     wish = incongruity.Wish("joint", MADE_UP, seed=seed)
     sets = [
-        tweets.rated(assets, (tweets.TWEETS, *tweets.SNIPPETS), lambda post: True, "rated"),
+        tweets.rated(assets, RATED, lambda post: True, "rated"),
         _alone(emoji.read(assets)),
         incongruity.generate(wish),
         incongruity.generate(wish, emoji.Drawer(known), "emoji"),

@@ -1,5 +1,6 @@
-"""Tweets and snippets that people rated from -4 to 4, from the source archive of the PyPI package vaderSentiment (Hutto
-and Gilbert 2014, `additional_resources/hutto_ICWSM_2014.tar.gz`). They are read where they are, and never written.
+"""Tweets and snippets of reviews that people rated from -4 to 4, from the source archive of the package vaderSentiment
+(Hutto and Gilbert 2014, `additional_resources/hutto_ICWSM_2014.tar.gz`). They are read where they are, and never
+written.
 
 In a tweet with an emoticon the emoticon becomes the picture: the text alone lacks it.
 """
@@ -15,7 +16,6 @@ from tenfold.classify.data.posts import POLARITIES, SPLITS, DataSet, Post, as_te
 
 ARCHIVE = "hutto_ICWSM_2014"
 TWEETS = "tweets"
-SNIPPETS = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets")
 BORDER = 0.5  # rating from which a text is positive, and below minus which negative
 SHARES = (80, 10)  # of a hundred: train and dev
 LARGEST = 64 << 20  # bytes of a file in the archive

@@ -59,6 +59,9 @@ class SentimentModel(nn.Module):
         self.image = Regions(config.image, width)
         self.fusion = Fusion(width, parts, config.dropout, config.image.tokens)
         self.pool = AttentionPool(width)
+        self.norm = nn.LayerNorm(
+            width
+        )  # a mean over many tokens is small, and what two modalities have together smaller
         self.head = nn.Sequential(
             nn.Dropout(config.dropout),
             nn.Linear(width, width // 2),
@@ -69,7 +72,7 @@ class SentimentModel(nn.Module):
 
     def forward(self, posts: Posts) -> Told:
         x, real = self.splice(posts)
-        pooled = self.pool(self.fusion(x, real), real)
+        pooled = self.norm(self.pool(self.fusion(x, real), real))
         contrast = None if self.contrast is None else F.normalize(self.contrast(pooled), dim=-1)
         return Told(self.head(pooled), contrast)
 
