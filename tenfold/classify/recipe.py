@@ -33,7 +33,7 @@ class Recipe:
     rate: float = 1e-3
     encoder_rate: float = 2e-4
     frozen: int = 2
-    patience: int = 5
+    patience: int = 8
     decay: float = 0.01
     contrast: float = 0.1
     precision: str = "float32"

@@ -459,7 +459,7 @@ def train_sentiment_command(
     rate: Annotated[float, _learning("Learning rate.", "--rate")] = 1e-3,
     encoder_rate: Annotated[float, _learning("Of encoders that know something already.", "--encoder-rate")] = 2e-4,
     frozen: Annotated[int, _learning("Epochs in which such a text encoder stays as it is.", "--frozen")] = 2,
-    patience: Annotated[int, _learning("Epochs without progress on dev after which it ends.", "--patience")] = 5,
+    patience: Annotated[int, _learning("Epochs without progress on dev after which it ends.", "--patience")] = 8,
     seed: Annotated[int, _learning("Of everything that is left to chance.", "--seed")] = 0,
     data_seed: Annotated[int, _learning("Of data that is made up, or split by chance.", "--data-seed")] = 0,
     precision: Annotated[str, _learning("float32, bfloat16 or float16 (mixed).", "--precision")] = "float32",
