@@ -33,7 +33,7 @@ from tenfold.models.sentiment.folder import Classifier, open_folder, place, plac
 from tenfold.models.sentiment.image import Normal
 from tenfold.models.sentiment.model import SentimentModel
 from tenfold.models.sentiment.prepare import Item, Reader
-from tenfold.weights.shapes import is_shape
+from tenfold.weights.shapes import at_least_positions, is_shape
 
 BATCHES = "1,2,4,8,16,32,64"
 LENGTHS = (8, 64)  # tokens of a text, both ends included
@@ -308,7 +308,7 @@ def _beside(
 ) -> dict[str, Any]:
     context = GENERATION.prompt + GENERATION.tokens
     settings = {"gpu_memory_utilization": 0.8} if device.startswith("cuda") else {}
-    model = given.model if not is_shape(given.model) or "@" in given.model else f"{given.model}@positions={context}"
+    model = at_least_positions(given.model, context) if is_shape(given.model) else given.model
     threads = max(1, torch.get_num_threads() - 1) if device == "cpu" else 0
     worker = Worker("tenfold", Setup(model, threads, GENERATION.batch, context, device, settings=settings))
     prompts, items = prompts_of(GENERATION, 0, 1000), posts(pool.classifier.config, 64)

@@ -7,7 +7,7 @@ Invariant: padding changes no mean and no maximum, and comes out as zeros.
 import torch
 from torch import Tensor, nn
 
-LOWEST = -3.0e4  # below every feature; float16 holds it, which has no -1e30
+LOWEST = -16384.0  # below every feature, and the same number in 16 bits of either kind
 
 
 def masked_mean(x: Tensor, real: Tensor) -> Tensor:

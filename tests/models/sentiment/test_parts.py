@@ -32,8 +32,9 @@ def test_masked_pools_ignore_padding(places, more):
     assert torch.equal(masked_max(junk, real), x.amax(2))
 
 
-def test_pools_of_nothing_are_zero():
-    x, nothing = torch.randn(2, 3, 4), torch.zeros(2, 1, 4, dtype=torch.bool)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pools_of_nothing_are_zero(dtype):
+    x, nothing = torch.randn(2, 3, 4, dtype=dtype), torch.zeros(2, 1, 4, dtype=torch.bool)
     assert masked_mean(x, nothing).abs().max() == 0
     assert masked_max(x, nothing).abs().max() == 0
     assert AttentionPool(4)(torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)).abs().max() == 0
