@@ -122,21 +122,27 @@ class Pool:
 
     def close(self, patience: float | None = None) -> None:
         """Ends after the batch under way, or after `patience` seconds; what waits gets EngineDead. Idempotent."""
+        self._end()
+        self._thread.join(patience)
+
+    def _end(self) -> None:
         with self._changed:
             self._closed = True
             left, self._waiting = list(self._waiting), deque()
+            self.stats.waiting = 0
             self._changed.notify()
         for entry in left:
             _fail(entry, EngineDead("The classifier was closed."))
-        if threading.current_thread() is not self._thread:
-            self._thread.join(patience)
 
     def _run(self) -> None:
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
-        while (batch := self._next()) is not None:
-            if batch:
-                self._compute(batch)
+        try:
+            while (batch := self._next()) is not None:
+                if batch:
+                    self._compute(batch)
+        finally:
+            self._end()  # whatever ends this thread, nobody must wait for ever
 
     def _next(self) -> list[Entry] | None:
         """The next batch, empty where all that waited had ended; None at the end."""

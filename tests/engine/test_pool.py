@@ -149,6 +149,29 @@ def test_a_full_queue_takes_all_or_none(slow):
     pool.submit_all([made.reader.read("bad")] * 2)
 
 
+def test_nobody_waits_for_a_thread_that_ended(slow, monkeypatch):
+    pool, model, made = slow
+    first = pool.submit(made.reader.read("a"))
+    model.begun.wait(10)
+    waiting = pool.submit(made.reader.read("bad"))
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)
+    monkeypatch.setattr(pool, "_next", lambda: 1 / 0)
+    model.go.set()
+    assert first.future.result(10)
+    with pytest.raises(EngineDead):
+        waiting.future.result(10)
+    assert not pool.alive
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_are_close(tmp_path, dtype):
+    folder = str(small.folder(tmp_path))
+    posts = ["a good day", Post("bad", Image.new("RGB", (30, 20), (9, 99, 200)))]
+    with Classifier(folder, device="cpu") as exact, Classifier(folder, device="cpu", dtype=dtype) as rounded:
+        for a, b in zip(exact.classify(posts), rounded.classify(posts)):
+            assert a.probabilities == pytest.approx(b.probabilities, abs=0.02)
+
+
 def test_closing_ends_what_waits(slow):
     pool, model, made = slow
     running = pool.submit(made.reader.read("a"))

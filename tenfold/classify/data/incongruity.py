@@ -16,6 +16,7 @@ from tenfold.classify.data.posts import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE,
 from tenfold.classify.data.words import AFTER, BEFORE, THINGS, WHOS, Writer
 
 SIZES = (3611, 1000, 2409)  # to learn from as many as in MVSA-single; enough to judge by, that a point is no chance
+LARGE = (19_816, 2410, 2409)  # of HFM
 LABELS = ("congruent", "incongruent")
 NOISE = 0.05
 Sprites = Callable[[int, str, random.Random], Sprite]  # of a mood, -1, 0 or 1, for a split

@@ -22,6 +22,7 @@ def _of_emoji(rule: str, folder: Path, seed: int) -> DataSet:
 SETS: dict[str, Callable[[Path, int], DataSet]] = {
     "incongruity": lambda folder, seed: _made_up("clash", seed),
     "incongruity-joint": lambda folder, seed: _made_up("joint", seed),
+    "incongruity-large": lambda folder, seed: _made_up("clash", seed, incongruity.LARGE),
     "incongruity-tiny": lambda folder, seed: _made_up("clash", seed, (96, 32, 32)),
     "incongruity-emoji": lambda folder, seed: _of_emoji("clash", folder, seed),
     "emoji": lambda folder, seed: emoji.read(folder),

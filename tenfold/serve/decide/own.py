@@ -46,6 +46,10 @@ class Own:
         return self.pool.classifier.config.max_tokens
 
     @property
+    def alive(self) -> bool:
+        return self.pool.alive
+
+    @property
     def stats(self) -> PoolStats:
         return self.pool.stats
 

@@ -317,6 +317,7 @@ def test_a_closed_classifier_is_told(serve):
     own.close()
     response = client.post("/v1/classify", {"model": "mood", "input": "b"})
     assert response.status_code == 503
+    assert client.get("/health").status_code == 503
 
 
 def test_a_folder_is_opened_under_its_name(tmp_path):
