@@ -153,10 +153,13 @@ class Watch:
 
     def end(self, outcome: str) -> None:
         """Once."""
-        metrics = self.metrics
+        metrics, now = self.metrics, time.monotonic()
         metrics.open.labels(self.name).dec()
         metrics.requests.labels(self.name, self.endpoint, self.key, outcome).inc()
-        metrics.histograms["e2e"].labels(self.name, self.endpoint).observe(time.monotonic() - self.begun)
+        if outcome == "ok":
+            metrics.histograms["e2e"].labels(self.name, self.endpoint).observe(now - self.begun)
+        if outcome == "cancelled" and self.seen is not None and self.seen.disconnected:
+            metrics.cancels.labels(self.name).observe(now - self.seen.disconnected)
         used = self.tokens if outcome == "ok" else 0
         metrics.counters["prompt"].labels(self.name, self.endpoint, self.key).inc(used)
         if self.ticket:
