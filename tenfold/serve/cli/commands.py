@@ -441,10 +441,11 @@ def train_sentiment_command(
     image_weights: Annotated[
         str,
         _part(
-            "Where it begins: a safetensors file, then it is frozen; default or a classifier's folder.",
+            "Where it begins: new, default, a classifier's folder, or a safetensors file, and then it is frozen; auto "
+            "is default where text and sizes are, else new.",
             "--image-weights",
         ),
-    ] = "",
+    ] = "auto",
     bilstm: Annotated[int, _part("Layers of the bidirectional LSTM, 0 to 2.", "--bilstm")] = 2,
     cnn: Annotated[bool, _part("A convolution over the spliced features.", "--cnn/--no-cnn")] = True,
     cbam: Annotated[str, _part("Gates: none, channel, spatial or both.", "--cbam")] = "both",
@@ -477,12 +478,15 @@ def train_sentiment_command(
     from tenfold.classify.recipe import Recipe
     from tenfold.models.sentiment.config import ImageShape, Parts
 
+    shape = ImageShape(image, size)
+    if image_weights == "auto":
+        image_weights = "default" if text == "default" and shape == ImageShape() else "new"
     recipe = Recipe(
         parts=Parts(bilstm, cnn, cbam, layout, cross, contrastive, modalities),
         text=text,
         size=Size(tokens, width, layers),
-        image=ImageShape(image, size),
-        image_weights=image_weights,
+        image=shape,
+        image_weights="" if image_weights == "new" else image_weights,
         max_tokens=max_tokens,
         dropout=dropout,
         epochs=epochs,
