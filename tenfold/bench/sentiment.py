@@ -9,6 +9,7 @@ for; variants are compared seed by seed. serving: `bench.sentiment_serving`.
 """
 
 import argparse
+import json
 import multiprocessing
 import shlex
 import statistics
@@ -96,24 +97,25 @@ def _in_worker(job: Job, recipe: Recipe, device: str) -> Row:
     return one(job, recipe, device)
 
 
-def run(jobs: Sequence[Job], recipe: Recipe, device: str, workers: int, say: Callable[[str], None]) -> list[Row]:
-    """All, several at a time where there are workers: one of these small models does not fill a GPU."""
-    found: list[Row] = []
-
-    def take(row: Row) -> None:
-        found.append(row)
-        scores = row["scores"]
-        told = f"{row['data']:20} {row['variant']:24} seed {row['seed']}: accuracy {scores['accuracy']:.4f}"
-        say(f"[{len(found)}/{len(jobs)}] {told}, F1 {scores['f1_macro']:.4f}, ECE {scores['ece']:.4f}")
-
+def run(jobs: Sequence[Job], recipe: Recipe, device: str, workers: int) -> Iterator[Row]:
+    """Each as it is done, several at a time where there are workers: one of these small models does not fill a GPU."""
     if workers < 2:
-        for job in jobs:
-            take(one(job, recipe, device))
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(_in_worker, job, recipe, device) for job in jobs]):
-                take(future.result())
-    return sorted(found, key=lambda row: (row["data"], list(VARIANTS).index(row["variant"]), row["seed"]))
+        yield from (one(job, recipe, device) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_in_worker, job, recipe, device) for job in jobs]):
+            yield future.result()
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["data"], list(VARIANTS).index(row["variant"]), row["seed"]))
+
+
+def line(row: Row) -> str:
+    """For people."""
+    scores = row["scores"]
+    told = f"{row['data']:20} {row['variant']:24} seed {row['seed']}: accuracy {scores['accuracy']:.4f}"
+    return f"{told}, F1 {scores['f1_macro']:.4f}, ECE {scores['ece']:.4f}"
 
 
 def by_variant(rows: Sequence[Mapping[str, Any]], data: str) -> dict[str, list[Mapping[str, Any]]]:
@@ -143,8 +145,12 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"  {variant:24} " + "  ".join(f"{mean:.4f} ± {off:.4f}" for mean, off in told)
 
 
-def ablation(given: argparse.Namespace) -> dict[str, Any]:
-    device = device_of(given.device)
+def ablation(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """keep: called with the result so far after every row; one that lies at `given.out` already is gone on with."""
+    device, names = device_of(given.device), list(VARIANTS) if not given.variants else given.variants.split(",")
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise SystemExit(f"variants has {unknown[0]!r}; allowed: {', '.join(VARIANTS)}.")
     recipe = Recipe(
         text=given.text,
         image_weights=given.image_weights,
@@ -153,24 +159,38 @@ def ablation(given: argparse.Namespace) -> dict[str, Any]:
         frozen=given.frozen,
         precision=given.precision,
     )
-    names = list(VARIANTS) if not given.variants else given.variants.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        raise SystemExit(f"variants has {unknown[0]!r}; allowed: {', '.join(VARIANTS)}.")
-    jobs = jobs_of(given.data.split(","), names, given.seeds)
-    rows = run(jobs, recipe, device, given.jobs, print)
-    print("\n".join(lines(rows)))
-    return {
+    data = given.data.split(",")
+    result: dict[str, Any] = {
         "suite": "sentiment",
         "machine": machine(device),
-        "recipe": asdict(recipe),
+        "recipe": json.loads(json.dumps(asdict(recipe))),
         "sets": {
-            data.partition("=")[0]: {"sha256": _read(data).digest(), "counts": _read(data).counts()}
-            for data in given.data.split(",")
+            each.partition("=")[0]: {"sha256": _read(each).digest(), "counts": _read(each).counts()} for each in data
         },
         "packaged": open_folder(place(DEFAULT)).card["test"],
-        "rows": rows,
+        "rows": [],
     }
+    result["rows"] = rows = _before(given.out, result)
+    done = {(row["data"], row["variant"], row["seed"]) for row in rows}
+    jobs = [job for job in jobs_of(data, names, given.seeds) if (job[0].partition("=")[0], *job[1:]) not in done]
+    for i, row in enumerate(run(jobs, recipe, device, given.jobs), start=1):
+        rows.append(row)
+        print(f"[{i}/{len(jobs)}] {line(row)}", flush=True)
+        keep(result | {"rows": ordered(rows)})
+    print("\n".join(lines(rows)))
+    return result | {"rows": ordered(rows)}
+
+
+def _before(path: Path | None, result: Mapping[str, Any]) -> list[Row]:
+    """Rows of an earlier run that was interrupted, where recipe, data and hardware are the same."""
+    if path is None or not path.is_file():
+        return []
+    told = json.loads(path.read_text(encoding="utf-8"))
+    same = all(told[key] == result[key] for key in ("recipe", "sets", "packaged"))
+    if not same or told["machine"]["hardware"] != result["machine"]["hardware"]:
+        raise SystemExit(f"{path} holds a result of another recipe, other data or hardware; give another --out.")
+    rows: list[Row] = told["rows"]
+    return rows
 
 
 def again(words: Sequence[str]) -> list[str]:
@@ -209,10 +229,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         each.add_argument("--commit", default="")
     words = list(sys.argv[1:] if arguments is None else arguments)
     given = parser.parse_args(words)
-    found = ablation(given) if given.kind == "ablation" else sentiment_serving.measure(given, print)
-    found["command"] = f"python -m tenfold.bench.sentiment {shlex.join(again(words))}"
-    if given.out:
-        save(given.out, found, given.commit)
+    command = {"command": f"python -m tenfold.bench.sentiment {shlex.join(again(words))}"}
+
+    def keep(found: dict[str, Any]) -> None:
+        if given.out:
+            save(given.out, found | command, given.commit)
+
+    keep(ablation(given, keep) if given.kind == "ablation" else sentiment_serving.measure(given, print))
 
 
 if __name__ == "__main__":

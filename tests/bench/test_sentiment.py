@@ -112,6 +112,13 @@ def test_it_runs(tmp_path, workers, capsys):
     assert "[2/2]" in capsys.readouterr().out
     assert claims(data)
     assert FULL in report.tables(tmp_path)
+    short = data | {"rows": data["rows"][:1]}
+    out.write_text(json.dumps(short))
+    sentiment.main([*line, *more, "--out", str(out), "--commit", "abc"])
+    assert "[1/1]" in capsys.readouterr().out
+    assert [each["variant"] for each in json.loads(out.read_text())["rows"]] == [PLAIN, FULL]
+    with pytest.raises(SystemExit, match="another recipe"):
+        sentiment.main([*line, *more, "--out", str(out), "--patience", "3"])
 
 
 def test_unknown_variants_are_told():
