@@ -79,7 +79,8 @@ class Classifier:
 
 def pixels(picture: Picture, limits: PictureLimits = LIMITS) -> Tensor:
     """[3, H, W] uint8. Raises PictureError."""
-    return torch.from_numpy(np.array(open_picture(picture, limits))).permute(2, 0, 1)
+    source = Path(picture) if isinstance(picture, str) else picture
+    return torch.from_numpy(np.array(open_picture(source, limits))).permute(2, 0, 1)
 
 
 def feeling(probabilities: Sequence[float], labels: Sequence[str]) -> Feeling:
