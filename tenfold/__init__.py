@@ -5,20 +5,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tenfold.base.config import EngineConfig
+    from tenfold.engine.classifier import Classifier, Feeling, Post
     from tenfold.engine.completion import Completion
     from tenfold.engine.llm import LLM, AsyncLLM
     from tenfold.engine.request import Output, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "Completion", "EngineConfig", "Output", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Classifier",
+    "Completion",
+    "EngineConfig",
+    "Feeling",
+    "Output",
+    "Post",
+    "SamplingParams",
+]
 
 # Looked up on first use: PyTorch takes more than a second to import, and not every program needs it.
 _HOMES = {
     "LLM": "tenfold.engine.llm",
     "AsyncLLM": "tenfold.engine.llm",
+    "Classifier": "tenfold.engine.classifier",
     "Completion": "tenfold.engine.completion",
     "EngineConfig": "tenfold.base.config",
+    "Feeling": "tenfold.engine.classifier",
     "Output": "tenfold.engine.request",
+    "Post": "tenfold.engine.classifier",
     "SamplingParams": "tenfold.engine.request",
 }
 

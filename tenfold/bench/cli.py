@@ -500,12 +500,24 @@ def serving_command(
     written(out, keep, f"serving-{file_name(model)}", data)
 
 
+@app.command(
+    "sentiment",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def sentiment_command(context: typer.Context) -> None:
+    """The sentiment classifier: `ablation` of its parts with several seeds, `serving` of posts; --help says more."""
+    from tenfold.bench import sentiment
+
+    sentiment.main(context.args)
+
+
 @app.command("claims")
 def claims_command(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],
     keep: Record = False,
 ) -> None:
-    """What the raw results of a folder say of F1 to F7, K1 to K4 and P1 to P5."""
+    """What the raw results of a folder say of F1 to F7, K1 to K4, P1 to P5, M4 and C1 to C4."""
     from tenfold.bench import claims_gpu
 
     found = claims_gpu.of_folder(folder)

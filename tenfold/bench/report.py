@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, kv, launches, phases, plots, single
+from tenfold.bench import arms, kv, launches, phases, plots, sentiment, sentiment_serving, single
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load, number
 from tenfold.bench.hardware import ROOT
@@ -15,7 +15,11 @@ from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "docs/measured.md", "docs/gpu.md", "docs/kv-cache.md", "docs/schedules.md")
+    ROOT / name
+    for name in (
+        *("README.md", "docs/measured.md", "docs/gpu.md", "docs/kv-cache.md", "docs/schedules.md"),
+        "docs/sentiment.md",
+    )
 )
 
 
@@ -261,6 +265,35 @@ def mxmoe_table(data: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{told}. `{data['command']}`"])
 
 
+def sentiment_table(data: Mapping[str, Any]) -> str:
+    """Of each set, every variant: mean and standard deviation over seeds."""
+    parts = []
+    for name, told in data["sets"].items():
+        lines = [_cells(["variant", "parameters", "accuracy", "F1 weighted", "F1 macro", "calibration error", "Brier"])]
+        lines.append(_cells(["---"] * 7))
+        for variant, rows in sentiment.by_variant(data["rows"], name).items():
+            cells = [variant, f"{rows[0]['parameters']:,}"]
+            for score in ("accuracy", "f1_weighted", "f1_macro", "ece", "brier"):
+                mean, off = sentiment.spread([row["scores"][score] for row in rows])
+                cells.append(f"{mean:.4f} ± {off:.4f}")
+            lines.append(_cells(cells))
+        posts = ", ".join(f"{sum(count.values())} {split}" for split, count in told["counts"].items())
+        parts.append("\n".join([f"{name} ({posts}):", "", *lines]))
+    machine = data["machine"]
+    told = f"{machine.get('hardware', '')}, commit {machine.get('commit', '')}, {machine.get('date', '')}"
+    return "\n\n".join([*parts, f"{told}. `{data['command']}`"])
+
+
+def sentiment_serving_table(data: Mapping[str, Any]) -> str:
+    lines = [_cells(["engine", "posts at once", "posts/s", "p50", "p99"]), _cells(["---"] * 5)]
+    for row in (sentiment_serving.Row(**row) for row in data["rows"]):
+        engine = row.engine + (" beside generation" if row.beside else "")
+        lines.append(_cells([engine, str(row.batch), f"{row.rate:.1f}", f"{row.p50:.2f} ms", f"{row.p99:.2f} ms"]))
+    machine = data["machine"]
+    told = f"{machine.get('hardware', '')}, commit {machine.get('commit', '')}, {machine.get('date', '')}"
+    return "\n".join([*lines, "", f"{told}. `{data['command']}`"])
+
+
 def lines_table(data: Mapping[str, Any]) -> str:
     """A result that comes with its lines, as a block of text."""
     return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
@@ -303,6 +336,11 @@ def tables(folder: Path) -> str:
         for data in found.get("kv-quality", ())
     ]
     parts += [f"### Bits of experts, {data['model']}\n\n{mxmoe_table(data)}" for data in found.get("mxmoe", ())]
+    parts += [f"### Sentiment, parts and sets\n\n{sentiment_table(data)}" for data in found.get("sentiment", ())]
+    parts += [
+        f"### Sentiment served, {data['size']}\n\n{sentiment_serving_table(data)}"
+        for data in found.get("sentiment-serving", ())
+    ]
     for served in map(phases.loaded, found.get("phases", ())):
         parts += [f"### Schedules, {served.model.partition('@')[0]}\n\n{phases_table(served)}"]
     for suite in ("throughput", "serving", "soak", "quality"):

@@ -35,6 +35,7 @@ from tenfold.engine.request import FinishReason, Grammar, Output, Pictured, Queu
 from tenfold.engine.stream import Bar, Job, RequestFailed, Run, Stream
 
 if TYPE_CHECKING:  # PyTorch comes with these
+    from tenfold.engine.classifier import Classifier, Feeling, Post
     from tenfold.engine.core import Engine
     from tenfold.engine.text import Text
 
@@ -48,6 +49,7 @@ Front = TypeVar("Front", bound="_Front")
 # Imported when a model is loaded, which takes PyTorch a second or two: an engine process imports it meanwhile, too.
 HEAVY = {"engine": "tenfold.engine.core:Engine", "text": "tenfold.engine.opened:open_text"}
 PICTURES = {"load": "tenfold.base.pictures:load_picture"}  # comes with Pillow
+BESIDE = {"classifier": "tenfold.engine.classifier:Classifier"}  # imported when a first post is classified
 
 PATIENCE = 10.0  # seconds that the end of the program waits for a step under way
 LONG_TEXT = 4096  # characters from which a text is encoded off the event loop; shorter takes well under a millisecond
@@ -88,6 +90,8 @@ class _Front:
         self._finalizer = weakref.finalize(self, self._loop.close, PATIENCE)
         self._ids = itertools.count(1)
         self._grammars: Grammars | None = None  # made when the first is checked
+        self._classifiers: dict[str, Classifier] = {}  # by what they are called
+        self._opening = threading.Lock()
 
     @property
     def facts(self) -> Facts:
@@ -155,6 +159,8 @@ class _Front:
         """
         self._finalizer.detach()
         self._loop.close(patience)
+        for classifier in self._classifiers.values():
+            classifier.close(patience)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the model expects around it."""
@@ -410,6 +416,18 @@ class LLM(_Front):
         requests = self._embed_requests(texts, pool)
         collected = self._collect(((None, request) for request in requests), len(requests), False)
         return _vectors([c.embedding or () for c in collected], normalize)
+
+    def classify(self, posts: str | Post | Sequence[str | Post], classifier: str = "default") -> list[Feeling]:
+        """What posts of text and picture feel like, by a classifier beside the model, which is opened at its first use
+        and stays. classifier: "default" or a folder. Raises what `Classifier` and its `classify` do.
+        """
+        with self._opening:
+            if classifier not in self._classifiers:
+                opened = entry(BESIDE, "classifier", "kind")(classifier)
+                self._classifiers[classifier] = opened
+                weakref.finalize(self, opened.close, 0.0)
+        found: list[Feeling] = self._classifiers[classifier].classify(posts)
+        return found
 
     def _job(self, prompt: Prompt, params: SamplingParams | None, rest: dict[str, Any]) -> Job:
         return prompt if isinstance(prompt, str) else None, self._request(prompt, params, **rest)

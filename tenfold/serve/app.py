@@ -11,6 +11,7 @@ from starlette.responses import Response
 import tenfold
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.decide.calibrate import read_temperatures
+from tenfold.serve.decide.classify import Classifier
 from tenfold.serve.drain import OpenRequests
 from tenfold.serve.errors import ApiError, on_api_error, on_http_exception
 from tenfold.serve.guard import Guard
@@ -74,12 +75,18 @@ BODIES = (
 BUSY = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings")
 
 
-def create_app(models: Mapping[str, AsyncLLM], settings: ServeConfig | None = None) -> App:
-    """An ASGI application that serves models under their names, the first by default. Who made them closes them."""
+def create_app(
+    models: Mapping[str, AsyncLLM],
+    settings: ServeConfig | None = None,
+    classifiers: Mapping[str, Classifier] | None = None,
+) -> App:
+    """An ASGI application that serves models under their names, the first by default, and classifiers beside them. Who
+    made them closes them.
+    """
     settings = settings or ServeConfig()
 
     app = App(title="Tenfold", version=tenfold.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.service = Service(models, settings)
+    app.state.service = Service(models, settings, classifiers)
     app.state.deciders = {}
     app.state.temperatures = read_temperatures(settings.decision_temperatures)
     app.state.responses = Store.of(settings)

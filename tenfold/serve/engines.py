@@ -38,6 +38,17 @@ COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
     ("tenfold_preemptions", "Sequences put back into the queue for want of pages.", lambda s: s.preemptions),
     ("tenfold_engine_errors", "Requests that failed in the engine.", lambda s: s.errors),
 )
+POOL_GAUGES: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
+    ("tenfold_classifier_waiting", "Posts that wait for a classifier.", lambda s: s.waiting),
+)
+POOL_COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
+    ("tenfold_classifier_posts", "Posts classified.", lambda s: s.posts),
+    ("tenfold_classifier_batches", "Batches they were computed in.", lambda s: s.batches),
+    ("tenfold_classifier_padding_tokens", "Tokens of padding in those batches.", lambda s: s.padding),
+    ("tenfold_classifier_cancelled", "Posts taken out before they were computed.", lambda s: s.cancelled),
+    ("tenfold_classifier_errors", "Posts that failed in a classifier.", lambda s: s.failed),
+    ("tenfold_classifier_busy_seconds", "Time in which a classifier was at work.", lambda s: s.seconds),
+)
 PAGES = ("used", "cached", "free")
 PHASES = ("prefill", "decode")
 
@@ -78,6 +89,20 @@ class Engines:
         yield _steps(stats)
         yield from _lives(llms)
         yield _facts(llms)
+
+
+class Pools:
+    """The same for classifiers."""
+
+    def __init__(self, classifiers: Mapping[str, Any]) -> None:
+        self.classifiers = classifiers
+
+    def collect(self) -> Iterator[Metric]:
+        stats = {name: own.stats for name, own in self.classifiers.items() if hasattr(own, "stats")}
+        for metric, help, value in POOL_GAUGES:
+            yield _each(GaugeMetricFamily(metric, help, labels=("model",)), stats, value)
+        for metric, help, value in POOL_COUNTERS:
+            yield _each(CounterMetricFamily(metric, help, labels=("model",)), stats, value)
 
 
 def _each(family: Any, stats: Mapping[str, Any], value: Callable[[Any], float]) -> Metric:

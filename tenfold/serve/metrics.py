@@ -18,7 +18,7 @@ import tenfold
 from tenfold.base.table import entry
 from tenfold.engine.request import FinishReason, Output
 from tenfold.serve.aliases import aliases
-from tenfold.serve.engines import Engines, stats_of
+from tenfold.serve.engines import Engines, Pools, stats_of
 from tenfold.serve.observe import REFUSED, Seen
 from tenfold.serve.settings import NO_TRACES, ServeConfig
 from tenfold.serve.window import Recent
@@ -59,9 +59,14 @@ class Metrics:
     """
 
     def __init__(
-        self, models: Mapping[str, Served], settings: ServeConfig, draining: Callable[[], bool] = lambda: False
+        self,
+        models: Mapping[str, Served],
+        settings: ServeConfig,
+        draining: Callable[[], bool] = lambda: False,
+        classifiers: Mapping[str, Any] | None = None,
     ) -> None:
         self.models = models
+        self.classifiers = classifiers if classifiers is not None else {}
         self.settings = settings
         self.draining = draining
         self.registry = CollectorRegistry()
@@ -101,6 +106,7 @@ class Metrics:
         self.streams = Gauge("tenfold_streams_open", "Event streams under way.", registry=own)
         own.register(Server(self))
         own.register(Engines(self.models))
+        own.register(Pools(self.classifiers))
         ProcessCollector(registry=own)
 
     def collect(self) -> list[Metric]:

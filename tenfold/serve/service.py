@@ -60,14 +60,19 @@ class Served:
 class Service:
     """The models of one server, the first of which is the default, and what all requests share."""
 
-    def __init__(self, models: Mapping[str, AsyncLLM], settings: ServeConfig) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, AsyncLLM],
+        settings: ServeConfig,
+        classifiers: "Mapping[str, Classifier] | None" = None,
+    ) -> None:
         self.settings = settings
         self.models = {name: Served(name, llm, settings) for name, llm in models.items()}
-        self.classifiers: dict[str, Classifier] = {}  # models made for /v1/classify, by name
+        self.classifiers: dict[str, Classifier] = dict(classifiers or {})  # models made for /v1/classify, by name
         self.open_requests = 0  # let in by the guard and not answered to the end; those that only look are not counted
         self.draining = False  # no new work is taken
         self.stopping = False  # and that is for good
-        self.metrics = Metrics(self.models, settings, lambda: self.draining)
+        self.metrics = Metrics(self.models, settings, lambda: self.draining, self.classifiers)
 
     def served(self, name: str) -> Served:
         """The model of that name. Raises ApiError (404)."""
@@ -75,9 +80,20 @@ class Service:
             return self.models[name]
         if name == DEFAULT_NAME:
             return next(iter(self.models.values()))
-        known = ", ".join(repr(known) for known in self.models)
+        if name in self.classifiers:
+            message = f"The model {name!r} is a classifier; it answers /v1/classify and /v1/decisions only."
+            raise ApiError(404, message, param="model", code="model_not_found")
+        known = ", ".join(repr(known) for known in (*self.models, *self.classifiers))
         message = f"The model {name[:128]!r} is not served here; there is {known}."
         raise ApiError(404, message, param="model", code="model_not_found")
+
+    def cards(self) -> dict[str, ModelCard]:
+        """What /v1/models tells of every model and classifier."""
+        found = {name: served.card() for name, served in self.models.items()}
+        for name, own in self.classifiers.items():
+            created, longest = getattr(own, "created", 0), getattr(own, "max_tokens", None)
+            found[name] = ModelCard(id=name, created=created, max_model_len=longest)
+        return found
 
 
 def service_of(request: HttpRequest) -> Service:

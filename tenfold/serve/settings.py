@@ -68,6 +68,17 @@ class ServeConfig:
     decision_temperatures: str = setting(
         "", "JSON file of temperatures for /v1/decisions by model, as `tenfold bench decisions --fit` writes it"
     )
+    classifier: str = setting(
+        "",
+        "classifiers of text and pictures for /v1/classify and /v1/decisions, separated by commas: default, a folder, "
+        "or NAME=FOLDER (empty: none)",
+        unit="list",
+        group="Classifiers",
+    )
+    classifier_device: str = setting("auto", "where they run: auto, cpu, cuda or cuda:N")
+    classifier_batch: int = setting(64, "posts computed together at most (1: none, and every bit the same each time)")
+    classifier_queue: int = setting(1024, "posts that may wait; more are refused")
+    classifier_threads: int = setting(1, "CPU threads of each (0: as PyTorch has them)")
     request_timeout: float = setting(
         0.0,
         "seconds after which a request is ended with an error (0: never)",
@@ -127,6 +138,7 @@ class ServeConfig:
 
 
 COUNTS = (
+    "classifier_threads",
     "key_concurrency",
     "key_requests_per_minute",
     "key_tokens_per_minute",
@@ -166,6 +178,8 @@ RULES: tuple[tuple[str, str, Callable[[ServeConfig], bool]], ...] = (
     ("max_body", "at least 1024 bytes", lambda c: c.max_body >= 1024),
     ("max_head", "at least 1024 bytes", lambda c: c.max_head >= 1024),
     ("max_headers", "at least 16", lambda c: c.max_headers >= 16),
+    ("classifier_batch", "at least 1", lambda c: c.classifier_batch >= 1),
+    ("classifier_queue", "at least 1", lambda c: c.classifier_queue >= 1),
     *((name, "a number from 0", _from_zero(name)) for name in (*COUNTS, *SECONDS, *CAPS, "stored_response_bytes")),
     *((name, " or ".join(choices), _one_of(name, choices)) for name, choices in CHOICES),
     ("traces", "the URL of a collector, such as http://127.0.0.1:4318", lambda c: not c.traces or is_url(c.traces)),

@@ -9,7 +9,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ from torch import Tensor
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.identity import identity
-from tenfold.weights.safetensors import SafetensorsFile
+from tenfold.weights.safetensors import SafetensorsFile, serialize
 
 SCHEMA = 1
 LARGEST_FILE = 256 << 20  # bytes
 SIDES = ("keys", "values")
-CODES = {torch.int32: "I32", torch.float32: "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +62,6 @@ def save(calibration: KvCalibration, checkpoint: Checkpoint) -> Path:
         beside.write(path, json.dumps(header, indent=1).encode())
 
     return beside.save("kv", places(checkpoint, calibration.header.model, calibration.header.format), put)
-
-
-def serialize(tensors: dict[str, Tensor]) -> bytes:
-    """A safetensors file, the same bytes for the same numbers."""
-    header: dict[str, Any] = {}
-    parts: list[bytes] = []
-    at = 0
-    for name, tensor in sorted(tensors.items()):
-        parts.append(tensor.cpu().contiguous().numpy().tobytes())
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + len(parts[-1])],
-        }
-        at += len(parts[-1])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(parts)
 
 
 def load(checkpoint: Checkpoint, format: str, layers: int, channels: int, groups: int) -> KvCalibration:

@@ -11,8 +11,9 @@ from safetensors.torch import load as load_bytes
 
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.identity import identity
-from tenfold.weights.kv_calibration import SIDES, KvCalibration, KvHeader, key_bias, load, places, save, serialize
+from tenfold.weights.kv_calibration import SIDES, KvCalibration, KvHeader, key_bias, load, places, save
 from tenfold.weights.open import open_checkpoint
+from tenfold.weights.safetensors import serialize
 
 FORMAT = "k2v2g32"
 LAYERS, CHANNELS, GROUPS = 3, 64, 2

@@ -32,6 +32,8 @@ BODIES = {
     "quantize": "tenfold.serve.cli.quantize:run",
     "calibrate softmax": "tenfold.serve.cli.calibrate:softmax",
     "calibrate kv": "tenfold.serve.cli.calibrate_kv:kv",
+    "classify": "tenfold.serve.cli.classify:classify",
+    "train sentiment": "tenfold.serve.cli.train:sentiment",
     "bench": "tenfold.bench.cli:app",
     "start templates": "tenfold.engine.template:start",
 }
@@ -66,6 +68,12 @@ calibrate_app = typer.Typer(
     help="Measure a model on a text, for what runs faster when it is known.",
 )
 app.add_typer(calibrate_app, name="calibrate")
+train_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Make a model of your own from data.",
+)
+app.add_typer(train_app, name="train")
 
 
 def body(name: str) -> Any:
@@ -387,6 +395,124 @@ def quantize_command(
 
     wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate, sensitivity, tokens)
     body("quantize")(settled.config, text, out, wish, recipe, as_json)
+
+
+@app.command(
+    "classify",
+    epilog=examples(
+        'tenfold classify "What a lovely day!"',
+        'tenfold classify "What a lovely day!" --image rain.png --json',
+        "tenfold classify --classifier ./mine --image face.jpg",
+    ),
+)
+def classify_command(
+    text: Annotated[str, Argument(help="The text; '-' reads it from standard input.", show_default=False)] = "",
+    image: Annotated[
+        Path | None, Option("--image", dir_okay=False, help="A picture (PNG, JPEG, WebP, GIF or BMP).")
+    ] = None,
+    classifier: Annotated[
+        str, Option("--classifier", help="'default', or a folder that `tenfold train sentiment` wrote.")
+    ] = "default",
+    device: Annotated[str, Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a text, a picture, or both together feel like, with a probability for each label."""
+    given = read_prompt(text) if text == "-" else text
+    if not given.strip() and image is None:
+        raise ValueError("There is nothing to classify; give a text, --image, or both.")
+    body("classify")(classifier, given, image, device, as_json)
+
+
+def _part(text: str, *names: str) -> Any:
+    """An option about what the classifier is made of."""
+    return Option(*names, help=text, rich_help_panel="Model")
+
+
+def _learning(text: str, *names: str) -> Any:
+    return Option(*names, help=text, rich_help_panel="Learning")
+
+
+@train_app.command(
+    "sentiment",
+    epilog=examples(
+        "tenfold train sentiment ./mine --data incongruity",
+        "tenfold train sentiment ./mine --data mvsa-single=./MVSA_Single --text ./bert-base-uncased "
+        "--image resnet50 --size 224 --image-weights ./resnet50.safetensors --device cuda --precision bfloat16",
+        "tenfold train sentiment ./plain --data incongruity --bilstm 0 --no-cnn --cbam none",
+    ),
+)
+def train_sentiment_command(
+    out: Annotated[Path, Argument(metavar="OUT", file_okay=False, help="New folder for the classifier.")],
+    data: Annotated[str, Option("--data", help="A data set, or NAME=FOLDER; an unknown name lists them.")],
+    text: Annotated[
+        str, _part("Text encoder to begin with: new, default, a classifier's folder, or a BERT's.", "--text")
+    ] = "default",
+    tokens: Annotated[int | None, _part("Word pieces kept of a BERT, or of a new encoder.", "--tokens")] = None,
+    width: Annotated[int | None, _part("Channels likewise.", "--width")] = None,
+    layers: Annotated[int | None, _part("Layers likewise.", "--layers")] = None,
+    image: Annotated[str, _part("Picture encoder: small, resnet18, resnet50 or vit.", "--image")] = "small",
+    size: Annotated[int, _part("Pixels of each side that it sees.", "--size")] = 56,
+    image_weights: Annotated[
+        str,
+        _part(
+            "Where it begins: new, default, a classifier's folder, or a safetensors file, and then it is frozen; auto "
+            "is default where text and sizes are, else new.",
+            "--image-weights",
+        ),
+    ] = "auto",
+    bilstm: Annotated[int, _part("Layers of the bidirectional LSTM, 0 to 2.", "--bilstm")] = 2,
+    cnn: Annotated[bool, _part("A convolution over the spliced features.", "--cnn/--no-cnn")] = True,
+    cbam: Annotated[str, _part("Gates: none, channel, spatial or both.", "--cbam")] = "both",
+    layout: Annotated[str, _part("The spliced features as tokens or as a picture.", "--layout")] = "tokens",
+    cross: Annotated[int, _part("Layers of cross-attention, 0 to 3.", "--cross")] = 0,
+    contrastive: Annotated[bool, _part("Learn with contrastive losses too.", "--contrastive")] = False,
+    modalities: Annotated[str, _part("What counts: both, text or image.", "--modalities")] = "both",
+    max_tokens: Annotated[int, _part("Word pieces of a text that are read.", "--max-tokens")] = 64,
+    dropout: Annotated[float, _part("Share of channels hidden while learning.", "--dropout")] = 0.1,
+    epochs: Annotated[int, _learning("Times all posts are seen, at most.", "--epochs")] = 20,
+    batch: Annotated[int, _learning("Posts of a step.", "--batch")] = 64,
+    rate: Annotated[float, _learning("Learning rate.", "--rate")] = 1e-3,
+    encoder_rate: Annotated[float, _learning("Of encoders that know something already.", "--encoder-rate")] = 2e-4,
+    frozen: Annotated[int, _learning("Epochs in which such a text encoder stays as it is.", "--frozen")] = 2,
+    patience: Annotated[int, _learning("Epochs without progress on dev after which it ends.", "--patience")] = 8,
+    seed: Annotated[int, _learning("Of everything that is left to chance.", "--seed")] = 0,
+    data_seed: Annotated[int, _learning("Of data that is made up, or split by chance.", "--data-seed")] = 0,
+    precision: Annotated[str, _learning("float32, bfloat16 or float16 (mixed).", "--precision")] = "float32",
+    device: Annotated[str, _learning("auto, cpu, cuda or cuda:N.", "--device")] = "auto",
+    half: Annotated[bool, Option("--half", help="Store weights in 16 bits.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the card.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the CBAM and BiLSTM classifier of text and pictures (arXiv 2303.14708), and say how good it is.
+
+    An interrupted run goes on where it stopped. What has been learnt lies in OUT: weights, settings, tokenizer, and a
+    card with the data's digest, scores and the confusion matrix.
+    """
+    from tenfold.classify.encoder import Size
+    from tenfold.classify.recipe import Recipe
+    from tenfold.models.sentiment.config import ImageShape, Parts
+
+    shape = ImageShape(image, size)
+    if image_weights == "auto":
+        image_weights = "default" if text == "default" and shape == ImageShape() else "new"
+    recipe = Recipe(
+        parts=Parts(bilstm, cnn, cbam, layout, cross, contrastive, modalities),
+        text=text,
+        size=Size(tokens, width, layers),
+        image=shape,
+        image_weights="" if image_weights == "new" else image_weights,
+        max_tokens=max_tokens,
+        dropout=dropout,
+        epochs=epochs,
+        batch=batch,
+        rate=rate,
+        encoder_rate=encoder_rate,
+        frozen=frozen,
+        patience=patience,
+        precision=precision,
+        seed=seed,
+    )
+    body("train sentiment")(out, data, data_seed, recipe, device, half, as_json, quiet)
 
 
 @app.command(

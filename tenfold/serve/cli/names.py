@@ -28,3 +28,18 @@ def served_names(models: Sequence[ChosenModel], served_name: str = "") -> list[s
         if names.count(name) > 1:
             raise ValueError(f"Two models are called {name!r}; give each a name of its own: --model NAME=MODEL.")
     return names
+
+
+def classifier_names(given: str, taken: Sequence[str]) -> dict[str, str]:
+    """Name to folder of the classifiers of a setting. Raises ValueError where two models would have the same name."""
+    found: dict[str, str] = {}
+    for spelled in filter(None, (part.strip() for part in given.split(","))):
+        name, equals, path = spelled.partition("=")
+        if not equals:
+            name, path = ("sentiment" if spelled == "default" else Path(spelled).expanduser().resolve().name), spelled
+        if name in found or name in taken:
+            raise ValueError(f"Two models are called {name!r}; give each a name of its own: --classifier NAME=FOLDER.")
+        if not name or not path:
+            raise ValueError(f"classifier is {spelled!r}; allowed: default, a folder, or NAME=FOLDER.")
+        found[name] = path
+    return found

@@ -22,10 +22,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tenfold.base import log
 from tenfold.base.config import EngineConfig
 from tenfold.base.log import announce
+from tenfold.base.table import entry
 from tenfold.engine.llm import AsyncLLM
 from tenfold.serve.app import App, create_app
 from tenfold.serve.cli.load import load
-from tenfold.serve.cli.names import served_names
+from tenfold.serve.cli.names import classifier_names, served_names
 from tenfold.serve.cli.sources import Settled
 from tenfold.serve.connection import bounded
 from tenfold.serve.keys import Keys
@@ -44,6 +45,10 @@ AT_ONCE = 1.0  # and at the second signal
 KILLING = 2.0  # seconds to be rid of an engine that did not
 
 Models = dict[str, AsyncLLM]
+Classifiers = dict[str, Any]
+OWN = {
+    "classifier": "tenfold.serve.decide.own:open_own"
+}  # brings PyTorch into this process, so only where it is wanted
 
 
 def serve(settled: Settled) -> int:
@@ -52,19 +57,26 @@ def serve(settled: Settled) -> int:
     settings.check()
     Keys.of(settings)  # a file of keys that is of no use should not take a model load to be noticed
     names = served_names(settled.models, settings.served_name)
+    named = classifier_names(settings.classifier, names)
     listener = bind(settings.host, settings.port)
     raise_file_limit()
     log.configure(settings.log_level, settings.log_format, request_fields)
     for key in settled.file.exposed_secrets:
         logger.warning("%s holds %s and others may read it: chmod 600", settled.file.path, key)
     models: Models = {}
-    server = Server(listener, settings, models, names, lambda: start_all(models, names, settled))
+    classifiers: Classifiers = {}
+
+    def start() -> None:
+        start_classifiers(classifiers, named, settings)
+        start_all(models, names, settled)
+
+    server = Server(listener, settings, models, [*names, *named], start, classifiers)
     server.hold_signals()
     try:
         server.run(sockets=[listener])
     finally:
         server.finished = True
-        close_all(models, AT_ONCE if server.forced else CLOSING)
+        close_all({**models, **classifiers}, AT_ONCE if server.forced else CLOSING)
     if server.failure is not None:
         raise server.failure
     return 128 + server.forced if server.forced else 0
@@ -82,6 +94,12 @@ def start_all(models: Models, names: list[str], settled: Settled) -> None:
         )
 
 
+def start_classifiers(classifiers: Classifiers, named: Mapping[str, str], settings: ServeConfig) -> None:
+    """Open them into `classifiers`. Raises ValueError for a folder that holds none."""
+    for name, path in named.items():
+        classifiers[name] = entry(OWN, "classifier", "kind")(name, path, settings)
+
+
 def planned(names: list[str], configs: list[EngineConfig]) -> Mapping[str, EngineConfig]:
     """The settings of each model; of several with their shares of memory. One engine plans for itself."""
     if len(names) == 1:
@@ -95,7 +113,7 @@ def planned(names: list[str], configs: list[EngineConfig]) -> Mapping[str, Engin
     return together.configs
 
 
-def close_all(models: Models, seconds: float) -> None:
+def close_all(models: Mapping[str, Any], seconds: float) -> None:
     """End all engines at the same time, each after the step under way if that takes no longer."""
     threads = [threading.Thread(target=llm.close, args=(seconds,), daemon=True) for llm in list(models.values())]
     for thread in threads:
@@ -179,11 +197,13 @@ class Server(uvicorn.Server):
         models: Models,
         names: list[str],
         start: Callable[[], None],
+        classifiers: Classifiers | None = None,
     ) -> None:
         super().__init__(uvicorn_config(self._answer, settings))
         self.what = f"{', '.join(names)} on {address(listener)}/v1"
         self.settings = settings
         self.models = models
+        self.classifiers = {} if classifiers is None else classifiers
         self.failure: BaseException | None = None
         self.forced = 0
         self.finished = False
@@ -225,7 +245,7 @@ class Server(uvicorn.Server):
     def _load(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             self._start()
-            app = create_app(self.models, self.settings)
+            app = create_app(self.models, self.settings, self.classifiers)
             loop.call_soon_threadsafe(self._open, app)
         except BaseException as error:
             self.failure = error

@@ -1,4 +1,4 @@
-"""Texts sorted into classes: by a model made for it, or by any language model that is told the classes."""
+"""Posts sorted into classes: by a model made for it, or by any language model that is told the classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Protocol
 from starlette.requests import Request as HttpRequest
 
 from tenfold.serve.decide.decider import Case, Decider
+from tenfold.serve.decide.given import Given, text_only
 from tenfold.serve.decide.question import Manner, Option, Question
 from tenfold.serve.protocol.body import Terms
 
@@ -15,7 +16,7 @@ INSTRUCTIONS = "Which of these fits the input best?"
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """probabilities [texts][labels]; prompt and completion: tokens computed."""
+    """probabilities [posts][labels]; prompt and completion: tokens computed."""
 
     probabilities: list[list[float]]
     prompt: int
@@ -28,8 +29,8 @@ class Classifier(Protocol):
     @property
     def labels(self) -> Sequence[str]: ...
 
-    async def classify(self, texts: Sequence[str], http: HttpRequest, terms: Terms) -> Classified:
-        """Of each text the probability of every label. Raises ApiError."""
+    async def classify(self, given: Sequence[Given], http: HttpRequest, terms: Terms) -> Classified:
+        """Of each the probability of every label. Raises ApiError."""
         ...
 
 
@@ -42,8 +43,8 @@ class AnyModel:
     instructions: str
     manner: Manner
 
-    async def classify(self, texts: Sequence[str], http: HttpRequest, terms: Terms) -> Classified:
+    async def classify(self, given: Sequence[Given], http: HttpRequest, terms: Terms) -> Classified:
         question = Question("choice", self.instructions, tuple(Option(label) for label in self.labels))
-        cases = [Case(text, question) for text in texts]
+        cases = [Case(text_only(one), question) for one in given]
         told, counts = await self.decider.decide(http, cases, self.manner, terms, "classify")
         return Classified(told, counts.prompt, counts.completion)

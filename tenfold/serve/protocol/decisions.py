@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from tenfold.serve.decide.calibrate import TEMPERATURES
+from tenfold.serve.decide.given import Given, Linked
 from tenfold.serve.decide.question import MAX_OPTIONS, ORDERS, Manner, Option, Question
 from tenfold.serve.errors import invalid
 from tenfold.serve.protocol.body import Body, Terms, honoured, ignored
@@ -51,6 +52,18 @@ class DecisionJson(Nested):
         return json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
 
 
+class DecisionImage(Nested):
+    """image_url: http, https or data:. detail: there is one resolution, that of the model."""
+
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["low", "high", "auto", "original"] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+    def said(self) -> str:
+        return ""
+
+
 class DecisionOutputText(Nested):
     type: Literal["output_text"]
     text: str
@@ -81,6 +94,12 @@ TextOrJson = Annotated[
     Annotated[DecisionText, Tag("<input_text>")] | Annotated[DecisionJson, Tag("<input_json>")],
     _one_of("an object of the type input_text or input_json"),
 ]
+SaidByUser = Annotated[
+    Annotated[DecisionText, Tag("<input_text>")]
+    | Annotated[DecisionJson, Tag("<input_json>")]
+    | Annotated[DecisionImage, Tag("<input_image>")],
+    _one_of("an object of the type input_text, input_json or input_image"),
+]
 SaidByAssistant = Annotated[
     Annotated[DecisionOutputText, Tag("<output_text>")] | Annotated[DecisionRefusal, Tag("<refusal>")],
     _one_of("an object of the type output_text or refusal"),
@@ -88,9 +107,14 @@ SaidByAssistant = Annotated[
 CallStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-def said(content: str | Sequence[DecisionText | DecisionJson | DecisionOutputText | DecisionRefusal]) -> str:
-    """Parts joined by newlines."""
-    return content if isinstance(content, str) else "\n".join(part.said() for part in content)
+Said = DecisionText | DecisionJson | DecisionImage | DecisionOutputText | DecisionRefusal
+
+
+def said(content: str | Sequence[Said]) -> str:
+    """Parts joined by newlines, but for images."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.said() for part in content if not isinstance(part, DecisionImage))
 
 
 # What an input is made of
@@ -98,7 +122,7 @@ def said(content: str | Sequence[DecisionText | DecisionJson | DecisionOutputTex
 
 class DecisionUserMessage(Nested):
     role: Literal["user"]
-    content: str | list[TextOrJson]
+    content: str | list[SaidByUser]
     type: Literal["message"] = "message"
 
     def shown(self) -> str:
@@ -298,7 +322,7 @@ class DecisionRequest(Careful):
 
     model: str = honoured(..., "a name from /v1/models, or 'default'")
     input: str | Annotated[list[Item], Field(min_length=1)] = honoured(
-        ..., "a text, or messages, calls of tools and their outputs; text and JSON only"
+        ..., "a text, or messages, calls of tools and their outputs; images in user messages where the model sees them"
     )
     questions: list[AnyQuestion] = honoured(
         ..., "what to answer, up to --max-questions (400): predicate, choice or score", min_length=1
@@ -310,11 +334,35 @@ class DecisionRequest(Careful):
     @field_validator("input", "questions", mode="before")
     @classmethod
     def no_images(cls, value: Any, info: ValidationInfo) -> Any:
-        for where, part in _parts(value):
-            if isinstance(part, dict) and part.get("type") == "input_image":
+        for entry, where, part in _parts(value):
+            if isinstance(part, dict) and part.get("type") == "input_image" and entry.get("role") != "user":
                 where = f"{info.field_name}{where}"
-                raise invalid(f"{where} is an image; the models served read text.", where, "unsupported_content")
+                message = f"{where} is an image; images are taken in the content of user messages only."
+                raise invalid(message, where, "unsupported_content")
         return value
+
+    def given(self) -> Given:
+        """The input for a model that judges posts: what user messages say and show. Raises ApiError (400) for anything
+        else.
+        """
+        if isinstance(self.input, str):
+            return Given(self.input)
+        texts: list[str] = []
+        pictures: list[Linked] = []
+        for i, item in enumerate(self.input):
+            if not isinstance(item, DecisionUserMessage):
+                raise invalid(f"input[{i}] is no user message; this model reads nothing else.", f"input[{i}]")
+            texts.append(said(item.content))
+            pictures += _linked(item.content, f"input[{i}].content")
+        return Given("\n".join(filter(None, texts)), tuple(pictures))
+
+    def check_text(self) -> None:
+        """Raises ApiError (400) for an image, which language models do not see."""
+        for i, item in enumerate(self.input if isinstance(self.input, list) else ()):
+            if isinstance(item, DecisionUserMessage):
+                for picture in _linked(item.content, f"input[{i}].content"):
+                    message = f"{picture.where} is an image; this model reads text."
+                    raise invalid(message, picture.where, "unsupported_content")
 
     def text(self) -> str:
         """The input as one text. Raises ApiError (400) for an output without its call."""
@@ -332,13 +380,20 @@ class DecisionRequest(Careful):
         return self.safety_identifier or ""
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    """Everything in a list of messages or questions that could be a part of a content, and where it stands."""
+def _linked(content: str | Sequence[Said], where: str) -> list[Linked]:
+    parts = () if isinstance(content, str) else content
+    return [Linked(part.image_url, f"{where}[{j}]") for j, part in enumerate(parts) if isinstance(part, DecisionImage)]
+
+
+def _parts(value: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Everything in a list of messages or questions that could be a part of a content: its entry, where it stands, and
+    itself.
+    """
     for i, entry in enumerate(value if isinstance(value, list) else ()):
         for name in ("content", "output", "instructions"):
             content = entry.get(name) if isinstance(entry, dict) else None
             for j, part in enumerate(content if isinstance(content, list) else ()):
-                yield f"[{i}].{name}[{j}]", part
+                yield entry, f"[{i}].{name}[{j}]", part
 
 
 # What is answered
@@ -441,11 +496,51 @@ class Decision(BaseModel):
 # /v1/classify
 
 
+class TextPart(Nested):
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class ImageLink(Nested):
+    url: str
+    detail: Literal["low", "high", "auto"] | None = None
+
+
+class ImagePart(Nested):
+    """As chat completions spell it, or as responses do."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: str | ImageLink
+    detail: Literal["low", "high", "auto", "original"] | None = None
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+SAME_PART = {"<input_text>": "<text>", "<input_image>": "<image_url>"}
+
+
+def _part_type(value: Any) -> str | None:
+    kind = _type(value)
+    return SAME_PART.get(kind, kind) if kind else None
+
+
+PostPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    _one_of("an object of the type text, input_text, image_url or input_image", _part_type),
+]
+
+
 class ClassifyRequest(Careful):
     """POST /v1/classify"""
 
     model: str = honoured(..., "a name from /v1/models, or 'default'")
-    input: str | list[str] = honoured(..., "a text, or up to --max-prompts (64)")
+    input: str | list[str | Annotated[list[PostPart], Field(min_length=1)]] = honoured(
+        ...,
+        "a text, or a list of up to --max-prompts (64); extension: in the list, a post may be a list of parts, of the "
+        "type text or image_url as in chat completions, for models that see images",
+    )
     labels: Annotated[list[str], Field(min_length=2, max_length=MAX_OPTIONS)] | None = honoured(
         None, "extension: the classes; needed unless the model has its own", shows={"uniqueItems": True}
     )
@@ -459,8 +554,22 @@ class ClassifyRequest(Careful):
             raise ValueError("two labels are the same; each must be unique")
         return labels
 
+    def given(self) -> list[Given]:
+        """Each post."""
+        if isinstance(self.input, str):
+            return [Given(self.input)]
+        return [_post(post, f"input[{i}]") for i, post in enumerate(self.input)]
+
     def payer(self) -> str:
         return self.user or ""
+
+
+def _post(post: str | Sequence[TextPart | ImagePart], where: str) -> Given:
+    if isinstance(post, str):
+        return Given(post, where=where)
+    texts = [part.text for part in post if isinstance(part, TextPart)]
+    pictures = [Linked(part.url, f"{where}[{j}]") for j, part in enumerate(post) if isinstance(part, ImagePart)]
+    return Given("\n".join(texts), tuple(pictures), where)
 
 
 class ClassOf(BaseModel):

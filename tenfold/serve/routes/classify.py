@@ -1,4 +1,4 @@
-"""POST /v1/classify: texts in, a probability for each class out; shaped like vLLM's /classify."""
+"""POST /v1/classify: posts in, a probability for each class out; shaped like vLLM's /classify."""
 
 import time
 from typing import Any
@@ -8,6 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tenfold.serve.decide.classify import INSTRUCTIONS, AnyModel, Classifier
+from tenfold.serve.decide.given import Given, check_pictures
+from tenfold.serve.decide.labelled import tempered
 from tenfold.serve.errors import invalid
 from tenfold.serve.prompts import check_count
 from tenfold.serve.protocol.body import parse
@@ -26,14 +28,16 @@ router = APIRouter()
     openapi_extra=body_schema(ClassifyRequest),
 )
 async def classify(http: Request) -> Response:
-    """The class of each text."""
+    """The class of each post."""
     body = parse(ClassifyRequest, await http.body())
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    if not texts:
+    given = body.given()
+    if not given:
         raise invalid("input is an empty list; give at least one text.", "input")
-    check_count(texts, service_of(http).settings.max_prompts, "input", "max_prompts")
+    settings = service_of(http).settings
+    check_count(given, settings.max_prompts, "input", "max_prompts")
+    check_pictures(given, settings.max_images)
     name, classifier = _classifier(http, body)
-    return await whole(http, body, _answer(http, body, name, classifier, texts))
+    return await whole(http, body, _answer(http, body, name, classifier, given))
 
 
 def _classifier(http: Request, body: ClassifyRequest) -> tuple[str, Classifier]:
@@ -52,12 +56,13 @@ def _classifier(http: Request, body: ClassifyRequest) -> tuple[str, Classifier]:
 
 
 async def _answer(
-    http: Request, body: ClassifyRequest, name: str, classifier: Classifier, texts: list[str]
+    http: Request, body: ClassifyRequest, name: str, classifier: Classifier, given: list[Given]
 ) -> dict[str, Any]:
-    told = await classifier.classify(texts, http, body.terms())
+    told = await classifier.classify(given, http, body.terms())
     labels = list(classifier.labels)
     data = []
-    for i, probs in enumerate(told.probabilities):
+    for i, each in enumerate(told.probabilities):
+        probs = tempered(each, body.temperature) if name in service_of(http).classifiers else each
         best = max(range(len(probs)), key=probs.__getitem__)
         data.append({"index": i, "label": labels[best], "probs": probs, "num_classes": len(probs)})
     usage = {

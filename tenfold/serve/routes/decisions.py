@@ -6,7 +6,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tenfold.serve.decide import labelled
+from tenfold.serve.decide.classify import Classifier
 from tenfold.serve.decide.decider import Case, Decider
+from tenfold.serve.decide.given import check_pictures
 from tenfold.serve.prompts import check_count
 from tenfold.serve.protocol.body import parse
 from tenfold.serve.protocol.decisions import Decision, DecisionRequest, DecisionUsage, answer
@@ -25,8 +28,12 @@ router = APIRouter()
 async def create_decision(http: Request) -> Response:
     """Probabilities for the answers to each question."""
     body = parse(DecisionRequest, await http.body())
-    served = service_of(http).served(body.model)
-    check_count(body.questions, served.settings.max_questions, "questions", "max_questions")
+    service = service_of(http)
+    check_count(body.questions, service.settings.max_questions, "questions", "max_questions")
+    if body.model in service.classifiers:
+        return await whole(http, body, _labelled(http, body, service.classifiers[body.model]))
+    served = service.served(body.model)
+    body.check_text()
     return await whole(http, body, _answer(http, body, decider_of(http, served)))
 
 
@@ -37,6 +44,21 @@ def decider_of(http: Request, served: Served) -> Decider:
         state.deciders[served.name] = Decider(served, state.temperatures.get(served.name, 1.0))
     decider: Decider = state.deciders[served.name]
     return decider
+
+
+async def _labelled(http: Request, body: DecisionRequest, classifier: Classifier) -> dict[str, Any]:
+    """By a model that has labels of its own: one look at the input answers all questions."""
+    given = body.given()
+    check_pictures([given], service_of(http).settings.max_images)
+    labels, even = classifier.labels, [1.0 / len(classifier.labels)] * len(classifier.labels)
+    questions = [(asked, asked.question(), f"questions[{i}]") for i, asked in enumerate(body.questions)]
+    for _, question, where in questions:
+        labelled.read(question, labels, even, where)  # what is wrong with one is told before there is work to do
+    told = await classifier.classify([given], http, body.terms())
+    each = labelled.tempered(told.probabilities[0], body.temperature)
+    found = [answer(asked, labelled.read(question, labels, each, where)) for asked, question, where in questions]
+    usage = DecisionUsage.of(told.prompt, told.completion, 0)
+    return Decision(model=body.model, answers=found, usage=usage).model_dump()
 
 
 async def _answer(http: Request, body: DecisionRequest, decider: Decider) -> dict[str, Any]:

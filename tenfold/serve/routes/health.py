@@ -28,7 +28,9 @@ async def health(http: Request) -> Response:
     """200 while this process can do its work or is on the way to it; 503 once an engine has failed for good, which
     only a new start heals.
     """
-    if not all(served.llm.alive for served in service_of(http).models.values()):
+    service = service_of(http)
+    engines = [served.llm for served in service.models.values()]
+    if not all(getattr(engine, "alive", True) for engine in (*engines, *service.classifiers.values())):
         raise engine_dead()
     return healthy()
 

@@ -14,10 +14,11 @@ router = APIRouter()
 @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **ERROR_RESPONSES})
 async def list_models(http: Request) -> Response:
     """The models served."""
-    return JSONResponse(ModelList.of([served.card() for served in service_of(http).models.values()]).model_dump())
+    return JSONResponse(ModelList.of(service_of(http).cards().values()).model_dump())
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": ModelCard}, **ERROR_RESPONSES})
 async def get_model(http: Request, model: str) -> Response:
     """One of them. Names may hold slashes, as those of the Hugging Face hub do."""
-    return JSONResponse(service_of(http).served(model).card().model_dump())
+    service = service_of(http)
+    return JSONResponse((service.cards().get(model) or service.served(model).card()).model_dump())

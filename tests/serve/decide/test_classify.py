@@ -56,8 +56,8 @@ def test_wrong_fields(ask, body, param, word):
 class Own:
     labels = ("neg", "pos")
 
-    async def classify(self, texts, http, terms):
-        return Classified([[0.25, 0.75] for _ in texts], 5)
+    async def classify(self, given, http, terms):
+        return Classified([[0.25, 0.75] for _ in given], 5)
 
 
 def test_a_model_with_classes_of_its_own(ask):
