@@ -2,6 +2,7 @@
 
     python examples/train_moe.py prepare --out data TEXTS...       # a tokenizer, and the texts as token ids
     python examples/train_moe.py train --data data --out moe       # minutes on a GPU; needs transformers
+    python examples/train_moe.py texts --data data --out texts     # to measure losses on, and to judge on
 
 The model has the shape of Qwen2-MoE: 32 experts a layer of which a token goes to 4, and one for every token. Little is
 done against uneven routing, so experts differ as much as a text makes them. Texts may be .txt, .rst, .md and .html
@@ -22,6 +23,8 @@ import numpy as np
 
 KINDS = (".txt", ".rst", ".md", ".html")
 HELD_OUT = 50  # every so many documents
+REPEATED = 13  # tokens in a row that two documents share
+MOST_KNOWN = 0.2  # of a judged document's
 VOCABULARY = 8192
 END = "<|end|>"
 SHAPE = {
@@ -111,6 +114,42 @@ def prepare(paths: list[Path], out: Path, most: int) -> None:
         print(f"{name}: {len(found)} documents, {len(whole)} tokens")
 
 
+def sequences(tokens: np.ndarray) -> np.ndarray:
+    """A number for each REPEATED tokens in a row, the same for the same ones."""
+    count = len(tokens) - REPEATED + 1
+    found = np.zeros(max(0, count), np.uint64)
+    for i in range(REPEATED if count > 0 else 0):
+        found = found * np.uint64(1_000_003) + tokens[i : i + count].astype(np.uint64)
+    return found
+
+
+def seen(own: np.ndarray, known: np.ndarray) -> float:
+    """The share of `own` that is in `known`, which is sorted."""
+    places = np.searchsorted(known, own).clip(max=len(known) - 1)
+    return float((known[places] == own).mean())
+
+
+def split(tokens: np.ndarray) -> list[np.ndarray]:
+    """Documents without the token that ends them."""
+    return [part[part != 0] for part in np.split(tokens, np.flatnonzero(tokens == 0))][:-1]
+
+
+def texts(data: Path, out: Path) -> None:
+    """calibrate.txt, one document in HELD_OUT of those trained on, and judge.txt, held-out ones that say little of what
+    is in those: copies of a document under another name are none that the model has not seen.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    trained, held = (np.fromfile(data / f"{name}.bin", dtype=np.uint16) for name in ("train", "held_out"))
+    known = np.unique(sequences(trained))
+    new = [d for d in split(held) if len(d) > 20 and seen(sequences(d), known) < MOST_KNOWN]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, found in (("calibrate", split(trained)[HELD_OUT // 2 :: HELD_OUT]), ("judge", new)):
+        (out / f"{name}.txt").write_text("\n\n".join(tokenizer.decode(d.tolist()) for d in found), encoding="utf-8")
+        print(f"{name}: {len(found)} documents, {sum(map(len, found))} tokens")
+
+
 def train(
     data: Path,
     out: Path,
@@ -196,6 +235,9 @@ def main() -> None:
     preparing.add_argument("texts", nargs="+", type=Path)
     preparing.add_argument("--out", type=Path, required=True)
     preparing.add_argument("--most", type=int, default=60_000_000, help="characters")
+    writing = commands.add_parser("texts")
+    writing.add_argument("--data", type=Path, required=True)
+    writing.add_argument("--out", type=Path, required=True)
     training = commands.add_parser("train")
     training.add_argument("--data", type=Path, required=True)
     training.add_argument("--out", type=Path, required=True)
@@ -209,6 +251,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "prepare":
         prepare(given.texts, given.out, given.most)
+    elif given.command == "texts":
+        texts(given.data, given.out)
     else:
         shape = SHAPE | json.loads(given.shape)
         settings = given.minutes, given.batch, given.length, given.rate, given.seed, given.experts

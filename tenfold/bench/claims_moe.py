@@ -38,7 +38,7 @@ def _against(data: Mapping[str, Any], measure: str) -> list[Claim]:
             if blocks in rivals and whole in rivals:
                 ratios.append((f"of {whole} over that of {blocks}", rivals[whole] / rivals[blocks]))
         for what, value in ratios:
-            what = f"{measure} {what}, at {row['bits']:.2f} bits"
+            what = f"{measure} {what}, at {row['bits']:.2f} bits, schemes from {least(data)}"
             made.append(claim("M4", what, value, "x", data["command"], at_least=LOWER, note=note))
     return made
 
@@ -50,8 +50,13 @@ def _front(data: Mapping[str, Any], measure: str) -> list[Claim]:
         return []
     beaten = [r for r in final if any(dominates(u, r, measure) for u in uniform)]
     note = ", ".join(f"{r['bits']:.2f}: {r[measure]:.4g}" for r in final)
-    what = f"points of {len(final)} of the front that a uniform row dominates in {measure}"
+    what = f"points of {len(final)} of the front that a uniform row dominates in {measure}, schemes from {least(data)}"
     return [claim("M4", what, len(beaten), "points", data["command"], at_most=0, note=note)]
+
+
+def least(data: Mapping[str, Any]) -> str:
+    """The scheme of the fewest bits that blocks could get."""
+    return min(data["schemes"], key=data["schemes"].__getitem__)
 
 
 def dominates(a: Mapping[str, Any], b: Mapping[str, Any], measure: str) -> bool:

@@ -146,21 +146,25 @@ def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def mxmoe(data: Mapping[str, Any], path: Path) -> Path:
-    """Perplexity, and divergence from the exact model, over bits a weight: uniform experts and every way of mixing."""
+    """Perplexity, and divergence from the exact model, over bits a weight: uniform experts and every way of mixing, of
+    as many bits as there are mixed ones of.
+    """
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     series: dict[str, list[Mapping[str, Any]]] = {}
-    for row in sorted(data["rows"][1:], key=lambda row: row["bits"]):
+    bits = [row["bits"] for row in data["rows"] if row["kind"].startswith("mixed")]
+    near = [row for row in data["rows"] if min(bits) - 0.1 < row["bits"] < max(bits) + 0.1]
+    for row in sorted(near, key=lambda row: row["bits"]):
         series.setdefault("uniform" if row["kind"].startswith("uniform") else row["kind"], []).append(row)
     for axis, measure in zip(axes, ("perplexity", "divergence")):
         for (name, rows), colour, marker in zip(series.items(), cycle(plt.colormaps["tab10"].colors), cycle("osD^vPX")):
             points = [(row["bits"], row[measure]) for row in rows]
-            axis.plot(*zip(*points), color=colour, marker=marker, linewidth=1.5, label=name)
-        axis.set_yscale("log")
+            axis.plot(*zip(*points), color=colour, marker=marker, linewidth=1.2, label=name)
         axis.set_xlabel("bits a weight of experts, scales and zeros included")
         axis.grid(True, which="both", color="#dddddd", linewidth=0.7)
     axes[0].axhline(data["rows"][0]["perplexity"], color=FLOOR, linestyle="--", linewidth=1.2, label="exact")
     axes[0].set_ylabel("perplexity")
+    axes[1].set_yscale("log")
     axes[1].set_ylabel("divergence from the exact model, nats a token")
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(title(data["model"], data["machine"]))

@@ -14,13 +14,8 @@ from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
-DOCUMENTS = tuple(
-    ROOT / name
-    for name in (
-        *("README.md", "docs/measured.md", "docs/gpu.md", "docs/kv-cache.md", "docs/schedules.md"),
-        "docs/sentiment.md",
-    )
-)
+PAGES = ("measured", "gpu", "kv-cache", "moe", "schedules", "sentiment")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
 
 
 def table(claims: Sequence[Claim]) -> str:

@@ -94,7 +94,7 @@ def test_claims_table_and_picture(tmp_path: Path) -> None:
     ]
     machine = {"hardware": "here", "commit": "c", "date": "2026-11-28"}
     told = {"texts": ["a.txt", "b.txt"], "model": "m", "method": "gptq", "command": "python", "machine": machine}
-    data = {"suite": "mxmoe", "rows": rows, **told}
+    data = {"suite": "mxmoe", "rows": rows, "schemes": {"w3": 3.25, "w2": 2.25}, **told}
     found = claims_moe.of_suites({"mxmoe": [data]})
     assert [(c.id, c.value, c.met) for c in found[:5]] == [
         ("M4", pytest.approx(9 / 7.5, rel=1e-3), True),
@@ -105,6 +105,7 @@ def test_claims_table_and_picture(tmp_path: Path) -> None:
     ]
     assert found[5].value == pytest.approx(4 / 2.5, rel=1e-3)
     assert len(found) == 10
+    assert found[0].what.endswith("at 2.25 bits, schemes from w2")
     assert "| uniform w2 | 2.250 | 9.000 | +80.0% | 4.0000 |" in report.mxmoe_table(data)
     (tmp_path / "r.json").write_text(json.dumps(data))
     assert "### Bits of experts, m" in report.tables(tmp_path)

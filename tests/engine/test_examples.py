@@ -33,10 +33,19 @@ def test_a_model_with_experts_is_trained_and_runs(tmp_path, capsys, monkeypatch)
     texts = [path.read_text(errors="ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))]
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text("".join(texts[i::60]))
+    names = sorted(path.name for path in tmp_path.glob("*.txt"))  # the first and the fifty-first are held out
+    (tmp_path / "copy.txt").write_text((tmp_path / names[0]).read_text())
     run = runpy.run_path(str(EXAMPLES / "train_moe.py"))["main"]
     monkeypatch.setattr("sys.argv", ["train_moe.py", "prepare", "--out", str(tmp_path / "data"), str(tmp_path)])
     run()
-    assert "train: 58 documents" in capsys.readouterr().out
+    assert "train: 59 documents" in capsys.readouterr().out
+    monkeypatch.setattr(
+        "sys.argv", ["train_moe.py", "texts", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "to")]
+    )
+    run()
+    judged = (tmp_path / "to" / "judge.txt").read_text()
+    assert judged == (tmp_path / names[50]).read_text()  # the other one was trained on, too
+    assert (tmp_path / "to" / "calibrate.txt").read_text() not in ("", judged)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     shape |= {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     shape |= {"shared_expert_intermediate_size": 32, "intermediate_size": 32}

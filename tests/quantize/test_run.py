@@ -1,6 +1,7 @@
 """`tenfold quantize`: it writes the model that it decided on, goes on where it stopped, and says what cannot be."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +12,15 @@ import torch
 
 pytest.importorskip("scipy")
 
+from tenfold import LLM, SamplingParams
 from tenfold.ops.blocks import dequantize
 from tenfold.quantize.capture import TextTooShort
 from tenfold.quantize.mxmoe import run
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.run import Wish, quantize
-from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, name_of
+from tenfold.quantize.mxmoe.sensitivity import PARTS
+from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, chosen, name_of
 from tenfold.quantize.schemes import format_of_scheme, parse
 from tenfold.quantize.write import Folder
 from tenfold.weights.checkpoint import CheckpointError
@@ -78,6 +81,26 @@ def test_the_model_is_what_was_decided(name: str, wish: Wish, tiny: Tiny, text: 
     assert json.loads((out / FILE).read_text())["schemes"] == made.schemes
     assert after.tokenizer().encode("fox").ids == before.tokenizer().encode("fox").ids
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_engine_gives_the_perplexity_that_was_measured(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """Of the written folder, through packed products, as of the same rounding put in place of the exact weights."""
+    source, out = open_checkpoint(model(tiny)), tmp_path / "out"
+    made = quantize(source, text, out, WISH)
+    subject = Subject(source)
+    windows = subject.tokens(text.read_text(), WISH.length, WISH.windows)
+    found, exact = Rounded(), subject.perplexity(windows)
+    schemes = dict.fromkeys(PARTS, WISH.parsed())
+    assert list(subject.measure(found, windows, schemes, WISH.method)) == subject.layers
+    subject.put(chosen(found, made.schemes))
+    want = subject.perplexity(windows)
+    assert want != exact
+    settings = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
+    with LLM(str(out), device="cpu", dtype="float32") as llm:
+        done = llm.generate(windows, settings)
+    logs = [each.logprob for request in done for each in request.prompt_logprobs or () if each is not None]
+    assert len(logs) == len(windows) * (WISH.length - 1)
+    assert math.exp(-sum(logs) / len(logs)) == pytest.approx(want, rel=1e-3)
 
 
 def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path) -> None:
