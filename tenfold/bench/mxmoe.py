@@ -19,7 +19,19 @@ from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.sensitivity import PARTS
-from tenfold.quantize.mxmoe.subject import METHODS, End, Key, Rounded, Subject, chosen, mixed, name_of, nearest
+from tenfold.quantize.mxmoe.subject import (
+    ENDED,
+    METHODS,
+    End,
+    Key,
+    Rounded,
+    Subject,
+    chosen,
+    middle,
+    mixed,
+    name_of,
+    spread,
+)
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import parse
 from tenfold.weights.find import resolve
@@ -27,7 +39,6 @@ from tenfold.weights.open import open_checkpoint
 
 SCHEMES = "w1g128z,w2g128z,w3g128z,w4g128z,w8g128z"
 BITS = "2.25,2.75,3.25,4.25"
-ENDED = 16  # windows that slopes of layers are measured on
 
 
 def rows(
@@ -100,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subject.tokens(path.read_text(errors="ignore"), given.length, windows)
         for path, windows in ((given.calibrate, given.windows), (given.text, given.judged))
     )
-    end = End(subject, calibrating[:: max(1, len(calibrating) // ENDED)][:ENDED])
+    end = End(subject, spread(calibrating, ENDED))
     found, count = Rounded(), sum(map(len, calibrating))
     for layer in subject.measure(found, calibrating, dict.fromkeys(PARTS, schemes), given.method):
         picks = found.picks[layer]
@@ -120,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "schemes": bits,
         "picks": {str(layer): own for layer, own in found.picks.items()},
     }
-    middle = dict.fromkeys(PARTS, nearest(bits, wanted[0]))
-    result["slopes"] = slope = {layer: end.slope(found, layer, middle) for layer in found.picks}
+    between = dict.fromkeys(PARTS, middle(bits, wanted[0]))
+    result["slopes"] = slope = {layer: end.slope(found, layer, between) for layer in found.picks}
     result["rows"] = rows(subject, found, bits, wanted, judged, print, slope)
     if given.out:
         save(given.out, result, given.commit)

@@ -81,6 +81,26 @@ def test_losses_of_layers_may_be_weighed_by_what_they_cost_in_the_end(subject: S
         assert block.loss == pytest.approx({name: factor * loss for name, loss in plain[block.name].loss.items()})
 
 
+def test_fewer_distributions_are_held_of_a_large_vocabulary(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = windows(8, 2)
+    whole = End(subject, own)
+    assert [len(exact) for exact in whole.exact] == [16, 16]
+    monkeypatch.setattr("tenfold.quantize.mxmoe.subject.HELD", 8 * VOCAB)
+    few = End(subject, own)
+    assert [len(exact) for exact in few.exact] == [4, 4]
+    subject.put({key: torch.zeros_like(subject.exact(key)) for key in subject.blocks})
+    assert few.divergence() == pytest.approx(few.judge()[1]) != pytest.approx(0)
+    assert few.judge()[0] == whole.judge()[0] == pytest.approx(subject.perplexity(own))
+
+
+def test_windows_are_judged_alike_alone_and_together(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [*windows(9, 3), windows(9, 1)[0][:40], *windows(10, 2)]
+    together = list(subject.logs(own, 3))
+    monkeypatch.setattr("tenfold.quantize.mxmoe.subject.LOGITS", 1)
+    for one, other in zip(together, subject.logs(own, 3), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_claims_table_and_picture(tmp_path: Path) -> None:
     final, whole = claims_moe.FINAL, "mixed model expert end"
     kinds = [

@@ -25,6 +25,7 @@ from tenfold.quantize.mxmoe.cost import per_weight
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import (
+    ENDED,
     LONGEST,
     METHODS,
     TIES,
@@ -32,11 +33,12 @@ from tenfold.quantize.mxmoe.subject import (
     Progress,
     Rounded,
     Subject,
+    middle,
     mixed,
     moments_of,
     name_of,
-    nearest,
     rounded,
+    spread,
 )
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
@@ -53,7 +55,6 @@ from tenfold.weights.mapped import read_object
 SCHEMES = {own.METHOD: "w2g128z,w3g128z,w4g128z,w8g128z", compressed.METHOD: "w4g128,w8g128"}
 SCOPES = ("layer", "model")
 SENSITIVITIES = ("layer", "end")
-ENDED = 16  # windows at most that slopes of layers are measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ def check_budget(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits
 
 def measured(
     subject: Subject,
-    windows: Sequence[Sequence[int]],
+    windows: Sequence[list[int]],
     allowed: Mapping[str, Sequence[Scheme]],
     wish: Wish,
     out: Path,
@@ -241,14 +242,14 @@ def measured(
     measured as it left them.
     """
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
-    middle = middle_of(subject, allowed, wish.bits) if wish.to_the_end else {}
-    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate, middle])
+    between = middles(subject, allowed, wish.bits) if wish.to_the_end else {}
+    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate, between])
     place = partial(out)
     found, slope = resumed(place, key, subject)
-    end = End(subject, windows[:: max(1, len(windows) // ENDED)][:ENDED]) if middle else None
-    for layer in subject.measure(found, windows, allowed, wish.method, set(middle.values()), progress):
+    end = End(subject, spread(windows, ENDED)) if between else None
+    for layer in subject.measure(found, windows, allowed, wish.method, set(between.values()), progress):
         if end is not None:
-            slope[layer] = end.slope(found, layer, middle)
+            slope[layer] = end.slope(found, layer, between)
             found.weights.clear()
         state = {
             "key": key,
@@ -260,10 +261,10 @@ def measured(
     return found, slope
 
 
-def middle_of(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> dict[str, str]:
-    """By part, the scheme that it may get of about so many bits."""
+def middles(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> dict[str, str]:
+    """By part, the scheme that a layer is rounded to for its slope."""
     cols = {key[2]: matrix.cols for key, matrix in subject.blocks.items()}
-    return {part: nearest({str(s): s.stored_bits(cols[part]) for s in own}, bits) for part, own in allowed.items()}
+    return {part: middle({str(s): s.stored_bits(cols[part]) for s in own}, bits) for part, own in allowed.items()}
 
 
 def partial(out: Path) -> Path:

@@ -24,7 +24,10 @@ METHODS = ("gptq", "awq", "rtn")
 LONGEST = 4096  # tokens of a window at most
 AS_MANY = 64  # tokens of the layer's average that an expert's own are mixed with
 LOGITS = 1 << 25  # numbers at a time, 128 MiB
+ENDED = 16  # windows that what layers cost in the end is measured on
+COARSE = 4.25  # bits at most of what layers are rounded to for that, so that it stands out
 EVERY = 4  # tokens of which one's distribution is compared in the end
+HELD = 1 << 28  # numbers of exact distributions, 1 GiB
 Key = tuple[int, int, str]  # layer, expert, part
 TIES = {"block": 3, "expert": 2, "layer": 1}  # parts of a block's name that blocks of one scheme share
 Progress = Callable[[int, int], None]
@@ -91,8 +94,7 @@ class Subject:
     def tokens(self, text: str, length: int, windows: int) -> list[list[int]]:
         ids = self.checkpoint.tokenizer().encode(text, add_special_tokens=False).ids
         found = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-        step = max(1, len(found) // windows)
-        return found[::step][:windows]
+        return spread(found, windows)
 
     def perplexity(self, windows: Sequence[Sequence[int]]) -> float:
         total = sum(surprise(window, logs) for window, logs in zip(windows, self.logs(windows)))
@@ -153,6 +155,11 @@ class Subject:
                 found.weights[key, name] = made[part, name]
 
 
+def spread(windows: Sequence[list[int]], count: int) -> list[list[int]]:
+    """So many of the windows at most, from all of the text."""
+    return list(windows[:: max(1, len(windows) // count)][:count])
+
+
 def alike(windows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
     """Runs of windows of one length, at most so many together."""
     for _, run in groupby(windows, key=len):
@@ -203,16 +210,19 @@ def apart(exact: Tensor, logs: Tensor) -> float:
 
 class End:
     """What rounding costs at the model's end: how far the distributions of tokens to follow are from the exact
-    model's, of one token in EVERY of the windows. Made while all of the subject is exact.
+    model's, of one token in EVERY of the windows, fewer where distributions would not fit into HELD numbers. Made while
+    all of the subject is exact.
     """
 
     def __init__(self, subject: Subject, windows: Sequence[Sequence[int]]) -> None:
         self.subject, self.windows = subject, windows
-        self.exact = list(subject.logs(windows, EVERY))
+        numbers = sum(map(len, windows)) * subject.model.config.vocab_size
+        self.every = max(EVERY, -(-numbers // HELD))
+        self.exact = list(subject.logs(windows, self.every))
 
     def divergence(self) -> float:
         """Kullback-Leibler, nats a token, of the subject as it is now."""
-        pairs = zip(self.exact, self.subject.logs(self.windows, EVERY))
+        pairs = zip(self.exact, self.subject.logs(self.windows, self.every))
         return sum(starmap(apart, pairs)) / sum(map(len, self.exact))
 
     def judge(self) -> tuple[float, float]:
@@ -220,7 +230,7 @@ class End:
         lost = far = 0.0
         for window, exact, logs in zip(self.windows, self.exact, self.subject.logs(self.windows)):
             lost += surprise(window, logs)
-            far += apart(exact, logs[::EVERY])
+            far += apart(exact, logs[:: self.every])
         tokens = sum(len(window) - 1 for window in self.windows)
         return math.exp(lost / tokens), far / sum(map(len, self.exact))
 
@@ -237,9 +247,9 @@ class End:
         return divergence / loss if loss else 0.0
 
 
-def nearest(bits: Mapping[str, float], budget: float) -> str:
-    """The scheme of about so many bits."""
-    return min(bits, key=lambda name: abs(bits[name] - budget))
+def middle(bits: Mapping[str, float], budget: float) -> str:
+    """The scheme of about so many bits, and no more than COARSE, that tells what a layer costs in the end."""
+    return min(bits, key=lambda name: abs(bits[name] - min(budget, COARSE)))
 
 
 def blocks_of(
