@@ -11,6 +11,7 @@ import typer
 
 from tenfold.base.config import EngineConfig, groups
 from tenfold.engine.request import Output
+from tenfold.quantize.mxmoe.run import Wish
 from tenfold.serve.cli import commands, failures
 from tenfold.serve.cli.flags import parse_size
 from tenfold.serve.cli.names import served_names
@@ -328,3 +329,18 @@ def test_stopwatch():
     assert (
         str(watch) == "first token 0.50 s · prompt 14 tokens, 28 tokens/s · 16 cached · answer 3 tokens, 2.0 tokens/s"
     )
+
+
+def test_quantize_wishes_what_its_options_say(ran, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    always = ("quantize", "folder", "--text", str(text), "--out", str(tmp_path / "out"))
+    assert wish_of(ran(*always)) == Wish(4.25)
+    given = {"bits": "3.25", "scope": "layer", "sensitivity": "layer", "tie": "expert", "method": "rtn", "r": "0.5"}
+    asked = wish_of(ran(*always, *(word for name, value in given.items() for word in (f"--{name}", value))))
+    assert asked == Wish(3.25, "", "rtn", "layer", 0.5, tie="expert", sensitivity="layer")
+
+
+def wish_of(call):
+    (wish,) = (each for each in call[1] if isinstance(each, Wish))
+    return wish

@@ -375,8 +375,8 @@ def quantize_command(
     rotate: Annotated[bool, Option("--rotate", help="Turn the residual stream first (QuaRot).")] = False,
     sensitivity: Annotated[
         str,
-        Option("--sensitivity", help="What losses are of: each layer's output, or, weighed by it, the model's end."),
-    ] = "layer",
+        Option("--sensitivity", help="What losses are of: each layer's output, or the model's end; unset: by --scope."),
+    ] = "",
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
     tokens: Annotated[int, Option("--tokens", help="Of a step, whose time counts where --r is below 1.")] = 64,
     window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
