@@ -126,8 +126,8 @@ def _uniform(rows: Sequence[Row], command: str) -> list[Claim]:
     if not gains:
         return []
     values, note = list(gains.values()), "; ".join(notes)
-    spread = min(values), max(values)
-    mean, best = 100 * (geometric_mean(values) - 1), 100 * (max(values) - 1)
+    spread = 100 * (min(values) - 1), 100 * (max(values) - 1)
+    mean, best = 100 * (geometric_mean(values) - 1), spread[1]
     what = f"time of W8A8 experts over that of {FIVE}"
     return [
         claim("M2", f"{what}, mean of {len(values)}", mean, "%", command, at_least=10, spread=spread, note=note),
