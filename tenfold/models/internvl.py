@@ -19,11 +19,10 @@ from tenfold.models.tower import (
     TowerConfig,
     TowerSource,
     activation,
-    check_heads,
     part_keys,
     pixels_of,
-    square,
     tiled_size,
+    tiled_tower,
     token_id,
 )
 from tenfold.nn.norm import RMSNorm
@@ -58,18 +57,7 @@ class InternConfig:
     def read(cls, whole: Mapping[str, Any]) -> "InternConfig":
         """Raises ConfigError."""
         keys = part_keys(whole, "vision_config", VISION)
-        patch = square(keys, "patch_size")
-        tower = TowerConfig(
-            hidden=keys.count("hidden_size"),
-            inner=keys.count("intermediate_size"),
-            layers=keys.count("num_hidden_layers"),
-            heads=keys.count("num_attention_heads"),
-            patch=patch,
-            side=square(keys, "image_size") // patch,
-            eps=keys.number("layer_norm_eps", 1e-6, high=1.0),
-            act=str(keys.get("hidden_act", "gelu")),
-        )
-        check_heads(tower)
+        tower = tiled_tower(keys, "gelu")
         folded = round(1 / Keys(whole).number("downsample_ratio", 0.5, high=1.0))
         if tower.side % folded:
             raise ConfigError(f"downsample_ratio is 1/{folded} in the model config, and {tower.side} patches a side.")

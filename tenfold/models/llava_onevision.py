@@ -23,11 +23,11 @@ from tenfold.models.tower import (
     TowerConfig,
     TowerSource,
     activation,
-    check_heads,
     part_keys,
     pixels_of,
     square,
     tiled_size,
+    tiled_tower,
     token_id,
 )
 from tenfold.nn.vision import Spans, Surroundings, VisionBlock, patches, standardised
@@ -251,20 +251,7 @@ SIGLIP = {
 
 def siglip_config(whole: Mapping[str, Any], defaults: Mapping[str, Any] = SIGLIP) -> TowerConfig:
     """Raises ConfigError."""
-    keys = part_keys(whole, "vision_config", defaults)
-    patch = square(keys, "patch_size")
-    config = TowerConfig(
-        hidden=keys.count("hidden_size"),
-        inner=keys.count("intermediate_size"),
-        layers=keys.count("num_hidden_layers"),
-        heads=keys.count("num_attention_heads"),
-        patch=patch,
-        side=square(keys, "image_size") // patch,
-        eps=keys.number("layer_norm_eps", 1e-6, high=1.0),
-        act=str(keys.get("hidden_act", "gelu_pytorch_tanh")),
-    )
-    check_heads(config)
-    return config
+    return tiled_tower(part_keys(whole, "vision_config", defaults), "gelu_pytorch_tanh")
 
 
 def siglip_block(source: TowerSource, config: TowerConfig) -> VisionBlock:

@@ -78,6 +78,25 @@ def check_heads(config: TowerConfig, multiple: int = 1) -> None:
         )
 
 
+def tiled_tower(keys: Keys, act: str) -> TowerConfig:
+    """Of a tower that looks at square tiles of one size; act: its activation unless the config names one. Raises
+    ConfigError.
+    """
+    patch = square(keys, "patch_size")
+    config = TowerConfig(
+        hidden=keys.count("hidden_size"),
+        inner=keys.count("intermediate_size"),
+        layers=keys.count("num_hidden_layers"),
+        heads=keys.count("num_attention_heads"),
+        patch=patch,
+        side=square(keys, "image_size") // patch,
+        eps=keys.number("layer_norm_eps", 1e-6, high=1.0),
+        act=str(keys.get("hidden_act", act)),
+    )
+    check_heads(config)
+    return config
+
+
 def activation(name: Any) -> Activation:
     """Raises ConfigError."""
     if not isinstance(name, str) or name not in ACTIVATIONS:
