@@ -9,6 +9,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from tenfold.ops.blocks import DENSE
+from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.hf import MAX_CONFIG, HFCheckpoint
+from tenfold.weights.mapped import read_object
+
 INDEX = "model.safetensors.index.json"
 # Whatever of a model's folder is neither weights nor config.
 BESIDE = (
@@ -29,6 +34,16 @@ def check_free(path: Path) -> None:
     """Raises ValueError where a folder cannot be made, since the path holds something."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is there already; give a folder that is new or empty, or remove it.")
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json as it is in the folder. Raises ValueError for what is no folder of dense weights."""
+    if not isinstance(checkpoint, HFCheckpoint):
+        raise ValueError(f"{checkpoint.path} is no Hugging Face folder; quantise the original weights of this model.")
+    for name in checkpoint.names():
+        if (storage := checkpoint.tensor(name).storage) not in DENSE:
+            raise ValueError(f"{checkpoint.path} is quantised already ({storage}); give the original weights.")
+    return read_object(checkpoint.path / "config.json", MAX_CONFIG)
 
 
 class Folder:

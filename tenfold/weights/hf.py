@@ -70,6 +70,10 @@ class HFCheckpoint:
         raw = file.raw(stored)
         return RawTensor(name, raw.storage, raw.shape, raw.data)
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls a tensor that models know by this name. Raises KeyError."""
+        return self._names[name][1]
+
     def _quantised(self, settings: Any) -> None:
         """Put quantised weights in the place of the tensors that hold them."""
         if settings is None:

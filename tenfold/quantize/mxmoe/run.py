@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.ops.blocks import DENSE
 from tenfold.ops.formats import Format, Packed
 from tenfold.quantize.awq import scaled
 from tenfold.quantize.capture import TextTooShort, watched
@@ -42,14 +41,12 @@ from tenfold.quantize.mxmoe.subject import (
 )
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
-from tenfold.quantize.write import Folder, check_free
+from tenfold.quantize.write import Folder, check_free, config_of
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
-from tenfold.weights.hf import MAX_CONFIG, HFCheckpoint
 from tenfold.weights.identity import identity
 from tenfold.weights.load import TABLE
-from tenfold.weights.mapped import read_object
 
 # By layout of the files: our own, and compressed-tensors with what other engines read of it.
 SCHEMES = {own.METHOD: "w2g128z,w3g128z,w4g128z,w8g128z", compressed.METHOD: "w4g128,w8g128"}
@@ -190,16 +187,6 @@ def check_installed() -> None:
         raise ImportError(
             f'Quantising needs {" and ".join(missing)}, not installed here; run: pip install "tenfold[quantize]"'
         )
-
-
-def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json as it is in the folder. Raises ValueError for what is no folder of dense weights."""
-    if not isinstance(checkpoint, HFCheckpoint):
-        raise ValueError(f"{checkpoint.path} is no Hugging Face folder; quantise the original weights of this model.")
-    for name in checkpoint.names():
-        if (storage := checkpoint.tensor(name).storage) not in DENSE:
-            raise ValueError(f"{checkpoint.path} is quantised already ({storage}); give the original weights.")
-    return read_object(checkpoint.path / "config.json", MAX_CONFIG)
 
 
 def allowed_schemes(subject: Subject, schemes: Sequence[Scheme]) -> dict[str, list[Scheme]]:

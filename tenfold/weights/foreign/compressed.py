@@ -241,7 +241,9 @@ def settings_of(formats: Mapping[str, Format], ignored: Collection[str]) -> dict
     for i, (format, modules) in enumerate(sorted(targets.items(), key=lambda item: item[0].name)):
         strategy = {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "channel"}
         weights = {"num_bits": format.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
-        groups[f"group_{i}"] = {"targets": modules, "weights": weights, "input_activations": None}
+        eight = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+        acts = eight if format.activations == 8 else None
+        groups[f"group_{i}"] = {"targets": modules, "weights": weights, "input_activations": acts}
     return {
         "quant_method": METHOD,
         "format": PACKED,

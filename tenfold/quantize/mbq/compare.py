@@ -1,0 +1,87 @@
+"""Methods at equal bits, side by side: what answers to held-out pairs lose when the text part is rounded."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tenfold.quantize.mbq.data import Sample
+from tenfold.quantize.mbq.fold import swaps_of
+from tenfold.quantize.mbq.gradients import Magnitudes, magnitudes, ratios
+from tenfold.quantize.mbq.search import METHODS, Layer, Method, Scales, equalize
+from tenfold.quantize.mbq.subject import Batch, Score, Subject
+from tenfold.quantize.schemes import Scheme
+
+# What is taken apart: the norm of differences, and whether gradients weigh tokens.
+ABLATION = {
+    f"search {norm}{' balanced' * balance}": Method("search", balance, norm)
+    for norm in ("mse", "mae")
+    for balance in (False, True)
+}
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method of one scheme."""
+
+    method: str
+    scheme: str
+    bits: float
+    score: Score
+
+
+def scales_of(
+    subject: Subject, batches: Sequence[Batch], scheme: Scheme, methods: Mapping[str, Method], found: Magnitudes
+) -> dict[str, dict[int, Scales]]:
+    """By method and layer, in one walk through the model. found: gradients, for methods that weigh tokens."""
+    made: dict[str, dict[int, Scales]] = {name: {} for name in methods}
+    each = {name: ratios(found, balance=method.balance) for name, method in methods.items()}
+
+    def visit(number: int, states: Sequence[Tensor]) -> None:
+        layer = Layer(subject, number, batches, states)
+        for name, method in methods.items():
+            own = {part: values[number] for part, values in each[name].items()}
+            made[name][number], _ = equalize(layer, scheme, method, own)
+
+    subject.walk(batches, visit)
+    return made
+
+
+def stored_bits(subject: Subject, scheme: Scheme) -> float:
+    """Of a weight of the text part's layers, scales and zeros included."""
+    matrices = [
+        subject.linear(layer, part).weight
+        for layer in range(subject.layers)
+        for part in ("qkv", "out", "gate_up", "down")
+    ]
+    every = sum(m.rows * m.cols for m in matrices)
+    return sum(m.rows * m.cols * scheme.stored_bits(m.cols) for m in matrices) / every
+
+
+def compare(
+    subject: Subject,
+    calibrating: Sequence[Sample],
+    judged: Sequence[Sample],
+    schemes: Sequence[Scheme],
+    methods: Mapping[str, Method] = METHODS,
+    say: Say = lambda line: None,
+) -> tuple[list[Row], Magnitudes]:
+    """Rows of everything exact, then of each scheme by each method; and the gradients of the calibration samples."""
+    batches, held = subject.batches(calibrating), subject.batches(judged)
+    found = magnitudes(subject, batches)
+    rows = [Row("exact", "w16", 16.0, subject.score(held))]
+    say(told(rows[-1]))
+    for scheme in schemes:
+        bits = stored_bits(subject, scheme)
+        for name, scales in scales_of(subject, batches, scheme, methods, found).items():
+            rows.append(Row(name, str(scheme), bits, subject.score(held, swaps_of(subject, scales, scheme))))
+            say(told(rows[-1]))
+    return rows, found
+
+
+def told(row: Row) -> str:
+    return (
+        f"{row.scheme:10} {row.method:22} {row.bits:6.3f} bits  loss {row.score.loss:.4f}  "
+        f"right {row.score.accuracy:7.2%}"
+    )
