@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from tenfold.ops.cpu import build, lib
+from tests.vision import photograph
 
 TORCH = ("--kernels", "torch")
 
@@ -128,6 +129,37 @@ def test_quantize_writes_a_model_that_runs(inside, tiny, tmp_path):
     again = inside(*asked, *wish)
     assert again.returncode == 2
     assert "is there already" in again.stderr
+
+
+def test_quantize_a_model_that_sees(inside, seeing, tmp_path):
+    out, data = tmp_path / "few-bits", tmp_path / "pairs.jsonl"
+    lines = []
+    for i, said in enumerate(("A woman in uniform.", "the flag behind her", "an officer", "A face", "Nothing")):
+        photograph().crop((60 * i, 40, 60 * i + 90, 140)).save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "question": "What?", "answer": said}))
+    data.write_text("\n".join(lines))
+    model = str(seeing("llava"))
+    asked = ("quantize", model, "--data", str(data), "--device", "cpu")
+    result = inside(*asked, "--scheme", "w8g32z", "--tower", "w8a8", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert "5 samples with 5 pictures" in result.stdout
+    assert "a picture's token, attention" in result.stdout
+    answer = inside("run", "--model", str(out), "--image", str(tmp_path / "1.png"), "--max-tokens", "3", "-q", "What?")
+    assert answer.returncode == 0, answer.stderr
+    table = inside(*asked, "--compare", "w3g32z,w4a8", "--samples", "3")
+    assert table.returncode == 0, table.stderr
+    assert "judged on 1 held out" in table.stdout
+    assert table.stdout.count(" bits  loss ") == 1 + 2 * 4
+    for wrong, message in (
+        (("quantize", model, "--out", str(tmp_path / "x")), "nothing to calibrate on; give --data"),
+        ((*asked, "--method", "gptq", "--out", str(tmp_path / "x")), "method is 'gptq'; allowed: auto, mxmoe, mbq"),
+        ((*asked, "--scheme", "w3g32z", "--out", str(tmp_path / "x")), "cannot be stored as int3g32z"),
+        (asked, "--out is missing"),
+        (("quantize", model, "--method", "mxmoe", "--out", str(tmp_path / "x")), "--text is missing"),
+    ):
+        refused = inside(*wrong)
+        assert refused.returncode == 2, wrong
+        assert message in refused.stderr
 
 
 def test_doctor(inside):

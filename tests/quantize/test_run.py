@@ -91,7 +91,7 @@ def test_the_engine_gives_the_perplexity_that_was_measured(tiny: Tiny, text: Pat
     windows = subject.tokens(text.read_text(), WISH.length, WISH.windows)
     found, exact = Rounded(), subject.perplexity(windows)
     schemes = dict.fromkeys(PARTS, WISH.parsed())
-    assert list(subject.measure(found, windows, schemes, WISH.method)) == subject.layers
+    assert list(subject.measure(found, windows, schemes, WISH.rounding)) == subject.layers
     subject.put(chosen(found, made.schemes))
     want = subject.perplexity(windows)
     assert want != exact
@@ -109,7 +109,7 @@ def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path
     assert quantize(source, text, tmp_path / "b", WISH) == first
     assert quantize(source, text, tmp_path / "c", WISH, recipe=tmp_path / "a" / FILE) == first
     for other, message in (
-        ({"method": "rtn"}, "is for the method gptq"),
+        ({"rounding": "rtn"}, "is for the rounding gptq"),
         ({"windows": 7}, "another text or other windows"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -291,7 +291,7 @@ def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     with pytest.raises(TextTooShort, match=r"short\.txt has fewer than 64 tokens, one window"):
         quantize(source, short, out, WISH)
     for wrong, message in (
-        ({"method": "spqr"}, "method is 'spqr'; allowed: gptq, awq, rtn"),
+        ({"rounding": "spqr"}, "rounding is 'spqr'; allowed: gptq, awq, rtn"),
         ({"scope": "world"}, "scope is 'world'"),
         ({"tie": "model"}, "tie is 'model'; allowed: block, expert, layer"),
         ({"layout": "gguf"}, "layout is 'gguf'; allowed: tenfold, compressed-tensors"),
@@ -324,7 +324,7 @@ def test_foreign_recipes_and_quantised_models_are_refused(tiny: Tiny, text: Path
             replace(WISH, layout="compressed-tensors", schemes="w4g32"),
             recipe=recipe,
         )
-    for content in ("[]", "{", json.dumps({**json.loads(recipe.read_text()), "schema": 2})):
+    for content in ("[]", "{", json.dumps({**json.loads(recipe.read_text()), "schema": 99})):
         recipe.write_text(content)
         with pytest.raises(ValueError, match="is no recipe"):
             quantize(source, text, tmp_path / "b", WISH, recipe=recipe)

@@ -78,8 +78,9 @@ def read_pairs(path: Path) -> list[Pair]:
     told = [file for file in images if file.with_suffix(".txt").is_file()]
     if not told:
         raise PairError(
-            f"{path} has no .jsonl file, and {len(images)} pictures of which none has a text beside it; give "
-            'lines of JSON such as {"image": "a.png", "question": "What is it?", "answer": "A cat."}, or a.png and a.txt.'
+            f"{path} has no .jsonl file, and {len(images)} pictures of which none has a text beside it; "
+            'give lines of JSON such as {"image": "a.png", "question": "What is it?", "answer": "A cat."}, or '
+            "a.png and a.txt."
         )
     return [Pair(file, CAPTION, _text(file.with_suffix(".txt"))) for file in told]
 

@@ -6,6 +6,7 @@ interrupted run goes on where it stopped.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import Format, Packed
+from tenfold.ops.formats import LOAD_COLS, Format, Packed
 from tenfold.quantize.gptq import Moments
 from tenfold.quantize.mbq import recipe as recipes
 from tenfold.quantize.mbq.data import Sample, mix_of
@@ -201,11 +202,12 @@ def check_tower(checkpoint: Checkpoint, wish: Wish) -> None:
 
 
 def tower_names(checkpoint: Checkpoint, scheme: Scheme) -> list[str]:
-    """Matrices of a tower's blocks, but for those whose columns the format cannot hold."""
-    format, found = stored_format(scheme), []
+    """Matrices of a tower's blocks, but for those whose columns the format or blocks of the CPU kernels cannot hold."""
+    format, multiple = stored_format(scheme), math.lcm(LOAD_COLS, scheme.group or 1)
+    found = []
     for name in filter(TOWER.fullmatch, sorted(checkpoint.names())):
         shape = checkpoint.tensor(name).shape
-        if len(shape) == 2 and not format.obstacle(shape[1]) and shape[1] % (scheme.group or 1) == 0:
+        if len(shape) == 2 and shape[1] % multiple == 0 and not format.obstacle(shape[1]):
             found.append(name)
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "recipe.json"
-SCHEMA = 1
+SCHEMA = 2
 LARGEST = 1 << 28  # bytes
 
 
@@ -26,7 +26,7 @@ class Recipe:
     model: str
     text: str
     tokens: int
-    method: str
+    rounding: str
     rotated: bool
     scope: str
     r: float

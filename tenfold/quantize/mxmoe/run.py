@@ -66,7 +66,7 @@ class Wish:
 
     bits: float
     schemes: str = ""
-    method: str = "gptq"
+    rounding: str = "gptq"
     scope: str = "model"
     r: float = 1.0
     length: int = 512
@@ -79,7 +79,7 @@ class Wish:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            *(("method", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)),
+            *(("rounding", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)),
             ("sensitivity", ("", *SENSITIVITIES)),
         ):
             if getattr(self, name) not in allowed:
@@ -161,8 +161,8 @@ def quantize(
         made = load(recipe, model)
         if (made.text, made.tokens) != (digest, sum(map(len, windows))):
             raise ValueError(f"{recipe} was made with another text or other windows of it; give the same here.")
-        if made.method != wish.method:
-            raise ValueError(f"{recipe} is for the method {made.method}; ask for the same here.")
+        if made.rounding != wish.rounding:
+            raise ValueError(f"{recipe} is for the rounding {made.rounding}; ask for the same here.")
         if made.rotated != wish.rotate:
             raise ValueError(f"{recipe} is for a model {'' if made.rotated else 'not '}rotated; ask for the same here.")
         for name in set(made.schemes.values()):
@@ -230,11 +230,11 @@ def measured(
     """
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
     between = middles(subject, allowed, wish.bits) if wish.to_the_end else {}
-    key = json.dumps([subjects, names, wish.method, wish.length, wish.windows, wish.rotate, between])
+    key = json.dumps([subjects, names, wish.rounding, wish.length, wish.windows, wish.rotate, between])
     place = partial(out)
     found, slope = resumed(place, key, subject)
     end = End(subject, spread(windows, ENDED)) if between else None
-    for layer in subject.measure(found, windows, allowed, wish.method, set(between.values()), progress):
+    for layer in subject.measure(found, windows, allowed, wish.rounding, set(between.values()), progress):
         if end is not None:
             slope[layer] = end.slope(found, layer, between)
             found.weights.clear()
@@ -284,7 +284,7 @@ def recipe_of(
     schemes = dict(plan.schemes)
     by_layer = {str(layer): value for layer, value in slope.items()}
     return Recipe(
-        *(model, text, tokens, wish.method, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks, by_layer)
+        *(model, text, tokens, wish.rounding, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks, by_layer)
     )
 
 
@@ -304,7 +304,7 @@ def write_experts(
             keys = {part: (layer, expert, part) for part in PARTS}
             schemes = {part: parse(recipe.schemes[name_of(key)]) for part, key in keys.items()}
             exact = {part: subject.exact(key).float() for part, key in keys.items()}
-            method = recipe.method
+            method = recipe.rounding
             if method == "awq":
                 pair = scaled(exact["gate_up"], exact["down"], moments["down"], schemes["down"])
                 exact, method = dict(zip(PARTS, pair)), "rtn"

@@ -353,25 +353,39 @@ def calibrate_kv_command(
     epilog=examples(
         "tenfold quantize ./qwen3-30b-a3b --text wiki.txt --bits 4.25 --out ./qwen3-mixed",
         "tenfold quantize ./mixtral --text wiki.txt --bits 3.25 --scope layer --out ./mixtral-3",
+        "tenfold quantize ./qwen2-vl-7b --method mbq --data pairs.jsonl --scheme w3g128z --out ./qwen2-vl-3",
+        "tenfold quantize ./qwen2-vl-7b --data pairs.jsonl --compare w3g128z,w4a8",
     ),
 )
 @settings(EngineConfig, models=ARGUMENT)
 def quantize_command(
     settled: Settled,
-    text: Sample,
-    out: Annotated[Path, Option("--out", help="Folder to write, new or empty.")],
+    text: Annotated[
+        Path | None, Option("--text", exists=True, dir_okay=False, help="Text to measure on, of the usual kind.")
+    ] = None,
+    data: Annotated[
+        Path | None, Option("--data", exists=True, help="Pairs of pictures and texts: JSON lines, or a folder.")
+    ] = None,
+    out: Annotated[Path | None, Option("--out", help="Folder to write, new or empty.")] = None,
+    method: Annotated[
+        str,
+        Option("--method", help="mxmoe (experts), mbq, awq, smoothquant or rtn; auto: mxmoe, mbq or awq by the model."),
+    ] = "auto",
+    rounding: Annotated[
+        str, Option("--rounding", help="gptq, rtn (to nearest) or, of experts, awq (rtn, scaled); auto: the method's.")
+    ] = "auto",
+    layout: Annotated[str, Option("--layout", help="Of the files: tenfold, or compressed-tensors.")] = "tenfold",
+    recipe: Annotated[
+        Path | None, Option("--recipe", exists=True, dir_okay=False, help="Follow this recipe.json, measure nothing.")
+    ] = None,
     bits: Annotated[float, Option("--bits", help="Of a weight of experts, scales and zeros included.")] = 4.25,
     schemes: Annotated[
         str, Option("--schemes", help="That blocks may get; unset: w2g128z to w8g128z, or w4g128,w8g128 for others.")
     ] = "",
-    method: Annotated[
-        str, Option("--method", help="Of rounding: gptq, rtn (to nearest) or awq (rtn, scaled).")
-    ] = "gptq",
     scope: Annotated[str, Option("--scope", help="What keeps to the bits: model as a whole, or each layer.")] = "model",
     tie: Annotated[
         str, Option("--tie", help="What has one scheme: block, expert, or layer as other engines want it.")
     ] = "block",
-    layout: Annotated[str, Option("--layout", help="Of the files: tenfold, or compressed-tensors.")] = "tenfold",
     rotate: Annotated[bool, Option("--rotate", help="Turn the residual stream first (QuaRot).")] = False,
     sensitivity: Annotated[
         str,
@@ -379,22 +393,39 @@ def quantize_command(
     ] = "",
     r: Annotated[float, Option("--r", help="1: accuracy alone counts, 0: speed alone.")] = 1.0,
     tokens: Annotated[int, Option("--tokens", help="Of a step, whose time counts where --r is below 1.")] = 64,
-    window: Annotated[int, Option("--window", help="Tokens of one sequence.")] = 512,
-    windows: Annotated[int, Option("--windows", help="Sequences at most.")] = 64,
-    recipe: Annotated[
-        Path | None, Option("--recipe", exists=True, dir_okay=False, help="Follow this recipe.json, measure nothing.")
+    window: Annotated[int, Option("--window", help="Tokens of one sequence of the text.")] = 512,
+    windows: Annotated[int, Option("--windows", help="Sequences of the text at most.")] = 64,
+    samples: Annotated[int, Option("--samples", help="Pairs of the data at most, spread over it.")] = 128,
+    scheme: Annotated[
+        str, Option("--scheme", help="Of dense models: w4g128z, w3g128z, w4a8, w8a8, ... for every layer.")
+    ] = "w4g128z",
+    tower: Annotated[
+        str, Option("--tower", help="Scheme of what looks at pictures: w8a8, w4a8; unset: as it is.")
+    ] = "",
+    norm: Annotated[str, Option("--norm", help="Of differences: mae or mse; unset: the method's.")] = "",
+    floor: Annotated[str, Option("--floor", help="Of mbq's ratios: median, as published, or none.")] = "median",
+    alpha: Annotated[float, Option("--alpha", help="Of smoothquant: how much goes over into weights.")] = 0.5,
+    compare: Annotated[
+        str, Option("--compare", help="Write nothing: methods side by side at these schemes, on pairs held out.")
+    ] = "",
+    held_out: Annotated[
+        Path | None, Option("--held-out", exists=True, help="Pairs to judge on; unset: one in five of the data.")
     ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print the recipe.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the recipe, or the comparison.")] = False,
 ) -> None:
-    """Give every block of every expert the bits it deserves (MxMoE), and write the model.
+    """Write a model of few bits: experts by MxMoE, models that see by MBQ, others by AWQ.
 
-    What each scheme costs each block is measured on the text; the best choice under the bits is found exactly. An
-    interrupted run goes on where it stopped.
+    MxMoE gives every block of every expert the bits it deserves, measured on a text, the best choice under the bits
+    found exactly. MBQ scales a dense model's channels by what tokens of pictures and of answers are worth to its
+    answers. An interrupted run goes on where it stopped.
     """
-    from tenfold.quantize.mxmoe.run import Wish
+    from tenfold.serve.cli.quantize import Asked
 
-    wish = Wish(bits, schemes, method, scope, r, window, windows, tie, layout, rotate, sensitivity, tokens)
-    body("quantize")(settled.config, text, out, wish, recipe, as_json)
+    mixed = (bits, schemes, scope, r, window, windows, tie, rotate, sensitivity, tokens)
+    scaled = (scheme, norm, floor, alpha, tower)
+    files = (text, data, out, recipe, held_out)
+    asked = Asked(method, rounding, layout, *files, window, windows, samples, compare, as_json)
+    body("quantize")(settled.config, asked, mixed, scaled)
 
 
 @app.command(

@@ -1,41 +1,184 @@
-"""`tenfold quantize`: write a model whose experts have few bits, and say what became of them."""
+"""`tenfold quantize`: write a model of few bits, by the method that suits it, and say what became of it."""
 
+import json
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.opened import pick_device
+from tenfold.models.table import model_config, sees
+from tenfold.quantize.mbq import run as dense
+from tenfold.quantize.mbq.compare import compare, told
+from tenfold.quantize.mbq.data import Sample, mix_of, read_pairs
+from tenfold.quantize.mbq.recipe import Recipe as Scaled
+from tenfold.quantize.mbq.search import METHODS
+from tenfold.quantize.mbq.subject import Subject
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe
 from tenfold.quantize.mxmoe.run import Wish, quantize
-from tenfold.quantize.mxmoe.subject import Progress
+from tenfold.quantize.schemes import parse
 from tenfold.serve.cli.terminal import Bar, columns
+from tenfold.serve.pairs import Reader, of_text
+from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
 COSTLY = 5  # blocks that are explained
+HELD_OUT = 5  # every so many pairs, where none are given to judge on
+AUTO, EXPERTS = "auto", "mxmoe"
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
-def run(config: EngineConfig, text: Path, out: Path, wish: Wish, recipe: Path | None, as_json: bool) -> None:
-    """Measure, decide, write, print."""
-    bars: list[Bar] = []
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command was given beside the options of one method."""
 
-    def progress(what: str) -> Progress:
-        for bar in bars:
+    method: str
+    rounding: str
+    layout: str
+    text: Path | None
+    data: Path | None
+    out: Path | None
+    recipe: Path | None
+    held_out: Path | None
+    window: int
+    windows: int
+    samples: int
+    compare: str
+    as_json: bool
+
+
+class Bars:
+    """One bar after the other."""
+
+    def __init__(self) -> None:
+        self.shown: list[Bar] = []
+
+    def __call__(self, what: str) -> Progress:
+        self.stop()
+        self.shown.append(Bar(what))
+        return self.shown[-1].update
+
+    def stop(self) -> None:
+        for bar in self.shown:
             bar.stop()
-        bars.append(Bar(what))
-        return bars[-1].update
 
+
+def run(config: EngineConfig, asked: Asked, mixed: Sequence[Any], scaled: Sequence[Any]) -> None:
+    """mixed, scaled: options of mxmoe, and of methods that scale dense models. Raises ValueError."""
+    checkpoint, device = open_checkpoint(resolve(config.model)), str(pick_device(config.device))
+    method = chosen(asked.method, checkpoint)
+    bars = Bars()
     try:
-        checkpoint, device = open_checkpoint(resolve(config.model)), str(pick_device(config.device))
-        made = quantize(checkpoint, text, out, wish, recipe, device, progress)
+        if asked.compare:
+            print(compared(checkpoint, device, asked, bars))
+            return
+        if asked.out is None:
+            raise ValueError("--out is missing; name the folder to write, new or empty.")
+        if method == EXPERTS:
+            said, file = mixed_bits(checkpoint, device, asked, mixed, bars), asked.out / FILE
+        else:
+            said, file = scaled_channels(checkpoint, device, method, asked, scaled, bars), asked.out / FILE
     finally:
-        for bar in bars:
-            bar.stop()
-    if as_json:
-        print((out / FILE).read_text(encoding="utf-8"))
+        bars.stop()
+    if asked.as_json:
+        print(file.read_text(encoding="utf-8"))
         return
-    print(describe(made))
-    print(f"saved in {out}; run it with: tenfold run --model {out}")
+    print(said)
+    print(f"saved in {asked.out}; run it with: tenfold run --model {asked.out}")
+
+
+def chosen(method: str, checkpoint: Checkpoint) -> str:
+    """The method that was named, or the one that suits a model. Raises ValueError."""
+    allowed = (EXPERTS, *METHODS)
+    if method == AUTO:
+        if model_config(checkpoint.config).experts is not None:
+            return EXPERTS
+        return "mbq" if sees(checkpoint.config) else "awq"
+    if method not in allowed:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join((AUTO, *allowed))}.")
+    return method
+
+
+def mixed_bits(checkpoint: Checkpoint, device: str, asked: Asked, options: Sequence[Any], bars: Bars) -> str:
+    if asked.text is None:
+        raise ValueError("--text is missing; mxmoe measures experts on a text, such as an encyclopedia's.")
+    assert asked.out is not None
+    bits, schemes, scope, r, window, windows, tie, rotate, sensitivity, tokens = options
+    rounding = "gptq" if asked.rounding == AUTO else asked.rounding
+    wish = Wish(bits, schemes, rounding, scope, r, window, windows, tie, asked.layout, rotate, sensitivity, tokens)
+    return describe(quantize(checkpoint, asked.text, asked.out, wish, asked.recipe, device, bars))
+
+
+def scaled_channels(
+    checkpoint: Checkpoint, device: str, method: str, asked: Asked, options: Sequence[Any], bars: Bars
+) -> str:
+    assert asked.out is not None
+    scheme, norm, floor, alpha, tower = options
+    rounding = "rtn" if asked.rounding == AUTO else asked.rounding
+    wish = dense.Wish(scheme, method, norm, None, floor, alpha, rounding, tower, asked.layout)
+    samples = calibration(checkpoint, asked, bars)
+    return describe_scaled(dense.quantize(checkpoint, samples, asked.out, wish, asked.recipe, device, bars), samples)
+
+
+def calibration(checkpoint: Checkpoint, asked: Asked, bars: Bars) -> list[Sample]:
+    """Samples of the pairs, or of the text. Raises ValueError where neither is given."""
+    reader = Reader(checkpoint)
+    if asked.data is not None:
+        return reader.samples(spread(read_pairs(asked.data), asked.samples), bars("pairs"))
+    if asked.text is None:
+        wanted = (
+            "--data, pairs of pictures and texts" if sees(checkpoint.config) else "--text, a text, or --data, pairs"
+        )
+        raise ValueError(f"There is nothing to calibrate on; give {wanted}.")
+    found = of_text(asked.text.read_text(encoding="utf-8", errors="ignore"), reader, asked.window, asked.windows)
+    if not found:
+        raise ValueError(f"{asked.text} has fewer than {asked.window} tokens, one window; give more, or less --window.")
+    return found
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly from all. Raises ValueError."""
+    if most < 1:
+        raise ValueError(f"{most} samples were asked for; allowed: from 1.")
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def compared(checkpoint: Checkpoint, device: str, asked: Asked, bars: Bars) -> str:
+    """Methods side by side at equal bits, as a table or as JSON. Raises ValueError."""
+    if asked.data is None:
+        raise ValueError("--data is missing; --compare judges on pairs, in the same files or in those of --held-out.")
+    pairs = read_pairs(asked.data)
+    if asked.held_out is None:
+        judged, pairs = pairs[::HELD_OUT], [pair for i, pair in enumerate(pairs) if i % HELD_OUT]
+        if not pairs:
+            raise ValueError(f"{asked.data} has one pair; give more, of which every fifth is held out, or --held-out.")
+    else:
+        judged = read_pairs(asked.held_out)
+    reader = Reader(checkpoint)
+    calibrating = reader.samples(spread(pairs, asked.samples), bars("pairs"))
+    held = reader.samples(judged, bars("pairs held out"))
+    bars.stop()
+    mix_of(calibrating)
+    longest = max(len(sample.tokens) for sample in (*calibrating, *held))
+    subject = Subject(checkpoint, device, longest=longest)
+    rows, _ = compare(subject, calibrating, held, [parse(name) for name in asked.compare.split(",")])
+    if asked.as_json:
+        return json.dumps([asdict(row) for row in rows], indent=1)
+    return "\n".join([f"{mix_of(calibrating)}; judged on {len(held)} held out", *map(told, rows)])
+
+
+def describe_scaled(made: Scaled, samples: Sequence[Sample]) -> str:
+    """What was calibrated on, what a token of a picture counted, and what is out of balance."""
+    rows = [("calibrated on", made.mix), *((name, str(value)) for name, value in made.settings.items() if value != "")]
+    for part, own in made.magnitudes.items():
+        ratio = [one.ratio for one in own]
+        rows.append((f"a picture's token, {part}", f"{min(ratio):.3f} to {max(ratio):.3f} of an answer's"))
+    return "\n".join([columns(rows), *(f"note: {sentence}" for sentence in mix_of(samples).warnings())])
 
 
 def describe(made: Recipe) -> str:

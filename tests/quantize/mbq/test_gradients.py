@@ -14,7 +14,7 @@ from tests.vision import SPECIAL, TINY, reference
 
 
 def theirs(name: str, folder: Path, sample: Any) -> dict[tuple[str, int, str], float]:
-    """Mean |gradient| of the outputs of o_proj and down_proj by transformers, whose embeddings get what our tower saw."""
+    """Mean |gradient| of the outputs of o_proj and down_proj by transformers, given what our tower saw."""
     model = reference(folder, TINY[name].family)
     inner = model.double()
     text = inner.model.language_model if hasattr(inner.model, "language_model") else inner.model.text_model

@@ -1,0 +1,60 @@
+"""The training example on a tiny trunk: its model opens here and gives what transformers gives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold.quantize.mbq.data import read_pairs
+from tenfold.quantize.mbq.subject import Subject
+from tenfold.serve.pairs import Reader
+from tenfold.weights.open import open_checkpoint
+from tests.quantize.mbq.conftest import Seeing
+
+SCRIPT = Path(__file__).parents[3] / "examples" / "train_vlm.py"
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def ran(*arguments: object) -> str:
+    root = str(SCRIPT.parents[1])
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=root, env=None, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_trains_what_tenfold_opens(tiny: Seeing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    data, out = tmp_path / "data", tmp_path / "vlm"
+    told = ran("prepare", "--trunk", tiny("llama"), "--out", data, "--most", 40)
+    assert "held_out: 8 pairs" in told
+    told = ran(
+        *("train", "--data", data, "--out", out, "--minutes", 0.05, "--batch", 8, "--freeze", 1),
+        *("--tower", json.dumps(TOWER)),
+    )
+    assert "right: all" in told
+    samples = Reader(open_checkpoint(out)).samples(read_pairs(data / "held_out"))
+    subject = Subject(open_checkpoint(out))
+    ours = subject.score(subject.batches(samples))
+    model = transformers.Idefics3ForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+    losses, hits = [], 0
+    for sample in samples:
+        (picture,) = sample.pictures
+        pixels = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8).view(1, 1, 64, 64, 3)
+        ids = torch.tensor([sample.tokens])
+        with torch.inference_mode():
+            logits = model(input_ids=ids, pixel_values=pixels.permute(0, 1, 4, 2, 3) / 127.5 - 1).logits[0]
+        said, wanted = logits[sample.answer - 1 : -1], ids[0, sample.answer :]
+        losses.append(float(torch.nn.functional.cross_entropy(said, wanted)))
+        hits += bool((said.argmax(-1) == wanted).all())
+    assert ours.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert ours.accuracy == hits / len(samples)
+    card = json.loads((out / "training.json").read_text())
+    assert card["steps"] > 0
+    assert set(card["accuracy"]) == {"What is written here?", "What colour is the writing?", "all"}
