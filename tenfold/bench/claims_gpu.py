@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from tenfold.bench import arms, claims_kv, claims_moe, claims_phases, claims_sentiment, quality_gpu, soak
+from tenfold.bench import arms, claims_kv, claims_moe, claims_phases, claims_sentiment, claims_vlm, quality_gpu, soak
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.report import by_model, results_in
@@ -316,5 +316,6 @@ def of_folder(folder: Path) -> list[Claim]:
     for data in found.get("quality", ()):
         made += quality_gpu.claims_of(quality_gpu.loaded(data))
     made += soak.claims_of([soak.loaded(data) for data in found.get("soak", ())])
+    made += claims_vlm.of_suites(found)
     made += claims_kv.of_results(found) + claims_phases.of_suites(found) + claims_moe.of_suites(found)
     return made + claims_sentiment.of_suites(found)

@@ -512,6 +512,14 @@ def sentiment_command(context: typer.Context) -> None:
     sentiment.main(context.args)
 
 
+@app.command("vlm", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def vlm_command(context: typer.Context) -> None:
+    """What few bits cost a model that sees: methods at equal bits, by loss and by whole answers."""
+    from tenfold.bench import vlm
+
+    vlm.main(list(context.args))
+
+
 @app.command("claims")
 def claims_command(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench import arms, kv, launches, phases, plots, sentiment, sentiment_serving, single
+from tenfold.bench import arms, kv, launches, phases, plots, sentiment, sentiment_serving, single, vlm
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load, number
 from tenfold.bench.hardware import ROOT
@@ -336,6 +336,7 @@ def tables(folder: Path) -> str:
         f"### Sentiment served, {data['size']}\n\n{sentiment_serving_table(data)}"
         for data in found.get("sentiment-serving", ())
     ]
+    parts += [f"### Bits of a model that sees, {data['model']}\n\n{vlm.table(data)}" for data in found.get("vlm", ())]
     for served in map(phases.loaded, found.get("phases", ())):
         parts += [f"### Schedules, {served.model.partition('@')[0]}\n\n{phases_table(served)}"]
     for suite in ("throughput", "serving", "soak", "quality"):
