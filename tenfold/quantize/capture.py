@@ -42,9 +42,10 @@ class Seen:
     drawn: Tensor | None = None
     draw: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def add(self, x: Tensor, inner: Tensor, weights: Tensor) -> None:
-        self.inputs.add(x)
-        self.inner.add(inner)
+    def add(self, x: Tensor, inner: Tensor, weights: Tensor, worth: Tensor | None = None) -> None:
+        """worth [n]: what each token counts in the moments, None for all alike."""
+        self.inputs.add(x, worth)
+        self.inner.add(inner, worth)
         self.picks += len(x)
         self.share += float(weights.sum())
         self._keep(x, weights.float(), torch.rand(len(x), generator=self.draw).to(x.device))
@@ -68,9 +69,12 @@ class Seen:
 
 
 class Watching(Oracle):
-    """The oracle, which writes down what experts see while `seen` is a list."""
+    """The oracle, which writes down what experts see while `seen` is a list. worth [T]: what each token of the step
+    counts, None for all alike.
+    """
 
     seen: list[Seen] | None = None
+    worth: Tensor | None = None
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
         if self.seen is not None:
@@ -78,7 +82,8 @@ class Watching(Oracle):
                 rows, slots = (ids == expert).nonzero(as_tuple=True)
                 if len(rows):
                     inner = self.linear(x[rows], own.gate_up.each[expert], act=own.act)
-                    watched.add(x[rows], inner, weights[rows, slots])
+                    worth = None if self.worth is None else self.worth[rows]
+                    watched.add(x[rows], inner, weights[rows, slots], worth)
         return super().experts(x, ids, weights, own, residual)
 
 
@@ -87,9 +92,10 @@ def watched(
     kernels: Watching,
     windows: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] | None = None,
+    worth: Sequence[Tensor] | None = None,
 ) -> Iterator[tuple[int, list[Seen]]]:
     """Each layer with experts and what these saw of windows of token ids. progress(done, all): after each window of
-    each layer. Raises TextTooShort.
+    each layer. worth: what each token of a window counts [tokens], as pixels and words may differ. Raises TextTooShort.
     """
     config = model.config
     count = sum(map(len, windows))
@@ -108,10 +114,11 @@ def watched(
                 hidden, inner, number = config.hidden_size, config.experts.size, config.experts.routing.experts
                 kernels.seen = [Seen(Moments(hidden, device), Moments(inner, device)) for _ in range(number)]
             for i, step in enumerate(steps):
+                kernels.worth = None if worth is None else worth[i]
                 states[i] = model.part(step, states[i], range(layer, layer + 1))
                 if progress is not None:
                     progress(layer * len(steps) + i + 1, config.layers * len(steps))
-            seen, kernels.seen = kernels.seen, None
+            seen, kernels.seen, kernels.worth = kernels.seen, None, None
             if sparse and seen is not None:
                 yield layer, seen
 

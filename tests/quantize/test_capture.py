@@ -57,6 +57,24 @@ def test_capturing_changes_no_answer(tiny: Folder) -> None:
         assert torch.equal(first.inputs.sums, second.inputs.sums)
 
 
+def test_tokens_may_count_differently(tiny: Folder) -> None:
+    """Those that count nothing leave no moments, and the others those that they leave when all count; picks stay."""
+    model, kernels = opened(tiny("qwen3-moe"))
+    texts = windows()
+    (whole,) = [s for _, s in watched(model, kernels, texts)]  # type: ignore[arg-type]
+    halves = []
+    for first in (True, False):
+        worth = [torch.tensor([float((i < 30) == first) for i in range(len(text))]) for text in texts]
+        (seen,) = [s for _, s in watched(model, kernels, texts, worth=worth)]  # type: ignore[arg-type]
+        halves.append(seen)
+    for every, one, other in zip(whole, *halves, strict=True):
+        assert every.picks == one.picks == other.picks
+        assert torch.allclose(one.inputs.sums + other.inputs.sums, every.inputs.sums, atol=1e-4)
+        assert torch.allclose(one.inner.sums + other.inner.sums, every.inner.sums, atol=1e-4)
+    assert any(not torch.allclose(one.inputs.sums, every.inputs.sums) for every, one in zip(whole, halves[0]))
+    assert kernels.worth is None
+
+
 def test_texts_and_models_that_will_not_do(tiny: Folder) -> None:
     model, kernels = opened(tiny("mixtral"))
     with pytest.raises(TextTooShort, match="has 20 tokens; give one of at least 256"):
