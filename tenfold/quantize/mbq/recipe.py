@@ -19,6 +19,7 @@ from tenfold.quantize.mbq.search import Scales
 
 FILE = "recipe.json"
 VERSION = 1
+LARGEST = 1 << 28  # bytes
 
 
 @dataclass(slots=True)
@@ -71,6 +72,8 @@ def read(text: str) -> torch.Tensor:
 def load(path: Path) -> Recipe:
     """Raises ValueError for a file that is no recipe of these methods, OSError."""
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["version"] != VERSION:
             raise ValueError

@@ -118,7 +118,7 @@ def quantize(
     digest = recipes.digest_of(samples)
     made = Recipe(identity(checkpoint), digest, wish.settings(), str(mix))
     made = followed(recipe, made) if recipe is not None else resumed(partial(out), made)
-    if method.balance and not made.magnitudes:
+    if method.balance and not made.magnitudes and any(sample.pictures for sample in samples):
         made.magnitudes = magnitudes(subject, batches, progress("gradients"))
         beside.write(partial(out), json.dumps(made.content()).encode())
     writer = Writer(subject, checkpoint, wish, made, batches, out)

@@ -29,7 +29,7 @@ MODALITIES = ("vision", "answer")
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Samples one after the other, each padded at its end to the same length. real, vision, answer [T] bool: tokens
-    that are no padding, that show pictures, and that are answers; owner [T] int64: the sample of a token.
+    that are no padding, that show pictures, and that are answers.
 
     targets [L] int64: tokens to be said at the step's rows of logits; whose [L] int64: samples of these.
     """
@@ -39,16 +39,14 @@ class Batch:
     real: Tensor
     vision: Tensor
     answer: Tensor
-    owner: Tensor
     targets: Tensor
     whose: Tensor
 
     def mean(self, values: Tensor, modality: str) -> Tensor:
         """[samples]: of values [T] over the tokens of a modality; NaN where a sample has none."""
-        mask = getattr(self, modality)
-        zeros = torch.zeros(self.samples, dtype=torch.float64, device=values.device)
-        sums = zeros.index_add(0, self.owner[mask], values[mask].double())
-        return sums / zeros.index_add(0, self.owner[mask], torch.ones_like(values[mask], dtype=torch.float64))
+        mask = getattr(self, modality).view(self.samples, -1)
+        sums = (values.view(self.samples, -1).double() * mask).sum(-1)
+        return sums / mask.sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +161,8 @@ class Subject:
             max_query=length,
             seen=self._seen(vision, features, turns) if features else None,
         )
-        owner = torch.arange(len(samples)).repeat_interleave(length)
         whose, targets = torch.tensor(owners, dtype=torch.int64), ids[where + 1]
-        parts = (part.to(device) for part in (real, vision, answer, owner, targets, whose))
+        parts = (part.to(device) for part in (real, vision, answer, targets, whose))
         return Batch(step, len(samples), *parts)
 
     def _seen(self, vision: Tensor, features: Sequence[Tensor], turns: Sequence[Tensor]) -> Seen:

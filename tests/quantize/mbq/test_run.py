@@ -21,6 +21,7 @@ from tenfold.quantize.schemes import parse
 from tenfold.serve.pairs import Reader, of_text
 from tenfold.weights.open import open_checkpoint
 from tests.quantize.mbq.conftest import Seeing, samples_of
+from tests.vision import TINY, make_checkpoint, varied
 
 WISH = Wish("w4g32z")
 
@@ -64,20 +65,25 @@ def test_every_family(name: str, seeing: Seeing, pairs: Path, tmp_path: Path) ->
     assert got.loss == pytest.approx(exact.loss, rel=0.05)
 
 
-def test_it_runs_and_answers(seeing: Seeing, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w8g32z", "w8a8", "w4a8", "w3g128z"])
+def test_it_runs_and_answers(scheme: str, pairs: Path, tmp_path: Path) -> None:
+    """The first token's chance is that of the rounded weights in plain PyTorch, and with 8 bits of the exact ones."""
     from tenfold import LLM, SamplingParams
 
-    folder = seeing("llava")
-    quantize(open_checkpoint(folder), samples_of(folder, pairs), tmp_path / "out", Wish("w8g32z"))
-    question = [
-        {"role": "user", "content": [{"type": "image", "image": pairs.parent / "1.png"}, {"type": "text", "text": "?"}]}
-    ]
-    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=1)
-    answers = []
-    for model in (folder, tmp_path / "out"):
-        with LLM(str(model), max_model_len=512) as llm:
-            answers.append(llm.chat(question, params)[0].text)
-    assert answers[0] == answers[1]
+    text = {**TINY["llava"].text, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    folder, out = make_checkpoint(varied(TINY["llava"], text=text), tmp_path / "wide"), tmp_path / "out"
+    quantize(open_checkpoint(folder), samples_of(folder, pairs), out, Wish(scheme))
+    content = [{"type": "image", "image": pairs.parent / "1.png"}, {"type": "text", "text": "?"}]
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=5)
+    chances = []
+    for model, kernels in ((out, "torch"), (out, "auto"), (folder, "torch")):
+        with LLM(str(model), max_model_len=512, kernels=kernels, device="cpu") as llm:
+            done = llm.chat([{"role": "user", "content": content}], params)[0]
+        (first,) = done.choices[0].logprobs or ()
+        chances.append(first.logprob)
+    assert chances[0] == pytest.approx(chances[1], abs=0.1)
+    if scheme.startswith("w8"):
+        assert chances[0] == pytest.approx(chances[2], abs=0.1)
 
 
 def test_the_same_twice_in_any_order_and_by_its_recipe(seeing: Seeing, pairs: Path, tmp_path: Path) -> None:
@@ -173,6 +179,7 @@ def test_texts_alone(tiny: Seeing, tmp_path: Path) -> None:
         assert subject.score(subject.batches(samples)).loss == pytest.approx(
             exact.score(exact.batches(samples)).loss, rel=0.01
         )
+        assert not made.magnitudes  # there is nothing to weigh
         assert made.mix == "8 samples with 0 pictures: 0 tokens of pictures, 504 of answers, 8 of prompts"
 
 

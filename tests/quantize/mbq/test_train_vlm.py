@@ -1,6 +1,8 @@
 """The training example on a tiny trunk: its model opens here and gives what transformers gives."""
 
+import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "nu
 def ran(*arguments: object) -> str:
     root = str(SCRIPT.parents[1])
     done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=root, env=None, timeout=300
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=root, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -58,3 +60,29 @@ def test_it_trains_what_tenfold_opens(tiny: Seeing, tmp_path: Path, monkeypatch:
     card = json.loads((out / "training.json").read_text())
     assert card["steps"] > 0
     assert set(card["accuracy"]) == {"What is written here?", "What colour is the writing?", "all"}
+
+
+def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("train_vlm", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def begun() -> tuple[torch.nn.Linear, torch.optim.Optimizer, random.Random]:
+        torch.manual_seed(1)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.AdamW(layer.parameters()), random.Random(5)
+
+    model, optimizer, draw = begun()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    draw.random()
+    script.keep(tmp_path / "state.pt", model, optimizer, draw, 7, 12.5)
+    other, again, redrawn = begun()
+    assert not torch.equal(other.weight, model.weight)
+    assert script.resumed(tmp_path / "state.pt", other, again, redrawn) == (7, 12.5)
+    assert torch.equal(other.weight, model.weight)
+    assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+    assert redrawn.random() == draw.random()
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
