@@ -11,11 +11,13 @@ import typer
 
 from tenfold.base.config import EngineConfig, groups
 from tenfold.engine.request import Output
+from tenfold.quantize.mbq.run import Wish as Scaled
 from tenfold.quantize.mxmoe.run import Wish
 from tenfold.serve.cli import commands, failures
 from tenfold.serve.cli.flags import parse_size
 from tenfold.serve.cli.names import served_names
 from tenfold.serve.cli.plan import as_flags
+from tenfold.serve.cli.quantize import mixed_wish, scaled_wish
 from tenfold.serve.cli.sizes import format_size
 from tenfold.serve.cli.sources import ChosenModel, split_name
 from tenfold.serve.cli.terminal import Stopwatch, columns, safe, size
@@ -336,11 +338,24 @@ def test_quantize_wishes_what_its_options_say(ran, tmp_path):
     text.write_text("words")
     always = ("quantize", "folder", "--text", str(text), "--out", str(tmp_path / "out"))
     assert wish_of(ran(*always)) == Wish(4.25)
-    given = {"bits": "3.25", "scope": "layer", "sensitivity": "layer", "tie": "expert", "method": "rtn", "r": "0.5"}
+    given = {"bits": "3.25", "scope": "layer", "sensitivity": "layer", "tie": "expert", "rounding": "rtn", "r": "0.5"}
     asked = wish_of(ran(*always, *(word for name, value in given.items() for word in (f"--{name}", value))))
     assert asked == Wish(3.25, "", "rtn", "layer", 0.5, tie="expert", sensitivity="layer")
 
 
+def test_quantize_wishes_for_models_that_see(ran, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("{}")
+    always = ("quantize", "folder", "--data", str(data), "--out", str(tmp_path / "out"))
+    _, asked, _, options = ran(*always)[1]
+    assert (asked.method, asked.samples) == ("auto", 128)
+    assert scaled_wish("mbq", asked, options) == Scaled("w4g128z")
+    given = {"scheme": "w4a8", "tower": "w8a8", "norm": "mse", "floor": "none", "alpha": "0.7", "rounding": "gptq"}
+    _, asked, _, options = ran(*always, *(word for name, value in given.items() for word in (f"--{name}", value)))[1]
+    wanted = Scaled("w4a8", "awq", "mse", None, "none", 0.7, "gptq", "w8a8")
+    assert scaled_wish("awq", asked, options) == wanted
+
+
 def wish_of(call):
-    (wish,) = (each for each in call[1] if isinstance(each, Wish))
-    return wish
+    _, asked, mixed, _ = call[1]
+    return mixed_wish(asked, mixed)

@@ -421,7 +421,7 @@ def quantize_command(
     """
     from tenfold.serve.cli.quantize import Asked
 
-    mixed = (bits, schemes, scope, r, window, windows, tie, rotate, sensitivity, tokens)
+    mixed = (bits, schemes, scope, r, tie, rotate, sensitivity, tokens)
     scaled = (scheme, norm, floor, alpha, tower)
     files = (text, data, out, recipe, held_out)
     asked = Asked(method, rounding, layout, *files, window, windows, samples, compare, as_json)

@@ -107,21 +107,33 @@ def mixed_bits(checkpoint: Checkpoint, device: str, asked: Asked, options: Seque
     if asked.text is None:
         raise ValueError("--text is missing; mxmoe measures experts on a text, such as an encyclopedia's.")
     assert asked.out is not None
-    bits, schemes, scope, r, window, windows, tie, rotate, sensitivity, tokens = options
-    rounding = "gptq" if asked.rounding == AUTO else asked.rounding
-    wish = Wish(bits, schemes, rounding, scope, r, window, windows, tie, asked.layout, rotate, sensitivity, tokens)
+    wish = mixed_wish(asked, options)
     return describe(quantize(checkpoint, asked.text, asked.out, wish, asked.recipe, device, bars))
+
+
+def mixed_wish(asked: Asked, options: Sequence[Any]) -> Wish:
+    """Raises ValueError."""
+    bits, schemes, *rest = options
+    scope, r, tie, rotate, sensitivity, tokens = rest
+    rounding = "gptq" if asked.rounding == AUTO else asked.rounding
+    shape = asked.window, asked.windows, tie, asked.layout, rotate, sensitivity, tokens
+    return Wish(bits, schemes, rounding, scope, r, *shape)
 
 
 def scaled_channels(
     checkpoint: Checkpoint, device: str, method: str, asked: Asked, options: Sequence[Any], bars: Bars
 ) -> str:
     assert asked.out is not None
-    scheme, norm, floor, alpha, tower = options
-    rounding = "rtn" if asked.rounding == AUTO else asked.rounding
-    wish = dense.Wish(scheme, method, norm, None, floor, alpha, rounding, tower, asked.layout)
+    wish = scaled_wish(method, asked, options)
     samples = calibration(checkpoint, asked, bars)
     return describe_scaled(dense.quantize(checkpoint, samples, asked.out, wish, asked.recipe, device, bars), samples)
+
+
+def scaled_wish(method: str, asked: Asked, options: Sequence[Any]) -> dense.Wish:
+    """Raises ValueError."""
+    scheme, norm, floor, alpha, tower = options
+    rounding = "rtn" if asked.rounding == AUTO else asked.rounding
+    return dense.Wish(scheme, method, norm, None, floor, alpha, rounding, tower, asked.layout)
 
 
 def calibration(checkpoint: Checkpoint, asked: Asked, bars: Bars) -> list[Sample]:
