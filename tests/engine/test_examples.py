@@ -69,4 +69,4 @@ def test_too_little_text_is_refused(tmp_path, monkeypatch):
 
 def test_every_example_is_tested():
     own = {path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("server_")}  # those: tests/e2e
-    assert own == {*EXPECTED, "train_moe.py"}
+    assert own == {*EXPECTED, "train_moe.py", "train_vlm.py"}  # the last: tests/quantize/mbq
