@@ -19,8 +19,8 @@ from torch import Tensor
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
+from tenfold.ops.gpu import bulk, nvrtc, quantize, ring, ring_packed, stream, stream_packed, sums
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu import nvrtc, quantize, ring, ring_packed, stream, stream_packed, sums
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
@@ -189,7 +189,7 @@ class Lowbit:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Our kernels of one module for packed weights. takes: whether they read a format; plans: those worth timing."""
+    """Our kernels of one module for some formats. takes: whether they read a format; plans: those worth timing."""
 
     module: Any
     takes: Callable[[str], bool]
@@ -211,6 +211,20 @@ class Packed:
     def bind(self, name: str) -> Callable[[Context, Tensor, Matrix, Fused], Tensor]:
         plan, run = self.module.parse(name), self.run
         return lambda context, x, w, fused: run(plan, context, x, w, fused)
+
+
+def copied(kind: str) -> Packed:
+    """Weights of a few tokens that come by bulk copies, dense ones too."""
+
+    def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+        return bulk.run(plan, context.sms, x, w, *fused.all(), float32=fused.float32)
+
+    return Packed(
+        bulk,
+        lambda format: bulk.reads(kind, format),
+        lambda work, sms: bulk.candidates(kind, work.tokens, work.rows, work.cols),
+        run,
+    )
 
 
 def streamed(kind: str) -> Packed:
@@ -278,12 +292,13 @@ FAMILIES: dict[str, Family] = {
     "ring": Dense("ring", ring, True, run_ring, needs_sms=True),
     "flat": Dense("flat", flat, False, run_flat, needs_sms=True),
     "gemv": Dense("gemv", gemv, True, run_gemv),
+    **{kind: copied(kind) for kind in bulk.KINDS},
     **{kind: streamed(kind) for kind in stream_packed.CODES},
     **{kind: through_ring(kind) for kind in ring_packed.CODES},
     ring.FLOAT8: float8(),
     **dict.fromkeys(lowbit.KINDS, TRITON),
 }
-OWN = ("stream", "ring", "flat")  # flat products of ours, the paper's ImplB
+OWN = ("stream", "bulk", "ring", "flat")  # flat products of ours, the paper's ImplB
 
 
 def family(name: str) -> Family:
@@ -319,9 +334,9 @@ def rule(work: Work, sms: int) -> str:
 def own_packed(work: Work, sms: int) -> Iterator[str]:
     """The rules of our kernels for packed weights, the best first; the last is legal for every format."""
     sizes = (work.tokens, work.rows, work.cols)
-    few = stream_packed.kind_of(work.format)
-    if few and work.tokens <= MOST_STREAMED:
-        yield next(FAMILIES[few].candidates(work, sms), "")
+    if work.tokens <= MOST_STREAMED:
+        for few in (*bulk.rule(work.format, work.tokens), stream_packed.kind_of(work.format)):
+            yield next(FAMILIES[few].candidates(work, sms), "") if few else ""
     if quantize.takes(work.format):
         yield str(ring.rule_fp8(work.tokens))
     through = ring_packed.kind_of(work.format)
@@ -382,7 +397,7 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    names = "norm quantize ring ring_packed stream stream_packed decode green experts experts_packed"
+    names = "norm quantize bulk ring ring_packed stream stream_packed decode green experts experts_packed"
     ours = [here / f"{name}.py" for name in names.split()]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])

@@ -50,7 +50,7 @@ def token_tiles(tokens: int) -> int:
 def shared_bytes(plan: StreamPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     nt = token_tiles(tokens)
-    return tokens * (cols // 32 | 1) * 64 + 2 * plan.warps * nt * 512 + nt * 32
+    return tokens * (cols // 32 | 1) * 64 + (2 * 640 + 32) * plan.warps * nt + nt * 32
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:

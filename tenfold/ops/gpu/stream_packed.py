@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tenfold.ops.formats import Format, format_of, is_format, packed_of
 from tenfold.ops.gpu import hopper, nvrtc
-from tenfold.ops.gpu.stream import StreamPlan, shared_bytes, token_tiles
+from tenfold.ops.gpu.stream import StreamPlan, token_tiles
+from tenfold.ops.gpu.stream import shared_bytes as dense_bytes
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
 # What each kind of plan reads.
 CODES = {"stream4": ("int4",), "stream8": ("int8", "fp8"), "stream3": ("int3",), "stream2": ("int2",)}
+BITS = {"stream4": 4, "stream8": 8, "stream3": 3, "stream2": 2}
 GROUPED = ("int2", "int3")  # codes that are read with groups only
 CHUNK = 128  # columns
 MOST_TOKENS = 16
@@ -52,6 +54,16 @@ def kind_of(format: str, kinds: Mapping[str, tuple[str, ...]] = CODES) -> str:
     if found.order or found.group % CHUNK or (found.kind in GROUPED and not found.group):
         return ""
     return next((kind for kind, codes in kinds.items() if found.kind in codes), "")
+
+
+def sums_bytes(bits: int, tokens: int, cols: int) -> int:
+    """Shared memory of the sums of tokens' columns that codes of up to 4 bits need, at most."""
+    return 0 if bits > 4 else cols // CHUNK * token_tiles(tokens) * 64
+
+
+def shared_bytes(plan: StreamPlan, tokens: int, cols: int) -> int:
+    """Dynamic shared memory of one block."""
+    return dense_bytes(plan, tokens, cols) + sums_bytes(BITS[plan.kind], tokens, cols)
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:

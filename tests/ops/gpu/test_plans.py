@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import decode, graphs, hopper, nvrtc, prefill, ring, ring_packed, stream, stream_packed, sums
+from tenfold.ops.gpu import bulk, decode, graphs, hopper, nvrtc, prefill, ring, ring_packed, stream, stream_packed, sums
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -24,10 +24,26 @@ def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int
         for plan in stream_packed.candidates(kind, tokens, rows, cols):
             assert stream_packed.legal(plan, tokens, rows, cols)
             assert stream_packed.parse(str(plan)) == plan
+    for kind in bulk.KINDS:
+        for copied in bulk.candidates(kind, tokens, rows, cols):
+            assert bulk.legal(copied, tokens, rows, cols)
+            assert bulk.parse(str(copied)) == copied
+            assert copied.threads <= 1024
     for kind in ring_packed.CODES:
         for packed in ring_packed.candidates(kind, tokens, rows, cols, SMS):
             assert ring_packed.legal(packed, tokens, rows, cols)
             assert ring_packed.parse(str(packed)) == packed
+
+
+@pytest.mark.parametrize("kind", bulk.KINDS)
+@pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (28672, 4096), (3584, 18944), (4096, 14336), (22016, 11264)])
+def test_bulk_copies_serve_the_shapes_of_models(kind: str, rows: int, cols: int) -> None:
+    plans = list(bulk.candidates(kind, 1, rows, cols))
+    assert plans
+    idle = [-cols % (plan.warps * plan.chunks * plan.chunk_cols) for plan in plans]
+    assert idle == sorted(idle)
+    assert not list(bulk.candidates(kind, 17, rows, cols))
+    assert bool(list(bulk.candidates(kind, 5, 4096, 4096))) != kind.startswith("digits")
 
 
 @given(TOKENS, ROWS, COLS)
@@ -60,6 +76,8 @@ def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, co
         *((stream, "stream:16x4"), (stream, "flat:1x2x3"), (ring, "ring:6x1x64:other"), (ring, "ring:6x1")),
         (stream_packed, "stream:1x2x3"),
         (stream_packed, "stream8:1x2"),
+        (bulk, "bulk3:14x2x3x2x1"),
+        (bulk, "digits:14x2x1x2x1"),
         (ring, "ring-fp8:6x1"),
         (ring_packed, "ring:6x1x64"),
         (ring_packed, "ring4:6x1x32"),

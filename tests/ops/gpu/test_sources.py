@@ -13,6 +13,7 @@ from tenfold.ops.gpu import nvrtc
 pytest.importorskip("cuda.bindings.nvrtc")
 
 COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
+BULK = COMMON | {"STAGES": 3, "TALL": 1, "DIGITS": 0}
 FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
 EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
@@ -36,6 +37,13 @@ SOURCES = [
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"GROUP": 1 << 30}),
     ("stream.cu", COMMON | {"NT": 1, "GATE": 2} | EIGHT | {"E4M3": 1, "GROUP": 1 << 30}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1} | EIGHT | {"E4M3": 1}),
+    ("bulk.cu", BULK | {"NT": 1, "BITS": 16, "TALL": 2}),
+    ("bulk.cu", BULK | FOUR | {"NT": 2, "HALF": 1, "GATE": 1}),
+    ("bulk.cu", BULK | FOUR | {"NT": 1, "BITS": 3, "TALL": 2}),
+    ("bulk.cu", BULK | EIGHT | {"NT": 1, "E4M3": 1, "GROUP": 1 << 30}),
+    ("bulk.cu", BULK | FOUR | {"NT": 1, "BITS": 3, "DIGITS": 1}),
+    ("bulk.cu", BULK | FOUR | {"NT": 2, "BITS": 2, "ZEROS": 0, "DIGITS": 1, "HALF": 1, "GATE": 2}),
+    ("bulk.cu", BULK | EIGHT | {"NT": 1, "ZEROS": 1, "DIGITS": 1, "TALL": 2}),
     ("ring.cu", RING | {"N": 8, "HALF": 0}),
     ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),

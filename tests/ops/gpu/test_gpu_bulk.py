@@ -1,0 +1,158 @@
+"""On a GPU: products whose weights come by bulk copies, against float64: plans, formats, what is fused, graphs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tenfold.ops import formats
+from tenfold.ops.kernels import Norm
+from tenfold.ops.matrix import Matrix
+from tests.rounding import excess
+
+bulk = pytest.importorskip("tenfold.ops.gpu.bulk")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(300),  # a kernel compiles in a second or two
+]
+
+SMS = 132
+TYPES = [torch.bfloat16, torch.float16]
+FORMATS = ["dense", "int2g128", "int2g128z", "int3g128", "int3g128z", "int4", "int4g128z", "int8", "int8g128z"]
+FORMATS += ["fp8", "fp8g128", "int4g128"]
+CASES = [(kind, format) for kind in bulk.KINDS for format in FORMATS if bulk.reads(kind, format)]
+
+
+def matrix(format: str, rows: int, cols: int, dtype: torch.dtype, scales: torch.dtype = torch.float16) -> Matrix:
+    dense = torch.randn(rows, cols, device="cuda", generator=torch.Generator("cuda").manual_seed(rows)) / cols**0.5
+    if format == "dense":
+        return Matrix(format, rows, cols, (dense.to(dtype),))
+    return Matrix(format, rows, cols, formats.format_of(format).pack(dense, scales).tensors())
+
+
+def values(w: Matrix) -> Tensor:
+    return w.data[0] if w.format == "dense" else formats.unpack(w)
+
+
+def tokens(count: int, cols: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(count, cols, device="cuda", generator=torch.Generator("cuda").manual_seed(count)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("kind", "format"), CASES)
+@pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 4096), (4, 72, 1280), (13, 72, 1280), (3, 5000, 768)])
+def test_products(kind: str, format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    w, x = matrix(format, rows, cols, dtype), tokens(count, cols, dtype)
+    plans = list(bulk.candidates(kind, count, rows, cols))
+    assert plans or (count > bulk.MOST_DIGITS and kind.startswith("digits"))
+    for plan in plans:
+        assert excess(bulk.run(plan, SMS, x, w), x, values(w), dtype) <= 1, plan
+
+
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        *(("bulk3", "int3g128z"), ("bulk4", "int4g128z"), ("bulk8", "int8g128"), ("bulk8", "int8")),
+        *(("digits3", "int3g128z"), ("digits4", "int4g128"), ("digits8", "int8g128z"), ("digits8", "int8")),
+    ],
+)
+def test_scales_of_each_type(kind: str, format: str, scales: torch.dtype) -> None:
+    rows, cols, count = 136, 1280, 3
+    w, x = matrix(format, rows, cols, TYPES[0], scales), tokens(count, cols, TYPES[0])
+    plan = bulk.BulkPlan(kind, 8, 2, 2, 2, 1)
+    got = bulk.run(plan, SMS, x, w, float32=True)
+    assert got.dtype == torch.float32
+    assert excess(got, x, values(w), TYPES[0]) <= 1
+
+
+@pytest.mark.parametrize("sizes", [(7, 2, 1), (7, 4, 2), (28, 1, 1), (4, 4, 1), (16, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "format"), [("bulk", "dense"), ("bulk3", "int3g128z"), ("bulk4", "int4g128"), ("digits3", "int3g128z")]
+)
+def test_steps_of_other_sizes(kind: str, format: str, sizes: tuple[int, int, int]) -> None:
+    rows, cols = 200, 3584
+    w, x = matrix(format, rows, cols, TYPES[0]), tokens(3, cols, TYPES[0])
+    plan = bulk.BulkPlan(kind, *sizes[:3], 2, 1)
+    assert bulk.legal(plan, 3, rows, cols)
+    assert excess(bulk.run(plan, SMS, x, w), x, values(w), TYPES[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        *(("bulk", "dense"), ("bulk3", "int3g128z"), ("bulk4", "int4"), ("bulk8", "fp8")),
+        *(("digits3", "int3g128z"), ("digits4", "int4"), ("digits8", "int8g128z"), ("digits2", "int2g128")),
+    ],
+)
+@pytest.mark.parametrize("fused", ["norm silu bias", "residual", "norm gelu_tanh residual"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_what_is_fused(kind: str, format: str, fused: str, dtype: torch.dtype) -> None:
+    rows, cols, count = 528, 1024, 3
+    w, x = matrix(format, rows, cols, dtype), tokens(count, cols, dtype)
+    norm = Norm(torch.rand(cols, device="cuda") + 0.5, 1e-5) if "norm" in fused else None
+    bias = torch.randn(rows, device="cuda") if "bias" in fused else None
+    act = next((act for act in ("silu", "gelu_tanh") if act in fused), None)
+    residual = tokens(count, rows // 2 if act else rows, dtype) if "residual" in fused else None
+    read = x.double()
+    if norm is not None:
+        read = read * torch.rsqrt(read.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
+    wanted = read @ values(w).double().T
+    wanted = wanted if bias is None else wanted + bias.double()
+    if act is not None:
+        gate, up = wanted.chunk(2, -1)
+        wanted = (F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up
+    wanted = wanted if residual is None else wanted + residual.double()
+    plan = next(bulk.candidates(kind, count, rows, cols))
+    got = bulk.run(plan, SMS, x, w, bias, norm, act, residual)
+    assert (got.double() - wanted).norm() <= (6e-3 if dtype == torch.bfloat16 else 1e-3) * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", ["digits3", "digits8"])
+def test_digits_of_columns_far_apart_in_size(kind: str, dtype: torch.dtype) -> None:
+    format = "int3g128z" if kind == "digits3" else "int8"
+    w, x = matrix(format, 256, 1024, dtype), tokens(3, 1024, dtype)
+    x[0, ::128] *= 1000  # of each group one column
+    x[1] *= 2.0**-13
+    x[2, :512] = 0
+    for plan in bulk.candidates(kind, 3, 256, 1024):
+        got = bulk.run(plan, SMS, x, w, float32=True)
+        assert excess(got, x, values(w), dtype) <= 1, plan
+
+
+@pytest.mark.parametrize("kind", ["bulk3", "digits3", "digits8"])
+def test_numbers_that_are_none_stay_so(kind: str) -> None:
+    w, x = matrix("int3g128z" if kind[-1] == "3" else "int8", 64, 512, TYPES[0]), tokens(3, 512, TYPES[0])
+    x[0, 100], x[1, 200] = float("nan"), float("inf")
+    got = bulk.run(next(bulk.candidates(kind, 3, 64, 512)), SMS, x, w)
+    assert not got[:2].isfinite().any()
+    assert got[2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("bulk", "dense"), ("bulk3", "int3g128z"), ("bulk8", "int8"), ("digits3", "int3g128z")]
+)
+def test_bits_repeat_in_a_graph_whose_products_follow_each_other(kind: str, format: str) -> None:
+    first, second = (matrix(format, 1024, 1024, TYPES[0]) for _ in range(2))
+    x = tokens(4, 1024, TYPES[0])
+    plan = next(bulk.candidates(kind, 4, 1024, 1024))
+
+    def three() -> Tensor:
+        got = x
+        for w in (first, second, first):
+            got = bulk.run(plan, SMS, got, w)
+        return got
+
+    wanted = three()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        out = three()
+    for _ in range(5):
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, wanted)
