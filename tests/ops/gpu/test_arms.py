@@ -131,7 +131,7 @@ def test_candidates_are_legal_and_hold_the_rule_and_the_library(tokens: int) -> 
 def test_packed_weights_may_come_through_a_ring(format: str, tokens: int, kind: str) -> None:
     found = arms.candidates(Work(6144, 4096, format, Use(norm=True, act="silu"), tokens), SMS)
     assert kind in {name.partition(":")[0] for name in found}
-    for other in ("dense", "int4g64", "int8g128o"):
+    for other in ("dense", "int4g64", "int8g128o", "int2g128", "int3g128z"):
         names = arms.candidates(Work(6144, 4096, other, Use(), tokens), SMS)
         assert not {name.partition(":")[0] for name in names} & {"ring4", "ring8"}
     assert not arms.legal("ring4:8x1x64", Work(6144, 4096, "int8", Use(), 8))

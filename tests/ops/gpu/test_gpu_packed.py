@@ -29,20 +29,8 @@ pytestmark = [
 
 SMS = 132
 TYPES = [torch.bfloat16, torch.float16]
-STREAMED = [
-    "int2g128",
-    "int2g128z",
-    "int3g128",
-    "int3g256z",
-    "int4",
-    "int4g128z",
-    "int8",
-    "int8g128",
-    "int8g128z",
-    "fp8",
-    "fp8g128",
-    "fp8a8",
-]
+RINGED = ["int4", "int4z", "int4g128z", "int4g256", "int8", "int8g128", "int8g128z", "fp8", "fp8g128", "fp8a8"]
+STREAMED = [*RINGED, "int2g128", "int2g128z", "int3g128", "int3g256z"]
 FLOAT8 = ["fp8a8", "fp8g128a8"]
 
 
@@ -84,7 +72,7 @@ def test_streamed(format: str, count: int, rows: int, cols: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("format", [*STREAMED, "int4g256", "int4z"])
+@pytest.mark.parametrize("format", RINGED)
 @pytest.mark.parametrize(("count", "rows", "cols"), [(1, 1000, 4096), (9, 72, 1120), (32, 200, 160), (61, 1000, 1440)])
 def test_codes_through_a_ring(format: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> None:
     w, x = matrix(format, rows, cols), tokens(count, cols, dtype)
