@@ -19,7 +19,7 @@ from tenfold.ops.formats import format_of
 from tenfold.ops.gemm import grouped
 from tenfold.ops.gpu import experts, experts_packed, nvrtc
 from tenfold.ops.matrix import Experts
-from tenfold.ops.tiles import Kind, Tiled
+from tenfold.ops.tiles import Kind
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Numbers of tokens that are measured; others run what the next larger one does, and more than the last the rule."""
@@ -259,8 +259,3 @@ def moved(work: ExpertsWork) -> tuple[float, float]:
 def distinct(works: Iterable[ExpertsWork]) -> list[ExpertsWork]:
     """Each different work once, for one token."""
     return list(dict.fromkeys(replace(work, tokens=1) for work in works))
-
-
-def tiled_bytes(own: tuple[Tiled, Tiled]) -> list[int]:
-    """Of each expert."""
-    return [up.numel() + down.numel() for up, down in zip(own[0].data, own[1].data)]

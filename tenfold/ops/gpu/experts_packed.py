@@ -117,14 +117,19 @@ def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan
     return found
 
 
+def expert_bytes(gate_up: Tiled, down: Tiled) -> list[int]:
+    """Bytes of each expert."""
+    return [up.nbytes + down.nbytes for up, down in zip(gate_up.data, down.data)]
+
+
 def turns(gate_up: Tiled, down: Tiled) -> Tensor | None:
     """Experts from the largest to the smallest [experts] int32, so that blocks run out of work together; None where all
     are alike.
     """
-    sizes = [up.numel() + down.numel() for up, down in zip(gate_up.data, down.data)]
-    if len(set(sizes)) == 1:
+    nbytes = expert_bytes(gate_up, down)
+    if len(set(nbytes)) == 1:
         return None
-    order = sorted(range(len(sizes)), key=lambda expert: -sizes[expert])
+    order = sorted(range(len(nbytes)), key=lambda expert: -nbytes[expert])
     return torch.tensor(order, dtype=torch.int32, device=gate_up.sources.device)
 
 

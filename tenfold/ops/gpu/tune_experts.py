@@ -15,7 +15,7 @@ from torch import Tensor
 from tenfold.ops import tiles
 from tenfold.ops.formats import format_of, raw_tensor
 from tenfold.ops.gemm import grouped
-from tenfold.ops.gpu import expert_arms, experts
+from tenfold.ops.gpu import expert_arms, experts, experts_packed
 from tenfold.ops.gpu.expert_arms import DENSE, TOKENS, ExpertArms, ExpertsWork, Plan
 from tenfold.ops.gpu.timing import FARTHEST, Arm
 from tenfold.ops.gpu.tune import Progress, Timer
@@ -149,7 +149,8 @@ def make(work: ExpertsWork, own: Experts, running: ExpertArms, timer: Timer, ske
     device = own.tiled[0].sources.device if own.tiled is not None else own.stacked[0].device  # type: ignore[index]
     hit = scores_of(work, skew).topk(work.top).indices.unique().tolist()
     if own.tiled is not None:
-        nbytes = sum(each for i, each in enumerate(expert_arms.tiled_bytes(own.tiled)) if i in set(hit))
+        sizes = experts_packed.expert_bytes(*own.tiled)
+        nbytes = sum(sizes[i] for i in hit)
     else:
         nbytes = len(hit) * 3 * work.cols * work.inner * work.dtype.itemsize
     sets = [scores_of(work, skew, seed).to(device) for seed in range(min(MOST_SETS, timer.copies(nbytes)))]

@@ -18,6 +18,7 @@ arms = pytest.importorskip("tenfold.ops.gpu.expert_arms")
 report = pytest.importorskip("tenfold.ops.gpu.report")
 tuning = pytest.importorskip("tenfold.ops.gpu.tune_experts")
 grouped = pytest.importorskip("tenfold.ops.gemm.grouped")
+experts_packed = pytest.importorskip("tenfold.ops.gpu.experts_packed")
 
 DENSE = arms.ExpertsWork(8, 2, 256, 128, (("dense", "dense", 8),))
 MIXED = replace(DENSE, formats=(("int4g128", "int3g128z", 6), ("fp8a8", "fp8a8", 2)))
@@ -135,7 +136,7 @@ def test_plans_are_remembered_by_experts_and_bucket(tmp_path: Path) -> None:
     assert running.plan(x, 2, Experts(Bank(()), Bank(()), "silu")) is None
     order = running.turns(own)
     assert order is not None
-    sizes = arms.tiled_bytes(own.tiled)
+    sizes = experts_packed.expert_bytes(*own.tiled)
     assert [sizes[e] for e in order.tolist()] == sorted(sizes, reverse=True)
 
 
