@@ -18,7 +18,7 @@ from torch import Tensor
 from tenfold.bench.command import save
 from tenfold.bench.floor import copy_bandwidth
 from tenfold.bench.hardware import machine
-from tenfold.engine.linears import linear_works
+from tenfold.engine.linears import traced
 from tenfold.models.table import model_config
 from tenfold.ops.attention import tune as attention
 from tenfold.ops.choose import Table
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = layer(checkpoint.config)
         if "linear" in parts:
             running = tune.open_arms(device, torch.bfloat16, Table("kernels", "1", given.out.with_suffix(".table")))
-            works = linear_works(checkpoint, torch.bfloat16, "auto")
+            works = traced(checkpoint, torch.bfloat16).works
             result["rows"] += linear(works, running, timer, batches, given.families.split(","))
         if "attention" in parts:
             for batch in (1, 8):

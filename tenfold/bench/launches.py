@@ -294,7 +294,7 @@ def measure(
     one, two = engines
     checkpoint = open_checkpoint(resolve(model))
     dtype = DTYPES[one.config.dtype]
-    calls = traced(checkpoint, dtype, one.config.weights)
+    calls = traced(checkpoint, dtype, one.config.weights).calls
     layers = int(checkpoint.config["num_hidden_layers"])
     block = [*calls[: (len(calls) - 1) // layers], calls[-1]]
     result = Result(model, layers, f"{one.kernels.name} kernels", machine(device), command)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from tenfold.bench.hardware import machine
-from tenfold.engine.linears import attention_specs, expert_works, linear_works
+from tenfold.engine.linears import traced
 from tenfold.engine.memory import DTYPES
 from tenfold.ops.choose import Table
 from tenfold.ops.gemm import flat
@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device)
     table = Table(f"gpu {name}", arms.version(), Path(given.out)) if given.out else arms.table(name)
     running = tune.open_arms(device, dtype, table)
-    checkpoints = [open_checkpoint(resolve(model)) for model in given.model.split(",")]
-    works = [work for one in checkpoints for work in linear_works(one, dtype, given.weights)]
+    models = [traced(open_checkpoint(resolve(name)), dtype, given.weights) for name in given.model.split(",")]
+    works = [work for model in models for work in model.works]
     batches = [int(batch) for batch in given.batches.split(",")]
     families = [family for family in given.families.split(",") if family]
     begin = time.monotonic()
@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts, reader = given.parts.split(","), Attending(device, running.sms, table)
     if "linear" in parts:
         tune.tune(works, running, GpuTimer(device), batches, families, given.force, progress)
-    layers = [layer for one in checkpoints for layer in expert_works(one, dtype, given.weights)]
+    layers = [layer for model in models for layer in model.experts]
     if "experts" in parts:
         experts = ExpertArms(table, running.sms)
         tune_experts.tune(layers, experts, GpuTimer(device), device, force=given.force, progress=progress)
-    specs = list(dict.fromkeys(spec for one in checkpoints for spec in attention_specs(one, dtype)))
+    specs = list(dict.fromkeys(spec for model in models for spec in model.attentions))
     reads = readings(specs, PAGE, dtype, given.longest, tune_attention.KEPT)
     if "attention" in parts:
         tune_attention.tune(reads, reader, GpuTimer(device), given.force, progress)

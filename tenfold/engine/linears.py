@@ -6,6 +6,7 @@ Invariant: no matrix of the checkpoint is read or allocated, so a model of any s
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -23,6 +24,8 @@ from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights, loaded_storage
 
+Call = Work | ExpertsWork | AttentionSpec
+
 
 class Tracing(Separate):
     """Kernels that compute nothing and write down every linear operation and attention they are asked for, in order."""
@@ -32,7 +35,7 @@ class Tracing(Separate):
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.calls: list[Work | ExpertsWork | AttentionSpec] = []
+        self.calls: list[Call] = []
 
     def replay(self) -> Replay:
         return run
@@ -112,12 +115,30 @@ class Shapes(Weights):
         return torch.zeros(rows, cols)
 
 
-def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work | ExpertsWork | AttentionSpec]:
-    """Every linear operation, layer of experts and attention of a decode step on a GPU, in the order of the forward,
-    for one token.
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a forward asked of its kernels, in its order."""
 
-    mode: as `Weights`. Raises ValueError for a model that cannot be built.
-    """
+    calls: tuple[Call, ...]
+
+    @property
+    def works(self) -> list[Work]:
+        """Every different linear operation."""
+        return [call for call in dict.fromkeys(self.calls) if isinstance(call, Work)]
+
+    @property
+    def experts(self) -> list[ExpertsWork]:
+        """Every different layer of experts."""
+        return [call for call in dict.fromkeys(self.calls) if isinstance(call, ExpertsWork)]
+
+    @property
+    def attentions(self) -> list[AttentionSpec]:
+        """Every different attention."""
+        return [call for call in dict.fromkeys(self.calls) if isinstance(call, AttentionSpec)]
+
+
+def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> Trace:
+    """A decode step of one token on a GPU. mode: as `Weights`. Raises ValueError for a model that cannot be built."""
     kernels = Tracing(dtype)
     model = build_model(checkpoint.config, Shapes(checkpoint, cast(Kernels, kernels), "cpu", dtype, mode), 1)
     config = model.config
@@ -137,19 +158,4 @@ def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> li
             kv=store,
         )
     )
-    return kernels.calls
-
-
-def linear_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[Work]:
-    """Every different linear operation, as `traced`."""
-    return [call for call in dict.fromkeys(traced(checkpoint, dtype, mode)) if isinstance(call, Work)]
-
-
-def expert_works(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> list[ExpertsWork]:
-    """Every different layer of experts, as `traced`."""
-    return [call for call in dict.fromkeys(traced(checkpoint, dtype, mode)) if isinstance(call, ExpertsWork)]
-
-
-def attention_specs(checkpoint: Checkpoint, dtype: torch.dtype) -> list[AttentionSpec]:
-    """Every different attention, as `traced`."""
-    return [call for call in dict.fromkeys(traced(checkpoint, dtype)) if isinstance(call, AttentionSpec)]
+    return Trace(tuple(kernels.calls))

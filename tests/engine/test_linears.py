@@ -43,14 +43,14 @@ def test_every_family(tiny: Callable[[str], Path], name: str) -> None:
     checkpoint, kernels = open_checkpoint(tiny(name)), Recording()
     model = build_model(checkpoint.config, Weights(checkpoint, kernels), 64)
     model.forward(Sequences(make_store(model.config)).step({0: [5]}))
-    works = linears.linear_works(checkpoint, torch.bfloat16)
+    works = linears.traced(checkpoint, torch.bfloat16).works
     assert len(works) == len(set(works))
     assert {(w.rows, w.cols, w.use.norm, w.use.act, w.use.residual) for w in works} == kernels.ran
     assert {(w.format, w.tokens) for w in works} == {("dense", 1)}
 
 
 def test_weights_that_are_quantised_when_loaded() -> None:
-    works = linears.linear_works(open_checkpoint("shape:qwen3-8b"), torch.bfloat16, "int4")
+    works = linears.traced(open_checkpoint("shape:qwen3-8b"), torch.bfloat16, "int4").works
     assert [w.format for w in works] == ["int4g128"] * 4 + ["int8g128"]
-    works = linears.linear_works(open_checkpoint("shape:qwen3-8b"), torch.bfloat16, "int4-blocks")
+    works = linears.traced(open_checkpoint("shape:qwen3-8b"), torch.bfloat16, "int4-blocks").works
     assert [w.format for w in works] == ["int4g128"] * 4 + ["dense"]

@@ -22,6 +22,7 @@ from tenfold.serve.cli.terminal import columns
 from tenfold.weights.load import Weights
 
 if TYPE_CHECKING:  # Triton is there on GPU machines only
+    from tenfold.engine.linears import Trace
     from tenfold.ops.gpu.arms import Arms, Work
     from tenfold.ops.gpu.attending import Attending, Reading
     from tenfold.ops.gpu.expert_arms import ExpertsWork
@@ -43,10 +44,10 @@ def explain(config: EngineConfig) -> None:
     """Print one row for each shape and batch size; on a GPU a chart of each shape too."""
     opened = Opened(config)
     if opened.device.type == "cuda":
-        kernels = gpu_kernels(opened)
-        show_gpu(gpu_works(opened), kernels.arms)
-        show_experts(gpu_experts(opened), kernels.arms)
-        show_attention(gpu_readings(opened), kernels.attending)
+        kernels, trace = gpu_kernels(opened), gpu_trace(opened)
+        show_gpu(trace.works, kernels.arms)
+        show_experts(trace.experts, kernels.arms)
+        show_attention(gpu_readings(opened, trace), kernels.attending)
         show_phases(opened, kernels)
     else:
         show(arms.explain(matrices(opened)))
@@ -71,10 +72,9 @@ def tune_gpu(opened: Opened, progress: "Progress") -> None:
     from tenfold.ops.gpu.timing import GpuTimer
     from tenfold.ops.gpu.tune import tune as tune_works
 
-    kernels, timer = gpu_kernels(opened), GpuTimer(opened.device)
-    works, readings = gpu_works(opened), gpu_readings(opened, tune_attention.KEPT)
+    kernels, timer, trace = gpu_kernels(opened), GpuTimer(opened.device), gpu_trace(opened)
+    works, layers, readings = trace.works, trace.experts, gpu_readings(opened, trace, tune_attention.KEPT)
     tune_works(works, kernels.arms, timer, progress=progress)
-    layers = gpu_experts(opened)
     tune_experts.tune(layers, kernels.expert_arms, timer, opened.device, progress=progress)
     tune_attention.tune(readings, kernels.attending, timer, progress=progress)
     progress.end()
@@ -156,28 +156,20 @@ def gpu_dtype(config: EngineConfig) -> Any:
     return DTYPES.get(config.dtype) or DTYPES["bfloat16"]
 
 
-def gpu_works(opened: Opened) -> "list[Work]":
-    """The linear operations of a model."""
-    from tenfold.engine.linears import linear_works
+def gpu_trace(opened: Opened) -> "Trace":
+    """What a model asks of the kernels."""
+    from tenfold.engine.linears import traced
 
-    return linear_works(opened.checkpoint, gpu_dtype(opened.config), opened.config.weights)
-
-
-def gpu_experts(opened: Opened) -> "list[ExpertsWork]":
-    """The layers of experts of a model; none of most."""
-    from tenfold.engine.linears import expert_works
-
-    return expert_works(opened.checkpoint, gpu_dtype(opened.config), opened.config.weights)
+    return traced(opened.checkpoint, gpu_dtype(opened.config), opened.config.weights)
 
 
-def gpu_readings(opened: Opened, most_bytes: int = 0) -> "list[Reading]":
+def gpu_readings(opened: Opened, trace: "Trace", most_bytes: int = 0) -> "list[Reading]":
     """The attentions of a model for every measured number of requests and length that it may have."""
-    from tenfold.engine.linears import attention_specs
     from tenfold.ops.gpu.attending import readings
 
     config, dtype = opened.config, gpu_dtype(opened.config)
     longest = config.max_model_len or model_config(opened.checkpoint.config).max_positions
-    return readings(attention_specs(opened.checkpoint, dtype), config.page_size, dtype, longest, most_bytes)
+    return readings(trace.attentions, config.page_size, dtype, longest, most_bytes)
 
 
 def refuse_others(kernels: Any, name: str) -> None:

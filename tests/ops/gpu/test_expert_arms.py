@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tenfold.engine.linears import expert_works
+from tenfold.engine.linears import traced
 from tenfold.ops import tiles
 from tenfold.ops.choose import Table
 from tenfold.ops.matrix import Bank, Experts
@@ -156,9 +156,9 @@ def test_tables_are_shown_with_their_reasons(tmp_path: Path) -> None:
 
 
 def test_layers_of_experts_are_found_without_their_weights() -> None:
-    (work,) = expert_works(open_checkpoint("shape:qwen3-30b-a3b"), torch.bfloat16)
+    (work,) = traced(open_checkpoint("shape:qwen3-30b-a3b"), torch.bfloat16).experts
     assert work == arms.ExpertsWork(128, 8, 2048, 768, (("dense", "dense", 128),))
-    (packed,) = expert_works(open_checkpoint("shape:qwen3-30b-a3b"), torch.bfloat16, "int4")
+    (packed,) = traced(open_checkpoint("shape:qwen3-30b-a3b"), torch.bfloat16, "int4").experts
     assert packed.formats == (("int4g128", "int4g128", 128),)
-    assert expert_works(open_checkpoint("shape:llama-3-8b"), torch.bfloat16) == []
+    assert traced(open_checkpoint("shape:llama-3-8b"), torch.bfloat16).experts == []
     assert tiles.DENSE in work.kinds
