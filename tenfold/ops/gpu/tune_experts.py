@@ -146,13 +146,14 @@ def scores_of(work: ExpertsWork, skew: float = 0.0, seed: int = 0) -> Tensor:
 
 def make(work: ExpertsWork, own: Experts, running: ExpertArms, timer: Timer, skew: float = 0.0) -> Case:
     """As many sets of scores as it takes to read more weights than the L2 cache holds."""
-    device = own.tiled[0].sources.device if own.tiled is not None else own.stacked[0].device  # type: ignore[index]
     hit = scores_of(work, skew).topk(work.top).indices.unique().tolist()
     if own.tiled is not None:
-        sizes = experts_packed.expert_bytes(*own.tiled)
+        sizes, device = experts_packed.expert_bytes(*own.tiled), own.tiled[0].sources.device
         nbytes = sum(sizes[i] for i in hit)
     else:
-        nbytes = len(hit) * 3 * work.cols * work.inner * work.dtype.itemsize
+        assert own.stacked is not None
+        gate_up, down = own.stacked
+        nbytes, device = len(hit) * (gate_up[0].nbytes + down[0].nbytes), gate_up.device
     sets = [scores_of(work, skew, seed).to(device) for seed in range(min(MOST_SETS, timer.copies(nbytes)))]
     x = torch.randn(work.tokens, work.cols, dtype=work.dtype, device=device)
     return Case(work, own, x, sets, Routing(work.count, work.top, normed=True), running)
