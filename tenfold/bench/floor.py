@@ -18,9 +18,9 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of a model. weights: all of them; streamed: those a decode step may read; experts: of these, in layers of
-    which a token takes the share `routed`; kv_token: keys and values of one token, all layers; flops_token: of the
-    matrices for one token, without attention.
+    """Bytes of a model. weights: all of them; streamed: those a decode step may read, which are none that look at
+    pictures; experts: of these, in layers of which a token takes the share `routed`; kv_token: keys and values of one
+    token, all layers; flops_token: of the matrices for one token, without attention.
     """
 
     weights: int
@@ -53,7 +53,7 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
     from tenfold.engine.memory import DTYPES, weight_bytes
     from tenfold.models.table import model_config
     from tenfold.weights.find import resolve
-    from tenfold.weights.load import head_copy
+    from tenfold.weights.load import SIGHT, head_copy
     from tenfold.weights.open import open_checkpoint
 
     config = EngineConfig(model, **dict(settings or {}))
@@ -62,24 +62,26 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
     kv_dtype = dtype if config.kv_dtype == "auto" else DTYPES[config.kv_dtype]
     checkpoint = open_checkpoint(resolve(model))
     shape = model_config(checkpoint.config)
-    weights, _ = weight_bytes(checkpoint, config.weights, dtype, "native" if device.startswith("cpu") else "gpu")
+    loaded = checkpoint, config.weights, dtype, "native" if device.startswith("cpu") else "gpu"
+    text, _ = weight_bytes(*loaded, without=SIGHT)
     table, shares = shape.vocab_size * shape.hidden_size, shape.tied and not head_copy(checkpoint, config.weights)
-    count = sum(math.prod(checkpoint.tensor(name).shape) for name in checkpoint.names())
+    names = [name for name in checkpoint.names() if not name.startswith(SIGHT)]
+    count = sum(math.prod(checkpoint.tensor(name).shape) for name in names)
     rest = count - table * (1 if shape.tied else 2)
     experts, routed = 0, 1.0
     if (own := shape.experts) is not None:
         experts = 3 * own.routing.experts * own.size * shape.hidden_size * sum(own.layers)
         routed = own.routing.top / own.routing.experts
     return Sizes(
-        weights=weights,
-        streamed=weights if shares else weights - table * dtype.itemsize,
+        weights=weight_bytes(*loaded)[0],
+        streamed=text if shares else text - table * dtype.itemsize,
         kv_token=(2 if shape.latent is None else 1) * shape.layers * shape.kv_size * kv_dtype.itemsize,
         flops_token=2 * round(rest - experts * (1 - routed)),
         layers=shape.layers,
         heads=shape.heads,
         head_dim=shape.head_dim,
         vocab=shape.vocab_size,
-        experts=round((weights - (count - rest) * dtype.itemsize) * experts / rest),
+        experts=round((text - (count - rest) * dtype.itemsize) * experts / rest),
         routed=routed,
     )
 

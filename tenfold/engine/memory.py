@@ -422,10 +422,14 @@ def _parameters(model: ModelConfig) -> int:
     return model.hidden_size * (attention + 3 * inner) + model.vocab_size * model.hidden_size * (1 if model.tied else 2)
 
 
-def weight_bytes(checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels: str) -> tuple[int, bool]:
-    """Bytes the weights will take when loaded in this mode, and whether any run quantised. Reads no weights."""
+def weight_bytes(
+    checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels: str, without: tuple[str, ...] = ()
+) -> tuple[int, bool]:
+    """Bytes the weights will take when loaded in this mode, and whether any run quantised. Reads no weights. without:
+    how names begin that are left out.
+    """
     loaded = []
-    for name in checkpoint.names():
+    for name in (name for name in checkpoint.names() if not name.startswith(without)):
         raw = checkpoint.tensor(name)
         loaded.append((loaded_storage(mode, name, raw.storage, raw.shape), raw.shape))
     copy = head_copy(checkpoint, mode)

@@ -144,6 +144,13 @@ def test_prefill_work_of_a_known_model() -> None:
     assert attention == 2 * 2 * 32 * 4096 * 8192 * 8192 // 2
 
 
+def test_what_sees_is_not_read_by_steps_of_text() -> None:
+    sees, text = (model_sizes(f"shape:{name}", "cuda") for name in ("llava-onevision-7b", "qwen2.5-7b"))
+    assert sees.weights - text.weights == pytest.approx(2 * 0.415e9, rel=0.01)
+    assert sees.streamed == pytest.approx(text.streamed, rel=1e-3)
+    assert sees.flops_token == text.flops_token
+
+
 def test_engines_share_a_gpu_where_they_fit() -> None:
     points = [Point(1, 1024, 129), Point(8, 8192, 129), Point(8, 32768, 129)]
     free = 78 << 30
