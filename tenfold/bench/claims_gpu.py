@@ -303,12 +303,10 @@ def of_folder(folder: Path) -> list[Claim]:
     """
     found = results_in(folder)
     made: list[Claim] = []
-    plain = [data for data in found.get("single", ()) if "weights" not in data["settings"].get("tenfold", {})]
-    for results in by_model([loaded(data) for data in plain]).values():
-        if measured := [result for result in results if result.rows]:
-            made += of_single(measured)
-    singles = sorted(found.get("single", ()), key=lambda data: "weights" in data["settings"].get("tenfold", {}))
-    made += claims_moe.of_models([loaded(data) for data in singles])
+    singles = sorted((loaded(data) for data in found.get("single", ())), key=lambda result: result.weights)
+    for results in by_model([result for result in singles if result.rows and not result.weights]).values():
+        made += of_single(results)
+    made += claims_moe.of_models(singles) + claims_vlm.of_models(singles)
     for data in found.get("arms", ()):
         made += of_arms(arms.loaded(data))
     for data in found.get("kernels", ()):

@@ -176,13 +176,13 @@ VLLM = {1: 4.73, 8: 11.99, 64: 24.5}  # ms a step of vLLM 0.26 in bfloat16, rand
 
 
 def of_models(results: Sequence[Result]) -> list[Claim]:
-    """M5, of runs in bfloat16 and with experts of fewer bits."""
+    """M5, of runs in bfloat16 and, behind them, with experts of fewer bits."""
     plain: dict[int, float] = {}
     made = []
     for result in results:
         if result.model != f"shape:{WHOLE}":
             continue
-        mode = result.settings.get("tenfold", {}).get("weights", "")
+        mode = result.weights
         for batch, theirs in VLLM.items():
             row = result.row("tenfold", batch, CONTEXT)
             if row is None:

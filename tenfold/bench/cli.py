@@ -525,7 +525,7 @@ def claims_command(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],
     keep: Record = False,
 ) -> None:
-    """What the raw results of a folder say of F1 to F7, K1 to K4, P1 to P5, M4 and C1 to C4."""
+    """What the raw results of a folder say of F1 to F9, K1 to K4, P1 to P5, M1 to M5, V1 to V4 and C1 to C4."""
     from tenfold.bench import claims_gpu
 
     found = claims_gpu.of_folder(folder)

@@ -8,6 +8,8 @@ of everything comes last. Only what the engine itself imports is needed here.
 import argparse
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from tenfold.bench.lengths import parse
 from tenfold.bench.throughput import Work
 
 GRACE = 30.0  # seconds before its limit at which a part begins no more points
+PLACES = ("job", "out", "limit", "total", "peer_path", "commit")  # of the command line: they change no figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ class Job:
 
     @property
     def path(self) -> Path:
-        name = self.model.removeprefix("shape:").replace("/", "-").replace("@", "-").replace("=", "").replace(",", "-")
-        return Path(self.out) / f"{self.part}-{name}.json"
+        """Results with settings lie beside those without."""
+        parts = [self.part, self.model.removeprefix("shape:"), *(f"{k}-{v}" for k, v in self.options["set"].items())]
+        return Path(self.out) / f"{re.sub('[/@,=]', '-', '-'.join(parts))}.json"
 
     def numbers(self, name: str) -> list[int]:
         return [int(n) for n in str(self.options[name]).split(",") if n]
@@ -158,7 +162,9 @@ def tuned(job: Job) -> None:
     """The table of choices that the engines of later parts go by; what it holds is not measured again."""
     from tenfold.bench import tune  # Triton is there on GPU machines only
 
-    tune.main(["--model", job.model])
+    own = job.options["set"]
+    formats = [word for name in ("dtype", "weights") if name in own for word in (f"--{name}", own[name])]
+    tune.main(["--model", job.model, *formats])
 
 
 def counted(job: Job) -> None:
@@ -254,16 +260,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = Job(*json.loads(given.job))
         PARTS[job.part](job)
         return 0
-    return run_all(given)
+    return run_all(given, again(parser, given))
 
 
-def run_all(given: argparse.Namespace) -> int:
-    """Every part for every model; the number of parts that did not end well."""
+def again(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
+    """The command that measures the same: models, parts, and what is not as it is by default."""
+    words = ["python", "-m", "tenfold.bench.gpu", "--models", given.models, "--parts", given.parts]
+    for name, value in vars(given).items():
+        if name not in (*PLACES, "models", "parts") and value != parser.get_default(name):
+            for each in value if isinstance(value, list) else [value]:
+                words += ["--" + name.replace("_", "-"), str(each)]
+    return shlex.join(words)
+
+
+def run_all(given: argparse.Namespace, command: str) -> int:
+    """Every part for every model; the number of parts that did not end well. command: that would do it again."""
     folder = Path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
     options = {k: v for k, v in vars(given).items() if k not in ("job", "out", "models", "parts", "limit", "total")}
     options["set"] = settings(given.set)
-    options["command"] = f"python -m tenfold.bench.gpu --models {given.models} --parts {given.parts}"
+    options["command"] = command
     end_at, failed = time.monotonic() + given.total, 0
     for name, seconds in parts_of(given.parts, given.limit):
         for model in filter(None, given.models.split(",")):

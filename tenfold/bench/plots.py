@@ -82,7 +82,7 @@ def tpot(results: Sequence[Result], path: Path, over: str = "context") -> Path:
     axes[0][0].set_ylabel("ms per output token (TPOT), lower is better")
     handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(title(results[0].model, results[0].machine))
+    figure.suptitle(title(results[0].model, results[0].machine, results[0].weights))
     return saved(figure, path, plt)
 
 
@@ -108,9 +108,9 @@ def short(count: int) -> str:
     return f"{count // 1024}k" if count % 1024 == 0 else str(count)
 
 
-def title(model: str, machine: Mapping[str, str]) -> str:
+def title(model: str, machine: Mapping[str, str], weights: str = "") -> str:
     name = model.removeprefix("shape:").partition("@")[0]
-    parts = [f"{name} (random weights)" if model.startswith("shape:") else name, machine.get("hardware", "")]
+    parts = [f"{name} (random weights)" if model.startswith("shape:") else name, weights, machine.get("hardware", "")]
     return " · ".join(filter(None, [*parts, machine.get("commit", "")]))
 
 

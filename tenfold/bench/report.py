@@ -14,12 +14,14 @@ from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
 
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("measured", "gpu", "kv-cache", "moe", "schedules", "sentiment")
+PAGES = ("measured", "gpu", "kv-cache", "mbq", "moe", "schedules", "sentiment")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES))
 
 
 def table(claims: Sequence[Claim]) -> str:
     """A Markdown table, one claim a row, with the machines and commits it rests on below."""
+    if not claims:
+        return "Not measured yet."
     rows = ["| id | what | measured | spread | target | met | note |", "|---|---|---|---|---|---|---|"]
     for c in claims:
         value = "not measured" if c.value is None else f"**{number(c.value)}** {c.unit}".strip()
@@ -35,7 +37,7 @@ def details(claims: Sequence[Claim]) -> str:
     for c in claims:
         commands.setdefault(c.command, []).append(c.id)
     lines = [f"- {', '.join(dict.fromkeys(ids))}: `{command}`" for command, ids in commands.items()]
-    return table(claims) + "\n\nMeasured again by:\n\n" + "\n".join(lines)
+    return table(claims) + ("\n\nMeasured again by:\n\n" + "\n".join(lines) if lines else "")
 
 
 def fill(text: str, claims: Sequence[Claim]) -> str:
@@ -305,10 +307,13 @@ def results_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results of one model together, whatever changes of the shape they needed."""
+    """Results of one model together, whatever changes of the shape they needed; those with weights of fewer bits are a
+    model of their own.
+    """
     found: dict[str, list[Result]] = {}
     for result in results:
-        found.setdefault(result.model.partition("@")[0], []).append(result)
+        name = result.model.partition("@")[0] + (result.weights and f" {result.weights}")
+        found.setdefault(name, []).append(result)
     return found
 
 
@@ -350,7 +355,7 @@ def charts(folder: Path) -> list[Path]:
     made = []
     for model, results in by_model([single.loaded(data) for data in found.get("single", ())]).items():
         if any(row.tpot is not None for result in results for row in result.rows):
-            name = model.removeprefix("shape:").replace("/", "-")
+            name = model.removeprefix("shape:").replace("/", "-").replace(" ", "-")
             made.append(plots.tpot(results, folder / f"tpot-context-{name}.png"))
             made.append(plots.tpot(results, folder / f"tpot-batch-{name}.png", over="batch"))
     for result in map(kv.loaded, found.get("kv", ())):

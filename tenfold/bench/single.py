@@ -105,6 +105,12 @@ class Result:
     floors: list[tuple[int, int, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def weights(self) -> str:
+        """What our weights were quantised to, empty where they were as the model has them."""
+        mode = str(self.settings.get("tenfold", {}).get("weights", "auto"))
+        return "" if mode == "auto" else mode
+
     def row(self, engine: str, batch: int, context: int, decode: bool = True) -> Row | None:
         """The row of an engine at a point: of a decode, or whichever has the prefill."""
         found = [r for r in self.rows if (r.engine, r.batch, r.context) == (engine, batch, context)]

@@ -61,9 +61,11 @@ def shape(
     }
 
 
-def seeing(text: dict[str, Any], token_id: int) -> dict[str, Any]:
-    """The config of a LLaVA-OneVision around a text model, as `hf_config.normalise` would give it."""
-    whole = {"model_type": "llava_onevision", "image_token_index": token_id, "vision_config": SIGLIP}
+def seeing(text: dict[str, Any], token_id: int, **vision: int) -> dict[str, Any]:
+    """The config of a LLaVA-OneVision around a text model, as `hf_config.normalise` would give it. vision: where its
+    tower differs from that of the published ones.
+    """
+    whole = {"model_type": "llava_onevision", "image_token_index": token_id, "vision_config": SIGLIP | vision}
     return {**text, "composite": "llava_onevision", "whole": whole, "processor": {}}
 
 
@@ -85,8 +87,8 @@ QWEN3_MOE = {
     "norm_topk_prob": True,
 }
 
-# Sizes as the models' own config.json files give them. "tiny" is no published model: it is for trying things out, as
-# is "tiny-moe".
+# Sizes as the models' own config.json files give them. "tiny" and what begins with it are no published models: they
+# are for trying things out.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": shape("Llama", 32000, 4096, 11008, 32, 32, 32, 4096, 1e4, 1e-5),
     "llama-2-13b": shape("Llama", 32000, 5120, 13824, 40, 40, 40, 4096, 1e4, 1e-5),
@@ -173,6 +175,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_experts=8,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
+    ),
+    "tiny-vlm": seeing(
+        shape("Qwen2", 512, 128, 256, 2, 4, 2, 2048, 1e4, 1e-5),
+        token_id=500,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     ),
 }
 
