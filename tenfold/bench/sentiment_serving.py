@@ -12,9 +12,11 @@ import asyncio
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -115,17 +117,22 @@ class Peer:
         told: list[list[float]] = self.head(torch.cat([out, seen], 1)).float().softmax(-1).tolist()
         return told
 
-    def all(self, reader: Reader, items: Sequence[Item], at_once: int) -> None:
+    def all(self, reader: Reader, items: Sequence[Item], at_once: int) -> list[float]:
+        """A `Round`."""
+        ends: list[float] = []
+        begun = time.perf_counter()
         for start in range(0, len(items), at_once):
             batch = reader.batch(items[start : start + at_once])
             real = torch.arange(batch.ids.shape[1])[None] < batch.lengths[:, None]
-            self.classify(batch.ids, real.long(), batch.pictures)
+            found = self.classify(batch.ids, real.long(), batch.pictures)
+            ends += [time.perf_counter() - begun] * len(found)
+        return ends
 
 
 @dataclass(slots=True)
 class Row:
-    """batch: posts that arrive together. seconds: of each round until the last result; latencies in ms of every post of
-    all rounds.
+    """batch: posts that arrive together. seconds: of each round until the last result; p50, p99: ms until the result of
+    a post, of all rounds.
     """
 
     engine: str
@@ -146,24 +153,31 @@ class Row:
         return f"{told}, p50 {self.p50:.2f} p99 {self.p99:.2f} ms"
 
 
-def closed(pool: Pool, items: Sequence[Item], rounds: int, beside: bool = False) -> Row:
-    """All posts at once, then again when all have their results."""
-    row, latencies = Row("tenfold", len(items), beside), []
+Round = Callable[[], list[float]]
+"""Seconds from its begin until each post has its result."""
+
+
+def in_turn(runs: Mapping[str, Round], batch: int, rounds: int, beside: bool = False) -> list[Row]:
+    """A row for each engine. Rounds of all take turns, in an order that changes; the first two do not count."""
+    rows = {name: Row(name, batch, beside) for name in runs}
+    latencies: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(-2, rounds):
-        begun = time.perf_counter()
-        ends = ended(pool, items)
-        if i >= 0:
-            row.seconds.append(max(ends) - begun)
-            latencies += [1e3 * (end - begun) for end in ends]
-    row.p50, row.p99 = percentile(latencies, 50), percentile(latencies, 99)
-    return row
+        for name in runs if i % 2 == 0 else reversed(list(runs)):
+            ends = runs[name]()
+            if i >= 0:
+                rows[name].seconds.append(max(ends))
+                latencies[name] += [1e3 * end for end in ends]
+    for name, row in rows.items():
+        row.p50, row.p99 = percentile(latencies[name], 50), percentile(latencies[name], 99)
+    return list(rows.values())
 
 
-def ended(pool: Pool, items: Sequence[Item]) -> list[float]:
-    """When each of posts that are submitted now has its result."""
+def pooled(pool: Pool, items: Sequence[Item]) -> list[float]:
+    """A round of ours: all posts at once."""
     ends: list[float] = []
+    begun = time.perf_counter()
     for entry in (entries := pool.submit_all(items)):
-        entry.future.add_done_callback(lambda _: ends.append(time.perf_counter()))
+        entry.future.add_done_callback(lambda _: ends.append(time.perf_counter() - begun))
     for entry in entries:
         entry.future.result()
     while len(ends) < len(items):  # waiters are woken before callbacks run
@@ -171,39 +185,32 @@ def ended(pool: Pool, items: Sequence[Item]) -> list[float]:
     return ends
 
 
-def peer_rows(
-    config: SentimentConfig, reader: Reader, device: str, batch: int, rounds: int, dtype: torch.dtype
-) -> Iterator[Row]:
+def peer_rounds(
+    config: SentimentConfig, reader: Reader, device: str, items: Sequence[Item], dtype: torch.dtype
+) -> dict[str, Round]:
     """loop, batch and batch fp32. Raises ImportError."""
-    items = posts(config, batch)
-    for engine, at_once, kind in (("loop", 1, dtype), ("batch", batch, dtype), ("batch fp32", batch, torch.float32)):
-        peer, row = Peer(config, device, kind), Row(engine, batch)
-        for i in range(-1, rounds):
-            begun = time.perf_counter()
-            peer.all(reader, items, at_once)
-            if i >= 0:
-                row.seconds.append(time.perf_counter() - begun)
-        row.p50 = row.p99 = 1e3 * statistics.median(row.seconds)
-        yield row
+    kinds = {"loop": (1, dtype), "batch": (len(items), dtype), "batch fp32": (len(items), torch.float32)}
+    return {
+        name: partial(Peer(config, device, kind).all, reader, items, at_once) for name, (at_once, kind) in kinds.items()
+    }
 
 
 @contextmanager
-def generating(worker: Worker, prompts: Sequence[Sequence[int]]) -> Iterator[list[float]]:
-    """Generation without a pause in another process, as a server has it; decode tokens a second of each run."""
-    speeds: list[float] = []
+def generating(worker: Worker, prompts: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Generation without a pause in another process, as a server has it. Raises what ended it before its time."""
     stop = threading.Event()
 
     def go() -> None:
         while not stop.is_set():
-            speeds.append(speed(worker, prompts))
+            speed(worker, prompts)
 
-    thread = threading.Thread(target=go)
-    thread.start()
-    try:
-        yield speeds
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(go)
+        try:
+            yield
+        finally:
+            stop.set()
+        running.result()
 
 
 def speed(worker: Worker, prompts: Sequence[Sequence[int]]) -> float:
@@ -277,10 +284,11 @@ def measure(given: argparse.Namespace, say: Say) -> dict[str, Any]:
     rows: list[Row] = []
     try:
         for batch in batches:
-            rows.append(closed(pool, posts(classifier.config, batch), given.rounds))
-            say(rows[-1].line())
-        if given.against:
-            result["missing"] = _against(rows, classifier, device, max(batches), given.rounds, pool.dtype, say)
+            items = posts(classifier.config, batch)
+            runs: dict[str, Round] = {"tenfold": partial(pooled, pool, items)}
+            if given.against and batch == max(batches):
+                runs |= _peers(classifier, device, items, pool.dtype, say)
+            rows += _told(in_turn(runs, batch, given.rounds), say)
         if given.model:
             result["generation"] = _beside(rows, pool, given, device, batches, say)
     finally:
@@ -289,18 +297,21 @@ def measure(given: argparse.Namespace, say: Say) -> dict[str, Any]:
     return result
 
 
-def _against(
-    rows: list[Row], classifier: Classifier, device: str, batch: int, rounds: int, dtype: torch.dtype, say: Say
-) -> list[str]:
-    """What is not installed, and so was not measured."""
+def _peers(
+    classifier: Classifier, device: str, items: Sequence[Item], dtype: torch.dtype, say: Say
+) -> dict[str, Round]:
+    """None where they are not installed or have no such picture encoder."""
     lacking = [name for name in ("transformers", "torchvision") if find_spec(name) is None]
     if lacking or classifier.config.image.kind not in ("resnet18", "resnet50"):
         say(f"no peer: {', '.join(lacking) or 'torchvision has no such picture encoder'}")
-        return lacking
-    for row in peer_rows(classifier.config, classifier.reader, device, batch, rounds, dtype):
-        rows.append(row)
+        return {}
+    return peer_rounds(classifier.config, classifier.reader, device, items, dtype)
+
+
+def _told(rows: list[Row], say: Say) -> list[Row]:
+    for row in rows:
         say(row.line())
-    return []
+    return rows
 
 
 def _beside(
@@ -311,14 +322,14 @@ def _beside(
     model = at_least_positions(given.model, context) if is_shape(given.model) else given.model
     threads = max(1, torch.get_num_threads() - 1) if device == "cpu" else 0
     worker = Worker("tenfold", Setup(model, threads, GENERATION.batch, context, device, settings=settings))
-    prompts, items = prompts_of(GENERATION, 0, 1000), posts(pool.classifier.config, 64)
+    prompts, items = prompts_of(GENERATION, 0, 1000), posts(pool.classifier.config, max(64, *batches))
     try:
         speed(worker, prompts)
         found = asyncio.run(beside(pool, worker, items, given.rate, max(4, given.rounds // 2), say))
         with generating(worker, prompts):
             for batch in batches:
-                rows.append(closed(pool, items[:batch], given.rounds, beside=True))
-                say(rows[-1].line())
+                runs: dict[str, Round] = {"tenfold": partial(pooled, pool, items[:batch])}
+                rows += _told(in_turn(runs, batch, given.rounds, beside=True), say)
     finally:
         worker.close()
     return found | {"model": given.model, "streams": GENERATION.batch}
