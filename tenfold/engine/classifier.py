@@ -58,8 +58,8 @@ class Classifier:
         return self.pool.classifier.config.labels
 
     def classify(self, posts: str | Post | Sequence[str | Post]) -> list[Feeling]:
-        """One post or many; a Feeling for each, in their order. Raises ValueError for one that holds nothing, and
-        PictureError.
+        """One post or many; a Feeling for each, in their order. Raises ValueError for one that holds nothing,
+        PictureError, and QueueFull where posts of other threads fill the queue.
         """
         given = [posts] if isinstance(posts, str | Post) else list(posts)
         items = [self.read(post if isinstance(post, Post) else Post(post)) for post in given]

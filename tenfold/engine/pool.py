@@ -6,7 +6,6 @@ began costs nothing, and one that fails does not take the others of its batch al
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -89,7 +88,7 @@ class Pool:
         parameter = next(classifier.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.stats = PoolStats()
-        self._waiting: deque[Entry] = deque()
+        self._waiting: list[Entry] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="tenfold-pool", daemon=True)
@@ -100,23 +99,24 @@ class Pool:
         return self._thread.is_alive() and not self._closed
 
     def submit(self, item: Item, deadline: float | None = None) -> Entry:
-        """The entry whose future gets the probability of each label. Raises QueueFull, and EngineDead once closed."""
+        """The entry whose future gets the probability of each label. Raises as `submit_all`."""
         return self.submit_all([item], deadline)[0]
 
     def submit_all(self, items: Sequence[Item], deadline: float | None = None) -> list[Entry]:
-        """All or none."""
-        entries = [Entry(item, deadline) for item in items]
+        """All or none. Raises ValueError for more than may ever wait, QueueFull, and EngineDead once closed."""
+        entries, most = [Entry(item, deadline) for item in items], self.config.queue
+        if len(entries) > most:
+            raise ValueError(f"{len(entries)} posts were given at once; allowed: up to {most}, as many as may wait.")
         with self._changed:
             if self._closed:
                 raise EngineDead("The classifier was closed.")
-            if len(self._waiting) + len(entries) > self.config.queue:
+            if len(self._waiting) + len(entries) > most:
+                self._keep(self._live())
+            if len(self._waiting) + len(entries) > most:
                 raise QueueFull(
-                    f"{len(self._waiting)} posts wait for the classifier, which takes up to {self.config.queue}. "
-                    "Try again soon.",
-                    1,
+                    f"{len(self._waiting)} posts wait for the classifier, which takes up to {most}. Try again soon.", 1
                 )
-            self._waiting.extend(entries)
-            self.stats.waiting = len(self._waiting)
+            self._keep([*self._waiting, *entries])
             self._changed.notify()
         return entries
 
@@ -128,8 +128,8 @@ class Pool:
     def _end(self) -> None:
         with self._changed:
             self._closed = True
-            left, self._waiting = list(self._waiting), deque()
-            self.stats.waiting = 0
+            left = self._waiting
+            self._keep([])
             self._changed.notify()
         for entry in left:
             _fail(entry, EngineDead("The classifier was closed."))
@@ -150,14 +150,21 @@ class Pool:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
-            live = [entry for entry in self._waiting if self._is_live(entry)]
+            live = self._live()
             batch = chosen(live, self.config.batch)
             taken = set(map(id, batch))
-            self._waiting = deque(entry for entry in live if id(entry) not in taken)
-            self.stats.waiting = len(self._waiting)
+            self._keep([entry for entry in live if id(entry) not in taken])
         started = [entry for entry in batch if entry.future.set_running_or_notify_cancel()]
         self.stats.cancelled += len(batch) - len(started)
         return started
+
+    def _keep(self, waiting: list[Entry]) -> None:
+        self._waiting = waiting
+        self.stats.waiting = len(waiting)
+
+    def _live(self) -> list[Entry]:
+        """Those that wait and still want to be computed."""
+        return [entry for entry in self._waiting if self._is_live(entry)]
 
     def _is_live(self, entry: Entry) -> bool:
         """Whether it still wants to be computed; one past its deadline is ended here."""

@@ -47,4 +47,5 @@ def tempered(told: Sequence[float], temperature: float | None) -> list[float]:
         return list(told)
     top = max(told)
     powers = [(value / top) ** (1 / temperature) for value in told]
-    return [value / sum(powers) for value in powers]
+    total = sum(powers)
+    return [power / total for power in powers]

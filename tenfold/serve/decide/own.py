@@ -170,10 +170,9 @@ class Watch:
 def open_own(name: str, path: str, settings: ServeConfig) -> Own:
     """Raises ValueError for a path that holds no classifier."""
     config = PoolConfig(
-        settings.classifier_device,
-        "auto",
-        settings.classifier_batch,
-        settings.classifier_queue,
-        settings.classifier_threads,
+        device=settings.classifier_device,
+        batch=settings.classifier_batch,
+        queue=settings.classifier_queue,
+        threads=settings.classifier_threads,
     )
     return Own(name, open_pool(path, config), settings)

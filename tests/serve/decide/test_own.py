@@ -268,12 +268,16 @@ def held():
 
 
 def test_a_full_queue_is_told(serve):
-    client, own = serve(held(), classifier_queue=2)
+    client, own = serve(held(), classifier_queue=3)
     first = own.pool.submit(own.pool.classifier.reader.read("a"))
     own.pool.classifier.model.begun.wait(10)
+    own.pool.submit(own.pool.classifier.reader.read("b"))
     response = client.post("/v1/classify", {"model": "mood", "input": ["a", "b", "c"]})
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "overloaded"
+    never = client.post("/v1/classify", {"model": "mood", "input": ["a", "b", "c", "d"]})
+    assert never.status_code == 400  # trying again would not help
+    assert "4 posts were given at once; allowed: up to 3" in never.json()["error"]["message"]
     own.pool.classifier.model.go.set()
     assert len(first.future.result(10)) == 3
 
