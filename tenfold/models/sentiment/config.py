@@ -4,7 +4,7 @@ Invariant: a `SentimentConfig` that was checked can be built, and to JSON and ba
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tenfold.models.sentiment.image import ImageShape
@@ -66,6 +66,8 @@ class SentimentConfig:
         self.image.check()
         if not 2 <= len(set(self.labels)) == len(self.labels) <= MAX_LABELS:
             raise ValueError(f"labels are {list(self.labels)!r}; allowed: 2 to {MAX_LABELS} different ones.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; allowed: 0 to less than 1.")
         if not 2 <= self.max_tokens <= self.text.positions:
             raise ValueError(
                 f"max_tokens is {self.max_tokens}; allowed: 2 to {self.text.positions}, the positions the text encoder "
@@ -86,7 +88,8 @@ class SentimentConfig:
                 TextShape(**told["text"]),
                 ImageShape(**told["image"]),
                 Parts(**told["parts"]),
-                **{f.name: told[f.name] for f in fields(cls) if f.name in ("dropout", "max_tokens")},
+                told["dropout"],
+                told["max_tokens"],
             )
             made.check()
         except (KeyError, TypeError, AttributeError) as error:

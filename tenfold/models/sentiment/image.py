@@ -53,8 +53,13 @@ class ImageShape:
         """Raises ValueError."""
         if self.kind not in KINDS:
             raise ValueError(f"image encoder is {self.kind!r}; allowed: {', '.join(KINDS)}.")
-        if self.patch < 1 or self.width < 1 or self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"width of the image encoder is {self.width}; allowed: a multiple of its heads.")
+        for name, least in (("patch", 1), ("width", 1), ("layers", 0), ("heads", 1), ("inner", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} of the image encoder is {getattr(self, name)}; allowed: from {least}.")
+        if self.width % self.heads:
+            raise ValueError(
+                f"width of the image encoder is {self.width}; allowed: a multiple of its heads ({self.heads})."
+            )
         if not self.stride <= self.size <= LARGEST or self.size % self.stride:
             raise ValueError(f"size of pictures is {self.size}; allowed: a multiple of {self.stride}, up to {LARGEST}.")
 

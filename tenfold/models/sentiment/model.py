@@ -59,9 +59,8 @@ class SentimentModel(nn.Module):
         self.image = Regions(config.image, width)
         self.fusion = Fusion(width, parts, config.dropout, config.image.tokens)
         self.pool = AttentionPool(width)
-        self.norm = nn.LayerNorm(
-            width
-        )  # a mean over many tokens is small, and what two modalities have together smaller
+        # A mean over many tokens is small, and what two modalities have together smaller.
+        self.norm = nn.LayerNorm(width)
         self.head = nn.Sequential(
             nn.Dropout(config.dropout),
             nn.Linear(width, width // 2),

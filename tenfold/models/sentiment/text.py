@@ -14,12 +14,16 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tenfold.models.sentiment.attention import Block
 
+# As config.json of a BERT names what a TextShape begins with, in its order.
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
-    """Sizes of the encoder, as config.json of a BERT names them: vocab_size, hidden_size, num_hidden_layers,
-    num_attention_heads, intermediate_size, max_position_embeddings.
-    """
+    """Sizes of the encoder."""
 
     vocab: int
     width: int
@@ -31,11 +35,10 @@ class TextShape:
 
     def check(self) -> None:
         """Raises ValueError."""
-        for name in ("vocab", "width", "heads", "inner", "positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of the text encoder is {getattr(self, name)}; allowed: from 1.")
-        if self.layers < 0:
-            raise ValueError(f"layers of the text encoder is {self.layers}; allowed: from 0.")
+        sizes = (("vocab", 1), ("width", 1), ("layers", 0), ("heads", 1), ("inner", 1), ("positions", 1))
+        for name, least in sizes:
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} of the text encoder is {getattr(self, name)}; allowed: from {least}.")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width of the text encoder is {self.width}; allowed: a multiple of twice its heads ({self.heads})."
@@ -43,14 +46,18 @@ class TextShape:
 
     @classmethod
     def of_bert(cls, told: Mapping[str, object]) -> "TextShape":
-        """From the config.json of a Hugging Face checkpoint. Raises ValueError for another family."""
+        """From the config.json of a Hugging Face checkpoint. Raises ValueError for another family, a kind of BERT that
+        is computed in another way, and sizes that are missing.
+        """
         if told.get("model_type") != "bert":
             raise ValueError(f"The text encoder is a {told.get('model_type')!r}; allowed: bert.")
-        names = (
-            *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-            *("intermediate_size", "max_position_embeddings"),
-        )
-        vocab, width, layers, heads, inner, positions = (int(str(told[name])) for name in names)
+        for name, allowed in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if told.get(name, allowed) != allowed:
+                raise ValueError(f"{name} of the text encoder is {told[name]!r}; allowed: {allowed}.")
+        lacking = [name for name in SIZES if not isinstance(told.get(name), int)]
+        if lacking:
+            raise ValueError(f"The config of the text encoder has no whole number for {', '.join(lacking)}.")
+        vocab, width, layers, heads, inner, positions = (int(str(told[name])) for name in SIZES)
         return cls(vocab, width, layers, heads, inner, positions, float(str(told.get("layer_norm_eps", 1e-12))))
 
 

@@ -161,6 +161,12 @@ def test_switches_that_do_not_exist(field, value):
         small.config(**{field: value}).check()
 
 
+@pytest.mark.parametrize("change", [{"dropout": 1.0}, {"dropout": "much"}, {"max_tokens": 1}, {"text": {"vocab": "a"}}])
+def test_settings_that_are_damaged(change):
+    with pytest.raises(ValueError, match=r"dropout is 1|max_tokens is 1|not complete"):
+        SentimentConfig.from_json(small.config().as_json() | change)
+
+
 def test_settings_survive_json():
     shape = SentimentConfig(("x", "y"), small.config().text, ImageShape("vit", 32), Parts(cross=3), 0.2, 10)
     assert SentimentConfig.from_json(json.loads(json.dumps(shape.as_json()))) == shape

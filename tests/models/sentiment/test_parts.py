@@ -155,6 +155,45 @@ def test_bert_is_that_of_transformers():
         torch.testing.assert_close(ours(ids, real)[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
+BERT = {
+    **{"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 64, "max_position_embeddings": 20},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_type": "roberta"}, "is a 'roberta'; allowed: bert"),
+        ({"hidden_act": "relu"}, "hidden_act of the text encoder is 'relu'; allowed: gelu"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key'; allowed: absolute"),
+        ({"hidden_size": None, "vocab_size": "many"}, "no whole number for vocab_size, hidden_size"),
+    ],
+)
+def test_encoders_that_are_computed_in_another_way_are_refused(change, word):
+    assert TextShape.of_bert(BERT) == TextShape(50, 32, 2, 4, 64, positions=20)
+    with pytest.raises(ValueError, match=word):
+        TextShape.of_bert(BERT | change)
+
+
+@pytest.mark.parametrize(
+    ("shape", "word"),
+    [
+        (ImageShape("alexnet"), "image encoder is 'alexnet'; allowed: small"),
+        (ImageShape("vit", patch=0), "patch of the image encoder is 0; allowed: from 1"),
+        (ImageShape("vit", layers=-1), "layers of the image encoder is -1; allowed: from 0"),
+        (ImageShape("vit", 32, 16, 30, heads=4), r"width of the image encoder is 30; allowed: a multiple of its heads"),
+        (ImageShape("small", 2048), "size of pictures is 2048; allowed: a multiple of 8, up to 1024"),
+        (TextShape(0, 32, 1, 4, 64), "vocab of the text encoder is 0; allowed: from 1"),
+        (TextShape(5, 32, -1, 4, 64), "layers of the text encoder is -1; allowed: from 0"),
+        (TextShape(5, 12, 1, 4, 64), "width of the text encoder is 12; allowed: a multiple of twice its heads"),
+    ],
+)
+def test_sizes_that_make_no_encoder(shape, word):
+    with pytest.raises(ValueError, match=word):
+        shape.check()
+
+
 def test_vit_is_that_of_transformers():
     transformers = pytest.importorskip("transformers")
     told = transformers.ViTConfig(**NAMED, image_size=48, patch_size=16)
