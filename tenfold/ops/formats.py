@@ -90,6 +90,11 @@ class Packed(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(t for t in self if t is not None)
 
+    def rows(self, place: slice) -> "Packed":
+        """Some rows of the matrix."""
+        zeros = None if self.zeros is None else self.zeros[place]
+        return Packed(self.codes[place], self.scales[place], zeros, self.order)
+
 
 @dataclass(frozen=True, slots=True)
 class Format:

@@ -10,7 +10,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from tenfold.ops.blocks import DENSE
+from tenfold.ops.formats import Format, Packed
 from tenfold.weights.checkpoint import Checkpoint
+from tenfold.weights.foreign import compressed, own
 from tenfold.weights.hf import MAX_CONFIG, HFCheckpoint
 from tenfold.weights.mapped import read_object
 
@@ -44,6 +46,11 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         if (storage := checkpoint.tensor(name).storage) not in DENSE:
             raise ValueError(f"{checkpoint.path} is quantised already ({storage}); give the original weights.")
     return read_object(checkpoint.path / "config.json", MAX_CONFIG)
+
+
+def tensors_of(layout: str, module: str, format: Format, held: Packed) -> dict[str, Tensor]:
+    """The tensors of a packed matrix in the files of a layout: our own, or compressed-tensors."""
+    return own.tensors(module, held) if layout == own.METHOD else compressed.tensors(module, format, held)
 
 
 class Folder:

@@ -26,7 +26,7 @@ from tenfold.quantize.mbq.recipe import FILE, Recipe
 from tenfold.quantize.mbq.search import GROUPS, METHODS, Layer, Method, Scales, equalize, token_weights
 from tenfold.quantize.mbq.subject import Batch, Subject
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse, round_to_nearest
-from tenfold.quantize.write import Folder, check_free, config_of
+from tenfold.quantize.write import Folder, check_free, config_of, tensors_of
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
@@ -264,8 +264,7 @@ class Writer:
         for name in names_of(self.subject, number, part):
             rows = self.source.tensor(f"{name}.weight").shape[0]
             place = slice(at, at + rows)
-            zeros = None if held.zeros is None else held.zeros[place]
-            tensors |= self.stored(name, self.scheme, Packed(held.codes[place], held.scales[place], zeros))
+            tensors |= self.stored(name, self.scheme, held.rows(place))
             if own_part.bias is not None and self.subject.weights.has(f"{name}.bias"):
                 tensors[self.named(f"{name}.bias")] = own_part.bias[place]
             at += rows
@@ -278,7 +277,7 @@ class Writer:
     def stored(self, module: str, scheme: Scheme, held: Packed) -> dict[str, Tensor]:
         self.formats[module] = format = stored_format(scheme)
         name = self.named(f"{module}.weight").removesuffix(".weight")
-        return own.tensors(name, held) if self.wish.layout == own.METHOD else compressed.tensors(name, format, held)
+        return tensors_of(self.wish.layout, name, format, held)
 
     def named(self, name: str) -> str:
         self.taken.add(name)

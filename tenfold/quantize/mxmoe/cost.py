@@ -6,12 +6,17 @@ shared out evenly among their weights.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from tenfold.models.config import ModelConfig
 from tenfold.ops import tiles
 from tenfold.quantize.schemes import Scheme, format_of_scheme
+
+if TYPE_CHECKING:  # Triton is there on GPU machines only
+    from tenfold.ops.gpu.expert_arms import ExpertArms
+    from tenfold.ops.gpu.tune import Timer
 
 
 def obstacle(config: ModelConfig, scheme: Scheme) -> str:
@@ -43,14 +48,18 @@ def per_weight(
 
 
 def timed(
-    config: ModelConfig, schemes: Sequence[Scheme], tokens: int, running: object, timer: object, device: torch.device
+    config: ModelConfig,
+    schemes: Sequence[Scheme],
+    tokens: int,
+    running: "ExpertArms",
+    timer: "Timer",
+    device: torch.device,
 ) -> dict[str, float]:
     """`per_weight` by these arms, timer and device; what the table holds is not measured again."""
     from tenfold.ops.gpu import expert_arms, tune_experts
 
     own = config.experts
     assert own is not None
-    assert isinstance(running, expert_arms.ExpertArms)
     found = {}
     for scheme in schemes:
         name, count = format_of_scheme(scheme).name, own.routing.experts
@@ -58,7 +67,7 @@ def timed(
         work = expert_arms.ExpertsWork(
             count, own.routing.top, config.hidden_size, own.size, formats, config.activation, tokens
         )
-        tune_experts.tune([work], running, timer, device, (tokens,))  # type: ignore[arg-type]
+        tune_experts.tune([work], running, timer, device, (tokens,))
         times = running.table.times(expert_arms.key(work, running.sms))
         found[str(scheme)] = min(times.values()) / (3 * count * config.hidden_size * own.size)
     return found

@@ -7,7 +7,7 @@ was chosen, and writes a layer's experts as one file.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ from tenfold.quantize.mxmoe.subject import (
     METHODS,
     TIES,
     End,
+    Key,
     Progress,
     Rounded,
     Subject,
@@ -41,7 +42,7 @@ from tenfold.quantize.mxmoe.subject import (
 )
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
-from tenfold.quantize.write import Folder, check_free, config_of
+from tenfold.quantize.write import Folder, check_free, config_of, tensors_of
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
@@ -78,10 +79,8 @@ class Wish:
     tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            *(("rounding", METHODS), ("scope", SCOPES), ("tie", TIES), ("layout", SCHEMES)),
-            ("sensitivity", ("", *SENSITIVITIES)),
-        ):
+        known = {"rounding": METHODS, "scope": SCOPES, "tie": TIES, "layout": SCHEMES}
+        for name, allowed in (known | {"sensitivity": ("", *SENSITIVITIES)}).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(filter(None, allowed))}.")
         if not 2 <= self.length <= LONGEST or self.windows < 1:
@@ -147,7 +146,7 @@ def quantize(
         raise TextTooShort(
             f"{text} has fewer than {wish.length} tokens, one window; give more text or a shorter window."
         )
-    digest = hashlib.sha256(content).hexdigest()
+    digest, tokens = hashlib.sha256(content).hexdigest(), sum(map(len, windows))
     if recipe is None:
         bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
         check_budget(subject, allowed, wish.bits)
@@ -155,20 +154,10 @@ def quantize(
         costs, cost = None, ""
         if wish.r < 1:
             costs, cost = per_weight(subject.model.config, wish.parsed(), wish.tokens, device)
-        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, False, wish.r, slope, costs)
-        made = replace(recipe_of(found, plan, model, digest, sum(map(len, windows)), wish, slope), cost=cost)
+        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, norm=False, r=wish.r, slope=slope, costs=costs)
+        made = replace(recipe_of(found, plan, model, digest, tokens, wish, slope), cost=cost)
     else:
-        made = load(recipe, model)
-        if (made.text, made.tokens) != (digest, sum(map(len, windows))):
-            raise ValueError(f"{recipe} was made with another text or other windows of it; give the same here.")
-        if made.rounding != wish.rounding:
-            raise ValueError(f"{recipe} is for the rounding {made.rounding}; ask for the same here.")
-        if made.rotated != wish.rotate:
-            raise ValueError(f"{recipe} is for a model {'' if made.rotated else 'not '}rotated; ask for the same here.")
-        for name in set(made.schemes.values()):
-            wish.check(parse(name))
-        if set(made.schemes) != {name_of(key) for key in subject.blocks}:
-            raise ValueError(f"{recipe} does not name a scheme for every block of the model; it is damaged.")
+        made = followed(recipe, subject, wish, model, digest, tokens)
     with Folder(out) as folder:
         formats = write_experts(subject, windows, made, wish.layout, folder, progress("writing"))
         dense = write_rest(subject, checkpoint, folder)
@@ -177,6 +166,22 @@ def quantize(
             source["tie_word_embeddings"] = False
         folder.finish(source, checkpoint.path, {FILE: made.content()})
     partial(out).unlink(missing_ok=True)
+    return made
+
+
+def followed(path: Path, subject: Subject, wish: Wish, model: str, text: str, tokens: int) -> Recipe:
+    """The recipe of a file. Raises ValueError for one of another model, another text or another wish; OSError."""
+    made = load(path, model)
+    if (made.text, made.tokens) != (text, tokens):
+        raise ValueError(f"{path} was made with another text or other windows of it; give the same here.")
+    if made.rounding != wish.rounding:
+        raise ValueError(f"{path} is for the rounding {made.rounding}; ask for the same here.")
+    if made.rotated != wish.rotate:
+        raise ValueError(f"{path} is for a model {'' if made.rotated else 'not '}rotated; ask for the same here.")
+    for name in set(made.schemes.values()):
+        wish.check(parse(name))
+    if set(made.schemes) != {name_of(key) for key in subject.blocks}:
+        raise ValueError(f"{path} does not name a scheme for every block of the model; it is damaged.")
     return made
 
 
@@ -301,30 +306,32 @@ def write_experts(
     for layer, seen in watched(subject.model, subject.kernels, windows, progress):
         tensors: dict[str, Tensor] = {}
         for expert, moments in enumerate(moments_of(seen)):
-            keys = {part: (layer, expert, part) for part in PARTS}
-            schemes = {part: parse(recipe.schemes[name_of(key)]) for part, key in keys.items()}
-            exact = {part: subject.exact(key).float() for part, key in keys.items()}
-            method = recipe.rounding
-            if method == "awq":
-                pair = scaled(exact["gate_up"], exact["down"], moments["down"], schemes["down"])
-                exact, method = dict(zip(PARTS, pair)), "rtn"
-            for part, key in keys.items():
-                scheme, w = schemes[part], exact[part]
-                held = packed(rounded(w, moments[part], scheme, method, part), grid_of(w, scheme))
+            for key, format, held in packed_blocks(subject, (layer, expert), moments, recipe):
                 names = subject.names(key)
-                height = len(w) // len(names)
+                height = len(held.codes) // len(names)
                 for i, name in enumerate(names):
                     module = name.removesuffix(".weight")
-                    rows = slice(i * height, (i + 1) * height)
-                    zeros = None if held.zeros is None else held.zeros[rows]
-                    parts = Packed(held.codes[rows], held.scales[rows], zeros)
-                    formats[module] = format = format_of_scheme(scheme)
-                    if layout == own.METHOD:
-                        tensors |= own.tensors(module, parts)
-                    else:
-                        tensors |= compressed.tensors(module, format, parts)
+                    formats[module] = format
+                    tensors |= tensors_of(layout, module, format, held.rows(slice(i * height, (i + 1) * height)))
         folder.add(tensors)
     return formats
+
+
+def packed_blocks(
+    subject: Subject, at: tuple[int, int], moments: Mapping[str, Tensor], recipe: Recipe
+) -> Iterator[tuple[Key, Format, Packed]]:
+    """The blocks of one expert of a layer, rounded as the recipe says."""
+    keys: dict[str, Key] = {part: (*at, part) for part in PARTS}
+    schemes = {part: parse(recipe.schemes[name_of(key)]) for part, key in keys.items()}
+    exact = {part: subject.exact(key).float() for part, key in keys.items()}
+    method = recipe.rounding
+    if method == "awq":
+        pair = scaled(exact["gate_up"], exact["down"], moments["down"], schemes["down"])
+        exact, method = dict(zip(PARTS, pair)), "rtn"
+    for part, key in keys.items():
+        scheme, w = schemes[part], exact[part]
+        held = packed(rounded(w, moments[part], scheme, method, part), grid_of(w, scheme))
+        yield key, format_of_scheme(scheme), held
 
 
 def write_rest(subject: Subject, source: Checkpoint, folder: Folder) -> list[str]:
