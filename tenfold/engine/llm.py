@@ -159,7 +159,9 @@ class _Front:
         """
         self._finalizer.detach()
         self._loop.close(patience)
-        for classifier in self._classifiers.values():
+        with self._opening:
+            opened = [*self._classifiers.values()]
+        for classifier in opened:
             classifier.close(patience)
 
     def encode(self, text: str) -> list[int]:
