@@ -5,7 +5,7 @@ every value exactly:
 
     W[r, order[j]] = (code[r, j] - zero[r, j // group]) * scale[r, j // group]        (order[j] = j where there is none)
 
-Names: `int4g128`, `int2g64z`, `int8`, `fp8a8`, ... = codes (`int2` to `int8`: whole numbers; `fp8`: float8 e4m3), then
+Names: `int4g128`, `int2g64z`, `int8`, `fp8a8`, ... = codes (`int1` to `int8`: whole numbers; `fp8`: float8 e4m3), then
 `gN`: N neighbouring columns share a scale (without it: the whole row does), `z`: groups have zeros, `o`: columns lie in
 an order of their own, `a8`: kernels may round activations to 8 bits (fp8: e4m3), one scale a token, where that is
 faster; without it activations keep 16 bits.
@@ -13,14 +13,16 @@ faster; without it activations keep 16 bits.
 Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this order (`Packed`); G = ceil(cols / N):
 
     codes   int4: int32 [rows, cols / 8]   int3: int32 [rows, cols / 32 * 3]   int2: int32 [rows, cols / 16]
-            int8: int8 [rows, cols]        fp8: float8_e4m3fn [rows, cols]
+            int1: int32 [rows, cols / 32]  int8: int8 [rows, cols]   fp8: float8_e4m3fn [rows, cols]
     scales  [rows, G]                      int: float16, bfloat16 or float32 as the checkpoint has them · fp8: float32
-    zeros   [rows, G], type of the scales  only with `z`; any number, whole ones in all known checkpoints
+    zeros   [rows, G], type of the scales  only with `z`; any number: whole ones in other tools' checkpoints, fractions in
+                                           our own
     order   int32 [cols]                   only with `o`: stored column j multiplies input feature order[j]
 
 - A row's codes are contiguous along the columns: 16 bytes hold 32 columns of int4, 16 of int8 and fp8, all of one row
-  and, as groups are multiples of 32, of one group; 16 bytes of int2 hold 64 columns and 48 bytes of int3 128. `cols` is
-  a multiple of 32 (int4), 64 (int2), 128 (int3) or 16, so that every row starts at a multiple of 16 bytes.
+  and, as groups are multiples of 32, of one group; 16 bytes of int2 hold 64 columns, 16 of int1 and 48 of int3 128.
+  `cols` is a multiple of 32 (int4), 64 (int2), 128 (int1, int3) or 16, so that every row starts at a multiple of 16
+  bytes.
 - int4: codes are 0..15; without `z` the zero is 8. Word w of a row holds columns 8w .. 8w+7. Its nibble i (bits 4i to
   4i+3) is column 8w + 2i and its nibble i + 4 is column 8w + 2i + 1, for i = 0..3:
 
@@ -34,6 +36,9 @@ Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this ord
 - int3: codes are 0..7; without `z` the zero is 4. Three words hold 32 columns. In the lower half of word t lie columns
   2p for p = 5t .. 5t+4, three bits each from the lowest, and in its bit 15 bit t of column 30; in the upper half lie
   columns 2p + 1, and 31. So 15 of 16 pairs cost one shift and one mask, as those of int4.
+- int1: codes are 0 and 1, only with `gN` and `z`: a group's two levels are -zero * scale and (1 - zero) * scale, which
+  no zero of all groups puts in their place. Word w holds columns 32w .. 32w+31 in pairs as int4 does: bit i is column
+  32w + 2i and bit i + 16 column 32w + 2i + 1, for i = 0..15.
 - int8: two's complement, without `z` the zero is 0. Checkpoints that count from 0 to 255 are stored less 128, and so
   are their zeros.
 - fp8: no zeros. A scale of a whole tensor is repeated for every row, one of a block of rows for each of its rows.
@@ -52,13 +57,15 @@ from tenfold.ops.matrix import Deferred, Matrix, RawTensor
 
 NIBBLES = 8  # columns in one int32 word of int4 codes
 THREE = 32  # columns in three int32 words of int3 codes
+TWO, ONE = 16, 32  # and in one of int2 and int1
 EVERY_NIBBLE_PAIR = 0x000F000F  # picks columns 2i and 2i+1 of a word that was shifted right by 4 * i
 HALF_MAGIC, BFLOAT_MAGIC = 0x64006400, 0x43004300  # float16 pair 1024 + code, bfloat16 pair 128 + code
 LOAD_COLS = 32  # a group is a multiple of this, so that a 16-byte load needs one scale
 FP8_MAX = 448.0
 CHUNK_ELEMENTS = 1 << 22  # elements decoded at once, as float32
+FARTHEST = 512.0  # distances between zero and the middle of two levels: float16 counts halves up to there
 
-NAME = re.compile(r"(?P<kind>int[2348]|fp8)(?:g(?P<group>[1-9]\d{0,5}))?(?P<zero>z?)(?P<order>o?)(?P<acts>(?:a8)?)")
+NAME = re.compile(r"(?P<kind>int[12348]|fp8)(?:g(?P<group>[1-9]\d{0,5}))?(?P<zero>z?)(?P<order>o?)(?P<acts>(?:a8)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,11 @@ class Format:
             raise ValueError(f"There is no format of {self.kind} with {self.activations}-bit activations.")
         if self.kind == "fp8" and self.zero:
             raise ValueError("fp8 has no zeros; use a format without z.")
+        if self.kind == "int1" and not (self.zero and self.group):
+            raise ValueError(
+                f"{self.name} lacks {'groups' if self.zero else 'zeros'}, and two levels need a scale and a zero of "
+                "their own; allowed: int1 with groups and zeros, such as int1g128z."
+            )
         if self.group % LOAD_COLS:
             raise ValueError(f"The group of {self.name} is {self.group}; allowed: multiples of {LOAD_COLS}, or none.")
 
@@ -170,7 +182,11 @@ class Format:
             scaled = (values * inverse(scales)[..., None]).clamp_(-FP8_MAX, FP8_MAX).flatten(1)[:, :cols]
             return Packed(scaled.to(torch.float8_e4m3fn), scales)
         codes = self.codes
-        if self.zero:
+        if self.bits == 1:
+            means, distances = two_levels(values, (cols - size * torch.arange(groups)).clamp_(max=size))
+            scales = rounded(distances, scale_type)
+            zeros = rounded(0.5 - means * inverse(scales), scale_type)
+        elif self.zero:
             low, high = values.amin(dim=2).clamp_(max=0), values.amax(dim=2).clamp_(min=0)
             scales = rounded(divided(high - low, codes.highest - codes.lowest), scale_type)
             zeros = (codes.lowest - low * inverse(scales)).round_().clamp_(codes.lowest, codes.highest)
@@ -204,6 +220,18 @@ class Format:
         """One number of each group -> float32 [rows, cols], or [rows, 1] where a row has one group."""
         values = values.float()
         return values if values.shape[1] == 1 else values.repeat_interleave(self.group, dim=1)[:, :cols]
+
+
+def two_levels(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and distance [rows, groups] of two levels for `values` [rows, groups, columns] float32: the mean of a group,
+    and twice the mean distance from it. counts [groups]: columns that count; behind them stand zeros.
+
+    A group of hardly any spread gets a distance that 16 bits can count to its middle in.
+    """
+    inside = torch.arange(values.shape[2], device=values.device) < counts.to(values.device)[:, None]
+    means = values.sum(dim=2) / counts.to(values)
+    distances = ((values - means[..., None]).abs() * inside).sum(dim=2) / counts.to(values)
+    return means, torch.maximum(2 * distances, means.abs() / FARTHEST)
 
 
 def divided(values: Tensor, by: float) -> Tensor:
@@ -254,9 +282,18 @@ def load_pairs(words: Tensor, bits: int) -> Tensor:
     return ((words[..., None] >> places) & ((1 << bits) - 1)).to(torch.uint8)
 
 
+def store_one(numbers: Tensor) -> Tensor:
+    """Codes 0 and 1 [rows, cols] of any type -> int32 [rows, cols / 32] in the layout of the module."""
+    return store_pairs(numbers.unflatten(1, (-1, ONE)), 1)
+
+
+def load_one(words: Tensor) -> Tensor:
+    return load_pairs(words, 1).flatten(1)
+
+
 def store_two(numbers: Tensor) -> Tensor:
     """Codes 0..3 [rows, cols] of any type -> int32 [rows, cols / 16] in the layout of the module."""
-    return store_pairs(numbers.unflatten(1, (-1, 16)), 2)
+    return store_pairs(numbers.unflatten(1, (-1, TWO)), 2)
 
 
 def load_two(words: Tensor) -> Tensor:
@@ -297,6 +334,7 @@ def same(codes: Tensor) -> Tensor:
 
 
 CODES: dict[str, Codes] = {
+    "int1": Codes(1, 0, 0, 128, torch.int32, store_one, load_one),
     "int2": Codes(2, 2, 0, 64, torch.int32, store_two, load_two),
     "int3": Codes(3, 4, 0, 128, torch.int32, store_three, load_three),
     "int4": Codes(4, 8, 0, 32, torch.int32, store_nibbles, load_nibbles),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import Format, Packed
+from tenfold.ops.formats import Format, Packed, two_levels
 
 NAME = re.compile(r"w([1-8])(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
 PARAMETER_BITS = 16  # of a scale, and of a zero
@@ -91,9 +91,9 @@ def grid_of(w: Tensor, scheme: Scheme, shrinks: Sequence[float] = SHRINKS) -> Gr
         raise ValueError(f"{scheme} has groups of {group} columns and the matrix {cols}; allowed: divisors of that.")
     parts = w.float().view(rows, -1, group)
     if scheme.bits == 1:
-        mean = parts.mean(-1)
-        scales = _scales(2 * (parts - mean[..., None]).abs().mean(-1))
-        return Grid(scheme, scales, 0.5 - _half(mean / scales) if scheme.zero else torch.full_like(scales, 0.5))
+        means, distances = two_levels(parts, torch.full((parts.shape[1],), group))
+        scales = _scales(distances)
+        return Grid(scheme, scales, _half(0.5 - means / scales) if scheme.zero else torch.full_like(scales, 0.5))
     scales, zeros = _range(parts, scheme, shrinks[0])
     best = _error(parts, scales, zeros, scheme)
     for shrink in shrinks[1:]:
@@ -147,7 +147,7 @@ def round_activations(x: Tensor, scheme: Scheme) -> Tensor:
     return (torch.round(x.float() / scale).clamp_(-top, top) * scale).to(x.dtype)
 
 
-STORED = (2, 3, 4, 8)  # bits of schemes that there is a packed format for
+STORED = (1, 2, 3, 4, 8)  # bits of schemes that there is a packed format for
 
 
 def format_of_scheme(scheme: Scheme) -> Format:

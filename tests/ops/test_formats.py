@@ -1,7 +1,9 @@
 """Packed formats: names, sizes, the layout that kernels rely on, and rounding."""
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies
 from torch import Tensor
 
 from tenfold.ops.blocks import dequantize, quantize, storage_bytes
@@ -18,12 +20,16 @@ from tenfold.ops.formats import (
     packed_of,
     raw_tensor,
     stack,
+    two_levels,
     unpack,
 )
 from tenfold.ops.matrix import Deferred, RawTensor
 from tenfold.ops.oracle import Oracle
 
 NAMES = [
+    "int1g32z",
+    "int1g128z",
+    "int1g96z",
     "int2",
     "int2g32",
     "int2g64z",
@@ -52,7 +58,7 @@ def dense(rows: int, cols: int, seed: int = 0) -> RawTensor:
     return RawTensor("w", "F32", (rows, cols), random(rows, cols, seed=seed))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "int8a8", "int4g32zoa8", "int4o"])
+@pytest.mark.parametrize("name", [*NAMES, "int8a8", "int4g32zoa8", "int4o", "int1g64zo"])
 def test_a_name_says_all(name: str) -> None:
     assert format_of(name).name == name
     assert is_format(name)
@@ -65,7 +71,16 @@ def test_names_that_are_none(name: str) -> None:
         format_of(name)
 
 
-@pytest.mark.parametrize(("name", "message"), [("int4g16", "multiples of 32"), ("fp8z", "fp8 has no zeros")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("int4g16", "multiples of 32"),
+        ("fp8z", "fp8 has no zeros"),
+        ("int1", "int1 lacks zeros, and two levels.* such as int1g128z"),
+        ("int1g128", "int1g128 lacks zeros"),
+        ("int1z", "int1z lacks groups"),
+    ],
+)
 def test_parts_that_do_not_go_together(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         format_of(name)
@@ -92,6 +107,10 @@ def test_numbers_are_rounded_to_the_nearest_code(name: str, cols: int) -> None:
     scales = parts.scales.float().abs()
     every = scales.repeat_interleave(format.group or cols, dim=1)[:, :cols]
     error = (dequantize(packed) - raw.data).abs()
+    if format.bits == 1:  # two levels reach nobody's end; what is nearest to a number is taken
+        other = dequantize(raw_tensor("w", format, 5, cols, parts._replace(codes=~parts.codes)))
+        assert (error <= (other - raw.data).abs() + 1e-6).all()
+        return
     if format.kind == "fp8":
         assert (error <= torch.maximum(raw.data.abs() / 16, every * 2**-10) * 1.0001).all()
         return
@@ -100,11 +119,11 @@ def test_numbers_are_rounded_to_the_nearest_code(name: str, cols: int) -> None:
     assert (error <= every * 0.5001).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ["int4", "int4g32z", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["int1g32z", "int4", "int4g32z", "int8", "fp8"])
 def test_zeros_and_huge_numbers_survive(name: str) -> None:
-    values = torch.zeros(2, 64)
+    values = torch.zeros(2, 128)
     values[1, 3] = 3e38
-    out = dequantize(quantize(RawTensor("w", "F32", (2, 64), values), name))
+    out = dequantize(quantize(RawTensor("w", "F32", (2, 128), values), name))
     assert (out[0] == 0).all()
     assert out.isfinite().all()
 
@@ -127,6 +146,59 @@ def test_layout_of_nibbles() -> None:
         plain |= codes[:, i::8] << 4 * i
     plain = torch.where(plain >= 1 << 31, plain - (1 << 32), plain)
     assert torch.equal(interleave(plain.to(torch.int32)), words)
+
+
+@pytest.mark.parametrize("size", [96, 128])
+def test_two_levels_are_the_mean_less_and_plus_the_mean_distance(size: int) -> None:
+    """Of what a short group at the end has, too; the values nearest to the two are the least square error."""
+    w = random(4, 128) + torch.tensor([0.0, 0.5, -3.0, 40.0])[:, None]
+    values = torch.nn.functional.pad(w, (0, -128 % size)).unflatten(1, (-1, size))
+    means, distances = two_levels(values, torch.tensor([size, 128 - size][: values.shape[1]]))
+    format = format_of(f"int1g{size}z")
+    got = dequantize(raw_tensor("w", format, 4, 128, format.pack(w, torch.float32)))
+    for row in range(4):
+        for i, (part, held) in enumerate(zip(w[row].split(size), got[row].split(size))):
+            assert float(means[row, i]) == pytest.approx(float(part.mean()), rel=1e-4, abs=1e-6)
+            assert float(distances[row, i]) == pytest.approx(2 * float((part - part.mean()).abs().mean()), rel=1e-4)
+            low, high = held.unique().tolist()
+            assert (low + high) / 2 == pytest.approx(float(part.mean()), rel=1e-4, abs=1e-5)
+            assert high - low == pytest.approx(float(distances[row, i]), rel=1e-3)
+            assert torch.equal(held == high, part > (low + high) / 2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -1e4, 1e-6])
+def test_a_group_without_spread_stays_nearly_what_it_is(value: float) -> None:
+    held = dequantize(quantize(RawTensor("w", "F32", (1, 128), torch.full((1, 128), value)), "int1g128z"))
+    assert (held - value).abs().max() <= abs(value) * 2**-9 + 2**-19  # the least scale of float16 is 2^-24
+
+
+def test_layout_of_one_bit() -> None:
+    """Every column alone, and both codes everywhere, in the pairs that kernels mask out."""
+    codes = torch.cat([torch.eye(128), 1 - torch.eye(128)]).long()
+    words = format_of("int1g128z").codes.store(codes)
+    assert words.shape == (256, 4)
+    assert torch.equal(format_of("int1g128z").codes.load(words).long(), codes)
+    for i in range(16):
+        pairs = (words >> i) & 0x00010001
+        wanted = codes.view(256, 4, 16, 2)[:, :, i].float()
+        half = (pairs | HALF_MAGIC).view(torch.float16).view(256, 4, 2)
+        bfloat = (pairs | BFLOAT_MAGIC).view(torch.bfloat16).view(256, 4, 2)
+        assert torch.equal(half.float() - 1024, wanted)
+        assert torch.equal(bfloat.float() - 128, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("int")])
+@hypothesis.given(
+    seed=strategies.integers(0, 1 << 32), rows=strategies.integers(0, 5), blocks=strategies.integers(1, 4)
+)
+def test_codes_are_found_as_they_were_stored(name: str, seed: int, rows: int, blocks: int) -> None:
+    known = format_of(name).codes
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(known.lowest, known.highest + 1, (rows, blocks * known.align), generator=draw)
+    stored = known.store(codes)
+    assert (stored.dtype, stored.numel() * stored.element_size() * 8) == (known.dtype, codes.numel() * known.bits)
+    assert torch.equal(known.load(stored).long(), codes)
+    assert torch.equal(known.store(known.load(stored)), stored)
 
 
 def test_layout_of_two_bits() -> None:
@@ -171,14 +243,26 @@ def test_the_meaning_of_codes_scales_zeros_and_order() -> None:
     assert torch.equal(dequantize(raw, torch.bfloat16), got.bfloat16())
 
 
+@pytest.mark.parametrize("kind", ["int1", "int2", "int3", "int4"])
+def test_zeros_may_be_fractions(kind: str) -> None:
+    format = format_of(f"{kind}g64z")
+    codes = torch.randint(0, 1 << format.bits, (3, 128), generator=torch.Generator().manual_seed(1))
+    scales, zeros = random(3, 2).half(), random(3, 2, seed=1).half()
+    got = dequantize(raw_tensor("w", format, 3, 128, Packed(format.codes.store(codes), scales, zeros)))
+    every = (each.float().repeat_interleave(64, dim=1) for each in (zeros, scales))
+    assert torch.equal(got, (codes.float() - next(every)) * next(every))
+
+
 def test_what_cannot_be_packed() -> None:
     with pytest.raises(ValueError, match="48 columns are no multiple of 32"):
         quantize(dense(2, 48), "int4")
+    with pytest.raises(ValueError, match="64 columns are no multiple of 128"):
+        quantize(dense(2, 64), "int1g32z")
     with pytest.raises(ValueError, match="cannot be packed as int4o"):
         quantize(dense(2, 64), "int4o")
 
 
-@pytest.mark.parametrize("name", ["int2g32z", "int3", "int4g32", "int4g32z", "int8", "fp8a8"])
+@pytest.mark.parametrize("name", ["int1g64z", "int2g32z", "int3", "int4g32", "int4g32z", "int8", "fp8a8"])
 def test_parts_stack_by_rows(name: str) -> None:
     parts = [quantize(dense(rows, 128, rows), name) for rows in (3, 1, 5)]
     assert can_stack(parts)
@@ -220,7 +304,7 @@ def test_a_deferred_tensor_is_made_when_it_is_asked_for() -> None:
     assert made == ["cpu"]
 
 
-@pytest.mark.parametrize("name", ["int2", "int3g32z", "int4g32", "fp8a8"])
+@pytest.mark.parametrize("name", ["int1g32z", "int2", "int3g32z", "int4g32", "fp8a8"])
 def test_the_oracle_runs_packed_matrices(name: str) -> None:
     raw, x, oracle = quantize(dense(6, 128), name), random(3, 128, seed=2), Oracle()
     matrix = stack([raw], "cpu")

@@ -88,7 +88,11 @@ def test_pairs_stand_in_turns_of_eight() -> None:
 
 
 def test_what_tiles_cannot_hold() -> None:
-    for name, words in (("int4g32", "32 columns are no multiple of 128"), ("int4g128o", "an order of their own")):
+    for name, words in (
+        ("int4g32", "32 columns are no multiple of 128"),
+        ("int4g128o", "an order of their own"),
+        ("int1g128z", "tiles have no codes of int1"),
+    ):
         assert words in tiles.obstacle(format_of(name))
         with pytest.raises(ValueError, match="cannot lie in tiles"):
             tiles.tile(format_of(name), Packed(torch.zeros(1), torch.zeros(1)))
@@ -141,3 +145,4 @@ def test_which_experts_lie_in_tiles() -> None:
     assert tiles.can_tile([some, [raw("dense", weights(16, 128))]])
     assert not tiles.can_tile([[raw("dense", weights(16, 128))]])
     assert not tiles.can_tile([some, [raw("int4g32", weights(16, 128))]])
+    assert not tiles.can_tile([some, [raw("int1g128z", weights(16, 128))]])

@@ -11,7 +11,9 @@ def random(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) + 0.3
 
 
-@pytest.mark.parametrize("name", ["w2g64z", "w2g128", "w3", "w3g32z", "w4g128z", "w4", "w8", "w8g128z", "w8g32za8"])
+@pytest.mark.parametrize(
+    "name", ["w1g64z", "w1g128z", "w2g64z", "w2g128", "w3", "w3g32z", "w4g128z", "w4", "w8", "w8g128z", "w8g32za8"]
+)
 def test_what_is_rounded_is_what_a_format_holds(name: str) -> None:
     scheme, w = parse(name), random(24, 256)
     format, grid = format_of_scheme(scheme), grid_of(w, scheme)
@@ -25,11 +27,28 @@ def test_what_is_rounded_is_what_a_format_holds(name: str) -> None:
 
 
 def test_what_no_format_holds() -> None:
-    with pytest.raises(ValueError, match="w5g32 cannot be stored; formats have 2, 3, 4, 8 bits"):
+    with pytest.raises(ValueError, match="w5g32 cannot be stored; formats have 1, 2, 3, 4, 8 bits"):
         format_of_scheme(parse("w5g32"))
+    for name, lacks in (("w1g128", "zeros"), ("w1z", "groups"), ("w1", "zeros")):
+        with pytest.raises(ValueError, match=f"lacks {lacks}, and two levels need"):
+            format_of_scheme(parse(name))
     scheme, w = parse("w3g32"), random(4, 64)
     with pytest.raises(ValueError, match="64 columns are no multiple of 128"):
         packed(round_to_nearest(w, scheme), grid_of(w, scheme))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, -30.0, 3000.0])
+def test_two_levels_anywhere_are_held(shift: float) -> None:
+    """Zeros are fractions, and far from zero a group's spread is what 16 bits can say beside it."""
+    scheme, w = parse("w1g128z"), random(8, 256, seed=3) + shift
+    w[0] = shift
+    grid = grid_of(w, scheme)
+    assert torch.equal(grid.zeros, grid.zeros.half().float())
+    assert grid.zeros.isfinite().all()
+    held = packed(round_to_nearest(w, scheme), grid)
+    got = format_of_scheme(scheme).unpack(held)
+    assert torch.equal(got, round_to_nearest(w, scheme))
+    assert (got.mean(1) - w.mean(1)).abs().max() <= 0.1 + 2e-3 * abs(shift)
 
 
 def test_names() -> None:

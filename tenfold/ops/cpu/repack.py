@@ -1,8 +1,8 @@
 """Packed formats on the CPU: each becomes a block type of the compiled kernels that holds exactly the same values.
 
 Codes of 2, 3 and 4 bits without zeros become Q4_0, other whole-number codes Q8_0 (a code less its zero fits 8 bits),
-with a group's scale repeated for every 32 columns. What those cannot say (fp8, scales that float16 cannot hold, columns
-in an order of their own) is kept as float32.
+with a group's scale repeated for every 32 columns. What those cannot say (fp8, scales that float16 cannot hold, zeros
+that are fractions, as those of 1 bit are, columns in an order of their own) is kept as float32.
 """
 
 import torch
@@ -17,9 +17,9 @@ NIBBLE_MIDDLE = 8  # the code of zero in Q4_0
 
 
 def cpu_storage(storage: str) -> str:
-    """What a packed format becomes, unless its scales are too fine or it has zeros too far from its codes."""
+    """What a packed format becomes, unless its scales are too fine, or its zeros fractions or too far from its codes."""
     format = format_of(storage)
-    if format.kind == "fp8" or format.order:
+    if format.kind in ("fp8", "int1") or format.order:
         return "F32"
     return "Q4_0" if format.bits <= 4 and not format.zero else "Q8_0"
 

@@ -6,7 +6,8 @@ Four kinds of implementation compete; `candidates` lists those that are legal, `
 
 - "fused": codes become 16-bit numbers in registers, exactly, and meet the tokens in a tensor-core product. Scales
   multiply the sums of a tile in float32; only where groups are narrower than tiles they multiply the weights, which are
-  then rounded to 16 bits.
+  then rounded to 16 bits. Zeros are taken from codes, in 16 bits, which is exact for whole ones; those of `FRACTIONS`
+  times the sum of the tokens' columns from the sums of a tile.
 - "dense": the weight is unpacked to 16 bits and handed to the library. Pays when many tokens share it.
 - "fp8": tokens are rounded to e4m3, one scale each, and multiplied with float8 weights. Only for `a8` formats.
 - "library": the same with the product by cuBLASLt (torch._scaled_mm), for which codes of 4 bits become float8 first,
@@ -34,8 +35,10 @@ from tenfold.ops.matrix import Matrix
 # What makes a pair of codes a pair of numbers. Not a constant of the kernels: two constants would cost an instruction.
 ABOVE = {torch.bfloat16: BFLOAT_MAGIC, torch.float16: HALF_MAGIC}
 KINDS = ("fused", "dense", "fp8", "library")
-CODES = {"int4": 0, "int8": 1, "fp8": 2, "int2": 3, "int3": 4}
+CODES = {"int4": 0, "int8": 1, "fp8": 2, "int2": 3, "int3": 4, "int1": 5}
 AT_END, SUMS, WEIGHTS = 0, 1, 2  # what scales multiply
+NONE, FROM_CODES, FROM_SUMS = 0, 1, 2  # what zeros are taken from
+FRACTIONS = ("int1",)  # codes whose zeros lie between them: a rounded one would be none
 WHOLE_ROW = 1 << 30  # columns of a group, for kernels, where a row has one
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000: the sign bits of a pair of 16-bit numbers
 MOST_SUMS, MOST_COUNTERS = 1 << 24, 1 << 12  # numbers of a workspace; what `candidates` and `plan` may need
@@ -296,7 +299,7 @@ def _launch(
         CODE=CODES[format.kind],
         GROUP=format.group or WHOLE_ROW,
         SCALING=scaling(plan, format),
-        ZERO=packed.zeros is not None,
+        ZERO=zeroing(format),
         MIDDLE=format.codes.middle,
         ORDER=packed.order is not None,
         BIAS=bias is not None,
@@ -319,6 +322,13 @@ def scaling(plan: LowbitPlan, format: Format) -> int:
     # A row's one scale multiplies the sum of each tile, too: the compiler waits for every instruction of a product that
     # adds to the sums of the last one while weights come from registers (Triton 3.6, Hopper).
     return WEIGHTS if format.group and plan.cols > format.group else SUMS
+
+
+def zeroing(format: Format) -> int:
+    """What zeros are taken from where scales multiply sums: NONE, FROM_CODES or FROM_SUMS."""
+    if not format.zero:
+        return NONE
+    return FROM_SUMS if format.kind in FRACTIONS else FROM_CODES
 
 
 @triton.jit(do_not_specialize=["tokens", "groups", "above"])
@@ -375,14 +385,18 @@ def product_kernel(
             inside = (near_token < tokens)[None, :] & (col < cols)[:, None]
             tile = tl.load(x + near_token[None, :].to(tl.int64) * cols + place[:, None], mask=inside, other=0.0)
         w = load_codes(codes, near_row, first, cols, above, number, CODE, MIDDLE, TOKEN_SCALES, EVEN, ROWS, COLS)
-        if ZERO:
-            w = take_zeros(w, zeros, near_row, first, groups, number, GROUP, MIDDLE, ROWS, COLS)
         if SCALING == 2:
-            s = load_groups(scales, near_row, first, groups, GROUP, ROWS, COLS)
-            w = (w.to(tl.float32) * s).to(number)
+            w = weights_of(w, scales, zeros, near_row, first, groups, GROUP, ZERO != 0, MIDDLE, ROWS, COLS).to(number)
+        elif ZERO == 1:
+            w -= (load_groups(zeros, near_row, first, groups, GROUP, ROWS, COLS) - MIDDLE).to(number)
         if SCALING == 1:
-            s = tl.load(scales + near_row * groups + first // GROUP).to(tl.float32)
-            acc += tl.dot(w, tile) * s[:, None]
+            group = near_row * groups + first // GROUP
+            s = tl.load(scales + group).to(tl.float32)
+            part = tl.dot(w, tile)
+            if ZERO == 2:
+                z = tl.load(zeros + group).to(tl.float32) - MIDDLE
+                part -= z[:, None] * tl.sum(tile.to(tl.float32), axis=0)[None, :]
+            acc += part * s[:, None]
         elif TOKEN_SCALES:
             # Tensor cores add products of float8 in about 14 bits; what they add so is kept short.
             acc = tl.dot(w, tile, acc, max_num_imprecise_acc=COLS if COLS < 128 else 128)
@@ -450,7 +464,7 @@ def load_codes(
     float8 that stays as it is; above: `ABOVE`.
     """
     # Columns of what is loaded, and words of that.
-    each: tl.constexpr = 1 if KEEP else (8 if CODE == 0 else (16 if CODE == 3 else (32 if CODE == 4 else 4)))
+    each: tl.constexpr = 1 if KEEP else (8 if CODE == 0 else (16 if CODE == 3 else (32 if CODE >= 4 else 4)))
     words: tl.constexpr = 3 if CODE == 4 else 1
     count: tl.constexpr = COLS // each
     at = first // each + tl.arange(0, count)
@@ -469,6 +483,8 @@ def load_codes(
         inside = (at * each < cols)[None, :] & (row >= 0)[:, None]
         second, third = tl.load(where + 1, mask=inside, other=0), tl.load(where + 2, mask=inside, other=0)
         numbers = spread_pairs(loaded, second, third, above, number, MIDDLE, 3, ROWS, COLS)
+    elif CODE == 5:
+        numbers = spread_pairs(loaded, loaded, loaded, above, number, MIDDLE, 1, ROWS, COLS)
     elif CODE == 0:
         numbers = spread_nibbles(loaded, above, number, MIDDLE, ROWS, COLS)
     else:
@@ -506,8 +522,8 @@ def spread_pairs(
     first, second, third, above, number: tl.constexpr, MIDDLE: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Words of 2 bits, int32 [ROWS, COLS / 16] three times, or words 0, 1 and 2 of each 32 columns of 3 bits, int32
-    [ROWS, COLS / 32] -> [ROWS, COLS].
+    """Words of 2 bits, int32 [ROWS, COLS / 16] three times, of 1 bit, [ROWS, COLS / 32] three times, or words 0, 1 and
+    2 of each 32 columns of 3 bits, [ROWS, COLS / 32] -> [ROWS, COLS].
     """
     even = tl.join(
         every_second(first, second, third, above, 0, 0, number, MIDDLE, BITS),
@@ -525,7 +541,9 @@ def every_second(
     first, second, third, above, low: tl.constexpr, index: tl.constexpr, number: tl.constexpr,
     MIDDLE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Half `index` of pairs low, low + 2, .. in their order: 4 of a word of 2 bits, 8 of three words of 3 bits."""
+    """Half `index` of pairs low, low + 2, .. in their order: 4 of a word of 2 bits, 8 of one of 1 bit or of three words
+    of 3 bits.
+    """
     if BITS == 2:
         near = tl.join(
             pair_of(first, second, third, above, low, index, number, MIDDLE, BITS),
@@ -537,24 +555,25 @@ def every_second(
         )
     else:
         near = tl.join(
-            two_pairs(first, second, third, above, low, index, number, MIDDLE),
-            two_pairs(first, second, third, above, low + 4, index, number, MIDDLE),
+            two_pairs(first, second, third, above, low, index, number, MIDDLE, BITS),
+            two_pairs(first, second, third, above, low + 4, index, number, MIDDLE, BITS),
         )
         far = tl.join(
-            two_pairs(first, second, third, above, low + 2, index, number, MIDDLE),
-            two_pairs(first, second, third, above, low + 6, index, number, MIDDLE),
+            two_pairs(first, second, third, above, low + 2, index, number, MIDDLE, BITS),
+            two_pairs(first, second, third, above, low + 6, index, number, MIDDLE, BITS),
         )
     return tl.join(near, far)
 
 
 @triton.jit
 def two_pairs(
-    first, second, third, above, low: tl.constexpr, index: tl.constexpr, number: tl.constexpr, MIDDLE: tl.constexpr
-):
-    """Half `index` of pairs low and low + 8 of three words."""
+    first, second, third, above, low: tl.constexpr, index: tl.constexpr, number: tl.constexpr,
+    MIDDLE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Half `index` of pairs low and low + 8 of sixteen."""
     return tl.join(
-        pair_of(first, second, third, above, low, index, number, MIDDLE, 3),
-        pair_of(first, second, third, above, low + 8, index, number, MIDDLE, 3),
+        pair_of(first, second, third, above, low, index, number, MIDDLE, BITS),
+        pair_of(first, second, third, above, low + 8, index, number, MIDDLE, BITS),
     )
 
 
@@ -563,9 +582,11 @@ def pair_of(
     first, second, third, above, pair: tl.constexpr, index: tl.constexpr, number: tl.constexpr,
     MIDDLE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Half `index` of one pair of codes of 2 or 3 bits, less MIDDLE; as `nibble`."""
+    """Half `index` of one pair of codes of 1 to 3 bits, less MIDDLE; as `nibble`."""
     base: tl.constexpr = 128.0 if number == tl.bfloat16 else 1024.0
-    if BITS == 2:
+    if BITS == 1:
+        bits = (first >> pair) & 0x00010001
+    elif BITS == 2:
         bits = (first >> (2 * pair)) & 0x00030003
     elif pair == 15:
         bits = ((first >> 15) & 0x00010001) | ((second >> 14) & 0x00020002) | ((third >> 13) & 0x00040004)
@@ -610,21 +631,24 @@ def byte(words, above, index: tl.constexpr, odd: tl.constexpr, number: tl.conste
 
 
 @triton.jit
-def take_zeros(
+def weights_of(
     w,
+    scales,
     zeros,
     row,
     first,
     groups,
-    number: tl.constexpr,
     GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
     MIDDLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Codes less MIDDLE become codes less their zeros; exact for whole zeros."""
-    z = load_groups(zeros, row, first, groups, GROUP, ROWS, COLS)
-    return w - (z - MIDDLE).to(number)
+    """Codes less MIDDLE -> what they mean, float32 [ROWS, COLS]."""
+    found = w.to(tl.float32)
+    if ZERO:
+        found -= load_groups(zeros, row, first, groups, GROUP, ROWS, COLS) - MIDDLE
+    return found * load_groups(scales, row, first, groups, GROUP, ROWS, COLS)
 
 
 @triton.jit
@@ -724,11 +748,8 @@ def unpack_kernel(
     near_row = tl.minimum(row, rows - 1)
     first = tl.program_id(1) * COLS
     w = load_codes(codes, near_row, first, cols, above, number, CODE, MIDDLE, False, False, ROWS, COLS)
-    if ZERO:
-        w = take_zeros(w, zeros, near_row, first, groups, number, GROUP, MIDDLE, ROWS, COLS)
-    s = load_groups(scales, near_row, first, groups, GROUP, ROWS, COLS)
+    w = weights_of(w, scales, zeros, near_row, first, groups, GROUP, ZERO, MIDDLE, ROWS, COLS).to(kind)
     col = first + tl.arange(0, COLS)
     place = tl.load(order + col, mask=col < cols, other=0) if ORDER else col
-    values = (w.to(tl.float32) * s).to(kind)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    tl.store(out + row[:, None].to(tl.int64) * cols + place[None, :], values, mask=inside)
+    tl.store(out + row[:, None].to(tl.int64) * cols + place[None, :], w, mask=inside)

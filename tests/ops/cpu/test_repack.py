@@ -13,6 +13,7 @@ from tenfold.ops.formats import Packed, format_of, is_format, packed_of, raw_ten
 from tenfold.ops.matrix import RawTensor
 
 STORAGES = {
+    "int1g128z": "F32",
     "int2": "Q4_0",
     "int3g32": "Q4_0",
     "int3g128z": "Q8_0",
@@ -57,6 +58,19 @@ def test_scales_that_float16_cannot_hold_stay_float32() -> None:
         raw = raw_tensor("w", format, 19, 320, packed._replace(scales=scales))
         assert repack(raw).storage == "F32"
         assert torch.equal(dequantize(repack(raw)), dequantize(raw))
+
+
+@pytest.mark.skipif(not lib.available(), reason="no compiled kernels")
+@pytest.mark.parametrize("storage", ["int1g64z", "int2g64z", "int3g32z", "int4g32z"])
+def test_fractions_of_zeros_are_kept(storage: str) -> None:
+    """As `tenfold quantize` writes them: the product is that of the values in float32, up to the order of its sums."""
+    packed = packed_of(weight(storage, cols=384))
+    assert packed.zeros is not None
+    raw = raw_tensor("w", format_of(storage), 19, 384, packed._replace(zeros=packed.zeros + 0.375))
+    kernels, exact = Native(1), dequantize(raw)
+    matrix, x = kernels.matrix([raw]), torch.randn(5, 384, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(pack.unpack(matrix), exact)
+    torch.testing.assert_close(kernels.linear(x, matrix), x @ exact.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("zero", [2.5, -127.0, 127.0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.blocks import quantize
-from tenfold.ops.formats import FP8_MAX, Packed, format_of, stack, unpack
+from tenfold.ops.formats import FP8_MAX, Packed, format_of, packed_of, stack, unpack
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
@@ -21,7 +21,7 @@ LowbitPlan = lowbit.LowbitPlan
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_lowbit.py runs these on the GPU")
 
 FORMATS = [
-    *("int2", "int2g32z", "int3", "int3g64z", "int4", "int4g32", "int4g128", "int4g128z"),
+    *("int1g32z", "int1g128z", "int2", "int2g32z", "int3", "int3g64z", "int4", "int4g32", "int4g128", "int4g128z"),
     *("int8", "int8g64", "int8g128z", "fp8", "fp8g128", "fp8a8"),
 ]
 HALF = 2**-11
@@ -52,7 +52,7 @@ def assert_close(got: Tensor, x: Tensor, w: Matrix, bias: Tensor | None, roundin
 @pytest.mark.parametrize(("name", "order"), [*((name, False) for name in FORMATS), ("int4g64z", True), ("int8", True)])
 def test_every_format(name: str, order: bool) -> None:
     """Ragged rows, ragged columns with part of a group at the end, one token and a few, one and several splits."""
-    cols = {2: 192, 3: 384}.get(format_of(name).bits, 160)
+    cols = {1: 384, 2: 192, 3: 384}.get(format_of(name).bits, 160)
     w, bias = weight(name, 24, cols, order), random(24, seed=5, dtype=torch.float32)
     for tokens, plan in (
         (1, LowbitPlan("fused", 16, 64, 16, 3)),
@@ -86,7 +86,7 @@ def test_more_splits_than_tiles_and_no_tokens() -> None:
 
 def test_every_code_becomes_its_number() -> None:
     """Rows of the unit matrix read the weight out: all codes of each kind, exactly, through both kernels."""
-    for name in ("int2", "int3g32", "int4g32", "int8", "fp8"):
+    for name in ("int1g64z", "int2", "int3g32", "int4g32", "int8", "fp8"):
         w, known = weight(name, 16, 256), format_of(name)
         if known.bits < 8:
             codes = torch.arange(16 * 256).view(16, 256) + torch.arange(16)[:, None]
@@ -99,6 +99,22 @@ def test_every_code_becomes_its_number() -> None:
         eye = torch.eye(256, dtype=torch.float16)
         for plan in (LowbitPlan("fused", 16, 64, 64), LowbitPlan("dense")):
             assert torch.equal(lowbit.lowbit_linear(eye, w, plan=plan), unpack(w).T.half()), (name, plan)
+
+
+@pytest.mark.parametrize("name", ["int1g128z", "int1g32z", "int2g32z", "int3g64z", "int4g128z", "int8g64z"])
+def test_zeros_may_be_fractions(name: str) -> None:
+    """Unpacked they are the oracle's to the bit. Those of one bit cost a product nothing."""
+    w, x = weight(name, 24, 384), random(3, 384)
+    zeros = w.data[2]
+    zeros.add_(random(*zeros.shape, seed=8) / 4)
+    packed, format = packed_of(w), format_of(name)
+    half = lowbit.unpack_on_device(packed, format, 24, 384, torch.float16)
+    assert torch.equal(half, format.unpack(packed, torch.float16))
+    plan = LowbitPlan("fused", 16, 32, 16, 3)
+    assert lowbit.scaling(plan, format) == lowbit.SUMS
+    assert lowbit.zeroing(format) == (lowbit.FROM_SUMS if name.startswith("int1") else lowbit.FROM_CODES)
+    got = lowbit.lowbit_linear(x, w, plan=plan)
+    assert_close(got, x, w, None, roundings=0.0 if name.startswith("int1") else 1.0)
 
 
 @pytest.mark.parametrize(("tokens", "cols"), [(1, 32), (3, 352), (2, 9000)])
