@@ -15,8 +15,7 @@ Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this ord
     codes   int4: int32 [rows, cols / 8]   int3: int32 [rows, cols / 32 * 3]   int2: int32 [rows, cols / 16]
             int1: int32 [rows, cols / 32]  int8: int8 [rows, cols]   fp8: float8_e4m3fn [rows, cols]
     scales  [rows, G]                      int: float16, bfloat16 or float32 as the checkpoint has them · fp8: float32
-    zeros   [rows, G], type of the scales  only with `z`; any number: whole ones in other tools' checkpoints, fractions in
-                                           our own
+    zeros   [rows, G], type of the scales  only with `z`; any number: other tools write whole ones, our own fractions
     order   int32 [cols]                   only with `o`: stored column j multiplies input feature order[j]
 
 - A row's codes are contiguous along the columns: 16 bytes hold 32 columns of int4, 16 of int8 and fp8, all of one row
@@ -223,8 +222,8 @@ class Format:
 
 
 def two_levels(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle and distance [rows, groups] of two levels for `values` [rows, groups, columns] float32: the mean of a group,
-    and twice the mean distance from it. counts [groups]: columns that count; behind them stand zeros.
+    """Middle and distance [rows, groups] of two levels for `values` [rows, groups, columns] float32: the mean of a
+    group, and twice the mean distance from it. counts [groups]: columns that count; behind them stand zeros.
 
     A group of hardly any spread gets a distance that 16 bits can count to its middle in.
     """

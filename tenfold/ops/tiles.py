@@ -15,8 +15,8 @@ lane has 64 codes of a tile, and the codes of all lanes of a warp stand side by 
     3 bits   the low two bits as those of 2 bits, then the third of all warps, a piece of 8 bytes: words j / 4, bits
              16 c + 4 (j % 4) + r
 
-Behind codes of all warps stand the scales of 64 rows, then their zeros where the kind has them. Codes of 1 bit, a column
-order, and groups that are neither whole rows nor multiples of 128 columns, cannot be held.
+Behind codes of all warps stand the scales of 64 rows, then their zeros where the kind has them. Codes of 1 bit, a
+column order, and groups that are neither whole rows nor multiples of 128 columns, cannot be held.
 """
 
 from collections.abc import Callable, Sequence

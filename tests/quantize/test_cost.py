@@ -63,6 +63,9 @@ def test_without_a_gpu_bytes_stand_for_time() -> None:
     found, words = cost.per_weight(CONFIG, [*SCHEMES, parse("w4g32z")], 8, "cuda")
     assert found is None
     assert "w4g32z cannot be timed: its groups of 32 columns" in words
+    found, words = cost.per_weight(CONFIG, [parse("w1g128z"), *SCHEMES], 8, "cuda")
+    assert found is None
+    assert "w1g128z cannot be timed: tiles have no codes of int1" in words
     assert "no multiple of 64" in cost.obstacle(TINY, SCHEMES[0])
 
 

@@ -17,7 +17,7 @@ NIBBLE_MIDDLE = 8  # the code of zero in Q4_0
 
 
 def cpu_storage(storage: str) -> str:
-    """What a packed format becomes, unless its scales are too fine, or its zeros fractions or too far from its codes."""
+    """What a packed format becomes, unless its scales are too fine, or its zeros fractions or too far from codes."""
     format = format_of(storage)
     if format.kind in ("fp8", "int1") or format.order:
         return "F32"

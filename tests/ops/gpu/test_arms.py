@@ -99,6 +99,9 @@ def test_buckets(tokens: int, bucket: int) -> None:
         (Work(6144, 4096, "int4g128", Use(), 65), "fused"),
         (Work(6144, 4096, "int8g128o", Use(), 1), "fused"),
         (Work(6144, 4096, "int4g64", Use(), 1), "fused"),
+        (Work(6144, 4096, "int1g128z", Use(norm=True, act="silu"), 1), "fused"),
+        (Work(6144, 4096, "int1g128z", Use(), 64), "fused"),
+        (Work(6144, 4096, "int1g32z", Use(), 257), "dense"),
     ],
     ids=str,
 )
@@ -136,6 +139,15 @@ def test_packed_weights_may_come_through_a_ring(format: str, tokens: int, kind: 
         assert not {name.partition(":")[0] for name in names} & {"ring4", "ring8"}
     assert not arms.legal("ring4:8x1x64", Work(6144, 4096, "int8", Use(), 8))
     assert not arms.legal(f"{kind}:8x1x64", Work(6144, 4096, format, Use(), 65))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16, 64, 128])
+def test_weights_of_one_bit_run_in_triton_alone(tokens: int) -> None:
+    found = arms.candidates(Work(6144, 4096, "int1g128z", Use(norm=True, act="silu"), tokens), SMS)
+    assert {name.partition(":")[0] for name in found} == {"fused", "dense"} - ({"dense"} if tokens <= 32 else set())
+    for name in ("stream2:8x4x2", "bulk2:14x2x1x4x1", "digits2:14x2x1x4x1"):
+        assert arms.legal(name, Work(6144, 4096, "int2g128z", Use(), 1))
+        assert not arms.legal(name, Work(6144, 4096, "int1g128z", Use(), 1))
 
 
 def test_norms_that_might_overflow_in_float16_are_no_candidates() -> None:

@@ -1,6 +1,6 @@
 """Which plan runs experts: works, keys, the table against the rule, and measuring with a timer that only counts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tenfold.engine.linears import traced
+from tenfold.engine.linears import Tracing, traced
 from tenfold.ops import tiles
 from tenfold.ops.choose import Table
-from tenfold.ops.matrix import Bank, Experts
+from tenfold.ops.matrix import Bank, Experts, Matrix
+from tenfold.ops.oracle import Oracle
+from tenfold.ops.route import Routing
 from tenfold.weights.open import open_checkpoint
 
 arms = pytest.importorskip("tenfold.ops.gpu.expert_arms")
@@ -19,6 +21,8 @@ report = pytest.importorskip("tenfold.ops.gpu.report")
 tuning = pytest.importorskip("tenfold.ops.gpu.tune_experts")
 grouped = pytest.importorskip("tenfold.ops.gemm.grouped")
 experts_packed = pytest.importorskip("tenfold.ops.gpu.experts_packed")
+linear_arms = pytest.importorskip("tenfold.ops.gpu.arms")
+Gpu = pytest.importorskip("tenfold.ops.gpu.native").Gpu
 
 DENSE = arms.ExpertsWork(8, 2, 256, 128, (("dense", "dense", 8),))
 MIXED = replace(DENSE, formats=(("int4g128", "int3g128z", 6), ("fp8a8", "fp8a8", 2)))
@@ -140,6 +144,56 @@ def test_plans_are_remembered_by_experts_and_bucket(tmp_path: Path) -> None:
     assert [sizes[e] for e in order.tolist()] == sorted(sizes, reverse=True)
 
 
+class Interpreted(Gpu):
+    """A GPU's kernels where only those in Triton can run, interpreted."""
+
+    def __init__(self, table: Table) -> None:
+        Oracle.__init__(self, "cpu", torch.float16)
+        self.arms = linear_arms.Arms(self.device, self.dtype, SMS, table)
+        self.expert_arms = arms.ExpertArms(table, SMS)
+
+
+def layer(kernels: Interpreted, ups: Sequence[str], downs: Sequence[str]) -> Experts:
+    """Experts of these formats, 128 features inside and out."""
+    draw = torch.Generator().manual_seed(1)
+    sizes = ((256, 128), (128, 128))
+    raws = [
+        [[tuning.raw(name, torch.randn(size, generator=draw).half() / 11)] for name in names]
+        for names, size in zip((ups, downs), sizes)
+    ]
+    return Experts(kernels.bank(raws[0], pairs=True), kernels.bank(raws[1]), "silu")
+
+
+def test_experts_with_blocks_of_one_bit_stay_packed_and_run_one_by_one(tmp_path: Path) -> None:
+    """No tiles hold them, so the bank they are in has none, and no kernel that takes a layer's experts is chosen."""
+    kernels, x = Interpreted(Table("gpu", "1", tmp_path / "t.json")), torch.zeros(3, 128, dtype=torch.float16)
+    names = ["int2g128z", "int1g128z", "int4g128", "int1g128z"]
+    own = layer(kernels, names, names)
+    assert own.gate_up.tiled is own.down.tiled is None
+    assert [w.format for w in own.gate_up.each] == [w.format for w in own.down.each] == names
+    down_only = layer(kernels, ["int4g128"] * 4, names)
+    assert down_only.gate_up.tiled is not None
+    assert own.stacked is own.tiled is down_only.tiled is None
+    for one in (own, down_only):
+        assert kernels.expert_arms.plan(x, 2, one) is None
+        assert not kernels.records(one)
+    assert kernels.expert_arms.plan(x, 2, layer(kernels, names[:1], names[2:3])) is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_experts_packed.py runs these on the GPU")
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_experts_of_one_bit_give_what_their_values_do(tokens: int, tmp_path: Path) -> None:
+    kernels = Interpreted(Table("gpu", "1", tmp_path / "t.json"))
+    own = layer(kernels, ["int1g128z", "int1g32z", "int1g64z"], ["int1g64z"] * 3)
+    draw = torch.Generator().manual_seed(tokens)
+    x, residual = (torch.randn(tokens, 128, generator=draw).half() for _ in range(2))
+    scores, routing = torch.randn(tokens, 3, generator=draw), Routing(3, 2, normed=True)
+    found = kernels.routed(x, scores, routing, own, residual)
+    want = Oracle().routed(x.float(), scores, routing, own, residual.float())
+    assert (found - want).abs().max() <= 2e-3 * want.abs().max()
+    assert {work.format for work in kernels.arms.seen} == {"int1g128z", "int1g32z", "int1g64z"}
+
+
 def test_floors_are_those_of_the_experts_that_even_picks_hit() -> None:
     each = 3 * 256 * 128 * 2
     assert arms.moved(DENSE)[0] == pytest.approx(2 * each)
@@ -162,3 +216,11 @@ def test_layers_of_experts_are_found_without_their_weights() -> None:
     assert packed.formats == (("int4g128", "int4g128", 128),)
     assert traced(open_checkpoint("shape:llama-3-8b"), torch.bfloat16).experts == []
     assert tiles.DENSE in work.kinds
+
+
+def test_layers_that_run_one_by_one_are_none_to_tune() -> None:
+    tracing, x = Tracing(torch.bfloat16), torch.zeros(1, 128)
+    for names, count in ((["int4g128", "int2g128z"], 1), (["int4g128", "int1g128z"], 1)):
+        bank = Bank(tuple(Matrix(name, 128, 128, ()) for name in names))
+        tracing.experts(x, torch.zeros(1, 1), x, Experts(bank, bank, "silu"))
+        assert len(tracing.calls) == count

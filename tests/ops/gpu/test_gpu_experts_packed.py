@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops import tiles
+from tenfold.ops.blocks import dequantize
 from tenfold.ops.choose import Table
 from tenfold.ops.formats import format_of, raw_tensor
 from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
@@ -57,6 +58,12 @@ def doubled(tiled: tiles.Tiled) -> Bank:
         kind = tiled.kinds[tiled.of[i]]
         exact = torch.float32 if kind.name != "dense" else tiled.dtype
         values.append(tiles.untile(kind, data, tiled.rows, tiled.cols, exact, tiled.pairs).double())
+    return Bank(tuple(Matrix("dense", *v.shape, (v,)) for v in values))
+
+
+def unpacked(parts: list[list[RawTensor]]) -> Bank:
+    """The values of every expert, one part each."""
+    values = [dequantize(own[0]).cuda() for own in parts]
     return Bank(tuple(Matrix("dense", *v.shape, (v,)) for v in values))
 
 
@@ -161,6 +168,26 @@ class TestOnGpu:
         want = exact(x, *route(scores, routing), *own.tiled, residual, "silu")
         assert (found - want).abs().max() <= 3e-2 * want.abs().max()
         assert torch.allclose(Oracle.experts(kernels, x, *route(scores, routing), own, residual), found, atol=0.3)
+
+    @pytest.mark.parametrize("tokens", [1, 64, 600])
+    def test_blocks_of_one_bit_beside_others(self, tokens: int) -> None:
+        """They run one by one: where a bank has them packed, where it has tiles made dense."""
+        from tenfold.ops.gpu.native import Gpu
+
+        kernels = Gpu()
+        w = [random(COUNT, rows, cols, seed=rows) * cols**-0.5 for rows, cols in ((512, 512), (512, 256))]
+        for names in (("int1g128z", "int2g128z", "int4g128"), ("int4g128",)):
+            parts = [[raw(names[i % len(names)], one, torch.float16)] for i, one in enumerate(w[0])]
+            down = [[raw(("int3g128z", "int1g128z")[i % 2], one, torch.float16)] for i, one in enumerate(w[1])]
+            own = Experts(kernels.bank(parts, pairs=True), kernels.bank(down), "silu")
+            assert own.tiled is None
+            assert not kernels.records(own)
+            x, residual = (random(tokens, 512, seed=seed).bfloat16().cuda() for seed in (1, 2))
+            scores, routing = random(tokens, COUNT, seed=9).cuda() * 2, Routing(COUNT, 4, normed=True)
+            found = kernels.routed(x, scores, routing, own, residual)
+            exactly = Experts(unpacked(parts), unpacked(down), "silu")
+            want = Oracle("cuda", torch.float32).routed(x.float(), scores, routing, exactly, residual.float())
+            assert (found - want).abs().max() <= 3e-2 * want.abs().max()
 
 
 def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
