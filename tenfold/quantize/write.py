@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tenfold.ops.blocks import DENSE
 from tenfold.ops.formats import Format, Packed
+from tenfold.quantize.schemes import Scheme, format_of_scheme
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
 from tenfold.weights.hf import MAX_CONFIG, HFCheckpoint
@@ -46,6 +48,14 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         if (storage := checkpoint.tensor(name).storage) not in DENSE:
             raise ValueError(f"{checkpoint.path} is quantised already ({storage}); give the original weights.")
     return read_object(checkpoint.path / "config.json", MAX_CONFIG)
+
+
+def check_layout(layout: str, scheme: Scheme) -> None:
+    """Raises ValueError for a scheme that files of a layout cannot hold."""
+    format_of_scheme(scheme)
+    if scheme.zero and layout != own.METHOD:
+        other = replace(scheme, bits=max(2, scheme.bits), zero=False)
+        raise ValueError(f"{scheme} has zeros that are no whole numbers, which {layout} lacks; take {other}.")
 
 
 def tensors_of(layout: str, module: str, format: Format, held: Packed) -> dict[str, Tensor]:

@@ -12,8 +12,12 @@ import torch
 
 pytest.importorskip("scipy")
 
+from safetensors.torch import save_file
+
 from tenfold import LLM, SamplingParams
+from tenfold.models.table import build_model
 from tenfold.ops.blocks import dequantize
+from tenfold.ops.kernels import Kernels
 from tenfold.quantize.capture import TextTooShort
 from tenfold.quantize.mxmoe import run
 from tenfold.quantize.mxmoe.allocate import BudgetError
@@ -24,10 +28,13 @@ from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, chosen, name_o
 from tenfold.quantize.schemes import format_of_scheme, parse
 from tenfold.quantize.write import Folder
 from tenfold.weights.checkpoint import CheckpointError
-from tenfold.weights.load import TABLE
+from tenfold.weights.load import TABLE, Weights
 from tenfold.weights.open import open_checkpoint
+from tests.steps import Sequences, make_store
+from tests.tiny import Tiny, make_checkpoint
 
-Tiny = Callable[[str], Path]
+Made = Callable[[str], Path]
+PROMPTS = {0: [5, 9, 31, 7], 1: [8], 2: list(range(20, 45))}
 WISH = Wish(5.5, "w2g32z,w4g32z,w8g32z", length=64, windows=8)
 
 
@@ -38,7 +45,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def model(tiny: Tiny, name: str = "qwen2-moe-even") -> Path:
+def model(tiny: Made, name: str = "qwen2-moe-even") -> Path:
     return tiny(name)
 
 
@@ -50,7 +57,7 @@ def model(tiny: Tiny, name: str = "qwen2-moe-even") -> Path:
         ("mixtral", WISH),
     ],
 )
-def test_the_model_is_what_was_decided(name: str, wish: Wish, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_the_model_is_what_was_decided(name: str, wish: Wish, tiny: Made, text: Path, tmp_path: Path) -> None:
     source, out = model(tiny, name), tmp_path / "out"
     made = quantize(open_checkpoint(source), text, out, wish)
     assert made.bits <= wish.bits
@@ -83,7 +90,7 @@ def test_the_model_is_what_was_decided(name: str, wish: Wish, tiny: Tiny, text: 
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_engine_gives_the_perplexity_that_was_measured(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_the_engine_gives_the_perplexity_that_was_measured(tiny: Made, text: Path, tmp_path: Path) -> None:
     """Of the written folder, through packed products, as of the same rounding put in place of the exact weights."""
     source, out = open_checkpoint(model(tiny)), tmp_path / "out"
     made = quantize(source, text, out, WISH)
@@ -103,7 +110,59 @@ def test_the_engine_gives_the_perplexity_that_was_measured(tiny: Tiny, text: Pat
     assert math.exp(-sum(logs) / len(logs)) == pytest.approx(want, rel=1e-3)
 
 
-def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """Experts whose columns every format holds."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 64}
+    counts = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    return make_checkpoint(Tiny("Qwen2Moe", {**sizes, **counts}), tmp_path / "wide")
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_blocks_of_one_to_four_bits_side_by_side(
+    group: int, wide: Path, text: Path, tmp_path: Path, kernels: Kernels
+) -> None:
+    """The model of the folder is that of the values which codes, scales and zeros stand for."""
+    names = [f"w{bits}g{group}z" for bits in (1, 2, 3, 4)]
+    wish = Wish(3.5, ",".join(names), length=64, windows=8)
+    made = quantize(open_checkpoint(wide), text, tmp_path / "first", wish)
+    assert len(set(made.schemes.values())) > 1
+    content = json.loads((tmp_path / "first" / FILE).read_text())
+    content["schemes"] = {block: names[i % 4] for i, block in enumerate(made.schemes)}
+    (tmp_path / "recipe.json").write_text(json.dumps(content))
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    followed = quantize(open_checkpoint(wide), text, out, wish, recipe=tmp_path / "recipe.json")
+    packed = open_checkpoint(out)
+    stored = {name: packed.tensor(name).storage for name in packed.names() if ".experts." in name}
+    assert set(stored.values()) == {f"int{bits}g{group}z" for bits in (1, 2, 3, 4)}
+    subject = Subject(open_checkpoint(wide))
+    for key in subject.blocks:
+        scheme = format_of_scheme(parse(followed.schemes[name_of(key)])).name
+        assert {stored[name] for name in subject.names(key)} == {scheme}
+    shutil.copytree(wide, dense)
+    save_file({name: dequantize(packed.tensor(name)) for name in packed.names()}, dense / "model.safetensors")
+    found = []
+    for folder in (out, dense, wide):
+        checkpoint = open_checkpoint(folder)
+        built = build_model(checkpoint.config, Weights(checkpoint, kernels), 128)
+        with torch.inference_mode():
+            found.append(built.forward(Sequences(make_store(built.config)).step(PROMPTS, "all")))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert (found[0] - found[2]).abs().mean() > 0.1
+
+
+def test_a_model_of_one_bit_is_written_and_answers(wide: Path, text: Path, tmp_path: Path) -> None:
+    wish = Wish(1.25, "w1g128z", length=64, windows=8)
+    made = quantize(open_checkpoint(wide), text, tmp_path / "out", wish)
+    assert made.bits == 1.25
+    assert set(made.schemes.values()) == {"w1g128z"}
+    settings = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    with LLM(str(tmp_path / "out"), device="cpu", dtype="float32") as llm:
+        (done,) = llm.generate(["the fox"], settings)
+    assert len(done.choices[0].tokens) == 4
+
+
+def test_the_same_twice_and_by_its_recipe(tiny: Made, text: Path, tmp_path: Path) -> None:
     source = open_checkpoint(model(tiny))
     first = quantize(source, text, tmp_path / "a", WISH)
     assert quantize(source, text, tmp_path / "b", WISH) == first
@@ -120,7 +179,7 @@ def test_the_same_twice_and_by_its_recipe(tiny: Tiny, text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("tie", ["block", "layer"])
-def test_compressed_tensors_hold_the_same(tie: str, tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_compressed_tensors_hold_the_same(tie: str, tiny: Made, text: Path, tmp_path: Path) -> None:
     source = open_checkpoint(model(tiny))
     wish = Wish(5.5, "w2g32,w4g32,w8g32", "rtn", length=64, windows=8, tie=tie)
     made = quantize(source, text, tmp_path / "own", wish)
@@ -141,7 +200,7 @@ def test_compressed_tensors_hold_the_same(tie: str, tiny: Tiny, text: Path, tmp_
     assert all(len(own) == 1 for own in of_layers.values()) == (tie == "layer")
 
 
-def test_a_rotated_model_answers_as_before(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_a_rotated_model_answers_as_before(tiny: Made, text: Path, tmp_path: Path) -> None:
     """With 8 bits everywhere, what is left is little; the embedding is turned, and tied no more."""
     source = open_checkpoint(model(tiny))
     wish = Wish(9.0, "w8g32z", length=64, windows=8, rotate=True)
@@ -157,7 +216,7 @@ def test_a_rotated_model_answers_as_before(tiny: Tiny, text: Path, tmp_path: Pat
         quantize(source, text, tmp_path / "b", replace(wish, rotate=False), recipe=tmp_path / "out" / FILE)
 
 
-def test_scales_of_awq_go_into_up(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_scales_of_awq_go_into_up(tiny: Made, text: Path, tmp_path: Path) -> None:
     """The expert as it is stored gives what was measured: up's rows have been divided by what down's columns have."""
     source = open_checkpoint(model(tiny))
     subject = Subject(source)
@@ -182,7 +241,7 @@ def test_scales_of_awq_go_into_up(tiny: Tiny, text: Path, tmp_path: Path) -> Non
     assert scaled
 
 
-def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(tiny: Made, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = open_checkpoint(model(tiny)), tmp_path / "out"
     whole = quantize(source, text, tmp_path / "whole", WISH)
     first, second, *_ = Subject(source).layers
@@ -216,7 +275,7 @@ def test_an_interrupted_run_goes_on(tiny: Tiny, text: Path, tmp_path: Path, monk
 
 
 def test_losses_count_as_what_they_cost_at_the_end(
-    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Made, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer whose losses cost nothing there gets the fewest bits, and the recipe says what each costs."""
     source = open_checkpoint(model(tiny))
@@ -244,7 +303,7 @@ def test_losses_count_as_what_they_cost_at_the_end(
 
 
 def test_slopes_of_layers_are_kept_when_a_run_is_interrupted(
-    tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Made, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_checkpoint(model(tiny))
     whole = quantize(source, text, tmp_path / "whole", WISH)
@@ -276,13 +335,16 @@ def test_wishes_that_make_no_sense(wish: dict[str, str], message: str) -> None:
         replace(WISH, **wish)
 
 
-def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_said(tiny: Made, text: Path, tmp_path: Path) -> None:
     source, out = open_checkpoint(model(tiny)), tmp_path / "out"
     for wish, error, message in (
         (Wish(2.0, WISH.schemes, length=64), BudgetError, "2 bits a weight were asked for and the smallest .* 3.667"),
         (Wish(4.0, "w3g128z", length=64), ValueError, "None of w3g128z fits the 64 columns of gate_up"),
         (Wish(4.0, "w5g32z", length=64), ValueError, "w5g32z cannot be stored"),
         (Wish(4.0, "w4g32z", layout="compressed-tensors"), ValueError, "w4g32z has zeros.*lacks; take w4g32"),
+        (Wish(4.0, "w1g32z", layout="compressed-tensors"), ValueError, "w1g32z has zeros.*lacks; take w2g32"),
+        (Wish(4.0, "w1g32"), ValueError, "int1g32 lacks zeros, and two levels need"),
+        (Wish(4.0, "w1g32z", length=64), ValueError, "None of w1g32z fits the 64 columns of gate_up"),
     ):
         with pytest.raises(error, match=message):
             quantize(source, text, out, wish)
@@ -310,7 +372,7 @@ def test_what_cannot_be_is_said(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     assert (out / "mine").exists()
 
 
-def test_foreign_recipes_and_quantised_models_are_refused(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_foreign_recipes_and_quantised_models_are_refused(tiny: Made, text: Path, tmp_path: Path) -> None:
     quantize(open_checkpoint(tiny("mixtral")), text, tmp_path / "a", WISH)
     source = open_checkpoint(model(tiny))
     recipe = tmp_path / "a" / FILE
@@ -369,7 +431,7 @@ def test_a_folder_that_is_left_unfinished_is_gone(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_models_get_a_sentence(
-    change: dict[str, object], message: str, tiny: Tiny, text: Path, tmp_path: Path
+    change: dict[str, object], message: str, tiny: Made, text: Path, tmp_path: Path
 ) -> None:
     quantize(open_checkpoint(model(tiny)), text, tmp_path / "a", WISH)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
@@ -379,7 +441,7 @@ def test_damaged_models_get_a_sentence(
         open_checkpoint(tmp_path / "a")
 
 
-def test_a_format_that_the_tensors_do_not_fit(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_a_format_that_the_tensors_do_not_fit(tiny: Made, text: Path, tmp_path: Path) -> None:
     quantize(open_checkpoint(model(tiny)), text, tmp_path / "a", WISH)
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     formats = config["quantization_config"]["formats"]
@@ -387,6 +449,7 @@ def test_a_format_that_the_tensors_do_not_fit(tiny: Tiny, text: Path, tmp_path: 
     for name, message in (
         ("int9", "is no packed format"),
         ("fp8", "stored as I"),
+        ("int1g32", "has the format 'int1g32', int1g32 lacks zeros"),
         ("int8g64z", "scales has shape|stored as I32"),
     ):
         formats[module] = name

@@ -26,7 +26,7 @@ from tenfold.quantize.mbq.recipe import FILE, Recipe
 from tenfold.quantize.mbq.search import GROUPS, METHODS, Layer, Method, Scales, equalize, token_weights
 from tenfold.quantize.mbq.subject import Batch, Subject
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse, round_to_nearest
-from tenfold.quantize.write import Folder, check_free, config_of, tensors_of
+from tenfold.quantize.write import Folder, check_free, check_layout, config_of, tensors_of
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
@@ -174,12 +174,8 @@ def stored_format(scheme: Scheme) -> Format:
 
 def check_scheme(subject: Subject, scheme: Scheme, wish: Wish) -> None:
     """Raises ValueError where files or matrices do not take a scheme."""
+    check_layout(wish.layout, scheme)
     format = stored_format(scheme)
-    if scheme.zero and wish.layout != own.METHOD:
-        raise ValueError(
-            f"{scheme} has zeros that are no whole numbers, which {wish.layout} lacks; "
-            f"take {replace(scheme, zero=False)}."
-        )
     for part in NAMES:
         cols = subject.linear(0, part).weight.cols
         why = format.obstacle(cols)
@@ -193,7 +189,9 @@ def check_scheme(subject: Subject, scheme: Scheme, wish: Wish) -> None:
 
 
 def check_tower(checkpoint: Checkpoint, wish: Wish) -> None:
-    """Raises ValueError where nothing of a tower could be stored."""
+    """Raises ValueError where files do not take the scheme, or nothing of a tower could be stored."""
+    if wish.tower:
+        check_layout(wish.layout, parse(wish.tower))
     if wish.tower and not tower_names(checkpoint, parse(wish.tower)):
         raise ValueError(
             f"{checkpoint.path} has no tower whose matrices can be stored as {parse(wish.tower)}; take w8a8, or leave "

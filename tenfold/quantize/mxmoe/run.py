@@ -42,7 +42,7 @@ from tenfold.quantize.mxmoe.subject import (
 )
 from tenfold.quantize.rotate import Rotated
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
-from tenfold.quantize.write import Folder, check_free, config_of, tensors_of
+from tenfold.quantize.write import Folder, check_free, check_layout, config_of, tensors_of
 from tenfold.weights import beside
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.foreign import compressed, own
@@ -106,17 +106,8 @@ class Wish:
         """Raises ValueError for schemes that cannot be stored."""
         found = [parse(name.strip()) for name in (self.schemes or SCHEMES[self.layout]).split(",")]
         for scheme in found:
-            self.check(scheme)
+            check_layout(self.layout, scheme)
         return found
-
-    def check(self, scheme: Scheme) -> None:
-        """Raises ValueError for a scheme that the files cannot hold."""
-        format_of_scheme(scheme)
-        if scheme.zero and self.layout != own.METHOD:
-            without = replace(scheme, zero=False)
-            raise ValueError(
-                f"{scheme} has zeros that are no whole numbers, which {self.layout} lacks; take {without}."
-            )
 
 
 def quantize(
@@ -179,7 +170,7 @@ def followed(path: Path, subject: Subject, wish: Wish, model: str, text: str, to
     if made.rotated != wish.rotate:
         raise ValueError(f"{path} is for a model {'' if made.rotated else 'not '}rotated; ask for the same here.")
     for name in set(made.schemes.values()):
-        wish.check(parse(name))
+        check_layout(wish.layout, parse(name))
     if set(made.schemes) != {name_of(key) for key in subject.blocks}:
         raise ValueError(f"{path} does not name a scheme for every block of the model; it is damaged.")
     return made

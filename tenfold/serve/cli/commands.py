@@ -380,7 +380,11 @@ def quantize_command(
     ] = None,
     bits: Annotated[float, Option("--bits", help="Of a weight of experts, scales and zeros included.")] = 4.25,
     schemes: Annotated[
-        str, Option("--schemes", help="That blocks may get; unset: w2g128z to w8g128z, or w4g128,w8g128 for others.")
+        str,
+        Option(
+            "--schemes",
+            help="That blocks may get, from w1g128z on; unset: w2g128z to w8g128z, or w4g128,w8g128 for others.",
+        ),
     ] = "",
     scope: Annotated[str, Option("--scope", help="What keeps to the bits: model as a whole, or each layer.")] = "model",
     tie: Annotated[

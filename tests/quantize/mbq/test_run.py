@@ -65,7 +65,7 @@ def test_every_family(name: str, seeing: Seeing, pairs: Path, tmp_path: Path) ->
     assert got.loss == pytest.approx(exact.loss, rel=0.05)
 
 
-@pytest.mark.parametrize("scheme", ["w8g32z", "w8a8", "w4a8", "w3g128z"])
+@pytest.mark.parametrize("scheme", ["w8g32z", "w8a8", "w4a8", "w3g128z", "w1g128z"])
 def test_it_runs_and_answers(scheme: str, pairs: Path, tmp_path: Path) -> None:
     """The first token's chance is that of the rounded weights in plain PyTorch, and with 8 bits of the exact ones."""
     from tenfold import LLM, SamplingParams
@@ -190,6 +190,9 @@ def test_texts_alone(tiny: Seeing, tmp_path: Path) -> None:
         ({"scheme": "w4g128z"}, "64 columns are no multiple of the group, 128"),
         ({"scheme": "w5"}, "w5 cannot be stored"),
         ({"layout": "compressed-tensors"}, "which compressed-tensors lacks; take w4g32"),
+        ({"scheme": "w1g128z", "layout": "compressed-tensors"}, "which compressed-tensors lacks; take w2g128"),
+        ({"scheme": "w1g32"}, "int1g32 lacks zeros, and two levels need"),
+        ({"scheme": "w4g32", "tower": "w8g32z", "layout": "compressed-tensors"}, "w8g32z has zeros.*; take w8g32"),
         ({"tower": "w3"}, "no tower whose matrices can be stored as w3"),
     ],
 )
