@@ -16,7 +16,7 @@ from tenfold.cache.store import KVSpec, KVStore
 from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops import tiles
-from tenfold.ops.formats import format_of, is_format
+from tenfold.ops.formats import is_format
 from tenfold.ops.gpu.arms import HEAD, ROUTER, Use, Work
 from tenfold.ops.gpu.expert_arms import DENSE, ExpertsWork
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
@@ -68,8 +68,7 @@ class Tracing(Separate):
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
         formats = Counter((up.format, down.format) for up, down in zip(own.gate_up.each, own.down.each))
-        packed = [name for pair in formats for name in pair if name != DENSE]
-        if not any(tiles.obstacle(format_of(name)) for name in packed):  # else they run one by one
+        if not tiles.cannot(name for pair in formats for name in pair):  # else they run one by one
             up, down = own.gate_up.each[0], own.down.each[0]
             mix = tuple((*pair, count) for pair, count in sorted(formats.items()))
             self.calls.append(ExpertsWork(len(own), ids.shape[1], up.cols, down.cols, mix, own.act, len(x), self.dtype))
@@ -97,7 +96,14 @@ class Shapes(Weights):
         self.matrices.append(made)
         return made
 
-    def bank(self, stacked: str, names: Sequence[Sequence[str]], rows: Sequence[int], cols: int) -> Bank:
+    def bank(
+        self,
+        stacked: str,
+        names: Sequence[Sequence[str]],
+        rows: Sequence[int],
+        cols: int,
+        beside: Sequence[Sequence[str]] = (),
+    ) -> Bank:
         if self.has(stacked):
             return Bank((self._shape([stacked], sum(rows), cols),) * len(names))
         return Bank(tuple(self._shape(own, sum(rows), cols) for own in names))

@@ -137,9 +137,10 @@ class Source:
         routing = own.routing
         if bias:
             routing = replace(routing, bias=weights.vector(self.prefix + bias, size=count))
+        ups, downs = [e[:2] for e in each], [e[2:] for e in each]
         made = Experts(
-            weights.bank(f"{self.prefix}{experts}gate_up_proj", [e[:2] for e in each], [own.size] * 2, hidden),
-            weights.bank(f"{self.prefix}{experts}down_proj", [e[2:] for e in each], [hidden], own.size),
+            weights.bank(f"{self.prefix}{experts}gate_up_proj", ups, [own.size] * 2, hidden, beside=downs),
+            weights.bank(f"{self.prefix}{experts}down_proj", downs, [hidden], own.size, beside=ups),
             c.activation,
         )
         weights.experts.append(made)

@@ -5,7 +5,7 @@ Layers get the object when they are built and call it with tensors only; nothing
 T tokens, R requests, D features. Activations are [T, D], contiguous, in the compute type (float32 for the CPU kernels).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -188,8 +188,10 @@ class Kernels(Protocol):
         """One Matrix of the parts stacked by rows, in the layout these kernels want."""
         ...
 
-    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
-        """The same of every expert, each the parts of `matrix`. pairs: their rows are gate, then up."""
+    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False, beside: Collection[str] = ()) -> Bank:
+        """The same of every expert, each the parts of `matrix`. pairs: their rows are gate, then up; beside: storages
+        of the projection that one kernel would run together with this one.
+        """
         ...
 
     def embed(self, ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
@@ -293,7 +295,9 @@ class Separate:
     def logits(self: Any, x: Tensor, w: Matrix, norm: Norm | None = None) -> Tensor:
         return self.linear(x, w, norm=norm).float()
 
-    def bank(self: Any, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
+    def bank(
+        self: Any, experts: Sequence[Sequence[RawTensor]], pairs: bool = False, beside: Collection[str] = ()
+    ) -> Bank:
         return Bank(tuple(self.matrix(parts) for parts in experts))
 
     def experts(

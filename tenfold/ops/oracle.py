@@ -4,7 +4,7 @@ Invariant: norms, rotary embedding, softmax and everything between query and att
 whatever the compute type. Other implementations are tested against this one; it serves where no compiled kernels run.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Oracle(Separate):
         data = dense[0] if len(dense) == 1 else torch.cat(dense)
         return Matrix("dense", data.shape[0], data.shape[1], (data.contiguous(),))
 
-    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
+    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False, beside: Collection[str] = ()) -> Bank:
         """Dense experts lie in one memory, which grows by one expert at a time."""
         first = self.matrix(experts[0])
         if first.format != "dense":

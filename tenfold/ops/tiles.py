@@ -19,14 +19,14 @@ Behind codes of all warps stand the scales of 64 rows, then their zeros where th
 column order, and groups that are neither whole rows nor multiples of 128 columns, cannot be held.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import CODES, Format, Packed, can_stack, format_of, packed_of, stack, unpack
+from tenfold.ops.formats import CODES, Format, Packed, can_stack, format_of, is_format, packed_of, stack, unpack
 from tenfold.ops.matrix import Matrix, RawTensor
 
 ROWS, COLS = 64, 128
@@ -256,8 +256,13 @@ class Untiled(Sequence[Matrix]):
 
 def can_tile(experts: Sequence[Sequence[RawTensor]]) -> bool:
     """Whether experts' parts can lie in tiles and some are packed, so that it is of use."""
-    packed = [parts for parts in experts if can_stack(parts)]
-    return bool(packed) and not any(obstacle(format_of(parts[0].storage)) for parts in packed)
+    packed = {parts[0].storage for parts in experts if can_stack(parts)}
+    return bool(packed) and not cannot(packed)
+
+
+def cannot(storages: Iterable[str]) -> bool:
+    """Whether any of these is a packed format that cannot lie in tiles."""
+    return any(is_format(name) and obstacle(format_of(name)) for name in storages)
 
 
 def bank(

@@ -69,9 +69,17 @@ class Weights:
             check_shape(part, wanted)
         return self._make(parts, [loaded_storage(self.mode, part.name, part.storage, part.shape) for part in parts])
 
-    def bank(self, stacked: str, names: Sequence[Sequence[str]], rows: Sequence[int], cols: int) -> Bank:
+    def bank(
+        self,
+        stacked: str,
+        names: Sequence[Sequence[str]],
+        rows: Sequence[int],
+        cols: int,
+        beside: Sequence[Sequence[str]] = (),
+    ) -> Bank:
         """Experts' matrices: slices of the tensor `stacked` [experts, sum of rows, cols] where the file has it, else
-        each expert's named ones stacked by rows. Raises CheckpointError.
+        each expert's named ones stacked by rows. beside: names of the projection that runs together with this one.
+        Raises CheckpointError.
         """
         if self.has(stacked):
             experts = [[part] for part in slices(self._take(stacked), (len(names), sum(rows), cols))]
@@ -83,7 +91,8 @@ class Weights:
             for part, height in zip(parts, heights):
                 check_shape(part, (height, cols))
             made.append([self._convert(p, loaded_storage(self.mode, p.name, p.storage, p.shape)) for p in parts])
-        bank = self.kernels.bank(made, pairs=len(rows) == 2)
+        others = {self._loaded(name) for own in beside for name in own if self.has(name)}
+        bank = self.kernels.bank(made, pairs=len(rows) == 2, beside=others)
         self.matrices += () if bank.tiled else bank.each
         self.banks.append((stacked, names))
         return bank
@@ -172,6 +181,11 @@ class Weights:
                 self.checkpoint.path,
                 shown,
             )
+
+    def _loaded(self, name: str) -> str:
+        """The storage that a matrix has when it is handed to the kernels."""
+        raw = self.checkpoint.tensor(name)
+        return loaded_storage(self.mode, raw.name, raw.storage, raw.shape)
 
     def _take(self, name: str) -> RawTensor:
         if name not in self._names:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tenfold.engine.request import Request, SamplingParams
 from tenfold.models.config import ConfigError
 from tenfold.models.table import build_model, model_config
 from tenfold.ops.kernels import Kernels
+from tenfold.ops.matrix import Bank, RawTensor
 from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.load import Weights
@@ -87,6 +88,22 @@ def test_experts_are_quantised_as_they_are_loaded(name: str, tiny: Folder, kerne
         assert quantised == (kernels.name == "native")
         if quantised:
             assert planned == pytest.approx(sum(m.nbytes for m in weights.matrices), rel=0.12)
+
+
+def test_a_projection_is_told_how_the_other_is_stored(tiny: Folder) -> None:
+    """Of an expert's 24 features inside no block of 32 can be made."""
+    seen = []
+
+    class Told(Oracle):
+        def bank(
+            self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False, beside: Collection[str] = ()
+        ) -> Bank:
+            seen.append((experts[0][0].storage, set(beside)))
+            return super().bank(experts, pairs, beside)
+
+    checkpoint = open_checkpoint(tiny("qwen2-moe"))
+    build_model(checkpoint.config, Weights(checkpoint, Told(), mode="q8_0"), 128)
+    assert seen == [("Q8_0", {"F32"}), ("F32", {"Q8_0"})] * 2
 
 
 def test_the_engine_serves_experts_made_up_on_the_spot() -> None:

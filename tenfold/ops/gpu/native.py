@@ -6,7 +6,7 @@ plain PyTorch. Matrices lie as Hugging Face stores them, so every arm, ours or a
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -81,9 +81,11 @@ class Gpu(Oracle):
         """Packed parts of one format stay packed; all else becomes dense in the compute type."""
         return formats.stack(parts, self.device) if formats.can_stack(parts) else super().matrix(parts)
 
-    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False) -> Bank:
-        """Packed experts lie in tiles where their formats allow it."""
-        if not tiles.can_tile(experts):
+    def bank(self, experts: Sequence[Sequence[RawTensor]], pairs: bool = False, beside: Collection[str] = ()) -> Bank:
+        """Packed experts lie in tiles where their formats and those beside them allow it: one projection alone would be
+        made dense at every use.
+        """
+        if not tiles.can_tile(experts) or tiles.cannot(beside):
             return super().bank(experts, pairs)
         tiled = tiles.bank(
             experts, pairs, lambda parts: super(Gpu, self).matrix(parts).data[0], self.device, self.dtype

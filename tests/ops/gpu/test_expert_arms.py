@@ -161,20 +161,17 @@ def layer(kernels: Interpreted, ups: Sequence[str], downs: Sequence[str]) -> Exp
         [[tuning.raw(name, torch.randn(size, generator=draw).half() / 11)] for name in names]
         for names, size in zip((ups, downs), sizes)
     ]
-    return Experts(kernels.bank(raws[0], pairs=True), kernels.bank(raws[1]), "silu")
+    return Experts(kernels.bank(raws[0], pairs=True, beside=set(downs)), kernels.bank(raws[1], beside=set(ups)), "silu")
 
 
 def test_experts_with_blocks_of_one_bit_stay_packed_and_run_one_by_one(tmp_path: Path) -> None:
-    """No tiles hold them, so the bank they are in has none, and no kernel that takes a layer's experts is chosen."""
+    """No tiles hold them, so their layer has none, and no kernel that takes a layer's experts is chosen."""
     kernels, x = Interpreted(Table("gpu", "1", tmp_path / "t.json")), torch.zeros(3, 128, dtype=torch.float16)
     names = ["int2g128z", "int1g128z", "int4g128", "int1g128z"]
     own = layer(kernels, names, names)
-    assert own.gate_up.tiled is own.down.tiled is None
     assert [w.format for w in own.gate_up.each] == [w.format for w in own.down.each] == names
-    down_only = layer(kernels, ["int4g128"] * 4, names)
-    assert down_only.gate_up.tiled is not None
-    assert own.stacked is own.tiled is down_only.tiled is None
-    for one in (own, down_only):
+    for one in (own, layer(kernels, ["int4g128"] * 4, names), layer(kernels, names, ["int4g128"] * 4)):
+        assert one.stacked is one.gate_up.tiled is one.down.tiled is None
         assert kernels.expert_arms.plan(x, 2, one) is None
         assert not kernels.records(one)
     assert kernels.expert_arms.plan(x, 2, layer(kernels, names[:1], names[2:3])) is not None

@@ -171,7 +171,7 @@ class TestOnGpu:
 
     @pytest.mark.parametrize("tokens", [1, 64, 600])
     def test_blocks_of_one_bit_beside_others(self, tokens: int) -> None:
-        """They run one by one: where a bank has them packed, where it has tiles made dense."""
+        """They run one by one, all of the layer packed."""
         from tenfold.ops.gpu.native import Gpu
 
         kernels = Gpu()
@@ -179,8 +179,10 @@ class TestOnGpu:
         for names in (("int1g128z", "int2g128z", "int4g128"), ("int4g128",)):
             parts = [[raw(names[i % len(names)], one, torch.float16)] for i, one in enumerate(w[0])]
             down = [[raw(("int3g128z", "int1g128z")[i % 2], one, torch.float16)] for i, one in enumerate(w[1])]
-            own = Experts(kernels.bank(parts, pairs=True), kernels.bank(down), "silu")
-            assert own.tiled is None
+            stored = [{own[0].storage for own in each} for each in (parts, down)]
+            banks = kernels.bank(parts, pairs=True, beside=stored[1]), kernels.bank(down, beside=stored[0])
+            own = Experts(*banks, "silu")
+            assert own.gate_up.tiled is own.down.tiled is None
             assert not kernels.records(own)
             x, residual = (random(tokens, 512, seed=seed).bfloat16().cuda() for seed in (1, 2))
             scores, routing = random(tokens, COUNT, seed=9).cuda() * 2, Routing(COUNT, 4, normed=True)
