@@ -68,7 +68,7 @@ class Tracing(Separate):
 
     def experts(self, x: Tensor, ids: Tensor, weights: Tensor, own: Experts, residual: Tensor | None = None) -> Tensor:
         formats = Counter((up.format, down.format) for up, down in zip(own.gate_up.each, own.down.each))
-        if not tiles.cannot(name for pair in formats for name in pair):  # else they run one by one
+        if not tiles.refuses(name for pair in formats for name in pair):  # else they run one by one
             up, down = own.gate_up.each[0], own.down.each[0]
             mix = tuple((*pair, count) for pair, count in sorted(formats.items()))
             self.calls.append(ExpertsWork(len(own), ids.shape[1], up.cols, down.cols, mix, own.act, len(x), self.dtype))

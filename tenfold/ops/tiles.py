@@ -257,10 +257,10 @@ class Untiled(Sequence[Matrix]):
 def can_tile(experts: Sequence[Sequence[RawTensor]]) -> bool:
     """Whether experts' parts can lie in tiles and some are packed, so that it is of use."""
     packed = {parts[0].storage for parts in experts if can_stack(parts)}
-    return bool(packed) and not cannot(packed)
+    return bool(packed) and not refuses(packed)
 
 
-def cannot(storages: Iterable[str]) -> bool:
+def refuses(storages: Iterable[str]) -> bool:
     """Whether any of these is a packed format that cannot lie in tiles."""
     return any(is_format(name) and obstacle(format_of(name)) for name in storages)
 

@@ -85,7 +85,7 @@ class Gpu(Oracle):
         """Packed experts lie in tiles where their formats and those beside them allow it: one projection alone would be
         made dense at every use.
         """
-        if not tiles.can_tile(experts) or tiles.cannot(beside):
+        if not tiles.can_tile(experts) or tiles.refuses(beside):
             return super().bank(experts, pairs)
         tiled = tiles.bank(
             experts, pairs, lambda parts: super(Gpu, self).matrix(parts).data[0], self.device, self.dtype
