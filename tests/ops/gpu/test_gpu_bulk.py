@@ -111,6 +111,16 @@ def test_what_is_fused(kind: str, format: str, fused: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", ["bulk2", "bulk3", "bulk4", "bulk8", "digits2", "digits3", "digits4", "digits8"])
+def test_zeros_may_be_fractions(kind: str, dtype: torch.dtype) -> None:
+    w, x = matrix(f"int{kind[-1]}g128z", 136, 1280, dtype), tokens(3, 1280, dtype)
+    zeros = w.data[2]
+    zeros += torch.rand(zeros.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(zeros.dtype)
+    plan = next(bulk.candidates(kind, 3, 136, 1280))
+    assert excess(bulk.run(plan, SMS, x, w), x, values(w), dtype, weights=kind == "bulk8") <= 1
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", ["digits3", "digits8"])
 def test_digits_of_columns_far_apart_in_size(kind: str, dtype: torch.dtype) -> None:
     format = "int3g128z" if kind == "digits3" else "int8"

@@ -43,7 +43,10 @@ def random(*shape: int, seed: int) -> Tensor:
 def raw(name: str, w: Tensor, scales: torch.dtype) -> RawTensor:
     if name == "dense":
         return RawTensor("w", "F32", tuple(w.shape), w)
-    return raw_tensor("w", format_of(name), *w.shape, format_of(name).pack(w, scales))
+    made = format_of(name).pack(w, scales)
+    if made.zeros is not None:  # fractions, as `tenfold quantize` writes them
+        made.zeros.add_(torch.rand(made.zeros.shape, generator=torch.Generator().manual_seed(6)).to(made.zeros) - 0.5)
+    return raw_tensor("w", format_of(name), *w.shape, made)
 
 
 def bank(names: tuple[str, ...], w: Tensor, pairs: bool, dtype: torch.dtype, scales: torch.dtype) -> tiles.Tiled:

@@ -83,6 +83,23 @@ def test_codes_through_a_ring(format: str, count: int, rows: int, cols: int, dty
     assert not workspace.counters.any()
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("format", "plan"),
+    [
+        *(("int4g128z", "ring4:4x1x128"), ("int8g128z", "ring8:4x1x128"), ("int4g128z", "stream4:8x4x1")),
+        *(("int8g128z", "stream8:8x4x1"), ("int2g128z", "stream2:8x4x1"), ("int3g128z", "stream3:8x4x1")),
+    ],
+)
+def test_zeros_may_be_fractions(format: str, plan: str, dtype: torch.dtype) -> None:
+    """As `tenfold quantize` writes them; what is less than a 16-bit number can hold is rounded once."""
+    w, x = matrix(format, 136, 1152), tokens(9, 1152, dtype)
+    zeros = w.data[2]
+    zeros += torch.rand(zeros.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(zeros.dtype)
+    got = product(plan, ring.Workspace(torch.device("cuda")), x, w)
+    assert excess(got, x, formats.unpack(w), dtype, weights=True) <= 1
+
+
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("format", ["int4g128z", "int8g128", "int8z"])
 def test_scales_of_each_type_through_a_ring(format: str, scales: torch.dtype) -> None:

@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_piece(Piece &piece, u32 stage, int sub, int
 #if IN_PLACE
     piece.zero_first = first, piece.zero_second = second;
 #else
-    piece.zero_first = pack(BASE + first, BASE + first), piece.zero_second = pack(BASE + second, BASE + second);
+    piece.zero_first = pack(first, first), piece.zero_second = pack(second, second);
 #endif
 #endif
 #endif

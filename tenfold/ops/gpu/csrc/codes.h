@@ -5,12 +5,10 @@
 
 #define WHOLE_ROW (GROUP >= 1 << 30)
 #if BITS <= 4
-#define BASE OFFSET  // added to a code by the bits above it
-#define MIDDLE (MAGIC + (1u << (BITS - 1)) * 0x00010001u)  // a pair of BASE + half of all codes
+#define MIDDLE (MAGIC + (1u << (BITS - 1)) * 0x00010001u)  // a pair of OFFSET + half of all codes
 #define NOTHING (ZEROS || BITS < 4 ? 0u : 0x88888888u)  // codes of zero; fewer bits have a scale of zero there
 #else
-#define BASE OFFSET_8
-#define MIDDLE (HALF ? 0x64806480u : 0u)
+#define MIDDLE 0u
 #define NOTHING 0u
 #endif
 
@@ -34,10 +32,11 @@ __device__ __forceinline__ float value(Stored stored) {
 
 __device__ __forceinline__ float number(const void *values, size_t at) { return value(__ldg((const Stored *)values + at)); }
 
+// zero: a pair of a group's, or MIDDLE.
 __device__ __forceinline__ u32 whole(u32 word, u32 zero) {
-#if BITS == 4
-    return nibbles(word, zero);
-#elif BITS < 4
+#if BITS <= 4 && ZEROS
+    return minus(few_bits<BITS>(word, MAGIC), zero);
+#elif BITS <= 4
     return few_bits<BITS>(word, zero);
 #else
     return signed_bytes<ZEROS>(word, zero);

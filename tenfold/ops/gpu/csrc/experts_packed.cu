@@ -83,12 +83,11 @@ template <int ID> struct Kind {
         return number(tile + CODES + row * NUMBER) * (ACTS8 && BITS == 4 ? 512.f : 1.f);
     }
     static __device__ __forceinline__ u32 zero(u32 tile, int row) {
-        const float base = BITS == 8 ? OFFSET_8 : OFFSET;
         if constexpr (ZEROS) {
-            const float f = base + number(tile + CODES + (64 + row) * NUMBER);
+            const float f = number(tile + CODES + (64 + row) * NUMBER);
             return pack(f, f);
         }
-        return pack(base + MIDDLE, base + MIDDLE);
+        return pack(OFFSET + MIDDLE, OFFSET + MIDDLE);
     }
 };
 
@@ -119,7 +118,7 @@ template <class K> struct Codes {
                         const u32 high = words[4 + unit];
                         number = pick(at < 2 ? high << (2 - at) : high >> (at - 2), 0x00040004u, number);
                     }
-                    a[k][r] = minus(number, r & 1 ? zero_lower : zero_upper);
+                    a[k][r] = less(number, r & 1 ? zero_lower : zero_upper);
                 }
         } else if constexpr (K::BITS == 4) {
             const uint4 v = piece_16(tile + (warp * 2 + unit) * 512 + lane * 16);
@@ -127,7 +126,7 @@ template <class K> struct Codes {
 #pragma unroll
             for (int k = 0; k < 4; k++)
 #pragma unroll
-                for (int r = 0; r < 4; r++) a[k][r] = nibbles(each[k] >> 4 * r, r & 1 ? zero_lower : zero_upper);
+                for (int r = 0; r < 4; r++) a[k][r] = less(pick(each[k] >> 4 * r, 0x000f000fu, MAGIC), r & 1 ? zero_lower : zero_upper);
         } else if constexpr (K::BITS == 8) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -145,6 +144,11 @@ template <class K> struct Codes {
                 a[k][0] = v.x, a[k][1] = v.y, a[k][2] = v.z, a[k][3] = v.w;
             }
         }
+    }
+
+    // Codes behind OFFSET, less that and their zero, which is a fraction where groups have one.
+    static __device__ __forceinline__ u32 less(u32 number, u32 zero) {
+        return K::ZEROS ? minus(minus(number, MAGIC), zero) : minus(number, zero);
     }
 
     // Bytes `half` and half + 2 of a word of 8-bit codes.

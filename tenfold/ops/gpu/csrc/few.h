@@ -44,7 +44,7 @@ typedef uint4 Own[LOADS];
 #if IN_PLACE
 typedef float Zero;
 #else
-typedef u32 Zero;  // a pair of BASE + zero
+typedef u32 Zero;  // a pair of it
 #endif
 
 // And of a chunk of its two rows.

@@ -1,10 +1,10 @@
 // Codes of packed weights (ops/formats.py) as pairs of exact 16-bit numbers, HALF as elsewhere. A code lies in the low bits
-// of a number whose upper ones are fixed, so it is taken out by a mask, and what those add goes with the zero: zeros are
-// given as pairs of OFFSET + zero.
+// of a number whose upper ones are fixed, so it is taken out by a mask, and what those add goes with the zero where that is
+// the middle of all codes. Zeros of groups may be fractions, which such a number has no digits for: they are subtracted
+// from the code itself.
 
 #define OFFSET (HALF ? 1024.f : 128.f)  // added to codes of 2 to 4 bits
 #define MAGIC (HALF ? 0x64006400u : 0x43004300u)  // a pair of it
-#define OFFSET_8 (HALF ? 1152.f : 0.f)  // and to those of 8 bits
 
 __device__ __forceinline__ u32 minus(u32 a, u32 b) {
     u32 d;
@@ -23,21 +23,18 @@ __device__ __forceinline__ u32 pick(u32 word, u32 mask, u32 above) {
     return d;
 }
 
-// Nibbles 0 and 4 of a word as exact numbers less their zero.
-__device__ __forceinline__ u32 nibbles(u32 word, u32 zero) { return minus(pick(word, 0x000f000fu, MAGIC), zero); }
-
-// The pair of 2 or 3 bits at the low ends of both halves of a word.
+// The pair of so many bits at the low ends of both halves of a word as exact numbers, less `zero`, a pair of OFFSET and more.
 template <int COUNT> __device__ __forceinline__ u32 few_bits(u32 word, u32 zero) { return minus(pick(word, ((1u << COUNT) - 1) * 0x00010001u, MAGIC), zero); }
 
-// Bytes 0 and 2 of a word, signed: HALF 1024 + 128 + code, less that and the zero; else 128 + the low seven bits, less
-// 128, or less 256 where the sign bit makes it that, and less a zero where there are some.
+// Bytes 0 and 2 of a word, signed: HALF 1024 + 128 + code, less that; else 128 + the low seven bits, less 128, or less 256
+// where the sign bit makes it that; and less a zero where there are some.
 template <bool ZEROS_> __device__ __forceinline__ u32 signed_bytes(u32 word, u32 zero) {
 #if HALF
-    return minus(word & 0x00ff00ffu ^ 0x64806480u, zero);
+    const u32 d = minus(word & 0x00ff00ffu ^ 0x64806480u, 0x64806480u);
 #else
     const u32 d = minus(pick(word, 0x007f007fu, 0x43004300u), pick(word, 0x00800080u, 0x43004300u));
-    return ZEROS_ ? minus(d, zero) : d;
 #endif
+    return ZEROS_ ? minus(d, zero) : d;
 }
 
 #if HALF

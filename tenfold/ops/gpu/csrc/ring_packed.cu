@@ -108,7 +108,7 @@ struct Span {
 
 #if ZEROS
 __device__ __forceinline__ u32 zero_pair(Stored zero) {
-    const float f = BASE + value(zero);
+    const float f = value(zero);
     return pack(f, f);
 }
 #endif

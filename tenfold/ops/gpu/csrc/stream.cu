@@ -54,7 +54,7 @@ __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS][1], const Weig
 #if IN_PLACE
             piece.zero_first = number(w.zeros, at), piece.zero_second = number(w.zeros, below);
 #else
-            float zero = BASE + number(w.zeros, at), other = BASE + number(w.zeros, below);
+            const float zero = number(w.zeros, at), other = number(w.zeros, below);
             piece.zero_first = pack(zero, zero), piece.zero_second = pack(other, other);
 #endif
 #endif
@@ -76,7 +76,7 @@ __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS][1], const Weig
             piece.scale_first = piece.scale_second = 0.f;
 #endif
 #if BITS < 16 && ZEROS
-            piece.zero_first = piece.zero_second = IN_PLACE ? 0 : pack(BASE, BASE);
+            piece.zero_first = piece.zero_second = 0;
 #endif
         }
     }
