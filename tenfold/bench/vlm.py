@@ -3,7 +3,8 @@
 Every seed draws its own calibration samples; all methods of a seed see the same ones, and all are judged on the same
 held-out pairs: mean negative log-likelihood of answers, and the share of whole answers that are right. Matrices are
 rounded in their place, so bits that no file holds can be judged on any device. Beside the methods: the search taken
-apart (norm of differences, gradients or not), and the gradients of tokens of pictures and of answers by layer.
+apart (norm of differences, what tokens count, what matrices are looked at with), and the gradients of tokens of each
+kind by layer.
 
     python -m tenfold.bench.vlm --model vlm --data data/train --held-out data/held_out --out vlm.json
 """
@@ -22,16 +23,16 @@ from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mbq.compare import ABLATION, Row, compare
 from tenfold.quantize.mbq.data import Pair, mix_of, read_pairs
-from tenfold.quantize.mbq.gradients import Magnitudes, ratios
+from tenfold.quantize.mbq.gradients import WEIGHINGS, Magnitudes, worths
 from tenfold.quantize.mbq.search import METHODS
-from tenfold.quantize.mbq.subject import Subject
+from tenfold.quantize.mbq.subject import KINDS, Subject
 from tenfold.quantize.schemes import parse
 from tenfold.serve.pairs import Reader
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
 SCHEMES = "w3g64z,w4a8"
-# The search without what MBQ adds, and with one of its two parts; with both and with neither it is MBQ and AWQ.
+# The search in all its forms, but for those that have a name of their own.
 APART = {name: method for name, method in ABLATION.items() if method not in METHODS.values()}
 
 
@@ -60,10 +61,11 @@ def gathered(runs: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
 
 
 def layers(found: Magnitudes) -> list[dict[str, Any]]:
-    """Gradients of one seed as a table: of each layer's part, over either kind of token, and the ratio that is used."""
-    used = ratios(found)
+    """Gradients of one seed as a table: of each layer's part, over each kind of token, and what kinds count by them."""
+    used = {weigh: worths(found, weigh) for weigh in WEIGHINGS[1:]}
     return [
-        {"layer": i, "part": part, **asdict(one), "ratio": one.ratio, "used": used[part][i]}
+        {"layer": i, "part": part, **asdict(one), "ratio": one.ratio}
+        | {"used": {weigh: asdict(own[part][i]) for weigh, own in used.items()}}
         for part, own in found.items()
         for i, one in enumerate(own)
     ]
@@ -106,11 +108,12 @@ def table(data: Mapping[str, Any]) -> str:
         loss, right = f"{r['loss']:.4f}", f"{r['accuracy']:.4f}"
         shown = loss, spread(r["losses"]), right, spread(r["accuracies"])
         lines.append(cells(r["scheme"], r["method"], f"{r['bits']:.3f}", *shown))
-    heads = "layer", "part", "gradient, pictures", "gradient, answers", "ratio", "used"
-    lines += ["", cells(*heads), cells(*["---"] * 6)]
+    heads = "gradient, pictures", "answers", "before what is said", "the rest", "pictures / answers"
+    lines += ["", cells("layer", "part", *heads, "used"), cells(*["---"] * 8)]
     for g in data["gradients"]:
-        sizes = f"{g['vision']:.3g}", f"{g['answer']:.3g}"
-        lines.append(cells(g["layer"], g["part"], *sizes, f"{g['ratio']:.3f}", f"{g['used']:.3f}"))
+        sizes = (f"{g['size'][kind]:.3g}" for kind in KINDS)
+        used = g["used"]["answers"]["vision"]
+        lines.append(cells(g["layer"], g["part"], *sizes, f"{g['ratio']:.3f}", f"{used:.3f}"))
     own = data["machine"]
     told = f"{data['judged']} pairs held out, {len(data['mix'])} seeds; first: {data['mix'][0]}."
     return "\n".join([*lines, "", f"{told} Commit {own.get('commit', '')}, {own.get('date', '')}. `{data['command']}`"])

@@ -26,7 +26,8 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     given = ("--model", str(seeing("llava")), "--data", str(train), "--held-out", str(held), "--device", "cpu")
     vlm.main([*given, "--schemes", "w3g32z,w4a8", "--seeds", "2", "--samples", "3", "--out", str(out), "--commit", "c"])
     data = json.loads(out.read_text())
-    methods = ["mbq", "awq", "smoothquant", "rtn", "search mse balanced", "search mae"]
+    methods = ["mbq", "awq", "smoothquant", "rtn", *vlm.APART]
+    assert len(methods) == 4 + 16 - 2
     assert [(r["scheme"], r["method"]) for r in data["rows"]] == [
         ("w16", "exact"),
         *((scheme, method) for scheme in ("w3g32z", "w4a8") for method in methods),
@@ -39,7 +40,8 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     assert {(g["layer"], g["part"]) for g in data["gradients"]} == {
         (i, p) for i in range(3) for p in ("attention", "mlp")
     }
-    assert all(g["used"] >= g["ratio"] for g in data["gradients"])
+    assert all(g["used"]["answers"]["vision"] >= g["ratio"] for g in data["gradients"])
+    assert all(g["used"]["kinds"]["said"] == 1 for g in data["gradients"])
     assert "| w4a8 | smoothquant |" in capsys.readouterr().out
     assert "| 2 | mlp |" in report.tables(tmp_path)
     found = claims_vlm.of_suites({"vlm": [data]})

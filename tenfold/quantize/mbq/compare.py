@@ -2,21 +2,24 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from tenfold.quantize.mbq.data import Sample
-from tenfold.quantize.mbq.fold import swaps_of
-from tenfold.quantize.mbq.gradients import Magnitudes, magnitudes, ratios
-from tenfold.quantize.mbq.search import METHODS, Layer, Method, Scales, equalize
+from tenfold.quantize.mbq.fold import Scales, layer_swaps, swaps_of
+from tenfold.quantize.mbq.gradients import WEIGHINGS, Magnitudes, magnitudes, worths
+from tenfold.quantize.mbq.search import METHODS, NORMS, Layer, Method, equalize
 from tenfold.quantize.mbq.subject import Batch, Score, Subject
+from tenfold.quantize.mbq.trial import Swap
 from tenfold.quantize.schemes import Scheme
 
-# What is taken apart: the norm of differences, and whether gradients weigh tokens.
+# What is taken apart: the norm of differences, what tokens count, and what matrices are looked at with.
 ABLATION = {
-    f"search {norm}{' balanced' * balance}": Method("search", balance, norm)
-    for norm in ("mse", "mae")
-    for balance in (False, True)
+    f"search {norm} {weigh}{', propagated' * propagate}": Method("search", weigh, norm, propagate=propagate)
+    for propagate in (False, True)
+    for norm in NORMS
+    for weigh in WEIGHINGS
 }
 Say = Callable[[str], None]
 
@@ -34,17 +37,29 @@ class Row:
 def scales_of(
     subject: Subject, batches: Sequence[Batch], scheme: Scheme, methods: Mapping[str, Method], found: Magnitudes
 ) -> dict[str, dict[int, Scales]]:
-    """By method and layer, in one walk through the model. found: gradients, for methods that weigh tokens."""
+    """By method and layer, in one walk through the model, and one for each that propagates. found: gradients, for
+    methods that weigh tokens.
+    """
     made: dict[str, dict[int, Scales]] = {name: {} for name in methods}
-    each = {name: ratios(found, balance=method.balance) for name, method in methods.items()}
+    each = {name: worths(found, method.weigh) for name, method in methods.items()}
 
-    def visit(number: int, states: Sequence[Tensor]) -> None:
-        layer = Layer(subject, number, batches, states)
+    def find(name: str, layer: Layer) -> Scales:
+        own = {part: values[layer.number] for part, values in each[name].items()}
+        made[name][layer.number], _ = equalize(layer, scheme, methods[name], own)
+        return made[name][layer.number]
+
+    def together(number: int, states: Sequence[Tensor]) -> None:
         for name, method in methods.items():
-            own = {part: values[number] for part, values in each[name].items()}
-            made[name][number], _ = equalize(layer, scheme, method, own)
+            if not method.propagate:
+                find(name, Layer(subject, number, batches, states))
 
-    subject.walk(batches, visit)
+    def alone(name: str, number: int, states: Sequence[Tensor]) -> dict[int, Swap]:
+        return layer_swaps(subject, number, find(name, Layer(subject, number, batches, states)), scheme)
+
+    subject.walk(batches, together)
+    for name, method in methods.items():
+        if method.propagate:
+            subject.walk(batches, partial(alone, name))
     return made
 
 

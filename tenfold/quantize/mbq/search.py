@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tenfold.quantize.mbq.fold import NAMES, Scales, layer_swaps
+from tenfold.quantize.mbq.gradients import WEIGHINGS, Kinds
 from tenfold.quantize.mbq.subject import Batch, Subject
 from tenfold.quantize.mbq.trial import Swap
 from tenfold.quantize.schemes import WIDE, Scheme, round_to_nearest
@@ -17,40 +19,35 @@ NORMS = ("mae", "mse")
 # Matrices that get scales, and of which layer's part these are: what is looked at is the whole of it, or, of what is
 # last there, its own outputs.
 GROUPS = {"qkv": "attention", "out": "attention", "gate_up": "mlp", "down": "mlp"}
-Scales = dict[str, Tensor]  # of one layer, by matrix; a matrix that is not there keeps its own
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How scales are found. kind: "search", "smooth" (SmoothQuant's alpha) or "none"; balance: tokens of pictures count
-    what gradients say, those of prompts nothing, else all tokens 1; norm: of differences, absolute or square.
+    """How scales are found. kind: "search", "smooth" (SmoothQuant's alpha) or "none"; weigh: what tokens count, see
+    `Magnitude.worth`; norm: of differences, absolute or square; propagate: whether a matrix is looked at with what
+    comes out of all before it once these are rounded, or as the exact model has it.
     """
 
     kind: str
-    balance: bool = False
+    weigh: str = "alike"
     norm: str = "mae"
     alpha: float = 0.5
+    propagate: bool = False
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"norm is {self.norm!r}; allowed: {', '.join(NORMS)}.")
+        for name, allowed in (("norm", NORMS), ("weigh", WEIGHINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; allowed: 0 to 1.")
 
 
 METHODS = {
-    "mbq": Method("search", balance=True),
+    "mbq": Method("search", "answers"),
     "awq": Method("search", norm="mse"),
     "smoothquant": Method("smooth"),
     "rtn": Method("none"),
 }
-
-
-def token_weights(batch: Batch, ratio: float, balance: bool) -> Tensor:
-    """[T] float32: what a token's difference counts."""
-    if not balance:
-        return batch.real.float()
-    return batch.answer.float() + ratio * batch.vision.float()
 
 
 def scalable(subject: Subject, layer: int, part: str) -> bool:
@@ -95,24 +92,26 @@ class Layer:
 
 
 def equalize(
-    layer: Layer, scheme: Scheme, method: Method, ratio: Mapping[str, float], grid: int = GRID
+    layer: Layer, scheme: Scheme, method: Method, worth: Mapping[str, Kinds], grid: int = GRID
 ) -> tuple[Scales, dict[str, float]]:
-    """Scales of one layer and the losses they leave. ratio: what a picture's token counts, by part of the layer."""
+    """Scales of one layer and the losses they leave. worth: what tokens count, by part of the layer."""
     scales: Scales = {}
     losses: dict[str, float] = {}
     if method.kind == "none":
         return scales, losses
-    middle = layer.middle()
+    subject = layer.subject
     for part, side in GROUPS.items():
-        if not scalable(layer.subject, layer.number, part):
+        if not scalable(subject, layer.number, part):
             continue
-        states = layer.states if side == "attention" else middle
-        inputs = layer.inputs(part, states)
+        before = list(NAMES)[: list(NAMES).index(part)] if method.propagate else ()
+        with subject.swapped(layer_swaps(subject, layer.number, scales, scheme, before)):
+            states = layer.states if side == "attention" else layer.middle()
+            inputs = layer.inputs(part, states)
         if method.kind == "smooth":
             if part in ("qkv", "gate_up"):  # those that a norm stands before
                 scales[part] = smoothed(layer, part, inputs, method.alpha)
             continue
-        weights = [token_weights(batch, ratio[side], method.balance) for batch in layer.batches]
+        weights = [worth[side].weights(batch) for batch in layer.batches]
         scales[part], losses[part] = searched(layer, part, states, inputs, weights, scheme, method.norm, grid)
     return scales, losses
 
@@ -163,11 +162,8 @@ def searched(
     exact = outputs()
     best, least = torch.ones(w.shape[1], device=w.device), float("inf")
     for tried in candidates(sizes(inputs, layer.batches), grid):
-        subject.kernels.swaps = {id(matrix.weight): tried_out(w, tried, scheme)}
-        try:
+        with subject.swapped({id(matrix.weight): tried_out(w, tried, scheme)}):
             loss = distance(exact, outputs(), weights, norm)
-        finally:
-            subject.kernels.swaps = {}
         if loss < least:
             best, least = tried, loss
     return best, least

@@ -229,8 +229,8 @@ def test_methods_side_by_side(seeing: Seeing, pairs: Path) -> None:
     )
     assert len(rows) == len(lines) == 1 + 2 * (len(METHODS) + len(ABLATION))
     by = {(row.scheme, row.method): row for row in rows}
-    assert by["w2g32z", "mbq"].score == by["w2g32z", "search mae balanced"].score
-    assert by["w2g32z", "awq"].score == by["w2g32z", "search mse"].score
+    assert by["w2g32z", "mbq"].score == by["w2g32z", "search mae answers"].score
+    assert by["w2g32z", "awq"].score == by["w2g32z", "search mse alike"].score
     assert by["w2g32z", "rtn"].bits == 3.0
     assert by["w4a8", "rtn"].score.loss != by["w4a8", "smoothquant"].score.loss
     assert len(found["attention"]) == subject.layers
