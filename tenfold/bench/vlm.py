@@ -23,7 +23,7 @@ from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mbq.compare import ABLATION, Row, compare
 from tenfold.quantize.mbq.data import Pair, mix_of, read_pairs
-from tenfold.quantize.mbq.gradients import WEIGHINGS, Magnitudes, worths
+from tenfold.quantize.mbq.gradients import Magnitudes, worths
 from tenfold.quantize.mbq.search import METHODS
 from tenfold.quantize.mbq.subject import KINDS, Subject
 from tenfold.quantize.schemes import parse
@@ -32,6 +32,7 @@ from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
 SCHEMES = "w3g64z,w4a8"
+SHOWN = {"vision": "pictures", "answer": "answers", "said": "before what is said", "rest": "the rest"}
 # The search in all its forms, but for those that have a name of their own.
 APART = {name: method for name, method in ABLATION.items() if method not in METHODS.values()}
 
@@ -61,11 +62,11 @@ def gathered(runs: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
 
 
 def layers(found: Magnitudes) -> list[dict[str, Any]]:
-    """Gradients of one seed as a table: of each layer's part, over each kind of token, and what kinds count by them."""
-    used = {weigh: worths(found, weigh) for weigh in WEIGHINGS[1:]}
+    """Gradients of one seed as a table: of each layer's part, over each kind of token, and what a picture's counts."""
+    used = worths(found)
     return [
-        {"layer": i, "part": part, **asdict(one), "ratio": one.ratio}
-        | {"used": {weigh: asdict(own[part][i]) for weigh, own in used.items()}}
+        {"layer": i, "part": part, **asdict(one.size), "square": asdict(one.square)}
+        | {"ratio": one.ratio, "used": used[part][i].vision}
         for part, own in found.items()
         for i, one in enumerate(own)
     ]
@@ -108,12 +109,12 @@ def table(data: Mapping[str, Any]) -> str:
         loss, right = f"{r['loss']:.4f}", f"{r['accuracy']:.4f}"
         shown = loss, spread(r["losses"]), right, spread(r["accuracies"])
         lines.append(cells(r["scheme"], r["method"], f"{r['bits']:.3f}", *shown))
-    heads = "gradient, pictures", "answers", "before what is said", "the rest", "pictures / answers"
-    lines += ["", cells("layer", "part", *heads, "used"), cells(*["---"] * 8)]
+    kinds = [kind for kind in KINDS if kind in data["gradients"][0]]
+    heads = "layer", "part", *(f"gradient, {SHOWN[kind]}" for kind in kinds), "pictures / answers", "used"
+    lines += ["", cells(*heads), cells(*["---"] * len(heads))]
     for g in data["gradients"]:
-        sizes = (f"{g['size'][kind]:.3g}" for kind in KINDS)
-        used = g["used"]["answers"]["vision"]
-        lines.append(cells(g["layer"], g["part"], *sizes, f"{g['ratio']:.3f}", f"{used:.3f}"))
+        sizes = (f"{g[kind]:.3g}" for kind in kinds)
+        lines.append(cells(g["layer"], g["part"], *sizes, f"{g['ratio']:.3f}", f"{g['used']:.3f}"))
     own = data["machine"]
     told = f"{data['judged']} pairs held out, {len(data['mix'])} seeds; first: {data['mix'][0]}."
     return "\n".join([*lines, "", f"{told} Commit {own.get('commit', '')}, {own.get('date', '')}. `{data['command']}`"])

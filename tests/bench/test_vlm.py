@@ -40,8 +40,10 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     assert {(g["layer"], g["part"]) for g in data["gradients"]} == {
         (i, p) for i in range(3) for p in ("attention", "mlp")
     }
-    assert all(g["used"]["answers"]["vision"] >= g["ratio"] for g in data["gradients"])
-    assert all(g["used"]["kinds"]["said"] == 1 for g in data["gradients"])
+    assert all(g["used"] >= g["ratio"] for g in data["gradients"])
+    assert all(g["said"] ** 2 <= g["square"]["said"] for g in data["gradients"])
+    older = data | {"gradients": [{k: g[k] for k in g if k not in ("said", "rest")} for g in data["gradients"]]}
+    assert "gradient, answers | pictures / answers" in vlm.table(older)
     assert "| w4a8 | smoothquant |" in capsys.readouterr().out
     assert "| 2 | mlp |" in report.tables(tmp_path)
     found = claims_vlm.of_suites({"vlm": [data]})
