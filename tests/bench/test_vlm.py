@@ -53,6 +53,16 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     assert found[0].met == (found[0].value is not None and found[0].value > 0)
 
 
+def test_forms_of_the_search_have_names() -> None:
+    assert list(vlm.apart("search mae kinds; search mse squares, propagated")) == [
+        "search mae kinds",
+        "search mse squares, propagated",
+    ]
+    assert vlm.apart("") == {}
+    with pytest.raises(ValueError, match="'mbq' is no form of the search; allowed: search mae alike; "):
+        vlm.apart("mbq")
+
+
 def test_seeds_draw_their_own() -> None:
     pairs = list(range(100))
     assert vlm.drawn(pairs, 5, 1) == vlm.drawn(pairs, 5, 1) != vlm.drawn(pairs, 5, 2)  # type: ignore[arg-type]
