@@ -27,7 +27,7 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     vlm.main([*given, "--schemes", "w3g32z,w4a8", "--seeds", "2", "--samples", "3", "--out", str(out), "--commit", "c"])
     data = json.loads(out.read_text())
     methods = ["mbq", "awq", "smoothquant", "rtn", *vlm.APART]
-    assert len(methods) == 4 + 16 - 2
+    assert len(methods) == 4 + 18 - 2
     assert [(r["scheme"], r["method"]) for r in data["rows"]] == [
         ("w16", "exact"),
         *((scheme, method) for scheme in ("w3g32z", "w4a8") for method in methods),

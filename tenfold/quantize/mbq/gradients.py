@@ -4,7 +4,7 @@ outputs of a layer's attention and of its MLP, over each kind of token (MBQ, sec
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,23 +67,19 @@ def _ratio(of: float, to: float) -> float:
 
 Magnitudes = dict[str, list[Magnitude]]  # by part of HOOKS, of each layer
 Key = tuple[str, str, int, int]  # part, kind, layer, power
+Directions = dict[str, list[list[Tensor]]]  # gradients [T, hidden] by part, layer and batch, in the host's memory
+Progress = Callable[[int, int], None]
 
 
-def magnitudes(
-    subject: Subject, batches: Sequence[Batch], progress: Callable[[int, int], None] | None = None
-) -> Magnitudes:
+def magnitudes(subject: Subject, batches: Sequence[Batch], progress: Progress | None = None) -> Magnitudes:
     """Of every layer. The loss of a sample is that of its answer; samples do not touch each other."""
-    kernels = subject.kernels
     found: dict[Key, list[float]] = {}
-    kernels.tracking = True
-    try:
-        for number, batch in enumerate(batches):
-            for key, values in _of_batch(subject, batch).items():
-                found.setdefault(key, []).extend(values)
-            if progress is not None:
-                progress(number + 1, len(batches))
-    finally:
-        kernels.tracking, kernels.outputs = False, {}
+    for batch, gradients in _backward(subject, batches, progress):
+        for (part, layer), gradient in gradients.items():
+            for power in (1, 2):
+                each = gradient.double().abs().pow(power).mean(-1)
+                for kind in KINDS:
+                    found.setdefault((part, kind, layer, power), []).extend(batch.mean(each, kind).tolist())
     made: Magnitudes = {}
     for part in HOOKS:
         made[part] = [
@@ -98,7 +94,31 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(known) / len(known) if known else math.nan
 
 
-def _of_batch(subject: Subject, batch: Batch) -> dict[Key, list[float]]:
+def directions(subject: Subject, batches: Sequence[Batch], progress: Progress | None = None) -> Directions:
+    """The gradients themselves: as many numbers as samples have tokens, for every feature of two outputs a layer."""
+    made: Directions = {part: [[] for _ in range(subject.layers)] for part in HOOKS}
+    for _, gradients in _backward(subject, batches, progress):
+        for (part, layer), gradient in gradients.items():
+            made[part][layer].append(gradient.cpu())
+    return made
+
+
+def _backward(
+    subject: Subject, batches: Sequence[Batch], progress: Progress | None
+) -> Iterator[tuple[Batch, dict[tuple[str, int], Tensor]]]:
+    """Gradients by part and layer, of one batch after the other."""
+    kernels = subject.kernels
+    kernels.tracking = True
+    try:
+        for number, batch in enumerate(batches):
+            yield batch, _of_batch(subject, batch)
+            if progress is not None:
+                progress(number + 1, len(batches))
+    finally:
+        kernels.tracking, kernels.outputs = False, {}
+
+
+def _of_batch(subject: Subject, batch: Batch) -> dict[tuple[str, int], Tensor]:
     seen: dict[tuple[str, int], Tensor] = {}
 
     def keep(key: tuple[str, int]) -> Callable[[Tensor], None]:
@@ -116,13 +136,10 @@ def _of_batch(subject: Subject, batch: Batch) -> dict[Key, list[float]]:
     with torch.enable_grad():
         loss: Any = subject.losses(batch, subject.model.forward(batch.step)).sum()
         loss.backward()
-    found: dict[Key, list[float]] = {}
-    for (part, layer), y in seen.items():
+    found = {}
+    for key, y in seen.items():
         assert y.grad is not None
-        for power in (1, 2):
-            each = y.grad.double().abs().pow(power).mean(-1)
-            for kind in KINDS:
-                found[part, kind, layer, power] = batch.mean(each, kind).tolist()
+        found[key] = y.grad
     return found
 
 

@@ -21,7 +21,7 @@ from tenfold.quantize.gptq import Moments
 from tenfold.quantize.mbq import recipe as recipes
 from tenfold.quantize.mbq.data import Sample, mix_of
 from tenfold.quantize.mbq.fold import NAMES, NORMS, Folded, Scales, folded, names_of, swap_of
-from tenfold.quantize.mbq.gradients import FLOORS, Kinds, Magnitude, magnitudes, worths
+from tenfold.quantize.mbq.gradients import FLOORS, Directions, Kinds, Magnitude, directions, magnitudes, worths
 from tenfold.quantize.mbq.recipe import FILE, Recipe
 from tenfold.quantize.mbq.search import GROUPS, METHODS, Layer, Method, equalize
 from tenfold.quantize.mbq.subject import Batch, Subject
@@ -44,9 +44,9 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True)
 class Wish:
     """scheme: of every matrix of the text part's layers; method: one of METHODS; norm, weigh, propagate: see `Method`,
-    empty and None for the method's own; floor: of what a kind of token counts; alpha: of smoothquant; rounding: to
-    nearest as published, or by GPTQ with the same token weights; tower: scheme of what looks at pictures, empty to
-    leave it; layout: of the files.
+    empty and None for the method's own, all tokens alike where the norm is fisher; floor: of what a kind of token
+    counts; alpha: of smoothquant; rounding: to nearest as published, or by GPTQ with the same token weights; tower:
+    scheme of what looks at pictures, empty to leave it; layout: of the files.
     """
 
     scheme: str
@@ -74,7 +74,7 @@ class Wish:
         return replace(
             base,
             norm=self.norm or base.norm,
-            weigh=self.weigh or base.weigh,
+            weigh=self.weigh or ("alike" if self.norm == "fisher" else base.weigh),
             propagate=base.propagate if self.propagate is None else self.propagate,
             alpha=self.alpha,
         )
@@ -125,7 +125,9 @@ def quantize(
     if not made.magnitudes and needs_gradients(method, samples):
         made.magnitudes = magnitudes(subject, batches, progress("gradients"))
         beside.write(partial(out), json.dumps(made.content()).encode())
-    writer = Writer(subject, checkpoint, wish, made, batches, out)
+    searching = method.norm == "fisher" and len(made.scales) < subject.layers
+    towards = directions(subject, batches, progress("directions")) if searching else None
+    writer = Writer(subject, checkpoint, wish, made, batches, out, towards)
     with Folder(out) as folder:
         told = progress(f"{wish.method}, layers")
 
@@ -227,9 +229,17 @@ class Writer:
     """Makes the tensors of a folder, under the names that the source's files have."""
 
     def __init__(
-        self, subject: Subject, source: HFCheckpoint, wish: Wish, made: Recipe, batches: Sequence[Batch], out: Path
+        self,
+        subject: Subject,
+        source: HFCheckpoint,
+        wish: Wish,
+        made: Recipe,
+        batches: Sequence[Batch],
+        out: Path,
+        towards: Directions | None,
     ) -> None:
         self.subject, self.source, self.wish, self.made, self.batches = subject, source, wish, made, batches
+        self.towards = towards
         self.scheme, self.method = parse(wish.scheme), wish.resolved()
         self.place = partial(out)
         self.worths = worths(made.magnitudes, self.method.weigh, wish.floor)
@@ -245,7 +255,7 @@ class Writer:
 
     def layer(self, number: int, states: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[int, Swap]]:
         """Tensors to be written, and the matrices as they are then."""
-        layer, worth = Layer(self.subject, number, self.batches, states), self.worth(number)
+        layer, worth = Layer(self.subject, number, self.batches, states, self.towards), self.worth(number)
         if number not in self.made.scales:
             scales, losses = equalize(layer, self.scheme, self.method, worth)
             self.made.scales[number] = {part: s.cpu() for part, s in scales.items()}

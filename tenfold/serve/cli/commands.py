@@ -406,7 +406,7 @@ def quantize_command(
     tower: Annotated[
         str, Option("--tower", help="Scheme of what looks at pictures: w8a8, w4a8; unset: as it is.")
     ] = "",
-    norm: Annotated[str, Option("--norm", help="Of differences: mae or mse; unset: the method's.")] = "",
+    norm: Annotated[str, Option("--norm", help="Of differences: mae, mse or fisher; unset: the method's.")] = "",
     weigh: Annotated[
         str, Option("--weigh", help="What tokens count: alike, answers, kinds, squares; unset: the method's.")
     ] = "",

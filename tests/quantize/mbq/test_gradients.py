@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tenfold.quantize.mbq.gradients import ALIKE, HOOKS, Kinds, Magnitude, magnitudes, worths
+from tenfold.quantize.mbq.gradients import ALIKE, HOOKS, Kinds, Magnitude, directions, magnitudes, worths
 from tenfold.quantize.mbq.subject import Subject
 from tenfold.weights.open import open_checkpoint
 from tests.quantize.mbq.conftest import Seeing, samples_of
@@ -95,6 +95,18 @@ def test_batches_change_nothing(seeing: Seeing, pairs: Path) -> None:
         for one, other in zip(together[part], alone[part]):
             assert asdict(one.size) == pytest.approx(asdict(other.size), rel=1e-6)
             assert asdict(one.square) == pytest.approx(asdict(other.square), rel=1e-6)
+
+
+def test_directions_are_the_gradients_themselves(seeing: Seeing, pairs: Path) -> None:
+    subject = Subject(open_checkpoint(seeing("llava")), dtype=torch.float64)
+    (batch,) = batches = subject.batches(samples_of(seeing("llava"), pairs))
+    sizes, found = magnitudes(subject, batches), directions(subject, batches)
+    for part in HOOKS:
+        for magnitude, (gradient,) in zip(sizes[part], found[part], strict=True):
+            assert gradient.shape == (len(batch.real), subject.linear(0, "down").weight.rows)
+            assert not gradient[~batch.real].any()
+            each = batch.mean(gradient.abs().mean(-1), "said")
+            assert magnitude.size.said == pytest.approx(float(each.mean()), rel=1e-9)
 
 
 def test_what_kinds_of_tokens_count() -> None:

@@ -1,6 +1,7 @@
 """The search finds what it says: the least weighed difference, the same in whatever order samples come."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tenfold.quantize.mbq.compare import ABLATION
 from tenfold.quantize.mbq.fold import NAMES, layer_swaps, swaps_of
-from tenfold.quantize.mbq.gradients import ALIKE, Kinds, magnitudes, worths
+from tenfold.quantize.mbq.gradients import ALIKE, Kinds, directions, magnitudes, worths
 from tenfold.quantize.mbq.search import (
     METHODS,
     Layer,
@@ -40,7 +41,7 @@ def layer_of(subject: Subject, pairs: Path, number: int = 1, backwards: bool = F
     subject.walk(
         batches, lambda i, states: found.append(Layer(subject, i, batches, list(states))) if i == number else None
     )
-    return found[0]
+    return replace(found[0], directions=directions(subject, batches))
 
 
 def test_weights_of_tokens(seeing: Seeing, pairs: Path) -> None:
@@ -73,9 +74,13 @@ def test_distance_is_the_weighed_mean() -> None:
     weights = torch.tensor([1.0, 0.5, 0.0])
     assert distance([a], [b], [weights], "mae") == pytest.approx((3 + 0.5 * 3) / 4)
     assert distance([a], [b], [weights], "mse") == pytest.approx((5 + 0.5 * 9) / 4)
+    towards = torch.tensor([[1.0, 1.0], [0.0, 2.0], [5.0, 5.0]])
+    assert distance([a], [b], [weights], "fisher", [towards]) == pytest.approx(((1 - 2) ** 2 + 0.5 * 6**2) / 4)
+    with pytest.raises(ValueError, match="there are no gradients"):
+        distance([a], [b], [weights], "fisher")
 
 
-@pytest.mark.parametrize("name", [*METHODS, "search mae kinds, propagated"])
+@pytest.mark.parametrize("name", [*METHODS, "search mae kinds, propagated", "search fisher alike"])
 @pytest.mark.parametrize("scheme", ["w3g32z", "w4a8"])
 def test_order_of_samples_changes_nothing(name: str, scheme: str, seeing: Seeing, pairs: Path) -> None:
     subject = subject_of(seeing)
@@ -180,7 +185,7 @@ def test_gradients_weigh_the_search(seeing: Seeing, pairs: Path) -> None:
         own = {part: values[1] for part, values in worths(found, method.weigh).items()}
         assert all(worth.vision > 0 for worth in own.values())
         losses.add(equalize(layer, SCHEME, method, own)[1]["qkv"])
-    assert len(losses) == 8
+    assert len(losses) == 9
 
 
 @pytest.mark.parametrize("scheme", ["w3g32z", "w4a8"])
