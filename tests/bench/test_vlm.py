@@ -26,7 +26,8 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     given = ("--model", str(seeing("llava")), "--data", str(train), "--held-out", str(held), "--device", "cpu")
     vlm.main([*given, "--schemes", "w3g32z,w4a8", "--seeds", "2", "--samples", "3", "--out", str(out), "--commit", "c"])
     data = json.loads(out.read_text())
-    methods = ["mbq", "awq", "smoothquant", "rtn", "search mse balanced", "search mae"]
+    methods = ["mbq", "awq", "smoothquant", "rtn", *vlm.APART]
+    assert len(methods) == 4 + 18 - 2
     assert [(r["scheme"], r["method"]) for r in data["rows"]] == [
         ("w16", "exact"),
         *((scheme, method) for scheme in ("w3g32z", "w4a8") for method in methods),
@@ -40,6 +41,9 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
         (i, p) for i in range(3) for p in ("attention", "mlp")
     }
     assert all(g["used"] >= g["ratio"] for g in data["gradients"])
+    assert all(g["said"] ** 2 <= g["square"]["said"] for g in data["gradients"])
+    older = data | {"gradients": [{k: g[k] for k in g if k not in ("said", "rest")} for g in data["gradients"]]}
+    assert "gradient, answers | pictures / answers" in vlm.table(older)
     assert "| w4a8 | smoothquant |" in capsys.readouterr().out
     assert "| 2 | mlp |" in report.tables(tmp_path)
     found = claims_vlm.of_suites({"vlm": [data]})
@@ -47,6 +51,16 @@ def test_a_whole_run(seeing: Callable[[str], Path], tmp_path: Path, capsys: pyte
     best = min(by["w3g32z", name]["loss"] for name in claims_vlm.BASELINES)
     assert found[0].value == pytest.approx(best - by["w3g32z", "mbq"]["loss"], rel=1e-3)
     assert found[0].met == (found[0].value is not None and found[0].value > 0)
+
+
+def test_forms_of_the_search_have_names() -> None:
+    assert list(vlm.apart("search mae kinds; search mse squares, propagated")) == [
+        "search mae kinds",
+        "search mse squares, propagated",
+    ]
+    assert vlm.apart("") == {}
+    with pytest.raises(ValueError, match="'mbq' is no form of the search; allowed: search mae alike; "):
+        vlm.apart("mbq")
 
 
 def test_seeds_draw_their_own() -> None:

@@ -351,8 +351,9 @@ def test_quantize_wishes_for_models_that_see(ran, tmp_path):
     assert (asked.method, asked.samples) == ("auto", 128)
     assert scaled_wish("mbq", asked, options) == Scaled("w4g128z")
     given = {"scheme": "w4a8", "tower": "w8a8", "norm": "mse", "floor": "none", "alpha": "0.7", "rounding": "gptq"}
-    _, asked, _, options = ran(*always, *(word for name, value in given.items() for word in (f"--{name}", value)))[1]
-    wanted = Scaled("w4a8", "awq", "mse", None, "none", 0.7, "gptq", "w8a8")
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    _, asked, _, options = ran(*always, *words, "--weigh", "kinds", "--propagate")[1]
+    wanted = Scaled("w4a8", "awq", "mse", "kinds", True, "none", 0.7, "gptq", "w8a8")
     assert scaled_wish("awq", asked, options) == wanted
 
 

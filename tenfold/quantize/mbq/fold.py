@@ -2,14 +2,13 @@
 divided. Then a layer is rounded as it is stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tenfold.quantize.gptq import gptq
-from tenfold.quantize.mbq.search import Scales
 from tenfold.quantize.mbq.subject import Subject
 from tenfold.quantize.mbq.trial import Swap
 from tenfold.quantize.schemes import SHRINKS, WIDE, Grid, Scheme, grid_of, round_to_nearest
@@ -23,6 +22,7 @@ NAMES = {
 }
 NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}  # that stand before
 BEFORE = {"qkv": "out", "gate_up": "down"}  # whose last rows make the inputs of which
+Scales = dict[str, Tensor]  # of one layer, by matrix; a matrix that is not there keeps its own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,14 +62,25 @@ def folded(subject: Subject, layer: int, part: str, scales: Scales) -> Folded:
     return Folded(weight, bias, own if part in NORMS else None)
 
 
-def swaps_of(subject: Subject, scales: Mapping[int, Scales], scheme: Scheme) -> dict[int, Swap]:
-    """Every matrix of every layer as it is stored, rounded to nearest, for `Subject.score`."""
+def layer_swaps(
+    subject: Subject, layer: int, scales: Scales, scheme: Scheme, parts: Iterable[str] = NAMES
+) -> dict[int, Swap]:
+    """Matrices of one layer as they are stored, rounded to nearest."""
     made = {}
+    for part in parts:
+        own = folded(subject, layer, part, scales)
+        weight, _ = own.rounded(scheme)
+        made[id(subject.linear(layer, part).weight)] = swap_of(subject, own, weight, scheme)
+    return made
+
+
+def swap_of(subject: Subject, own: Folded, rounded: Tensor, scheme: Scheme) -> Swap:
+    return Swap(rounded.to(subject.kernels.dtype), scheme, own.by, own.bias)
+
+
+def swaps_of(subject: Subject, scales: Mapping[int, Scales], scheme: Scheme) -> dict[int, Swap]:
+    """Every matrix of every layer, for `Subject.score`."""
+    made: dict[int, Swap] = {}
     for layer in range(subject.layers):
-        for part in NAMES:
-            own = folded(subject, layer, part, scales.get(layer, {}))
-            weight, _ = own.rounded(scheme)
-            made[id(subject.linear(layer, part).weight)] = Swap(
-                weight.to(subject.kernels.dtype), scheme, own.by, own.bias
-            )
+        made |= layer_swaps(subject, layer, scales.get(layer, {}), scheme)
     return made

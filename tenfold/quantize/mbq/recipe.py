@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from tenfold.quantize.mbq.data import Sample
-from tenfold.quantize.mbq.gradients import Magnitude, Magnitudes
-from tenfold.quantize.mbq.search import Scales
+from tenfold.quantize.mbq.fold import Scales
+from tenfold.quantize.mbq.gradients import Kinds, Magnitude, Magnitudes
+from tenfold.quantize.mbq.subject import KINDS
 
 FILE = "recipe.json"
-VERSION = 1
+VERSION = 2
 LARGEST = 1 << 28  # bytes
 
 
@@ -86,7 +87,10 @@ def load(path: Path) -> Recipe:
 
 def _recipe(raw: Mapping[str, Any]) -> Recipe:
     magnitudes = {
-        part: [Magnitude(float(one["vision"]), float(one["answer"])) for one in own]
+        part: [
+            Magnitude(*(Kinds(*(float(one[power][kind]) for kind in KINDS)) for power in ("size", "square")))
+            for one in own
+        ]
         for part, own in raw["magnitudes"].items()
     }
     scales = {int(i): {part: read(text) for part, text in own.items()} for i, own in raw["scales"].items()}

@@ -20,11 +20,12 @@ from tenfold.ops.formats import LOAD_COLS, Format, Packed
 from tenfold.quantize.gptq import Moments
 from tenfold.quantize.mbq import recipe as recipes
 from tenfold.quantize.mbq.data import Sample, mix_of
-from tenfold.quantize.mbq.fold import NAMES, NORMS, folded, names_of
-from tenfold.quantize.mbq.gradients import FLOORS, magnitudes, ratios
+from tenfold.quantize.mbq.fold import NAMES, NORMS, Folded, Scales, folded, names_of, swap_of
+from tenfold.quantize.mbq.gradients import FLOORS, Directions, Kinds, Magnitude, directions, magnitudes, worths
 from tenfold.quantize.mbq.recipe import FILE, Recipe
-from tenfold.quantize.mbq.search import GROUPS, METHODS, Layer, Method, Scales, equalize, token_weights
+from tenfold.quantize.mbq.search import GROUPS, METHODS, Layer, Method, equalize
 from tenfold.quantize.mbq.subject import Batch, Subject
+from tenfold.quantize.mbq.trial import Swap
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse, round_to_nearest
 from tenfold.quantize.write import Folder, check_free, check_layout, config_of, tensors_of
 from tenfold.weights import beside
@@ -42,17 +43,18 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """scheme: of every matrix of the text part's layers; method: one of METHODS; norm: of differences, empty for the
-    method's own; balance: whether gradients weigh tokens, None for the method's own; floor: of gradient ratios; alpha:
-    of smoothquant; rounding: to nearest as published, or by GPTQ with the same token weights; tower: scheme of what
-    looks at pictures, empty to leave it; layout: of the files.
+    """scheme: of every matrix of the text part's layers; method: one of METHODS; norm, weigh, propagate: see `Method`,
+    empty and None for the method's own, all tokens alike where the norm is fisher; floor: of what a kind of token
+    counts; alpha: of smoothquant; rounding: to nearest as published, or by GPTQ with the same token weights; tower:
+    scheme of what looks at pictures, empty to leave it; layout: of the files.
     """
 
     scheme: str
     method: str = "mbq"
     norm: str = ""
-    balance: bool | None = None
-    floor: str = "median"
+    weigh: str = ""
+    propagate: bool | None = None
+    floor: str = ""
     alpha: float = 0.5
     rounding: str = "rtn"
     tower: str = ""
@@ -60,11 +62,11 @@ class Wish:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            *(("method", tuple(METHODS)), ("floor", FLOORS), ("rounding", ROUNDINGS)),
+            *(("method", tuple(METHODS)), ("floor", ("", *FLOORS)), ("rounding", ROUNDINGS)),
             ("layout", LAYOUTS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(filter(None, allowed))}.")
 
     def resolved(self) -> Method:
         """Raises ValueError."""
@@ -72,7 +74,8 @@ class Wish:
         return replace(
             base,
             norm=self.norm or base.norm,
-            balance=base.balance if self.balance is None else self.balance,
+            weigh=self.weigh or ("alike" if self.norm == "fisher" else base.weigh),
+            propagate=base.propagate if self.propagate is None else self.propagate,
             alpha=self.alpha,
         )
 
@@ -83,7 +86,8 @@ class Wish:
             "scheme": str(parse(self.scheme)),
             "method": self.method,
             "norm": method.norm,
-            "balance": method.balance,
+            "weigh": method.weigh,
+            "propagate": method.propagate,
             "floor": self.floor,
             "alpha": method.alpha,
             "rounding": self.rounding,
@@ -118,16 +122,20 @@ def quantize(
     digest = recipes.digest_of(samples)
     made = Recipe(identity(checkpoint), digest, wish.settings(), str(mix))
     made = followed(recipe, made) if recipe is not None else resumed(partial(out), made)
-    if method.balance and not made.magnitudes and any(sample.pictures for sample in samples):
+    if not made.magnitudes and needs_gradients(method, samples):
         made.magnitudes = magnitudes(subject, batches, progress("gradients"))
         beside.write(partial(out), json.dumps(made.content()).encode())
-    writer = Writer(subject, checkpoint, wish, made, batches, out)
+    searching = method.norm == "fisher" and len(made.scales) < subject.layers
+    towards = directions(subject, batches, progress("directions")) if searching else None
+    writer = Writer(subject, checkpoint, wish, made, batches, out, towards)
     with Folder(out) as folder:
         told = progress(f"{wish.method}, layers")
 
-        def visit(layer: int, states: Sequence[Tensor]) -> None:
-            folder.add(writer.layer(layer, states))
+        def visit(layer: int, states: Sequence[Tensor]) -> dict[int, Swap]:
+            tensors, rounded = writer.layer(layer, states)
+            folder.add(tensors)
             told(layer + 1, subject.layers)
+            return rounded if method.propagate else {}
 
         subject.walk(batches, visit)
         folder.add(writer.tower())
@@ -137,6 +145,13 @@ def quantize(
         folder.finish(source, checkpoint.path, {FILE: made.content()})
     partial(out).unlink(missing_ok=True)
     return made
+
+
+def needs_gradients(method: Method, samples: Sequence[Sample]) -> bool:
+    """Where tokens that differ in what they are worth meet."""
+    if method.weigh == "answers":
+        return any(sample.pictures for sample in samples)
+    return method.weigh != "alike"
 
 
 def partial(out: Path) -> Path:
@@ -214,32 +229,52 @@ class Writer:
     """Makes the tensors of a folder, under the names that the source's files have."""
 
     def __init__(
-        self, subject: Subject, source: HFCheckpoint, wish: Wish, made: Recipe, batches: Sequence[Batch], out: Path
+        self,
+        subject: Subject,
+        source: HFCheckpoint,
+        wish: Wish,
+        made: Recipe,
+        batches: Sequence[Batch],
+        out: Path,
+        towards: Directions | None,
     ) -> None:
         self.subject, self.source, self.wish, self.made, self.batches = subject, source, wish, made, batches
+        self.towards = towards
         self.scheme, self.method = parse(wish.scheme), wish.resolved()
         self.place = partial(out)
-        self.ratio = ratios(made.magnitudes, wish.floor, self.method.balance) if made.magnitudes else {}
+        self.worths = worths(made.magnitudes, self.method.weigh, wish.floor)
         self.formats: dict[str, Format] = {}  # by our names of modules
         self.taken: set[str] = set()  # tensors that are written already, or in another form
 
-    def layer(self, number: int, states: Sequence[Tensor]) -> dict[str, Tensor]:
-        layer = Layer(self.subject, number, self.batches, states)
-        ratio = {part: self.ratio[part][number] if self.ratio else 1.0 for part in set(GROUPS.values())}
+    def worth(self, number: int) -> dict[str, Kinds]:
+        """Of tokens in one layer, by its part."""
+        if self.worths:
+            return {part: own[number] for part, own in self.worths.items()}
+        plain = Magnitude(Kinds(1.0, 1.0, 1.0, 1.0), Kinds(1.0, 1.0, 1.0, 1.0))
+        return dict.fromkeys(GROUPS.values(), plain.worth(self.method.weigh))
+
+    def layer(self, number: int, states: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[int, Swap]]:
+        """Tensors to be written, and the matrices as they are then."""
+        layer, worth = Layer(self.subject, number, self.batches, states, self.towards), self.worth(number)
         if number not in self.made.scales:
-            scales, losses = equalize(layer, self.scheme, self.method, ratio)
+            scales, losses = equalize(layer, self.scheme, self.method, worth)
             self.made.scales[number] = {part: s.cpu() for part, s in scales.items()}
             self.made.losses[number] = losses
             beside.write(self.place, json.dumps(self.made.content()).encode())
         device = self.subject.kernels.device
         own_scales = {part: s.to(device) for part, s in self.made.scales[number].items()}
-        moments = self.moments(layer, own_scales, ratio) if self.wish.rounding == "gptq" else {}
+        moments = self.moments(layer, own_scales, worth) if self.wish.rounding == "gptq" else {}
         tensors: dict[str, Tensor] = {}
+        swaps: dict[int, Swap] = {}
         for part in NAMES:
-            tensors |= self.part(number, part, own_scales, moments.get(part))
-        return tensors
+            own_part = folded(self.subject, number, part, own_scales)
+            rounded, grid = own_part.rounded(self.scheme, moments.get(part))
+            tensors |= self.part(number, part, own_part, packed(rounded, grid))
+            matrix = self.subject.linear(number, part).weight
+            swaps[id(matrix)] = swap_of(self.subject, own_part, rounded, self.scheme)
+        return tensors, swaps
 
-    def moments(self, layer: Layer, scales: Scales, ratio: dict[str, float]) -> dict[str, Tensor]:
+    def moments(self, layer: Layer, scales: Scales, worth: dict[str, Kinds]) -> dict[str, Tensor]:
         """Of the inputs of each matrix as they are once scales are folded in, tokens weighed as in the search."""
         found = {}
         middle = layer.middle()
@@ -247,16 +282,11 @@ class Writer:
             inputs = layer.inputs(part, layer.states if side == "attention" else middle)
             sums = Moments(inputs[0].shape[1], inputs[0].device)
             for x, batch in zip(inputs, self.batches):
-                sums.add(
-                    x / scales[part] if part in scales else x, token_weights(batch, ratio[side], self.method.balance)
-                )
+                sums.add(x / scales[part] if part in scales else x, worth[side].weights(batch))
             found[part] = sums.mean()
         return found
 
-    def part(self, number: int, part: str, scales: Scales, moments: Tensor | None) -> dict[str, Tensor]:
-        own_part = folded(self.subject, number, part, scales)
-        rounded, grid = own_part.rounded(self.scheme, moments)
-        held = packed(rounded, grid)
+    def part(self, number: int, part: str, own_part: Folded, held: Packed) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         at = 0
         for name in names_of(self.subject, number, part):

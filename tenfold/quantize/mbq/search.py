@@ -2,55 +2,53 @@
 the outputs, each token weighed by what it is worth, becomes least (MBQ, Eq. 13 to 17; AWQ with all tokens alike).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tenfold.quantize.mbq.fold import NAMES, Scales, layer_swaps
+from tenfold.quantize.mbq.gradients import WEIGHINGS, Directions, Kinds
 from tenfold.quantize.mbq.subject import Batch, Subject
 from tenfold.quantize.mbq.trial import Swap
 from tenfold.quantize.schemes import WIDE, Scheme, round_to_nearest
 
 GRID = 20  # strengths, 0 and up, below 1
-NORMS = ("mae", "mse")
+NORMS = ("mae", "mse", "fisher")
 # Matrices that get scales, and of which layer's part these are: what is looked at is the whole of it, or, of what is
 # last there, its own outputs.
 GROUPS = {"qkv": "attention", "out": "attention", "gate_up": "mlp", "down": "mlp"}
-Scales = dict[str, Tensor]  # of one layer, by matrix; a matrix that is not there keeps its own
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How scales are found. kind: "search", "smooth" (SmoothQuant's alpha) or "none"; balance: tokens of pictures count
-    what gradients say, those of prompts nothing, else all tokens 1; norm: of differences, absolute or square.
+    """How scales are found. kind: "search", "smooth" (SmoothQuant's alpha) or "none"; weigh: what tokens count, see
+    `Magnitude.worth`; norm: of differences, absolute, square, or the square of what a token's difference does to the
+    loss, its product with the gradient ("fisher"); propagate: whether a matrix is looked at with what
+    comes out of all before it once these are rounded, or as the exact model has it.
     """
 
     kind: str
-    balance: bool = False
+    weigh: str = "alike"
     norm: str = "mae"
     alpha: float = 0.5
+    propagate: bool = False
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"norm is {self.norm!r}; allowed: {', '.join(NORMS)}.")
+        for name, allowed in (("norm", NORMS), ("weigh", WEIGHINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}.")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; allowed: 0 to 1.")
 
 
 METHODS = {
-    "mbq": Method("search", balance=True),
+    "mbq": Method("search", "answers"),
     "awq": Method("search", norm="mse"),
     "smoothquant": Method("smooth"),
     "rtn": Method("none"),
 }
-
-
-def token_weights(batch: Batch, ratio: float, balance: bool) -> Tensor:
-    """[T] float32: what a token's difference counts."""
-    if not balance:
-        return batch.real.float()
-    return batch.answer.float() + ratio * batch.vision.float()
 
 
 def scalable(subject: Subject, layer: int, part: str) -> bool:
@@ -61,12 +59,19 @@ def scalable(subject: Subject, layer: int, part: str) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """One layer and what goes into it: states [T, hidden] of each batch."""
+    """One layer and what goes into it: states [T, hidden] of each batch; directions: gradients, for the norm fisher."""
 
     subject: Subject
     number: int
     batches: Sequence[Batch]
     states: Sequence[Tensor]
+    directions: Directions | None = None
+
+    def gradients(self, side: str) -> list[Tensor] | None:
+        """By the outputs of attention or of the MLP, of each batch."""
+        if self.directions is None:
+            return None
+        return [g.to(self.subject.kernels.device) for g in self.directions[side][self.number]]
 
     def run(self, part: str, batch: Batch, state: Tensor) -> Tensor:
         """The outputs of attention or of the MLP, without the residual."""
@@ -95,24 +100,26 @@ class Layer:
 
 
 def equalize(
-    layer: Layer, scheme: Scheme, method: Method, ratio: Mapping[str, float], grid: int = GRID
+    layer: Layer, scheme: Scheme, method: Method, worth: Mapping[str, Kinds], grid: int = GRID
 ) -> tuple[Scales, dict[str, float]]:
-    """Scales of one layer and the losses they leave. ratio: what a picture's token counts, by part of the layer."""
+    """Scales of one layer and the losses they leave. worth: what tokens count, by part of the layer."""
     scales: Scales = {}
     losses: dict[str, float] = {}
     if method.kind == "none":
         return scales, losses
-    middle = layer.middle()
+    subject = layer.subject
     for part, side in GROUPS.items():
-        if not scalable(layer.subject, layer.number, part):
+        if not scalable(subject, layer.number, part):
             continue
-        states = layer.states if side == "attention" else middle
-        inputs = layer.inputs(part, states)
+        before = list(NAMES)[: list(NAMES).index(part)] if method.propagate else ()
+        with subject.swapped(layer_swaps(subject, layer.number, scales, scheme, before)):
+            states = layer.states if side == "attention" else layer.middle()
+            inputs = layer.inputs(part, states)
         if method.kind == "smooth":
             if part in ("qkv", "gate_up"):  # those that a norm stands before
                 scales[part] = smoothed(layer, part, inputs, method.alpha)
             continue
-        weights = [token_weights(batch, ratio[side], method.balance) for batch in layer.batches]
+        weights = [worth[side].weights(batch) for batch in layer.batches]
         scales[part], losses[part] = searched(layer, part, states, inputs, weights, scheme, method.norm, grid)
     return scales, losses
 
@@ -161,13 +168,11 @@ def searched(
         return [layer.run(GROUPS[part], batch, state) for batch, state in zip(layer.batches, states)]
 
     exact = outputs()
+    gradients = layer.gradients(GROUPS[part]) if norm == "fisher" else None
     best, least = torch.ones(w.shape[1], device=w.device), float("inf")
     for tried in candidates(sizes(inputs, layer.batches), grid):
-        subject.kernels.swaps = {id(matrix.weight): tried_out(w, tried, scheme)}
-        try:
-            loss = distance(exact, outputs(), weights, norm)
-        finally:
-            subject.kernels.swaps = {}
+        with subject.swapped({id(matrix.weight): tried_out(w, tried, scheme)}):
+            loss = distance(exact, outputs(), weights, norm, gradients)
         if loss < least:
             best, least = tried, loss
     return best, least
@@ -179,12 +184,25 @@ def tried_out(w: Tensor, scales: Tensor, scheme: Scheme) -> Swap:
     return Swap(rounded / scales, scheme) if scheme.activations == 16 else Swap(rounded, scheme, scales)
 
 
-def distance(exact: Sequence[Tensor], found: Sequence[Tensor], weights: Sequence[Tensor], norm: str) -> float:
-    """Of outputs [T, rows], differences of a token weighed as it counts [T]: absolute or square, the mean."""
+def distance(
+    exact: Sequence[Tensor],
+    found: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    norm: str,
+    gradients: Sequence[Tensor] | None = None,
+) -> float:
+    """Of outputs [T, rows], differences of a token weighed as it counts [T], the mean: absolute, square, or of the norm
+    "fisher" the square of their product with gradients [T, rows].
+    """
+    if norm == "fisher" and gradients is None:
+        raise ValueError("norm is 'fisher' and there are no gradients; give them, or take mae or mse.")
     total = count = 0.0
-    power: Callable[[Tensor], Tensor] = torch.abs if norm == "mae" else torch.square
-    for a, b, weight in zip(exact, found, weights):
-        each = power((a - b).float()).sum(-1, dtype=torch.float64)
+    for number, (a, b, weight) in enumerate(zip(exact, found, weights)):
+        difference = (a - b).float()
+        if gradients is not None:
+            each = (difference.double() * gradients[number].double()).sum(-1).square()
+        else:
+            each = (difference.abs() if norm == "mae" else difference.square()).sum(-1, dtype=torch.float64)
         total += float((each * weight).sum())
         count += float((weight > 0).sum()) * a.shape[1]
     return total / max(1.0, count)

@@ -1,6 +1,7 @@
 """A model tried out on samples: its batches, the matrices of its layers, its loss, and how often it is right."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -23,13 +24,14 @@ from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights
 
 TOKENS = 1 << 13  # of a batch, padding included
-MODALITIES = ("vision", "answer")
+KINDS = ("vision", "answer", "said", "rest")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """Samples one after the other, each padded at its end to the same length. real, vision, answer [T] bool: tokens
-    that are no padding, that show pictures, and that are answers.
+    that are no padding, that show pictures, and that are answers. said [T] bool: tokens after which an answer's token
+    is said, so the prompt's last one and not the answer's; rest [T] bool: what is neither said nor vision.
 
     targets [L] int64: tokens to be said at the step's rows of logits; whose [L] int64: samples of these.
     """
@@ -39,12 +41,17 @@ class Batch:
     real: Tensor
     vision: Tensor
     answer: Tensor
+    said: Tensor
     targets: Tensor
     whose: Tensor
 
-    def mean(self, values: Tensor, modality: str) -> Tensor:
-        """[samples]: of values [T] over the tokens of a modality; NaN where a sample has none."""
-        mask = getattr(self, modality).view(self.samples, -1)
+    @property
+    def rest(self) -> Tensor:
+        return self.real & ~self.vision & ~self.said
+
+    def mean(self, values: Tensor, kind: str) -> Tensor:
+        """[samples]: of values [T] over the tokens of a kind; NaN where a sample has none."""
+        mask = getattr(self, kind).view(self.samples, -1)
         sums = (values.view(self.samples, -1).double() * mask).sum(-1)
         return sums / mask.sum(-1)
 
@@ -136,7 +143,7 @@ class Subject:
             torch.zeros(count, dtype=torch.int64),
             torch.arange(length, dtype=torch.int32).repeat(len(samples)),
         )
-        real, vision, answer = (torch.zeros(count, dtype=torch.bool) for _ in range(3))
+        real, vision, answer, said = (torch.zeros(count, dtype=torch.bool) for _ in range(4))
         rows: list[int] = []
         owners: list[int] = []
         features: list[Tensor] = []
@@ -154,6 +161,7 @@ class Subject:
             if sample.turns is not None and len(sample.places):
                 turns.append(torch.as_tensor(sample.turns, dtype=torch.int64))
         where = torch.tensor(rows, dtype=torch.int64)
+        said[where] = True
         step = replace(
             step_of(ids.view(len(samples), length).tolist(), self.store, device),
             positions=positions.to(device),
@@ -162,7 +170,7 @@ class Subject:
             seen=self._seen(vision, features, turns) if features else None,
         )
         whose, targets = torch.tensor(owners, dtype=torch.int64), ids[where + 1]
-        parts = (part.to(device) for part in (real, vision, answer, targets, whose))
+        parts = (part.to(device) for part in (real, vision, answer, said, targets, whose))
         return Batch(step, len(samples), *parts)
 
     def _seen(self, vision: Tensor, features: Sequence[Tensor], turns: Sequence[Tensor]) -> Seen:
@@ -178,27 +186,37 @@ class Subject:
 
     def score(self, batches: Sequence[Batch], swaps: Mapping[int, Swap] | None = None) -> Score:
         """With these matrices rounded."""
-        self.kernels.swaps = swaps or {}
         total, right, count = 0.0, 0, 0
-        try:
-            with torch.inference_mode():
-                for batch in batches:
-                    logits = self.model.forward(batch.step)
-                    total += float(self.losses(batch, logits).double().sum())
-                    wrong = (logits.argmax(-1) != batch.targets).long()
-                    missed = torch.zeros(batch.samples, dtype=torch.int64, device=wrong.device)
-                    right += int((missed.index_add(0, batch.whose, wrong) == 0).sum())
-                    count += batch.samples
-        finally:
-            self.kernels.swaps = {}
+        with torch.inference_mode(), self.swapped(swaps or {}):
+            for batch in batches:
+                logits = self.model.forward(batch.step)
+                total += float(self.losses(batch, logits).double().sum())
+                wrong = (logits.argmax(-1) != batch.targets).long()
+                missed = torch.zeros(batch.samples, dtype=torch.int64, device=wrong.device)
+                right += int((missed.index_add(0, batch.whose, wrong) == 0).sum())
+                count += batch.samples
         return Score(total / count, right / count)
 
-    def walk(self, batches: Sequence[Batch], visit: Callable[[int, Sequence[Tensor]], None]) -> None:
-        """visit(layer, states): with what goes into each layer, [T, hidden] of each batch."""
+    @contextmanager
+    def swapped(self, swaps: Mapping[int, Swap]) -> Iterator[None]:
+        """With these matrices rounded, and no others."""
+        self.kernels.swaps = swaps
+        try:
+            yield
+        finally:
+            self.kernels.swaps = {}
+
+    def walk(
+        self, batches: Sequence[Batch], visit: Callable[[int, Sequence[Tensor]], Mapping[int, Swap] | None]
+    ) -> None:
+        """visit(layer, states): with what goes into each layer, [T, hidden] of each batch. What it gives back is in
+        place of the layer's matrices for all that comes after it.
+        """
         with torch.inference_mode():
             states = [self.model._embedded(batch.step) for batch in batches]
             for layer in range(self.layers):
-                visit(layer, states)
+                swaps = visit(layer, states)
                 if layer + 1 < self.layers:
                     only = range(layer, layer + 1)
-                    states = [self.model.part(b.step, state, only) for b, state in zip(batches, states)]
+                    with self.swapped(swaps or {}):
+                        states = [self.model.part(b.step, state, only) for b, state in zip(batches, states)]

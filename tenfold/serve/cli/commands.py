@@ -406,8 +406,15 @@ def quantize_command(
     tower: Annotated[
         str, Option("--tower", help="Scheme of what looks at pictures: w8a8, w4a8; unset: as it is.")
     ] = "",
-    norm: Annotated[str, Option("--norm", help="Of differences: mae or mse; unset: the method's.")] = "",
-    floor: Annotated[str, Option("--floor", help="Of mbq's ratios: median, as published, or none.")] = "median",
+    norm: Annotated[str, Option("--norm", help="Of differences: mae, mse or fisher; unset: the method's.")] = "",
+    weigh: Annotated[
+        str, Option("--weigh", help="What tokens count: alike, answers, kinds, squares; unset: the method's.")
+    ] = "",
+    propagate: Annotated[
+        bool | None,
+        Option("--propagate/--exact", help="Search with what rounded layers give, or exact ones; unset: the method's."),
+    ] = None,
+    floor: Annotated[str, Option("--floor", help="Of what kinds count: median or none; unset: as published.")] = "",
     alpha: Annotated[float, Option("--alpha", help="Of smoothquant: how much goes over into weights.")] = 0.5,
     compare: Annotated[
         str, Option("--compare", help="Write nothing: methods side by side at these schemes, on pairs held out.")
@@ -426,7 +433,7 @@ def quantize_command(
     from tenfold.serve.cli.quantize import Asked
 
     mixed = (bits, schemes, scope, r, tie, rotate, sensitivity, tokens)
-    scaled = (scheme, norm, floor, alpha, tower)
+    scaled = (scheme, norm, weigh, propagate, floor, alpha, tower)
     files = (text, data, out, recipe, held_out)
     asked = Asked(method, rounding, layout, *files, window, windows, samples, compare, as_json)
     body("quantize")(settled.config, asked, mixed, scaled)

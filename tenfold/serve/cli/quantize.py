@@ -131,9 +131,9 @@ def scaled_channels(
 
 def scaled_wish(method: str, asked: Asked, options: Sequence[Any]) -> dense.Wish:
     """Raises ValueError."""
-    scheme, norm, floor, alpha, tower = options
+    scheme, norm, weigh, propagate, floor, alpha, tower = options
     rounding = "rtn" if asked.rounding == AUTO else asked.rounding
-    return dense.Wish(scheme, method, norm, None, floor, alpha, rounding, tower, asked.layout)
+    return dense.Wish(scheme, method, norm, weigh, propagate, floor, alpha, rounding, tower, asked.layout)
 
 
 def calibration(checkpoint: Checkpoint, asked: Asked, bars: Bars) -> list[Sample]:

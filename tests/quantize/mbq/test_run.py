@@ -86,38 +86,40 @@ def test_it_runs_and_answers(scheme: str, pairs: Path, tmp_path: Path) -> None:
         assert chances[0] == pytest.approx(chances[2], abs=0.1)
 
 
-def test_the_same_twice_in_any_order_and_by_its_recipe(seeing: Seeing, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wish", [WISH, replace(WISH, norm="fisher", propagate=True), replace(WISH, weigh="squares")])
+def test_the_same_twice_in_any_order_and_by_its_recipe(wish: Wish, seeing: Seeing, pairs: Path, tmp_path: Path) -> None:
     folder = seeing("idefics3")
     source, samples = open_checkpoint(folder), samples_of(folder, pairs)
-    first = quantize(source, samples, tmp_path / "a", WISH)
-    quantize(source, samples[::-1], tmp_path / "b", WISH)
-    quantize(source, samples, tmp_path / "c", WISH, recipe=tmp_path / "a" / FILE)
+    first = quantize(source, samples, tmp_path / "a", wish)
+    quantize(source, samples[::-1], tmp_path / "b", wish)
+    quantize(source, samples, tmp_path / "c", wish, recipe=tmp_path / "a" / FILE)
     for file in sorted((tmp_path / "a").iterdir()):
         for other in "bc":
             assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), file.name
     recipe = tmp_path / "a" / FILE
-    for wish, given, message in (
-        (replace(WISH, method="awq"), samples, "has method 'mbq', and 'awq' was asked for"),
-        (replace(WISH, scheme="w8g32z"), samples, "has scheme 'w4g32z'"),
-        (WISH, samples[1:], "was made with other samples"),
+    for other_wish, given, message in (
+        (replace(wish, method="awq"), samples, "has method 'mbq', and 'awq' was asked for"),
+        (replace(wish, scheme="w8g32z"), samples, "has scheme 'w4g32z'"),
+        (wish, samples[1:], "was made with other samples"),
     ):
         with pytest.raises(ValueError, match=message):
-            quantize(source, given, tmp_path / "d", wish, recipe=recipe)
+            quantize(source, given, tmp_path / "d", other_wish, recipe=recipe)
     other = seeing("llava")
     with pytest.raises(ValueError, match="is of another model"):
-        quantize(open_checkpoint(other), samples_of(other, pairs), tmp_path / "d", WISH, recipe=recipe)
+        quantize(open_checkpoint(other), samples_of(other, pairs), tmp_path / "d", wish, recipe=recipe)
     recipe.write_text("{}")
     with pytest.raises(ValueError, match="is no recipe of mbq"):
-        quantize(source, samples, tmp_path / "d", WISH, recipe=recipe)
+        quantize(source, samples, tmp_path / "d", wish, recipe=recipe)
     assert first.mix.startswith("5 samples with 4 pictures")
 
 
+@pytest.mark.parametrize("wish", [WISH, replace(WISH, norm="fisher", propagate=True, rounding="gptq")])
 def test_it_goes_on_where_it_stopped(
-    seeing: Seeing, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wish: Wish, seeing: Seeing, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = seeing("llava")
     source, samples = open_checkpoint(folder), samples_of(folder, pairs)
-    whole = quantize(source, samples, tmp_path / "whole", WISH)
+    whole = quantize(source, samples, tmp_path / "whole", wish)
     search, layers = run.equalize, []
 
     def counted(layer: Any, *rest: Any) -> Any:
@@ -129,10 +131,10 @@ def test_it_goes_on_where_it_stopped(
 
     monkeypatch.setattr(run, "equalize", counted)
     with pytest.raises(KeyboardInterrupt):
-        quantize(source, samples, tmp_path / "out", WISH)
+        quantize(source, samples, tmp_path / "out", wish)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(run, "magnitudes", None)  # which are kept, too
-    assert quantize(source, samples, tmp_path / "out", WISH).content() == whole.content()
+    assert quantize(source, samples, tmp_path / "out", wish).content() == whole.content()
     assert layers == [0, 1, 2, 2]
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
@@ -229,8 +231,8 @@ def test_methods_side_by_side(seeing: Seeing, pairs: Path) -> None:
     )
     assert len(rows) == len(lines) == 1 + 2 * (len(METHODS) + len(ABLATION))
     by = {(row.scheme, row.method): row for row in rows}
-    assert by["w2g32z", "mbq"].score == by["w2g32z", "search mae balanced"].score
-    assert by["w2g32z", "awq"].score == by["w2g32z", "search mse"].score
+    assert by["w2g32z", "mbq"].score == by["w2g32z", "search mae answers"].score
+    assert by["w2g32z", "awq"].score == by["w2g32z", "search mse alike"].score
     assert by["w2g32z", "rtn"].bits == 3.0
     assert by["w4a8", "rtn"].score.loss != by["w4a8", "smoothquant"].score.loss
     assert len(found["attention"]) == subject.layers

@@ -1,12 +1,15 @@
 """The search finds what it says: the least weighed difference, the same in whatever order samples come."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tenfold.quantize.mbq.fold import NAMES, swaps_of
-from tenfold.quantize.mbq.gradients import magnitudes, ratios
+from tenfold.quantize.mbq.compare import ABLATION
+from tenfold.quantize.mbq.fold import NAMES, layer_swaps, swaps_of
+from tenfold.quantize.mbq.gradients import ALIKE, Kinds, directions, magnitudes, worths
 from tenfold.quantize.mbq.search import (
     METHODS,
     Layer,
@@ -16,10 +19,10 @@ from tenfold.quantize.mbq.search import (
     equalize,
     searched,
     smoothed,
-    token_weights,
     tried_out,
 )
 from tenfold.quantize.mbq.subject import Subject
+from tenfold.quantize.mbq.trial import Swap
 from tenfold.quantize.schemes import parse, round_activations
 from tenfold.weights.open import open_checkpoint
 from tests.quantize.mbq.conftest import Seeing, samples_of
@@ -38,14 +41,14 @@ def layer_of(subject: Subject, pairs: Path, number: int = 1, backwards: bool = F
     subject.walk(
         batches, lambda i, states: found.append(Layer(subject, i, batches, list(states))) if i == number else None
     )
-    return found[0]
+    return replace(found[0], directions=directions(subject, batches))
 
 
 def test_weights_of_tokens(seeing: Seeing, pairs: Path) -> None:
     subject = subject_of(seeing)
     samples = samples_of(subject.checkpoint.path, pairs)
     for batch in subject.batches(samples, tokens=400):
-        alike, weighed = token_weights(batch, 0.25, False), token_weights(batch, 0.25, True)
+        alike, weighed = ALIKE.weights(batch), Kinds(vision=0.25, answer=1.0).weights(batch)
         assert torch.equal(alike > 0, batch.real)
         assert set(alike.unique().tolist()) <= {0.0, 1.0}
         assert torch.equal(weighed == 0.25, batch.vision)
@@ -53,6 +56,14 @@ def test_weights_of_tokens(seeing: Seeing, pairs: Path) -> None:
         assert not (batch.vision & batch.answer).any()
         assert not (batch.answer & ~batch.real).any()
         assert (weighed[batch.real] == 0).any()  # prompts
+        three = Kinds(vision=0.25, said=1.0, rest=0.5).weights(batch)
+        assert torch.equal(three == 0.25, batch.vision)
+        assert torch.equal(three == 0.5, batch.rest)
+        assert torch.equal(three > 0, batch.real)
+        length = batch.step.max_query
+        for own, answer in zip(three.view(-1, length), batch.answer.view(-1, length)):
+            places = answer.nonzero()[:, 0]
+            assert torch.equal((own == 1).nonzero()[:, 0], places - 1)  # what an answer's token is said after
     whole = subject.batch(samples)
     assert int(whole.vision.sum()) == sum(len(s.places) for s in samples)
     assert int(whole.answer.sum()) == sum(len(s.tokens) - s.answer for s in samples) == len(whole.targets)
@@ -63,20 +74,22 @@ def test_distance_is_the_weighed_mean() -> None:
     weights = torch.tensor([1.0, 0.5, 0.0])
     assert distance([a], [b], [weights], "mae") == pytest.approx((3 + 0.5 * 3) / 4)
     assert distance([a], [b], [weights], "mse") == pytest.approx((5 + 0.5 * 9) / 4)
+    towards = torch.tensor([[1.0, 1.0], [0.0, 2.0], [5.0, 5.0]])
+    assert distance([a], [b], [weights], "fisher", [towards]) == pytest.approx(((1 - 2) ** 2 + 0.5 * 6**2) / 4)
+    with pytest.raises(ValueError, match="there are no gradients"):
+        distance([a], [b], [weights], "fisher")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "search mae kinds, propagated", "search fisher alike"])
 @pytest.mark.parametrize("scheme", ["w3g32z", "w4a8"])
-def test_order_of_samples_changes_nothing(method: str, scheme: str, seeing: Seeing, pairs: Path) -> None:
+def test_order_of_samples_changes_nothing(name: str, scheme: str, seeing: Seeing, pairs: Path) -> None:
     subject = subject_of(seeing)
-    ratio = {"attention": 0.3, "mlp": 0.2}
-    made = [
-        equalize(layer_of(subject, pairs, backwards=way), parse(scheme), METHODS[method], ratio)
-        for way in (False, True)
-    ]
+    worth = {"attention": Kinds(0.3, 1.0, rest=0.2), "mlp": Kinds(0.2, 1.0, rest=0.1)}
+    method = METHODS[name] if name in METHODS else ABLATION[name]
+    made = [equalize(layer_of(subject, pairs, backwards=way), parse(scheme), method, worth) for way in (False, True)]
     assert made[0][1] == made[1][1]
     assert made[0][0].keys() == made[1][0].keys()
-    wanted = {"rtn": set(), "smoothquant": {"qkv", "gate_up"}}.get(method, {"qkv", "gate_up", "down"})
+    wanted = {"rtn": set(), "smoothquant": {"qkv", "gate_up"}}.get(name, {"qkv", "gate_up", "down"})
     assert set(made[0][0]) == wanted
     for part, scales in made[0][0].items():
         assert torch.equal(scales, made[1][0][part])
@@ -90,7 +103,7 @@ def test_the_least_loss_is_taken(part: str, norm: str, seeing: Seeing, pairs: Pa
     layer = layer_of(subject, pairs)
     states = layer.states if part == "qkv" else layer.middle()
     inputs = layer.inputs(part, states)
-    weights = [token_weights(batch, 0.3, True) for batch in layer.batches]
+    weights = [Kinds(vision=0.3, answer=1.0).weights(batch) for batch in layer.batches]
     scales, loss = searched(layer, part, states, inputs, weights, SCHEME, norm, 20)
     size = torch.cat([x[b.real] for x, b in zip(inputs, layer.batches)]).double().abs().mean(0)
     matrix = subject.linear(1, part)
@@ -122,7 +135,7 @@ def test_values_scale_where_heads_have_their_own(seeing: Seeing, pairs: Path) ->
     subject = subject_of(seeing)
     spec = subject.model.blocks[0].attention.heads.spec
     assert spec.heads != spec.kv_heads
-    scales, _ = equalize(layer_of(subject, pairs), SCHEME, METHODS["awq"], {"attention": 1.0, "mlp": 1.0})
+    scales, _ = equalize(layer_of(subject, pairs), SCHEME, METHODS["awq"], {"attention": ALIKE, "mlp": ALIKE})
     assert "out" not in scales
 
 
@@ -166,17 +179,52 @@ def test_gradients_weigh_the_search(seeing: Seeing, pairs: Path) -> None:
     """Other weights of tokens, other losses; MBQ with ratios of 1 is not AWQ, as prompts count nothing."""
     subject = subject_of(seeing)
     layer = layer_of(subject, pairs)
-    found = ratios(magnitudes(subject, layer.batches))
-    assert all(ratio > 0 for part in found.values() for ratio in part)
-    own = {part: values[1] for part, values in found.items()}
-    losses = [
-        equalize(layer, SCHEME, method, own)[1]["qkv"]
-        for method in (METHODS["mbq"], Method("search"), Method("search", True, "mse"))
-    ]
-    assert len(set(losses)) == 3
+    found = magnitudes(subject, layer.batches)
+    losses = set()
+    for method in [method for method in ABLATION.values() if not method.propagate]:
+        own = {part: values[1] for part, values in worths(found, method.weigh).items()}
+        assert all(worth.vision > 0 for worth in own.values())
+        losses.add(equalize(layer, SCHEME, method, own)[1]["qkv"])
+    assert len(losses) == 9
 
 
-@pytest.mark.parametrize("wrong", [{"norm": "l3"}, {"alpha": 2.0}])
+@pytest.mark.parametrize("scheme", ["w3g32z", "w4a8"])
+def test_what_is_rounded_already_is_seen(scheme: str, seeing: Seeing, pairs: Path) -> None:
+    """Propagated, a part's inputs are those of the model whose matrices before it are rounded, by whole forward passes;
+    the first part of the first layer has none before it.
+    """
+    subject = subject_of(seeing)
+    samples = samples_of(subject.checkpoint.path, pairs)
+    batches, method = subject.batches(samples, tokens=400), Method("search", propagate=True)
+    worth = dict.fromkeys(("attention", "mlp"), ALIKE)
+    scales, losses = {}, {}
+
+    def visit(number: int, states: Sequence[torch.Tensor]) -> dict[int, Swap]:
+        layer = Layer(subject, number, batches, states)
+        scales[number], losses[number] = equalize(layer, parse(scheme), method, worth)
+        return layer_swaps(subject, number, scales[number], parse(scheme))
+
+    subject.walk(batches, visit)
+    plain = equalize(layer_of(subject, pairs, 0), parse(scheme), Method("search"), worth)
+    assert losses[0]["qkv"] == plain[1]["qkv"]
+    assert losses[0]["gate_up"] != plain[1]["gate_up"]
+    layer, matrix = 1, subject.linear(1, "down")
+    swaps = layer_swaps(subject, 0, scales[0], parse(scheme))
+    swaps |= layer_swaps(subject, layer, {p: s for p, s in scales[1].items() if p != "down"}, parse(scheme))
+    inputs: list[torch.Tensor] = []
+    subject.kernels.inputs = {id(matrix.weight): inputs.append}
+    swaps.pop(id(matrix.weight))
+    subject.score(batches, swaps)
+    subject.kernels.inputs = {}
+    tried = tried_out(subject.weight(layer, "down"), scales[layer]["down"], parse(scheme))
+    exact = [matrix(x) for x in inputs]
+    with subject.swapped({id(matrix.weight): tried}):
+        rounded = [matrix(x) for x in inputs]
+    loss = distance(exact, rounded, [ALIKE.weights(batch) for batch in batches], "mae")
+    assert losses[layer]["down"] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"norm": "l3"}, {"alpha": 2.0}, {"weigh": "pictures"}])
 def test_methods_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Method("search", **wrong)  # type: ignore[arg-type]
