@@ -8,6 +8,7 @@ from torch import Tensor
 from tenfold.ops import formats
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
+from tests.ops.gpu.replays import assert_replays
 from tests.rounding import excess
 
 bulk = pytest.importorskip("tenfold.ops.gpu.bulk")
@@ -156,13 +157,4 @@ def test_bits_repeat_in_a_graph_whose_products_follow_each_other(kind: str, form
             got = bulk.run(plan, SMS, got, w)
         return got
 
-    wanted = three()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        out = three()
-    for _ in range(5):
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, wanted)
+    assert_replays(three)

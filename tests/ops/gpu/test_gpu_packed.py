@@ -14,6 +14,7 @@ from torch import Tensor
 from tenfold.ops import formats
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
+from tests.ops.gpu.replays import assert_replays
 from tests.rounding import excess
 
 quantize = pytest.importorskip("tenfold.ops.gpu.quantize")
@@ -188,13 +189,4 @@ def test_bits_repeat_in_a_graph_whose_products_follow_each_other(format: str, co
             got = product(plan, workspace, got, w)
         return got
 
-    wanted = three()
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        out = three()
-    for _ in range(5):
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        assert torch.equal(out, wanted)
+    assert_replays(three)
