@@ -19,8 +19,8 @@ from tenfold.engine.phases import table as schedules
 from tenfold.models.config import ModelConfig
 from tenfold.models.decoder import SEEN_TOKENS
 from tenfold.ops.blocks import DENSE, storage_bytes
-from tenfold.ops.cpu.repack import cpu_storage
-from tenfold.ops.formats import is_format
+from tenfold.ops.cpu.repack import cpu_storage, has_fractions
+from tenfold.ops.formats import format_of, is_format
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import TABLE, TARGETS, head_copy, loaded_storage
 
@@ -425,13 +425,19 @@ def _parameters(model: ModelConfig) -> int:
 def weight_bytes(
     checkpoint: Checkpoint, mode: str, dtype: torch.dtype, kernels: str, without: tuple[str, ...] = ()
 ) -> tuple[int, bool]:
-    """Bytes the weights will take when loaded in this mode, and whether any run quantised. Reads no weights. without:
-    how names begin that are left out.
+    """Bytes the weights will take when loaded in this mode, and whether any run quantised. without: how names begin
+    that are left out. Of weights only one of each format with zeros is read, where a CPU holds fractions otherwise.
     """
     loaded = []
+    fine: dict[str, bool] = {}  # formats with zeros: whether those are fractions
     for name in (name for name in checkpoint.names() if not name.startswith(without)):
         raw = checkpoint.tensor(name)
-        loaded.append((loaded_storage(mode, name, raw.storage, raw.shape), raw.shape))
+        stored = loaded_storage(mode, name, raw.storage, raw.shape)
+        if kernels == "native" and stored == raw.storage and is_format(stored) and format_of(stored).zero:
+            if stored not in fine:
+                fine[stored] = has_fractions(raw)
+            stored = "F32" if fine[stored] else stored
+        loaded.append((stored, raw.shape))
     copy = head_copy(checkpoint, mode)
     if copy:
         loaded.append((copy, checkpoint.tensor(TABLE).shape))

@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 from safetensors.torch import save_file
 
 from tenfold import LLM, SamplingParams
+from tenfold.engine.memory import weight_bytes
 from tenfold.models.table import build_model
 from tenfold.ops.blocks import dequantize
 from tenfold.ops.kernels import Kernels
@@ -149,6 +150,18 @@ def test_blocks_of_one_to_four_bits_side_by_side(
             found.append(built.forward(Sequences(make_store(built.config)).step(PROMPTS, "all")))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert (found[0] - found[2]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("scheme", ["w1g128z", "w4g128z", "w4g128"])
+def test_a_cpu_plans_for_what_it_holds_of_zeros_that_are_fractions(
+    scheme: str, wide: Path, text: Path, tmp_path: Path, kernels: Kernels
+) -> None:
+    quantize(open_checkpoint(wide), text, tmp_path / "out", Wish(9.0, scheme, length=64, windows=8))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    planned, _ = weight_bytes(checkpoint, "auto", torch.float32, kernels.name)
+    weights = Weights(checkpoint, kernels)
+    build_model(checkpoint.config, weights, 128)
+    assert planned == pytest.approx(sum(m.nbytes for m in weights.matrices), rel=0.12)
 
 
 def test_a_model_of_one_bit_is_written_and_answers(wide: Path, text: Path, tmp_path: Path) -> None:

@@ -24,6 +24,12 @@ def cpu_storage(storage: str) -> str:
     return "Q4_0" if format.bits <= 4 and not format.zero else "Q8_0"
 
 
+def has_fractions(raw: RawTensor) -> bool:
+    """Whether zeros of a packed tensor are none that Q8_0 can say. Reads the tensor."""
+    zeros = packed_of(raw).zeros
+    return zeros is not None and not torch.equal(zeros.float(), zeros.float().round())
+
+
 def repack(raw: RawTensor) -> RawTensor:
     """The same values in a storage of the CPU kernels; a tensor that has one already is returned as it is."""
     if not is_format(raw.storage):
