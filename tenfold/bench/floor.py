@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 GB = 1e9
+PICTURE_TOKENS = ("image_token_id", "image_token_index", "img_context_token_id")  # in configs
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Bytes of a model. weights: all of them; streamed: those a decode step may read, which are none that look at
     pictures; experts: of these, in layers of which a token takes the share `routed`; kv_token: keys and values of one
-    token, all layers; flops_token: of the matrices for one token, without attention.
+    token, all layers; flops_token: of the matrices for one token, without attention; vocab: ids below it are text.
     """
 
     weights: int
@@ -80,10 +81,16 @@ def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | N
         layers=shape.layers,
         heads=shape.heads,
         head_dim=shape.head_dim,
-        vocab=shape.vocab_size,
+        vocab=min([shape.vocab_size, *picture_tokens(checkpoint.config)]),
         experts=round((text - (count - rest) * dtype.itemsize) * experts / rest),
         routed=routed,
     )
+
+
+def picture_tokens(raw: Mapping[str, Any]) -> list[int]:
+    """The ids that stand for parts of pictures in prompts of a model with this config."""
+    found = (raw.get("whole", {}).get(name) for name in PICTURE_TOKENS)
+    return [id for id in found if type(id) is int]
 
 
 def floor_ms(sizes: Sizes, batch: int, context: int, copy_gbs: float) -> float:

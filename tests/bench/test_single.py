@@ -151,6 +151,11 @@ def test_what_sees_is_not_read_by_steps_of_text() -> None:
     assert sees.flops_token == text.flops_token
 
 
+def test_prompts_of_a_model_that_sees_have_no_marks_of_pictures() -> None:
+    assert model_sizes("shape:qwen2.5-7b").vocab == 152064
+    assert model_sizes("shape:llava-onevision-7b").vocab == 151646  # the mark itself is the next
+
+
 def test_engines_share_a_gpu_where_they_fit() -> None:
     points = [Point(1, 1024, 129), Point(8, 8192, 129), Point(8, 32768, 129)]
     free = 78 << 30

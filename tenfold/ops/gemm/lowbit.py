@@ -42,6 +42,7 @@ FRACTIONS = ("int1",)  # whose zeros lie between the codes: rounded with these t
 WHOLE_ROW = 1 << 30  # columns of a group, for kernels, where a row has one
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000: the sign bits of a pair of 16-bit numbers
 MOST_SUMS, MOST_COUNTERS = 1 << 24, 1 << 12  # numbers of a workspace; what `candidates` and `plan` may need
+Rounded = tuple[Tensor, Tensor]  # of tokens, as `quantize_tokens` gives them
 LEAST_LIBRARY = 16  # rows and columns are multiples of this for torch._scaled_mm
 QUANTIZE_COLS = 8192  # columns of a token in registers at once
 
@@ -198,11 +199,12 @@ def lowbit_linear(
     plan: LowbitPlan | None = None,
     workspace: Workspace | None = None,
     sms: int = 132,
+    rounded: Rounded | None = None,
 ) -> Tensor:
     """`x @ W.T + bias`: x [T, cols] bfloat16 or float16, contiguous; bias [rows] of any type -> [T, rows], like x.
 
-    plan: None for the rule with `sms` multiprocessors. Raises ValueError for an x that does not fit, and for a plan
-    that cannot run the weight.
+    plan: None for the rule with `sms` multiprocessors. rounded: as `run` takes it. Raises ValueError for an x that does
+    not fit, and for a plan that cannot run the weight.
     """
     format = format_of(w.format)
     if x.dim() != 2 or x.shape[1] != w.cols or x.dtype not in ABOVE or not x.is_contiguous():
@@ -211,14 +213,26 @@ def lowbit_linear(
         plan = rule(w.rows, w.cols, len(x), format, sms)
     if not legal(plan, w.rows, w.cols, format):
         raise ValueError(f"The plan {plan} cannot run a weight {w.rows} x {w.cols} of {w.format}.")
-    return run(plan, x, w, bias, workspace)
+    return run(plan, x, w, bias, workspace, rounded)
 
 
 rule = plan
 
 
-def run(plan: LowbitPlan, x: Tensor, w: Matrix, bias: Tensor | None, workspace: Workspace | None = None) -> Tensor:
-    """One legal plan; see `lowbit_linear`."""
+def rounds(plan: LowbitPlan) -> bool:
+    """Whether the plan multiplies tokens rounded to float8."""
+    return plan.kind in ("fp8", "library")
+
+
+def run(
+    plan: LowbitPlan,
+    x: Tensor,
+    w: Matrix,
+    bias: Tensor | None,
+    workspace: Workspace | None = None,
+    rounded: Rounded | None = None,
+) -> Tensor:
+    """One legal plan; see `lowbit_linear`. rounded: x as a plan that `rounds` takes it, where that was made before."""
     format, packed = format_of(w.format), packed_of(w)
     if not len(x):
         return x.new_empty(0, w.rows)
@@ -230,7 +244,7 @@ def run(plan: LowbitPlan, x: Tensor, w: Matrix, bias: Tensor | None, workspace: 
         return F.linear(x, unpack_on_device(packed, format, w.rows, w.cols, x.dtype), _typed(bias, x.dtype))
     if plan.kind == "fused":
         return _launch(plan, format, packed, x, None, bias, w, x.dtype, workspace)
-    codes, scales = quantize_tokens(x)
+    codes, scales = rounded or quantize_tokens(x)
     if plan.kind == "library":
         return torch._scaled_mm(
             *(codes, eighths(packed, format, w.rows, w.cols).t()),
@@ -253,11 +267,14 @@ def linear(
     plan: LowbitPlan | None = None,
     workspace: Workspace | None = None,
     sms: int = 132,
+    rounded: Rounded | None = None,
 ) -> Tensor:
-    """As `Kernels.linear`, norm, gate and residual in launches of their own."""
-    if norm is not None:
+    """As `Kernels.linear`, norm, gate and residual in launches of their own. rounded: of x after the norm, for a plan
+    that `rounds`.
+    """
+    if norm is not None and rounded is None:
         x = elementwise.norm(x, norm)
-    y = lowbit_linear(x, w, bias, plan=plan, workspace=workspace, sms=sms)
+    y = lowbit_linear(x, w, bias, plan=plan, workspace=workspace, sms=sms, rounded=rounded)
     if act is not None:
         y = elementwise.act_mul(y, act)
     return y if residual is None else elementwise.add(y, residual)

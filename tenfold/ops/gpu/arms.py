@@ -182,7 +182,12 @@ class Lowbit:
         plan = lowbit.parse(name)
 
         def run(context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
-            return lowbit.linear(x, w, *fused.all(), plan=plan, workspace=context.packed, sms=context.sms)
+            rounded = None
+            if lowbit.rounds(plan) and x.dtype == torch.bfloat16 and quantize.fits(x):
+                rounded = quantize.quantize(x, fused.norm)
+            return lowbit.linear(
+                x, w, *fused.all(), plan=plan, workspace=context.packed, sms=context.sms, rounded=rounded
+            )
 
         return run
 

@@ -20,6 +20,11 @@ def takes(format: str) -> bool:
     return found.kind == "fp8" and found.activations == 8 and not found.order and found.group in (0, GROUP)
 
 
+def fits(x: Tensor) -> bool:
+    """Whether tokens [T, cols] can be rounded here."""
+    return x.is_cuda and bool(len(x)) and x.shape[1] <= MOST_COLS and x.shape[1] % 8 == 0 and x.is_contiguous()
+
+
 def quantize(x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
     """x [T, cols] bfloat16 or float16, normed where there is a norm -> float8_e4m3fn codes [T, cols], float32 scales
     [T]: the largest of a token becomes 448.

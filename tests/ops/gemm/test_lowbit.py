@@ -142,6 +142,17 @@ def test_float8_meets_float8(name: str) -> None:
         assert_close(got, rounded, w, bias)
 
 
+def test_tokens_may_be_rounded_before() -> None:
+    """Their norm is then in the numbers that are given, and x itself is not read."""
+    w, x, plan = weight("fp8g128a8", 24, 160), random(5, 160), LowbitPlan("fp8", 16, 64, 16)
+    norm = Norm(random(160, seed=2, dtype=torch.float32).abs() + 0.5, 1e-5)
+    wanted = lowbit.linear(x, w, norm=norm, plan=plan)
+    rounded = lowbit.quantize_tokens(lowbit.elementwise.norm(x, norm))
+    assert lowbit.rounds(plan)
+    assert not lowbit.rounds(LowbitPlan("dense"))
+    assert torch.equal(lowbit.linear(torch.full_like(x, torch.nan), w, norm=norm, plan=plan, rounded=rounded), wanted)
+
+
 def test_the_whole_operation_is_that_of_the_oracle() -> None:
     w, x, oracle = weight("int4g32", 64, 96), random(3, 96), Oracle()
     norm, bias = (
