@@ -43,6 +43,7 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
 TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
+FULL = ("chunked", "adaptive")  # arms whose throughput without contention is compared
 ALONE = 16  # requests by which that is measured
 FLIPS = 400  # changes of the split that are timed
 MARGIN = 64  # tokens beside the longest request
@@ -264,8 +265,9 @@ def row_of(arm: str, rate: float, answers: Sequence[Answer], seconds: float, alo
 def by_itself(engine: Engine, pairs: Sequence[Sequence[int]]) -> dict[str, float]:
     """Milliseconds to the first token and per token of requests that come one by one."""
     asks = drawn(pairs, 1.0, 4.0 * ALONE, 1)[:ALONE]
-    for _ in range(2):  # kernels are loaded and graphs captured
-        answers, _ = serve(engine, asks, 1, one_by_one=True)
+    for _ in range(2):  # a length runs plainly once and is recorded at its second time
+        serve(engine, [replace(ask, answer=2) for ask in asks], 1, one_by_one=True)
+    answers, _ = serve(engine, asks, 1, one_by_one=True)
     tpots = [t for a in answers if (t := a.tpot) is not None]
     return {"ttft": statistics.fmean(a.ttft for a in answers), "tpot": statistics.fmean(tpots)}
 
@@ -299,8 +301,9 @@ def run(
         arms.use(name)
         serve(engine, drawn(pairs, max(rates), warm, 99, result.long, result.long_tokens), 99)
     together = [Ask(0.0, ask.prompt, ask.answer) for ask in drawn(pairs, 1.0, 4.0 * full, 5)[:full]]
+    off_on = [name for name in FULL if name in result.arms]
     for i in range(2 if full else 0):
-        for name in result.arms if i % 2 == 0 else reversed(result.arms):
+        for name in off_on if i % 2 == 0 else reversed(off_on):
             arms.use(name)
             answers, took = serve(engine, together, 5)
             result.full.setdefault(name, []).append(sum(a.tokens for a in answers) / took)
