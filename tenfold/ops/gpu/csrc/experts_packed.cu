@@ -203,57 +203,80 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
     float part[N / 2], scale_upper = 0.f, scale_lower = 0.f;
     Fragment a[2][4];
     u32 held = 0;
+    int step = 0, b = 0, count = 0;  // of tiles of a row, and within a stage
 #pragma unroll
     for (int i = 0; i < N / 2; i++) part[i] = 0.f;
 #pragma unroll
     for (int k = 0; k < 4; k++) a[1][k][0] = a[1][k][1] = a[1][k][2] = a[1][k][3] = 0;
-    for (int step = 0; step < steps;) {
-        wait_for(ring.full + ring.slot * 8, ring.turn);
-        const int count = min(span, steps - step);
-#pragma unroll 1
-        for (int b = 0; b < count; b++, step++) {
-            const u32 tile = ring.stage() + W_AT + group * ROOM + b * K::BYTES;
-            Codes<K> codes;
-            const float next_upper = K::scale(tile, upper), next_lower = K::scale(tile, upper + 8);
-            if constexpr (K::ACTS8) {
-                const u64 x_at = operand(ring.stage() + b * X_BOX);
-                FINISH(0);
-                release(a[0]);
-                if (held) release_stage(held), held = 0;
-                add_part(d, part, scale_upper, scale_lower);
-                codes.convert_8(a[0], tile, warp, lane);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int k = 0; k < 4; k++) multiply_8(part, a[0][k], x_at + k * 2, k);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            } else {
-                const u64 x_at = operand(ring.stage() + b * 2 * X_BOX);
-                const u32 zero_upper = K::zero(tile, upper), zero_lower = K::zero(tile, upper + 8);
-                codes.load(tile, warp, lane);
-                codes.convert(a[0], tile, 0, warp, lane, zero_upper, zero_lower);
-                FINISH(0);
-                release(a[1]);
-                if (held) release_stage(held), held = 0;
-                add_part(d, part, scale_upper, scale_lower);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int k = 0; k < 4; k++) multiply(part, a[0][k], x_at + k * 2, k);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                codes.convert(a[1], tile, 1, warp, lane, zero_upper, zero_lower);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int k = 0; k < 4; k++) multiply(part, a[1][k], x_at + X_BOX / 16 + k * 2, 1);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                FINISH(1);
-                release(a[0]);
-            }
-            scale_upper = next_upper, scale_lower = next_lower;
+
+    // Where the next tile lies, once it is there.
+    auto enter = [&] {
+        if (b == 0) {
+            wait_for(ring.full + ring.slot * 8, ring.turn);
+            count = min(span, steps - step);
         }
-        held = ring.empty + ring.slot * 8;
-        ring.next();
+        return ring.stage() + W_AT + group * ROOM + b * K::BYTES;
+    };
+    // The product of the tile before, which read `before`, is waited for and added up.
+    auto take = [&](Fragment (&before)[4]) {
+        FINISH(0);
+        release(before);
+        if (held) release_stage(held), held = 0;
+        add_part(d, part, scale_upper, scale_lower);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    };
+    // Whether there is a further tile.
+    auto leave = [&](float next_upper, float next_lower) {
+        scale_upper = next_upper, scale_lower = next_lower;
+        if (++b == count) {
+            held = ring.empty + ring.slot * 8;
+            ring.next();
+            b = 0;
+        }
+        return ++step < steps;
+    };
+    auto eight = [&](Fragment (&now)[4], Fragment (&before)[4]) {
+        const u32 tile = enter();
+        const float next_upper = K::scale(tile, upper), next_lower = K::scale(tile, upper + 8);
+        const u64 x_at = operand(ring.stage() + b * X_BOX);
+        Codes<K>::convert_8(now, tile, warp, lane);
+        take(before);
+#pragma unroll
+        for (int k = 0; k < 4; k++) multiply_8(part, now[k], x_at + k * 2, k);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        return leave(next_upper, next_lower);
+    };
+    auto sixteen = [&] {
+        const u32 tile = enter();
+        const float next_upper = K::scale(tile, upper), next_lower = K::scale(tile, upper + 8);
+        const u32 zero_upper = K::zero(tile, upper), zero_lower = K::zero(tile, upper + 8);
+        const u64 x_at = operand(ring.stage() + b * 2 * X_BOX);
+        Codes<K> codes;
+        codes.load(tile, warp, lane);
+        codes.convert(a[0], tile, 0, warp, lane, zero_upper, zero_lower);
+        take(a[1]);
+#pragma unroll
+        for (int k = 0; k < 4; k++) multiply(part, a[0][k], x_at + k * 2, k);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        codes.convert(a[1], tile, 1, warp, lane, zero_upper, zero_lower);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int k = 0; k < 4; k++) multiply(part, a[1][k], x_at + X_BOX / 16 + k * 2, 1);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        FINISH(1);
+        release(a[0]);
+        return leave(next_upper, next_lower);
+    };
+
+    if constexpr (K::ACTS8) {
+        while (eight(a[0], a[1]) && eight(a[1], a[0])) {}
+    } else {
+#pragma unroll 1
+        while (sixteen()) {}
     }
     FINISH(0);
-    release(a[K::ACTS8 ? 0 : 1]);
+    release(a[0]);
+    release(a[1]);
     release_stage(held);
     add_part(d, part, scale_upper, scale_lower);
 }
