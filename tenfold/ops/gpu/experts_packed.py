@@ -249,7 +249,7 @@ def digits_products(
     picks = shares.numel()
     halfway, parts = x.new_empty(picks, down.cols), x.new_empty(picks, down.rows)
     digits = spread(x, gate_up.kinds, by.order, shares.shape[1])
-    product(chosen, sms, halfway, digits, gate_up, halfway, by, shares, act)
+    product(chosen, sms, x, digits, gate_up, halfway, by, shares, act)
     product(chosen, sms, halfway, spread(halfway, down.kinds), down, parts, by, shares, None)
     return parts
 
