@@ -24,7 +24,9 @@
           "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
 #endif
 
-template <int BITS> __device__ __forceinline__ void multiply_bytes(int (&d)[N / 2], const Fragment &a, u64 b, int add) {
+// at: the lower half of what `operand` makes, the upper one is always the same.
+template <int BITS> __device__ __forceinline__ void multiply_bytes(int (&d)[N / 2], const Fragment &a, u32 at, int add) {
+    const u64 b = (operand(0) & ~0xffffffffull) | at;
     if constexpr (BITS == 8) PRODUCT_OF_BYTES("s8.s8");
     else PRODUCT_OF_BYTES("u8.s8");
 }
@@ -80,11 +82,10 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
     for (int k = 0; k < STEPS; k++) a[1][k][0] = a[1][k][1] = a[1][k][2] = a[1][k][3] = 0;
     for (int step = 0; step < steps;) {
         wait_for(ring.full + ring.slot * 8, ring.turn);
-        const int count = min(span, steps - step);
+        const int end = min(step + span, steps);
+        u32 tile = ring.stage() + W_AT + group * ROOM, counts = ring.stage() + COUNTS_AT, x_at = (u32)operand(ring.stage());
 #pragma unroll 1
-        for (int b = 0; b < count; b++, step++) {
-            const u32 tile = ring.stage() + W_AT + group * ROOM + b * K::BYTES;
-            const u64 x_at = operand(ring.stage() + b * X_BOXES * X_BOX);
+        for (; step < end; step++, tile += K::BYTES, counts += PICKS * 16, x_at += X_BOXES * X_BOX / 16) {
             Words<K::BITS> words;
             words.load(tile, 0, warp, lane);
             words.mask(a[0], 0);
@@ -97,7 +98,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
 #pragma unroll
             for (int k = 0; k < STEPS; k++) multiply_bytes<K::BITS>(part, a[0][k], x_at + k * 2, k);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            numbers.load(tile, ring.stage() + COUNTS_AT + b * PICKS * 16, upper, lane);
+            numbers.load(tile, counts, upper, lane);
             words.load(tile, 1, warp, lane);
             words.mask(a[1], 1);
             release_steps<STEPS>(a[1]);

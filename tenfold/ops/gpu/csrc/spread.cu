@@ -24,11 +24,11 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 #define ORDERS (WITH_BYTES + WITH_PAIRS + WITH_THIRDS)
 
 // Four columns of a chunk as a word of digits has them, zero where there are none.
-template <int ORDER> __device__ __forceinline__ void load(float (&v)[4], const u16 *row, int chunk, int cols) {
+__device__ __forceinline__ void load(float (&v)[4], const u16 *row, int order, int chunk, int cols) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int z = 0; z < 2; z++) {
-        const int col = chunk * 128 + column_of(ORDER, lane) + z * apart(ORDER);
+        const int col = chunk * 128 + column_of(order, lane) + z * apart(order);
         const u32 pair = col < cols ? *(const u32 *)(row + col) : 0;
         v[z] = to_float(pair & 0xffff), v[2 + z] = to_float(pair >> 16);
     }
@@ -65,36 +65,30 @@ spread(const u16 *x, const int *order, u32 *digits, float4 *counts, int places, 
 #endif
     const size_t pitch = (size_t)ORDERS * chunks * 32;
     u32 *to = digits + (size_t)place * 4 * pitch + chunk * 32 + lane;
-    float v[4];
-    int whole[4];
-    load<WITH_BYTES ? BY_BYTE : BY_PAIR>(v, row, chunk, cols);
+    const int order_of[3] = {WITH_BYTES ? BY_BYTE : BY_PAIR, WITH_BYTES ? BY_PAIR : BY_THIRD, BY_THIRD};
+    float v[ORDERS][4];
+#pragma unroll
+    for (int i = 0; i < ORDERS; i++) load(v[i], row, order_of[i], chunk, cols);
     u32 most = 0;
 #pragma unroll
-    for (int b = 0; b < 4; b++) most = max(most, __float_as_uint(v[b]) & 0x7fffffffu);
+    for (int b = 0; b < 4; b++) most = max(most, __float_as_uint(v[0][b]) & 0x7fffffffu);
     most = __reduce_max_sync(~0u, most);
     const int exponent = (int)max(most >> 23, 30u) - 127;  // below 2^-97 all is zero
     const float scale = __uint_as_float((u32)(127 + FINEST - exponent) << 23);
-    auto rounded = [&] {
+    int sum;
 #pragma unroll
-        for (int b = 0; b < 4; b++) whole[b] = __float2int_rn(v[b] * scale);
-    };
-    rounded();
-    const int sum = __reduce_add_sync(~0u, whole[0] + whole[1] + whole[2] + whole[3]);
+    for (int i = 0; i < ORDERS; i++) {
+        int whole[4];
+#pragma unroll
+        for (int b = 0; b < 4; b++) whole[b] = __float2int_rn(v[i][b] * scale);
+        if (i == 0) sum = whole[0] + whole[1] + whole[2] + whole[3];
+        put(to + i * chunks * 32, pitch, whole, power_of(order_of[i], lane));
+    }
+    sum = __reduce_add_sync(~0u, sum);
     if (lane == 0) {
         const float unit = most < 0x7f800000u ? __uint_as_float((u32)(127 - FINEST + exponent) << 23) : __uint_as_float(0x7fffffffu);
         float4 count;
         count.x = unit, count.y = 0.f, count.z = unit * 65536.f, count.w = unit * (float)sum;
         counts[(size_t)chunk * room + place] = count;
     }
-    put(to, pitch, whole, power_of(WITH_BYTES ? BY_BYTE : BY_PAIR, lane));
-#if WITH_BYTES && WITH_PAIRS
-    load<BY_PAIR>(v, row, chunk, cols);
-    rounded();
-    put(to + chunks * 32, pitch, whole, power_of(BY_PAIR, lane));
-#endif
-#if WITH_THIRDS
-    load<BY_THIRD>(v, row, chunk, cols);
-    rounded();
-    put(to + (WITH_BYTES + 1) * chunks * 32, pitch, whole, power_of(BY_THIRD, lane));
-#endif
 }
