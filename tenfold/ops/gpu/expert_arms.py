@@ -231,11 +231,13 @@ def products(
     if isinstance(plan, grouped.GroupedPlan):
         assert own.stacked is not None
         return grouped.products(plan, x, by, shares, *own.stacked, own.act)
-    gathered = experts.gather(x, by, shares) if gathered is None else gathered
     if isinstance(plan, experts_packed.PackedExpertsPlan):
         assert own.tiled is not None
+        if gathered is None and not plan.digits:
+            gathered = experts.gather(x, by, shares)
         return experts_packed.products(plan, sms, x, gathered, by, shares, *own.tiled, own.act)
     assert own.stacked is not None
+    gathered = experts.gather(x, by, shares) if gathered is None else gathered
     return experts.products(plan, sms, gathered, by, shares, *own.stacked, own.act)
 
 

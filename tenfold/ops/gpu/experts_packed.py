@@ -3,10 +3,15 @@
 As `experts.py`, with weights in tiles (ops/tiles.py). Codes become exact numbers and a tile's sum is scaled in float32:
 no weight is rounded. Activations keep their 16 bits, but for kinds whose format lets them be rounded to 8 in plans with
 `acts8`, which many picks of an expert make worth while.
+
+Plans of `digits` are for experts of few picks, where making 16-bit numbers of codes takes longer than reading them.
+Tensor cores multiply codes as they lie in their bytes by activations that csrc/spread.cu writes as whole numbers in
+base 256, four columns a pick (csrc/experts_digits.h). Columns count in steps of 2^-20 of the largest of their 128,
+finer than 16-bit numbers.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +20,25 @@ from torch import Tensor
 from tenfold.ops.gemm.grouped import Sorted
 from tenfold.ops.gpu import hopper, nvrtc, quantize
 from tenfold.ops.gpu.experts import launch, store_bytes
-from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
+from tenfold.ops.tiles import COLS, NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
 LIMIT = 17408  # bytes of a warpgroup's tiles in a stage, where that holds more than one: four of 4 bits
 MOST_STAGES = 8
 MANY = 64  # picks of a tile from which on products may be bound by arithmetic
+DIGIT_WIDTHS = (2, 4, 8)  # of plans of digits
+DIGITS = 4  # columns of a pick
+WHOLE = ("int2", "int3", "int4", "int8")  # kinds whose codes digits are multiplied by
+FEW = 2.0  # picks of an expert that has some, up to which digits are the rule
+ORDERED = {"PAIRS": (2, 3), "THIRDS": (3,)}  # bits of kinds that take digits in these orders of columns
+SPREAD_WARPS = 4  # of a block that writes digits
 
 
 @dataclass(frozen=True, slots=True)
 class PackedExpertsPlan:
     """width: picks of a tile; height: rows of weights of a block, 64 or 128; stages of the ring; blocks of a
     multiprocessor; span: tiles in a stage at most; acts8: activations may be rounded to 8 bits; cluster: blocks that
-    share picks, 1 or 2.
+    share picks, 1 or 2; digits: activations are written in base 256, and widths are those of DIGIT_WIDTHS.
     """
 
     width: int
@@ -37,23 +48,30 @@ class PackedExpertsPlan:
     span: int = 1
     acts8: bool = False
     cluster: int = 1
+    digits: bool = False
 
     def __str__(self) -> str:
         name = f"tiles:{self.width}x{self.height}x{self.stages}x{self.blocks}x{self.span}"
-        return name + ":a8" * self.acts8 + ":pairs" * (self.cluster == 2)
+        return name + ":a8" * self.acts8 + ":pairs" * (self.cluster == 2) + ":digits" * self.digits
+
+    @property
+    def columns(self) -> int:
+        """Of the narrow operand, for a tile's picks."""
+        return self.width * DIGITS if self.digits else self.width
 
 
 def parse(name: str) -> PackedExpertsPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"tiles:(\d+)x(64|128)x(\d+)x([12])x([124])(:a8)?(:pairs)?", name)
-    if not found or int(found[1]) not in WIDTHS:
-        widths = ", ".join(map(str, WIDTHS))
+    found = re.fullmatch(r"tiles:(\d+)x(64|128)x(\d+)x([12])x([124])(?:(:digits)|(:a8)?(:pairs)?)", name)
+    if not found or int(found[1]) not in (DIGIT_WIDTHS if found[6] else WIDTHS):
+        widths, few = (", ".join(map(str, each)) for each in (WIDTHS, DIGIT_WIDTHS))
         raise ValueError(
             f"{name!r} is no plan of packed experts; allowed: tiles:WIDTHxHEIGHTxSTAGESxBLOCKSxSPAN, then :a8, "
-            f":pairs or both, with a width of {widths} and a height of 64 or 128."
+            f":pairs or both, with a width of {widths} and a height of 64 or 128; or :digits, with a width of {few}."
         )
     width, height, stages, blocks, tiles = map(int, found.groups()[:5])
-    return PackedExpertsPlan(width, height, stages, blocks, tiles, bool(found[6]), 2 if found[7] else 1)
+    cluster = 2 if found[8] else 1
+    return PackedExpertsPlan(width, height, stages, blocks, tiles, bool(found[7]), cluster, bool(found[6]))
 
 
 def span(plan: PackedExpertsPlan, kind: Kind) -> int:
@@ -68,15 +86,24 @@ def room(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
 
 def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
     """Dynamic shared memory of one block."""
-    stage = plan.span * 2 * plan.width * 128 + plan.height // ROWS * room(plan, kinds)
+    boxes = 2 if not plan.digits or any(kind.bits == 3 for kind in kinds) else 1
+    stage = plan.span * boxes * plan.columns * 128 + plan.height // ROWS * room(plan, kinds)
+    stage += plan.span * plan.width * 16 * plan.digits  # what digits count
     stages = plan.stages * (-(-stage // 1024) * 1024 + 24)
     return 1024 + stages + plan.height // ROWS * store_bytes(plan.width)
 
 
 def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
     """Whether a plan can run experts of these kinds: its ring has room, and the kernel's registers suffice."""
-    registers = plan.blocks == 1 or (plan.width <= 32 and plan.height == 64)
+    if plan.digits and not spreads(kinds):
+        return False
+    registers = plan.blocks == 1 or (plan.columns <= 32 and plan.height == 64) or (plan.digits and plan.columns <= 16)
     return registers and plan.stages >= 2 and hopper.fits(shared_bytes(plan, kinds), plan.blocks)
+
+
+def spreads(kinds: tuple[Kind, ...]) -> bool:
+    """Whether plans of digits take all of these kinds."""
+    return all(kind.name in WHOLE and not kind.acts8 for kind in kinds)
 
 
 def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[PackedExpertsPlan]:
@@ -95,18 +122,53 @@ def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[Pa
             found = deepest(width, height, blocks, tiles, eight, cluster, kinds)
             if found is not None:
                 yield found
+    yield from digits_candidates(picks, experts, kinds)
+
+
+def digits_candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[PackedExpertsPlan]:
+    """Those of digits, where an expert's picks are few enough for some tiles to hold."""
+    each = load(picks, experts)
+    for width in DIGIT_WIDTHS:
+        if not each / 4 <= width <= max(4, 4 * each):
+            continue
+        for height, blocks in ((64, 2), (128, 1), (128, 2)):
+            for tiles in (2, 4) if width < 8 else (1, 2):
+                found = deepest(width, height, blocks, tiles, False, 1, kinds, digits=True)
+                if found is not None:
+                    yield found
+
+
+def load(picks: int, experts: int) -> float:
+    """Picks of an expert that has some, where all are drawn evenly."""
+    return picks / (experts * (1 - (1 - 1 / experts) ** picks)) if picks else 0.0
 
 
 def deepest(
-    width: int, height: int, blocks: int, tiles: int, acts8: bool, cluster: int, kinds: tuple[Kind, ...]
+    width: int,
+    height: int,
+    blocks: int,
+    tiles: int,
+    acts8: bool,
+    cluster: int,
+    kinds: tuple[Kind, ...],
+    digits: bool = False,
 ) -> PackedExpertsPlan | None:
     """The plan with as many stages as fit."""
-    plans = (PackedExpertsPlan(width, height, n, blocks, tiles, acts8, cluster) for n in range(MOST_STAGES, 1, -1))
+    plans = (
+        PackedExpertsPlan(width, height, stages, blocks, tiles, acts8, cluster, digits)
+        for stages in range(MOST_STAGES, 1, -1)
+    )
     return next((plan for plan in plans if legal(plan, kinds)), None)
 
 
 def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan:
-    """The plan where nothing was measured (H100, 2026-11-28)."""
+    """The plan where nothing was measured (H100, 2026-11-28; that of digits is a guess)."""
+    drawn = load(picks, experts)
+    if drawn <= FEW and spreads(kinds):
+        few = next(w for w in DIGIT_WIDTHS if w >= 1.5 * drawn)
+        found = deepest(few, 64, 2, 4, False, 1, kinds, digits=True)
+        if found is not None:
+            return found
     each = picks / max(1, min(picks, experts))
     width = next((w for w in WIDTHS if w >= 1.5 * each), WIDTHS[-1])
     if width >= MANY:
@@ -153,14 +215,17 @@ def products(
     chosen: PackedExpertsPlan,
     sms: int,
     x: Tensor,
-    gathered: Tensor,
+    gathered: Tensor | None,
     by: Sorted,
     shares: Tensor,
     gate_up: Tiled,
     down: Tiled,
     act: str,
 ) -> Tensor:
-    """What each pick gives, times its weight: [T * K, rows]. gathered: x by place."""
+    """What each pick gives, times its weight: [T * K, rows]. gathered: x by place, which plans of digits do without."""
+    if chosen.digits:
+        return digits_products(chosen, sms, x, by, shares, gate_up, down, act)
+    assert gathered is not None
     halfway = x.new_empty(len(gathered), down.cols)
     parts = x.new_empty(len(gathered), down.rows)
     eights = quantize.for_tiles(x, by.order, shares.shape[1]) if some(chosen, gate_up) else None
@@ -168,6 +233,49 @@ def products(
     eights = quantize.for_tiles(halfway) if some(chosen, down) else None
     product(chosen, sms, halfway, eights, down, parts, by, shares, None)
     return parts
+
+
+def digits_products(
+    chosen: PackedExpertsPlan,
+    sms: int,
+    x: Tensor,
+    by: Sorted,
+    shares: Tensor,
+    gate_up: Tiled,
+    down: Tiled,
+    act: str,
+) -> Tensor:
+    """`products` of a plan of digits."""
+    picks = shares.numel()
+    halfway, parts = x.new_empty(picks, down.cols), x.new_empty(picks, down.rows)
+    digits = spread(x, gate_up.kinds, by.order, shares.shape[1])
+    product(chosen, sms, x, digits, gate_up, halfway, by, shares, act)
+    product(chosen, sms, halfway, spread(halfway, down.kinds), down, parts, by, shares, None)
+    return parts
+
+
+def orders(kinds: tuple[Kind, ...]) -> tuple[bool, bool, bool]:
+    """Which orders of digits' columns kinds need, as csrc/spread.h names them."""
+    bits = {kind.bits for kind in kinds}
+    return bool(bits & {4, 8}), bool(bits & {2, 3}), 3 in bits
+
+
+def spread(x: Tensor, kinds: tuple[Kind, ...], order: Tensor | None = None, top: int = 0) -> tuple[Tensor, Tensor]:
+    """x [T, cols] as digits [picks * 4, orders * cols up to whole tiles] uint8, four rows a pick, and what they count
+    [chunks of 128 columns, picks and more, 4] float32: csrc/spread.cu. order: of picks [P] int32, `top` of a token,
+    each of which is its token; else x lies by place.
+    """
+    cols, places = x.shape[1], len(x) if order is None else len(order)
+    chunks, with_orders = -(-cols // COLS), orders(kinds)
+    room = places + DIGIT_WIDTHS[-1]  # a tile's may reach beyond the last pick
+    digits = torch.empty(places * DIGITS, sum(with_orders) * chunks * COLS, dtype=torch.uint8, device=x.device)
+    counts = torch.empty(chunks, room, 4, dtype=torch.float32, device=x.device)
+    names = ("WITH_BYTES", "WITH_PAIRS", "WITH_THIRDS")
+    macros = (("HALF", nvrtc.HALF[x.dtype]), ("TOP", top), *zip(names, map(int, with_orders)))
+    arguments: list[nvrtc.Argument] = [x, order, digits, counts, places, cols, room]
+    blocks = -(-places * chunks // SPREAD_WARPS)
+    nvrtc.load("spread.cu", "spread", macros)((blocks, 1, 1), SPREAD_WARPS * 32, 0, arguments, dependent=True)
+    return digits, counts
 
 
 def some(chosen: PackedExpertsPlan, w: Tiled) -> bool:
@@ -187,17 +295,21 @@ def product(
     act: str | None,
 ) -> None:
     """One way: x and out by place, but out by pick without a gate. eights: x as `quantize.for_tiles` rounds it, where
-    some kind takes it so.
+    some kind takes it so; in plans of digits x as `spread` writes it, and x itself is not read.
     """
     gate = nvrtc.GATES[act]
     kernel = nvrtc.load("experts_packed.cu", "experts_packed", defines(chosen, w, gate, x.dtype))
     codes, scales = eights if eights is not None else (x, None)
-    height = chosen.width // chosen.cluster
-    maps = nvrtc.tensor_map(x, height), nvrtc.tensor_map(codes, height)
+    height = chosen.columns // chosen.cluster
+    maps = nvrtc.tensor_map(codes if chosen.digits else x, height), nvrtc.tensor_map(codes, height)
     arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
     most = len(by.tiles) * -(-w.rows // chosen.height)
     shared = shared_bytes(chosen, w.kinds)
-    launch(kernel, most, sms, chosen.blocks, chosen.cluster, threads(chosen), shared, [*arguments, w.rows, w.cols])
+    arguments += [w.rows, w.cols]
+    if chosen.digits:
+        assert scales is not None
+        arguments += [scales, scales.shape[1]]
+    launch(kernel, most, sms, chosen.blocks, chosen.cluster, threads(chosen), shared, arguments)
 
 
 def threads(chosen: PackedExpertsPlan) -> int:
@@ -207,12 +319,14 @@ def threads(chosen: PackedExpertsPlan) -> int:
 
 def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     eight = [rounds(chosen, kind, w.cols) for kind in w.kinds]
+    digits: tuple[tuple[str, int], ...] = (("DIGITS", 1), ("WITH_BYTES", int(orders(w.kinds)[0])))
+    digits += tuple((name, flags(kind.bits in bits for kind in w.kinds)) for name, bits in ORDERED.items())
     return (
         ("HALF", nvrtc.HALF[dtype]),
         ("GATE", gate),
         ("DOWN", int(not gate)),
         ("FLOAT32", 0),
-        ("N", chosen.width),
+        ("N", chosen.columns),
         ("ROWS", chosen.height),
         ("STAGES", chosen.stages),
         ("BLOCKS", chosen.blocks),
@@ -221,6 +335,12 @@ def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) 
         ("LIMIT", LIMIT),
         ("ROOM", room(chosen, w.kinds)),
         ("KINDS", len(w.kinds)),
-        ("ACTS8S", sum(1 << at for at, one in enumerate(eight) if one)),
+        ("ACTS8S", flags(eight)),
         *((f"K{at}", code(kind, one)) for at, (kind, one) in enumerate(zip(w.kinds, eight))),
+        *(digits if chosen.digits else ()),
     )
+
+
+def flags(each: Iterable[bool]) -> int:
+    """A bit for each that is true."""
+    return sum(1 << at for at, one in enumerate(each) if one)

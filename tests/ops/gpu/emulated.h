@@ -135,6 +135,16 @@ template <class F> static u32 reduced(u32 v, F less) {
 }
 static u32 __reduce_min_sync(u32, u32 v) { return reduced(v, [](u32 a, u32 b) { return a < b; }); }
 static u32 __reduce_max_sync(u32, u32 v) { return reduced(v, [](u32 a, u32 b) { return a > b; }); }
+static int __reduce_add_sync(u32, int v) {
+    Warp &w = warps[current / 32];
+    w.in[current % 32][0] = (u32)v;
+    collective(13, [](Warp &w) {
+        u32 sum = 0;
+        for (int l = 0; l < 32; l++) sum += w.in[l][0];
+        for (int l = 0; l < 32; l++) w.out[l][0] = sum;
+    });
+    return (int)w.out[current % 32][0];
+}
 static u32 __match_any_sync(u32, u32 v) {
     Warp &w = warps[current / 32];
     w.in[current % 32][0] = v;
@@ -160,6 +170,8 @@ template <class T> static void __stcg(T *p, T v) { *p = v; }
 static float __int_as_float(int v) { return float_of((u32)v); }
 static int __float_as_int(float v) { return (int)bits_of(v); }
 static float __uint_as_float(u32 v) { return float_of(v); }
+static u32 __float_as_uint(float v) { return bits_of(v); }
+static int __float2int_rn(float v) { return std::isnan(v) ? 0 : (int)fminf(fmaxf(rintf(v), -2147483648.f), 2147483520.f); }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }

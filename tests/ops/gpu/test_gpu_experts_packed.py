@@ -35,6 +35,17 @@ PLANS = [
     Plan(128, 128, 2),
 ]
 
+WHOLE = ("int2g128", "int2g128z", "int3g128", "int3g128z", "int4g128", "int4g128z", "int8g128")
+DIGIT_MIXES = {**{name: (name,) for name in (*WHOLE, "int8g128z", "int8", "int4", "int4g256")}, "whole": WHOLE}
+DIGIT_PLANS = [
+    Plan(2, 64, 3, 2, 4, digits=True),
+    Plan(2, 128, 2, 2, 2, digits=True),
+    Plan(4, 64, 2, 2, 4, digits=True),
+    Plan(4, 128, 4, 1, 2, digits=True),
+    Plan(8, 64, 3, 2, 2, digits=True),
+    Plan(8, 128, 3, 1, 1, digits=True),
+]
+
 
 def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -90,6 +101,156 @@ def run(plan: Any, x: Tensor, by: Any, weights: Tensor, gate_up: Any, down: Any,
     banks = [Bank(tiles.Untiled(tiled), tiled=tiled) for tiled in (gate_up, down)]
     found: Tensor = arms.ExpertArms(Table("none", ""), 132).run(plan, x, by, weights, Experts(*banks, act), residual)
     return found
+
+
+def poison() -> None:
+    """What is allocated next holds no numbers."""
+    torch.full((64 << 20,), float("nan"), device="cuda")
+
+
+class TestDigitsOnGpu:
+    """Plans that write activations in base 256. What lies between the two products is rounded to 16 bits, which the
+    bounds are for.
+    """
+
+    pytestmark = gpu
+
+    def found(
+        self, plan: Any, ids: Tensor, x: Tensor, weights: Tensor, banks: Any, act: str, residual: Tensor
+    ) -> Tensor:
+        assert packed.legal(plan, banks[0].kinds + banks[1].kinds)
+        by = sort(ids, COUNT, plan.width, packed.turns(*banks))
+        poison()
+        return run(plan, x, by, weights, *banks, act, residual)
+
+    @pytest.mark.parametrize("mix", DIGIT_MIXES)
+    @pytest.mark.parametrize("plan", DIGIT_PLANS, ids=str)
+    def test_sums_of_experts(self, plan: Any, mix: str) -> None:
+        for tokens, dtype, act, sizes, scales in (
+            (1, torch.bfloat16, "silu", (512, 256), torch.float16),
+            (7, torch.float16, "gelu_tanh", (768, 512), torch.bfloat16),
+            (37, torch.bfloat16, "silu", (1280, 768), torch.float32),
+        ):
+            x, ids, weights, gate_up, down, residual = case(DIGIT_MIXES[mix], tokens, dtype, *sizes, scales)
+            want = exact(x, ids, weights, gate_up, down, residual, act)
+            found = self.found(plan, ids, x, weights, (gate_up, down), act, residual)
+            tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+            assert (found - want).abs().max() <= tolerance * want.abs().max()
+            assert (found - want).norm() <= tolerance / 4 * want.norm()
+            assert torch.equal(found, self.found(plan, ids, x, weights, (gate_up, down), act, residual))
+
+    @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 16, 33, 64])
+    @pytest.mark.parametrize("plan", DIGIT_PLANS, ids=str)
+    def test_numbers_of_tokens_and_odd_sizes(self, plan: Any, tokens: int) -> None:
+        """11 and 3 tiles across, a last one that is not full, and rows that fill no tile."""
+        for mix, sizes in (
+            (WHOLE, (1408, 384)),
+            (("int8",), (264, 136)),
+            (("int8",), (72, 24)),
+            (("int4",), (320, 64)),
+        ):
+            x, ids, weights, gate_up, down, residual = case(mix, tokens, torch.float16, *sizes)
+            want = exact(x, ids, weights, gate_up, down, residual, "silu")
+            found = self.found(plan, ids, x, weights, (gate_up, down), "silu", residual)
+            assert (found - want).norm() <= 1e-3 * want.norm(), sizes
+
+    @pytest.mark.parametrize("chosen", [[[COUNT - 2]], [[3, 9]], [[0, 1, 15]]], ids=str)
+    @pytest.mark.parametrize("plan", DIGIT_PLANS, ids=str)
+    def test_experts_without_tokens(self, plan: Any, chosen: list[list[int]]) -> None:
+        x, _, _, gate_up, down, residual = case(WHOLE, 45, torch.bfloat16, 512, 256)
+        ids = torch.tensor(chosen).repeat(45, 1).cuda()
+        weights = torch.ones(ids.shape, device="cuda")
+        want = exact(x, ids, weights, gate_up, down, residual, "silu")
+        found = self.found(plan, ids, x, weights, (gate_up, down), "silu", residual)
+        assert (found - want).norm() <= 8e-3 * want.norm()
+
+    @pytest.mark.parametrize("plan", DIGIT_PLANS, ids=str)
+    def test_tokens_of_all_sizes(self, plan: Any) -> None:
+        x, ids, weights, gate_up, down, residual = case(WHOLE, 6, torch.bfloat16, 512, 256)
+        x[0] *= 2.0**40
+        x[1] *= 2.0**-30
+        x[2] = 0
+        x[3, ::128] *= 1000  # of each 128 columns one
+        x[4, :256] *= 2.0**-20
+        residual.zero_()
+        want = exact(x, ids, weights, gate_up, down, residual, "silu")
+        found = self.found(plan, ids, x, weights, (gate_up, down), "silu", residual)
+        assert not found[2].any()
+        for one, of in zip(found, want):
+            assert (one - of).norm() <= 1e-2 * of.norm()
+
+    @pytest.mark.parametrize("plan", DIGIT_PLANS, ids=str)
+    def test_numbers_that_are_none_stay_so(self, plan: Any) -> None:
+        """And spoil no other token's, though digits of several stand in one operand."""
+        x, ids, weights, gate_up, down, residual = case(WHOLE, 9, torch.bfloat16, 512, 256)
+        clean = self.found(plan, ids, x, weights, (gate_up, down), "silu", residual)
+        x[0, 100], x[4, 300], x[8, 0] = float("nan"), float("inf"), -float("inf")
+        found = self.found(plan, ids, x, weights, (gate_up, down), "silu", residual)
+        spoilt = [0, 4, 8]
+        assert not found[spoilt].isfinite().any()
+        others = [i for i in range(9) if i not in spoilt]
+        assert torch.equal(found[others], clean[others])
+
+    @pytest.mark.parametrize("plan", DIGIT_PLANS, ids=str)
+    def test_bits_do_not_depend_on_other_tokens(self, plan: Any) -> None:
+        x, ids, weights, gate_up, down, residual = case(WHOLE, 21, torch.float16, 512, 256)
+        together = self.found(plan, ids, x, weights, (gate_up, down), "silu", residual)
+        for i in (0, 7, 20):
+            one = (each[i : i + 1].contiguous() for each in (ids, x, weights))
+            alone = self.found(plan, *one, (gate_up, down), "silu", residual[i : i + 1].contiguous())
+            assert torch.equal(alone[0], together[i])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("columns", [128, 424, 2048])
+    def test_digits_of_the_gpu_are_those_emulated(self, columns: int, dtype: torch.dtype) -> None:
+        """Against what they mean; test_experts_digits.py has the orders of columns."""
+        x = random(9, columns, seed=3).to(dtype)
+        kinds = (tiles.Kind("int4"), tiles.Kind("int3"))
+        digits, counts = packed.spread(x.cuda(), kinds)
+        chunks = -(-columns // 128)
+        powers = 256 ** torch.arange(4, dtype=torch.float64)
+        every = digits.cpu().view(torch.int8).unflatten(0, (9, 4)).unflatten(2, (3, chunks, 128))[:, :, 0].double()
+        unit = counts[:, :9, 0].cpu().double().T[..., None]
+        got = ((every * powers[:, None, None]).sum(1) * unit).unflatten(2, (8, 4, 2, 2))  # j, t, c, h
+        values = got.permute(0, 1, 2, 5, 3, 4).reshape(9, -1)  # column 16 j + 8 h + 2 t + c
+        assert not values[:, columns:].any()
+        assert ((values[:, :columns] - x.double()).abs() <= 2.0**-20 * x.double().abs().amax(1, keepdim=True)).all()
+
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_layers_that_follow_each_other_in_a_graph(self, tokens: int) -> None:
+        """Each kernel begins before the one in front has ended; scores differ by layer and by replay."""
+        from tenfold.ops.gpu.native import Gpu
+
+        kernels, layers, routing = Gpu(), 6, Routing(COUNT, 4, normed=True)
+        w = [random(COUNT, rows, cols, seed=rows) * cols**-0.5 for rows, cols in ((512, 512), (512, 256))]
+        parts = [[[raw(WHOLE[i % 7], one, torch.float16)] for i, one in enumerate(each)] for each in w]
+        own = Experts(kernels.bank(parts[0], pairs=True), kernels.bank(parts[1]), "silu")
+        assert own.tiled is not None
+        x = torch.zeros(tokens, 512, dtype=torch.bfloat16, device="cuda")
+        scores = torch.zeros(layers, tokens, COUNT, device="cuda")
+        plan = kernels.expert_arms.plan(x, 4, own)
+        assert isinstance(plan, Plan)
+        assert plan.digits
+
+        def chain() -> list[Tensor]:
+            found = [x]
+            for each in scores:
+                found.append(kernels.routed(found[-1], each, routing, own, found[-1]))
+            return found
+
+        chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = chain()
+        for seed in range(20):
+            x.copy_(random(tokens, 512, seed=seed))
+            scores.copy_(random(layers, tokens, COUNT, seed=seed + 100) * 2)
+            graph.replay()
+            torch.cuda.synchronize()
+            for before, after, each in zip(kept, kept[1:], scores):
+                want = exact(before, *route(each, routing), *own.tiled, before, "silu")
+                assert (after - want).norm() <= 8e-3 * want.norm()
 
 
 class TestOnGpu:
@@ -197,7 +358,7 @@ class TestOnGpu:
 
 def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
     kinds = (tiles.Kind("int4"), tiles.Kind("int8", zeros=True, scales=2), tiles.DENSE)
-    for plan in (*PLANS, Plan(64, 128, 3, acts8=True), Plan(64, 64, 2, cluster=2)):
+    for plan in (*PLANS, *DIGIT_PLANS, Plan(64, 128, 3, acts8=True), Plan(64, 64, 2, cluster=2)):
         assert packed.parse(str(plan)) == plan
     for wrong in ("tiles:12x64x2x1x1", "tiles:8x96x2x1x1", "experts:8x64x2x6x1"):
         with pytest.raises(ValueError, match="width of 8, 16"):

@@ -25,6 +25,9 @@ KINDS = {
     for i, (name, scales) in enumerate(zip((0, 1, 2, 3, 4, 5, 1, 3), (0, 1, 2, 0, 1, 2, 2, 1)))
 }
 TILES = {"SPAN": 1, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
+WHOLES = {f"K{i}": name + 6 + 12 * (name % 3) for i, name in enumerate((1, 2, 3, 4))}  # int2, int3, int4, int8
+DIGITS = TILES | WHOLES | {"KINDS": 4, "ACTS8S": 0, "DIGITS": 1, "WITH_BYTES": 1, "PAIRS": 3, "THIRDS": 2}
+SPREAD = {"TOP": 8, "WITH_BYTES": 1, "WITH_PAIRS": 1, "WITH_THIRDS": 1}
 ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 32}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
@@ -62,6 +65,12 @@ SOURCES = [
         "experts_packed.cu",
         EXPERTS | TILES | {"HALF": 1, "GATE": 0, "N": 128, "KINDS": 2, "ACTS8S": 3, "K0": 39, "K1": 65},
     ),
+    ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BLOCKS": 2, "SPAN": 4}),
+    ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 1, "GATE": 2, "N": 16, "BLOCKS": 2}),
+    ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 1, "GATE": 0, "DOWN": 1, "N": 32, "SPAN": 2}),
+    ("spread.cu", SPREAD | {"HALF": 0}),
+    ("spread.cu", SPREAD | {"HALF": 1, "TOP": 0, "WITH_BYTES": 0}),
+    ("spread.cu", SPREAD | {"HALF": 1, "TOP": 0, "WITH_PAIRS": 0, "WITH_THIRDS": 0}),
     ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1}),
     ("route.cu", ROUTE | {"EXPERTS": 256, "SIGMOID": 1, "GROUPS": 8, "KEPT": 4, "BEST": 2}),
     ("picks.cu", {"HALF": 1, "TOP": 8}),

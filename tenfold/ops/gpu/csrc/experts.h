@@ -2,7 +2,16 @@
 //
 // An item is ROWS rows of one expert's weights for one tile of picks; with CLUSTER 2 two blocks take two that follow each
 // other and share the picks, of which each fetches half for both: the L2 cache cannot feed large tiles otherwise.
-// N, GATE, ROWS as in experts.cu · DOWN: results are multiplied by the weight of the pick and stored by pick, else by place.
+// N, GATE, ROWS as in experts.cu · DOWN: results are multiplied by the weight of the pick and stored by pick, else by place ·
+// DIGITS: four columns of N are a pick (experts_digits.h).
+
+#if DIGITS
+#define PICKS (N / 4)  // of a tile
+#define SUMS (N / 4)   // of a thread
+#else
+#define PICKS N
+#define SUMS (N / 2)
+#endif
 
 struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
 
@@ -51,11 +60,11 @@ __device__ __forceinline__ void release_stage(u32 barrier) {
 #endif
 }
 
-#define HOMES (N < 128 ? 1 : N / 128)  // of a thread
-#define TURN (N < 32 ? N : 32)         // picks that are stored in turn
+#define HOMES (PICKS < 128 ? 1 : PICKS / 128)  // of a thread
+#define TURN (PICKS < 32 ? PICKS : 32)         // picks that are stored in turn
 #define ROW_FEATURES (GATE ? 32 : 64)  // of a warpgroup
 #define PITCH (ROW_FEATURES * 2 + 16)  // bytes between picks in shared memory
-#define STORE_BYTES (N * 8 + TURN * PITCH)  // of a warpgroup
+#define STORE_BYTES (PICKS * 8 + TURN * PITCH)  // of a warpgroup
 
 #define GROUP_BARRIER(group) asm volatile("bar.sync %0, 128;" ::"r"((group) + 1) : "memory")
 
@@ -84,18 +93,38 @@ __device__ __forceinline__ void store_matrices(u32 to, u32 first, u32 second) {
 
 // A warpgroup's sums of its 64 rows and of a tile's picks, as wgmma leaves them, by way of `memory` of STORE_BYTES. feature:
 // its first. With a gate the upper eight of a warp's rows are gate and the lower eight up of the same features.
-__device__ __forceinline__ void store_sums(const float (&d)[N / 2], void *out, const Tile &tile, const Homes &homes, u32 memory, int feature, int outputs) {
+// With digits two lanes have the sums of a pick, and without a gate each stores one row of them.
+__device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, const Tile &tile, const Homes &homes, u32 memory, int feature, int outputs) {
     const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, group = threadIdx.x >> 7;
-    const u32 rows = memory + N * 8;
+    const u32 rows = memory + PICKS * 8;
 #if DOWN
     GROUP_BARRIER(group);  // those of the tile before are still read
 #pragma unroll
     for (int i = 0; i < HOMES; i++)
-        if (thread + i * 128 < N) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(memory + (thread + i * 128) * 8), "r"(homes.at[i]), "r"(__float_as_uint(homes.share[i])) : "memory");
+        if (thread + i * 128 < PICKS) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(memory + (thread + i * 128) * 8), "r"(homes.at[i]), "r"(__float_as_uint(homes.share[i])) : "memory");
 #endif
 #pragma unroll
-    for (int turn = 0; turn < N / TURN; turn++) {
+    for (int turn = 0; turn < PICKS / TURN; turn++) {
         GROUP_BARRIER(group);
+#if DIGITS
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            const int pick = n * 2 + (lane >> 1 & 1), lower = lane & 1;
+#if GATE
+            const float y = round_trip(activate(round_trip(d[n * 2]))) * round_trip(d[n * 2 + 1]);
+            const int row = warp * 8 + (lane >> 2);
+#else
+            float y = lower ? d[n * 2 + 1] : d[n * 2];
+            const int row = warp * 16 + lower * 8 + (lane >> 2);
+#if DOWN
+            float share;
+            asm volatile("ld.shared.f32 %0, [%1 + 4];" : "=f"(share) : "r"(memory + pick * 8));
+            y = round_trip(y) * share;
+#endif
+#endif
+            if (!GATE || !lower) asm volatile("st.shared.u16 [%0], %1;" ::"r"(rows + pick * PITCH + row * 2), "h"((u16)pack(y, 0.f)) : "memory");
+        }
+#else
 #pragma unroll
         for (int n = 0; n < TURN / 8; n++) {
             const float *own = d + (turn * TURN / 8 + n) * 4;
@@ -113,6 +142,7 @@ __device__ __forceinline__ void store_sums(const float (&d)[N / 2], void *out, c
             store_matrices(to, pack(own[0], own[1]), pack(own[2], own[3]));
 #endif
         }
+#endif
         GROUP_BARRIER(group);
         const int pieces = ROW_FEATURES / 8;  // of 16 bytes, of a pick
 #pragma unroll

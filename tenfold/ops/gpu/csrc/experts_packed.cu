@@ -10,9 +10,13 @@
 //
 // The warp that fills the ring tells the others with each stage of what kind it is.
 //
+// DIGITS: a pick is four rows of digits, and products are those of experts_digits.h, for kinds of whole numbers without
+// acts8. The kernel in front lets this one begin when all before it is done, so weights come while that still runs.
+//
 // Compile-time: HALF, GATE, FLOAT32, N (8 to 128), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
 // a stage · KINDS kinds, K0 to K7: name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for
-// each kind with acts8.
+// each kind with acts8 · DIGITS, then N 8 to 32, CLUSTER 1, and PAIRS: a bit for each kind that takes digits in the order of
+// pairs, THIRDS: and the one behind it, too · WITH_BYTES: there is an order before those (spread.h).
 
 #include "fragments.h"
 #include "hopper.h"
@@ -24,8 +28,15 @@
 #define TRADE (N >= 64)  // the warp that brings tiles has three idle ones beside it, which give their registers to the others
 #define THREADS (CONSUMERS + (TRADE ? 128 : 32))
 #define X_BOX (N * 128)  // of 64 columns, or 128 in 8 bits
+#if DIGITS
+#define W_AT (SPAN * (THIRDS ? 2 : 1) * X_BOX)
+#define COUNTS_BYTES (SPAN * PICKS * 16)
+#else
 #define W_AT (SPAN * 2 * X_BOX)  // where a stage's tiles begin
-#define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + 1023) / 1024 * 1024)
+#define COUNTS_BYTES 0
+#endif
+#define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + COUNTS_BYTES + 1023) / 1024 * 1024)
+#define EARLY (DOWN || DIGITS)  // weights may come before the kernel in front has ended
 
 struct Source { u64 address; int kind, bytes; };  // of an expert: its first tile, which of KINDS, and bytes of a tile
 struct Stage { int kind, unused; };  // what the others must know
@@ -198,6 +209,9 @@ struct Ring {
 };
 
 // Sums of an item: a warpgroup's 64 rows, of which `group` counts. steps: tiles of a row.
+#if DIGITS
+#include "experts_digits.h"
+#else
 template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 2], Ring &ring, int steps, int group, int warp, int lane) {
     const int upper = (warp * 16) + (lane >> 2), span = max(1, min(SPAN, LIMIT / K::BYTES));
     float part[N / 2], scale_upper = 0.f, scale_lower = 0.f;
@@ -280,6 +294,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
     release_stage(held);
     add_part(d, part, scale_upper, scale_lower);
 }
+#endif
 
 // Where the warp that fills the ring is: the tiles of a stage, item after item.
 struct Walk {
@@ -304,7 +319,11 @@ struct Walk {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8_map, const float *x8_scales, const Source *sources, void *out, const Tile *list, const int *listed, const int *order, const float *shares, int rows, int cols) {
+experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8_map, const float *x8_scales, const Source *sources, void *out, const Tile *list, const int *listed, const int *order, const float *shares, int rows, int cols
+#if DIGITS
+    , const float4 *counts, int room
+#endif
+) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const u32 store_at = shared_address(memory + STAGES * STAGE_BYTES);
@@ -322,7 +341,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
     meet();
-#if !DOWN
+#if !EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -342,22 +361,35 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
                 const u32 to = stage0 + stage * STAGE_BYTES + W_AT, barrier = full + stage * 8;
                 const int first = items.row(at.item) / ROW_FEATURES, own = max(0, min(ROWS / 64, down - first));
                 told[stage].kind = at.source.kind;
+#if DIGITS
+                expect(barrier, at.count * (own * at.source.bytes + (THIRDS >> at.source.kind & 1 ? 2 : 1) * X_BOX + PICKS * 16));
+#else
                 expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * X_BOX));
+#endif
                 for (int group = 0; group < own; group++)
                     copy(to + group * ROOM, at.source.address + (u64)((first + group) * steps + at.step) * at.source.bytes, at.count * at.source.bytes, barrier, policy);
             };
             auto inputs = [&](const Walk &at, int stage) {
                 const u32 to = stage0 + stage * STAGE_BYTES, barrier = full + stage * 8;
+#if DIGITS
+                const int kind = at.source.kind, third = THIRDS >> kind & 1, order = PAIRS >> kind & 1 ? WITH_BYTES : 0;
+                for (int b = 0; b < at.count; b++) {
+                    const int step = at.step + b;
+                    for (int i = 0; i <= third; i++) fetch(to + (b * (1 + third) + i) * X_BOX, &x_map, ((order + i) * steps + step) * 128, at.tile.first * 4, barrier, kept);
+                    copy(to + COUNTS_AT + b * PICKS * 16, (u64)(counts + (size_t)step * room + at.tile.first), PICKS * 16, barrier, kept);
+                }
+#else
                 if (acts8(at.source.kind)) {
                     for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile.first, items.rank, barrier, kept);
                 } else {
                     for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile.first, items.rank, barrier, kept);
                 }
+#endif
             };
             Walk at = {list, sources, items, steps, items.first()};
             at.begin();
             int count = 0;
-#if DOWN
+#if EARLY
             Walk behind = at;
             for (; at.item < items.count && count < STAGES; count++, at.next()) weights(at, count);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
@@ -378,7 +410,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #if TRADE
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 #endif
-#if DOWN
+#if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -388,9 +420,9 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
         const Tile tile = list[items.tile(item)];
         Homes homes;
         homes.load(tile, order, shares);
-        float d[N / 2];
+        float d[SUMS];
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) d[i] = 0.f;
+        for (int i = 0; i < SUMS; i++) d[i] = 0.f;
         wait_for(full + ring.slot * 8, ring.turn);
         const int kind = told[ring.slot].kind;
         switch (kind) {
@@ -418,10 +450,12 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
             CASE(7, K7)
 #endif
         }
+#if !DIGITS
         if (ACTS8S >> kind & 1) {
 #pragma unroll
             for (int i = 0; i < N / 2; i++) d[i] *= x8_scales[min(tile.first + i / 4 * 8 + (lane & 3) * 2 + (i & 1), tile.end - 1)];
         }
+#endif
         store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
     }
 #if CLUSTER > 1

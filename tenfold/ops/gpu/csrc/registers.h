@@ -59,6 +59,12 @@ template <int COUNT> __device__ __forceinline__ void release(Fragment (&a)[COUNT
     for (int k = 0; k < COUNT; k++) asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
 }
 
+// The same of the first so many.
+template <int COUNT, int ALL> __device__ __forceinline__ void release_steps(Fragment (&a)[ALL]) {
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) asm volatile("" : "+r"(a[k][0]), "+r"(a[k][1]), "+r"(a[k][2]), "+r"(a[k][3])::"memory");
+}
+
 // Adds a finished product.
 __device__ __forceinline__ void add_part(float (&sums)[N / 2], float (&part)[N / 2], float upper, float lower) {
 #pragma unroll
