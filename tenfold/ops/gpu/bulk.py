@@ -157,11 +157,11 @@ def shared_bytes(plan: BulkPlan, tokens: int, cols: int) -> int:
 
 
 def sent_bytes(plan: BulkPlan, tokens: int) -> int:
-    """Of the barriers where other blocks' sums arrive, and of those of two tiles."""
+    """Of other blocks' sums, in two turns, and of the barriers where they arrive."""
     if plan.cluster == 1:
         return 0
     numbers = (16 * plan.tall + 1) * plan.tiles(tokens) * (2 if plan.digits else 8)
-    return (2 + 2 * plan.cluster) * 8 + 2 * plan.cluster * numbers * 4
+    return 2 * 8 + 2 * plan.cluster * numbers * 4
 
 
 def legal(plan: BulkPlan, tokens: int, rows: int, cols: int) -> bool:

@@ -62,7 +62,7 @@ class BulkEmulator(Emulator):
         run = (
             'extern "C" unsigned long long seed = 0;\n'
             f'extern "C" void run({grid}, {found[1]}) {{\n    body = [=]() {{ {entry}({names}); }};\n'
-            "    random_state = seed;\n"
+            "    ahead_by = seed, random_state = seed;\n"
             "    emulate(grid_x, grid_y, grid_z, block_threads, dynamic, CLUSTER, begin_cluster);\n}\n"
         )
         macros = "".join(f"#define {name} {value}\n" for name, value in defines)

@@ -23,7 +23,7 @@ __device__ __forceinline__ void leave_cluster() {}
 #define PAIRS (TALL * NT * TILE)  // of 16 rows and a token, in a tile
 #define LANE_SUMS (PAIRS / 2)     // a lane has of a tile: of one row of 16, every other pair
 #define MESSAGE (PAIRS * 16 + (NORM_LATER ? NT * TILE : 0))  // numbers that a block sends of a tile
-#define SHARE_BARRIERS (2 + 2 * CLUSTER)
+#define SHARE_BARRIERS 2
 
 __device__ __forceinline__ void take_share(Shape &s, int cols) {
     const int rank = blockIdx.x % CLUSTER, units = cols / UNIT;
@@ -31,8 +31,9 @@ __device__ __forceinline__ void take_share(Shape &s, int cols) {
 }
 
 // Each thread says that its block's barriers are there, waits for all others' word before it speaks to them, and when all
-// is done waits again: others may still arrive at barriers here.
-__device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// is done waits again, so that no block leaves which others may still speak to. Relaxed: the barriers have a fence of their
+// own, and at the end there is nothing left to see; a release would have every thread wait for what it stored.
+__device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void know_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ __forceinline__ void leave_cluster() { enter_cluster(), know_cluster(); }
 
@@ -46,10 +47,6 @@ __device__ __forceinline__ u32 there(u32 here, int rank) {
 // Four bytes, which count at a barrier of the block that gets them.
 __device__ __forceinline__ void send(u32 to, float v, u32 barrier) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void arrive_there(u32 barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // As wait_for, for what other blocks did.
@@ -68,16 +65,18 @@ struct Added {
     u16 residual[LANE_SUMS];
 };
 
-// The storing warp. Barriers: left, taken of the parts of two tiles · got, of two turns of what others sent; behind them
-// `free`, of each block and two of its turns, that it has read what this block sent.
+// The storing warp. Barriers: left, taken of the parts of two tiles · got, of what others sent, in two turns.
+//
+// Nobody asks whether there is room for what it sends. Since the tile which the other block stored last, this block has
+// stored one of its own, which it could not before the other had sent its part of that, and it takes tiles in order: so
+// what was sent the turn before is read by now, and that of two turns ago, which lies in the same place, long since.
 __device__ __forceinline__ void gather(const Room &room, const Weights &w, const Shape &s, u32 left, u32 taken, u32 got, void *out, const float *bias, const u16 *residual, float eps) {
     const int lane = threadIdx.x & 31, rank = blockIdx.x % CLUSTER, r = lane & 15;
     const int height = GATE ? 8 : 16, rows = GATE ? s.rows / 2 : s.rows;
-    const u32 free = got + 16;
     float *const parts = room.scales + NT * TILE;  // [turn][block][MESSAGE]
     int count = 0;
     for (int tile = FIRST_TILE; tile < s.tiles; tile += HOP, count++) {
-        const int which = count & 1, storing = count % CLUSTER, turn = count / CLUSTER, slot = turn & 1, parity = turn >> 1 & 1;
+        const int which = count & 1, storing = count % CLUSTER, turn = count / CLUSTER, slot = turn & 1;
         auto row_of = [&](int sub) { return (tile * TALL + sub) * height + r % height; };
         auto token_of = [&](int i) { return (2 * i + (lane >> 4)) % (NT * TILE); };
         auto stored = [&](int i) { return token_of(i) < s.tokens && row_of(2 * i / (NT * TILE)) < rows && r < height; };
@@ -107,7 +106,6 @@ __device__ __forceinline__ void gather(const Room &room, const Weights &w, const
         __syncwarp();
         if (lane == 0) arrive(taken + which * 8);
         if (storing != rank) {
-            if (turn >= 2) wait_for_others(free + (storing * 2 + slot) * 8, parity ^ 1);
             const u32 to = there(shared_address(parts + (slot * CLUSTER + rank) * MESSAGE + lane), storing), barrier = there(got + slot * 8, storing);
 #pragma unroll
             for (int i = 0; i < LANE_SUMS; i++) send(to + i * 128, sums[i], barrier);
@@ -115,7 +113,7 @@ __device__ __forceinline__ void gather(const Room &room, const Weights &w, const
             continue;
         }
         if (lane == 0) expect(got + slot * 8, (CLUSTER - 1) * MESSAGE * 4);
-        wait_for_others(got + slot * 8, parity);
+        wait_for_others(got + slot * 8, turn >> 1 & 1);
         const float *from = parts + slot * CLUSTER * MESSAGE + lane;
         auto all = [&](float own, int at) {
             float sum = 0.f;
@@ -129,8 +127,6 @@ __device__ __forceinline__ void gather(const Room &room, const Weights &w, const
         if (lane < NT * TILE) squares = all(squares, PAIRS * 16);
         const float scale = rsqrtf(squares / s.stride + eps);
 #endif
-        __syncwarp();
-        if (lane < CLUSTER && lane != rank) arrive_there(there(free + (rank * 2 + slot) * 8, lane));
 #pragma unroll
         for (int i = 0; i < LANE_SUMS; i++) {
             const int sub = 2 * i / (NT * TILE);
