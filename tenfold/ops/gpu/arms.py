@@ -340,8 +340,9 @@ def own_packed(work: Work, sms: int) -> Iterator[str]:
     """The rules of our kernels for packed weights, the best first; the last is legal for every format."""
     sizes = (work.tokens, work.rows, work.cols)
     if work.tokens <= MOST_STREAMED:
-        for few in (*bulk.rule(work.format, work.tokens), stream_packed.kind_of(work.format)):
-            yield next(FAMILIES[few].candidates(work, sms), "") if few else ""
+        yield from map(str, bulk.rule(work.format, *sizes))
+        streams = stream_packed.kind_of(work.format)
+        yield next(FAMILIES[streams].candidates(work, sms), "") if streams else ""
     if quantize.takes(work.format):
         yield str(ring.rule_fp8(work.tokens))
     through = ring_packed.kind_of(work.format)

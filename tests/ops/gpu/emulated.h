@@ -1,5 +1,6 @@
-// CUDA C++ of one kernel as C++: threads are fibers, a warp's collectives wait for all its lanes, blocks run one after
-// the other. Instructions are those that the packed kernels use, with the layouts of fragments that PTX documents.
+// CUDA C++ of one kernel as C++: threads are fibers, a warp's collectives wait for all its lanes, clusters of blocks run one
+// after the other, blocks of a cluster at the same time. Instructions are those that the packed kernels use, with the
+// layouts of fragments that PTX documents.
 
 #include <cmath>
 #include <cstdint>
@@ -38,8 +39,14 @@ struct Place { int x, y, z; };
 struct Lane {
     ucontext_t context;
     std::vector<char> stack;
-    Place place;
+    Place place, block;
     bool done;
+    const std::function<bool()> *ready;  // what it waits for, if anything
+};
+struct Block {
+    std::vector<unsigned char> memory;
+    int running, at_barrier = 0;
+    unsigned barrier_round = 0;
 };
 struct Warp {
     int arrived = 0, what = 0;
@@ -48,62 +55,84 @@ struct Warp {
 };
 
 static std::vector<Lane> lanes;
-static std::vector<Warp> warps;
-static int current, running, at_barrier, barrier_or, barrier_result;
-static unsigned barrier_round;
-static Place blockIdx, gridDim;
+static std::vector<Block> blocks;  // of a cluster
+static std::vector<Warp> warps;    // and of each its halves, which may have collectives of their own
+static int current, block_threads, shared_bytes;
+static Place gridDim;
 static ucontext_t host;
 static std::function<void()> body;
-static unsigned char *emulated_memory;
 
 #define threadIdx (lanes[current].place)
+#define blockIdx (lanes[current].block)
+#define PAST 1024  // bytes behind shared memory that are looked at
+#define own_block (blocks[current / block_threads])
+#define emulated_memory (memory_of(own_block))
+
+static unsigned char *memory_of(Block &b) { return (unsigned char *)(((uintptr_t)b.memory.data() + 15) / 16 * 16); }
 
 [[noreturn]] static void fail(const char *why) {
     fprintf(stderr, "emulated kernel: %s (block %d %d %d, thread %d)\n", why, blockIdx.x, blockIdx.y, blockIdx.z, current);
     abort();
 }
 
-static void yield() {
-    int from = current, next = from;
-    do next = (next + 1) % (int)lanes.size();
-    while (lanes[next].done && next != from);
-    if (next == from) return;
-    current = next;
-    swapcontext(&lanes[from].context, &lanes[next].context);
-}
+// What may happen when threads take turns, and what must when none can go on; false: nothing can.
+static std::function<bool(bool stuck)> happens;
+static unsigned (*chance)();  // which thread is next; without it they take turns
 
-static void wait(const std::function<bool()> &ready) {
-    for (long spins = 0; !ready(); spins++) {
-        if (spins > 2000000) fail("a collective that not all threads reach");
-        yield();
+static int next_lane() {
+    const int count = (int)lanes.size();
+    for (;;) {
+        if (happens) happens(false);
+        const int first = current + 1 + (chance ? chance() % count : 0);
+        for (int i = 0; i < count; i++) {
+            Lane &l = lanes[(first + i) % count];
+            if (!l.done && (!l.ready || (*l.ready)())) return (first + i) % count;
+        }
+        if (!happens || !happens(true)) fail("a collective that not all threads reach");
     }
 }
 
-// `compute` once all lanes of the warp are here.
-template <class F> static void collective(int what, F compute) {
-    Warp &w = warps[current / 32];
+static void wait(const std::function<bool()> &ready) {
+    if (ready()) return;
+    const int from = current;
+    lanes[from].ready = &ready;
+    current = next_lane();
+    if (current != from) swapcontext(&lanes[from].context, &lanes[current].context);
+    lanes[from].ready = nullptr;
+}
+
+static Warp &warp_of(u32 mask) {
+    const int each = (block_threads + 31) / 32, thread = current % block_threads;
+    return warps[3 * (current / block_threads * each + thread / 32) + (mask == ~0u ? 0 : mask & 1 ? 1 : 2)];
+}
+
+// `compute` once all lanes of the warp, or of its half, are here.
+template <class F> static void collective(int what, F compute, u32 mask = ~0u) {
+    Warp &w = warp_of(mask);
     if (w.arrived && w.what != what) fail("lanes of a warp are at different collectives");
     w.what = what;
     const unsigned round = w.round;
-    if (++w.arrived == 32) compute(w), w.arrived = 0, w.round++;
+    if (++w.arrived == __builtin_popcount(mask)) compute(w), w.arrived = 0, w.round++;
     else wait([&] { return w.round != round; });
 }
 
 static u32 bits_of(float v) { u32 b; memcpy(&b, &v, 4); return b; }
 static float float_of(u32 b) { float v; memcpy(&v, &b, 4); return v; }
 
-static u32 shuffled(u32 v, int other, int what) {
+static u32 shuffled(u32 v, int other, int what, u32 mask = ~0u) {
     const int lane = current % 32;
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(mask);
     w.in[lane][0] = v, w.in[lane][1] = other;
-    collective(what, [](Warp &w) { for (int l = 0; l < 32; l++) w.out[l][0] = w.in[w.in[l][1] & 31][0]; });
+    collective(what, [](Warp &w) { for (int l = 0; l < 32; l++) w.out[l][0] = w.in[w.in[l][1] & 31][0]; }, mask);
     return w.out[lane][0];
 }
-static float __shfl_xor_sync(u32, float v, int d) { return float_of(shuffled(bits_of(v), current % 32 ^ d, 1)); }
+static float __shfl_xor_sync(u32 mask, float v, int d) { return float_of(shuffled(bits_of(v), current % 32 ^ d, 1, mask)); }
+static u32 __shfl_xor_sync(u32 mask, u32 v, int d) { return shuffled(v, current % 32 ^ d, 13, mask); }
+static int __shfl_xor_sync(u32 mask, int v, int d) { return (int)shuffled((u32)v, current % 32 ^ d, 14, mask); }
 static float __shfl_sync(u32, float v, int l) { return float_of(shuffled(bits_of(v), l, 2)); }
 static int __shfl_sync(u32, int v, int l) { return (int)shuffled((u32)v, l, 3); }
 static bool __any_sync(u32, bool v) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
     collective(4, [](Warp &w) {
         u32 any = 0;
@@ -113,7 +142,7 @@ static bool __any_sync(u32, bool v) {
     return w.out[current % 32][0];
 }
 static u32 __ballot_sync(u32, bool v) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
     collective(9, [](Warp &w) {
         u32 all = 0;
@@ -123,7 +152,7 @@ static u32 __ballot_sync(u32, bool v) {
     return w.out[current % 32][0];
 }
 template <class F> static u32 reduced(u32 v, F less) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
     collective(11, [less](Warp &w) {
         u32 best = w.in[0][0];
@@ -146,7 +175,7 @@ static int __reduce_add_sync(u32, int v) {
     return (int)w.out[current % 32][0];
 }
 static u32 __match_any_sync(u32, u32 v) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
     collective(12, [](Warp &w) {
         for (int l = 0; l < 32; l++) {
@@ -159,9 +188,10 @@ static u32 __match_any_sync(u32, u32 v) {
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static void __syncwarp() { collective(5, [](Warp &) {}); }
 static void __syncthreads() {
-    const unsigned round = barrier_round;
-    if (++at_barrier == running) at_barrier = 0, barrier_round++;
-    else wait([&] { return barrier_round != round; });
+    Block &b = own_block;
+    const unsigned round = b.barrier_round;
+    if (++b.at_barrier == b.running) b.at_barrier = 0, b.barrier_round++;
+    else wait([&] { return b.barrier_round != round; });
 }
 static void __threadfence() {}
 static int atomicAdd(int *p, int v) { int old = *p; *p += v; return old; }
@@ -220,7 +250,7 @@ static float round_trip(float v) { return to_float(pack(v, 0.f) & 0xffff); }
 
 // mma.m16n8k16: A row-major [16, 16], B [16, 8] by columns, C [16, 8].
 template <class F> static void product(float *c, const u32 (&r)[6], int what, F number) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     const int lane = current % 32;
     memcpy(w.in[lane], r, sizeof(r));
     collective(what, [&](Warp &w) {
@@ -251,7 +281,7 @@ static void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     product(c, {a0, a1, a2, a3, b0, b1}, 7, [](u32 b) { return to_float(b); });
 }
 static u32 transposed(u32 v) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
     collective(8, [](Warp &w) {
         for (int l = 0; l < 32; l++) {
@@ -292,36 +322,40 @@ static void wait_for_kernel_before() {}
 static void enter() {
     body();
     lanes[current].done = true;
-    running--;
-    if (at_barrier && at_barrier == running) at_barrier = 0, barrier_round++;
+    Block &b = own_block;
+    b.running--;
+    if (b.at_barrier && b.at_barrier == b.running) b.at_barrier = 0, b.barrier_round++;
     for (auto &l : lanes)
         if (!l.done) {
-            current = (int)(&l - lanes.data());
-            setcontext(&l.context);
+            current = next_lane();
+            setcontext(&lanes[current].context);
         }
     setcontext(&host);
 }
 
-static void emulate(int x, int y, int z, int threads, int shared) {
-    std::vector<unsigned char> memory(shared + 32);
-    emulated_memory = (unsigned char *)(((uintptr_t)memory.data() + 15) / 16 * 16);
+static void emulate(int x, int y, int z, int threads, int shared, int cluster = 1, const std::function<void()> &begin = {}) {
     gridDim = {x, y, z};
-    lanes.resize(threads);
-    for (int b = 0; b < x * y * z; b++) {
-        blockIdx = {b % x, b / x % y, b / x / y};
-        memset(emulated_memory, 0xff, shared);
-        warps.assign((threads + 31) / 32, Warp());
-        copies.assign(threads, std::vector<std::vector<Copy>>(1));
-        running = threads, at_barrier = 0;
-        for (int t = 0; t < threads; t++) {
+    block_threads = threads, shared_bytes = shared;
+    lanes.resize(threads * cluster);
+    for (int first = 0; first < x * y * z; first += cluster) {
+        blocks.assign(cluster, Block());
+        for (auto &b : blocks) b.memory.assign(shared + 16 + PAST, 0xff), b.running = threads;
+        warps.assign(3 * cluster * ((threads + 31) / 32), Warp());
+        copies.assign(threads * cluster, std::vector<std::vector<Copy>>(1));
+        for (int t = 0; t < threads * cluster; t++) {
             Lane &l = lanes[t];
-            l.place = {t, 0, 0}, l.done = false;
+            const int b = first + t / threads;
+            l.place = {t % threads, 0, 0}, l.block = {b % x, b / x % y, b / x / y}, l.done = false, l.ready = nullptr;
             l.stack.resize(1 << 16);
             getcontext(&l.context);
             l.context.uc_stack.ss_sp = l.stack.data(), l.context.uc_stack.ss_size = l.stack.size(), l.context.uc_link = nullptr;
-            makecontext(&l.context, enter, 0);
+            makecontext(&l.context, ::enter, 0);
         }
+        if (begin) begin();
         current = 0;
         swapcontext(&host, &lanes[0].context);
+        for (auto &b : blocks)
+            for (int i = 0; i < PAST; i++)
+                if (memory_of(b)[shared + i] != 0xff) fail("shared memory was written past its end");
     }
 }

@@ -49,6 +49,9 @@ class Emulator:
         self.folder = folder
 
     def __call__(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> Emulated:
+        return Emulated(self.library(source, entry, defines))
+
+    def library(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> ctypes.CDLL:
         text = self.translated(source, entry, defines)
         place = self.folder / f"{entry}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         library = place.with_suffix(".so")
@@ -57,7 +60,7 @@ class Emulator:
             command = ["g++", *FLAGS, str(place.with_suffix(".cpp")), "-o", str(library)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert not done.returncode, done.stderr[:4000]
-        return Emulated(ctypes.CDLL(str(library)))
+        return ctypes.CDLL(str(library))
 
     def translated(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> str:
         """The source with the emulator's own instructions, and a plain function that runs a grid."""

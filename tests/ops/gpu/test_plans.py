@@ -40,10 +40,48 @@ def test_every_candidate_is_legal_and_its_name_leads_back(tokens: int, rows: int
 def test_bulk_copies_serve_the_shapes_of_models(kind: str, rows: int, cols: int) -> None:
     plans = list(bulk.candidates(kind, 1, rows, cols))
     assert plans
-    idle = [-cols % (plan.warps * plan.chunks * plan.chunk_cols) for plan in plans]
-    assert idle == sorted(idle)
+    for cluster in bulk.CLUSTERS:
+        idle = [bulk.idle(plan, cols) for plan in plans if plan.cluster == cluster]
+        assert idle == sorted(idle)
+    assert [plan.cluster for plan in plans] == sorted(plan.cluster for plan in plans)
+    assert len(set(plans)) == len(plans) <= 2 * len(bulk.SIZES_DENSE if kind == bulk.DENSE else bulk.SIZES)
     assert not list(bulk.candidates(kind, 17, rows, cols))
     assert bool(list(bulk.candidates(kind, 5, 4096, 4096))) != kind.startswith("digits")
+
+
+@given(st.sampled_from(bulk.KINDS), TOKENS, COLS, st.sampled_from(bulk.CLUSTERS), st.integers(1, 5), st.integers(1, 2))
+def test_blocks_of_a_cluster_divide_the_columns(
+    kind: str, tokens: int, cols: int, cluster: int, chunks: int, tall: int
+) -> None:
+    plan = bulk.BulkPlan(kind, 4, chunks, tall, 2, 1, cluster)
+    if not bulk.legal(plan, tokens, 64, cols):
+        return
+    shares = [plan.share(rank, cols) for rank in range(cluster)]
+    assert [col for share in shares for col in share] == list(range(cols))
+    assert all(0 < len(share) <= plan.widest(cols) for share in shares)
+    assert max(map(len, shares)) - min(map(len, shares)) in (0, plan.unit)
+    for share in shares:  # copies begin at whole 16 bytes, those of numbers at whole words, and no warp has half a turn
+        assert share.start * plan.bits % 128 == 0
+        assert kind == bulk.DENSE or share.start // 128 % 2 == 0
+        assert len(share) % (chunks * plan.chunk_cols) == 0
+    one = bulk.BulkPlan(kind, 4, chunks, tall, 2, 1)
+    own = bulk.shared_bytes(plan, tokens, cols) - bulk.sent_bytes(plan, tokens)
+    assert own == bulk.shared_bytes(one, tokens, plan.widest(cols))
+
+
+def test_clusters_that_cannot_be_are_not_legal() -> None:
+    assert bulk.legal(bulk.parse("digits3:8x1x1x2x1:c4"), 1, 64, 1024)
+    for name in ("digits3:8x1x1x2x1:c4", "bulk8:8x2x1x2x1:c4"):  # three units of columns for four blocks
+        assert not bulk.legal(bulk.parse(name), 1, 64, 768)
+    assert not bulk.legal(bulk.BulkPlan("bulk4", 8, 1, 1, 2, 1, 3), 1, 64, 4096)
+    assert not bulk.legal(bulk.parse("digits4:14x2x1x2x1"), 4, 4096, 18944)  # digits of all columns do not fit
+    assert bulk.legal(bulk.parse("digits4:14x2x1x2x1:c4"), 4, 4096, 18944)
+
+
+def test_nothing_but_whole_rows_runs_where_nothing_was_measured() -> None:
+    for tokens in (1, 2, 8):
+        for cols in (3584, 18944):
+            assert {plan.cluster for plan in bulk.rule("int4g128", tokens, 4096, cols)} <= {1}
 
 
 @given(TOKENS, ROWS, COLS)
@@ -78,6 +116,8 @@ def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, co
         (stream_packed, "stream8:1x2"),
         (bulk, "bulk3:14x2x3x2x1"),
         (bulk, "digits:14x2x1x2x1"),
+        (bulk, "digits3:14x2x1x2x1:c1"),
+        (bulk, "digits3:14x2x1x2x1:c8"),
         (ring, "ring-fp8:6x1"),
         (ring_packed, "ring:6x1x64"),
         (ring_packed, "ring4:6x1x32"),

@@ -7,10 +7,11 @@
 //
 // Compile-time: as in few.h · STAGES of the ring · BLOCKS of one multiprocessor, that registers must allow. Groups are of
 // 128 columns, cols then a multiple of 256 and WARPS * CHUNKS even, or whole rows without zeros; cols are a multiple of
-// CHUNKS chunks.
+// CHUNKS chunks. CLUSTER blocks divide them (shares.h).
 
 #include "few.h"
 #include "hopper.h"
+#include "shares.h"
 
 #define THREADS (MULTIPLIERS + 64)
 #define STEP_COLS (WARPS * CHUNKS * CHUNK_COLS)
@@ -40,19 +41,19 @@ struct Turn {
     int tile, step, slot, parity;
 
     __device__ __forceinline__ void next(int steps) {
-        if (++step == steps) step = 0, tile += gridDim.x;
+        if (++step == steps) step = 0, tile += HOP;
         if (++slot == STAGES) slot = 0, parity ^= 1;
     }
 };
 
 // The warp that brings weights. full, empty: barriers of the first stage.
 __device__ __forceinline__ void bring(const Weights &w, const Shape &s, int steps, u32 stages, u32 full, u32 empty) {
-    const int lane = threadIdx.x & 31, row = lane % ROWS, chunks = s.cols / CHUNK_COLS;
-    const size_t row_bytes = BYTES_OF((size_t)s.cols);
+    const int lane = threadIdx.x & 31, row = lane % ROWS, chunks = s.stride / CHUNK_COLS;
+    const size_t row_bytes = BYTES_OF((size_t)s.stride), first_byte = BYTES_OF((size_t)s.first);
     u64 once;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
     int count = 0;
-    for (Turn at = {(int)blockIdx.x, 0, 0, 1}; at.tile < s.tiles; at.next(steps), count++) {
+    for (Turn at = {FIRST_TILE, 0, 0, 1}; at.tile < s.tiles; at.next(steps), count++) {
         const u32 stage = stages + at.slot * STAGE_BYTES, barrier = full + at.slot * 8;
         if (count >= STAGES) wait_for(empty + at.slot * 8, at.parity);
         const int cols = min(STEP_COLS, s.cols - at.step * STEP_COLS);
@@ -61,9 +62,9 @@ __device__ __forceinline__ void bring(const Weights &w, const Shape &s, int step
         const int own = row & 8 ? second : first;
         if (lane == 0) expect(barrier, ROWS * BYTES_OF(cols));
         __syncwarp();
-        if (lane < ROWS) copy_row(stage + row * PITCH, (const char *)w.codes + own * row_bytes + BYTES_OF((size_t)at.step * STEP_COLS), BYTES_OF(cols), barrier, once);
+        if (lane < ROWS) copy_row(stage + row * PITCH, (const char *)w.codes + own * row_bytes + first_byte + BYTES_OF((size_t)at.step * STEP_COLS), BYTES_OF(cols), barrier, once);
 #if GROUPED
-        const size_t from = (size_t)own * chunks + at.step * (STEP_COLS / 128);
+        const size_t from = (size_t)own * chunks + s.first / 128 + at.step * (STEP_COLS / 128);
         for (int word = lane / ROWS; word < cols / WORD_COLS; word += 32 / ROWS) {
             const u32 to = stage + CODES_BYTES + (word * ROWS + row) * 4;
             copy_word(to, (const Stored *)w.scales + from + word * IN_A_WORD);
@@ -125,12 +126,13 @@ __device__ __forceinline__ void load_piece(Piece &piece, u32 stage, int sub, int
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, void *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
     extern __shared__ uint4 memory[];
-    const Shape s = shape_of(tokens, rows, cols);
+    Shape s = shape_of(tokens, rows, WIDEST(cols));
     u64 *barriers = (u64 *)((char *)memory + STAGES * STAGE_BYTES);
     const u32 stages = shared_address(memory), full = shared_address(barriers), empty = full + STAGES * 8;
     const u32 left = empty + STAGES * 8, taken = left + 16;  // of the parts of two tiles
-    const Room room(barriers + 2 * STAGES + 4, s);
-    const int chunks = cols / CHUNK_COLS, steps = (cols + STEP_COLS - 1) / STEP_COLS;
+    const Room room(barriers + 2 * STAGES + 4 + SHARE_BARRIERS, s);
+    take_share(s, cols);
+    const int chunks = s.cols / CHUNK_COLS, steps = (s.cols + STEP_COLS - 1) / STEP_COLS;
 
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == MULTIPLIERS) {
@@ -142,8 +144,10 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
             begin_barrier(left + i * 8, WARPS);
             begin_barrier(taken + i * 8, 1);
         }
+        for (int i = 0; i < SHARE_BARRIERS; i++) begin_barrier(taken + 16 + i * 8, 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
+    enter_cluster();
     __syncthreads();
     Weights w;
     w.codes = codes;
@@ -153,10 +157,17 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     if (warp == WARPS) {
         bring(w, s, steps, stages, full, empty);
+        know_cluster();
+        leave_cluster();
         return;
     }
     if (warp > WARPS) {
         asm volatile("griddepcontrol.wait;" ::: "memory");
+#if CLUSTER > 1
+        know_cluster();
+        gather(room, w, s, left, taken, taken + 16, out, bias, residual, eps);
+        leave_cluster();
+#else
         for (int tile = blockIdx.x, count = 0; tile < s.tiles; tile += gridDim.x, count++) {
             const int which = count & 1;
             wait_for(left + which * 8, count >> 1 & 1);
@@ -164,6 +175,7 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
             __syncwarp();
             if (lane == 0) arrive(taken + which * 8);
         }
+#endif
         return;
     }
 
@@ -172,7 +184,7 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
     asm volatile("griddepcontrol.wait;" ::: "memory");
     stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s);
     int count = 0;  // of tiles
-    for (Turn at = {(int)blockIdx.x, 0, 0, 0}; at.tile < s.tiles; at.next(steps)) {
+    for (Turn at = {FIRST_TILE, 0, 0, 0}; at.tile < s.tiles; at.next(steps)) {
         const int chunk = (at.step * WARPS + warp) * CHUNKS;
         wait_for(full + at.slot * 8, at.parity);
         if (chunk < chunks) {
@@ -185,7 +197,10 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
             if (lane == 0) arrive(empty + at.slot * 8);
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) multiply(acc, pieces[i], room.xs, room.offsets, s, (chunk + i) * CHUNK_COLS);
-        } else if (lane == 0) arrive(empty + at.slot * 8);
+        } else {
+            if (CLUSTER > 1) __syncwarp();  // all lanes know that the stage was full
+            if (lane == 0) arrive(empty + at.slot * 8);
+        }
         if (at.step == steps - 1) {
             const int which = count & 1;
             if (count >= 2) wait_for(taken + which * 8, (count >> 1 & 1) ^ 1);
@@ -195,4 +210,6 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
             count++;
         }
     }
+    know_cluster();
+    leave_cluster();
 }

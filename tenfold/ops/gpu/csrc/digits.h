@@ -152,9 +152,10 @@ template <int PART> __device__ __forceinline__ void put(uint4 *xs, float *offset
 }
 
 // x, times the norm's weight where there is one, as digits in shared memory; scales[token] is what its sums are multiplied
-// by: the inverse root mean square.
+// by: the inverse root mean square, or where blocks divide the columns the sum of squares of this block's.
 template <int PART> __device__ __forceinline__ void stage_part(uint4 *xs, float *offsets, float *squares, const u16 *x, const float *norm, const Shape &s, int first, int threads) {
     const int quads = s.cols / 32, warp = threadIdx.x >> 5;
+    x += s.first, norm += s.first;
     for (int m = 0; m < s.tokens; m++) {
         float square = 0.f;
         for (int q = first; q < (quads + 31) / 32 * 32; q += threads) {
@@ -165,7 +166,7 @@ template <int PART> __device__ __forceinline__ void stage_part(uint4 *xs, float 
                 const int col = chunk * 128 + (BITS == 8 ? t * 16 + half * 64 : t * 32 + half * 16);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint4 a = *(const uint4 *)(x + (size_t)m * s.cols + col + i * 8);
+                    const uint4 a = *(const uint4 *)(x + (size_t)m * s.stride + col + i * 8);
                     const u32 *words = &a.x;
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
@@ -209,7 +210,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, f
         float total = lane < rest ? squares[m * WARPS + lane] : 0.f;
 #pragma unroll
         for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-        if (lane == 0) scales[m] = rsqrtf(total / s.cols + eps);  // read when all warps have left their sums
+        if (lane == 0) scales[m] = CLUSTER > 1 ? total : rsqrtf(total / s.stride + eps);  // read when all warps have left their sums
     }
 #endif
 }

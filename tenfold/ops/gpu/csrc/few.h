@@ -11,10 +11,13 @@
 // none, 1 silu, 2 gelu_tanh: rows of w are gate then up and y = act(gate) * up · BITS of a weight: 16, or 8, 4, 3 or 2 in
 // the layouts of ops/formats.py with GROUP columns (a multiple of 128; 2 and 3 bits no whole rows) to a scale, SCALES their
 // type (0 bfloat16, 1 float16, 2 float32), ZEROS 1 where groups have zeros, and E4M3 1 where 8 bits are a float8. A group's
-// sum is scaled in float32, a whole row's after its last column.
+// sum is scaled in float32, a whole row's after its last column. CLUSTER blocks divide the columns (shares.h).
 
 #include "fragments.h"
 
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #define MULTIPLIERS (WARPS * 32)
 #define LOADS (BITS == 8 ? 2 : 1)  // of 16 bytes a lane has of a chunk of a row
 #if BITS < 16
@@ -30,6 +33,7 @@
 #endif
 #define IN_PLACE (BITS <= 4 || DIGITS)  // codes stay where they lie
 #define TILE (DIGITS ? 2 : 8)  // tokens of a tile
+#define NORM_LATER (NORM && (DIGITS || !HALF))  // sums are multiplied by the inverse root mean square
 #define APART 20  // numbers between two tokens of a warp's sums, so that those of 8 rows hit all banks
 #define PARTIAL (WARPS * TALL * NT * TILE * APART)  // numbers that warps leave of a tile
 typedef float Sums[TALL][NT][4];
@@ -68,7 +72,8 @@ struct Weights {
 };
 
 struct Shape {
-    int tokens, rows, cols, tiles, pitch;  // pitch: elements between two tokens in shared memory
+    int tokens, rows, cols, tiles, pitch;  // cols: those of this block · pitch: elements between two tokens in shared memory
+    int first, stride;                     // its first column, and all columns
 };
 
 // The multiplying warps wait for each other.
@@ -137,7 +142,7 @@ __device__ __forceinline__ void finish(const float *partial, const float *scales
 #if BITS < 16 && WHOLE_ROW
         sum *= number(w.scales, row);
 #endif
-#if NORM && (DIGITS || !HALF)
+#if NORM_LATER
         const float scale = scales[token];
         sum *= scale;
 #endif
@@ -149,7 +154,7 @@ __device__ __forceinline__ void finish(const float *partial, const float *scales
 #if BITS < 16 && WHOLE_ROW
         up *= number(w.scales, rows + row);
 #endif
-#if NORM && (DIGITS || !HALF)
+#if NORM_LATER
         up *= scale;
 #endif
         if (bias) up += bias[rows + row];
@@ -162,7 +167,7 @@ __device__ __forceinline__ void finish(const float *partial, const float *scales
 
 __device__ __forceinline__ Shape shape_of(int tokens, int rows, int cols) {
     Shape s;
-    s.tokens = tokens, s.rows = rows, s.cols = cols;
+    s.tokens = tokens, s.rows = rows, s.cols = cols, s.first = 0, s.stride = cols;
     s.pitch = cols + ((cols / 32) % 2 ? 0 : 32);  // an odd number of 64-byte pieces: quads of a load hit all banks
 #if GATE
     s.tiles = (rows / 2 + 8 * TALL - 1) / (8 * TALL);

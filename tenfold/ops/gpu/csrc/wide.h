@@ -212,24 +212,28 @@ __device__ __forceinline__ void put(u16 *xs, float *offsets, int v, int m, uint4
     *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = a;
 }
 
-// x, times the norm's weight where there is one, into shared memory; scales[token] is what its sums are multiplied by.
+// x, times the norm's weight where there is one, into shared memory; scales[token] is what its sums are multiplied by, or
+// where blocks divide the columns the sum of squares of this block's.
 // In bfloat16, whose range is float32's, x * weight is rounded and the inverse root mean square follows after the sum:
 // one pass, and nobody waits for the mean. In float16 that product might overflow, so x is normed first, in two passes.
 __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *sums, float *scales, const u16 *x, const float *norm, float eps, const Shape &s) {
     int vectors = s.cols / 8, tid = threadIdx.x;
+    const bool every = CLUSTER > 1 && NORM && HALF;  // the mean is wanted first, so each block adds up all squares
+    const int begin = every ? -s.first / 8 : 0, end = every ? begin + s.stride / 8 : vectors;
 #if NORM
     float squares[NT * 8];
 #pragma unroll
     for (int m = 0; m < NT * 8; m++) squares[m] = 0.f;
 #endif
-    for (int v = tid; v < vectors; v += MULTIPLIERS) {
+    norm += s.first, x += s.first;
+    for (int v = begin + tid; v < end; v += MULTIPLIERS) {
 #if NORM
         float4 w0 = ((const float4 *)norm)[v * 2], w1 = ((const float4 *)norm)[v * 2 + 1];
 #endif
 #pragma unroll
         for (int m = 0; m < NT * 8; m++) {
             if (m < s.tokens) {
-                uint4 a = *(const uint4 *)(x + (size_t)m * s.cols + v * 8);
+                uint4 a = *(const uint4 *)(x + (size_t)m * s.stride + v * 8);
 #if NORM
                 float e0 = to_float(a.x & 0xffff), e1 = to_float(a.x >> 16), e2 = to_float(a.y & 0xffff), e3 = to_float(a.y >> 16);
                 float e4 = to_float(a.z & 0xffff), e5 = to_float(a.z >> 16), e6 = to_float(a.w & 0xffff), e7 = to_float(a.w >> 16);
@@ -238,8 +242,9 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *sums, floa
                 a = make_uint4(pack(e0 * w0.x, e1 * w0.y), pack(e2 * w0.z, e3 * w0.w), pack(e4 * w1.x, e5 * w1.y), pack(e6 * w1.z, e7 * w1.w));
 #endif
 #endif
-                if (NORM && HALF) *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = a;
-                else put(xs, offsets, v, m, a, s);
+                if (NORM && HALF) {
+                    if (!every || (v >= 0 && v < vectors)) *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = a;
+                } else put(xs, offsets, v, m, a, s);
             }
         }
     }
@@ -258,7 +263,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *sums, floa
         float total = (tid & 31) < WARPS ? sums[m * WARPS + (tid & 31)] : 0.f;
 #pragma unroll
         for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
-        if ((tid & 31) == 0) scales[m] = rsqrtf(total / s.cols + eps);  // read when all warps have left their sums
+        if ((tid & 31) == 0) scales[m] = CLUSTER > 1 && !HALF ? total : rsqrtf(total / s.stride + eps);  // read when all warps have left their sums
     }
 #if HALF
     meet();
