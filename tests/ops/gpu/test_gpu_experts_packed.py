@@ -104,8 +104,9 @@ def run(plan: Any, x: Tensor, by: Any, weights: Tensor, gate_up: Any, down: Any,
 
 
 def poison() -> None:
-    """What is allocated next holds no numbers."""
-    torch.full((64 << 20,), float("nan"), device="cuda")
+    """What is allocated next, small or large, holds no numbers."""
+    kept = [torch.full((size,), float("nan"), device="cuda") for size in (*[1 << 17] * 32, 16 << 20)]
+    del kept
 
 
 class TestDigitsOnGpu:
