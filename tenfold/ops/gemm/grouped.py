@@ -21,6 +21,7 @@ from tenfold.ops.gpu.nvrtc import GATES
 
 DTYPES = (torch.bfloat16, torch.float16)
 SUM_TILE = 1024  # features of a program that sums parts
+UNIT = 64  # picks, of which tiles of more are whole multiples for csrc/experts.h
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Experts of a layer on Hopper: csrc/experts.cu, all in one launch each way, for a few tokens and for thousands.
 
 Picks are sorted by expert and their tokens copied side by side, so that the tensor copy engine can bring those of a
-tile; a tile is up to `width` picks of one expert. Sums of a token's experts meet in a launch of their own.
+tile; a tile is up to `width` picks of one expert, and costs what it holds in units of 64. Sums of a token's experts
+meet in a launch of their own.
 """
 
 import re
@@ -11,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import Sorted, most_tiles
+from tenfold.ops.gemm.grouped import UNIT, Sorted, most_tiles
 from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.route import Routing
 
-WIDTHS = (8, 16, 32, 64, 128, 256)
+WIDTHS = (8, 16, 32, 64, 128, 192, 256)
 WARPS = 32  # of the block that routes
 MOST_PICKS = 4096
 MOST_EXPERTS = 1024
@@ -61,6 +62,11 @@ def shared_bytes(plan: ExpertsPlan) -> int:
 def store_bytes(width: int) -> int:
     """Where a warpgroup's sums pass on their way out, in shared memory."""
     return 8 * width + min(width, 32) * (2 * 64 + 16)
+
+
+def box(width: int, cluster: int) -> int:
+    """Picks that one block fetches at once."""
+    return min(width, UNIT) // cluster
 
 
 def legal(plan: ExpertsPlan, rows: int, cols: int, gate: bool) -> bool:
@@ -202,7 +208,7 @@ def product(
             ("DOWN", int(not gate)),
         ),
     )
-    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, chosen.width // chosen.cluster)
+    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, box(chosen.width, chosen.cluster))
     arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares, rows, cols]
     height = chosen.height // 2 if gate else chosen.height
     most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tenfold.ops.gemm.grouped import Sorted
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import launch, store_bytes
+from tenfold.ops.gpu.experts import box, launch, store_bytes
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
 WIDTHS = (8, 16, 32, 64, 128)
@@ -192,8 +192,8 @@ def product(
     gate = nvrtc.GATES[act]
     kernel = nvrtc.load("experts_packed.cu", "experts_packed", defines(chosen, w, gate, x.dtype))
     codes, scales = eights if eights is not None else (x, None)
-    height = chosen.width // chosen.cluster
-    maps = nvrtc.tensor_map(x, height), nvrtc.tensor_map(codes, height)
+    picks = box(chosen.width, chosen.cluster)
+    maps = nvrtc.tensor_map(x, picks), nvrtc.tensor_map(codes, picks)
     arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
     most = len(by.tiles) * -(-w.rows // chosen.height)
     shared = shared_bytes(chosen, w.kinds)

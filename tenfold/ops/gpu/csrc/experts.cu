@@ -3,8 +3,9 @@
 //     out[place, features] = x[place, cols] @ w[expert, rows, cols]^T
 //
 // w comes through the tensor copy engine into a ring of stages in shared memory and is the 64-row operand of wgmma, the
-// N picks of a tile, whose rows of x lie one after the other, are its narrow side. Picks past the end of an expert are
-// another expert's: they are multiplied too and not stored. One warp keeps the ring full, across items.
+// picks of a tile, up to N, whose rows of x lie one after the other, are its narrow side. A tile costs what it holds, in
+// units of 64 picks: as many are fetched, and the instruction is as wide. Picks past the end of an expert are another
+// expert's: they are multiplied too and not stored. One warp keeps the ring full, across items.
 //
 // Blocks take items in turn; those of a tile of picks follow each other. How many tiles there are is read from memory, so
 // no host needs to know.
@@ -13,7 +14,7 @@
 // a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. DOWN: the list of tiles is older than the
 // kernel in front, so weights are asked for before that has ended.
 //
-// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
+// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 64, 128, 192 or 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
 // · STAGES · BLOCKS of a multiprocessor · CLUSTER, DOWN as in experts.h.
 
 #include "fragments.h"
@@ -33,6 +34,42 @@ __device__ __forceinline__ void fetch_expert(u32 to, const Map *map, int col, in
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
         :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(expert), "r"(barrier), "l"(policy) : "memory");
+}
+
+// The ring as the warps that multiply see it: stages from `count` on.
+struct Ring {
+    u32 stages, full, empty;
+    int count;
+};
+
+// Sums of an item, W picks wide: a warpgroup's 64 rows, which begin `rows_at` bytes into a box.
+template <int W> __device__ __forceinline__ void multiply_item(float (&d)[N / 2], Ring &ring, int steps, int rows_at) {
+    int open = -1;  // the stage of a product that may not have ended
+    for (int step = 0; step < steps; step++, ring.count++) {
+        const u32 stage = ring.stages + ring.count % STAGES * STAGE_BYTES;
+        wait_for(ring.full + ring.count % STAGES * 8, ring.count / STAGES & 1);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int b = 0; b < BOXES; b++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                multiply<W>(d, operand(stage + b * W_BOX + rows_at + k * 32), operand(stage + BOXES * W_BOX + b * X_BOX + k * 32), 1);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (open >= 0) release_stage(ring.empty + open * 8);
+        open = ring.count % STAGES;
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (open >= 0) release_stage(ring.empty + open * 8);
+#pragma unroll
+    for (int i = 0; i < W / 2; i++) asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
+}
+
+// The same for a width that is known as it runs, up to W.
+template <int W> __device__ __forceinline__ void multiply_up_to(float (&d)[N / 2], int width, Ring &ring, int steps, int rows_at) {
+    if constexpr (W > UNIT)
+        if (width < W) return multiply_up_to<W - UNIT>(d, width, ring, steps, rows_at);
+    multiply_item<W>(d, ring, steps, rows_at);
 }
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
@@ -78,7 +115,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
             auto weights = [&](int at) {
                 const int row = look(at), step = step_of(at);
                 const u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
-                expect(barrier, STAGE_BYTES);
+                expect(barrier, BOXES * (W_BOX + tile.width() * 128));
 #pragma unroll
                 for (int b = 0; b < BOXES; b++) {
                     const int col = step * STEP_COLS + b * 64;
@@ -97,7 +134,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
                 look(at);
                 const u32 to = stage0 + at % STAGES * STAGE_BYTES + BOXES * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int b = 0; b < BOXES; b++) fetch_picks(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, tile.first, items.rank, barrier, kept);
+                for (int b = 0; b < BOXES; b++) fetch_picks(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * 64, tile, items.rank, barrier, kept);
             };
 #if DOWN
             for (; count < mine && count < STAGES; count++) weights(count);
@@ -120,33 +157,19 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
     const int group = threadIdx.x >> 7, rows_at = group * 64 * 128;  // bytes in a box
-    for (int count = 0; count < mine;) {
-        const int item = item_of(count);
-        const Tile tile = list[items.tile(item)];
+    Ring ring = {stage0, full, empty, 0};
+    Tile next = {};
+    if (mine) next = list[items.tile(items.first())];
+    while (ring.count < mine) {
+        const int item = item_of(ring.count);
+        const Tile tile = next;
         Homes homes;
         homes.load(tile, order, shares);
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
-        int open = -1;  // the stage of a product that may not have ended
-        for (int step = 0; step < steps; step++, count++) {
-            const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
-            wait_for(full + count % STAGES * 8, count / STAGES & 1);
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-            for (int b = 0; b < BOXES; b++) {
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    multiply(d, operand(stage + b * W_BOX + rows_at + k * 32), operand(stage + BOXES * W_BOX + b * X_BOX + k * 32), 1);
-            }
-            asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (open >= 0) release_stage(empty + open * 8);
-            open = count % STAGES;
-        }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (open >= 0) release_stage(empty + open * 8);
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i]) :: "memory");  // not before the wait
+        multiply_up_to<N>(d, tile.width(), ring, steps, rows_at);
+        if (ring.count < mine) next = list[items.tile(item + items.hop())];
         store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
     }
 #if CLUSTER > 1

@@ -4,7 +4,13 @@
 // other and share the picks, of which each fetches half for both: the L2 cache cannot feed large tiles otherwise.
 // N, GATE, ROWS as in experts.cu · DOWN: results are multiplied by the weight of the pick and stored by pick, else by place.
 
-struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
+#define UNIT (N < 64 ? N : 64)  // picks: what is fetched and multiplied of a tile is whole units
+
+struct Tile {
+    int expert, first, end, unused;  // places first to end of picks of one expert
+
+    __device__ __forceinline__ int width() const { return N > UNIT ? (end - first + UNIT - 1) / UNIT * UNIT : N; }
+};
 
 // Which items a block takes: so many tiles of picks, so many items for each.
 struct Items {
@@ -26,15 +32,20 @@ __device__ __forceinline__ void meet() {
 #endif
 }
 
-// A box of picks, N rows by 128 bytes: this block's part of it, for all that share it.
-__device__ __forceinline__ void fetch_picks(u32 to, const Map *map, int col, int row, int rank, u32 barrier, u64 policy) {
+// A tile's picks, its width by 128 bytes, in boxes of UNIT rows: this block's part of each, for all that share it.
+__device__ __forceinline__ void fetch_picks(u32 to, const Map *map, int col, const Tile &tile, int rank, u32 barrier, u64 policy) {
+#pragma unroll
+    for (int at = 0; at < N; at += UNIT) {
+        const int begin = at + rank * (UNIT / CLUSTER);
+        if (at >= tile.width()) break;
 #if CLUSTER > 1
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
-        :: "r"(to + rank * (N / CLUSTER * 128)), "l"(map), "r"(col), "r"(row + rank * (N / CLUSTER)), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(policy) : "memory");
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
+            :: "r"(to + begin * 128), "l"(map), "r"(col), "r"(tile.first + begin), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(policy) : "memory");
 #else
-    fetch(to, map, col, row, barrier, policy);
+        fetch(to + begin * 128, map, col, tile.first + begin, barrier, policy);
 #endif
+    }
 }
 
 // A warp has read a stage: whoever may fill it is told, in all blocks that share it.
@@ -51,7 +62,7 @@ __device__ __forceinline__ void release_stage(u32 barrier) {
 #endif
 }
 
-#define HOMES (N < 128 ? 1 : N / 128)  // of a thread
+#define HOMES ((N + 127) / 128)        // of a thread
 #define TURN (N < 32 ? N : 32)         // picks that are stored in turn
 #define ROW_FEATURES (GATE ? 32 : 64)  // of a warpgroup
 #define PITCH (ROW_FEATURES * 2 + 16)  // bytes between picks in shared memory
@@ -95,6 +106,7 @@ __device__ __forceinline__ void store_sums(const float (&d)[N / 2], void *out, c
 #endif
 #pragma unroll
     for (int turn = 0; turn < N / TURN; turn++) {
+        if (turn * TURN >= tile.end - tile.first) break;
         GROUP_BARRIER(group);
 #pragma unroll
         for (int n = 0; n < TURN / 8; n++) {

@@ -319,16 +319,16 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
                 const u32 to = stage0 + stage * STAGE_BYTES + W_AT, barrier = full + stage * 8;
                 const int first = items.row(at.item) / ROW_FEATURES, own = max(0, min(ROWS / 64, down - first));
                 told[stage].kind = at.source.kind;
-                expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * X_BOX));
+                expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * at.tile.width() * 128));
                 for (int group = 0; group < own; group++)
                     copy(to + group * ROOM, at.source.address + (u64)((first + group) * steps + at.step) * at.source.bytes, at.count * at.source.bytes, barrier, policy);
             };
             auto inputs = [&](const Walk &at, int stage) {
                 const u32 to = stage0 + stage * STAGE_BYTES, barrier = full + stage * 8;
                 if (acts8(at.source.kind)) {
-                    for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile.first, items.rank, barrier, kept);
+                    for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile, items.rank, barrier, kept);
                 } else {
-                    for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile.first, items.rank, barrier, kept);
+                    for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile, items.rank, barrier, kept);
                 }
             };
             Walk at = {list, sources, items, steps, items.first()};
