@@ -69,6 +69,18 @@ def box(width: int, cluster: int) -> int:
     return min(width, UNIT) // cluster
 
 
+def slabs(w: Tensor) -> Tensor:
+    """Weights of gate, then up, [experts, rows, cols] as [experts, rows / 16, 2, 8, cols], without a copy: a slab is
+    eight rows of gate and the same eight of up.
+    """
+    return w.unflatten(1, (2, -1, 8)).transpose(1, 2)
+
+
+def slab_box(height: int) -> tuple[int, int, int]:
+    """Of `slabs`, what one block fetches at once."""
+    return height // 16, 2, 8
+
+
 def legal(plan: ExpertsPlan, rows: int, cols: int, gate: bool) -> bool:
     """Whether a plan can run experts with weights of rows x cols."""
     return cols % 8 == 0 and not (gate and rows % 16) and hopper.fits(shared_bytes(plan), plan.blocks)
@@ -208,7 +220,8 @@ def product(
             ("DOWN", int(not gate)),
         ),
     )
-    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, box(chosen.width, chosen.cluster))
+    w_map = nvrtc.tensor_map(slabs(w), slab_box(chosen.height)) if gate else nvrtc.tensor_map(w, chosen.height)
+    maps = w_map, nvrtc.tensor_map(x, box(chosen.width, chosen.cluster))
     arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares, rows, cols]
     height = chosen.height // 2 if gate else chosen.height
     most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)

@@ -1,6 +1,7 @@
 """The CUDA C++ compiles for Hopper on any machine that has NVRTC, a GPU or not."""
 
 import ctypes
+import itertools
 import struct
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,36 @@ def test_maps_of_matrices_describe_their_numbers(
     matrix = torch.zeros(96, 512, dtype=torch.uint8).view(dtype)
     nvrtc.TensorMap(matrix, 64)
     assert told == [(kind, 2, [matrix.shape[1], 96], [512], [columns, 64])]
+
+
+def test_a_map_of_slabs_brings_gate_and_up_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that the engine would fetch, by what it is told: 8 rows of gate, then the same 8 of up."""
+    experts = pytest.importorskip("tenfold.ops.gpu.experts")
+    told: list[list[int]] = []
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, block: Any, kind: int, rank: int, at: Any, *sizes: Any) -> int:
+            told.extend(list(size) for size in sizes[:4])
+            assert rank == 5
+            return 0
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    count, outputs, cols, height = 3, 40, 72, 64
+    w = torch.arange(count * 2 * outputs * cols, dtype=torch.int16).view(torch.bfloat16).view(count, 2 * outputs, cols)
+    nvrtc.TensorMap(experts.slabs(w), experts.slab_box(height))
+    sizes, strides, box, steps = told
+    assert (sizes, box, steps) == ([cols, 8, 2, outputs // 8, count], [64, 8, 2, height // 16, 1], [1] * 5)
+    assert strides == [2 * cols, 2 * outputs * cols, 16 * cols, 4 * outputs * cols]
+    assert all(stride % 16 == 0 for stride in strides)
+    flat, (expert, row, col) = w.view(torch.int16).flatten().tolist(), (1, 32, 64)
+    found = []
+    for slab, side, r in itertools.product(range(height // 16), range(2), range(8)):
+        at = (col, r, side, row // 8 + slab, expert)
+        inside = all(place < size for place, size in zip(at, sizes))
+        found.append(flat[at[0] + sum(p * s // 2 for p, s in zip(at[1:], strides))] if inside else 0)
+    numbers = w.view(torch.int16)[expert, :, col].tolist()
+    want = [numbers[side * outputs + row + r] for side in range(2) for r in range(8)]  # the last slab, and then none
+    assert found == want + [0] * 48
 
 
 class Launched:

@@ -11,7 +11,8 @@
 // no host needs to know.
 //
 // With a gate the rows of w are gate, then up, and a slab of 16 rows in shared memory is 8 of gate and the same 8 of up:
-// a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. DOWN: the list of tiles is older than the
+// a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. One copy brings all slabs of a box: its
+// map has w as [experts, slabs, 2, 8, cols]. DOWN: the list of tiles is older than the
 // kernel in front, so weights are asked for before that has ended.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 64, 128, 192 or 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
@@ -30,10 +31,17 @@
 
 #include "experts.h"
 
+// A box of ROWS rows of an expert's weights, `row` the first of its outputs.
 __device__ __forceinline__ void fetch_expert(u32 to, const Map *map, int col, int row, int expert, u32 barrier, u64 policy) {
+#if GATE
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %3, %4, %5}], [%6], %7;"
+        :: "r"(to), "l"(map), "r"(col), "r"(0), "r"(row / 8), "r"(expert), "r"(barrier), "l"(policy) : "memory");
+#else
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;"
         :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(expert), "r"(barrier), "l"(policy) : "memory");
+#endif
 }
 
 // The ring as the warps that multiply see it.
@@ -127,18 +135,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
                 const u32 to = stage0 + at.slot * STAGE_BYTES, barrier = full + at.slot * 8;
                 expect(barrier, BOXES * (W_BOX + at.tile.width() * 128));
 #pragma unroll
-                for (int b = 0; b < BOXES; b++) {
-                    const int col = at.step * STEP_COLS + b * 64;
-#if GATE
-#pragma unroll
-                    for (int slab = 0; slab < ROWS / 16; slab++) {
-                        fetch_expert(to + b * W_BOX + slab * 2048, &w_map, col, at.row + slab * 8, at.tile.expert, barrier, policy);
-                        fetch_expert(to + b * W_BOX + slab * 2048 + 1024, &w_map, col, outputs + at.row + slab * 8, at.tile.expert, barrier, policy);
-                    }
-#else
-                    fetch_expert(to + b * W_BOX, &w_map, col, at.row, at.tile.expert, barrier, policy);
-#endif
-                }
+                for (int b = 0; b < BOXES; b++) fetch_expert(to + b * W_BOX, &w_map, at.step * STEP_COLS + b * 64, at.row, at.tile.expert, barrier, policy);
             };
             auto inputs = [&](const Walk &at) {
                 const u32 to = stage0 + at.slot * STAGE_BYTES + BOXES * W_BOX, barrier = full + at.slot * 8;
