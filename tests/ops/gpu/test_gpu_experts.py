@@ -20,7 +20,9 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 PLANS = [experts.ExpertsPlan(width, height, 2, 4, 1) for width, height in itertools.product((8, 16, 32, 64), (64, 128))]
 PLANS += [experts.ExpertsPlan(128, 128, 1, 4), experts.ExpertsPlan(256, 128, 1, 3), experts.ExpertsPlan(256, 64, 1, 4)]
 PLANS += [experts.ExpertsPlan(192, 128, 1, 4), experts.ExpertsPlan(192, 64, 2, 2)]
+PLANS += [experts.ExpertsPlan(192, 192, 1, 4), experts.ExpertsPlan(128, 256, 1, 4), experts.ExpertsPlan(64, 192, 2, 2)]
 PLANS += [experts.ExpertsPlan(width, 128, 1, 3, cluster=2) for width in (64, 128, 192, 256)]
+PLANS += [experts.ExpertsPlan(192, 192, 1, 4, cluster=2), experts.ExpertsPlan(128, 256, 1, 4, cluster=2)]
 COUNT = 16
 RAGGED = (300, 1, 0, 7, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)  # picks of each expert
 GUARD = 8  # rows past an output
@@ -150,6 +152,9 @@ def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
     for wrong in ("experts:12x64x2x4x1", "experts:8x96x2x4x1", "experts:8x64x2x4x1:even"):
         with pytest.raises(ValueError, match="width of 8, 16"):
             experts.parse(wrong)
+    assert all(experts.legal(plan, 1536, 2048, True) for plan in PLANS)
+    for wide in ("experts:256x192x1x2x1", "experts:192x256x1x2x1", "experts:128x64x1x2x2"):  # registers
+        assert not experts.legal(experts.parse(wide), 1536, 2048, True)
     widths = [experts.plan(n, 128).width for n in (8, 512, 2048, 8192, 65536)]
     assert widths == sorted(widths)
     for picks_of in (8, 64, 512, 4096, 65536):

@@ -58,6 +58,7 @@ SOURCES = [
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
     ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "DOWN": 0}),
     ("experts.cu", EXPERTS | {"HALF": 1, "GATE": 0, "N": 256, "ROWS": 128, "BOXES": 1, "DOWN": 1, "CLUSTER": 2}),
+    ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 192, "ROWS": 192, "BOXES": 1, "DOWN": 0}),
     ("experts_packed.cu", EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 16, "KINDS": 8, "ACTS8S": 0}),
     (
         "experts_packed.cu",

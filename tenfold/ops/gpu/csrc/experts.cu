@@ -15,7 +15,7 @@
 // map has w as [experts, slabs, 2, 8, cols]. DOWN: the list of tiles is older than the
 // kernel in front, so weights are asked for before that has ended.
 //
-// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 64, 128, 192 or 256, of picks · ROWS 64 or 128 · BOXES of 64 columns in a stage
+// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 64, 128, 192 or 256, of picks · ROWS 64 to 256 · BOXES of 64 columns in a stage
 // · STAGES · BLOCKS of a multiprocessor · CLUSTER, DOWN as in experts.h.
 
 #include "fragments.h"
