@@ -100,7 +100,7 @@ def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
     """
     each = picks / max(1, min(picks, experts))
     for width in WIDTHS:
-        if not each / 4 <= width <= max(8, 4 * each):
+        if not min(each / 4, 128) <= width <= max(8, 4 * each):
             continue
         if width <= 64:
             for stages, blocks, height in ((6, 1, 64), (4, 2, 64), (4, 1, 128)):

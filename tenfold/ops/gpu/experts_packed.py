@@ -7,7 +7,7 @@ no weight is rounded. Activations keep their 16 bits, but for kinds whose format
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from tenfold.ops.gpu import hopper, nvrtc, quantize
 from tenfold.ops.gpu.experts import box, launch, store_bytes
 from tenfold.ops.tiles import NAMES, ROWS, Kind, Tiled
 
-WIDTHS = (8, 16, 32, 64, 128)
+WIDTHS = (8, 16, 32, 64, 128, 192)  # the last for 8 bits alone: registers
 LIMIT = 17408  # bytes of a warpgroup's tiles in a stage, where that holds more than one: four of 4 bits
 MOST_STAGES = 8
 MANY = 64  # picks of a tile from which on products may be bound by arithmetic
@@ -66,16 +66,25 @@ def room(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
     return max(span(plan, kind) * kind.nbytes for kind in kinds)
 
 
-def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
-    """Dynamic shared memory of one block."""
-    stage = plan.span * 2 * plan.width * 128 + plan.height // ROWS * room(plan, kinds)
+def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...], boxes: int = 0) -> int:
+    """Dynamic shared memory of one block. boxes: as `boxes_of`, where products
+    know better.
+    """
+    picks = plan.span * (boxes or boxes_of(plan, kinds)) * plan.width * 128
+    stage = picks + plan.height // ROWS * room(plan, kinds)
     stages = plan.stages * (-(-stage // 1024) * 1024 + 24)
     return 1024 + stages + plan.height // ROWS * store_bytes(plan.width)
+
+
+def boxes_of(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
+    """Boxes of picks that a tile of weights takes at most: 64 columns in 16 bits, or all 128 in 8."""
+    return 1 if plan.acts8 and all(map(rounded, kinds)) else 2
 
 
 def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
     """Whether a plan can run experts of these kinds: its ring has room, and the kernel's registers suffice."""
     registers = plan.blocks == 1 or (plan.width <= 32 and plan.height == 64)
+    registers &= plan.width < WIDTHS[-1] or boxes_of(plan, kinds) == 1
     return registers and plan.stages >= 2 and hopper.fits(shared_bytes(plan, kinds), plan.blocks)
 
 
@@ -83,7 +92,7 @@ def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[Pa
     """Plans worth timing, of widths about the picks that an expert has, with as many stages as fit."""
     each = picks / max(1, min(picks, experts))
     for width in WIDTHS:
-        if not each / 4 <= width <= max(8, 4 * each):
+        if not min(each / 4, 128) <= width <= max(8, 4 * each):
             continue
         acts8 = width >= MANY and any(kind.acts8 for kind in kinds)
         if width >= MANY:
@@ -108,9 +117,10 @@ def deepest(
 def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan:
     """The plan where nothing was measured (H100, 2026-11-28)."""
     each = picks / max(1, min(picks, experts))
-    width = next((w for w in WIDTHS if w >= 1.5 * each), WIDTHS[-1])
+    widths = WIDTHS if all(map(rounded, kinds)) else WIDTHS[:-1]
+    width = next((w for w in widths if w >= 1.5 * each), widths[-1])
     if width >= MANY:
-        found = deepest(width, 128, 1, 1, any(kind.acts8 for kind in kinds), 2 if width > MANY else 1, kinds)
+        found = deepest(width, 128, 1, 1, any(kind.acts8 for kind in kinds), 1, kinds)
     else:
         found = deepest(width, 64, 2, 4 if width <= 16 else 2, False, 1, kinds)
     assert found is not None
@@ -144,9 +154,14 @@ def code(kind: Kind, acts8: bool) -> int:
     return NAMES.index(kind.name) + 6 * kind.zeros + 12 * kind.scales + 36 * acts8
 
 
+def rounded(kind: Kind) -> bool:
+    """Whether products of a kind may take activations of 8 bits."""
+    return kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros
+
+
 def rounds(chosen: PackedExpertsPlan, kind: Kind, cols: int) -> bool:
-    """Whether products of a kind take activations of 8 bits."""
-    return chosen.acts8 and kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros and cols % 16 == 0
+    """Whether they do."""
+    return chosen.acts8 and rounded(kind) and cols % 16 == 0
 
 
 def products(
@@ -190,13 +205,16 @@ def product(
     some kind takes it so.
     """
     gate = nvrtc.GATES[act]
+    boxes = 1 if all(rounds(chosen, kind, w.cols) for kind in w.kinds) else 2
+    while not hopper.fits(shared_bytes(chosen, w.kinds, boxes), chosen.blocks):
+        chosen = replace(chosen, stages=chosen.stages - 1)
     kernel = nvrtc.load("experts_packed.cu", "experts_packed", defines(chosen, w, gate, x.dtype))
     codes, scales = eights if eights is not None else (x, None)
     picks = box(chosen.width, chosen.cluster)
     maps = nvrtc.tensor_map(x, picks), nvrtc.tensor_map(codes, picks)
     arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
     most = len(by.tiles) * -(-w.rows // chosen.height)
-    shared = shared_bytes(chosen, w.kinds)
+    shared = shared_bytes(chosen, w.kinds, boxes)
     launch(kernel, most, sms, chosen.blocks, chosen.cluster, threads(chosen), shared, [*arguments, w.rows, w.cols])
 
 
@@ -221,6 +239,7 @@ def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) 
         ("LIMIT", LIMIT),
         ("ROOM", room(chosen, w.kinds)),
         ("KINDS", len(w.kinds)),
+        ("X_BOXES", 1 if all(eight) else 2),
         ("ACTS8S", sum(1 << at for at, one in enumerate(eight) if one)),
         *((f"K{at}", code(kind, one)) for at, (kind, one) in enumerate(zip(w.kinds, eight))),
     )

@@ -25,7 +25,7 @@ KINDS = {
     f"K{i}": name + 6 * (name == 2) + 12 * scales
     for i, (name, scales) in enumerate(zip((0, 1, 2, 3, 4, 5, 1, 3), (0, 1, 2, 0, 1, 2, 2, 1)))
 }
-TILES = {"SPAN": 1, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
+TILES = {"SPAN": 1, "X_BOXES": 2, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
 ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 32}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
@@ -63,6 +63,10 @@ SOURCES = [
     (
         "experts_packed.cu",
         EXPERTS | TILES | {"HALF": 1, "GATE": 0, "N": 128, "KINDS": 2, "ACTS8S": 3, "K0": 39, "K1": 65},
+    ),
+    (
+        "experts_packed.cu",
+        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 192, "X_BOXES": 1, "KINDS": 2, "ACTS8S": 3, "K0": 51, "K1": 65},
     ),
     ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1}),
     ("route.cu", ROUTE | {"EXPERTS": 256, "SIGMOID": 1, "GROUPS": 8, "KEPT": 4, "BEST": 2}),

@@ -10,8 +10,8 @@
 //
 // The warp that fills the ring tells the others with each stage of what kind it is.
 //
-// Compile-time: HALF, GATE, FLOAT32, N (8 to 128), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
-// a stage · KINDS kinds, K0 to K7: name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for
+// Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
+// a stage · X_BOXES that a tile takes at most, 1 where all kinds have acts8, else 2 · KINDS kinds, K0 to K7: name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for
 // each kind with acts8.
 
 #include "fragments.h"
@@ -24,7 +24,7 @@
 #define TRADE (N >= 64)  // the warp that brings tiles has three idle ones beside it, which give their registers to the others
 #define THREADS (CONSUMERS + (TRADE ? 128 : 32))
 #define X_BOX (N * 128)  // of 64 columns, or 128 in 8 bits
-#define W_AT (SPAN * 2 * X_BOX)  // where a stage's tiles begin
+#define W_AT (SPAN * X_BOXES * X_BOX)  // where a stage's tiles begin
 #define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + 1023) / 1024 * 1024)
 
 struct Source { u64 address; int kind, bytes; };  // of an expert: its first tile, which of KINDS, and bytes of a tile
@@ -258,25 +258,34 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
     add_part(d, part, scale_upper, scale_lower);
 }
 
-// Where the warp that fills the ring is: the tiles of a stage, item after item.
+// Where the warp that fills the ring is: the tiles of a stage, item after item, and the stage they go to. It is one thread
+// that all others wait for, so it counts, and asks for a tile of picks an item ahead.
 struct Walk {
     const Tile *list;
     const Source *sources;
     const Items &items;
-    int steps, item, step, count;
-    Tile tile;
+    int steps, down, item, step, count, slot, turn;  // down: rows of tiles that an expert has
+    Tile tile, ahead;
     Source source;
+    u64 from;           // what the first warpgroup's tiles of the stage are copied from
+    int own, due;       // warpgroups that have tiles; bytes of a tile of all of them, and of its picks
 
+    __device__ __forceinline__ Walk(const Tile *list, const Source *sources, const Items &items, int steps, int down) : list(list), sources(sources), items(items), steps(steps), down(down), item(items.first()), slot(0), turn(0) { ahead = look(item), begin(); }
+    __device__ __forceinline__ bool more() const { return item < items.count; }
+    __device__ __forceinline__ Tile look(int at) const { return at < items.count ? list[items.tile(at)] : Tile(); }
+    __device__ __forceinline__ bool acts8() const { return ACTS8S >> source.kind & 1; }
     __device__ __forceinline__ void begin() {
-        if (item < items.count) {
-            tile = list[items.tile(item)], source = sources[tile.expert];
-            step = 0, count = min(span_of(source.bytes), steps);
-        }
+        tile = ahead, source = sources[tile.expert], ahead = look(item + items.hop());
+        const int first = items.row(item) / ROW_FEATURES;
+        step = 0, count = SPAN == 1 ? 1 : min(span_of(source.bytes), steps);
+        own = max(0, min(ROWS / 64, down - first)), from = source.address + (u64)(first * steps) * source.bytes;
+        due = own * source.bytes + (acts8() ? 1 : 2) * tile.width() * 128;
     }
     __device__ __forceinline__ void next() {
-        step += count;
+        if (++slot == STAGES) slot = 0, turn ^= 1;
+        step += count, from += count * source.bytes;
         if (step == steps) item += items.hop(), begin();
-        else count = min(count, steps - step);
+        else if (SPAN > 1) count = min(count, steps - step);
     }
 };
 
@@ -314,39 +323,36 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
             const u64 policy = N <= 64 ? once : kept;  // large tiles read an expert's weights again
-            auto acts8 = [](int kind) { return ACTS8S >> kind & 1; };
-            auto weights = [&](const Walk &at, int stage) {
-                const u32 to = stage0 + stage * STAGE_BYTES + W_AT, barrier = full + stage * 8;
-                const int first = items.row(at.item) / ROW_FEATURES, own = max(0, min(ROWS / 64, down - first));
-                told[stage].kind = at.source.kind;
-                expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * at.tile.width() * 128));
-                for (int group = 0; group < own; group++)
-                    copy(to + group * ROOM, at.source.address + (u64)((first + group) * steps + at.step) * at.source.bytes, at.count * at.source.bytes, barrier, policy);
+            auto weights = [&](const Walk &at) {
+                const u32 to = stage0 + at.slot * STAGE_BYTES + W_AT, barrier = full + at.slot * 8;
+                told[at.slot].kind = at.source.kind;
+                expect(barrier, at.count * at.due);
+#pragma unroll
+                for (int group = 0; group < ROWS / 64; group++)
+                    if (group < at.own) copy(to + group * ROOM, at.from + (u64)group * (steps * at.source.bytes), at.count * at.source.bytes, barrier, policy);
             };
-            auto inputs = [&](const Walk &at, int stage) {
-                const u32 to = stage0 + stage * STAGE_BYTES, barrier = full + stage * 8;
-                if (acts8(at.source.kind)) {
+            auto inputs = [&](const Walk &at) {
+                const u32 to = stage0 + at.slot * STAGE_BYTES, barrier = full + at.slot * 8;
+                if (at.acts8()) {
                     for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile, items.rank, barrier, kept);
                 } else {
                     for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile, items.rank, barrier, kept);
                 }
             };
-            Walk at = {list, sources, items, steps, items.first()};
-            at.begin();
-            int count = 0;
+            Walk at(list, sources, items, steps, down);
 #if DOWN
             Walk behind = at;
-            for (; at.item < items.count && count < STAGES; count++, at.next()) weights(at, count);
+            int count = 0;
+            for (; count < STAGES && at.more(); count++, at.next()) weights(at);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
-            for (int stage = 0; stage < count; stage++, behind.next()) inputs(behind, stage);
+            for (; count; count--, behind.next()) inputs(behind);
 #else
             asm volatile("fence.proxy.async;" ::: "memory");
 #endif
-            for (; at.item < items.count; count++, at.next()) {
-                const int stage = count % STAGES;
-                if (count >= STAGES) wait_for(empty + stage * 8, (count / STAGES - 1) & 1);
-                weights(at, stage);
-                inputs(at, stage);
+            for (; at.more(); at.next()) {
+                wait_for(empty + at.slot * 8, at.turn ^ 1);  // which a stage that nothing has filled yet passes
+                weights(at);
+                inputs(at);
             }
         }
         return;
@@ -361,8 +367,10 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     Ring ring = {full, empty, stage0, 0, 0};
+    Tile ahead = {};  // of the next item, so that no one waits for it
+    if (items.first() < items.count) ahead = list[items.tile(items.first())];
     for (int item = items.first(); item < items.count; item += items.hop()) {
-        const Tile tile = list[items.tile(item)];
+        const Tile tile = ahead;
         Homes homes;
         homes.load(tile, order, shares);
         float d[N / 2];
@@ -397,8 +405,13 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
         }
         if (ACTS8S >> kind & 1) {
 #pragma unroll
-            for (int i = 0; i < N / 2; i++) d[i] *= x8_scales[min(tile.first + i / 4 * 8 + (lane & 3) * 2 + (i & 1), tile.end - 1)];
+            for (int n = 0; n < N / 8; n++) {
+                const int at = tile.first + n * 8 + (lane & 3) * 2;
+                const float first = x8_scales[min(at, tile.end - 1)], second = x8_scales[min(at + 1, tile.end - 1)];
+                d[n * 4] *= first, d[n * 4 + 1] *= second, d[n * 4 + 2] *= first, d[n * 4 + 3] *= second;
+            }
         }
+        if (item + items.hop() < items.count) ahead = list[items.tile(item + items.hop())];
         store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
     }
 #if CLUSTER > 1
