@@ -167,18 +167,21 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
 #endif
     const int group = threadIdx.x >> 7, rows_at = group * 64 * 128;  // bytes in a box
     Ring ring = {full, empty, stage0, 0, 0};
-    Tile ahead = {};  // of the next item, so that no one waits for it
-    if (items.first() < items.count) ahead = list[items.tile(items.first())];
+    Tile tile = {};
+    Homes homes = {};
+    if (items.first() < items.count) tile = list[items.tile(items.first())], homes.find(tile, order), homes.weigh(shares);
     for (int item = items.first(); item < items.count; item += items.hop()) {
-        const Tile tile = ahead;
-        Homes homes;
-        homes.load(tile, order, shares);
+        Tile ahead = tile;  // of the next item, so that no one waits for it
+        if (item + items.hop() < items.count) ahead = list[items.tile(item + items.hop())];
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
         multiply_up_to<N>(d, tile.width(), ring, steps, rows_at);
-        if (item + items.hop() < items.count) ahead = list[items.tile(item + items.hop())];
+        Homes next = {};
+        next.find(ahead, order);
         store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
+        next.weigh(shares);
+        tile = ahead, homes = next;
     }
 #if CLUSTER > 1
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here

@@ -70,15 +70,20 @@ __device__ __forceinline__ void release_stage(u32 barrier) {
 
 #define GROUP_BARRIER(group) asm volatile("bar.sync %0, 128;" ::"r"((group) + 1) : "memory")
 
-// Where a tile's picks go, asked for before their sums are made: a thread of a warpgroup has each 128th.
+// Where a tile's picks go: a thread of a warpgroup has each 128th. Both are asked for long before they are needed, and so
+// that neither waits for the other: where, while the tile before is stored, and its weight when that has been.
 struct Homes {
     int at[HOMES];
     float share[HOMES];
 
-    __device__ __forceinline__ void load(const Tile &tile, const int *order, const float *shares) {
+    __device__ __forceinline__ void find(const Tile &tile, const int *order) {
 #if DOWN
 #pragma unroll
         for (int i = 0; i < HOMES; i++) at[i] = __ldg(order + min(tile.first + (int)(threadIdx.x & 127) + i * 128, tile.end - 1));
+#endif
+    }
+    __device__ __forceinline__ void weigh(const float *shares) {
+#if DOWN
 #pragma unroll
         for (int i = 0; i < HOMES; i++) share[i] = __ldg(shares + at[i]);
 #endif

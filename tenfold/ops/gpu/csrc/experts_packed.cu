@@ -367,12 +367,12 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     Ring ring = {full, empty, stage0, 0, 0};
-    Tile ahead = {};  // of the next item, so that no one waits for it
-    if (items.first() < items.count) ahead = list[items.tile(items.first())];
+    Tile tile = {};
+    Homes homes = {};
+    if (items.first() < items.count) tile = list[items.tile(items.first())], homes.find(tile, order), homes.weigh(shares);
     for (int item = items.first(); item < items.count; item += items.hop()) {
-        const Tile tile = ahead;
-        Homes homes;
-        homes.load(tile, order, shares);
+        Tile ahead = tile;  // of the next item, so that no one waits for it
+        if (item + items.hop() < items.count) ahead = list[items.tile(item + items.hop())];
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
@@ -411,8 +411,11 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
                 d[n * 4] *= first, d[n * 4 + 1] *= second, d[n * 4 + 2] *= first, d[n * 4 + 3] *= second;
             }
         }
-        if (item + items.hop() < items.count) ahead = list[items.tile(item + items.hop())];
+        Homes next = {};
+        next.find(ahead, order);
         store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
+        next.weigh(shares);
+        tile = ahead, homes = next;
     }
 #if CLUSTER > 1
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here
