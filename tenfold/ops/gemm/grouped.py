@@ -21,6 +21,7 @@ from tenfold.ops.gpu.nvrtc import GATES
 
 DTYPES = (torch.bfloat16, torch.float16)
 SUM_TILE = 1024  # features of a program that sums parts
+UNIT = 64  # picks: what csrc/experts.h multiplies of a larger tile is whole units
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,9 @@ class Sorted:
 def sort(ids: Tensor, experts: int, height: int, turns: Tensor | None = None) -> Sorted:
     """ids [T, K] int64, of experts. turns [experts] int32: the order in which experts come, where it is another.
     Nothing is read back from the device.
+
+    An expert has as few tiles of up to `height` picks as hold its own, and all of them about as many, but for its last
+    one whole units: as many units are multiplied as if all tiles but one were full, and tiles take alike.
     """
     flat = ids.flatten() if turns is None else turns.argsort()[ids.flatten()]
     picks = len(flat)
@@ -78,15 +82,16 @@ def sort(ids: Tensor, experts: int, height: int, turns: Tensor | None = None) ->
     counts = torch.zeros(experts, dtype=torch.int64, device=ids.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))
     ends = counts.cumsum(0)
-    last = ((counts + height - 1) // height).cumsum(0)  # tiles up to each expert's end
-    slots = torch.arange(most_tiles(picks, experts, height), device=ids.device)
+    unit = UNIT if height % UNIT == 0 else height
+    units, parts = (counts + unit - 1) // unit, (counts + height - 1) // height  # of each expert
+    last = parts.cumsum(0)  # tiles up to each expert's end
+    slots = torch.arange(most_tiles(picks, experts, height) + 1, device=ids.device)
     expert = torch.searchsorted(last, slots, right=True)
-    own = expert.clamp(max=experts - 1)
-    before = torch.where(own > 0, last[own - 1], 0)
-    first = (ends - counts)[own] + (slots - before) * height
-    end = torch.minimum(first + height, ends[own])
-    name = own if turns is None else turns[own].long()
-    tiles = torch.stack([torch.where(expert < experts, name, -1), first, end, torch.zeros_like(end)], dim=1)
+    lives, own = expert < experts, expert.clamp(max=experts - 1)
+    start, before, whole, part = torch.stack([ends - counts, last - parts, units, parts.clamp(min=1)])[:, own]
+    first = torch.where(lives, start + (slots - before) * whole // part * unit, picks)
+    name = torch.where(lives, own if turns is None else turns[own].long(), -1)
+    tiles = torch.stack([name[:-1], first[:-1], first[1:], torch.zeros_like(first[1:])], dim=1)
     return Sorted(order.to(torch.int32), tiles.to(torch.int32), last[-1:].to(torch.int32))
 
 

@@ -1,7 +1,8 @@
 """Experts of a layer on Hopper: csrc/experts.cu, all in one launch each way, for a few tokens and for thousands.
 
 Picks are sorted by expert and their tokens copied side by side, so that the tensor copy engine can bring those of a
-tile; a tile is up to `width` picks of one expert. Sums of a token's experts meet in a launch of their own.
+tile; a tile is up to `width` picks of one expert, and costs what it holds in units of 64. Sums of a token's experts
+meet in a launch of their own.
 """
 
 import re
@@ -11,19 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.gemm.grouped import Sorted, most_tiles
+from tenfold.ops.gemm.grouped import UNIT, Sorted, most_tiles
 from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.route import Routing
 
-WIDTHS = (8, 16, 32, 64, 128, 256)
+WIDTHS = (8, 16, 32, 64, 128, 192, 256)
+WIDEST = {64: 256, 128: 256, 192: 192, 256: 128}  # picks for which registers suffice, by the rows of a tile
 WARPS = 32  # of the block that routes
+LARGE = {64: ((128, 6),), 128: ((128, 6), (256, 4)), 192: ((128, 5), (192, 4)), 256: ((128, 4),)}
+"""Heights and stages of tiles so wide, one block of a multiprocessor."""
 MOST_PICKS = 4096
 MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsPlan:
-    """width: picks of a tile; height: rows of w of a tile, 64 or 128; boxes of 64 columns in a stage; stages of the
+    """width: picks of a tile; height: rows of w of a tile, 64 to 256; boxes of 64 columns in a stage; stages of the
     ring; blocks of a multiprocessor; cluster: blocks that share picks, 1 or 2.
     """
 
@@ -41,12 +45,12 @@ class ExpertsPlan:
 
 def parse(name: str) -> ExpertsPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"experts:(\d+)x(64|128)x([12])x(\d+)x(\d+)(:pairs)?", name)
+    found = re.fullmatch(r"experts:(\d+)x(64|128|192|256)x([12])x(\d+)x(\d+)(:pairs)?", name)
     if not found or int(found[1]) not in WIDTHS:
         widths = ", ".join(map(str, WIDTHS))
         raise ValueError(
             f"{name!r} is no plan of experts; allowed: experts:WIDTHxHEIGHTxBOXESxSTAGESxBLOCKS with a "
-            f"width of {widths} and a height of 64 or 128."
+            f"width of {widths} and a height of {', '.join(map(str, WIDEST))}."
         )
     width, height, boxes, stages, blocks = map(int, found.groups()[:5])
     return ExpertsPlan(width, height, boxes, stages, blocks, 2 if found[6] else 1)
@@ -63,34 +67,60 @@ def store_bytes(width: int) -> int:
     return 8 * width + min(width, 32) * (2 * 64 + 16)
 
 
+def box(width: int, cluster: int) -> int:
+    """Picks that one block fetches at once."""
+    return min(width, UNIT) // cluster
+
+
+def slabs(w: Tensor) -> Tensor:
+    """Weights of gate, then up, [experts, rows, cols] as [experts, rows / 16, 2, 8, cols], without a copy: a slab is
+    eight rows of gate and the same eight of up.
+    """
+    return w.unflatten(1, (2, -1, 8)).transpose(1, 2)
+
+
+def slab_box(height: int) -> tuple[int, int, int]:
+    """Of `slabs`, what one block fetches at once."""
+    return height // 16, 2, 8
+
+
 def legal(plan: ExpertsPlan, rows: int, cols: int, gate: bool) -> bool:
-    """Whether a plan can run experts with weights of rows x cols."""
-    return cols % 8 == 0 and not (gate and rows % 16) and hopper.fits(shared_bytes(plan), plan.blocks)
+    """Whether a plan can run experts with weights of rows x cols: its ring has room, and registers suffice."""
+    wide = plan.width <= WIDEST[plan.height] and (plan.blocks == 1 or (plan.width <= 64 and plan.height <= 128))
+    return wide and cols % 8 == 0 and not (gate and rows % 16) and hopper.fits(shared_bytes(plan), plan.blocks)
 
 
 def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:
-    """Plans worth timing, of widths about the picks that an expert has."""
+    """Plans worth timing, of widths about the picks that an expert has.
+
+    What the L2 cache must deliver decides about large tiles: 2 / width + 2 / height bytes a multiply-add, of which a
+    cluster halves the second. That is 31 bytes for a thousand multiply-adds in tiles of 128 by 128, 23 in 256 by 128
+    and 128 by 256, 21 in 192 by 192, and in pairs 23, 16, 20 and 16. An H100 multiplies fast enough to ask for 9 TB/s
+    at 23.
+    """
     each = picks / max(1, min(picks, experts))
     for width in WIDTHS:
-        if not each / 4 <= width <= max(8, 4 * each):
+        if not min(each / 4, 128) <= width <= max(8, 4 * each):
             continue
         if width <= 64:
             for stages, blocks, height in ((6, 1, 64), (4, 2, 64), (4, 1, 128)):
                 yield ExpertsPlan(width, height, 2, stages, blocks)
         if width >= 64:
-            yield ExpertsPlan(width, 128, 1, 6 if width <= 128 else 4)
-            yield ExpertsPlan(width, 128, 1, 6 if width <= 128 else 4, cluster=2)
+            for height, stages in LARGE[width]:
+                yield ExpertsPlan(width, height, 1, stages)
+                yield ExpertsPlan(width, height, 1, stages, cluster=2)
 
 
 def plan(picks: int, experts: int) -> ExpertsPlan:
-    """The plan where nothing was measured (H100, 2026-11-28)."""
+    """The plan where nothing was measured (H100, 2026-11-28; pairs took half as long again then)."""
     if picks < experts / 2:
         return ExpertsPlan(8, 64, 2, 4, 2)  # few items, which two blocks of a multiprocessor share better
     each = picks / experts
     width = next((w for w in WIDTHS if w >= 2 * each), WIDTHS[-1])
     if width <= 64:
         return ExpertsPlan(width, 128, 2, 4)
-    return ExpertsPlan(width, 128, 1, 6 if width == 128 else 4, cluster=2)
+    height, stages = LARGE[width][0]
+    return ExpertsPlan(width, height, 1, stages)
 
 
 def takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
@@ -202,7 +232,8 @@ def product(
             ("DOWN", int(not gate)),
         ),
     )
-    maps = nvrtc.tensor_map(w, 8 if gate else chosen.height), nvrtc.tensor_map(x, chosen.width // chosen.cluster)
+    w_map = nvrtc.tensor_map(slabs(w), slab_box(chosen.height)) if gate else nvrtc.tensor_map(w, chosen.height)
+    maps = w_map, nvrtc.tensor_map(x, box(chosen.width, chosen.cluster))
     arguments: list[nvrtc.Argument] = [*maps, out, by.tiles, by.count, by.order, shares, rows, cols]
     height = chosen.height // 2 if gate else chosen.height
     most = len(by.tiles) * -(-(rows // 2 if gate else rows) // height)

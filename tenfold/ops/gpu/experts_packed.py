@@ -12,17 +12,17 @@ finer than 16-bit numbers.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tenfold.ops.gemm.grouped import Sorted
 from tenfold.ops.gpu import hopper, nvrtc, quantize
-from tenfold.ops.gpu.experts import launch, store_bytes
+from tenfold.ops.gpu.experts import box, launch, store_bytes
 from tenfold.ops.tiles import COLS, NAMES, ROWS, Kind, Tiled
 
-WIDTHS = (8, 16, 32, 64, 128)
+WIDTHS = (8, 16, 32, 64, 128, 192)  # the last for 8 bits alone: registers
 LIMIT = 17408  # bytes of a warpgroup's tiles in a stage, where that holds more than one: four of 4 bits
 MOST_STAGES = 8
 MANY = 64  # picks of a tile from which on products may be bound by arithmetic
@@ -84,13 +84,21 @@ def room(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
     return max(span(plan, kind) * kind.nbytes for kind in kinds)
 
 
-def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
-    """Dynamic shared memory of one block."""
-    boxes = 2 if not plan.digits or any(kind.bits == 3 for kind in kinds) else 1
-    stage = plan.span * boxes * plan.columns * 128 + plan.height // ROWS * room(plan, kinds)
-    stage += plan.span * plan.width * 16 * plan.digits  # what digits count
+def shared_bytes(plan: PackedExpertsPlan, kinds: tuple[Kind, ...], boxes: int = 0) -> int:
+    """Dynamic shared memory of one block. boxes: as `boxes_of`, where products know better."""
+    stage = plan.span * (boxes or boxes_of(plan, kinds)) * plan.columns * 128
+    stage += plan.height // ROWS * room(plan, kinds) + plan.span * plan.width * 16 * plan.digits  # what digits count
     stages = plan.stages * (-(-stage // 1024) * 1024 + 24)
     return 1024 + stages + plan.height // ROWS * store_bytes(plan.width)
+
+
+def boxes_of(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> int:
+    """Boxes of picks that a tile of weights takes at most: 64 columns in 16 bits, or all 128 in 8; digits of 128, twice
+    for 3 bits.
+    """
+    if plan.digits:
+        return 2 if any(kind.bits == 3 for kind in kinds) else 1
+    return 1 if plan.acts8 and all(map(rounded, kinds)) else 2
 
 
 def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
@@ -98,6 +106,7 @@ def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
     if plan.digits and not spreads(kinds):
         return False
     registers = plan.blocks == 1 or (plan.columns <= 32 and plan.height == 64) or (plan.digits and plan.columns <= 16)
+    registers &= plan.width < WIDTHS[-1] or boxes_of(plan, kinds) == 1
     return registers and plan.stages >= 2 and hopper.fits(shared_bytes(plan, kinds), plan.blocks)
 
 
@@ -110,7 +119,7 @@ def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[Pa
     """Plans worth timing, of widths about the picks that an expert has, with as many stages as fit."""
     each = picks / max(1, min(picks, experts))
     for width in WIDTHS:
-        if not each / 4 <= width <= max(8, 4 * each):
+        if not min(each / 4, 128) <= width <= max(8, 4 * each):
             continue
         acts8 = width >= MANY and any(kind.acts8 for kind in kinds)
         if width >= MANY:
@@ -170,9 +179,10 @@ def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan
         if found is not None:
             return found
     each = picks / max(1, min(picks, experts))
-    width = next((w for w in WIDTHS if w >= 1.5 * each), WIDTHS[-1])
+    widths = WIDTHS if all(map(rounded, kinds)) else WIDTHS[:-1]
+    width = next((w for w in widths if w >= 1.5 * each), widths[-1])
     if width >= MANY:
-        found = deepest(width, 128, 1, 1, any(kind.acts8 for kind in kinds), 2 if width > MANY else 1, kinds)
+        found = deepest(width, 128, 1, 1, any(kind.acts8 for kind in kinds), 1, kinds)
     else:
         found = deepest(width, 64, 2, 4 if width <= 16 else 2, False, 1, kinds)
     assert found is not None
@@ -206,9 +216,19 @@ def code(kind: Kind, acts8: bool) -> int:
     return NAMES.index(kind.name) + 6 * kind.zeros + 12 * kind.scales + 36 * acts8
 
 
+def rounded(kind: Kind) -> bool:
+    """Whether products of a kind may take activations of 8 bits."""
+    return kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros
+
+
 def rounds(chosen: PackedExpertsPlan, kind: Kind, cols: int) -> bool:
-    """Whether products of a kind take activations of 8 bits."""
-    return chosen.acts8 and kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros and cols % 16 == 0
+    """Whether they do."""
+    return chosen.acts8 and rounded(kind) and cols % 16 == 0
+
+
+def boxes_in(chosen: PackedExpertsPlan, w: Tiled) -> int:
+    """As `boxes_of`, of a product."""
+    return boxes_of(replace(chosen, acts8=chosen.acts8 and w.cols % 16 == 0), w.kinds)
 
 
 def products(
@@ -298,13 +318,16 @@ def product(
     some kind takes it so; in plans of digits x as `spread` writes it, and x itself is not read.
     """
     gate = nvrtc.GATES[act]
+    boxes = boxes_in(chosen, w)
+    while not hopper.fits(shared_bytes(chosen, w.kinds, boxes), chosen.blocks):
+        chosen = replace(chosen, stages=chosen.stages - 1)
     kernel = nvrtc.load("experts_packed.cu", "experts_packed", defines(chosen, w, gate, x.dtype))
     codes, scales = eights if eights is not None else (x, None)
-    height = chosen.columns // chosen.cluster
+    height = box(chosen.columns, chosen.cluster)
     maps = nvrtc.tensor_map(codes if chosen.digits else x, height), nvrtc.tensor_map(codes, height)
     arguments: list[nvrtc.Argument] = [*maps, scales, w.sources, out, by.tiles, by.count, by.order, shares]
     most = len(by.tiles) * -(-w.rows // chosen.height)
-    shared = shared_bytes(chosen, w.kinds)
+    shared = shared_bytes(chosen, w.kinds, boxes)
     arguments += [w.rows, w.cols]
     if chosen.digits:
         assert scales is not None
@@ -335,6 +358,7 @@ def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) 
         ("LIMIT", LIMIT),
         ("ROOM", room(chosen, w.kinds)),
         ("KINDS", len(w.kinds)),
+        ("X_BOXES", boxes_in(chosen, w)),
         ("ACTS8S", flags(eight)),
         *((f"K{at}", code(kind, one)) for at, (kind, one) in enumerate(zip(w.kinds, eight))),
         *(digits if chosen.digits else ()),

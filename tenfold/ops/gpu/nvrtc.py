@@ -211,17 +211,19 @@ class TensorMap:
     and columns past the end read as zero, and so do matrices. Boxes land in shared memory with the 128-byte swizzle.
     """
 
-    def __init__(self, matrices: Tensor, height: int) -> None:
-        """matrices [..., rows, cols], up to five dimensions, cols contiguous, other strides whole 16 bytes; it must
-        outlive the map. Coordinates of a box are given from the last dimension on. Raises RuntimeError.
+    def __init__(self, matrices: Tensor, height: int | tuple[int, ...]) -> None:
+        """matrices [..., rows, cols], up to five dimensions, cols contiguous, other strides whole 16 bytes in any
+        order; it must outlive the map. height: up to 256; a tuple is the size of a box in as many dimensions in front
+        of the last. Coordinates of a box are given from the last dimension on. Raises RuntimeError.
         """
+        sides = (height,) if isinstance(height, int) else height
         rank, each = matrices.dim(), matrices.element_size()
         memory = (ctypes.c_uint8 * 192)()
         address = ctypes.addressof(memory)
         block = _Block.from_address(address + -address % 64)
         sizes = (ctypes.c_uint64 * rank)(*reversed(matrices.shape))
         strides = (ctypes.c_uint64 * (rank - 1))(*(each * stride for stride in reversed(matrices.stride()[:-1])))
-        box = (ctypes.c_uint32 * rank)(128 // each, height, *[1] * (rank - 2))
+        box = (ctypes.c_uint32 * rank)(128 // each, *reversed(sides), *[1] * (rank - 1 - len(sides)))
         steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         driver = _driver()
         # CU_TENSOR_MAP_DATA_TYPE_UINT8, _BFLOAT16, _FLOAT16
@@ -235,7 +237,7 @@ class TensorMap:
         self.bytes = bytes(block)
 
 
-def tensor_map(matrices: Tensor, height: int) -> TensorMap:
+def tensor_map(matrices: Tensor, height: int | tuple[int, ...]) -> TensorMap:
     """`TensorMap`, from those made before: a map depends on nothing but where numbers lie and how."""
     key = (matrices.data_ptr(), matrices.dtype, matrices.shape, matrices.stride(), height)
     found = _maps.get(key)

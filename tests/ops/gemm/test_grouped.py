@@ -1,9 +1,12 @@
 """Experts' products in Triton against float64, interpreted on a CPU: whoever has how many tokens."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tenfold.ops.matrix import Experts, dense_bank
@@ -92,6 +95,28 @@ def test_tiles_cover_each_pick_once_and_no_other(height: int) -> None:
                 covered += own
         assert sorted(covered) == list(range(len(flat)))
         assert covered == by.order.tolist()
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=5), st.sampled_from([16, 64, 128, 192, 256]), st.randoms())
+def test_tiles_of_an_expert_are_few_and_about_even(counts: list[int], height: int, random: Any) -> None:
+    flat = [expert for expert, count in enumerate(counts) for _ in range(count)]
+    random.shuffle(flat)
+    turns = torch.tensor(random.sample(range(len(counts)), len(counts)), dtype=torch.int32)
+    by = grouped.sort(torch.tensor(flat, dtype=torch.int64).to(DEVICE)[:, None], len(counts), height, turns.to(DEVICE))
+    unit, place, tiles = min(64, height), 0, iter(by.tiles.tolist())
+    for expert in turns.tolist():
+        own = list(itertools.islice(tiles, -(-counts[expert] // height)))
+        sizes = [end - first for _, first, end, _ in own]
+        assert [tile[0] for tile in own] == [expert] * len(own)
+        assert [tile[1] for tile in own] == [place + sum(sizes[:i]) for i in range(len(own))]
+        assert sum(sizes) == counts[expert]
+        widths = [-(-size // unit) for size in sizes]  # in units
+        assert all(1 <= width <= height // unit for width in widths)
+        assert sum(widths) == -(-counts[expert] // unit)
+        assert not widths or max(widths) - min(widths) <= 1
+        place += counts[expert]
+    assert all(tile[0] == -1 for tile in tiles)
+    assert int(by.count) == sum(-(-count // height) for count in counts)
 
 
 def test_plans_follow_the_picks_of_an_expert() -> None:

@@ -19,8 +19,13 @@ sort = pytest.importorskip("tenfold.ops.gemm.grouped").sort
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PLANS = [experts.ExpertsPlan(width, height, 2, 4, 1) for width, height in itertools.product((8, 16, 32, 64), (64, 128))]
 PLANS += [experts.ExpertsPlan(128, 128, 1, 4), experts.ExpertsPlan(256, 128, 1, 3), experts.ExpertsPlan(256, 64, 1, 4)]
-PLANS += [experts.ExpertsPlan(width, 128, 1, 3, cluster=2) for width in (64, 256)]
+PLANS += [experts.ExpertsPlan(192, 128, 1, 4), experts.ExpertsPlan(192, 64, 2, 2)]
+PLANS += [experts.ExpertsPlan(192, 192, 1, 4), experts.ExpertsPlan(128, 256, 1, 4), experts.ExpertsPlan(64, 192, 2, 2)]
+PLANS += [experts.ExpertsPlan(width, 128, 1, 3, cluster=2) for width in (64, 128, 192, 256)]
+PLANS += [experts.ExpertsPlan(192, 192, 1, 4, cluster=2), experts.ExpertsPlan(128, 256, 1, 4, cluster=2)]
 COUNT = 16
+RAGGED = (300, 1, 0, 7, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)  # picks of each expert
+GUARD = 8  # rows past an output
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -81,6 +86,33 @@ class TestOnGpu:
             again = run(plan, x, by, weights, gate_up, down, act, residual)
             assert torch.equal(found, again)
 
+    @pytest.mark.parametrize("sizes", [RAGGED, RAGGED[::-1], (0,) * 15 + (1,), (520,) + (0,) * 15])
+    @pytest.mark.parametrize("plan", PLANS, ids=str)
+    def test_products_of_ragged_experts(self, plan: Any, sizes: tuple[int, ...]) -> None:
+        """Each way by itself: every sum is stored, and nothing past the picks."""
+        for dtype, cols, inner, seed in ((torch.bfloat16, 512, 192, 0), (torch.float16, 328, 200, 1)):
+            ids = torch.repeat_interleave(torch.arange(COUNT), torch.tensor(sizes))
+            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))].cuda()[:, None]
+            by, shares = sort(ids, COUNT, plan.width), random(len(ids), 1, seed=2).abs()
+            x = random(len(ids), cols, seed=1).to(dtype)
+            gate_up = (random(COUNT, 2 * inner, cols, seed=3) * cols**-0.5).to(dtype)
+            down = (random(COUNT, cols, inner, seed=4) * inner**-0.5).to(dtype)
+            halfway, parts = (torch.full((len(ids) + GUARD, n), torch.nan, dtype=dtype).cuda() for n in (inner, cols))
+            gathered = experts.gather(x, by, shares)
+            experts.product(plan, 132, gathered, gate_up, halfway, by, shares, "silu")
+            experts.product(plan, 132, halfway[: len(ids)], down, parts, by, shares, None)
+            assert halfway[len(ids) :].isnan().all()
+            assert parts[len(ids) :].isnan().all()
+            own = ids[by.order.long(), 0]
+            for expert in own.unique().tolist():
+                at = own == expert
+                gate, up = (gathered[at].double() @ gate_up[expert].double().T).chunk(2, 1)
+                want = torch.nn.functional.silu(gate) * up
+                assert (halfway[: len(ids)][at] - want).abs().max() <= 2e-2 * want.abs().max()
+                picks = by.order[at].long()
+                want = halfway[: len(ids)][at].double() @ down[expert].double().T * shares[picks].double()
+                assert (parts[picks] - want).abs().max() <= 2e-2 * want.abs().max()
+
     def test_a_replayed_graph_follows_other_picks(self) -> None:
         plan = experts.plan(64, COUNT)
         x, ids, weights, gate_up, down, residual = case("spread", 16, torch.bfloat16)
@@ -120,6 +152,9 @@ def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
     for wrong in ("experts:12x64x2x4x1", "experts:8x96x2x4x1", "experts:8x64x2x4x1:even"):
         with pytest.raises(ValueError, match="width of 8, 16"):
             experts.parse(wrong)
+    assert all(experts.legal(plan, 1536, 2048, True) for plan in PLANS)
+    for wide in ("experts:256x192x1x2x1", "experts:192x256x1x2x1", "experts:128x64x1x2x2"):  # registers
+        assert not experts.legal(experts.parse(wide), 1536, 2048, True)
     widths = [experts.plan(n, 128).width for n in (8, 512, 2048, 8192, 65536)]
     assert widths == sorted(widths)
     for picks_of in (8, 64, 512, 4096, 65536):

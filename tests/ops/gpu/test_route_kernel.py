@@ -11,6 +11,7 @@ from tenfold.ops.route import Routing, route
 from tests.ops.gpu.emulated import Emulator
 
 experts = pytest.importorskip("tenfold.ops.gpu.experts")
+grouped = pytest.importorskip("tenfold.ops.gemm.grouped")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -70,6 +71,25 @@ def test_picks_weights_and_tiles(name: str, tokens: int, width: int, turned: boo
         found = {own[token * routing.top + k]: float(weights[token, k]) for k in range(routing.top)}
         expected = dict(zip(want_ids[token].tolist(), want[token].tolist()))
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("width", [16, 64, 128, 192, 256])
+def test_tiles_are_those_of_sort(width: int, turned: bool) -> None:
+    """Experts with none, few, and more picks than a tile holds."""
+    draw = torch.Generator().manual_seed(width)
+    bias = torch.tensor([9.0, -20.0, 3.0, 1.0, 0.0, -1.0, -1.5, -3.0])
+    logits = (torch.randn(330, 8, generator=draw) * 2 + bias).to(DEVICE)
+    routing = Routing(8, 2, normed=True)
+    turns = torch.randperm(8, generator=draw).to(torch.int32).to(DEVICE) if turned else None
+    _, by = experts.routed(logits, routing, width, turns)
+    want = grouped.sort(route(logits, routing)[0], 8, width, turns)
+    count = int(by.count)
+    assert count == int(want.count)
+    assert torch.equal(by.tiles[:count], want.tiles[:count])
+    sizes = (by.tiles[:count, 2] - by.tiles[:count, 1]).tolist()
+    assert len(set(by.tiles[:count, 0].tolist())) == 7
+    assert max(sizes) <= width
 
 
 def start_of(tiles: list[list[int]], expert: int) -> int:

@@ -1,6 +1,7 @@
 """The CUDA C++ compiles for Hopper on any machine that has NVRTC, a GPU or not."""
 
 import ctypes
+import itertools
 import struct
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ KINDS = {
     f"K{i}": name + 6 * (name == 2) + 12 * scales
     for i, (name, scales) in enumerate(zip((0, 1, 2, 3, 4, 5, 1, 3), (0, 1, 2, 0, 1, 2, 2, 1)))
 }
-TILES = {"SPAN": 1, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
+TILES = {"SPAN": 1, "X_BOXES": 2, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
 WHOLES = {f"K{i}": name + 6 + 12 * (name % 3) for i, name in enumerate((1, 2, 3, 4))}  # int2, int3, int4, int8
 DIGITS = TILES | WHOLES | {"KINDS": 4, "ACTS8S": 0, "DIGITS": 1, "WITH_BYTES": 1, "PAIRS": 3, "THIRDS": 2}
 SPREAD = {"TOP": 8, "WITH_BYTES": 1, "WITH_PAIRS": 1, "WITH_THIRDS": 1}
@@ -63,10 +64,15 @@ SOURCES = [
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
     ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "DOWN": 0}),
     ("experts.cu", EXPERTS | {"HALF": 1, "GATE": 0, "N": 256, "ROWS": 128, "BOXES": 1, "DOWN": 1, "CLUSTER": 2}),
+    ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 192, "ROWS": 192, "BOXES": 1, "DOWN": 0}),
     ("experts_packed.cu", EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 16, "KINDS": 8, "ACTS8S": 0}),
     (
         "experts_packed.cu",
         EXPERTS | TILES | {"HALF": 1, "GATE": 0, "N": 128, "KINDS": 2, "ACTS8S": 3, "K0": 39, "K1": 65},
+    ),
+    (
+        "experts_packed.cu",
+        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 192, "X_BOXES": 1, "KINDS": 2, "ACTS8S": 3, "K0": 51, "K1": 65},
     ),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BLOCKS": 2, "SPAN": 4}),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 1, "GATE": 2, "N": 16, "BLOCKS": 2}),
@@ -130,6 +136,36 @@ def test_maps_of_matrices_describe_their_numbers(
     matrix = torch.zeros(96, 512, dtype=torch.uint8).view(dtype)
     nvrtc.TensorMap(matrix, 64)
     assert told == [(kind, 2, [matrix.shape[1], 96], [512], [columns, 64])]
+
+
+def test_a_map_of_slabs_brings_gate_and_up_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that the engine would fetch, by what it is told: 8 rows of gate, then the same 8 of up."""
+    experts = pytest.importorskip("tenfold.ops.gpu.experts")
+    told: list[list[int]] = []
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, block: Any, kind: int, rank: int, at: Any, *sizes: Any) -> int:
+            told.extend(list(size) for size in sizes[:4])
+            assert rank == 5
+            return 0
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    count, outputs, cols, height = 3, 40, 72, 64
+    w = torch.arange(count * 2 * outputs * cols, dtype=torch.int16).view(torch.bfloat16).view(count, 2 * outputs, cols)
+    nvrtc.TensorMap(experts.slabs(w), experts.slab_box(height))
+    sizes, strides, box, steps = told
+    assert (sizes, box, steps) == ([cols, 8, 2, outputs // 8, count], [64, 8, 2, height // 16, 1], [1] * 5)
+    assert strides == [2 * cols, 2 * outputs * cols, 16 * cols, 4 * outputs * cols]
+    assert all(stride % 16 == 0 for stride in strides)
+    flat, (expert, row, col) = w.view(torch.int16).flatten().tolist(), (1, 32, 64)
+    found = []
+    for slab, side, r in itertools.product(range(height // 16), range(2), range(8)):
+        at = (col, r, side, row // 8 + slab, expert)
+        inside = all(place < size for place, size in zip(at, sizes))
+        found.append(flat[at[0] + sum(p * s // 2 for p, s in zip(at[1:], strides))] if inside else 0)
+    numbers = w.view(torch.int16)[expert, :, col].tolist()
+    want = [numbers[side * outputs + row + r] for side in range(2) for r in range(8)]  # the last slab, and then none
+    assert found == want + [0] * 48
 
 
 class Launched:

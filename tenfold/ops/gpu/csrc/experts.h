@@ -13,7 +13,13 @@
 #define SUMS (N / 2)
 #endif
 
-struct Tile { int expert, first, end, unused; };  // places first to end of picks of one expert
+#define UNIT (N < 64 ? N : 64)  // picks: what is fetched and multiplied of a tile is whole units
+
+struct Tile {
+    int expert, first, end, unused;  // places first to end of picks of one expert
+
+    __device__ __forceinline__ int width() const { return N > UNIT ? (end - first + UNIT - 1) / UNIT * UNIT : N; }
+};
 
 // Which items a block takes: so many tiles of picks, so many items for each.
 struct Items {
@@ -35,15 +41,20 @@ __device__ __forceinline__ void meet() {
 #endif
 }
 
-// A box of picks, N rows by 128 bytes: this block's part of it, for all that share it.
-__device__ __forceinline__ void fetch_picks(u32 to, const Map *map, int col, int row, int rank, u32 barrier, u64 policy) {
+// A tile's picks, its width by 128 bytes, in boxes of UNIT rows: this block's part of each, for all that share it.
+__device__ __forceinline__ void fetch_picks(u32 to, const Map *map, int col, const Tile &tile, int rank, u32 barrier, u64 policy) {
+#pragma unroll
+    for (int at = 0; at < N; at += UNIT) {
+        const int begin = at + rank * (UNIT / CLUSTER);
+        if (at >= tile.width()) break;
 #if CLUSTER > 1
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
-        :: "r"(to + rank * (N / CLUSTER * 128)), "l"(map), "r"(col), "r"(row + rank * (N / CLUSTER)), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(policy) : "memory");
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
+            :: "r"(to + begin * 128), "l"(map), "r"(col), "r"(tile.first + begin), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(policy) : "memory");
 #else
-    fetch(to, map, col, row, barrier, policy);
+        fetch(to + begin * 128, map, col, tile.first + begin, barrier, policy);
 #endif
+    }
 }
 
 // A warp has read a stage: whoever may fill it is told, in all blocks that share it.
@@ -60,23 +71,28 @@ __device__ __forceinline__ void release_stage(u32 barrier) {
 #endif
 }
 
-#define HOMES (PICKS < 128 ? 1 : PICKS / 128)  // of a thread
-#define TURN (PICKS < 32 ? PICKS : 32)         // picks that are stored in turn
+#define HOMES ((PICKS + 127) / 128)     // of a thread
+#define TURN (PICKS < 32 ? PICKS : 32)  // picks that are stored in turn
 #define ROW_FEATURES (GATE ? 32 : 64)  // of a warpgroup
 #define PITCH (ROW_FEATURES * 2 + 16)  // bytes between picks in shared memory
 #define STORE_BYTES (PICKS * 8 + TURN * PITCH)  // of a warpgroup
 
 #define GROUP_BARRIER(group) asm volatile("bar.sync %0, 128;" ::"r"((group) + 1) : "memory")
 
-// Where a tile's picks go, asked for before their sums are made: a thread of a warpgroup has each 128th.
+// Where a tile's picks go: a thread of a warpgroup has each 128th. Both are asked for long before they are needed, and so
+// that neither waits for the other: where, while the tile before is stored, and its weight when that has been.
 struct Homes {
     int at[HOMES];
     float share[HOMES];
 
-    __device__ __forceinline__ void load(const Tile &tile, const int *order, const float *shares) {
+    __device__ __forceinline__ void find(const Tile &tile, const int *order) {
 #if DOWN
 #pragma unroll
         for (int i = 0; i < HOMES; i++) at[i] = __ldg(order + min(tile.first + (int)(threadIdx.x & 127) + i * 128, tile.end - 1));
+#endif
+    }
+    __device__ __forceinline__ void weigh(const float *shares) {
+#if DOWN
 #pragma unroll
         for (int i = 0; i < HOMES; i++) share[i] = __ldg(shares + at[i]);
 #endif
@@ -105,6 +121,7 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
 #endif
 #pragma unroll
     for (int turn = 0; turn < PICKS / TURN; turn++) {
+        if (turn * TURN >= tile.end - tile.first) break;
         GROUP_BARRIER(group);
 #if DIGITS
 #pragma unroll

@@ -69,7 +69,7 @@ template <class K> struct Numbers {
 
 // Sums of an item, as multiply_item in experts_packed.cu: d[2 n + lower row], of pick 2 n + lane / 2 % 2.
 template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 4], Ring &ring, int steps, int group, int warp, int lane) {
-    constexpr int STEPS = Words<K::BITS>::STEPS, X_BOXES = K::BITS == 3 ? 2 : 1;
+    constexpr int STEPS = Words<K::BITS>::STEPS, BOXES = K::BITS == 3 ? 2 : 1;
     const int upper = (warp * 16) + (lane >> 2), span = max(1, min(SPAN, LIMIT / K::BYTES));
     int part[N / 2];
     Numbers<K> numbers;
@@ -85,7 +85,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
         const int end = min(step + span, steps);
         u32 tile = ring.stage() + W_AT + group * ROOM, counts = ring.stage() + COUNTS_AT, x_at = (u32)operand(ring.stage());
 #pragma unroll 1
-        for (; step < end; step++, tile += K::BYTES, counts += PICKS * 16, x_at += X_BOXES * X_BOX / 16) {
+        for (; step < end; step++, tile += K::BYTES, counts += PICKS * 16, x_at += BOXES * X_BOX / 16) {
             Words<K::BITS> words;
             words.load(tile, 0, warp, lane);
             words.mask(a[0], 0);
@@ -104,7 +104,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
             release_steps<STEPS>(a[1]);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int k = 0; k < STEPS; k++) multiply_bytes<K::BITS>(part, a[1][k], x_at + (X_BOXES == 2 ? X_BOX / 16 : 4) + k * 2, 1);
+            for (int k = 0; k < STEPS; k++) multiply_bytes<K::BITS>(part, a[1][k], x_at + (BOXES == 2 ? X_BOX / 16 : 4) + k * 2, 1);
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             FINISH(1);
             release_steps<STEPS>(a[0]);

@@ -13,11 +13,16 @@
 // DIGITS: a pick is four rows of digits, and products are those of experts_digits.h, for kinds of whole numbers without
 // acts8. The kernel in front lets this one begin when all before it is done, so weights come while that still runs.
 //
-// Compile-time: HALF, GATE, FLOAT32, N (8 to 128), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in
-// a stage · KINDS kinds, K0 to K7: name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for
-// each kind with acts8 · DIGITS, then N 8 to 32, CLUSTER 1, and PAIRS: a bit for each kind that takes digits in the order of
-// pairs, THIRDS: and the one behind it, too · WITH_BYTES: there is an order before those (spread.h).
+// Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu
+// · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in a stage ·
+// X_BOXES that a tile takes at most: 1 where all kinds have acts8, or digits of one order, else 2 · KINDS kinds, K0 to K7:
+// name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for each kind with acts8 · DIGITS, then
+// N 8 to 32, CLUSTER 1, and PAIRS: a bit for each kind that takes digits in the order of pairs, THIRDS: and the one behind
+// it, too · WITH_BYTES: there is an order before those (spread.h).
 
+#ifndef DIGITS
+#define DIGITS 0
+#endif
 #include "fragments.h"
 #include "hopper.h"
 #include "numbers.h"
@@ -28,13 +33,8 @@
 #define TRADE (N >= 64)  // the warp that brings tiles has three idle ones beside it, which give their registers to the others
 #define THREADS (CONSUMERS + (TRADE ? 128 : 32))
 #define X_BOX (N * 128)  // of 64 columns, or 128 in 8 bits
-#if DIGITS
-#define W_AT (SPAN * (THIRDS ? 2 : 1) * X_BOX)
-#define COUNTS_BYTES (SPAN * PICKS * 16)
-#else
-#define W_AT (SPAN * 2 * X_BOX)  // where a stage's tiles begin
-#define COUNTS_BYTES 0
-#endif
+#define W_AT (SPAN * X_BOXES * X_BOX)  // where a stage's tiles begin
+#define COUNTS_BYTES (DIGITS ? SPAN * PICKS * 16 : 0)
 #define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + COUNTS_BYTES + 1023) / 1024 * 1024)
 #define EARLY (DOWN || DIGITS)  // weights may come before the kernel in front has ended
 
@@ -223,6 +223,8 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
 #pragma unroll
     for (int k = 0; k < 4; k++) a[1][k][0] = a[1][k][1] = a[1][k][2] = a[1][k][3] = 0;
 
+    constexpr int TWICE = N < 192;  // registers for the next tile in 8 bits while the one before is multiplied
+
     // Where the next tile lies, once it is there.
     auto enter = [&] {
         if (b == 0) {
@@ -237,7 +239,6 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
         release(before);
         if (held) release_stage(held), held = 0;
         add_part(d, part, scale_upper, scale_lower);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     };
     // Whether there is a further tile.
     auto leave = [&](float next_upper, float next_lower) {
@@ -253,8 +254,10 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
         const u32 tile = enter();
         const float next_upper = K::scale(tile, upper), next_lower = K::scale(tile, upper + 8);
         const u64 x_at = operand(ring.stage() + b * X_BOX);
-        Codes<K>::convert_8(now, tile, warp, lane);
+        if constexpr (TWICE) Codes<K>::convert_8(now, tile, warp, lane);
         take(before);
+        if constexpr (!TWICE) Codes<K>::convert_8(now, tile, warp, lane);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int k = 0; k < 4; k++) multiply_8(part, now[k], x_at + k * 2, k);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -269,6 +272,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
         codes.load(tile, warp, lane);
         codes.convert(a[0], tile, 0, warp, lane, zero_upper, zero_lower);
         take(a[1]);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int k = 0; k < 4; k++) multiply(part, a[0][k], x_at + k * 2, k);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -283,7 +287,7 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
     };
 
     if constexpr (K::ACTS8) {
-        while (eight(a[0], a[1]) && eight(a[1], a[0])) {}
+        while (eight(a[0], a[TWICE]) && eight(a[TWICE], a[0])) {}
     } else {
 #pragma unroll 1
         while (sixteen()) {}
@@ -296,25 +300,39 @@ template <class K> __device__ __forceinline__ void multiply_item(float (&d)[N / 
 }
 #endif
 
-// Where the warp that fills the ring is: the tiles of a stage, item after item.
+// Where the warp that fills the ring is: the tiles of a stage, item after item, and the stage they go to. It is one thread
+// that all others wait for, so it counts, and asks for a tile of picks an item ahead.
 struct Walk {
     const Tile *list;
     const Source *sources;
     const Items &items;
-    int steps, item, step, count;
-    Tile tile;
+    int steps, down, item, step, count, slot, turn;  // down: rows of tiles that an expert has
+    Tile tile, ahead;
     Source source;
+    u64 from;           // what the first warpgroup's tiles of the stage are copied from
+    int own, due;       // warpgroups that have tiles; bytes of a tile of all of them, and of its picks
 
+    __device__ __forceinline__ Walk(const Tile *list, const Source *sources, const Items &items, int steps, int down) : list(list), sources(sources), items(items), steps(steps), down(down), item(items.first()), slot(0), turn(0) { ahead = look(item), begin(); }
+    __device__ __forceinline__ bool more() const { return item < items.count; }
+    __device__ __forceinline__ Tile look(int at) const { return at < items.count ? list[items.tile(at)] : Tile(); }
+    __device__ __forceinline__ bool acts8() const { return ACTS8S >> source.kind & 1; }
+#if DIGITS
+    __device__ __forceinline__ int boxes() const { return THIRDS >> source.kind & 1 ? 2 : 1; }
+#else
+    __device__ __forceinline__ int boxes() const { return acts8() ? 1 : 2; }
+#endif
     __device__ __forceinline__ void begin() {
-        if (item < items.count) {
-            tile = list[items.tile(item)], source = sources[tile.expert];
-            step = 0, count = min(span_of(source.bytes), steps);
-        }
+        tile = ahead, source = sources[tile.expert], ahead = look(item + items.hop());
+        const int first = items.row(item) / ROW_FEATURES;
+        step = 0, count = SPAN == 1 ? 1 : min(span_of(source.bytes), steps);
+        own = max(0, min(ROWS / 64, down - first)), from = source.address + (u64)(first * steps) * source.bytes;
+        due = own * source.bytes + boxes() * tile.width() * 128 + (DIGITS ? PICKS * 16 : 0);
     }
     __device__ __forceinline__ void next() {
-        step += count;
+        if (++slot == STAGES) slot = 0, turn ^= 1;
+        step += count, from += count * source.bytes;
         if (step == steps) item += items.hop(), begin();
-        else count = min(count, steps - step);
+        else if (SPAN > 1) count = min(count, steps - step);
     }
 };
 
@@ -356,52 +374,45 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
             const u64 policy = N <= 64 ? once : kept;  // large tiles read an expert's weights again
-            auto acts8 = [](int kind) { return ACTS8S >> kind & 1; };
-            auto weights = [&](const Walk &at, int stage) {
-                const u32 to = stage0 + stage * STAGE_BYTES + W_AT, barrier = full + stage * 8;
-                const int first = items.row(at.item) / ROW_FEATURES, own = max(0, min(ROWS / 64, down - first));
-                told[stage].kind = at.source.kind;
-#if DIGITS
-                expect(barrier, at.count * (own * at.source.bytes + (THIRDS >> at.source.kind & 1 ? 2 : 1) * X_BOX + PICKS * 16));
-#else
-                expect(barrier, at.count * (own * at.source.bytes + (acts8(at.source.kind) ? 1 : 2) * X_BOX));
-#endif
-                for (int group = 0; group < own; group++)
-                    copy(to + group * ROOM, at.source.address + (u64)((first + group) * steps + at.step) * at.source.bytes, at.count * at.source.bytes, barrier, policy);
+            auto weights = [&](const Walk &at) {
+                const u32 to = stage0 + at.slot * STAGE_BYTES + W_AT, barrier = full + at.slot * 8;
+                told[at.slot].kind = at.source.kind;
+                expect(barrier, at.count * at.due);
+#pragma unroll
+                for (int group = 0; group < ROWS / 64; group++)
+                    if (group < at.own) copy(to + group * ROOM, at.from + (u64)group * (steps * at.source.bytes), at.count * at.source.bytes, barrier, policy);
             };
-            auto inputs = [&](const Walk &at, int stage) {
-                const u32 to = stage0 + stage * STAGE_BYTES, barrier = full + stage * 8;
+            auto inputs = [&](const Walk &at) {
+                const u32 to = stage0 + at.slot * STAGE_BYTES, barrier = full + at.slot * 8;
 #if DIGITS
-                const int kind = at.source.kind, third = THIRDS >> kind & 1, order = PAIRS >> kind & 1 ? WITH_BYTES : 0;
+                const int order = PAIRS >> at.source.kind & 1 ? WITH_BYTES : 0, boxes = at.boxes();
                 for (int b = 0; b < at.count; b++) {
                     const int step = at.step + b;
-                    for (int i = 0; i <= third; i++) fetch(to + (b * (1 + third) + i) * X_BOX, &x_map, ((order + i) * steps + step) * 128, at.tile.first * 4, barrier, kept);
+                    for (int i = 0; i < boxes; i++) fetch(to + (b * boxes + i) * X_BOX, &x_map, ((order + i) * steps + step) * 128, at.tile.first * 4, barrier, kept);
                     copy(to + COUNTS_AT + b * PICKS * 16, (u64)(counts + (size_t)step * room + at.tile.first), PICKS * 16, barrier, kept);
                 }
 #else
-                if (acts8(at.source.kind)) {
-                    for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile.first, items.rank, barrier, kept);
+                if (at.acts8()) {
+                    for (int b = 0; b < at.count; b++) fetch_picks(to + b * X_BOX, &x8_map, (at.step + b) * 128, at.tile, items.rank, barrier, kept);
                 } else {
-                    for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile.first, items.rank, barrier, kept);
+                    for (int b = 0; b < 2 * at.count; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * 128 + b * 64, at.tile, items.rank, barrier, kept);
                 }
 #endif
             };
-            Walk at = {list, sources, items, steps, items.first()};
-            at.begin();
-            int count = 0;
+            Walk at(list, sources, items, steps, down);
 #if EARLY
             Walk behind = at;
-            for (; at.item < items.count && count < STAGES; count++, at.next()) weights(at, count);
+            int count = 0;
+            for (; count < STAGES && at.more(); count++, at.next()) weights(at);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
-            for (int stage = 0; stage < count; stage++, behind.next()) inputs(behind, stage);
+            for (; count; count--, behind.next()) inputs(behind);
 #else
             asm volatile("fence.proxy.async;" ::: "memory");
 #endif
-            for (; at.item < items.count; count++, at.next()) {
-                const int stage = count % STAGES;
-                if (count >= STAGES) wait_for(empty + stage * 8, (count / STAGES - 1) & 1);
-                weights(at, stage);
-                inputs(at, stage);
+            for (; at.more(); at.next()) {
+                wait_for(empty + at.slot * 8, at.turn ^ 1);  // which a stage that nothing has filled yet passes
+                weights(at);
+                inputs(at);
             }
         }
         return;
@@ -416,10 +427,12 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     Ring ring = {full, empty, stage0, 0, 0};
+    Tile tile = {};
+    Homes homes = {};
+    if (items.first() < items.count) tile = list[items.tile(items.first())], homes.find(tile, order), homes.weigh(shares);
     for (int item = items.first(); item < items.count; item += items.hop()) {
-        const Tile tile = list[items.tile(item)];
-        Homes homes;
-        homes.load(tile, order, shares);
+        Tile ahead = tile;  // of the next item, so that no one waits for it
+        if (item + items.hop() < items.count) ahead = list[items.tile(item + items.hop())];
         float d[SUMS];
 #pragma unroll
         for (int i = 0; i < SUMS; i++) d[i] = 0.f;
@@ -453,10 +466,18 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #if !DIGITS
         if (ACTS8S >> kind & 1) {
 #pragma unroll
-            for (int i = 0; i < N / 2; i++) d[i] *= x8_scales[min(tile.first + i / 4 * 8 + (lane & 3) * 2 + (i & 1), tile.end - 1)];
+            for (int n = 0; n < N / 8; n++) {
+                const int at = tile.first + n * 8 + (lane & 3) * 2;
+                const float first = x8_scales[min(at, tile.end - 1)], second = x8_scales[min(at + 1, tile.end - 1)];
+                d[n * 4] *= first, d[n * 4 + 1] *= second, d[n * 4 + 2] *= first, d[n * 4 + 3] *= second;
+            }
         }
 #endif
+        Homes next = {};
+        next.find(ahead, order);
         store_sums(d, out, tile, homes, store_at + group * STORE_BYTES, items.row(item) + group * ROW_FEATURES, outputs);
+        next.weigh(shares);
+        tile = ahead, homes = next;
     }
 #if CLUSTER > 1
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here

@@ -4,7 +4,7 @@
 // Picks are numbered token * TOP + k, and those of an expert stay in that order. Experts come in the order of `turns`, where
 // there is one. Compile-time: EXPERTS, up to 1024 · TOP of
 // a token · SIGMOID scores, else softmax · NORMED weights of a token sum to 1 · GROUPS of experts of which the KEPT best
-// take part, a group being as good as its BEST highest scores together · WIDTH picks of a tile · WARPS.
+// take part, a group being as good as its BEST highest scores together · WIDTH picks of a tile at most · WARPS.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -18,6 +18,7 @@ __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddep
 #define VALUES ((EXPERTS + 31) / 32)  // of a lane
 #define NONE -3.0e38f
 #define EACH (EXPERTS / GROUPS)
+#define UNIT (WIDTH % 64 ? WIDTH : 64)  // picks that tiles are made of, as in ops/gemm/grouped.py
 
 // A number that is the larger the larger v is.
 __device__ __forceinline__ u32 ordered(float v) {
@@ -189,8 +190,12 @@ route(const float *logits, const float *bias, const int *turns, float *weights, 
         if (expert < EXPERTS) order[starts[expert] + ahead[piece * EXPERTS + expert] + __popc(same & ((1u << lane) - 1))] = piece * 32 + lane;
     }
     for (int e = threadIdx.x; e < EXPERTS; e += WARPS * 32) {
-        const int end = starts[e] + counts[e];
+        const int start = starts[e], end = start + counts[e];
+        const int units = (counts[e] + UNIT - 1) / UNIT, parts = (counts[e] + WIDTH - 1) / WIDTH;
         int *tile = list + tiles[e] * 4;
-        for (int at = starts[e]; at < end; at += WIDTH, tile += 4) tile[0] = e, tile[1] = at, tile[2] = min(at + WIDTH, end), tile[3] = 0;
+        for (int i = 0; i < parts; i++, tile += 4) {
+            tile[0] = e, tile[1] = start + i * units / parts * UNIT;
+            tile[2] = min(start + (i + 1) * units / parts * UNIT, end), tile[3] = 0;
+        }
     }
 }
