@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from tenfold.engine.memory import weight_bytes
 from tenfold.models.config import ConfigError
 from tenfold.models.table import build_model, model_config
 from tenfold.ops.blocks import dequantize
@@ -134,7 +135,10 @@ def test_blocks_of_latent_attention(tmp_path, apart, kernels):
         keys, values = (dequantize(file.stored(f"blk.1.{half}.weight")) for half in ("attn_k_b", "attn_v_b"))
         assert torch.equal(each[:, :32], keys.view(4, 32, 32).transpose(1, 2))
         assert torch.equal(each[:, 32:], values.view(4, 32, 32))
-    model = build_model(file.config, Weights(file, kernels), 64)
+    weights = Weights(file, kernels)
+    model = build_model(file.config, weights, 64)
+    planned, _ = weight_bytes(file, "auto", torch.float32, kernels.name)
+    assert planned == pytest.approx(sum(m.nbytes for m in weights.matrices), rel=0.05)
     hf = HFCheckpoint(folder)
     whole = build_model(hf.config, Weights(hf, kernels), 64)
     with torch.inference_mode():
