@@ -22,7 +22,7 @@ from tenfold.ops.blocks import DENSE, storage_bytes
 from tenfold.ops.cpu.repack import cpu_storage, has_fractions
 from tenfold.ops.formats import format_of, is_format
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.load import TABLE, TARGETS, head_copy, loaded_storage
+from tenfold.weights.load import TABLE, TARGETS, UNPACKED, head_copy, loaded_storage
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -432,7 +432,7 @@ def weight_bytes(
     fine: dict[str, bool] = {}  # formats with zeros: whether those are fractions
     for name in (name for name in checkpoint.names() if not name.startswith(without)):
         raw = checkpoint.tensor(name)
-        stored = loaded_storage(mode, name, raw.storage, raw.shape)
+        stored = "F32" if name.endswith(UNPACKED) else loaded_storage(mode, name, raw.storage, raw.shape)
         if kernels == "native" and stored == raw.storage and is_format(stored) and format_of(stored).zero:
             if stored not in fine:
                 fine[stored] = has_fractions(raw)

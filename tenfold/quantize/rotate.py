@@ -58,18 +58,21 @@ def orthogonal(size: int, seed: int = 0) -> Tensor:
     return signs * torch.kron(hadamard / power**0.5, rest)
 
 
+def check_family(source: Checkpoint, what: str) -> None:
+    """Raises CheckpointError for a family of which it is not known what reads the stream behind each norm."""
+    names = source.config.get("architectures") or [""]
+    family = str(names[0]).removesuffix("ForCausalLM")
+    if family not in FAMILIES:
+        raise CheckpointError(f"{family or source.path} cannot be {what}; families that can: {', '.join(FAMILIES)}.")
+
+
 class Rotated:
     """A checkpoint whose tensors are those of another, turned: float32, made when they are asked for, untied. Raises
     CheckpointError for a family whose stream is not understood, and for packed experts.
     """
 
     def __init__(self, source: Checkpoint, seed: int = 0) -> None:
-        names = source.config.get("architectures") or [""]
-        family = str(names[0]).removesuffix("ForCausalLM")
-        if family not in FAMILIES:
-            raise CheckpointError(
-                f"{family or source.path} cannot be rotated; families that can: {', '.join(FAMILIES)}."
-            )
+        check_family(source, "rotated")
         self.source = source
         self.path: Path = source.path
         self.config: dict[str, Any] = {**source.config, "tie_word_embeddings": False, "torch_dtype": "float32"}

@@ -1,9 +1,11 @@
 """`GGUFCheckpoint`: a GGUF file spoken of in Hugging Face's names, so that one model code serves both formats.
 
 Invariant: what `tensor` returns equals what the Hugging Face checkpoint holds, up to the file's quantisation: Llama's
-query and key rows are back in half-split order, Gemma's norms have 1 taken off. Source: llama.cpp's converters.
+query and key rows are back in half-split order, Gemma's norms have 1 taken off, what makes keys and values of
+DeepSeek's latent vectors is one matrix. Source: llama.cpp's converters.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tenfold.ops.blocks import DENSE, dequantize
-from tenfold.ops.matrix import RawTensor
+from tenfold.ops.matrix import Deferred, RawTensor
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.gguf import GGUFFile, open_gguf
 from tenfold.weights.tokenizer_gguf import build_tokenizer, end_tokens, special_tokens
@@ -47,6 +49,29 @@ SHARED = {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+# DeepSeek-V2 and V3; features that rotate together are neighbours in files as they are in folders.
+LATENT = {
+    **GATED,
+    **ROUTED,
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.kv_b_proj",
+    "attn_v_b": "self_attn.kv_b_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+# Files from 2025 on have the matrix of keys and values in two, one for each head: the part for keys turned over
+# [heads, rank, plain], and that for values [heads, value, rank].
+HALVES = ("attn_k_b", "attn_v_b")
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 GEMMA3 = {
     **ATTENTION,
@@ -91,6 +116,7 @@ FAMILIES = {
         {**LLAMA, **HEAD_NORMS, **ROUTED},
         config={**SILU, "norm_topk_prob": True},
     ),
+    "deepseek2": Family("deepseek_v2", "DeepseekV2ForCausalLM", LATENT, config=SILU),
     "olmoe": Family("olmoe", "OlmoeForCausalLM", {**LLAMA, **HEAD_NORMS, **ROUTED}, config=SILU),
     "phi3": Family("phi3", "Phi3ForCausalLM", PHI3, config=SILU),
     "gemma3": Family(
@@ -105,6 +131,15 @@ FAMILIES = {
 MIXTRAL = Family(
     "mixtral", "MixtralForCausalLM", {**LLAMA, **ROUTED}, permuted=True, config=SILU
 )  # "llama" with experts
+DEEPSEEK3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    {**LATENT, "exp_probs_b": "mlp.gate.e_score_correction_bias"},
+    config=SILU,
+)  # "deepseek2" whose router has sigmoids
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+# Layers and experts of DeepSeek's own models to (groups of experts, those that take part): early files do not say.
+GROUPS = {(60, 160): (8, 3), (61, 256): (8, 4)}
 
 # Config keys whose value a file states as it is.
 SIZES = {
@@ -137,8 +172,10 @@ class GGUFCheckpoint:
         self._stored = {name: file for file in self.files for name in file.tensors}
         self._names: dict[str, str] = {}
         self._experts: dict[str, int] = {}  # which one of its stored tensor
+        self._halves: dict[str, dict[str, str]] = {}  # names in the file of those of HALVES that are there
         for name in self._stored:
             self._name(name)
+        self._check_halves()
         self.config = GGUFConfig(self).read()
         template = self.metadata.get("tokenizer.chat_template")
         self.chat_template = template if isinstance(template, str) and template else None
@@ -156,6 +193,8 @@ class GGUFCheckpoint:
         if name not in self._names:
             raise CheckpointError(f"{self.path} holds no tensor {name}; it is incomplete or of another architecture.")
         stored = self._names[name]
+        if stored in self._halves.get(name, {}).values():
+            return self._joined(name)
         raw = self.stored(stored)
         if name in self._experts:
             return expert_of(name, raw, self._experts[name])
@@ -193,6 +232,10 @@ class GGUFCheckpoint:
         if own is None:
             return
         block = BLOCK.fullmatch(stored)
+        if block is not None and block["name"] in HALVES:
+            self._halves.setdefault(own, {})[block["name"]] = stored
+            self._names.setdefault(own, stored)
+            return
         if block is None or block["name"] not in STACKS:
             self._names[own] = stored
             return
@@ -203,6 +246,37 @@ class GGUFCheckpoint:
         for i in range(shape[0]):
             one = f"{place}.{i}.{projection}.weight"
             self._names[one], self._experts[one] = stored, i
+
+    def _check_halves(self) -> None:
+        """Raises CheckpointError where one is there without the other, or the whole."""
+        for own, halves in self._halves.items():
+            if len(halves) < len(HALVES) and self._names[own] in halves.values():
+                (missing,) = set(HALVES) - set(halves)
+                (stored,) = halves.values()
+                raise CheckpointError(f"{self.path} holds {stored} without its {missing}; it is incomplete.")
+
+    def _joined(self, name: str) -> Deferred:
+        """The matrix of which the file has halves, rows of each head keys first."""
+        keys, values = (self.stored(self._halves[name][half]) for half in HALVES)
+        c = self.config
+        heads, plain, value, rank = (
+            c[key] for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank")
+        )
+        for raw, size in ((keys, heads * rank * plain), (values, heads * value * rank)):
+            if math.prod(raw.shape) != size:
+                raise CheckpointError(
+                    f"{self.path}: {raw.name} has the shape {list(raw.shape)}, which {heads} heads that make {plain} "
+                    f"features of keys and {value} of values out of {rank} cannot have; the file is damaged."
+                )
+        dense = keys.storage in DENSE and keys.storage == values.storage
+
+        def make(device: torch.device | str) -> tuple[torch.Tensor]:
+            pair = (raw.data if dense else dequantize(raw) for raw in (keys, values))
+            to_keys, to_values = (part.to(device) for part in pair)
+            turned = to_keys.view(heads, rank, plain).transpose(1, 2)
+            return (torch.cat([turned, to_values.view(heads, value, rank)], 1).view(-1, rank),)
+
+        return Deferred(name, keys.storage if dense else "F32", (heads * (plain + value), rank), make)
 
     def _translate(self, name: str) -> str | None:
         """Hugging Face's name, None for what belongs to the config. Raises CheckpointError for an unknown one."""
@@ -216,7 +290,9 @@ class GGUFCheckpoint:
                 f"{self.path} holds the tensor {name}, which {self.family.architecture} does not have; "
                 "it is a variant of this architecture that Tenfold cannot run."
             )
-        return f"model.layers.{int(block['layer'])}.{self.family.blocks[block['name']]}.{block['kind']}"
+        own = self.family.blocks[block["name"]]
+        kind = "" if own.endswith("_bias") else f".{block['kind']}"
+        return f"model.layers.{int(block['layer'])}.{own}{kind}"
 
 
 def family_of(path: Path, metadata: Mapping[str, Any]) -> Family:
@@ -226,7 +302,11 @@ def family_of(path: Path, metadata: Mapping[str, Any]) -> Family:
         raise CheckpointError(
             f"{path}: the architecture of this GGUF file is {given}; Tenfold runs {', '.join(sorted(FAMILIES))}."
         )
-    return MIXTRAL if name == "llama" and metadata.get("llama.expert_count") else FAMILIES[name]
+    if name == "llama" and metadata.get("llama.expert_count"):
+        return MIXTRAL
+    if name == "deepseek2" and metadata.get("deepseek2.expert_gating_func") == SIGMOID:
+        return DEEPSEEK3
+    return FAMILIES[name]
 
 
 def expert_of(name: str, raw: RawTensor, expert: int) -> RawTensor:
@@ -262,8 +342,7 @@ class GGUFConfig:
         config |= {key: self.whole(name) for name, key in SIZES.items()}
         if config["num_hidden_layers"] > MOST_LAYERS:  # before anything is made for each layer
             raise self.fail("block_count", config["num_hidden_layers"], f"at most {MOST_LAYERS}")
-        config["num_key_value_heads"] = self.whole("attention.head_count_kv", config["num_attention_heads"])
-        config["head_dim"] = self.head_dim(config)
+        config |= self.latent(config) if self.latents else self.heads(config)
         config["vocab_size"] = self.vocabulary()
         config["rms_norm_eps"] = self.number("attention.layer_norm_rms_epsilon", 1e-6)
         config.setdefault("rope_theta", 10000.0)
@@ -275,6 +354,8 @@ class GGUFConfig:
         config["attention_bias"] = self.has_bias("self_attn.q_proj") or self.has_bias("self_attn.qkv_proj")
         config["mlp_bias"] = self.has_bias("mlp.down_proj")
         config |= self.experts(config)
+        if self.latents:
+            config |= self.groups(config)
         config |= self.windows(config)
         if family.model_type == "gemma3_text":
             config["query_pre_attn_scalar"] = self.query_scalar(config)
@@ -291,13 +372,13 @@ class GGUFConfig:
     def get(self, name: str, default: Any = None) -> Any:
         return self.metadata.get(self.prefix + name, default)
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1; a list with one for each layer counts where all are equal."""
+    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number; a list with one for each layer counts where all are equal."""
         value = self.get(name, default)
         if isinstance(value, list) and value and all(layer == value[0] for layer in value):
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-            raise self.fail(name, value, "a whole number from 1, the same for all layers,")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+            raise self.fail(name, value, f"a whole number from {least}, the same for all layers,")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -308,6 +389,63 @@ class GGUFConfig:
 
     def has_bias(self, projection: str) -> bool:
         return f"model.layers.0.{projection}.bias" in self.checkpoint
+
+    @property
+    def latents(self) -> bool:
+        """Whether keys and values are made from latent vectors."""
+        return "attn_kv_a_mqa" in self.checkpoint.family.blocks
+
+    def heads(self, config: Mapping[str, Any]) -> dict[str, int]:
+        return {
+            "num_key_value_heads": self.whole("attention.head_count_kv", config["num_attention_heads"]),
+            "head_dim": self.head_dim(config),
+        }
+
+    def latent(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Sizes of latent attention. Later files speak of what is cached, and of a head in keys that end in _mla."""
+        rotary = self.whole("rope.dimension_count")
+        key, value = (
+            self.whole(f"attention.{kind}_length_mla", self.whole(f"attention.{kind}_length"))
+            for kind in ("key", "value")
+        )
+        if key <= rotary:
+            raise self.fail("attention.key_length", key, f"more than the {rotary} features that rotate")
+        found = {
+            "kv_lora_rank": self.whole("attention.kv_lora_rank"),
+            "qk_rope_head_dim": rotary,
+            "qk_nope_head_dim": key - rotary,
+            "v_head_dim": value,
+            "head_dim": rotary,
+            "num_key_value_heads": config["num_attention_heads"],
+        }
+        if self.prefix + "attention.q_lora_rank" in self.metadata:
+            found["q_lora_rank"] = self.whole("attention.q_lora_rank")
+        if self.number("attention.temperature_scale", 0.0):
+            raise CheckpointError(
+                f"{self.checkpoint.path} makes attention sharper as a text grows ({self.prefix}attention."
+                "temperature_scale), which Tenfold cannot do; use a model without."
+            )
+        return found
+
+    def groups(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """How the router of a DeepSeek picks experts, and which layers have some."""
+        experts = self.whole("expert_count")
+        if self.get("expert_gating_func", SOFTMAX) not in (0, SOFTMAX, SIGMOID):
+            raise self.fail("expert_gating_func", self.get("expert_gating_func"), "1 (softmax) or 2 (sigmoid)")
+        groups, kept = GROUPS.get((config["num_hidden_layers"], experts), (1, 1))
+        found: dict[str, Any] = {
+            "n_routed_experts": experts,
+            "n_shared_experts": self.whole("expert_shared_count", 0, least=0),
+            "first_k_dense_replace": self.whole("leading_dense_block_count", 0, least=0),
+            "routed_scaling_factor": self.number("expert_weights_scale", 0.0) or 1.0,
+            "norm_topk_prob": self.get("expert_weights_norm", False),
+            "n_group": self.whole("expert_group_count", groups),
+            "topk_group": self.whole("expert_group_used_count", kept),
+        }
+        found["topk_method"] = "group_limited_greedy" if found["n_group"] > 1 else "greedy"
+        if found["norm_topk_prob"] not in ((True, False) if self.checkpoint.family is DEEPSEEK3 else (False,)):
+            raise self.fail("expert_weights_norm", found["norm_topk_prob"], "false beside a softmax")
+        return found
 
     def head_dim(self, config: Mapping[str, Any]) -> int:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
@@ -372,6 +510,9 @@ class GGUFConfig:
         if self.prefix + "rope.scaling.attn_factor" in self.metadata:
             # Here the file's factor multiplies YaRN's own; Hugging Face's attention_factor is the product.
             scaling["attention_factor"] = self.number("rope.scaling.attn_factor") * (0.1 * np.log(factor).item() + 1.0)
+        if self.latents and (times := self.number("rope.scaling.yarn_log_multiplier", 0.0)):
+            # A tenth of it is in the file; the rotary table's own is left as it is where both are the same.
+            scaling["mscale"] = scaling["mscale_all_dim"] = round(10 * times, 6)
         return scaling
 
     def longrope(self, config: dict[str, Any]) -> dict[str, Any]:

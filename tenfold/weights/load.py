@@ -19,7 +19,8 @@ TARGETS = {"q8_0": "Q8_0", **PACKED, **{f"{mode}-blocks": target for mode, targe
 HEADS = {"q8_0": "Q8_0", **dict.fromkeys(PACKED, "int8g128")}
 MODES = ("auto", "dense", *TARGETS)
 # Matrices that decide much and weigh little: routers, and what makes keys and values of a latent vector.
-KEPT = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "self_attn.kv_b_proj.weight")
+UNPACKED = "self_attn.kv_b_proj.weight"  # of these, that which is dense whatever the file stores
+KEPT = ("mlp.gate.weight", "block_sparse_moe.gate.weight", UNPACKED)
 SIGHT = ("vision.", "projector.")  # what sees pictures is as small as it is sensitive: no mode quantises it
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

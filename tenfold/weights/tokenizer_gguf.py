@@ -35,10 +35,11 @@ UPPER_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How byte-level BPE splits text. regex: None for GPT-2's own expression; digits: each by itself before that; nfc:
-    compose characters first; whole_words: a word that is a token needs no merges; add_bos: what a silent file means."""
+    """How byte-level BPE splits text. regexes: that cut it, each what those before have left, none for GPT-2's own
+    expression; digits: each by itself before that; nfc: compose characters first; whole_words: a word that is a token
+    needs no merges; add_bos: what a silent file means."""
 
-    regex: str | None = None
+    regexes: tuple[str, ...] = ()
     digits: bool = False
     nfc: bool = False
     whole_words: bool = False
@@ -48,13 +49,37 @@ class Split:
 GPT2 = Split()
 DIGITS_GPT2 = Split(digits=True)
 GPT4_REGEX = "|".join((CONTRACTION, WORD, r"\p{N}{1,3}", PUNCTUATION, BLANK))
-LLAMA3 = Split(GPT4_REGEX, whole_words=True, add_bos=True)
-GPT4 = Split(GPT4_REGEX)
-QWEN2 = Split("|".join((CONTRACTION, WORD, r"\p{N}", PUNCTUATION, BLANK)), nfc=True)
-GPT4O = Split(
-    "|".join((LOWER_WORD + CONTRACTION + "?", UPPER_WORD + CONTRACTION + "?", r"\p{N}{1,3}", PUNCTUATION_SLASH, BLANK))
+LLAMA3 = Split((GPT4_REGEX,), whole_words=True, add_bos=True)
+GPT4 = Split((GPT4_REGEX,))
+QWEN2 = Split(("|".join((CONTRACTION, WORD, r"\p{N}", PUNCTUATION, BLANK)),), nfc=True)
+CASED = LOWER_WORD + CONTRACTION + "?", UPPER_WORD + CONTRACTION + "?"
+GPT4O = Split(("|".join((*CASED, r"\p{N}{1,3}", PUNCTUATION_SLASH, BLANK)),))
+TEKKEN = Split(
+    ("|".join((LOWER_WORD, UPPER_WORD, r"\p{N}", PUNCTUATION_SLASH, BLANK)),), whole_words=True, add_bos=True
 )
-TEKKEN = Split("|".join((LOWER_WORD, UPPER_WORD, r"\p{N}", PUNCTUATION_SLASH, BLANK)), whole_words=True, add_bos=True)
+# DeepSeek's: letters with cases, but for some blocks, which are cut into characters; and three alphabets by ranges.
+LETTERS = (
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\x{560}-\x{588}\x{10c6}-\x{10ff}\x{1c80}-\x{1c8f}\x{2d00}-\x{2d2f}\x{a78f}-\x{ab6f}"
+    r"\x{10570}-\x{105bf}\x{10d50}-\x{10d8f}\x{16e40}-\x{16e7f}\x{1d400}-\x{1d7ff}\x{1df00}-\x{1dfff}]]"
+)
+MARKS = r"[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]"
+HAN = r"[\x{4e00}-\x{9fa5}\x{800}-\x{4e00}\x{ac00}-\x{d7ff}]+"
+DEEPSEEK = Split((r"[\r\n]", rf"\s?{LETTERS}+", rf"\s?{MARKS}+", r"\s+$", HAN, r"\p{N}"))
+DEEPSEEK_CODER = Split((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN, r"\p{N}"))
+DEEPSEEK3 = Split(
+    (
+        r"\p{N}{1,3}",
+        r"[\x{4e00}-\x{9fa5}\x{3040}-\x{30ff}]+",
+        "|".join(
+            (
+                r"[!-/:-@\[-`{-~][A-Za-z]+",
+                r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+                r" ?[\p{P}\p{S}]+[\r\n]*",
+                BLANK,
+            )
+        ),
+    )
+)
 
 # `tokenizer.ggml.pre` to the split it means.
 SPLITS = {
@@ -74,6 +99,9 @@ SPLITS = {
     "smaug-bpe": GPT4,
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
+    "deepseek-llm": DEEPSEEK,
+    "deepseek-coder": DEEPSEEK_CODER,
+    "deepseek-v3": DEEPSEEK3,
     "gpt-4o": GPT4O,
     "tekken": TEKKEN,
 }
@@ -192,9 +220,9 @@ def split_of(vocabulary: Vocabulary) -> Split:
 
 
 def splitter(split: Split) -> pre_tokenizers.PreTokenizer:
-    if split.regex is not None:
-        words = pre_tokenizers.Split(Regex(split.regex), behavior="isolated", invert=False)
-        return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if split.regexes:
+        words = [pre_tokenizers.Split(Regex(regex), behavior="isolated", invert=False) for regex in split.regexes]
+        return pre_tokenizers.Sequence([*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]) if split.digits else gpt2
 

@@ -1,10 +1,21 @@
 """Scales of columns that meet large inputs."""
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 
-from tenfold.quantize.awq import scaled, scales
+from tenfold.models.table import build_model
+from tenfold.ops.kernels import Kernels
+from tenfold.ops.matrix import RawTensor
+from tenfold.quantize.awq import behind_norm, of_strength, scaled, scales
 from tenfold.quantize.gptq import loss_of
 from tenfold.quantize.schemes import parse, round_to_nearest
+from tenfold.weights.load import Weights
+from tenfold.weights.open import open_checkpoint
+from tests.steps import Sequences, make_store
+from tests.tiny import EXPERTS
 
 SCHEME = parse("w3g32z")
 
@@ -44,3 +55,39 @@ def test_the_expert_gives_the_same() -> None:
         return (torch.nn.functional.silu(gate) * up) @ down.T
 
     torch.testing.assert_close(expert(*scaled(gate_up, down, moments, SCHEME)), expert(gate_up, down))
+
+
+def test_strengths() -> None:
+    moments = torch.diag(torch.tensor([16.0, 1.0, 0.0, 1 / 16]))
+    assert of_strength(moments, 0.0).tolist() == [1, 1, 1, 1]
+    assert of_strength(moments, 1.0).tolist() == [4, 1, 1, 0.25]
+    assert of_strength(moments, 0.5).tolist() == [2, 1, 1, 0.5]
+
+
+@pytest.mark.parametrize("name", [*EXPERTS, "deepseek-v2-groups"])
+def test_all_that_reads_a_norm_is_multiplied(name: str, tiny: Callable[[str], Path], kernels: Kernels) -> None:
+    """Every family's router, experts and shared experts: the model gives the same, bit for bit."""
+
+    class Scaled:
+        def __init__(self, path: Path) -> None:
+            self.source = open_checkpoint(path)
+            self.path, self.config, self.names = self.source.path, self.source.config, self.source.names
+            draw, count = torch.Generator().manual_seed(4), self.config["num_hidden_layers"]
+            sizes = torch.randint(-3, 4, (count, self.config["hidden_size"]), generator=draw)
+            self.by = {layer: own.float().exp2() for layer, own in enumerate(sizes)}
+
+        def tensor(self, name: str) -> RawTensor:
+            raw = self.source.tensor(name)
+            data = behind_norm(name, raw.data, self.by)
+            changed.add(name) if not torch.equal(data, raw.data) else None
+            return RawTensor(name, raw.storage, raw.shape, data)
+
+    changed: set[str] = set()
+    found = []
+    for checkpoint in (open_checkpoint(tiny(name)), Scaled(tiny(name))):
+        model = build_model(checkpoint.config, Weights(checkpoint, kernels), 64)  # type: ignore[arg-type]
+        with torch.inference_mode():
+            found.append(model.forward(Sequences(make_store(model.config)).step({0: [3, 9, 200], 1: [7]}, "all")))
+    assert torch.equal(*found)
+    assert any("post_attention_layernorm" in other for other in changed)
+    assert not any("down_proj" in other or "w2" in other or "self_attn" in other for other in changed)

@@ -1,5 +1,6 @@
 """The command line as a program: quick help, options from the settings, failures a user understands."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from tenfold.serve.cli import commands, failures
 from tenfold.serve.cli.flags import parse_size
 from tenfold.serve.cli.names import served_names
 from tenfold.serve.cli.plan import as_flags
-from tenfold.serve.cli.quantize import mixed_wish, scaled_wish
+from tenfold.serve.cli.quantize import mixed_wish, scaled_wish, uniform_wish
+from tenfold.serve.cli.quantize import run as quantize
 from tenfold.serve.cli.sizes import format_size
 from tenfold.serve.cli.sources import ChosenModel, split_name
 from tenfold.serve.cli.terminal import Stopwatch, columns, safe, size
@@ -355,6 +357,36 @@ def test_quantize_wishes_for_models_that_see(ran, tmp_path):
     _, asked, _, options = ran(*always, *words, "--weigh", "kinds", "--propagate")[1]
     wanted = Scaled("w4a8", "awq", "mse", "kinds", True, "none", 0.7, "gptq", "w8a8")
     assert scaled_wish("awq", asked, options) == wanted
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_quantize_makes_experts_of_one_scheme(ran, tiny, tmp_path, capsys, as_json):
+    """By awq or rtn, as a dense model is made; what was done is printed, or the recipe."""
+    pytest.importorskip("scipy")
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog, and nobody knows why. " * 60)
+    always = ("quantize", str(tiny("qwen2-moe-even")), "--text", str(text), "--out", str(out), "--window", "64")
+    words = (*always, "--device", "cpu", "--method", "awq", "--scheme", "w4g32z", *(["--json"] if as_json else []))
+    quantize(*ran(*words)[1])
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert set(recipe["schemes"].values()) == {"w4g32z"}
+    assert recipe["rounding"] == "awq"
+    assert set(recipe["strengths"]) == {"0", "1", "2"}
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == recipe if as_json else f"saved in {out}; run it with" in printed
+
+
+def test_quantize_refuses_what_says_nothing_of_experts(ran, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words")
+    always = ("quantize", "folder", "--text", str(text), "--out", str(tmp_path / "out"))
+    for words, message in (
+        (("--rounding", "gptq"), "rounding is 'gptq', which awq of a model with experts does not go with"),
+        (("--norm", "mae", "--exact"), "--norm, --propagate say nothing of a model with experts; leave them out"),
+    ):
+        _, asked, _, options = ran(*always, *words)[1]
+        with pytest.raises(ValueError, match=message):
+            uniform_wish("awq", asked, options)
 
 
 def wish_of(call):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenfold.ops.blocks import DENSE, quantize
+from tenfold.ops.blocks import DENSE, dequantize, quantize
 from tenfold.ops.matrix import RawTensor
 from tenfold.weights.gguf import STORAGES
 from tenfold.weights.hf import HFCheckpoint
@@ -76,6 +76,16 @@ NAMES = {
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
@@ -143,6 +153,58 @@ def converted(hf: HFCheckpoint, arch: str, storage: str) -> list[RawTensor]:
         rounded = data.dim() == 2 and "ffn_gate_inp" not in own.name  # routers stay as they are
         tensors.append(quantize(own, storage) if rounded else own)
     return tensors
+
+
+def split(tensors: list[RawTensor], config: Mapping[str, Any]) -> list[RawTensor]:
+    """attn_kv_b as later files have it: the keys' part of each head turned over, the values' apart."""
+    found = []
+    for raw in tensors:
+        if not raw.name.endswith("attn_kv_b.weight"):
+            found.append(raw)
+            continue
+        plain = config["qk_nope_head_dim"]
+        each = dequantize(raw).view(config["num_attention_heads"], -1, raw.shape[1])
+        for half, part in (("attn_k_b", each[:, :plain].transpose(1, 2)), ("attn_v_b", each[:, plain:])):
+            own = raw.name.replace("attn_kv_b", half)
+            flat = part.reshape(-1, part.shape[-1])
+            made = quantize(RawTensor(own, "F32", tuple(flat.shape), flat), raw.storage)
+            data = made.data.view(part.shape) if made.storage in DENSE else made.data
+            found.append(RawTensor(own, made.storage, tuple(part.shape), data))
+    return found
+
+
+def latent_metadata(config: Mapping[str, Any], apart: bool) -> dict[str, Any]:
+    """What a file of DeepSeek-V2 or V3 says beside the rest. apart: as later files, whose keys and values are two."""
+    plain, rotary, rank = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "kv_lora_rank"))
+    scaling = config.get("rope_scaling") or {}
+    lengths = {"key_length": plain + rotary, "value_length": config["v_head_dim"]}
+    if apart:
+        lengths = {f"{key}_mla": value for key, value in lengths.items()}
+        lengths |= {"head_count_kv": 1, "key_length": rank + rotary, "value_length": rank}
+    found = {f"attention.{key}": value for key, value in lengths.items()} | {
+        "attention.kv_lora_rank": rank,
+        "rope.dimension_count": rotary,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+    }
+    if config.get("q_lora_rank"):
+        found["attention.q_lora_rank"] = config["q_lora_rank"]
+    if (config.get("n_group") or 1) > 1:
+        found |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    if config["model_type"] == "deepseek_v3":
+        found |= {"expert_weights_norm": True, "expert_gating_func": 2}
+    if scaling.get("rope_type") == "yarn":
+        found |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(scaling["factor"]),
+            "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
+            "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"],
+        }
+    return {f"deepseek2.{key}": value for key, value in found.items()}
 
 
 def metadata_of(hf: HFCheckpoint, arch: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from tenfold.engine.memory import weight_bytes
 from tenfold.models.config import ConfigError
 from tenfold.models.table import build_model, model_config
 from tenfold.ops.blocks import dequantize
@@ -22,7 +23,16 @@ from tenfold.weights.hf import HFCheckpoint
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 from tests.steps import Sequences, make_store
-from tests.weights.gguf_files import converted, metadata_of, to_gguf, write_gguf
+from tests.tiny import TINY, Tiny, make_checkpoint
+from tests.weights.gguf_files import (
+    converted,
+    gguf_name,
+    latent_metadata,
+    metadata_of,
+    split,
+    to_gguf,
+    write_gguf,
+)
 
 # Variants whose config a GGUF file can state in full.
 SAME = {
@@ -70,6 +80,144 @@ def test_experts_are_those_of_the_folder(tiny, tmp_path, name, storage, kernels)
     # the gate of the shared expert is rounded where weights are quantised as they are loaded, and not in the file
     bound = 1e-5 if storage == "F32" else 0.02
     assert (logits[0] - logits[1]).abs().mean() <= bound * logits[1].abs().mean()
+
+
+def latent_file(folder: Path, path: Path, storage: str = "F32", apart: bool = False, **extra: object) -> Path:
+    """A tiny DeepSeek as a GGUF file. extra: metadata instead, keys without the architecture; None leaves one out."""
+    hf = HFCheckpoint(folder)
+    tensors = converted(hf, "deepseek2", storage)
+    metadata = metadata_of(hf, "deepseek2") | latent_metadata(hf.config, apart)
+    metadata |= {f"deepseek2.{key}": value for key, value in extra.items()}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
+    return write_gguf(path, metadata, split(tensors, hf.config) if apart else tensors)
+
+
+LATENT = ("deepseek-v2", "deepseek-v2-groups", "deepseek-v3")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", LATENT)
+def test_latent_attention_is_that_of_the_folder(tiny, tmp_path, name, apart, kernels):
+    """In files of both kinds: keys and values of heads made by one matrix, or by two, of which one is turned over."""
+    folder = HFCheckpoint(tiny(name))
+    file = GGUFCheckpoint(latent_file(tiny(name), tmp_path / "m.gguf", apart=apart))
+    assert any("attn_k_b" in stored for stored in file.files[0].tensors) == apart
+    assert model_config(file.config) == model_config(folder.config)
+    assert set(file.names()) == set(folder.names())
+    for tensor in folder.names():
+        ours, theirs = file.tensor(tensor), folder.tensor(tensor)
+        assert (ours.name, ours.shape) == (tensor, theirs.shape)
+        assert torch.equal(ours.data, theirs.data), tensor
+    logits = []
+    for checkpoint in (file, folder):
+        model = build_model(checkpoint.config, Weights(checkpoint, kernels), 64)
+        with torch.inference_mode():
+            logits.append(model.forward(Sequences(make_store(model.config)).step({0: [3, 9, 200], 1: [7]}, "all")))
+    assert torch.equal(*logits)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny(name), attn_implementation="eager")
+    with torch.inference_mode():
+        wanted = torch.cat([reference(torch.tensor([ids])).logits[0] for ids in ([3, 9, 200], [7])])
+    torch.testing.assert_close(logits[0], wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_blocks_of_latent_attention(tmp_path, apart, kernels):
+    """The part for keys is rounded along other rows where it is turned over; what is read is what the file holds."""
+    folder = make_checkpoint(Tiny("DeepseekV3", {**TINY["deepseek-v3"].values, **EVEN}), tmp_path / "even")
+    file = GGUFCheckpoint(latent_file(folder, tmp_path / "m.gguf", "Q8_0", apart))
+    raw = file.tensor("model.layers.1.self_attn.kv_b_proj.weight")
+    assert raw.storage == ("F32" if apart else "Q8_0")
+    assert raw.shape == (4 * 64, 32)
+    exact = HFCheckpoint(folder).tensor(raw.name).data
+    each, wanted = dequantize(raw).view(4, 64, 32), exact.view(4, 64, 32)
+    assert 0 < (each - wanted).abs().max() < 0.01 * wanted.abs().max()
+    if apart:
+        keys, values = (dequantize(file.stored(f"blk.1.{half}.weight")) for half in ("attn_k_b", "attn_v_b"))
+        assert torch.equal(each[:, :32], keys.view(4, 32, 32).transpose(1, 2))
+        assert torch.equal(each[:, 32:], values.view(4, 32, 32))
+    weights = Weights(file, kernels)
+    model = build_model(file.config, weights, 64)
+    planned, _ = weight_bytes(file, "auto", torch.float32, kernels.name)
+    assert planned == pytest.approx(sum(m.nbytes for m in weights.matrices), rel=0.05)
+    hf = HFCheckpoint(folder)
+    whole = build_model(hf.config, Weights(hf, kernels), 64)
+    with torch.inference_mode():
+        ours, theirs = (
+            m.forward(Sequences(make_store(m.config)).step({0: [3, 9, 200], 1: [7]}, "all")) for m in (model, whole)
+        )
+    assert (ours - theirs).abs().mean() < 0.05 * theirs.abs().mean()
+
+
+EVEN = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32, "q_lora_rank": 32, "moe_intermediate_size": 32}
+
+
+def test_names_are_those_of_the_gguf_package(tiny):
+    """Against the table that converters write by."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, 3)
+    for name in LATENT:
+        for tensor in HFCheckpoint(tiny(name)).names():
+            plain = tensor.replace("e_score_correction_bias", "e_score_correction.bias")
+            stem, _, kind = plain.rpartition(".")
+            if ".experts." not in stem:
+                assert gguf_name(tensor, "deepseek2") == f"{table.get_name(stem)}.{kind}"
+    for half in ("k", "v"):
+        assert table.get_name(f"model.layers.0.self_attn.{half}_b_proj") == f"blk.0.attn_{half}_b"
+
+
+def test_matrices_of_forks_that_keep_the_whole_beside_its_halves(tiny, tmp_path):
+    hf = HFCheckpoint(tiny("deepseek-v2"))
+    whole = converted(hf, "deepseek2", "F32")
+    halves = [t for t in split(whole, hf.config) if t not in whole]
+    flat = [RawTensor(t.name, t.storage, (t.shape[0] * t.shape[1], t.shape[2]), t.data.flatten(0, 1)) for t in halves]
+    metadata = metadata_of(hf, "deepseek2") | latent_metadata(hf.config, False)
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    for tensors in ([*whole, *halves], [*halves, *whole], [t for t in whole if "kv_b" not in t.name] + flat):
+        file = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", metadata, tensors))
+        assert torch.equal(file.tensor(name).data, hf.tensor(name).data)
+    short = [t for t in halves if t.name != "blk.1.attn_v_b.weight"]
+    path = write_gguf(tmp_path / "m.gguf", metadata, [t for t in whole if "kv_b" not in t.name] + short)
+    with pytest.raises(CheckpointError, match=r"holds blk\.1\.attn_k_b\.weight without its attn_v_b"):
+        GGUFCheckpoint(path)
+    wrong = [RawTensor("blk.1.attn_v_b.weight", "F32", (4, 20, 8), torch.zeros(4, 20, 8)), *short]
+    path = write_gguf(tmp_path / "m.gguf", metadata, [t for t in whole if "kv_b" not in t.name] + wrong)
+    with pytest.raises(CheckpointError, match=r"attn_v_b\.weight has the shape \[4, 20, 8\], which 4 heads"):
+        GGUFCheckpoint(path).tensor(name)
+
+
+def test_groups_of_experts_that_early_files_do_not_tell(tiny, tmp_path):
+    """Of DeepSeek's own sizes they are known, and any other model has none."""
+    config = GGUFCheckpoint(latent_file(tiny("deepseek-v2"), tmp_path / "a.gguf")).config
+    assert (config["n_group"], config["topk_method"]) == (1, "greedy")
+    for layers, experts, wanted in ((60, 160, (8, 3)), (61, 256, (8, 4)), (61, 384, (1, 1))):
+        extra = {"block_count": layers, "expert_count": experts}
+        config = GGUFCheckpoint(latent_file(tiny("deepseek-v3"), tmp_path / "b.gguf", **extra, **SILENT)).config
+        assert (config["n_group"], config["topk_group"]) == wanted
+
+
+SILENT = {"expert_group_count": None, "expert_group_used_count": None}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"rope.dimension_count": 64}, "attention.key_length is 40, where more than the 64 features that rotate"),
+        ({"attention.kv_lora_rank": None}, "attention.kv_lora_rank is missing"),
+        ({"expert_gating_func": 7}, r"expert_gating_func is 7, where 1 \(softmax\) or 2"),
+        ({"expert_weights_norm": True}, "expert_weights_norm is True, where false beside a softmax"),
+        ({"attention.temperature_scale": 0.1}, "attention sharper as a text grows"),
+        ({"expert_count": None}, "expert_count is missing"),
+        ({"leading_dense_block_count": -1.0}, "leading_dense_block_count is -1.0, where a whole number from 0"),
+    ],
+)
+def test_metadata_that_makes_no_latent_model_gets_a_sentence(tiny, tmp_path, extra, message):
+    with pytest.raises(CheckpointError, match=message):
+        GGUFCheckpoint(latent_file(tiny("deepseek-v2"), tmp_path / "m.gguf", **extra))
+
+
+def test_a_bias_of_choices_beside_a_softmax_is_refused(tiny, tmp_path):
+    path = latent_file(tiny("deepseek-v3"), tmp_path / "m.gguf", expert_gating_func=1, expert_weights_norm=None)
+    with pytest.raises(CheckpointError, match=r"exp_probs_b\.bias, which DeepseekV2ForCausalLM does not have"):
+        GGUFCheckpoint(path)
 
 
 def test_experts_of_another_shape_get_a_sentence(tiny, tmp_path):
@@ -231,28 +379,34 @@ VALUES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "arch"), [("llama", "llama"), ("gemma3", "gemma3"), ("phi3", "phi3"), ("deepseek-v3", "deepseek2")]
+)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_metadata_gives_a_model_or_a_sentence(tiny, tmp_path, name, data):
+def test_any_metadata_gives_a_model_or_a_sentence(tiny, tmp_path, name, arch, data):
     hf = HFCheckpoint(tiny(name))
+    tensors, latent = converted(hf, arch, "F32"), {}
+    if arch == "deepseek2":
+        tensors, latent = split(tensors, hf.config), latent_metadata(hf.config, True)
     metadata = {
-        **metadata_of(hf, name),
-        f"{name}.rope.scaling.type": "yarn",
-        f"{name}.rope.scaling.factor": 2.0,
-        f"{name}.rope.scaling.attn_factor": 1.0,
-        f"{name}.attention.sliding_window_pattern": 2,
-        f"{name}.attention.scale": 0.5,
+        **metadata_of(hf, arch),
+        **latent,
+        f"{arch}.rope.scaling.type": "yarn",
+        f"{arch}.rope.scaling.factor": 2.0,
+        f"{arch}.rope.scaling.attn_factor": 1.0,
+        f"{arch}.attention.sliding_window_pattern": 2,
+        f"{arch}.attention.scale": 0.5,
     }
     for key in data.draw(st.lists(st.sampled_from(sorted(metadata)), min_size=1, max_size=2, unique=True)):
         metadata[key] = data.draw(VALUES)
-    path = write_gguf(tmp_path / "m.gguf", metadata, converted(hf, name, "F32"))
+    path = write_gguf(tmp_path / "m.gguf", metadata, tensors)
     try:
         file = GGUFCheckpoint(path)
         model_config(file.config)
         file.tokenizer().encode("the land", add_special_tokens=True)
         for tensor in file.names():
-            file.tensor(tensor)
+            assert file.tensor(tensor).data.numel()
     except (CheckpointError, ConfigError):
         pass
 

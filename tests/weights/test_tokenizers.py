@@ -94,6 +94,9 @@ WORDS = {
     "qwen2": ["x", " =", " ", *"12345", ";", " don", "'t", " DON", "'T", "  ", " a", "\n\n", " b"],
     "gpt-4o": ["x", " =", " ", "123", "45", ";", " don't", " DON'T", "  ", " a", "\n\n", " b"],
     "tekken": ["x", " =", " ", *"12345", ";", " don", "'t", " DON", "'T", "  ", " a", "\n\n", " b"],
+    "deepseek-llm": ["x", " =", " ", *"12345", ";", " don", "'", "t", " DON", "'", "T", "  ", " a", *"\n\n", " b"],
+    "deepseek-coder": ["x", " = ", *"12345", ";", " don", "'", "t", " DON", "'", "T", "  ", " a", *"\n\n", " b"],
+    "deepseek-v3": ["x", " =", " ", "123", "45", ";", " don", "'t", " DON", "'T", "  ", " a", "\n\n", " b"],
 }
 
 
@@ -102,6 +105,25 @@ def test_named_splits(name):
     text = "x = 12345; don't DON'T   a\n\n b"
     cuts = tokenizer_gguf.splitter(tokenizer_gguf.SPLITS[name]).pre_tokenize_str(text)
     assert [text[start:end] for _, (start, end) in cuts] == WORDS[name]
+
+
+ALPHABETS = {  # each expression cuts what those before it have left, words too
+    "deepseek-llm": ["na", "ï", "ve", " Ωμέγα", " слово", " ", "აბ", " ֆՙֈ 𝐀𝐁 ", "漢字かな", " ", "한글", "。"],
+    "deepseek-coder": ["naïve", " Ωμέγα", " слово", " ", "აბ", " ֆՙֈ", " 𝐀𝐁", " ", "漢字かな", " ", "한글", "。"],
+    "deepseek-v3": ["naïve", " Ωμέγα", " слово", " აბ", " ֆՙֈ", " 𝐀𝐁", " ", "漢字かな", " 한글", "。"],
+}
+
+
+@pytest.mark.parametrize("name", ALPHABETS)
+def test_alphabets_of_deepseek(name):
+    text = "".join(ALPHABETS[name])
+    cuts = tokenizer_gguf.splitter(tokenizer_gguf.SPLITS[name]).pre_tokenize_str(text)
+    assert [text[start:end] for _, (start, end) in cuts] == ALPHABETS[name]
+    code = "x=a.b\r\n/path 2024 "
+    cuts = tokenizer_gguf.splitter(tokenizer_gguf.SPLITS[name]).pre_tokenize_str(code)
+    words = [code[start:end] for _, (start, end) in cuts]
+    newest = ["x", "=a", ".b", "\r\n", "/path", " ", "202", "4", " "]
+    assert words == (newest if name == "deepseek-v3" else ["x", "=", *"a.b\r\n", "/", "path", " ", *"2024", " "])
 
 
 def test_flags_decide_about_begin_and_end_tokens(tiny):

@@ -92,7 +92,7 @@ class Subject:
         ):
             raise ValueError(
                 f"{checkpoint.path} has experts or layers of a kind of its own, which mbq, awq, smoothquant and rtn do "
-                "not scale; mxmoe quantises models with experts."
+                "not scale; mxmoe quantises models with experts, and awq or rtn do without --compare."
             )
 
     @property

@@ -20,7 +20,8 @@ class Recipe:
     whether the residual stream was turned first; bits: of a weight of experts, scales and zeros included; losses: what
     each scheme that a block could get costs, picks the tokens that went to each expert of a layer, and slope what a
     loss of each layer costs at the model's end, empty where all count alike: together the reason why. cost: where the
-    times of schemes are from, empty where accuracy alone counted.
+    times of schemes are from, empty where accuracy alone counted. strengths: of the scales that each layer's gates and
+    ups have in common, where there are some.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Recipe:
     picks: Mapping[str, list[int]]
     slope: Mapping[str, float] = field(default_factory=dict)
     cost: str = ""
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -71,6 +73,7 @@ def load(path: Path, model: str) -> Recipe:
             raise KeyError("schema")
         found = Recipe(**raw)
         found.schemes.items(), found.losses.items(), found.picks.items(), found.slope.items()
+        found.strengths.items()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no recipe; give the {FILE} of a model that tenfold quantize made.") from error
     if found.model != model:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.formats import Format, Packed
-from tenfold.quantize.awq import scaled
+from tenfold.quantize.awq import behind_norm, of_strength, scaled
 from tenfold.quantize.capture import TextTooShort, watched
 from tenfold.quantize.mxmoe.allocate import BudgetError, Plan
 from tenfold.quantize.mxmoe.cost import per_weight
@@ -33,6 +33,7 @@ from tenfold.quantize.mxmoe.subject import (
     Progress,
     Rounded,
     Subject,
+    average,
     middle,
     mixed,
     moments_of,
@@ -40,7 +41,7 @@ from tenfold.quantize.mxmoe.subject import (
     rounded,
     spread,
 )
-from tenfold.quantize.rotate import Rotated
+from tenfold.quantize.rotate import Rotated, check_family
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
 from tenfold.quantize.write import Folder, check_free, check_layout, config_of, tensors_of
 from tenfold.weights import beside
@@ -127,6 +128,8 @@ def quantize(
     check_installed()
     check_free(out)
     source = config_of(checkpoint)
+    if wish.rounding == "awq":
+        check_family(checkpoint, "scaled as awq does it")
     model = identity(checkpoint)
     content = text.read_bytes()
     turned = Rotated(checkpoint) if wish.rotate else checkpoint
@@ -150,8 +153,8 @@ def quantize(
     else:
         made = followed(recipe, subject, wish, model, digest, tokens)
     with Folder(out) as folder:
-        formats = write_experts(subject, windows, made, wish.layout, folder, progress("writing"))
-        dense = write_rest(subject, checkpoint, folder)
+        formats, by = write_experts(subject, windows, made, wish.layout, folder, progress("writing"))
+        dense = write_rest(subject, checkpoint, folder, by)
         source["quantization_config"] = settings_of(wish.layout, formats, dense, made)
         if wish.rotate:
             source["tie_word_embeddings"] = False
@@ -226,11 +229,13 @@ def measured(
     """
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
     between = middles(subject, allowed, wish.bits) if wish.to_the_end else {}
-    key = json.dumps([subjects, names, wish.rounding, wish.length, wish.windows, wish.rotate, between])
+    about = wish.bits if wish.rounding == "awq" else 0.0
+    key = json.dumps([subjects, names, wish.rounding, wish.length, wish.windows, wish.rotate, between, about])
     place = partial(out)
     found, slope = resumed(place, key, subject)
     end = End(subject, spread(windows, ENDED)) if between else None
-    for layer in subject.measure(found, windows, allowed, wish.rounding, set(between.values()), progress):
+    kept = set(between.values())
+    for layer in subject.measure(found, windows, allowed, wish.rounding, kept, progress, wish.bits):
         if end is not None:
             slope[layer] = end.slope(found, layer, between)
             found.weights.clear()
@@ -239,6 +244,7 @@ def measured(
             "picks": {str(layer): picks for layer, picks in found.picks.items()},
             "losses": [[*block, name, loss] for (block, name), loss in found.losses.items()],
             "slope": {str(layer): value for layer, value in slope.items()},
+            "strengths": {str(layer): value for layer, value in found.strengths.items()},
         }
         beside.write(place, json.dumps(state).encode())
     return found, slope
@@ -262,11 +268,13 @@ def resumed(place: Path, key: str, subject: Subject) -> tuple[Rounded, dict[int,
             return Rounded(), {}
         losses = {((int(layer), int(e), part), name): float(x) for layer, e, part, name, x in state["losses"]}
         picks = {int(layer): list(own) for layer, own in state["picks"].items()}
-        slope = {int(layer): float(x) for layer, x in state["slope"].items()}
+        slope, strengths = (
+            {int(layer): float(x) for layer, x in state[name].items()} for name in ("slope", "strengths")
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Rounded(), {}
     sizes = {k: m.rows * m.cols for k, m in subject.blocks.items() if k[0] in picks}
-    return Rounded({}, losses, sizes, picks), slope
+    return Rounded({}, losses, sizes, picks, strengths), slope
 
 
 def recipe_of(
@@ -279,8 +287,10 @@ def recipe_of(
     bits = 8 * sum(plan.bytes.values()) / sum(found.sizes.values())
     schemes = dict(plan.schemes)
     by_layer = {str(layer): value for layer, value in slope.items()}
+    strengths = {str(layer): value for layer, value in found.strengths.items()}
     return Recipe(
-        *(model, text, tokens, wish.rounding, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks, by_layer)
+        *(model, text, tokens, wish.rounding, wish.rotate, wish.scope, wish.r, bits, schemes, losses, picks, by_layer),
+        strengths=strengths,
     )
 
 
@@ -291,13 +301,19 @@ def write_experts(
     layout: str,
     folder: Folder,
     progress: Progress,
-) -> dict[str, Format]:
-    """A file for each layer; the packed format of each module."""
+) -> tuple[dict[str, Format], dict[int, Tensor]]:
+    """A file for each layer; the packed format of each module, and what was multiplied [cols] in layers behind norms
+    that are to be divided.
+    """
     formats: dict[str, Format] = {}
+    multiplied: dict[int, Tensor] = {}
     for layer, seen in watched(subject.model, subject.kernels, windows, progress):
         tensors: dict[str, Tensor] = {}
+        by = of_strength(average(seen, "gate_up"), recipe.strengths.get(str(layer), 0.0))
+        if bool((by != 1).any()):
+            multiplied[layer] = by.cpu()
         for expert, moments in enumerate(moments_of(seen)):
-            for key, format, held in packed_blocks(subject, (layer, expert), moments, recipe):
+            for key, format, held in packed_blocks(subject, (layer, expert), moments, recipe, by):
                 names = subject.names(key)
                 height = len(held.codes) // len(names)
                 for i, name in enumerate(names):
@@ -305,19 +321,21 @@ def write_experts(
                     formats[module] = format
                     tensors |= tensors_of(layout, module, format, held.rows(slice(i * height, (i + 1) * height)))
         folder.add(tensors)
-    return formats
+    return formats, multiplied
 
 
 def packed_blocks(
-    subject: Subject, at: tuple[int, int], moments: Mapping[str, Tensor], recipe: Recipe
+    subject: Subject, at: tuple[int, int], moments: Mapping[str, Tensor], recipe: Recipe, by: Tensor
 ) -> Iterator[tuple[Key, Format, Packed]]:
-    """The blocks of one expert of a layer, rounded as the recipe says."""
+    """The blocks of one expert of a layer, rounded as the recipe says; by [cols]: what columns of gate and up are
+    multiplied by first.
+    """
     keys: dict[str, Key] = {part: (*at, part) for part in PARTS}
     schemes = {part: parse(recipe.schemes[name_of(key)]) for part, key in keys.items()}
     exact = {part: subject.exact(key).float() for part, key in keys.items()}
     method = recipe.rounding
     if method == "awq":
-        pair = scaled(exact["gate_up"], exact["down"], moments["down"], schemes["down"])
+        pair = scaled(exact["gate_up"] * by, exact["down"], moments["down"], schemes["down"])
         exact, method = dict(zip(PARTS, pair)), "rtn"
     for part, key in keys.items():
         scheme, w = schemes[part], exact[part]
@@ -325,13 +343,18 @@ def packed_blocks(
         yield key, format_of_scheme(scheme), held
 
 
-def write_rest(subject: Subject, source: Checkpoint, folder: Folder) -> list[str]:
-    """All other tensors, in the types that the source has; the modules of their matrices."""
+def write_rest(subject: Subject, source: Checkpoint, folder: Folder, by: Mapping[int, Tensor]) -> list[str]:
+    """All other tensors, in the types that the source has; the modules of their matrices. by [cols] of layers: what
+    reads the norm before the experts is multiplied by.
+    """
     banks = subject.weights.banks
     experts = {stacked for stacked, _ in banks} | {name for _, names in banks for each in names for name in each}
     rest = [name for name in subject.checkpoint.names() if name not in experts]
     types = {name: source.tensor(name).data.dtype for name in source.names()}
-    tensors = {name: subject.checkpoint.tensor(name).data.to(types.get(name, types[TABLE])) for name in rest}
+    tensors = {
+        name: behind_norm(name, subject.checkpoint.tensor(name).data, by).to(types.get(name, types[TABLE]))
+        for name in rest
+    }
     folder.add(tensors)
     return [name.removesuffix(".weight") for name, t in tensors.items() if name.endswith(".weight") and t.dim() == 2]
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, starmap
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenfold.models.table import build_model
 from tenfold.ops.matrix import Bank
-from tenfold.quantize.awq import scales
+from tenfold.quantize.awq import STRENGTHS, of_strength, scales
 from tenfold.quantize.capture import Seen, Watching, step_of, store_for, watched
 from tenfold.quantize.gptq import gptq
 from tenfold.quantize.mxmoe.allocate import Allocator, Block, Plan, budgets, joined
@@ -35,14 +35,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class Rounded:
-    """What was measured of a model: weights of each block by scheme, their losses, how many numbers they have, and how
-    many picks each expert of each layer had.
+    """What was measured of a model: weights of each block by scheme, their losses, how many numbers they have, how many
+    picks each expert of each layer had, and the strength of the scales that its gates and ups have in common.
     """
 
     weights: dict[tuple[Key, str], Tensor] = field(default_factory=dict)
     losses: dict[tuple[Key, str], float] = field(default_factory=dict)
     sizes: dict[Key, int] = field(default_factory=dict)
     picks: dict[int, list[int]] = field(default_factory=dict)
+    strengths: dict[int, float] = field(default_factory=dict)
 
 
 def name_of(key: Key) -> str:
@@ -119,18 +120,40 @@ class Subject:
         method: str,
         keep: Collection[str] | None = None,
         progress: Progress | None = None,
+        budget: float = COARSE,
     ) -> Iterator[int]:
         """What each scheme costs each block, into `found`, layer by layer; layers that it has are passed over. schemes:
         that each part may get; method: one of METHODS; keep: schemes whose rounded weights are kept too, None for all.
-        progress(done, all): windows of all layers.
+        progress(done, all): windows of all layers. budget: bits of a weight, near which a layer's scales are sought.
         """
+        about = scaled_for(schemes["gate_up"], self.model.config.hidden_size, budget)
         for layer, seen in watched(self.model, self.kernels, windows, progress):
             if layer in found.picks:
                 continue
+            by = None
+            if method == "awq":
+                found.strengths[layer] = self.strength(layer, seen, about)
+                by = of_strength(average(seen, "gate_up"), found.strengths[layer])
             for expert, (own, moments) in enumerate(zip(seen, moments_of(seen))):
-                self._measure_expert(found, (layer, expert), own, moments, schemes, method, keep)
+                self._measure_expert(found, (layer, expert), own, moments, schemes, method, keep, by)
             found.picks[layer] = [own.picks for own in seen]
             yield layer
+
+    def strength(self, layer: int, seen: Sequence[Seen], scheme: Scheme) -> float:
+        """Of the scales that all that reads a layer's norm has in common, so the gates and ups of all its experts: the
+        one of STRENGTHS that changes the layer's output least, over all tokens, with these rounded by a scheme.
+        """
+        act, schemes = self.model.config.activation, {"gate_up": [scheme], "down": []}
+        tried = {strength: of_strength(average(seen, "gate_up"), strength) for strength in STRENGTHS}
+        total = dict.fromkeys(STRENGTHS, 0.0)
+        for expert, own in enumerate(seen):
+            gate_up, down = (self.exact((layer, expert, part)).float() for part in PARTS)
+            for strength, by in tried.items() if own.picks else ():
+                found = losses(
+                    divided(own, by), gate_up * by, down, act, schemes, lambda w, s, _: round_to_nearest(w, s)
+                )
+                total[strength] += found["gate_up", str(scheme)]
+        return min(total, key=total.__getitem__)
 
     def _measure_expert(
         self,
@@ -141,8 +164,12 @@ class Subject:
         schemes: Mapping[str, Sequence[Scheme]],
         method: str,
         keep: Collection[str] | None,
+        by: Tensor | None,
     ) -> None:
+        """by [cols]: what columns of gate and up are multiplied by, and their inputs divided."""
         exact = {part: self.exact((*at, part)).float() for part in PARTS}
+        if by is not None:
+            exact["gate_up"], seen = exact["gate_up"] * by, divided(seen, by)
         pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
         made = {(part, str(s)): rounded(exact[part], moments[part], s, method, part) for part, s in pairs}
         act = self.model.config.activation
@@ -152,7 +179,8 @@ class Subject:
             found.losses[key, name] = loss
             found.sizes[key] = exact[part].numel()
             if keep is None or name in keep:
-                found.weights[key, name] = made[part, name]
+                rounding = made[part, name]
+                found.weights[key, name] = rounding / by if by is not None and part == "gate_up" else rounding
 
 
 def spread(windows: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -169,7 +197,7 @@ def alike(windows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence
 
 def moments_of(seen: Sequence[Seen]) -> list[dict[str, Tensor]]:
     """Second moments of the inputs of each expert's parts; few inputs lean on those of the layer's other experts."""
-    averages = {part: _average(seen, part) for part in PARTS}
+    averages = {part: average(seen, part) for part in PARTS}
     return [
         {
             "gate_up": own.inputs.shrunk(averages["gate_up"], AS_MANY),
@@ -179,15 +207,26 @@ def moments_of(seen: Sequence[Seen]) -> list[dict[str, Tensor]]:
     ]
 
 
-def _average(seen: Sequence[Seen], part: str) -> Tensor:
+def average(seen: Sequence[Seen], part: str) -> Tensor:
     """Second moments over all experts of a layer."""
     every = [own.inputs if part == "gate_up" else own.inner for own in seen]
     return torch.stack([m.sums for m in every]).sum(0) / max(1, sum(m.count for m in every))
 
 
+def divided(seen: Seen, by: Tensor) -> Seen:
+    """An expert's tokens as they come from a norm that is divided; its moments stay as they were."""
+    return seen if seen.sample is None else replace(seen, sample=seen.sample / by)
+
+
+def scaled_for(schemes: Sequence[Scheme], cols: int, budget: float) -> Scheme:
+    """The one near a budget of bits."""
+    by_name = {str(scheme): scheme for scheme in schemes}
+    return by_name[middle({name: scheme.stored_bits(cols) for name, scheme in by_name.items()}, budget)]
+
+
 def rounded(w: Tensor, moments: Tensor, scheme: Scheme, method: str, part: str) -> Tensor:
     """What a part's matrix becomes by one of METHODS, float32. Scales of awq are those of down, and what they do to up
-    is not seen in its rounding.
+    is not seen in its rounding; those of gate and up are in w.
     """
     if method == "gptq":
         return gptq(w, moments, scheme)

@@ -401,7 +401,8 @@ def quantize_command(
     windows: Annotated[int, Option("--windows", help="Sequences of the text at most.")] = 64,
     samples: Annotated[int, Option("--samples", help="Pairs of the data at most, spread over it.")] = 128,
     scheme: Annotated[
-        str, Option("--scheme", help="Of dense models: w4g128z, w3g128z, w4a8, w8a8, ... for every layer.")
+        str,
+        Option("--scheme", help="Of dense models, or all experts: w4g128z, w3g128z, w4a8, w8a8, ... for every layer."),
     ] = "w4g128z",
     tower: Annotated[
         str, Option("--tower", help="Scheme of what looks at pictures: w8a8, w4a8; unset: as it is.")

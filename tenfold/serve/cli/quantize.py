@@ -28,6 +28,8 @@ from tenfold.weights.open import open_checkpoint
 COSTLY = 5  # blocks that are explained
 HELD_OUT = 5  # every so many pairs, where none are given to judge on
 AUTO, EXPERTS = "auto", "mxmoe"
+UNIFORM = ("awq", "rtn")  # methods that are roundings of experts, too
+DENSE_BITS = 16.0  # of a weight: a budget that keeps no scheme away
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
@@ -79,13 +81,15 @@ def run(config: EngineConfig, asked: Asked, mixed: Sequence[Any], scaled: Sequen
         if asked.out is None:
             raise ValueError("--out is missing; name the folder to write, new or empty.")
         if method == EXPERTS:
-            said, file = mixed_bits(checkpoint, device, asked, mixed, bars), asked.out / FILE
+            said = mixed_bits(checkpoint, device, asked, mixed_wish(asked, mixed), bars)
+        elif method in UNIFORM and model_config(checkpoint.config).experts is not None:
+            said = mixed_bits(checkpoint, device, asked, uniform_wish(method, asked, scaled), bars)
         else:
-            said, file = scaled_channels(checkpoint, device, method, asked, scaled, bars), asked.out / FILE
+            said = scaled_channels(checkpoint, device, method, asked, scaled, bars)
     finally:
         bars.stop()
     if asked.as_json:
-        print(file.read_text(encoding="utf-8"))
+        print((asked.out / FILE).read_text(encoding="utf-8"))
         return
     print(said)
     print(f"saved in {asked.out}; run it with: tenfold run --model {asked.out}")
@@ -103,11 +107,10 @@ def chosen(method: str, checkpoint: Checkpoint) -> str:
     return method
 
 
-def mixed_bits(checkpoint: Checkpoint, device: str, asked: Asked, options: Sequence[Any], bars: Bars) -> str:
+def mixed_bits(checkpoint: Checkpoint, device: str, asked: Asked, wish: Wish, bars: Bars) -> str:
     if asked.text is None:
-        raise ValueError("--text is missing; mxmoe measures experts on a text, such as an encyclopedia's.")
+        raise ValueError("--text is missing; experts are measured on a text, such as an encyclopedia's.")
     assert asked.out is not None
-    wish = mixed_wish(asked, options)
     return describe(quantize(checkpoint, asked.text, asked.out, wish, asked.recipe, device, bars))
 
 
@@ -118,6 +121,23 @@ def mixed_wish(asked: Asked, options: Sequence[Any]) -> Wish:
     rounding = "gptq" if asked.rounding == AUTO else asked.rounding
     shape = asked.window, asked.windows, tie, asked.layout, rotate, sensitivity, tokens
     return Wish(bits, schemes, rounding, scope, r, *shape)
+
+
+def uniform_wish(method: str, asked: Asked, options: Sequence[Any]) -> Wish:
+    """All experts in one scheme, by a method that has a rounding's name. Raises ValueError for what is of no use."""
+    scheme, norm, weigh, propagate, floor, _, tower = options
+    if asked.rounding not in (AUTO, method):
+        raise ValueError(
+            f"rounding is {asked.rounding!r}, which {method} of a model with experts does not go with; leave it out, "
+            "or take --method mxmoe."
+        )
+    names = {"norm": norm, "weigh": weigh, "propagate": propagate, "floor": floor, "tower": tower}
+    unused = [f"--{name}" for name, value in names.items() if value not in ("", None)]
+    if unused:
+        raise ValueError(f"{', '.join(unused)} say nothing of a model with experts; leave them out.")
+    return Wish(
+        DENSE_BITS, scheme, method, length=asked.window, windows=asked.windows, layout=asked.layout, sensitivity="layer"
+    )
 
 
 def scaled_channels(
