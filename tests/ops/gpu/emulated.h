@@ -165,9 +165,9 @@ template <class F> static u32 reduced(u32 v, F less) {
 static u32 __reduce_min_sync(u32, u32 v) { return reduced(v, [](u32 a, u32 b) { return a < b; }); }
 static u32 __reduce_max_sync(u32, u32 v) { return reduced(v, [](u32 a, u32 b) { return a > b; }); }
 static int __reduce_add_sync(u32, int v) {
-    Warp &w = warps[current / 32];
+    Warp &w = warp_of(~0u);
     w.in[current % 32][0] = (u32)v;
-    collective(13, [](Warp &w) {
+    collective(15, [](Warp &w) {
         u32 sum = 0;
         for (int l = 0; l < 32; l++) sum += w.in[l][0];
         for (int l = 0; l < 32; l++) w.out[l][0] = sum;

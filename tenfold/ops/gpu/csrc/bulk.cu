@@ -198,7 +198,7 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) multiply(acc, pieces[i], room.xs, room.offsets, s, (chunk + i) * CHUNK_COLS);
         } else {
-            if (CLUSTER > 1) __syncwarp();  // all lanes know that the stage was full
+            __syncwarp();  // all lanes know that the stage was full
             if (lane == 0) arrive(empty + at.slot * 8);
         }
         if (at.step == steps - 1) {
