@@ -25,6 +25,7 @@ from tenfold.ops.tiles import COLS, NAMES, ROWS, Kind, Tiled
 WIDTHS = (8, 16, 32, 64, 128, 192)  # the last for 8 bits alone: registers
 LIMIT = 17408  # bytes of a warpgroup's tiles in a stage, where that holds more than one: four of 4 bits
 MOST_STAGES = 8
+SOME = 32  # picks of a tile from which on activations are rounded where a format says so
 MANY = 64  # picks of a tile from which on products may be bound by arithmetic
 DIGIT_WIDTHS = (2, 4, 8)  # of plans of digits
 DIGITS = 4  # columns of a pick
@@ -105,7 +106,7 @@ def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
     """Whether a plan can run experts of these kinds: its ring has room, and the kernel's registers suffice."""
     if plan.digits and not spreads(kinds):
         return False
-    registers = plan.blocks == 1 or (plan.columns <= 32 and plan.height == 64) or (plan.digits and plan.columns <= 16)
+    registers = plan.blocks == 1 or (plan.columns <= 64 and plan.height == 64) or (plan.digits and plan.columns <= 16)
     registers &= plan.width < WIDTHS[-1] or boxes_of(plan, kinds) == 1
     return registers and plan.stages >= 2 and hopper.fits(shared_bytes(plan, kinds), plan.blocks)
 
@@ -121,12 +122,12 @@ def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[Pa
     for width in WIDTHS:
         if not min(each / 4, 128) <= width <= max(8, 4 * each):
             continue
-        acts8 = width >= MANY and any(kind.acts8 for kind in kinds)
-        if width >= MANY:
+        acts8 = width >= SOME and any(kind.acts8 for kind in kinds)
+        if width > MANY:
             sizes = [(128, 1, 1, acts8, cluster) for cluster in (1, 2)]
         else:
             shapes = ((64, 2), (128, 1))
-            sizes = [(*shape, tiles, False, 1) for shape in shapes for tiles in (1, 2, 4) if width * tiles <= 64]
+            sizes = [(*shape, tiles, acts8, 1) for shape in shapes for tiles in (1, 2, 4) if width * tiles <= 2 * MANY]
         for height, blocks, tiles, eight, cluster in sizes:
             found = deepest(width, height, blocks, tiles, eight, cluster, kinds)
             if found is not None:
@@ -336,8 +337,10 @@ def product(
 
 
 def threads(chosen: PackedExpertsPlan) -> int:
-    """Of a block: a warpgroup for 64 rows, and a warp that brings tiles, with many picks a warpgroup."""
-    return chosen.height * 2 + (128 if chosen.width >= 64 else 32)
+    """Of a block: a warpgroup for 64 rows, and a warp that brings tiles; with many picks, and a block alone on its
+    multiprocessor, a warpgroup.
+    """
+    return chosen.height * 2 + (128 if chosen.width >= 64 and chosen.blocks == 1 else 32)
 
 
 def defines(chosen: PackedExpertsPlan, w: Tiled, gate: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:

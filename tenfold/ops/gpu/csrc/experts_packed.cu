@@ -30,7 +30,7 @@
 #include "experts.h"
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
-#define TRADE (N >= 64)  // the warp that brings tiles has three idle ones beside it, which give their registers to the others
+#define TRADE (N >= 64 && BLOCKS == 1)  // the warp that brings tiles has three idle ones beside it, which give their registers to the others
 #define THREADS (CONSUMERS + (TRADE ? 128 : 32))
 #define X_BOX (N * 128)  // of 64 columns, or 128 in 8 bits
 #define W_AT (SPAN * X_BOXES * X_BOX)  // where a stage's tiles begin
