@@ -45,6 +45,7 @@ SIZES_DENSE = ((8, 8, 1, 1), (16, 4, 1, 1), (14, 4, 1, 1), (8, 4, 2, 1), (8, 4, 
 CLUSTERS = (1, 2, 4)  # blocks that divide the columns
 # The same where they do, and how many of them are worth timing.
 SIZES_SHARES = (
+    *((19, 2, 1, 1), (10, 4, 1, 1)),
     *((14, 2, 1, 1), (16, 2, 1, 1), (14, 1, 2, 1), (16, 1, 2, 1), (7, 2, 2, 1), (8, 2, 2, 1), (14, 1, 1, 1)),
     *((16, 1, 1, 1), (13, 2, 1, 1), (11, 2, 1, 1), (10, 2, 1, 1), (7, 2, 1, 2), (8, 2, 1, 2), (8, 1, 2, 1)),
     (8, 1, 1, 2),
@@ -56,6 +57,7 @@ FEW_ROWS = {2: 16384, 4: 8192}  # up to so many a multiprocessor has few tiles
 MANY_COLS = {2: 8192, 4: 12288}  # from so many on each block had better stage a share
 MANY_DIGITS = {2: 2048, 4: 8192}  # the same where they become digits
 ENOUGH = 3  # stages with which a block leaves half of the shared memory to the next kernel's
+LONG = 8192  # columns from which on two blocks divide those that become digits (H200, 2026-11-29)
 # What runs unless something else was measured to be faster, up to so many tokens (H200, 2026-11-29).
 RULE = {"digits4": 2, "digits3": 2, "bulk4": 8, "bulk3": 8}
 
@@ -220,7 +222,8 @@ def rule(format: str, tokens: int, rows: int, cols: int) -> Iterator[BulkPlan]:
     """Plans for matrices of this format where nothing was measured, the best first."""
     for kind, most in RULE.items():
         if tokens <= most and reads(kind, format):
-            yield from islice(plans(kind, SIZES, tokens, rows, cols), 1)
+            cluster = 2 if kind.startswith("digits") and cols >= LONG else 1
+            yield from islice(plans(kind, SIZES_SHARES if cluster > 1 else SIZES, tokens, rows, cols, cluster), 1)
 
 
 def run(

@@ -30,7 +30,7 @@ MANY = 64  # picks of a tile from which on products may be bound by arithmetic
 DIGIT_WIDTHS = (2, 4, 8)  # of plans of digits
 DIGITS = 4  # columns of a pick
 WHOLE = ("int2", "int3", "int4", "int8")  # kinds whose codes digits are multiplied by
-FEW = 2.0  # picks of an expert that has some, up to which digits are the rule
+FEW = 5.0  # picks of an expert that has some, up to which digits are the rule (H200, 2026-11-29)
 ORDERED = {"PAIRS": (2, 3), "THIRDS": (3,)}  # bits of kinds that take digits in these orders of columns
 SPREAD_WARPS = 4  # of a block that writes digits
 
@@ -172,11 +172,11 @@ def deepest(
 
 
 def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan:
-    """The plan where nothing was measured (H100, 2026-11-28; that of digits is a guess)."""
+    """The plan where nothing was measured (H100, 2026-11-28; that of digits: H200, 2026-11-29)."""
     drawn = load(picks, experts)
     if drawn <= FEW and spreads(kinds):
         few = next(w for w in DIGIT_WIDTHS if w >= 1.5 * drawn)
-        found = deepest(few, 64, 2, 4, False, 1, kinds, digits=True)
+        found = deepest(few, 64, 2, min(4, 16 // few), False, 1, kinds, digits=True)
         if found is not None:
             return found
     each = picks / max(1, min(picks, experts))

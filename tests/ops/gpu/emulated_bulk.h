@@ -9,7 +9,6 @@
 #define LANE_COLS 8
 #define CHUNK_COLS 32
 #define __ldg(p) (*(p))
-#define __float_as_uint bits_of
 
 static unsigned long long random_state;
 static unsigned drawn() {
@@ -165,7 +164,6 @@ static float number_at(u32 at) {
 }
 #endif
 #endif
-static int __float2int_rn(float v) { return (int)rintf(v); }
 static void store(void *out, size_t at, float y) {
 #if FLOAT32
     ((float *)out)[at] = y;

@@ -147,8 +147,8 @@ class TestDigitsOnGpu:
         """11 and 3 tiles across, a last one that is not full, and rows that fill no tile."""
         for mix, sizes in (
             (WHOLE, (1408, 384)),
-            (("int8",), (264, 136)),
-            (("int8",), (72, 24)),
+            (("int8",), (272, 144)),
+            (("int8",), (80, 32)),
             (("int4",), (320, 64)),
         ):
             x, ids, weights, gate_up, down, residual = case(mix, tokens, torch.float16, *sizes)
