@@ -304,8 +304,10 @@ def of_folder(folder: Path) -> list[Claim]:
     found = results_in(folder)
     made: list[Claim] = []
     singles = sorted((loaded(data) for data in found.get("single", ())), key=lambda result: result.weights)
-    for results in by_model([result for result in singles if result.rows and not result.weights]).values():
-        made += of_single(results)
+    plain = [result for result in singles if result.rows and not result.weights]
+    for model, results in by_model(plain).items():
+        if shape_name(model) not in (claims_moe.WHOLE, claims_vlm.WHOLE):  # of which other things are claimed
+            made += of_single(results)
     made += claims_moe.of_models(singles) + claims_vlm.of_models(singles)
     for data in found.get("arms", ()):
         made += of_arms(arms.loaded(data))

@@ -49,18 +49,29 @@ def test_mixed_formats_are_held_against_the_fastest_in_sixteen_bits() -> None:
     assert found["M3", "bytes of bfloat16 experts, share of a copy, worst of 1"].value == 80.0
 
 
-def result(took: float, **settings: Any) -> Result:
-    own = Row("tenfold", 8, 512, 3, long=[1 + 2e-3 * took], short=[1.0])
-    return Result(MODEL, MACHINE, "a command", settings={"tenfold": settings}, rows=[own], floors=[(8, 512, 8.4)])
+def result(took: float, engine: str = "tenfold", hardware: str = "NVIDIA H100", **settings: Any) -> Result:
+    own = Row(engine, 8, 512, 3, long=[1 + 2e-3 * took], short=[1.0])
+    machine = MACHINE | {"hardware": hardware}
+    return Result(MODEL, machine, "a command", settings={"tenfold": settings}, rows=[own], floors=[(8, 512, 8.4)])
 
 
 def test_whole_models_are_held_against_vllm_and_fewer_bits_against_sixteen() -> None:
     plain, mixed = claims_moe.of_models([result(10.0), result(4.0, weights="int4")])
     assert plain.value == pytest.approx(1.199)
     assert "floor 8.40 ms" in plain.note
+    assert "vLLM 11.99 ms, measured before" in plain.note
     assert mixed.value == pytest.approx(2.5)
     assert mixed.target == ">= 2 x"
     assert claims_moe.of_models([Result("shape:llama-3-8b", MACHINE)]) == []
+
+
+def test_vllm_counts_on_the_same_hardware_alone() -> None:
+    assert claims_moe.of_models([result(10.0, hardware="NVIDIA H200")]) == []
+    beside = [result(9.0, "vllm", "NVIDIA H200"), result(10.0, hardware="NVIDIA H200"), result(8.0)]
+    found = claims_moe.of_models(beside)
+    assert [each.value for each in found] == [pytest.approx(0.9), pytest.approx(1.499)]
+    assert "vLLM 9 ms, one after the other" in found[0].note
+    assert claims_moe.of_models([result(10.0), result(4.0, hardware="NVIDIA H200", weights="int4")])[1:] == []
 
 
 def test_a_step_reads_the_experts_that_tokens_are_likely_to_hit() -> None:
