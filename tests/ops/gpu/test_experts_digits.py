@@ -206,11 +206,11 @@ def test_plans_of_digits() -> None:
     ):
         with pytest.raises(ValueError, match="digits, with a width of 2, 4, 8"):
             packed.parse(wrong)
-    for picks, width in ((8, 2), (64, 2), (128, 4), (160, 4)):
+    for picks, width in ((8, 2), (64, 2), (128, 4), (160, 4), (512, 8)):
         plan = packed.plan(picks, 128, ALL)
         assert plan.digits
         assert plan.width == width
-    assert not packed.plan(512, 128, ALL).digits
+    assert not packed.plan(1024, 128, ALL).digits
     assert not packed.plan(8, 128, (*ALL, tiles.DENSE)).digits
     for picks, widths in ((8, {2, 4}), (512, {2, 4, 8}), (8192, set())):
         every = [plan for plan in packed.candidates(picks, 128, ALL) if plan.digits]

@@ -78,10 +78,13 @@ def test_clusters_that_cannot_be_are_not_legal() -> None:
     assert bulk.legal(bulk.parse("digits4:14x2x1x2x1:c4"), 4, 4096, 18944)
 
 
-def test_nothing_but_whole_rows_runs_where_nothing_was_measured() -> None:
+def test_two_blocks_divide_long_rows_of_digits_where_nothing_was_measured() -> None:
     for tokens in (1, 2, 8):
         for cols in (3584, 18944):
-            assert {plan.cluster for plan in bulk.rule("int4g128", tokens, 4096, cols)} <= {1}
+            plans = list(bulk.rule("int4g128", tokens, 4096, cols))
+            assert {plan.kind for plan in plans} == ({"bulk4"} if tokens == 8 else {"digits4", "bulk4"})
+            for plan in plans:
+                assert plan.cluster == (2 if plan.digits and cols > 8192 else 1)
 
 
 @given(TOKENS, ROWS, COLS)
