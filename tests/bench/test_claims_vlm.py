@@ -58,6 +58,13 @@ def test_what_does_not_pair_is_no_claim(results: list[Result]) -> None:
     assert claims_vlm.of_models(results) == []
 
 
+def test_the_fastest_run_in_bfloat16_counts_at_each_point() -> None:
+    tuned, plain = run(ms=(6.0,), prefill=30.0), run(ms=(5.0,), prefill=40.0)
+    for runs in ((tuned, plain), (plain, tuned)):
+        found = of(*runs, run("int3", (2.0,)), run("w4a8", prefill=20.0))
+        assert [each.value for each in found.values()] == [2.5, 1.5, 1.5]
+
+
 def test_a_shape_that_was_given_longer_contexts_is_the_same_model() -> None:
     assert of(run(model=f"{MODEL}@positions=40960"), run("int3"))["V2 decode"].value == 1.0
 

@@ -82,7 +82,8 @@ def test_two_blocks_divide_long_rows_of_digits_where_nothing_was_measured() -> N
     for tokens in (1, 2, 8):
         for cols in (3584, 18944):
             plans = list(bulk.rule("int4g128", tokens, 4096, cols))
-            assert {plan.kind for plan in plans} == ({"bulk4"} if tokens == 8 else {"digits4", "bulk4"})
+            assert {plan.kind for plan in plans} <= {"digits4", "bulk4"}
+            assert any(plan.digits for plan in plans) == (tokens <= 2)
             for plan in plans:
                 assert plan.cluster == (2 if plan.digits and cols > 8192 else 1)
 
