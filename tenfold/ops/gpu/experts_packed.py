@@ -244,35 +244,22 @@ def products(
     act: str,
 ) -> Tensor:
     """What each pick gives, times its weight: [T * K, rows]. gathered: x by place, which plans of digits do without."""
+    halfway, parts = (x.new_empty(shares.numel(), size) for size in (down.cols, down.rows))
+    first = x if gathered is None else gathered  # which plans of digits do not read
+    product(
+        chosen, sms, first, operand(chosen, x, gate_up, by.order, shares.shape[1]), gate_up, halfway, by, shares, act
+    )
+    product(chosen, sms, halfway, operand(chosen, halfway, down), down, parts, by, shares, None)
+    return parts
+
+
+def operand(
+    chosen: PackedExpertsPlan, x: Tensor, w: Tiled, order: Tensor | None = None, top: int = 1
+) -> tuple[Tensor, Tensor] | None:
+    """x by place in digits or, where a kind takes it so, in 8 bits. order, top: as `quantize.for_tiles`."""
     if chosen.digits:
-        return digits_products(chosen, sms, x, by, shares, gate_up, down, act)
-    assert gathered is not None
-    halfway = x.new_empty(len(gathered), down.cols)
-    parts = x.new_empty(len(gathered), down.rows)
-    eights = quantize.for_tiles(x, by.order, shares.shape[1]) if some(chosen, gate_up) else None
-    product(chosen, sms, gathered, eights, gate_up, halfway, by, shares, act)
-    eights = quantize.for_tiles(halfway) if some(chosen, down) else None
-    product(chosen, sms, halfway, eights, down, parts, by, shares, None)
-    return parts
-
-
-def digits_products(
-    chosen: PackedExpertsPlan,
-    sms: int,
-    x: Tensor,
-    by: Sorted,
-    shares: Tensor,
-    gate_up: Tiled,
-    down: Tiled,
-    act: str,
-) -> Tensor:
-    """`products` of a plan of digits."""
-    picks = shares.numel()
-    halfway, parts = x.new_empty(picks, down.cols), x.new_empty(picks, down.rows)
-    digits = spread(x, gate_up.kinds, by.order, shares.shape[1])
-    product(chosen, sms, x, digits, gate_up, halfway, by, shares, act)
-    product(chosen, sms, halfway, spread(halfway, down.kinds), down, parts, by, shares, None)
-    return parts
+        return spread(x, w.kinds, order, top)
+    return quantize.for_tiles(x, order, top) if some(chosen, w) else None
 
 
 def orders(kinds: tuple[Kind, ...]) -> tuple[bool, bool, bool]:
@@ -281,7 +268,7 @@ def orders(kinds: tuple[Kind, ...]) -> tuple[bool, bool, bool]:
     return bool(bits & {4, 8}), bool(bits & {2, 3}), 3 in bits
 
 
-def spread(x: Tensor, kinds: tuple[Kind, ...], order: Tensor | None = None, top: int = 0) -> tuple[Tensor, Tensor]:
+def spread(x: Tensor, kinds: tuple[Kind, ...], order: Tensor | None = None, top: int = 1) -> tuple[Tensor, Tensor]:
     """x [T, cols] as digits [picks * 4, orders * cols up to whole tiles] uint8, four rows a pick, and what they count
     [chunks of 128 columns, picks and more, 4] float32: csrc/spread.cu. order: of picks [P] int32, `top` of a token,
     each of which is its token; else x lies by place.
@@ -292,7 +279,7 @@ def spread(x: Tensor, kinds: tuple[Kind, ...], order: Tensor | None = None, top:
     digits = torch.empty(places * DIGITS, sum(with_orders) * chunks * COLS, dtype=torch.uint8, device=x.device)
     counts = torch.empty(chunks, room, 4, dtype=torch.float32, device=x.device)
     names = ("WITH_BYTES", "WITH_PAIRS", "WITH_THIRDS")
-    macros = (("HALF", nvrtc.HALF[x.dtype]), ("TOP", top), *zip(names, map(int, with_orders)))
+    macros = (("HALF", nvrtc.HALF[x.dtype]), ("TOP", 0 if order is None else top), *zip(names, map(int, with_orders)))
     arguments: list[nvrtc.Argument] = [x, order, digits, counts, places, cols, room]
     blocks = -(-places * chunks // SPREAD_WARPS)
     nvrtc.load("spread.cu", "spread", macros)((blocks, 1, 1), SPREAD_WARPS * 32, 0, arguments, dependent=True)
