@@ -37,9 +37,10 @@ SPREAD_WARPS = 4  # of a block that writes digits
 
 @dataclass(frozen=True, slots=True)
 class PackedExpertsPlan:
-    """width: picks of a tile; height: rows of weights of a block, 64 or 128; stages of the ring; blocks of a
-    multiprocessor; span: tiles in a stage at most; acts8: activations may be rounded to 8 bits; cluster: blocks that
-    share picks, 1 or 2; digits: activations are written in base 256, and widths are those of DIGIT_WIDTHS.
+    """width: picks of a tile; height: rows of weights of a block, 64 or 128, for MANY picks also 192 or 256, which no
+    rule and no tuning takes yet; stages of the ring; blocks of a multiprocessor; span: tiles in a stage at most; acts8:
+    activations may be rounded to 8 bits; cluster: blocks that share picks, 1 or 2; digits: activations are written in
+    base 256, and widths are those of DIGIT_WIDTHS.
     """
 
     width: int
@@ -63,12 +64,13 @@ class PackedExpertsPlan:
 
 def parse(name: str) -> PackedExpertsPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = re.fullmatch(r"tiles:(\d+)x(64|128)x(\d+)x([12])x([124])(?:(:digits)|(:a8)?(:pairs)?)", name)
+    found = re.fullmatch(r"tiles:(\d+)x(64|128|192|256)x(\d+)x([12])x([124])(?:(:digits)|(:a8)?(:pairs)?)", name)
     if not found or int(found[1]) not in (DIGIT_WIDTHS if found[6] else WIDTHS):
         widths, few = (", ".join(map(str, each)) for each in (WIDTHS, DIGIT_WIDTHS))
         raise ValueError(
             f"{name!r} is no plan of packed experts; allowed: tiles:WIDTHxHEIGHTxSTAGESxBLOCKSxSPAN, then :a8, "
-            f":pairs or both, with a width of {widths} and a height of 64 or 128; or :digits, with a width of {few}."
+            f":pairs or both, with a width of {widths} and a height of 64 or 128, with a width of {MANY} also 192 or "
+            f"256; or :digits, with a width of {few}."
         )
     width, height, stages, blocks, tiles = map(int, found.groups()[:5])
     cluster = 2 if found[8] else 1
@@ -108,6 +110,7 @@ def legal(plan: PackedExpertsPlan, kinds: tuple[Kind, ...]) -> bool:
         return False
     registers = plan.blocks == 1 or (plan.columns <= 64 and plan.height == 64) or (plan.digits and plan.columns <= 16)
     registers &= plan.width < WIDTHS[-1] or boxes_of(plan, kinds) == 1
+    registers &= plan.height <= 128 or (plan.width == MANY and plan.blocks == plan.cluster == 1)
     return registers and plan.stages >= 2 and hopper.fits(shared_bytes(plan, kinds), plan.blocks)
 
 

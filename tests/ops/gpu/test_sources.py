@@ -74,6 +74,10 @@ SOURCES = [
         "experts_packed.cu",
         EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 192, "X_BOXES": 1, "KINDS": 2, "ACTS8S": 3, "K0": 51, "K1": 65},
     ),
+    (
+        "experts_packed.cu",
+        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 64, "ROWS": 256, "X_BOXES": 1, "KINDS": 1, "ACTS8S": 1, "K0": 51},
+    ),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BLOCKS": 2, "SPAN": 4}),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 1, "GATE": 2, "N": 16, "BLOCKS": 2}),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 1, "GATE": 0, "DOWN": 1, "N": 32, "SPAN": 2}),

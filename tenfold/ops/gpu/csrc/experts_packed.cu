@@ -13,7 +13,7 @@
 // DIGITS: a pick is four rows of digits, and products are those of experts_digits.h, for kinds of whole numbers without
 // acts8. The kernel in front lets this one begin when all before it is done, so weights come while that still runs.
 //
-// Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64, 128), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu
+// Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64 to 256), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu
 // · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in a stage ·
 // X_BOXES that a tile takes at most: 1 where all kinds have acts8, or digits of one order, else 2 · KINDS kinds, K0 to K7:
 // name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for each kind with acts8 · DIGITS, then
@@ -419,7 +419,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
     }
 
 #if TRADE
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ROWS <= 128 ? 240 : ROWS == 192 ? 160 : 120));
 #endif
 #if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
