@@ -669,17 +669,17 @@ def test_a_real_model_repeats_a_text_in_fewer_steps(smollm2_path: Path) -> None:
     engine = speculating(load(smollm2_path, speculate="ngram"), policy=All())
     assert engine.text is not None
     sentence = "The Aurora came with salt, the Beatrice with timber, the Cormorant with coal, the Delphin with rope. "
-    prompt = tuple(engine.text.encode(sentence * 3 + "The Aurora came"))
+    prompt = tuple(engine.text.encode(sentence * 3 + "The Aurora came"))  # 24 tokens before the sentence's end
     speculator, found, steps = engine.speculator, [], []
     for speculates in (False, True):
         engine.speculator = speculator if speculates else None
         before = engine.stats().steps
-        params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
         found.append(one(engine, Request("r", prompt, params)))
         steps.append(engine.stats().steps - before)
     plain, guessed = ("".join(o.text for o in outputs) for outputs in found)
     assert plain == guessed
     assert "Beatrice with timber" in guessed
     assert answers(found[0]) == answers(found[1])
-    assert engine.stats().accepted_tokens > 24
-    assert steps[1] < steps[0] / 2
+    assert engine.stats().accepted_tokens > 12
+    assert steps[1] < steps[0] / 3

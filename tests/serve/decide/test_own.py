@@ -310,8 +310,11 @@ def test_a_deadline_holds(serve):
     client, own = serve(held(), request_timeout=0.05)
     own.pool.submit(own.pool.classifier.reader.read("a"))
     own.pool.classifier.model.begun.wait(10)
-    threading.Timer(0.3, own.pool.classifier.model.go.set).start()
+    late = threading.Timer(5, own.pool.classifier.model.go.set)  # so that a deadline that does not hold ends the test
+    late.start()
     response = client.post("/v1/classify", {"model": "mood", "input": "b"})
+    late.cancel()
+    own.pool.classifier.model.go.set()
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "timeout"
 
