@@ -49,9 +49,9 @@ class Emulator:
         self.folder = folder
 
     def __call__(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> Emulated:
-        return Emulated(self.library(source, entry, defines))
+        return Emulated(self.built(source, entry, defines))
 
-    def library(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> ctypes.CDLL:
+    def built(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> ctypes.CDLL:
         text = self.translated(source, entry, defines)
         place = self.folder / f"{entry}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         library = place.with_suffix(".so")

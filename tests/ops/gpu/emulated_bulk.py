@@ -48,7 +48,7 @@ class BulkEmulator(Emulator):
         self.clusters, self.seed = clusters, seed
 
     def __call__(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> Emulated:
-        return EmulatedClusters(self.library(source, entry, defines), self.clusters, self.seed)
+        return EmulatedClusters(self.built(source, entry, defines), self.clusters, self.seed)
 
     def translated(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> str:
         code = nvrtc.expand((nvrtc.SOURCES / source).read_text())
