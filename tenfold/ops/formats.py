@@ -22,7 +22,8 @@ Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this ord
   and, as groups are multiples of 32, of one group; 16 bytes of int2 hold 64 columns, 16 of int1 and 48 of int3 128.
   `cols` is a multiple of 32 (int4), 64 (int2), 128 (int1, int3) or 16, so that every row starts at a multiple of 16
   bytes.
-- int4: codes are 0..15; without `z` the zero is 8. Word w of a row holds columns 8w .. 8w+7. Its nibble i (bits 4i to
+- int4: codes are 0..15; without `z` the zero is 8, and with `a8` our own rounding leaves out code 0: tensor cores then
+  take signs and magnitudes as they lie (ops/tiles.py), but checkpoints may have it. Word w of a row holds columns 8w .. 8w+7. Its nibble i (bits 4i to
   4i+3) is column 8w + 2i and its nibble i + 4 is column 8w + 2i + 1, for i = 0..3:
 
       bits   31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
@@ -141,6 +142,11 @@ class Format:
     def bits(self) -> int:
         return self.codes.bits
 
+    @property
+    def lowest(self) -> int:
+        """The lowest code that rounding gives."""
+        return self.codes.lowest + (self.kind == "int4" and self.activations == 8 and not self.zero)
+
     def groups(self, cols: int) -> int:
         """Scales of a row; the last group may be shorter than the others."""
         return -(-cols // self.group) if self.group else 1
@@ -191,9 +197,9 @@ class Format:
             zeros = (codes.lowest - low * inverse(scales)).round_().clamp_(codes.lowest, codes.highest)
         else:
             largest = values.gather(2, values.abs().argmax(dim=2, keepdim=True))[..., 0]
-            scales = rounded(largest / (codes.lowest - codes.middle), scale_type)
+            scales = rounded(largest / (self.lowest - codes.middle), scale_type)
             zeros = torch.full_like(scales, codes.middle)
-        numbers = (values * inverse(scales)[..., None] + zeros[..., None]).round_().clamp_(codes.lowest, codes.highest)
+        numbers = (values * inverse(scales)[..., None] + zeros[..., None]).round_().clamp_(self.lowest, codes.highest)
         stored = codes.store(numbers.flatten(1)[:, :cols])
         return Packed(stored, scales.to(scale_type), zeros.to(scale_type) if self.zero else None)
 

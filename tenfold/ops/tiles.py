@@ -12,6 +12,9 @@ lane has 64 codes of a tile, and the codes of all lanes of a warp stand side by 
     8 bits   four pieces: of 32 columns each, words (j, u), in a word bytes 2 c + h
     4 bits   two pieces: of 64 columns each, words j, in a word nibbles 4 c + r
     2 bits   one piece: words j / 2, in a word pairs of bits 8 c + 4 (j % 2) + r
+    sign4    as 4 bits, but with magnitudes and signs of codes -7 to 7: in byte 2 c + h bits 0 to 2 are the magnitude
+             of the upper row (u = 0) and bit 7 its sign, bits 4 to 6 that of the lower row, whose sign is bit 3 of the
+             byte above (of byte 3: of byte 0)
     3 bits   the low two bits as those of 2 bits, then the third of all warps, a piece of 8 bytes: words j / 4, bits
              16 c + 4 (j % 4) + r
 
@@ -31,7 +34,7 @@ from tenfold.ops.matrix import Matrix, RawTensor
 
 ROWS, COLS = 64, 128
 SCALES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-NAMES = ("dense", "int2", "int3", "int4", "int8", "fp8")
+NAMES = ("dense", "int2", "int3", "int4", "int8", "fp8", "sign4")  # the last: int4 for activations of 8 bits
 MOST_KINDS = 8  # in one launch
 
 
@@ -47,8 +50,13 @@ class Kind:
     acts8: bool = False
 
     @property
+    def codes(self) -> str:
+        """What formats call them."""
+        return "int4" if self.name == "sign4" else self.name
+
+    @property
     def bits(self) -> int:
-        return 16 if self.name == "dense" else CODES[self.name].bits
+        return 16 if self.name == "dense" else CODES[self.codes].bits
 
     @property
     def nbytes(self) -> int:
@@ -74,9 +82,20 @@ def grid(rows: int, cols: int) -> tuple[int, int]:
     return -(-rows // ROWS), -(-cols // COLS)
 
 
+def kind_named(format: Format, scales: int = 1) -> Kind:
+    """Of a format's matrices, if they have codes as our own rounding gives them. Codes of 4 bits with zeros keep
+    activations of 16 bits.
+    """
+    eight = format.activations == 8 and not (format.kind == "int4" and format.zero)
+    return Kind("sign4" if eight and format.kind == "int4" else format.kind, format.zero, scales, eight)
+
+
 def kind_of(format: Format, packed: Packed) -> Kind:
-    """Of a packed matrix."""
-    return Kind(format.kind, format.zero, SCALES[packed.scales.dtype], format.activations == 8)
+    """Of a packed matrix. 4 bits with codes that have no opposite, which other tools write, keep activations of 16."""
+    kind = kind_named(format, SCALES[packed.scales.dtype])
+    if kind.name == "sign4" and bool((format.codes.load(packed.codes) == 0).any()):
+        return Kind(format.kind, format.zero, kind.scales)
+    return kind
 
 
 def tile(format: Format, packed: Packed, pairs: bool = False) -> Tensor:
@@ -91,9 +110,10 @@ def tile(format: Format, packed: Packed, pairs: bool = False) -> Tensor:
     numbers = format.codes.load(packed.codes).view(torch.uint8)
     cols = numbers.shape[1]
     across = grid(1, cols)[1]
-    codes = CODES[kind.name]
+    codes = CODES[kind.codes]
     filling = 0 if codes.bits == 8 else codes.middle
-    blocks = store(spread(turned(numbers, pairs, filling), filling), kind.bits)
+    spreaded = spread(turned(numbers, pairs, filling), filling)
+    blocks = store_signs(spreaded) if kind.name == "sign4" else store(spreaded, kind.bits)
     extras = [each for each in (packed.scales, packed.zeros) if each is not None]
     parts = [blocks]
     for values in extras:
@@ -113,13 +133,13 @@ def tile_dense(values: Tensor, pairs: bool = False) -> Tensor:
 def untile(kind: Kind, tiles: Tensor, rows: int, cols: int, dtype: torch.dtype, pairs: bool = False) -> Tensor:
     """The values [rows, cols] of tiles, computed in float32 and rounded to `dtype` once; dense tiles hold `dtype`."""
     size = ROWS * COLS * kind.bits // 8
-    numbers = gathered(load(tiles[:, :, :size], kind.bits))
+    numbers = gathered(load_signs(tiles[:, :, :size]) if kind.name == "sign4" else load(tiles[:, :, :size], kind.bits))
     if kind.name == "dense":
         return unturned(numbers.view(dtype), pairs, rows)[:, :cols].contiguous()
     stored = next(t for t, code in SCALES.items() if code == kind.scales)
     extras = tiles[:, :, size:].contiguous().view(stored).unflatten(2, (-1, ROWS)).float()
     each = [part.transpose(1, 2).flatten(0, 1).repeat_interleave(COLS, dim=1) for part in extras.unbind(2)]
-    codes = CODES[kind.name]
+    codes = CODES[kind.codes]
     values = numbers.view(codes.dtype if codes.bits == 8 else torch.uint8).float()
     values = (values - (each[1] if kind.zeros else codes.middle)) * each[0]
     return unturned(values, pairs, rows)[:, :cols].to(dtype)
@@ -183,6 +203,24 @@ def load(stored: Tensor, bits: int) -> Tensor:
         return numbers
     high = parted(pieces(stored[:, :, size:], 8), 1).unflatten(4, (2, 2, 4, 2, 2))
     return numbers | (high.permute(0, 1, 2, 3, 4, 6, 7, 8, 5).flatten(4, 5) << 2)
+
+
+def store_signs(parts: Tensor) -> Tensor:
+    """`store` of codes 1 to 15 of 4 bits, as sign4."""
+    numbers = parts.permute(0, 1, 2, 3, 4, 7, 5, 6).to(torch.int16) - 8  # words j of (c, h, u)
+    magnitudes, signs = numbers.abs().flatten(5, 6), (numbers < 0).to(torch.int16).flatten(5, 6)
+    low = magnitudes[..., 0] | signs[..., 0] << 7
+    high = magnitudes[..., 1] << 4 | signs[..., 1].roll(1, dims=5) << 3
+    return by_piece((low | high).to(torch.uint8), 16)
+
+
+def load_signs(stored: Tensor) -> Tensor:
+    """What `store_signs` stored."""
+    bytes_ = pieces(stored, 16).to(torch.int16).unflatten(4, (8, 4))
+    low = (bytes_ & 7) * (1 - (bytes_ >> 6 & 2))
+    high = (bytes_ >> 4 & 7) * (1 - (bytes_ >> 2 & 2).roll(-1, dims=5))
+    numbers = (torch.stack((low, high), dim=6) + 8).to(torch.uint8)
+    return numbers.unflatten(5, (2, 2)).permute(0, 1, 2, 3, 4, 6, 7, 5)
 
 
 def by_piece(bytes_: Tensor, size: int) -> Tensor:

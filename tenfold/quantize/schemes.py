@@ -3,7 +3,8 @@
     w_hat[r, j] = (code[r, j] - zero[r, g]) * scale[r, g]        g = j // group; without groups, one for the whole row
 
 Names: `w4g128z` is codes of 4 bits, 128 columns a group, with zeros; `a8`: activations are rounded to 8 bits too, one
-scale a token. Codes without zeros are symmetric about the middle. Scales and zeros are kept in float16.
+scale a token. Codes without zeros are symmetric about the middle, with activations of 8 bits and weights of 4 strictly:
+code 0 is left out, which tensor cores of 8 bits are not given. Scales and zeros are kept in float16.
 """
 
 import re
@@ -41,6 +42,11 @@ class Scheme:
         """What is taken from codes and zeros when they are stored: whole numbers of 8 bits have signs."""
         return 128 if self.bits == 8 else 0
 
+    @property
+    def least(self) -> int:
+        """The lowest code that rounding gives, counted from 0."""
+        return int(self.bits == 4 and self.activations == 8 and not self.zero)
+
     def stored_bits(self, cols: int) -> float:
         """Of a weight in a matrix with so many columns, scales and zeros included."""
         return self.bits + PARAMETER_BITS * (1 + self.zero) / min(self.group or cols, cols)
@@ -72,11 +78,11 @@ class Grid:
     def rounded(self, w: Tensor, column: int) -> Tensor:
         """One column [rows] of the matrix as it is stored."""
         g = self.group_of(column)
-        return on_grid(w, self.scales[:, g], self.zeros[:, g], self.scheme.bits)
+        return on_grid(w, self.scales[:, g], self.zeros[:, g], self.scheme)
 
 
-def on_grid(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    codes = torch.round(w / scale + zero).clamp_(0, (1 << bits) - 1)
+def on_grid(w: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    codes = torch.round(w / scale + zero).clamp_(scheme.least, (1 << scheme.bits) - 1)
     return (codes - zero) * scale
 
 
@@ -107,7 +113,7 @@ def grid_of(w: Tensor, scheme: Scheme, shrinks: Sequence[float] = SHRINKS) -> Gr
 
 def _error(parts: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme) -> Tensor:
     """Square error of each group [rows, groups]."""
-    return (on_grid(parts, scales[..., None], zeros[..., None], scheme.bits) - parts).square().sum(-1)
+    return (on_grid(parts, scales[..., None], zeros[..., None], scheme) - parts).square().sum(-1)
 
 
 def _range(parts: Tensor, scheme: Scheme, shrink: float) -> tuple[Tensor, Tensor]:
@@ -135,7 +141,7 @@ def round_to_nearest(w: Tensor, scheme: Scheme, shrinks: Sequence[float] = SHRIN
     """w [rows, cols] as it is stored, float32."""
     grid, group = grid_of(w, scheme, shrinks), scheme.group or w.shape[1]
     parts = w.float().view(len(w), -1, group)
-    return on_grid(parts, grid.scales[..., None], grid.zeros[..., None], scheme.bits).view_as(w)
+    return on_grid(parts, grid.scales[..., None], grid.zeros[..., None], scheme).view_as(w)
 
 
 def round_activations(x: Tensor, scheme: Scheme) -> Tensor:
@@ -156,7 +162,7 @@ def format_of_scheme(scheme: Scheme) -> Format:
         raise ValueError(
             f"{scheme} cannot be stored; formats have {', '.join(map(str, STORED))} bits. Take one of those schemes."
         )
-    return Format(f"int{scheme.bits}", scheme.group, scheme.zero)
+    return Format(f"int{scheme.bits}", scheme.group, scheme.zero, activations=scheme.activations)
 
 
 def packed(rounded: Tensor, grid: Grid) -> Packed:

@@ -10,7 +10,10 @@ from tenfold.ops import tiles
 from tenfold.ops.formats import Packed, format_of, raw_tensor
 from tenfold.ops.matrix import RawTensor
 
-NAMES = ("int2g128", "int2g128z", "int3g128", "int3g256z", "int4g128", "int4g128z", "int4", "int8g128z", "int8", "fp8")
+NAMES = (
+    *("int2g128", "int2g128z", "int3g128", "int3g256z", "int4g128", "int4g128z", "int4", "int8g128z", "int8", "fp8"),
+    *("int4g128a8", "int4a8", "int4g128za8", "fp8a8"),
+)
 SIZES = ((64, 128), (8, 256), (72, 384), (200, 640))
 
 
@@ -39,7 +42,7 @@ def test_dense_values_come_back(pairs: bool) -> None:
     assert torch.equal(tiles.untile(tiles.DENSE, found, 72, 200, torch.bfloat16, pairs), w)
 
 
-def lane_codes(bits: int, tile: Tensor, warp: int, lane: int) -> dict[tuple[int, int], int]:
+def lane_codes(bits: int, signs: bool, tile: Tensor, warp: int, lane: int) -> dict[tuple[int, int], int]:
     """What a lane reads of a tile's codes as the module's text says, by (row, column)."""
 
     def piece(size: int, i: int, count: int, base: int = 0) -> Tensor:
@@ -49,7 +52,13 @@ def lane_codes(bits: int, tile: Tensor, warp: int, lane: int) -> dict[tuple[int,
     found = {}
     for j, h, u, c in itertools.product(range(8), range(2), range(2), range(2)):
         r = 2 * h + u
-        if bits == 4:
+        if signs:
+            word = int(piece(16, j // 4, 2)[j % 4])
+            byte = word >> 8 * (2 * c + h) & 255
+            above = word >> 8 * ((2 * c + h + 1) % 4) & 255
+            magnitude, negative = (byte >> 4 & 7, above >> 3 & 1) if u else (byte & 7, byte >> 7)
+            code = (8 - magnitude if negative else 8 + magnitude) & 15
+        elif bits == 4:
             code = int(piece(16, j // 4, 2)[j % 4]) >> 4 * (4 * c + r) & 15
         elif bits == 8:
             code = int(piece(16, j // 2, 4)[j % 2 * 2 + u]) >> 8 * (2 * c + h) & 255
@@ -62,19 +71,44 @@ def lane_codes(bits: int, tile: Tensor, warp: int, lane: int) -> dict[tuple[int,
     return found
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_lanes_codes_lie_where_the_kernel_takes_them(bits: int) -> None:
-    format = format_of(f"int{bits}g128")
-    numbers = torch.randint(0, 1 << bits, (64, 128), generator=torch.Generator().manual_seed(bits))
+@pytest.mark.parametrize(("bits", "acts"), [(2, ""), (3, ""), (4, ""), (4, "a8"), (8, "")])
+def test_a_lanes_codes_lie_where_the_kernel_takes_them(bits: int, acts: str) -> None:
+    format = format_of(f"int{bits}g128{acts}")
+    numbers = torch.randint(int(bool(acts)), 1 << bits, (64, 128), generator=torch.Generator().manual_seed(bits))
     signed = numbers if bits < 8 else numbers - 128
     scales = torch.arange(64, dtype=torch.float16)[:, None]
     found = tiles.tile(format, Packed(format.codes.store(signed), scales))[0, 0]
     seen = {}
     for warp, lane in itertools.product(range(4), range(32)):
-        seen |= lane_codes(bits, found, warp, lane)
+        seen |= lane_codes(bits, bool(acts), found, warp, lane)
     assert len(seen) == 64 * 128
     assert all(code == int(signed[at]) & ((1 << bits) - 1) for at, code in seen.items())
     assert torch.equal(found[64 * 128 * bits // 8 :].view(torch.float16), scales[:, 0])
+
+
+def test_signs_become_small_numbers_of_float8() -> None:
+    """As the kernel takes them: a mask, and a mask of the word turned by four bits."""
+    format = format_of("int4g128a8")
+    packed = format.pack(weights(64, 128))
+    tile = tiles.tile(format, packed)[0, 0, : 64 * 128 // 2]
+    words = tile.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    turned = (words >> 4) | (words & 15) << 28
+    each = [(w & 0x87878787).to(torch.int32).view(torch.float8_e4m3fn).float() * 512 for w in (words, turned)]
+    want = format.codes.load(packed.codes).float() - 8
+    assert want.abs().max() == 7
+    assert torch.equal(torch.cat(each).sort().values, want.flatten().sort().values)
+
+
+def test_codes_without_an_opposite_keep_16_bit_activations() -> None:
+    """Other tools write code 0 of 4 bits; our own rounding does not where activations may have 8 bits."""
+    format, scales = format_of("int4g128a8"), torch.ones(64, 1, dtype=torch.float16)
+    numbers = torch.full((64, 128), 15)
+    assert tiles.kind_of(format, Packed(format.codes.store(numbers), scales)) == tiles.Kind("sign4", acts8=True)
+    numbers[63, 127] = 0
+    packed = Packed(format.codes.store(numbers), scales)
+    kind = tiles.kind_of(format, packed)
+    assert kind == tiles.Kind("int4")
+    assert torch.equal(tiles.untile(kind, tiles.tile(format, packed), 64, 128, torch.float32), format.unpack(packed))
 
 
 def test_pairs_stand_in_turns_of_eight() -> None:

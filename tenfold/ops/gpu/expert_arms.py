@@ -76,13 +76,12 @@ def label(name: str) -> str:
 def kind(name: str) -> Kind:
     if name == DENSE:
         return tiles.DENSE
-    format = format_of(name)
-    return Kind(format.kind, format.zero, 1, format.activations == 8)
+    return tiles.kind_named(format_of(name))
 
 
 def name_of(found: Kind) -> str:
     """The format of a kind of tiles, without groups."""
-    return found.name + "z" * found.zeros + "a8" * found.acts8
+    return found.codes + "z" * found.zeros + "a8" * found.acts8
 
 
 def work_of(own: Experts, top: int, tokens: int, dtype: torch.dtype) -> ExpertsWork | None:
@@ -233,7 +232,7 @@ def products(
         return grouped.products(plan, x, by, shares, *own.stacked, own.act)
     if isinstance(plan, experts_packed.PackedExpertsPlan):
         assert own.tiled is not None
-        if gathered is None and not plan.digits:
+        if gathered is None and experts_packed.gathers(plan, own.tiled[0]):
             gathered = experts.gather(x, by, shares)
         return experts_packed.products(plan, sms, x, gathered, by, shares, *own.tiled, own.act)
     assert own.stacked is not None

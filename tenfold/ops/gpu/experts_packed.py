@@ -25,7 +25,6 @@ from tenfold.ops.tiles import COLS, NAMES, ROWS, Kind, Tiled
 WIDTHS = (8, 16, 32, 64, 128, 192)  # the last for 8 bits alone: registers
 LIMIT = 17408  # bytes of a warpgroup's tiles in a stage, where that holds more than one: four of 4 bits
 MOST_STAGES = 8
-SOME = 32  # picks of a tile from which on activations are rounded where a format says so
 MANY = 64  # picks of a tile from which on products may be bound by arithmetic
 DIGIT_WIDTHS = (2, 4, 8)  # of plans of digits
 DIGITS = 4  # columns of a pick
@@ -125,12 +124,12 @@ def candidates(picks: int, experts: int, kinds: tuple[Kind, ...]) -> Iterator[Pa
     for width in WIDTHS:
         if not min(each / 4, 128) <= width <= max(8, 4 * each):
             continue
-        acts8 = width >= SOME and any(kind.acts8 for kind in kinds)
+        acts8 = any(map(rounded, kinds))
         if width > MANY:
             sizes = [(128, 1, 1, acts8, cluster) for cluster in (1, 2)]
         else:
-            shapes = ((64, 2), (128, 1))
-            sizes = [(*shape, tiles, acts8, 1) for shape in shapes for tiles in (1, 2, 4) if width * tiles <= 2 * MANY]
+            shapes = [(*shape, tiles) for shape in ((64, 2), (128, 1)) for tiles in (1, 2, 4)]
+            sizes = [(*shape, eight, 1) for shape in shapes if width * shape[2] <= 2 * MANY for eight in {False, acts8}]
         for height, blocks, tiles, eight, cluster in sizes:
             found = deepest(width, height, blocks, tiles, eight, cluster, kinds)
             if found is not None:
@@ -183,12 +182,13 @@ def plan(picks: int, experts: int, kinds: tuple[Kind, ...]) -> PackedExpertsPlan
         if found is not None:
             return found
     each = picks / max(1, min(picks, experts))
-    widths = WIDTHS if all(map(rounded, kinds)) else WIDTHS[:-1]
+    eights = [rounded(kind) for kind in kinds]
+    widths = WIDTHS if all(eights) else WIDTHS[:-1]
     width = next((w for w in widths if w >= 1.5 * each), widths[-1])
     if width >= MANY:
-        found = deepest(width, 128, 1, 1, any(kind.acts8 for kind in kinds), 1, kinds)
+        found = deepest(width, 128, 1, 1, any(eights), 1, kinds)
     else:
-        found = deepest(width, 64, 2, 4 if width <= 16 else 2, False, 1, kinds)
+        found = deepest(width, 64, 2, 4 if width <= 16 else 2, all(eights), 1, kinds)
     assert found is not None
     return found
 
@@ -217,17 +217,22 @@ def takes(x: Tensor, gate_up: Tiled, down: Tiled) -> bool:
 
 def code(kind: Kind, acts8: bool) -> int:
     """A kind as the kernel counts them."""
-    return NAMES.index(kind.name) + 6 * kind.zeros + 12 * kind.scales + 36 * acts8
+    return NAMES.index(kind.name) + len(NAMES) * (kind.zeros + 2 * kind.scales + 6 * acts8)
 
 
 def rounded(kind: Kind) -> bool:
     """Whether products of a kind may take activations of 8 bits."""
-    return kind.acts8 and kind.name in ("int4", "fp8") and not kind.zeros
+    return kind.acts8 and kind.name in ("sign4", "fp8")
 
 
 def rounds(chosen: PackedExpertsPlan, kind: Kind, cols: int) -> bool:
     """Whether they do."""
     return chosen.acts8 and rounded(kind) and cols % 16 == 0
+
+
+def gathers(chosen: PackedExpertsPlan, w: Tiled) -> bool:
+    """Whether a product reads picks of 16 bits by place."""
+    return not chosen.digits and boxes_in(chosen, w) == 2
 
 
 def boxes_in(chosen: PackedExpertsPlan, w: Tiled) -> int:
@@ -246,9 +251,9 @@ def products(
     down: Tiled,
     act: str,
 ) -> Tensor:
-    """What each pick gives, times its weight: [T * K, rows]. gathered: x by place, which plans of digits do without."""
+    """What each pick gives, times its weight: [T * K, rows]. gathered: x by place, where it `gathers`."""
     halfway, parts = (x.new_empty(shares.numel(), size) for size in (down.cols, down.rows))
-    first = x if gathered is None else gathered  # which plans of digits do not read
+    first = x if gathered is None else gathered
     product(
         chosen, sms, first, operand(chosen, x, gate_up, by.order, shares.shape[1]), gate_up, halfway, by, shares, act
     )

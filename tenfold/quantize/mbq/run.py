@@ -182,15 +182,10 @@ def followed(path: Path, new: Recipe) -> Recipe:
     return found
 
 
-def stored_format(scheme: Scheme) -> Format:
-    """Raises ValueError where there is none."""
-    return replace(format_of_scheme(scheme), activations=scheme.activations)
-
-
 def check_scheme(subject: Subject, scheme: Scheme, wish: Wish) -> None:
     """Raises ValueError where files or matrices do not take a scheme."""
     check_layout(wish.layout, scheme)
-    format = stored_format(scheme)
+    format = format_of_scheme(scheme)
     for part in NAMES:
         cols = subject.linear(0, part).weight.cols
         why = format.obstacle(cols)
@@ -216,7 +211,7 @@ def check_tower(checkpoint: Checkpoint, wish: Wish) -> None:
 
 def tower_names(checkpoint: Checkpoint, scheme: Scheme) -> list[str]:
     """Matrices of a tower's blocks, but for those whose columns the format or blocks of the CPU kernels cannot hold."""
-    format, multiple = stored_format(scheme), math.lcm(LOAD_COLS, scheme.group or 1)
+    format, multiple = format_of_scheme(scheme), math.lcm(LOAD_COLS, scheme.group or 1)
     found = []
     for name in filter(TOWER.fullmatch, sorted(checkpoint.names())):
         shape = checkpoint.tensor(name).shape
@@ -303,7 +298,7 @@ class Writer:
         return tensors
 
     def stored(self, module: str, scheme: Scheme, held: Packed) -> dict[str, Tensor]:
-        self.formats[module] = format = stored_format(scheme)
+        self.formats[module] = format = format_of_scheme(scheme)
         name = self.named(f"{module}.weight").removesuffix(".weight")
         return tensors_of(self.wish.layout, name, format, held)
 

@@ -330,13 +330,13 @@ class TestOnGpu:
     @pytest.mark.parametrize(
         "mix", [("fp8a8",), ("int4g128a8",), ("int4g128a8", "int3g128", "fp8a8", "dense")], ids=str
     )
-    @pytest.mark.parametrize("width", [64, 128, 192])
+    @pytest.mark.parametrize("width", [8, 32, 64, 128, 192])
     def test_activations_of_8_bits(self, width: int, mix: tuple[str, ...]) -> None:
         """As far from the exact sums as rounding activations to float8 explains, and further than without."""
         x, ids, weights, gate_up, down, residual = case(mix, 500, torch.bfloat16, 512, 256)
         want = exact(x, ids, weights, gate_up, down, residual, "silu")
         by = sort(ids, COUNT, width)
-        plan = lambda acts8: Plan(width, 128, 2, acts8=acts8, cluster=1 + (width == 128))  # noqa: E731
+        plan = lambda acts8: Plan(width, 128, 2, span=2 if width < 64 else 1, acts8=acts8, cluster=1 + (width == 128))  # noqa: E731
         found = [run(plan(acts8), x, by, weights, gate_up, down, "silu", residual) for acts8 in (False, True)]
         off, error = ((each - want).norm() / want.norm() for each in found)
         assert off < 0.01
@@ -414,7 +414,8 @@ def test_plans_by_name_and_by_the_picks_of_an_expert() -> None:
         assert not any(plan.acts8 for plan in every)
     eight = (tiles.Kind("fp8", scales=2, acts8=True),)
     assert packed.plan(65536, 128, eight).acts8
-    assert not packed.plan(64, 128, eight).acts8
+    assert packed.plan(64, 128, eight).acts8
+    assert not packed.plan(64, 128, (*eight, tiles.DENSE)).acts8
     assert packed.plan(65536, 128, eight).width == 192
     assert packed.plan(65536, 128, (*eight, tiles.DENSE)).width == 128
     wide = Plan(192, 128, 3, acts8=True)

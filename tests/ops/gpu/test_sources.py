@@ -22,11 +22,11 @@ RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 EXPERTS = {"FLOAT32": 0, "STAGES": 4, "BLOCKS": 1, "CLUSTER": 1}
 KINDS = {
-    f"K{i}": name + 6 * (name == 2) + 12 * scales
+    f"K{i}": name + 7 * (name == 2) + 14 * scales
     for i, (name, scales) in enumerate(zip((0, 1, 2, 3, 4, 5, 1, 3), (0, 1, 2, 0, 1, 2, 2, 1)))
 }
 TILES = {"SPAN": 1, "X_BOXES": 2, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "DOWN": 0} | KINDS
-WHOLES = {f"K{i}": name + 6 + 12 * (name % 3) for i, name in enumerate((1, 2, 3, 4))}  # int2, int3, int4, int8
+WHOLES = {f"K{i}": name + 7 + 14 * (name % 3) for i, name in enumerate((1, 2, 3, 4))}  # int2, int3, int4, int8
 DIGITS = TILES | WHOLES | {"KINDS": 4, "ACTS8S": 0, "DIGITS": 1, "WITH_BYTES": 1, "PAIRS": 3, "THIRDS": 2}
 SPREAD = {"TOP": 8, "WITH_BYTES": 1, "WITH_PAIRS": 1, "WITH_THIRDS": 1}
 ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 32}
@@ -68,15 +68,15 @@ SOURCES = [
     ("experts_packed.cu", EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 16, "KINDS": 8, "ACTS8S": 0}),
     (
         "experts_packed.cu",
-        EXPERTS | TILES | {"HALF": 1, "GATE": 0, "N": 128, "KINDS": 2, "ACTS8S": 3, "K0": 39, "K1": 65},
+        EXPERTS | TILES | {"HALF": 1, "GATE": 0, "N": 128, "KINDS": 2, "ACTS8S": 3, "K0": 48, "K1": 75},
     ),
     (
         "experts_packed.cu",
-        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 192, "X_BOXES": 1, "KINDS": 2, "ACTS8S": 3, "K0": 51, "K1": 65},
+        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 192, "X_BOXES": 1, "KINDS": 2, "ACTS8S": 3, "K0": 62, "K1": 75},
     ),
     (
         "experts_packed.cu",
-        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 64, "ROWS": 256, "X_BOXES": 1, "KINDS": 1, "ACTS8S": 1, "K0": 51},
+        EXPERTS | TILES | {"HALF": 0, "GATE": 1, "N": 64, "ROWS": 256, "X_BOXES": 1, "KINDS": 1, "ACTS8S": 1, "K0": 62},
     ),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BLOCKS": 2, "SPAN": 4}),
     ("experts_packed.cu", EXPERTS | DIGITS | {"HALF": 1, "GATE": 2, "N": 16, "BLOCKS": 2}),

@@ -5,7 +5,8 @@
 // several tiles a stage where they are small. Codes become exact 16-bit numbers in the registers that wgmma takes its
 // 64-row operand from; a tile's sum is scaled in float32. While 64 columns are multiplied the next become numbers.
 //
-// Kinds with ACTS8 take float8 codes, or 4-bit ones made float8, and picks as float8 with a scale each, whose columns lie
+// Kinds with ACTS8 take float8 codes, or signs and magnitudes of 4 bits, which a mask makes the smallest numbers of float8,
+// and picks as float8 with a scale each, whose columns lie
 // as the codes of a lane do: of every 16, number 4 t + 2 c + h is column 2 t + 8 h + c.
 //
 // The warp that fills the ring tells the others with each stage of what kind it is.
@@ -16,7 +17,7 @@
 // Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64 to 256), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu
 // · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in a stage ·
 // X_BOXES that a tile takes at most: 1 where all kinds have acts8, or digits of one order, else 2 · KINDS kinds, K0 to K7:
-// name + 6 zeros + 12 scales + 36 acts8, as ops/tiles.py counts them · ACTS8S: a bit for each kind with acts8 · DIGITS, then
+// name + 7 zeros + 14 scales + 42 acts8, as ops/tiles.py counts them · ACTS8S: a bit for each kind with acts8 · DIGITS, then
 // N 8 to 32, CLUSTER 1, and PAIRS: a bit for each kind that takes digits in the order of pairs, THIRDS: and the one behind
 // it, too · WITH_BYTES: there is an order before those (spread.h).
 
@@ -61,16 +62,9 @@ __device__ __forceinline__ uint2 piece_8(u32 at) {
     return v;
 }
 
-// Codes 0 to 15 in the bytes of a word, less 8, as float8 e4m3 times 2^-9: the bits of its smallest numbers count.
-__device__ __forceinline__ u32 eighths_of(u32 word) {
-    const u32 t = word ^ 0x08080808u;       // what is left of codes from 8 on; else 8 more than the code
-    const u32 below = t >> 3 & 0x01010101u;  // 1 where the number is negative, and then it is 16 - t
-    return (t ^ below * 15u) + below * 0x81u;
-}
-
 template <int ID> struct Kind {
-    static constexpr int NAME = ID % 6, ZEROS = ID / 6 % 2, SCALES = ID / 12 % 3, ACTS8 = ID / 36;
-    static constexpr int BITS = NAME == 0 ? 16 : NAME <= 3 ? NAME + 1 : 8;
+    static constexpr int NAME = ID % 7, ZEROS = ID / 7 % 2, SCALES = ID / 14 % 3, ACTS8 = ID / 42, SIGNS = NAME == 6;
+    static constexpr int BITS = NAME == 0 ? 16 : NAME <= 3 ? NAME + 1 : SIGNS ? 4 : 8;
     static constexpr int CODES = 64 * 128 / 8 * BITS, NUMBER = SCALES == 2 ? 4 : 2;  // bytes
     static constexpr int BYTES = CODES + (NAME ? 64 * NUMBER * (1 + ZEROS) : 0);
     static constexpr int MIDDLE = NAME == 1 ? 2 : NAME == 2 ? 4 : NAME == 3 ? 8 : 0;
@@ -88,7 +82,7 @@ template <int ID> struct Kind {
         return f;
     }
 
-    // A row's scale, and its zero. What `eighths_of` makes of codes is 512 times too small.
+    // A row's scale, and its zero. Magnitudes as float8 are 512 times too small.
     static __device__ __forceinline__ float scale(u32 tile, int row) {
         if constexpr (NAME == 0) return 1.f;
         return number(tile + CODES + row * NUMBER) * (ACTS8 && BITS == 4 ? 512.f : 1.f);
@@ -130,6 +124,17 @@ template <class K> struct Codes {
                         number = pick(at < 2 ? high << (2 - at) : high >> (at - 2), 0x00040004u, number);
                     }
                     a[k][r] = less(number, r & 1 ? zero_lower : zero_upper);
+                }
+        } else if constexpr (K::SIGNS) {
+            const uint4 v = piece_16(tile + (warp * 2 + unit) * 512 + lane * 16);
+            const u32 each[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    const u32 word = r & 1 ? __funnelshift_r(each[k], each[k], 4) : each[k];
+                    const u32 magnitude = minus(pick(word >> (r & 2) * 4, 0x00070007u, MAGIC), MAGIC);
+                    a[k][r] = (r & 2 ? word : word << 8) & 0x80008000u ^ magnitude;
                 }
         } else if constexpr (K::BITS == 4) {
             const uint4 v = piece_16(tile + (warp * 2 + unit) * 512 + lane * 16);
@@ -176,7 +181,7 @@ template <class K> struct Codes {
         }
     }
 
-    // All of a tile's columns as float8.
+    // All of a tile's columns as float8, whose smallest numbers are three bits and a sign.
     static __device__ __forceinline__ void convert_8(Fragment (&a)[4], u32 tile, int warp, int lane) {
         if constexpr (K::BITS == 8) {
 #pragma unroll
@@ -191,8 +196,8 @@ template <class K> struct Codes {
                 const u32 each[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    a[i * 2 + k / 2][k % 2 * 2] = eighths_of(each[k] & 0x0f0f0f0fu);
-                    a[i * 2 + k / 2][k % 2 * 2 + 1] = eighths_of(each[k] >> 4 & 0x0f0f0f0fu);
+                    a[i * 2 + k / 2][k % 2 * 2] = each[k] & 0x87878787u;
+                    a[i * 2 + k / 2][k % 2 * 2 + 1] = __funnelshift_r(each[k], each[k], 4) & 0x87878787u;
                 }
             }
         }
