@@ -22,9 +22,9 @@ Tensors of a matrix of `rows` outputs and `cols` inputs, contiguous, in this ord
   and, as groups are multiples of 32, of one group; 16 bytes of int2 hold 64 columns, 16 of int1 and 48 of int3 128.
   `cols` is a multiple of 32 (int4), 64 (int2), 128 (int1, int3) or 16, so that every row starts at a multiple of 16
   bytes.
-- int4: codes are 0..15; without `z` the zero is 8, and with `a8` our own rounding leaves out code 0: tensor cores then
-  take signs and magnitudes as they lie (ops/tiles.py), but checkpoints may have it. Word w of a row holds columns 8w .. 8w+7. Its nibble i (bits 4i to
-  4i+3) is column 8w + 2i and its nibble i + 4 is column 8w + 2i + 1, for i = 0..3:
+- int4: codes are 0..15; without `z` the zero is 8. With `a8` our own rounding leaves out code 0, since tensor cores
+  then take signs and magnitudes as they lie (ops/tiles.py); checkpoints may have it. Word w of a row holds columns
+  8w .. 8w+7. Its nibble i (bits 4i to 4i+3) is column 8w + 2i and its nibble i + 4 is column 8w + 2i + 1, for i = 0..3:
 
       bits   31-28 27-24 23-20 19-16 15-12 11-8  7-4   3-0
       column     7     5     3     1     6    4    2     0
