@@ -16,7 +16,7 @@ def test_a_step_is_the_difference_of_runs() -> None:
 
 
 def test_the_longest_come_first_and_what_ran_no_time_is_left_out() -> None:
-    told = profile.lines({"a": Kernel(2, 3.0), "b": Kernel(1, 5.0), "c": Kernel(0.0, 0.0)})
-    assert [line.split()[-1] for line in told] == ["all", "b", "a"]
-    assert told[0].strip() == "8.0 us in all"
+    told = profile.lines({"a": Kernel(2, 3.0), "b": Kernel(1, 5.0), "c": Kernel(0.0, 0.0)}, 6.5)
+    assert [line.split()[-1] for line in told] == ["clock", "b", "a"]
+    assert told[0].strip() == "8.0 us in all, 6.5 us by the clock"
     assert "1.50" in told[2]
