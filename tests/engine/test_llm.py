@@ -407,13 +407,14 @@ def test_generate_on_an_engine_that_dies(caplog):
 
 def test_close_ends_open_requests():
     llm = make(gate=True)
+    engine = llm._loop.engine  # which is gone as soon as the loop has ended
     stream = llm.stream("abc", ENDLESS)
-    llm._loop.engine.let(2)
+    engine.let(2)
     next(stream)
     closing = threading.Thread(target=llm.close)
     closing.start()
     wait_until(lambda: llm._loop._closing)
-    llm._loop.engine.open()
+    engine.open()
     closing.join()
     assert [o.finish for o in stream][-1] is FinishReason.ABORT
     with pytest.raises(EngineDead, match="The engine was closed"):
