@@ -19,7 +19,7 @@ from torch import Tensor
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.formats import format_of, is_format
 from tenfold.ops.gemm import dense, flat, gemv, lowbit
-from tenfold.ops.gpu import bulk, nvrtc, quantize, ring, ring_packed, stream, stream_packed, sums
+from tenfold.ops.gpu import bulk, nvrtc, quantize, ring, ring_packed, stream, stream_packed, sums, w4a8
 from tenfold.ops.gpu import norm as norms
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
@@ -274,6 +274,15 @@ def float8() -> Packed:
     )
 
 
+def nibbles() -> Packed:
+    """Weights of 4 bits by float8."""
+
+    def run(plan: Any, context: Context, x: Tensor, w: Matrix, fused: Fused) -> Tensor:
+        return w4a8.run(plan, context.sms, x, w, *fused.all())
+
+    return Packed(w4a8, w4a8.takes, lambda work, sms: w4a8.candidates(work.tokens, work.rows, work.cols), run)
+
+
 def run_stream(plan: stream.StreamPlan, context: Context, x: Tensor, w: Tensor, fused: Fused) -> Tensor:
     return stream.run(plan, context.sms, x, w, *fused.all(), float32=fused.float32)
 
@@ -301,6 +310,7 @@ FAMILIES: dict[str, Family] = {
     **{kind: streamed(kind) for kind in stream_packed.CODES},
     **{kind: through_ring(kind) for kind in ring_packed.CODES},
     ring.FLOAT8: float8(),
+    "w4a8": nibbles(),
     **dict.fromkeys(lowbit.KINDS, TRITON),
 }
 OWN = ("stream", "bulk", "ring", "flat")  # flat products of ours, the paper's ImplB
@@ -348,6 +358,8 @@ def own_packed(work: Work, sms: int) -> Iterator[str]:
     through = ring_packed.kind_of(work.format)
     if through and work.tokens <= ring_packed.MOST_TOKENS:
         yield str(ring_packed.rule(through, *sizes, sms) or "")
+    if w4a8.takes(work.format):
+        yield str(w4a8.rule(*sizes, sms) or "")
     yield str(lowbit.plan(work.rows, work.cols, work.tokens, format_of(work.format), sms))
 
 
@@ -403,7 +415,7 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    names = "norm quantize bulk ring ring_packed stream stream_packed decode green experts experts_packed"
+    names = "norm quantize bulk ring ring_packed stream stream_packed w4a8 decode green experts experts_packed"
     ours = [here / f"{name}.py" for name in names.split()]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])

@@ -212,10 +212,11 @@ class _Block(ctypes.Structure):
 
 class TensorMap:
     """How the tensor copy engine finds boxes of `height` rows and 128 bytes in matrices of 16- or 8-bit numbers. Rows
-    and columns past the end read as zero, and so do matrices. Boxes land in shared memory with the 128-byte swizzle.
+    and columns past the end read as zero, and so do matrices. Boxes land in shared memory with the 128-byte swizzle,
+    but row by row where they are less wide.
     """
 
-    def __init__(self, matrices: Tensor, height: int | tuple[int, ...]) -> None:
+    def __init__(self, matrices: Tensor, height: int | tuple[int, ...], width: int = 128) -> None:
         """matrices [..., rows, cols], up to five dimensions, cols contiguous, other strides whole 16 bytes in any
         order; it must outlive the map. height: up to 256; a tuple is the size of a box in as many dimensions in front
         of the last. Coordinates of a box are given from the last dimension on. Raises RuntimeError.
@@ -227,28 +228,28 @@ class TensorMap:
         block = _Block.from_address(address + -address % 64)
         sizes = (ctypes.c_uint64 * rank)(*reversed(matrices.shape))
         strides = (ctypes.c_uint64 * (rank - 1))(*(each * stride for stride in reversed(matrices.stride()[:-1])))
-        box = (ctypes.c_uint32 * rank)(128 // each, *reversed(sides), *[1] * (rank - 1 - len(sides)))
+        box = (ctypes.c_uint32 * rank)(width // each, *reversed(sides), *[1] * (rank - 1 - len(sides)))
         steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         driver = _driver()
         # CU_TENSOR_MAP_DATA_TYPE_UINT8, _BFLOAT16, _FLOAT16
         kind = 0 if each == 1 else 9 if matrices.dtype == torch.bfloat16 else 6
-        # no interleave; 128-byte swizzle; L2 promotion to 256 bytes; zeros out of bounds
+        # no interleave; 128-byte swizzle or none; L2 promotion to 256 bytes; zeros out of bounds
         status = driver.cuTensorMapEncodeTiled(
             *(ctypes.byref(block), kind, rank, ctypes.c_void_p(matrices.data_ptr())),
-            *(sizes, strides, box, steps, 0, 3, 3, 0),
+            *(sizes, strides, box, steps, 0, 3 if width == 128 else 0, 3, 0),
         )
         check(driver, status, "cuTensorMapEncodeTiled")
         self.bytes = bytes(block)
 
 
-def tensor_map(matrices: Tensor, height: int | tuple[int, ...]) -> TensorMap:
+def tensor_map(matrices: Tensor, height: int | tuple[int, ...], width: int = 128) -> TensorMap:
     """`TensorMap`, from those made before: a map depends on nothing but where numbers lie and how."""
-    key = (matrices.data_ptr(), matrices.dtype, matrices.shape, matrices.stride(), height)
+    key = (matrices.data_ptr(), matrices.dtype, matrices.shape, matrices.stride(), height, width)
     found = _maps.get(key)
     if found is None:
         if len(_maps) >= MOST_MAPS:
             _maps.clear()
-        found = _maps[key] = TensorMap(matrices, height)
+        found = _maps[key] = TensorMap(matrices, height, width)
     return found
 
 

@@ -39,13 +39,21 @@ def for_tiles(x: Tensor, order: Tensor | None = None, top: int = 1) -> tuple[Ten
     return _launch(x, len(x) if order is None else len(order), None, 1, order, top)
 
 
+def for_nibbles(x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """The same in the order of columns of csrc/w4a8.cu, filled up with zeros to whole 128, and float32 [T, 2]: scales,
+    and the sums of the codes of tokens.
+    """
+    return _launch(x, len(x), norm, 2)
+
+
 def _launch(
     x: Tensor, rows: int, norm: Norm | None, tiles: int = 0, order: Tensor | None = None, top: int = 1
 ) -> tuple[Tensor, Tensor]:
     cols = x.shape[1]
-    codes = torch.empty(rows, cols, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    vectors = -(-cols // (8 * THREADS))
+    whole, numbers = (-(-cols // GROUP) * GROUP, (rows, 2)) if tiles == 2 else (cols, (rows,))
+    codes = torch.empty(rows, whole, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(numbers, dtype=torch.float32, device=x.device)
+    vectors = -(-whole // (8 * THREADS))
     macros = {
         "HALF": nvrtc.HALF[x.dtype],
         "NORM": int(norm is not None),

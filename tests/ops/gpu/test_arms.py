@@ -98,6 +98,9 @@ def test_buckets(tokens: int, bucket: int) -> None:
         (Work(28672, 4096, "int4g128z", Use(norm=True, act="silu"), 64), "ring4"),
         (Work(6144, 4096, "int4g128", Use(), 65), "fused"),
         (Work(6144, 4096, "int8g128o", Use(), 1), "fused"),
+        (Work(6144, 4096, "int4a8", Use(norm=True, act="silu"), 65), "w4a8"),
+        (Work(6144, 4096, "int4a8", Use(), 64), "ring4"),
+        (Work(6136, 4096, "int4a8", Use(), 1000), "dense"),  # rows that are no multiple of 16
         (Work(6144, 4096, "int4g64", Use(), 1), "fused"),
         (Work(6144, 4096, "int1g128z", Use(norm=True, act="silu"), 1), "fused"),
         (Work(6144, 4096, "int1g128z", Use(), 64), "fused"),

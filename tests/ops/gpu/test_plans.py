@@ -225,7 +225,7 @@ def test_steps_are_padded_to_few_shapes(requests: int, pages: int) -> None:
 
 def test_memory_that_is_used_again_for_other_numbers_has_another_map(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.dtype] = []
-    monkeypatch.setattr(nvrtc, "TensorMap", lambda matrix, height: made.append(matrix.dtype) or len(made))
+    monkeypatch.setattr(nvrtc, "TensorMap", lambda matrix, height, width: made.append(matrix.dtype) or len(made))
     monkeypatch.setattr(nvrtc, "_maps", {})
     monkeypatch.setattr(nvrtc, "MOST_MAPS", 2)
     memory = torch.zeros(8, 64, dtype=torch.bfloat16)

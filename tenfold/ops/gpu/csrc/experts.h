@@ -99,6 +99,11 @@ struct Homes {
     }
 };
 
+// Of two pairs of 16-bit numbers.
+__device__ __forceinline__ u32 sum_of(u32 a, u32 b) {
+    return pack(to_float(a & 0xffff) + to_float(b & 0xffff), to_float(a >> 16) + to_float(b >> 16));
+}
+
 __device__ __forceinline__ void store_matrices(u32 to, u32 first, u32 second) {
 #if GATE
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(first) : "memory");
@@ -109,8 +114,8 @@ __device__ __forceinline__ void store_matrices(u32 to, u32 first, u32 second) {
 
 // A warpgroup's sums of its 64 rows and of a tile's picks, as wgmma leaves them, by way of `memory` of STORE_BYTES. feature:
 // its first. With a gate the upper eight of a warp's rows are gate and the lower eight up of the same features.
-// With digits two lanes have the sums of a pick, and without a gate each stores one row of them.
-__device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, const Tile &tile, const Homes &homes, u32 memory, int feature, int outputs) {
+// With digits two lanes have the sums of a pick, and without a gate each stores one row of them. residual: by place, or null.
+__device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, const Tile &tile, const Homes &homes, u32 memory, int feature, int outputs, const u16 *residual = nullptr) {
     const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31, group = threadIdx.x >> 7;
     const u32 rows = memory + PICKS * 8;
 #if DOWN
@@ -172,7 +177,12 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
 #if DOWN
             asm volatile("ld.shared.u32 %0, [%1];" : "=r"(at) : "r"(memory + (turn * TURN + pick) * 8));
 #endif
-            *(uint4 *)((u16 *)out + (size_t)at * outputs + feature + piece * 8) = v;
+            const size_t there = (size_t)at * outputs + feature + piece * 8;
+            if (residual) {
+                const uint4 r = *(const uint4 *)(residual + there);
+                v.x = sum_of(v.x, r.x), v.y = sum_of(v.y, r.y), v.z = sum_of(v.z, r.z), v.w = sum_of(v.w, r.w);
+            }
+            *(uint4 *)((u16 *)out + there) = v;
         }
     }
 }

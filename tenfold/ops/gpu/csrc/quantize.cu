@@ -1,8 +1,10 @@
 // Tokens to float8 e4m3, RMS-normed first or not: codes[t] = x[t] / scales[t], where the largest of a token becomes 448. A
 // block takes a token. The kernel behind may begin at once and fetch weights meanwhile (programmatic dependent launch).
 //
-// TILES: columns as experts_packed.cu wants them, of every 16 number 4 t + 2 c + h is column 2 t + 8 h + c; and where there
-// is an order of picks, each is its token.
+// TILES 1: columns as experts_packed.cu wants them, of every 16 number 4 t + 2 c + h is column 2 t + 8 h + c; and where
+// there is an order of picks, each is its token.
+// TILES 2: as w4a8.cu wants them, of every 128 number 32 j + 16 h + 4 t + i is column 32 t + 8 j + 2 h + (0, 4, 1, 5)[i],
+// filled up with zeros; scales[t] is a pair then, behind the scale stands the sum of a token's codes.
 //
 // Compile-time: HALF 0 bfloat16, 1 float16 · NORM · VECTORS of 8 columns of a thread · TILES · TOP picks of a token.
 
@@ -28,7 +30,7 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const i
     }
 #endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const size_t row = (size_t)blockIdx.x * vectors, from = TILES && order ? (size_t)(order[blockIdx.x] / TOP) * vectors : row;
+    const size_t row = (size_t)blockIdx.x * vectors, from = TILES == 1 && order ? (size_t)(order[blockIdx.x] / TOP) * vectors : row;
     float values[VECTORS][8], square = 0.f, largest = 0.f;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
@@ -57,13 +59,11 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const i
 #pragma unroll
     for (int w = 0; w < WARPS; w++) square += squares[w], largest = fmaxf(largest, largests[w]);
     const float inverse = largest > 0.f ? __fdiv_rn(448.f, largest) : 0.f;
-    if (tid == 0) {
-        float scale = __fdiv_rn(largest, 448.f);
+    float scale = __fdiv_rn(largest, 448.f), sum = 0.f;
 #if NORM
-        scale *= rsqrtf(square / cols + eps);
+    scale *= rsqrtf(square / cols + eps);
 #endif
-        scales[blockIdx.x] = scale;
-    }
+    if (TILES < 2 && tid == 0) scales[blockIdx.x] = scale;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int v = tid + i * THREADS;
@@ -74,15 +74,43 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const i
             u16 pair;
             asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(values[i][j * 2 + 1] * inverse), "f"(values[i][j * 2] * inverse));
             pairs[j] = pair;
+#if TILES == 2
+            u32 halves;
+            float low, high;
+            asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+            asm("cvt.f32.f16 %0, %1;" : "=f"(low) : "h"((u16)halves));
+            asm("cvt.f32.f16 %0, %1;" : "=f"(high) : "h"((u16)(halves >> 16)));
+            sum += low + high;
+#endif
         }
         u32 first = pairs[0] | pairs[1] << 16, second = pairs[2] | pairs[3] << 16;
-#if TILES
+#if TILES == 1
         const bool odd = tid & 1;  // eight columns further
         const u32 own = odd ? second : first, other = __shfl_xor_sync(~0u, odd ? first : second, 1);
         const u32 even = odd ? other : own, further = odd ? own : other;
         first = __byte_perm(even, further, 0x5140), second = __byte_perm(even, further, 0x7362);
         if (v >= vectors) break;
 #endif
+#if TILES == 2
+        const int whole = (vectors + 15) / 16 * 16;
+        if (v >= whole) break;
+        u32 *to = (u32 *)codes + (size_t)blockIdx.x * whole * 2 + v / 16 * 32 + v % 4 * 8 + v / 4 % 4;
+        to[0] = __byte_perm(first, second, 0x5140), to[4] = __byte_perm(first, second, 0x7362);
+#else
         codes[row + v] = make_uint2(first, second);
+#endif
     }
+#if TILES == 2
+#pragma unroll
+    for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+    __syncthreads();
+    if ((tid & 31) == 0) squares[tid >> 5] = sum;
+    __syncthreads();
+    if (tid == 0) {
+        sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += squares[w];
+        ((float2 *)scales)[blockIdx.x] = make_float2(scale, sum);
+    }
+#endif
 }
