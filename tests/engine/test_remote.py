@@ -86,6 +86,11 @@ class Bed:
     def kill(self, how: int = signal.SIGKILL) -> None:
         assert self.loop.pid is not None
         os.kill(self.loop.pid, how)
+        tasks = Path(f"/proc/{self.loop.pid}/task")
+        if how == signal.SIGSTOP and tasks.is_dir():  # its threads end what they are at, one after the other
+            wait_until(
+                lambda: all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in tasks.glob("*/stat"))
+            )
 
     def tell(self, name: str, text: str = "") -> None:
         (self.folder / name).write_text(text)
