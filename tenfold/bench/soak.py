@@ -4,7 +4,9 @@
 Requests of every kind arrive at random (Poisson, at a rate that follows what the engine bears), share beginnings, are
 cancelled at random, and meet so little KV memory that preemptions happen. Samples of pages and memory are taken all
 along. At the end every request must have had exactly one end for each of its sequences, no page may be held, and no
-memory may have grown.
+memory may have grown. `--judged N`: so many greedy answers are held against what the model says of their tokens when
+nothing else runs. `--wander SECONDS`, with `--set schedule=phases`: the border between prompts and answers moves to
+where chance wants it, so often.
 """
 
 import argparse
@@ -35,13 +37,17 @@ from tenfold.bench.serving import resident
 from tenfold.bench.vocabulary import Bytes
 from tenfold.engine.core import Engine
 from tenfold.engine.grammar import Grammars
-from tenfold.engine.request import FinishReason, Grammar, Output, QueueFull, Request, SamplingParams
+from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
+from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, QueueFull, Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 PATIENCE = 30.0  # seconds without a step until the engine hangs
 CROWD = 8  # longest sequences that the KV memory holds, where nobody says otherwise
 CANCELLED = 60  # turns after which a request is cancelled, on average
 MOST_GROWTH = 32.0  # MiB in the second half of a run
+LOOSE = 0.25  # nats that a greedy token may lie below the best: steps of other sizes round otherwise
+AT_ONCE = 8  # answers that are judged at one time
+RIDING = 512  # tokens of prompts in a step of answers, where a wandering border lets them ride
 PREFIXES = 12  # shared beginnings at a time
 MIB = 1 << 20
 
@@ -49,7 +55,8 @@ MIB = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Plan:
     """seconds: of arrivals, of `rate` requests a second at first. every: seconds between samples. settings: of
-    EngineConfig.
+    EngineConfig. judged: greedy answers that are judged in the end, at most. wander: seconds between moves of the
+    border between phases, 0 for none.
     """
 
     model: str
@@ -61,6 +68,8 @@ class Plan:
     every: float = 2.0
     seed: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    judged: int = 0
+    wander: float = 0.0
 
     @property
     def longest(self) -> int:
@@ -113,6 +122,9 @@ class Result:
     slopes: dict[str, float] = field(default_factory=dict)  # MiB an hour over the second half
     growth: dict[str, float] = field(default_factory=dict)  # MiB, last sample over the one in the middle
     prefix_hit_tokens: int = 0
+    judged: int = 0  # greedy answers
+    farthest: float = 0.0  # nats that a token of theirs was below the best
+    border_changes: int = 0
     faults: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
@@ -141,8 +153,14 @@ class Result:
         return (
             f"{'passed' if self.passed else 'FAILED'}: {self.minutes:.1f} min, {self.requests} requests ({ends}; "
             f"{self.refused} refused, {self.cancelled} cancelled), {self.steps} steps, {self.preemptions} preemptions, "
-            f"{self.pages_held} pages held at the end; {slopes}; {faults}"
+            f"{self.pages_held} pages held at the end; {self.also()}{slopes}; {faults}"
         )
+
+    def also(self) -> str:
+        """What only some runs look at."""
+        judged = f"{self.judged} greedy answers judged, at most {self.farthest:.3f} nats below the best; "
+        moved = f"{self.border_changes} moves of the border; "
+        return judged * bool(self.judged) + moved * bool(self.border_changes)
 
     def plain(self) -> dict[str, Any]:
         return {"suite": "soak", "lines": [self.line()]} | asdict(self)
@@ -150,7 +168,7 @@ class Result:
 
 def loaded(data: Mapping[str, Any]) -> Result:
     """The result that `plain` made."""
-    own = {f.name: data[f.name] for f in fields(Result)}
+    own = {f.name: data[f.name] for f in fields(Result) if f.name in data}  # older files have fewer
     return Result(**own | {"samples": [Sample(**sample) for sample in data["samples"]]})
 
 
@@ -246,6 +264,21 @@ class Watch:
                 return
 
 
+class Wandering:
+    """A controller that moves the border to where chance wants it; in every third place prompts ride in the steps of
+    answers.
+    """
+
+    def __init__(self, splits: Sequence[Split], seed: int) -> None:
+        self.splits = list(splits)
+        self.targets = Targets(1.0, 1.0)
+        self._rng = random.Random(seed)
+
+    def decide(self, seen: Observed, now: Split) -> Decision:
+        split = self._rng.choice([one for one in self.splits if one != now] or [now])
+        return Decision(split, "a soak lets it wander", RIDING if self._rng.random() < 1 / 3 else 0)
+
+
 class Soak:
     """One run on one engine, whose only user it is."""
 
@@ -257,6 +290,7 @@ class Soak:
         self.limits: dict[str, int] = {}  # most tokens of an answer, by request
         self.tokens: Counter[tuple[str, int]] = Counter()
         self.cancels: list[tuple[float, str]] = []  # heap of turns and requests
+        self.greedy: dict[str, tuple[tuple[int, ...], list[int]]] = {}  # prompts and answers to judge
         self.turns = 0
         self.before = engine.stats()  # what the warm-up counted
         self.rate = plan.rate
@@ -279,6 +313,7 @@ class Soak:
             self.turn()
         self.sample()
         self.close()
+        self.judge()
 
     def follow(self) -> None:
         """More arrivals while hardly anybody waits, fewer once the queue is long: the engine stays crowded."""
@@ -309,6 +344,8 @@ class Soak:
         self.open[request.id] = set(range(count))
         self.limits[request.id] = request.params.max_tokens or 0
         self.result.kinds[kind] = self.result.kinds.get(kind, 0) + 1
+        if kind in ("greedy", "greedy again") and len(self.greedy) < self.plan.judged:
+            self.greedy[request.id] = request.prompt, []
         if self.rng.random() < 0.12:
             heapq.heappush(self.cancels, (self.turns + self.rng.expovariate(1 / CANCELLED), request.id))
 
@@ -319,6 +356,8 @@ class Soak:
             self.result.faults.append(f"{name}[{index}] was told something that it did not wait for")
             return
         self.tokens[name, index] += len(output.tokens)
+        if name in self.greedy:
+            self.greedy[name][1].extend(output.tokens)
         if self.tokens[name, index] > self.limits[name]:
             self.result.faults.append(f"{name}[{index}] got more tokens than it asked for")
         if output.finish is None:
@@ -368,6 +407,48 @@ class Soak:
         if not result.preemptions:
             result.faults.append("nobody was preempted: there was too much KV memory for this load")
         result.slopes, result.growth = slopes(result.samples), growth(result.samples)
+        result.border_changes = 0 if self.engine.phases is None else self.engine.phases.changes
+
+    def judge(self) -> None:
+        """Hold greedy answers against what the model says of their tokens when it reads prompt and answer, nothing else
+        under way and nothing cached.
+        """
+        asked = [(name, prompt, answer) for name, (prompt, answer) in self.greedy.items() if answer]
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
+        for at in range(0, len(asked), AT_ONCE):
+            some = asked[at : at + AT_ONCE]
+            for name, prompt, answer in some:
+                self.engine.add(Request(f"judge {name}", (*prompt, *answer[:-1]), params))
+            said: dict[str, Output] = {}
+            while self.engine.has_work:
+                said |= {output.request_id: output for output in self.engine.step() if output.finish is not None}
+                self.watch.beat()
+            for name, prompt, answer in some:
+                self.hold(name, answer[:-1], (said[f"judge {name}"].prompt_logprobs or ())[len(prompt) :])
+
+    def hold(self, name: str, answer: Sequence[int], logprobs: Sequence[Logprob | None]) -> None:
+        """One answer's tokens against what the model says of them."""
+        self.result.judged += 1
+        if len(logprobs) != len(answer):
+            self.result.faults.append(f"{name} has {len(answer)} tokens to judge, of which {len(logprobs)} were judged")
+        for i, (token, said) in enumerate(zip(answer, logprobs)):
+            below = max((p for _, p in said.top), default=0.0) - said.logprob if said is not None else 0.0
+            self.result.farthest = max(self.result.farthest, below)
+            if said is None or said.token != token or below > LOOSE:
+                self.result.faults.append(f"{name} says token {token} at place {i}, {below:.2f} nats below the best")
+                break
+
+
+def wandering(engine: Engine, plan: Plan) -> None:
+    """Let chance move the border of an engine. Raises ValueError where there is none to move."""
+    splits = getattr(engine.phases.lanes, "splits", []) if engine.phases is not None else []
+    if engine.phases is None or not splits:
+        raise ValueError(
+            "--wander moves the border between prompts and answers, and this engine has none; give --set "
+            "schedule=phases, on a GPU with green contexts."
+        )
+    engine.phases.controller = Wandering([*splits, engine.phases.lanes.now], plan.seed)
+    engine.phases.tick = plan.wander
 
 
 def grammars_of(engine: Engine) -> bool:
@@ -424,6 +505,8 @@ def run(
         faulthandler.dump_traceback(sys.stderr)
         hung(result)
 
+    if plan.wander:
+        wandering(engine, plan)
     warm_up(engine, plan)
     watch = Watch(patience, stuck)
     try:
@@ -499,6 +582,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--answers", default="1-384")
     parser.add_argument("--every", type=float, default=2.0, help="seconds between samples")
     parser.add_argument("--seed", type=int, default=1, help="another one for each piece of a long soak")
+    parser.add_argument("--judged", type=int, default=0, help="greedy answers to judge in the end")
+    parser.add_argument("--wander", type=float, default=0.0, help="seconds between moves of the border of phases")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds without a step until it hangs")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
@@ -513,8 +598,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         every=given.every,
         seed=given.seed,
         settings=settings(given.set),
+        judged=given.judged,
+        wander=given.wander,
     )
     command = f"python -m tenfold.bench.soak --device {given.device} --minutes {given.minutes:g} --model {given.model}"
+    command += f" --judged {given.judged}" * bool(given.judged) + f" --wander {given.wander:g}" * bool(given.wander)
+    command += "".join(f" --set {one}" for one in given.set)
     out = Path(given.out)
 
     def hung(result: Result) -> None:

@@ -11,6 +11,7 @@ from tenfold.bench import claims_gpu, soak
 from tenfold.bench.lengths import parse
 from tenfold.bench.soak import Crowd, Plan, Result, Sample, Soak, Watch
 from tenfold.engine.core import Engine
+from tenfold.engine.phases.controller import Observed, Split
 from tenfold.engine.request import FinishReason, Output
 
 PLAN = Plan("shape:tiny@layers=1", "cpu", 2.0, 400.0, parse("8-96"), parse("1-48"), 0.1, settings={"threads": 1})
@@ -42,6 +43,37 @@ def test_a_crowded_engine_comes_through_and_nothing_is_left() -> None:
     assert set(found.kinds) >= {kind for kind in soak.KINDS if "grammar" not in kind}
     assert found.pages == soak.CROWD * (96 + 48 + 16) // 16
     assert soak.loaded(json.loads(json.dumps(found.plain()))) == found
+
+
+def test_greedy_answers_are_judged_when_all_is_over() -> None:
+    found = soak.run(replace(PLAN, seconds=1.0, judged=20), say=lambda _: None)
+    assert found.faults == []
+    assert 10 <= found.judged <= 20
+    assert found.farthest < 1e-3
+    assert f"{found.judged} greedy answers judged" in found.line()
+
+
+def test_an_answer_that_another_prompt_would_have_is_a_fault() -> None:
+    run = made(replace(PLAN, judged=2))
+    run.greedy = {"a": ((1, 2, 3), [9, 8, 7, 6, 5]), "b": ((4,), [])}  # b was cancelled before it had any
+    run.judge()
+    assert run.result.judged == 1
+    assert "a says token 9 at place 0" in run.result.faults[0]
+
+
+def test_a_border_wanders_where_there_is_one() -> None:
+    with pytest.raises(ValueError, match="--set schedule=phases"):
+        soak.run(replace(PLAN, wander=1.0), say=lambda _: None)
+    splits = [Split(132, 132), Split(96, 36), Split(64, 68)]
+    wandering, now, seen = soak.Wandering(splits, 3), splits[0], Observed(None, None, 0, 0.0, 0, 0.0)
+    places, chunks = set(), set()
+    for _ in range(60):
+        decision = wandering.decide(seen, now)
+        assert decision.split != now
+        now = decision.split
+        places.add(now)
+        chunks.add(decision.chunk)
+    assert (places, chunks) == (set(splits), {0, soak.RIDING})
 
 
 def test_too_much_memory_to_preempt_is_a_fault() -> None:
