@@ -541,6 +541,10 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
         of += f"{sum(r.preemptions for r in runs)} preemptions, {sum(r.cancelled for r in runs)} cancelled, "
         of += f"{sum(r.pages_held for r in runs)} pages held, "
         faults = [fault for r in runs for fault in r.faults]
+        if judged := sum(r.judged for r in runs):
+            of += f"{judged} greedy answers judged, at most {max(r.farthest for r in runs):.2f} nats below the best, "
+        if moves := sum(r.border_changes for r in runs):
+            of += f"{moves} moves of the border, "
         note = of + (f"{len(faults)} faults: {faults[0]}" if faults else "no fault, no hang")
         what = f"minutes of soak without fault, {model}"
         good = sum(r.minutes for r in runs if r.passed)
@@ -563,7 +567,8 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
 
 
 def name_of(result: Result) -> str:
-    return result.model.removeprefix("shape:").partition("@")[0]
+    model, schedule = result.model.removeprefix("shape:").partition("@")[0], result.settings.get("schedule", "chunked")
+    return model if schedule == "chunked" else f"{model}, {schedule}"
 
 
 def files(paths: Sequence[str]) -> Iterator[Result]:

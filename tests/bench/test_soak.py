@@ -152,6 +152,14 @@ def test_runs_of_one_model_are_told_together() -> None:
     assert "+18.0, +18.0" in allocated.note
 
 
+def test_schedules_are_told_apart() -> None:
+    phases = result(settings={"schedule": "phases"}, border_changes=540, judged=200, farthest=0.0625)
+    made = {claim.what: claim for claim in soak.claims_of([result(settings={"schedule": "chunked"}), phases])}
+    one = made["minutes of soak without fault, llama-3-8b, phases"]
+    assert "200 greedy answers judged, at most 0.06 nats below the best, 540 moves of the border" in one.note
+    assert "moves" not in made["minutes of soak without fault, llama-3-8b"].note
+
+
 def test_a_run_that_failed_counts_for_nothing() -> None:
     minutes = soak.claims_of([result(), result(), result(faults=["hung"])])[0]
     assert (minutes.value, minutes.met) == (20.0, False)
