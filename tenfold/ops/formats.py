@@ -143,9 +143,14 @@ class Format:
         return self.codes.bits
 
     @property
+    def strict(self) -> bool:
+        """As the function of this name."""
+        return strict(self.bits, self.zero, self.activations)
+
+    @property
     def lowest(self) -> int:
         """The lowest code that rounding gives."""
-        return self.codes.lowest + (self.kind == "int4" and self.activations == 8 and not self.zero)
+        return self.codes.lowest + self.strict
 
     def groups(self, cols: int) -> int:
         """Scales of a row; the last group may be shorter than the others."""
@@ -225,6 +230,11 @@ class Format:
         """One number of each group -> float32 [rows, cols], or [rows, 1] where a row has one group."""
         values = values.float()
         return values if values.shape[1] == 1 else values.repeat_interleave(self.group, dim=1)[:, :cols]
+
+
+def strict(bits: int, zero: bool, activations: int) -> bool:
+    """Whether rounding leaves out the lowest code, which has no opposite."""
+    return bits == 4 and activations == 8 and not zero
 
 
 def two_levels(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,8 +86,8 @@ def kind_named(format: Format, scales: int = 1) -> Kind:
     """Of a format's matrices, if they have codes as our own rounding gives them. Codes of 4 bits with zeros keep
     activations of 16 bits.
     """
-    eight = format.activations == 8 and not (format.kind == "int4" and format.zero)
-    return Kind("sign4" if eight and format.kind == "int4" else format.kind, format.zero, scales, eight)
+    eight = format.activations == 8 and (format.strict or format.kind != "int4")
+    return Kind("sign4" if format.strict else format.kind, format.zero, scales, eight)
 
 
 def kind_of(format: Format, packed: Packed) -> Kind:
@@ -98,22 +98,22 @@ def kind_of(format: Format, packed: Packed) -> Kind:
     return kind
 
 
-def tile(format: Format, packed: Packed, pairs: bool = False) -> Tensor:
+def tile(format: Format, packed: Packed, pairs: bool = False, kind: Kind | None = None) -> Tensor:
     """A packed matrix -> its tiles, uint8 [down, across, bytes of a tile]. pairs: rows are gate, then up, and shall lie
-    in turns of eight, so that a lane has both of a feature.
+    in turns of eight, so that a lane has both of a feature; kind: the matrix's, where it is known.
 
     Raises ValueError for a format that tiles cannot hold.
     """
     if obstacle(format):
         raise ValueError(f"Weights of {format.name} cannot lie in tiles: {obstacle(format)}.")
-    kind = kind_of(format, packed)
+    kind = kind or kind_of(format, packed)
     numbers = format.codes.load(packed.codes).view(torch.uint8)
     cols = numbers.shape[1]
     across = grid(1, cols)[1]
     codes = CODES[kind.codes]
     filling = 0 if codes.bits == 8 else codes.middle
-    spreaded = spread(turned(numbers, pairs, filling), filling)
-    blocks = store_signs(spreaded) if kind.name == "sign4" else store(spreaded, kind.bits)
+    lanes = spread(turned(numbers, pairs, filling), filling)
+    blocks = store_signs(lanes) if kind.name == "sign4" else store(lanes, kind.bits)
     extras = [each for each in (packed.scales, packed.zeros) if each is not None]
     parts = [blocks]
     for values in extras:
@@ -321,7 +321,7 @@ def bank(
             format, packed = format_of(matrix.format), packed_of(matrix)
             kind = kind_of(format, packed)
             if kind in kinds or len(kinds) < MOST_KINDS - 1:
-                data.append(tile(format, packed, pairs))
+                data.append(tile(format, packed, pairs, kind))
                 of.append(kinds.setdefault(kind, len(kinds)))
                 continue
             values = unpack(matrix, dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import Format, Packed, two_levels
+from tenfold.ops.formats import Format, Packed, strict, two_levels
 
 NAME = re.compile(r"w([1-8])(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
 PARAMETER_BITS = 16  # of a scale, and of a zero
@@ -45,7 +45,7 @@ class Scheme:
     @property
     def least(self) -> int:
         """The lowest code that rounding gives, counted from 0."""
-        return int(self.bits == 4 and self.activations == 8 and not self.zero)
+        return int(strict(self.bits, self.zero, self.activations))
 
     def stored_bits(self, cols: int) -> float:
         """Of a weight in a matrix with so many columns, scales and zeros included."""

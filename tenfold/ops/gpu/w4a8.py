@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.formats import format_of, is_format, packed_of
-from tenfold.ops.gpu import hopper, nvrtc, quantize
+from tenfold.ops.gpu import hopper, nvrtc, quantize, stream_packed
 from tenfold.ops.gpu.experts import store_bytes
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
-from tenfold.ops.tiles import SCALES
 
 WIDTHS = (64, 128, 192)
 ROWS = 128
@@ -51,7 +50,7 @@ def takes(format: str) -> bool:
     if not is_format(format):
         return False
     found = format_of(format)
-    return found.kind == "int4" and found.activations == 8 and not (found.group or found.zero or found.order)
+    return found.strict and not (found.group or found.order)
 
 
 def shared_bytes(plan: W4A8Plan) -> int:
@@ -107,15 +106,15 @@ def run(
     outputs = w.rows // 2 if gate else w.rows
     codes, scales = quantize.for_nibbles(x, norm)
     out = x.new_empty(len(x), outputs)
-    macros = {
-        "HALF": nvrtc.HALF[x.dtype],
-        "GATE": gate,
-        "N": plan.width,
-        "ROWS": ROWS,
-        "STAGES": plan.stages,
-        "SCALES": SCALES[packed.scales.dtype],
-    }
-    kernel = nvrtc.load("w4a8.cu", "w4a8", tuple(macros.items()))
+    macros = (
+        *stream_packed.format_macros(format_of(w.format), packed.scales.dtype),
+        ("HALF", nvrtc.HALF[x.dtype]),
+        ("GATE", gate),
+        ("N", plan.width),
+        ("ROWS", ROWS),
+        ("STAGES", plan.stages),
+    )
+    kernel = nvrtc.load("w4a8.cu", "w4a8", macros)
     x_map = nvrtc.tensor_map(codes, plan.width)
     w_map = nvrtc.tensor_map(packed.codes.view(torch.uint8), 32 if gate else 64, STEP // 2)
     arguments: list[nvrtc.Argument] = [x_map, w_map, scales, packed.scales, bias, residual, out]

@@ -16,6 +16,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 COMMON = {"HALF": 0, "GATE": 0, "NORM": 1, "WARPS": 8, "CHUNKS": 2, "BLOCKS": 1}
 BULK = COMMON | {"STAGES": 3, "TALL": 1, "DIGITS": 0}
 FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
+NIBBLES = FOUR | {"E4M3": 0, "ZEROS": 0, "GROUP": 1 << 30, "ROWS": 128}
 EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
 RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0}
@@ -59,8 +60,8 @@ SOURCES = [
     ("ring_packed.cu", RING | EIGHT | {"N": 8, "HALF": 0, "E4M3": 1, "GROUP": 1 << 30}),
     ("quantize.cu", {"HALF": 0, "NORM": 1, "VECTORS": 7, "TILES": 0, "TOP": 1}),
     ("quantize.cu", {"HALF": 1, "NORM": 1, "VECTORS": 2, "TILES": 2, "TOP": 1}),
-    ("w4a8.cu", {"HALF": 0, "GATE": 0, "N": 192, "ROWS": 128, "STAGES": 6, "SCALES": 1}),
-    ("w4a8.cu", {"HALF": 1, "GATE": 1, "N": 64, "ROWS": 128, "STAGES": 8, "SCALES": 2}),
+    ("w4a8.cu", NIBBLES | {"HALF": 0, "GATE": 0, "N": 192, "STAGES": 6}),
+    ("w4a8.cu", NIBBLES | {"HALF": 1, "GATE": 1, "N": 64, "STAGES": 8, "SCALES": 2}),
     ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),
     ("prefill.cu", PREFILL | {"SOFTMAX": 2, "OVERLAP": 1, "PING": 1}),

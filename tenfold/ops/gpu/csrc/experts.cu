@@ -111,13 +111,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     const int outputs = GATE ? rows / 2 : rows, height = GATE ? ROWS / 2 : ROWS;
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS, deep = (outputs + height - 1) / height;
 
-    if (threadIdx.x == CONSUMERS) {
-        for (int s = 0; s < STAGES; s++) {
-            begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CLUSTER * CONSUMERS / 32);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-    }
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
     meet();
 #if !DOWN
     asm volatile("griddepcontrol.wait;" ::: "memory");

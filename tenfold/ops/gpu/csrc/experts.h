@@ -171,8 +171,7 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
         for (int i = 0; i < TURN * pieces; i += 128) {
             const int pick = (thread + i) / pieces, piece = (thread + i) % pieces, place = tile.first + turn * TURN + pick;
             if (pick >= TURN || place >= tile.end || feature + piece * 8 >= outputs) continue;
-            uint4 v;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(rows + pick * PITCH + piece * 16));
+            uint4 v = piece_16(rows + pick * PITCH + piece * 16);
             int at = place;
 #if DOWN
             asm volatile("ld.shared.u32 %0, [%1];" : "=r"(at) : "r"(memory + (turn * TURN + pick) * 8));

@@ -50,12 +50,6 @@ __device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier, u
         :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 
-__device__ __forceinline__ uint4 piece_16(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
 __device__ __forceinline__ uint2 piece_8(u32 at) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
@@ -356,13 +350,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
     const int outputs = GATE ? rows / 2 : rows, height = GATE ? ROWS / 2 : ROWS;
     const int steps = (cols + 127) / 128, deep = (outputs + height - 1) / height, down = (outputs * (GATE ? 2 : 1) + 63) / 64;
 
-    if (threadIdx.x == CONSUMERS) {
-        for (int s = 0; s < STAGES; s++) {
-            begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CLUSTER * CONSUMERS / 32);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-    }
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
     meet();
 #if !EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");

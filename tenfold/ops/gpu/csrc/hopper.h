@@ -9,6 +9,15 @@ __device__ __forceinline__ void begin_barrier(u32 barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(arrivals) : "memory");
 }
 
+// Barriers of a ring: whoever fills a stage arrives at `full` with its bytes, so many warps at `empty` when they have read it.
+__device__ __forceinline__ void begin_ring(u32 full, u32 empty, int stages, int warps) {
+    for (int s = 0; s < stages; s++) {
+        begin_barrier(full + s * 8, 1);
+        begin_barrier(empty + s * 8, warps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+}
+
 // One arrival, and so many bytes to come by copies.
 __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
@@ -29,6 +38,12 @@ __device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, 
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;"
         :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ uint4 piece_16(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
 }
 
 // Matrix descriptor of a K-major operand with the 128-byte swizzle: groups of 8 rows are 1024 bytes apart.

@@ -100,13 +100,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #endif
 
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == CONSUMERS) {
-        for (int s = 0; s < STAGES; s++) {
-            begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CONSUMERS / 32);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-    }
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {

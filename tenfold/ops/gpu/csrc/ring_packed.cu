@@ -33,12 +33,6 @@
 #include "registers.h"
 #include "deal.h"
 
-__device__ __forceinline__ uint4 load_codes(u32 at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
 // What a lane of place t takes of 8 columns: nibbles t and t + 4 of a word, or bytes 2 t and 2 t + 1 of two.
 __device__ __forceinline__ u32 own_place(int t) {
 #if BITS == 4
@@ -71,7 +65,7 @@ __device__ __forceinline__ void convert(Fragment (&a)[FRAGMENTS], u32 at, int un
 #pragma unroll
     for (int i = 0; i < FRAGMENTS * BITS / 8; i++) {
         const u32 piece = at ^ (unit * (FRAGMENTS * BITS / 8) + i) * 16;
-        const uint4 u = load_codes(piece), l = load_codes(piece + LOWER);
+        const uint4 u = piece_16(piece), l = piece_16(piece + LOWER);
 #if BITS == 4
         Fragment &f = a[2 * i], &g = a[2 * i + 1];
         f[0] = pair(u.x, place, zero_upper), f[1] = pair(l.x, place, zero_lower), f[2] = pair(u.y, place, zero_upper), f[3] = pair(l.y, place, zero_lower);
@@ -137,13 +131,7 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
 #endif
 
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == CONSUMERS) {
-        for (int s = 0; s < STAGES; s++) {
-            begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CONSUMERS / 32);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-    }
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {

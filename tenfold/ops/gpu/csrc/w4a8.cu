@@ -9,7 +9,7 @@
 // rows by N tokens, those of the same rows one after the other.
 //
 // Compile-time: HALF, GATE as in fragments.h · N tokens of a tile, 64, 128 or 192 · ROWS 128, half of them of the gate where
-// there is one · STAGES · SCALES 0 bfloat16, 1 float16, 2 float32.
+// there is one · STAGES · those of codes.h.
 
 #define CLUSTER 1
 #define DIGITS 0
@@ -17,6 +17,7 @@
 #define FLOAT32 0
 #include "fragments.h"
 #include "hopper.h"
+#include "codes.h"
 #include "registers.h"
 #include "experts.h"
 
@@ -28,22 +29,9 @@
 #define HEIGHT (GATE ? 32 : 64)  // of a box of codes, and outputs of a warpgroup
 #define OUTPUTS (ROWS / 64 * HEIGHT)
 
-__device__ __forceinline__ float number(const void *from, int i) {
-#if SCALES == 2
-    return ((const float *)from)[i];
-#elif SCALES == 1
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(((const u16 *)from)[i]));
-    return f;
-#else
-    return __uint_as_float((u32)((const u16 *)from)[i] << 16);
-#endif
-}
-
 __device__ __forceinline__ void split(Fragment (&a)[4], u32 upper, u32 lower) {
-    u32 high[4], low[4];
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(high[0]), "=r"(high[1]), "=r"(high[2]), "=r"(high[3]) : "r"(upper));
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(low[0]), "=r"(low[1]), "=r"(low[2]), "=r"(low[3]) : "r"(lower));
+    const uint4 above = piece_16(upper), below = piece_16(lower);
+    const u32 high[4] = {above.x, above.y, above.z, above.w}, low[4] = {below.x, below.y, below.z, below.w};
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         a[j][0] = high[j] & 0x0f0f0f0fu, a[j][2] = high[j] >> 4 & 0x0f0f0f0fu;
@@ -60,13 +48,7 @@ w4a8(const __grid_constant__ Map x_map, const __grid_constant__ Map w_map, const
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
     const int steps = (cols + 127) / 128, across = (tokens + N - 1) / N, items = (outputs + OUTPUTS - 1) / OUTPUTS * across;
 
-    if (threadIdx.x == CONSUMERS) {
-        for (int s = 0; s < STAGES; s++) {
-            begin_barrier(full + s * 8, 1);
-            begin_barrier(empty + s * 8, CONSUMERS / 32);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
-    }
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
     asm volatile("griddepcontrol.launch_dependents;");
 
