@@ -24,7 +24,6 @@ FLAGS = ("--std=c++17", "-default-device", "--use_fast_math", "--extra-device-ve
 LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
 HALF = {torch.bfloat16: 0, torch.float16: 1}  # types our sources compute in, by their macro of this name
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}  # by the macro GATE
-CARVEOUT = 100  # per cent of a multiprocessor's memory beside registers that shared memory takes, of every kernel alike
 LARGEST_STATIC = 48 << 10  # bytes of shared memory, static and dynamic, a kernel may use without asking
 MOST_MAPS = 1 << 14  # tensor maps that are remembered
 LONGEST_LOG = 2000  # characters of a compiler's complaint worth showing
@@ -76,9 +75,6 @@ class Kernel:
         # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
         check(driver, driver.cuFuncGetAttribute(ctypes.byref(static), 1, self._function), name)
         self._shared = LARGEST_STATIC - static.value
-        # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT. A multiprocessor divides its memory anew only when it is
-        # idle, so kernels that want it otherwise cannot begin while the one in front still runs.
-        check(driver, driver.cuFuncSetAttribute(self._function, 9, CARVEOUT), name)
         # A launch fills these in: making them anew costs the host more than the launch itself.
         self._layout: struct.Struct | None = None
         self._values = memoryview(b"")

@@ -23,6 +23,7 @@ THREADS = 2 * ROWS + 128
 STEP = 128  # columns of a stage
 STEADY = 48  # tokens whose product takes about as long as what a tile costs beside products
 LEAST = 65  # tokens from which on the rule takes it
+MOST = 1024  # tokens up to which; for more a float8 copy of the weights is the smaller part of the product (H200)
 MOST_STAGES = 8
 
 
@@ -80,8 +81,10 @@ def candidates(tokens: int, rows: int, cols: int) -> Iterator[W4A8Plan]:
 
 
 def rule(tokens: int, rows: int, cols: int, sms: int) -> W4A8Plan | None:
-    """The plan where nothing was measured: the fewest rounds of tiles. None: too few tokens."""
-    if tokens < LEAST:
+    """The plan where nothing was measured: the fewest rounds of tiles. None: too few tokens, or so many that the
+    library is faster.
+    """
+    if not LEAST <= tokens <= MOST:
         return None
 
     def cost(width: int) -> int:
