@@ -11,14 +11,24 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from tenfold.bench import arms, claims_kv, claims_moe, claims_phases, claims_sentiment, claims_vlm, quality_gpu, soak
+from tenfold.bench import (
+    arms,
+    claims_bits,
+    claims_kv,
+    claims_moe,
+    claims_phases,
+    claims_sentiment,
+    claims_vlm,
+    quality_gpu,
+    soak,
+)
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.report import by_model, results_in
 from tenfold.bench.single import Result, Row, loaded
 
 LIBRARIES = ("cublas", "library", "torch", "sdpa", "cudnn", "flash", "flashinfer", "hf", "vllm")
-TPOT_LIMITS = {"llama-2-7b": 5.2, "llama-3-8b": 5.6}  # ms at batch 1, context 1k
+TPOT_LIMITS, TPOT_ON = {"llama-2-7b": 5.2, "llama-3-8b": 5.6}, "H100"  # ms at batch 1, context 1k, and on what
 CONTEXT = 1024
 LONG = 32768
 PREFILL = 8192
@@ -124,10 +134,12 @@ def _vllm(results: Sequence[Result], command: str) -> list[Claim]:
 
 
 def _tpot(results: Sequence[Result], command: str) -> list[Claim]:
-    """F3: a row with the most rounds, so that a peer beside it costs nothing in certainty."""
+    """F3, a time that was set for one kind of GPU: a row with the most rounds, so that a peer beside it costs nothing
+    in certainty.
+    """
     name = shape_name(results[0].model)
     rows = [(row, r) for r in results if (row := r.row("tenfold", 1, CONTEXT)) is not None]
-    if name not in TPOT_LIMITS or not rows:
+    if name not in TPOT_LIMITS or not rows or TPOT_ON not in results[0].machine["hardware"]:
         return []
     row, result = max(rows, key=lambda pair: len(pair[0].long))
     figure, floor = Figure(tuple(row.tpot_samples)), result.floor(1, CONTEXT)
@@ -306,9 +318,9 @@ def of_folder(folder: Path) -> list[Claim]:
     singles = sorted((loaded(data) for data in found.get("single", ())), key=lambda result: result.weights)
     plain = [result for result in singles if result.rows and not result.weights]
     for model, results in by_model(plain).items():
-        if shape_name(model) not in (claims_moe.WHOLE, claims_vlm.WHOLE):  # of which other things are claimed
+        if shape_name(model) not in (claims_moe.WHOLE, claims_bits.VLM):  # of which other things are claimed
             made += of_single(results)
-    made += claims_moe.of_models(singles) + claims_vlm.of_models(singles)
+    made += claims_moe.of_models(singles) + claims_bits.of_models(singles)
     for data in found.get("arms", ()):
         made += of_arms(arms.loaded(data))
     for data in found.get("kernels", ()):

@@ -80,6 +80,12 @@ def test_other_models_have_no_limit_and_are_no_claim() -> None:
     assert "F3" not in by_id(claims_gpu.of_single([result(row("tenfold", 1, 1024, 5), model="shape:qwen3-8b")]))
 
 
+def test_the_limit_is_of_one_kind_of_gpu() -> None:
+    other = result(row("tenfold", 1, 1024, 4.0))
+    other.machine = MACHINE | {"hardware": "NVIDIA H200"}
+    assert "F3" not in by_id(claims_gpu.of_single([other]))
+
+
 def test_prefill_is_a_share_of_the_matrix_ceiling() -> None:
     work = model_sizes("shape:llama-2-7b", "cuda").prefill_flops(1, 8192)
     seconds = work / (0.5 * 790e12)

@@ -1,11 +1,11 @@
-"""Claims V2 and V3 from runs of a whole model in bfloat16 and with weights of fewer bits."""
+"""Claims F7, V2 and V3 from runs of a whole model in bfloat16 and with weights of fewer bits."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tenfold.bench import claims_gpu, claims_vlm, report
+from tenfold.bench import claims_gpu, claims_bits, report
 from tenfold.bench.claims import Claim
 from tenfold.bench.single import Result, Row
 
@@ -26,7 +26,7 @@ def run(
 
 
 def of(*results: Result) -> dict[str, Claim]:
-    return {f"{c.id} {c.what.partition(',')[0]}": c for c in claims_vlm.of_models(results)}
+    return {f"{c.id} {c.what.partition(',')[0]}": c for c in claims_bits.of_models(results)}
 
 
 def test_three_bits_count_in_decodes_and_four_in_prefills() -> None:
@@ -55,7 +55,7 @@ def test_three_bits_count_in_decodes_and_four_in_prefills() -> None:
     ids=range(7),
 )
 def test_what_does_not_pair_is_no_claim(results: list[Result]) -> None:
-    assert claims_vlm.of_models(results) == []
+    assert claims_bits.of_models(results) == []
 
 
 def test_the_fastest_run_in_bfloat16_counts_at_each_point() -> None:
@@ -78,3 +78,20 @@ def test_results_of_one_folder_are_told_apart_by_their_weights(tmp_path: Path) -
     assert [text.count(f"### {MODEL}{mode}\n") for mode in ("", " int3", " w4a8")] == [1, 1, 1]
     assert "5.00" in text.partition(f"### {MODEL} int3")[0]
     assert "5.00" not in text.partition(f"### {MODEL} int3")[2]
+
+
+def test_dense_models_count_where_their_bits_are_for() -> None:
+    model = "shape:llama-3-8b"
+
+    def at(batch: int, weights: str, ms: float) -> Result:
+        made = run(weights, (ms,), model=model)
+        for each in made.rows:
+            each.batch = batch
+        return made
+
+    plain = [at(1, "", 5.0), at(64, "", 9.0)]
+    found = claims_bits.of_models([*plain, at(1, "int4", 2.0), at(64, "int4", 8.0), at(1, "fp8", 3.0), at(64, "fp8", 7.5)])
+    assert [(c.id, c.what, c.value, c.met) for c in found] == [
+        ("F7", "decode, batch 1, context 1024, llama-3-8b, W4A16 over bfloat16", 2.5, True),
+        ("F7", "decode, batch 64, context 1024, llama-3-8b, FP8 over bfloat16", 1.2, False),
+    ]
