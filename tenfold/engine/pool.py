@@ -20,9 +20,7 @@ from tenfold.engine.opened import pick_device
 from tenfold.engine.request import QueueFull
 from tenfold.models.sentiment.folder import Classifier, open_folder, place
 from tenfold.models.sentiment.prepare import Item
-
-BUCKETS = (16, 32, 64, 128, 256, 512)  # tokens up to which texts count as about as long
-Probabilities = list[float]
+from tenfold.models.sentiment.served import Probabilities, Served, bucket_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +83,8 @@ class Pool:
         self.config = config or PoolConfig()
         self.config.check()
         self.classifier = classifier
-        parameter = next(classifier.model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self._served = Served(classifier)
+        self.device, self.dtype = self._served.device, self._served.dtype
         self.stats = PoolStats()
         self._waiting: list[Entry] = []
         self._changed = threading.Condition()
@@ -183,7 +181,7 @@ class Pool:
         for entry in batch:
             entry.began = begun
         try:
-            told = self._probabilities(batch)
+            told = self._served([entry.item for entry in batch])
         except Exception as error:
             if len(batch) > 1:
                 for entry in batch:
@@ -197,13 +195,6 @@ class Pool:
         self._count(batch)
         for entry, probabilities in zip(batch, told):
             entry.future.set_result(probabilities)
-
-    def _probabilities(self, batch: list[Entry]) -> list[Probabilities]:
-        posts = self.classifier.reader.batch([entry.item for entry in batch])
-        with torch.inference_mode():
-            logits = self.classifier.model(posts.to(self.device)).logits
-            told: list[Probabilities] = self.classifier.probabilities(logits).tolist()
-        return told
 
     def _count(self, batch: list[Entry]) -> None:
         tokens = sum(entry.length for entry in batch)
@@ -230,11 +221,6 @@ def chosen(waiting: Sequence[Entry], most: int) -> list[Entry]:
     limit = bucket_of(first.length)
     fitting = sorted((entry for entry in rest if entry.length <= limit), key=lambda entry: -entry.length)
     return [first, *fitting[: most - 1]]
-
-
-def bucket_of(length: int) -> int:
-    """The most tokens that a text may have beside one of this length."""
-    return next((size for size in BUCKETS if length <= size), length)
 
 
 def _fail(entry: Entry, error: Exception) -> None:

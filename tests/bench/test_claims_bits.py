@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tenfold.bench import claims_gpu, claims_bits, report
+from tenfold.bench import claims_bits, claims_gpu, report
 from tenfold.bench.claims import Claim
 from tenfold.bench.single import Result, Row
 
@@ -90,7 +90,9 @@ def test_dense_models_count_where_their_bits_are_for() -> None:
         return made
 
     plain = [at(1, "", 5.0), at(64, "", 9.0)]
-    found = claims_bits.of_models([*plain, at(1, "int4", 2.0), at(64, "int4", 8.0), at(1, "fp8", 3.0), at(64, "fp8", 7.5)])
+    found = claims_bits.of_models(
+        [*plain, at(1, "int4", 2.0), at(64, "int4", 8.0), at(1, "fp8", 3.0), at(64, "fp8", 7.5)]
+    )
     assert [(c.id, c.what, c.value, c.met) for c in found] == [
         ("F7", "decode, batch 1, context 1024, llama-3-8b, W4A16 over bfloat16", 2.5, True),
         ("F7", "decode, batch 64, context 1024, llama-3-8b, FP8 over bfloat16", 1.2, False),

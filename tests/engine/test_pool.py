@@ -10,7 +10,7 @@ from PIL import Image
 from tenfold import LLM, Classifier, Post
 from tenfold.base.pictures import PictureError
 from tenfold.engine.loop import EngineDead
-from tenfold.engine.pool import BUCKETS, Entry, Pool, PoolConfig, bucket_of, chosen, open_pool
+from tenfold.engine.pool import Entry, Pool, PoolConfig, chosen, open_pool
 from tenfold.engine.request import QueueFull
 from tenfold.models.sentiment.prepare import Item
 from tests.models.sentiment import small
@@ -60,11 +60,6 @@ def entries(*lengths):
 )
 def test_who_is_computed_together(lengths, most, expected):
     assert [entry.length for entry in chosen(entries(*lengths), most)] == expected
-
-
-def test_buckets():
-    assert [bucket_of(n) for n in (1, 16, 17, 512, 513)] == [16, 16, 32, 512, 513]
-    assert list(BUCKETS) == sorted(BUCKETS)
 
 
 def test_batches_tell_what_single_posts_are_told():

@@ -25,13 +25,15 @@ PICTURE_CHANNELS = 16  # of the layout "picture"
 @dataclass(frozen=True, slots=True)
 class Posts:
     """A batch. ids [B, L] int64, from 0 where padded; lengths [B] int64 on the CPU, from 1; pictures [P, 3, S, S] uint8
-    of the posts that have one; rows [P] int64: which those are.
+    of the posts that have one; rows [P] int64: which those are. shown [P] bool: which pictures are looked at, None for
+    all.
     """
 
     ids: Tensor
     lengths: Tensor
     pictures: Tensor
     rows: Tensor
+    shown: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Posts":
         """On a device; lengths stay where the LSTM's packing wants them."""
@@ -86,8 +88,9 @@ class SentimentModel(nn.Module):
         text = self.read(posts, read) if modalities != "image" else None
         regions = None
         if modalities != "text" and len(posts.rows):
-            seen[posts.rows] = True
-            regions = self.image(posts.pictures)
+            shown = torch.ones_like(posts.rows, dtype=torch.bool) if posts.shown is None else posts.shown
+            seen = seen.index_copy(0, posts.rows, shown[:, None].expand(-1, seen.shape[1]))
+            regions = self.image(posts.pictures) * shown[:, None, None]
         if text is None:
             kind = self.image.project.weight.dtype if regions is None else regions.dtype
             text = torch.zeros(count, length, self.config.width, dtype=kind, device=where)

@@ -41,17 +41,52 @@ class Captured:
     step: Any
 
 
-class Graphs:
-    """`graphs(forward, step)` is `forward(step)`, [L, V] float32. One object serves one model on one device."""
+class Recorder:
+    """Captures what is run into graphs that share one memory pool, until one cannot be captured."""
 
     def __init__(self) -> None:
         self.captures = 0
-        self.replays = 0
         self.failure = ""  # why nothing is captured any more
-        self._known: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
         self._pool: Any = None
-        self._results: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
+
+    def record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        """A graph, and where it leaves its results; the device does not run it yet. None where that fails: then all
+        runs plainly from now on.
+        """
+        if self.failure:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._place(), capture_error_mode="thread_local"):
+                results = run()
+        except RuntimeError as error:
+            self.failure = str(error).splitlines()[0]
+            logger.warning("CUDA graphs are off, a step could not be captured: %s", self.failure)
+            return None
+        self.captures += 1
+        return graph, results
+
+    def _place(self) -> Any:
+        """The stream to capture on: a graph's kernels keep to the SMs of that stream, so the current one; the default
+        one cannot be captured.
+        """
+        current = torch.cuda.current_stream()
+        return self._stream if current == torch.cuda.default_stream() else current
+
+
+class Graphs(Recorder):
+    """`graphs(forward, step)` is `forward(step)`, [L, V] float32. One object serves one model on one device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replays = 0
+        self._known: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
+        self._results: Tensor | None = None
 
     def __call__(self, forward: Forward, step: Any) -> Tensor:
         requests = len(step.kv_lengths)
@@ -85,35 +120,15 @@ class Graphs:
             self._known.popitem(last=False)
 
     def _capture(self, forward: Forward, step: Any) -> Captured | None:
-        """Record a step; the device does not run it. None where that fails: then steps run plainly from now on."""
-        graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream()
+        """A step as `record` makes it."""
         assert self._results is not None
         results = self._results[: len(step.logits_rows)]
         own = results.nbytes <= SMALL
-        torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._place(), capture_error_mode="thread_local"):
-                if own:
-                    results = forward(step)
-                else:
-                    results.copy_(forward(step))
-        except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
-            logger.warning("CUDA graphs are off, a step could not be captured: %s", self.failure)
+        made = self.record(lambda: forward(step) if own else results.copy_(forward(step)))
+        if made is None:
             self._known.clear()
             return None
-        self.captures += 1
-        return Captured(graph, results, step)
-
-    def _place(self) -> Any:
-        """The stream to capture on: a graph's kernels keep to the SMs of that stream, so the current one; the default
-        one cannot be captured.
-        """
-        current = torch.cuda.current_stream()
-        return self._stream if current == torch.cuda.default_stream() else current
+        return Captured(*made, step)
 
     def _reserve(self, like: Tensor) -> None:
         """A buffer for results of this shape. Graphs captured before keep the one they write to."""
