@@ -32,7 +32,8 @@ from tenfold.engine.text import Text
 
 QUESTION = "What is the capital of France?"
 HALVES = ("bfloat16", "float16")
-BATCH = 8  # windows decoded together
+BATCH = 32  # windows decoded together
+EXACT = 8  # windows of which float32 is judged
 
 Forward = Callable[[Sequence[int]], Tensor]
 
@@ -130,11 +131,13 @@ def run(
         assert isinstance(engine.text, Text)
         result.kernels[dtype] = f"{engine.kernels.name} kernels, {engine.kernels.reason}"
         pieces = list(windows(engine.text.encode(text.read_text(errors="replace")), window, count))
-        judged = pieces[:BATCH] if dtype == "float32" else pieces  # whose answers are compared token by token
+        judged = pieces[:EXACT] if dtype == "float32" else pieces  # whose answers are compared token by token
+        say(f"{dtype}: {len(prompts)} prompts and {len(judged)} windows")
         judge(result, dtype, engine, expected, judged, [engine.text.encode(prompt) for prompt in prompts])
         del engine
         free()
     for dtype in HALVES:
+        say(f"transformers in {dtype}")
         own = transformers(model, device, dtype)
         result.quality[f"transformers {dtype}"] = compare(expected, own, pieces)
         del own
