@@ -29,6 +29,11 @@ def test_dense(tmp_path: Path, tokens: int, use: "arms.Use", dtype: torch.dtype)
     check(tmp_path, arms.Work(1056, 1024, "dense", use, tokens, dtype))
 
 
+@pytest.mark.parametrize("format", ["dense", "int4g128", "fp8a8"])
+def test_more_tiles_than_blocks(tmp_path: Path, format: str) -> None:
+    check(tmp_path, arms.Work(17072, 512, format, arms.Use(norm=True, act="silu"), 40))
+
+
 @pytest.mark.parametrize("tokens", [1, 40, 128])
 @pytest.mark.parametrize("format", ["int4g128", "int8g128", "fp8a8", "int4a8"])
 def test_packed(tmp_path: Path, format: str, tokens: int) -> None:

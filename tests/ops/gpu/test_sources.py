@@ -19,7 +19,7 @@ FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
 NIBBLES = FOUR | {"E4M3": 0, "ZEROS": 0, "GROUP": 1 << 30, "ROWS": 128}
 EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
-RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0}
+RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0, "CLUSTER": 1}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 EXPERTS = {"FLOAT32": 0, "STAGES": 4, "BLOCKS": 1, "CLUSTER": 1}
 KINDS = {
@@ -55,6 +55,10 @@ SOURCES = [
     ("ring.cu", RING | {"N": 8, "HALF": 0}),
     ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),
+    ("ring.cu", RING | {"N": 64, "HALF": 0, "CLUSTER": 4}),
+    ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 0, "CLUSTER": 2}),
+    ("ring_packed.cu", RING | FOUR | {"N": 64, "HALF": 0, "ROWS": 128, "SPLIT": 1, "E4M3": 0, "CLUSTER": 4}),
+    ("ring_packed.cu", RING | EIGHT | {"N": 32, "HALF": 1, "ROWS": 256, "GATE": 0, "CLUSTER": 2}),
     ("ring_packed.cu", RING | FOUR | {"N": 64, "HALF": 0, "ROWS": 192, "SPLIT": 1, "E4M3": 0}),
     ("ring_packed.cu", RING | EIGHT | {"N": 32, "HALF": 1, "ROWS": 256, "GATE": 0}),
     ("ring_packed.cu", RING | EIGHT | {"N": 8, "HALF": 0, "E4M3": 1, "GROUP": 1 << 30}),
@@ -218,7 +222,7 @@ def test_clusters_that_run_at_the_same_time_are_asked_for_once(monkeypatch: pyte
     kernel = nvrtc.Kernel("k", 1, driver, 0)
     assert [kernel.clusters(288, 200 << 10, 2) for _ in range(2)] == [61, 61]
     assert asked == [(2, 288, 200 << 10, 4, 2)]
-    assert driver.asked == [nvrtc.CARVEOUT, 200 << 10]
+    assert driver.asked == [200 << 10]
     launched: list[tuple[Any, ...]] = []
 
     class Told:
@@ -254,6 +258,6 @@ def test_a_launch_lays_arguments_out_as_the_kernel_reads_them(monkeypatch: pytes
         (7, 2, 1, 96, 1, 1, 47 << 10, 73, [(6, 1, 0, 0), (4, 2, 1, 1)]),
         (1, 1, 1, 32, 1, 1, 100 << 10, 73, []),
     ]
-    assert driver.asked == [nvrtc.CARVEOUT, 100 << 10]
+    assert driver.asked == [100 << 10]
     with pytest.raises(struct.error):  # an int's place gets no float
         kernel((1, 1, 1), 32, 0, [6.5, None, -1.0, map, x, 1])

@@ -11,6 +11,7 @@
 
 #include "few.h"
 #include "hopper.h"
+#include "cluster.h"
 #include "shares.h"
 
 #define THREADS (MULTIPLIERS + 64)

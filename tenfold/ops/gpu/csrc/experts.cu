@@ -177,7 +177,5 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
         next.weigh(shares);
         tile = ahead, homes = next;
     }
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here
-#endif
+    leave_ring();
 }

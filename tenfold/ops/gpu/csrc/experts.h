@@ -5,6 +5,8 @@
 // N, GATE, ROWS as in experts.cu · DOWN: results are multiplied by the weight of the pick and stored by pick, else by place ·
 // DIGITS: four columns of N are a pick (experts_digits.h).
 
+#include "cluster.h"
+
 #if DIGITS
 #define PICKS (N / 4)  // of a tile
 #define SUMS (N / 4)   // of a thread
@@ -47,28 +49,8 @@ __device__ __forceinline__ void fetch_picks(u32 to, const Map *map, int col, con
     for (int at = 0; at < N; at += UNIT) {
         const int begin = at + rank * (UNIT / CLUSTER);
         if (at >= tile.width()) break;
-#if CLUSTER > 1
-        asm volatile(
-            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;"
-            :: "r"(to + begin * 128), "l"(map), "r"(col), "r"(tile.first + begin), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)), "l"(policy) : "memory");
-#else
-        fetch(to + begin * 128, map, col, tile.first + begin, barrier, policy);
-#endif
+        fetch_for_all(to + begin * 128, map, col, tile.first + begin, barrier, policy);
     }
-}
-
-// A warp has read a stage: whoever may fill it is told, in all blocks that share it.
-__device__ __forceinline__ void release_stage(u32 barrier) {
-#if CLUSTER > 1
-    const int lane = threadIdx.x & 31;
-    if (lane < CLUSTER) {
-        u32 there;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(barrier), "r"(lane));
-        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
-    }
-#else
-    if ((threadIdx.x & 31) == 0) arrive(barrier);
-#endif
 }
 
 #define HOMES ((PICKS + 127) / 128)     // of a thread

@@ -472,7 +472,5 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
         next.weigh(shares);
         tile = ahead, homes = next;
     }
-#if CLUSTER > 1
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");  // others may still write here
-#endif
+    leave_ring();
 }

@@ -14,9 +14,6 @@
 #define WIDEST(cols) (cols)
 #define SHARE_BARRIERS 0
 __device__ __forceinline__ void take_share(const Shape &s, int cols) {}
-__device__ __forceinline__ void enter_cluster() {}
-__device__ __forceinline__ void know_cluster() {}
-__device__ __forceinline__ void leave_cluster() {}
 #else
 #define UNIT (CHUNKS * CHUNK_COLS * (BITS < 16 && CHUNKS % 2 ? 2 : 1))
 #define WIDEST(cols) (((cols) / UNIT + CLUSTER - 1) / CLUSTER * UNIT)
@@ -28,20 +25,6 @@ __device__ __forceinline__ void leave_cluster() {}
 __device__ __forceinline__ void take_share(Shape &s, int cols) {
     const int rank = blockIdx.x % CLUSTER, units = cols / UNIT;
     s.first = rank * units / CLUSTER * UNIT, s.cols = (rank + 1) * units / CLUSTER * UNIT - s.first, s.stride = cols;
-}
-
-// Each thread says that its block's barriers are there, waits for all others' word before it speaks to them, and when all
-// is done waits again, so that no block leaves which others may still speak to. Relaxed: the barriers have a fence of their
-// own, and at the end there is nothing left to see; a release would have every thread wait for what it stored.
-__device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void know_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-__device__ __forceinline__ void leave_cluster() { enter_cluster(), know_cluster(); }
-
-// An address of this block's shared memory as block `rank` has it.
-__device__ __forceinline__ u32 there(u32 here, int rank) {
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(here), "r"(rank));
-    return address;
 }
 
 // Four bytes, which count at a barrier of the block that gets them.
