@@ -412,7 +412,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
     }
 
 #if TRADE
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ROWS <= 128 ? 240 : ROWS == 192 ? 160 : 120));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ROWS <= 128 ? 240 : ROWS == 192 ? 160 : 112));
 #endif
 #if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
