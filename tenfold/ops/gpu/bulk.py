@@ -59,7 +59,7 @@ MANY_DIGITS = {2: 2048, 4: 8192}  # the same where they become digits
 ENOUGH = 3  # stages with which a block leaves half of the shared memory to the next kernel's
 LONG = 8192  # columns from which on two blocks divide those that become digits (H200, 2026-11-29)
 # What runs unless something else was measured to be faster, up to so many tokens (H200, 2026-11-29).
-RULE = {"digits4": 2, "digits3": 2, "bulk4": 8, "bulk3": 8}
+RULE = {"digits8": 2, "digits4": 2, "digits3": 2, "bulk4": 8, "bulk3": 8}
 
 
 @dataclass(frozen=True, slots=True)

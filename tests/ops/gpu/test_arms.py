@@ -87,7 +87,7 @@ def test_buckets(tokens: int, bucket: int) -> None:
         (Work(6144, 4096, "int4g128", Use(), 3), "bulk4"),
         (Work(6144, 4096, "int4g256", Use(), 1), "stream4"),
         (Work(6144, 4096, "int2g128", Use(), 1), "stream2"),
-        (Work(6144, 4096, "int8g128z", Use(), 1), "stream8"),
+        (Work(6144, 4096, "int8g128z", Use(), 1), "digits8"),
         (Work(6144, 4096, "fp8a8", Use(), 8), "stream8"),
         (Work(6144, 4096, "fp8a8", Use(norm=True, act="silu"), 64), "ring-fp8"),
         (Work(6144, 4096, "fp8g128a8", Use(), 9), "ring-fp8"),
