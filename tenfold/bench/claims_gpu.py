@@ -138,8 +138,9 @@ def _tpot(results: Sequence[Result], command: str) -> list[Claim]:
     in certainty.
     """
     name = shape_name(results[0].model)
-    rows = [(row, r) for r in results if (row := r.row("tenfold", 1, CONTEXT)) is not None]
-    if name not in TPOT_LIMITS or not rows or TPOT_ON not in results[0].machine["hardware"]:
+    there = [r for r in results if TPOT_ON in r.machine["hardware"]]
+    rows = [(row, r) for r in there if (row := r.row("tenfold", 1, CONTEXT)) is not None]
+    if name not in TPOT_LIMITS or not rows:
         return []
     row, result = max(rows, key=lambda pair: len(pair[0].long))
     figure, floor = Figure(tuple(row.tpot_samples)), result.floor(1, CONTEXT)

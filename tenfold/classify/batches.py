@@ -1,6 +1,7 @@
 """Posts read once, and batches of them in an order that a seed tells."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,4 +74,4 @@ def varied(posts: Posts, seed: torch.Generator, unknown: int, share: float) -> P
     places = torch.arange(posts.ids.shape[1])
     inside = (places > 0) & (places < posts.lengths[:, None] - 1)
     dropped = (torch.rand(posts.ids.shape, generator=seed) < share) & inside
-    return Posts(posts.ids.masked_fill(dropped, unknown), posts.lengths, pictures, posts.rows)
+    return replace(posts, ids=posts.ids.masked_fill(dropped, unknown), pictures=pictures)

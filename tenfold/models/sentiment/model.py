@@ -5,7 +5,7 @@ Invariant: whatever else is in a batch and however it is padded, a post gets the
 picture's tokens, of which there is always the same number, come first, the text's after them, and padding last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,9 @@ class Posts:
 
     def to(self, device: torch.device | str) -> "Posts":
         """On a device; lengths stay where the LSTM's packing wants them."""
-        ids, pictures, rows = (x.to(device, non_blocking=True) for x in (self.ids, self.pictures, self.rows))
-        return Posts(ids, self.lengths, pictures, rows)
+        names = ("ids", "pictures", "rows", "shown")
+        own = {name: x for name in names if (x := getattr(self, name)) is not None}
+        return replace(self, **{name: x.to(device, non_blocking=True) for name, x in own.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ rounding.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,8 +34,8 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-Record = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor] | None]
-"""As `Recorder.record`."""
+Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor] | None]
+"""As `Capturer.capture`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,8 +71,8 @@ class Room:
 class Rooms:
     """Posts through rooms of a model on a device. A room is run plainly the first time, and captured the second."""
 
-    def __init__(self, classifier: Classifier, device: torch.device, record: Record) -> None:
-        self.classifier, self.device, self.record = classifier, device, record
+    def __init__(self, classifier: Classifier, device: torch.device, capture: Capture) -> None:
+        self.classifier, self.device, self.capture = classifier, device, capture
         self._known: OrderedDict[tuple[int, int, bool], Room] = OrderedDict()
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
@@ -82,7 +82,7 @@ class Rooms:
         if room.graph is not None and room.results is not None:
             room.graph.replay()
             return room.results[: len(items)]
-        if room.results is not None and (made := self.record(lambda: self._compute(room.posts))):
+        if room.results is not None and (made := self.capture(lambda: self._compute(room.posts))):
             room.graph, room.results = made
             room.graph.replay()
         else:
@@ -128,11 +128,11 @@ class Served:
         self._rooms: Rooms | None = None
         self._stream: Any = None
         if self.device.type == "cuda":
-            from tenfold.ops.gpu.graphs import Recorder
+            from tenfold.ops.gpu.graphs import Capturer
 
             if isinstance(lstm := classifier.model.bilstm, BiLstm):
                 classifier.model.bilstm = UnpackedLstm(lstm)  # type: ignore[assignment]
-            self._rooms = Rooms(classifier, self.device, Recorder().record)
+            self._rooms = Rooms(classifier, self.device, Capturer().capture)
             self._stream = torch.cuda.Stream(self.device)
             side = classifier.config.image.size
             self([Item([0], torch.zeros(3, side, side, dtype=torch.uint8))])  # compiles what is missing
@@ -147,14 +147,9 @@ class Served:
             found: list[Probabilities] = told.tolist()
         return found
 
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
+    def _beside(self) -> AbstractContextManager[Any]:
         """A stream of its own, so that a language model in this process is not waited for."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
 class UnpackedLstm(nn.Module):

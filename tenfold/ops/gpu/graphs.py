@@ -41,7 +41,7 @@ class Captured:
     step: Any
 
 
-class Recorder:
+class Capturer:
     """Captures what is run into graphs that share one memory pool, until one cannot be captured."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Recorder:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
-    def record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+    def capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """A graph, and where it leaves its results; the device does not run it yet. None where that fails: then all
         runs plainly from now on.
         """
@@ -79,7 +79,7 @@ class Recorder:
         return self._stream if current == torch.cuda.default_stream() else current
 
 
-class Graphs(Recorder):
+class Graphs(Capturer):
     """`graphs(forward, step)` is `forward(step)`, [L, V] float32. One object serves one model on one device."""
 
     def __init__(self) -> None:
@@ -120,11 +120,11 @@ class Graphs(Recorder):
             self._known.popitem(last=False)
 
     def _capture(self, forward: Forward, step: Any) -> Captured | None:
-        """A step as `record` makes it."""
+        """A step as `capture` makes it."""
         assert self._results is not None
         results = self._results[: len(step.logits_rows)]
         own = results.nbytes <= SMALL
-        made = self.record(lambda: forward(step) if own else results.copy_(forward(step)))
+        made = self.capture(lambda: forward(step) if own else results.copy_(forward(step)))
         if made is None:
             self._known.clear()
             return None

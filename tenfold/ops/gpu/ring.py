@@ -85,12 +85,15 @@ def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     return 1024 + plan.stages * (stage + 16) + n * (plan.height + 4) * 4 + 16
 
 
-def grid(plan: RingPlan, rows: int, cols: int, sms: int, clusters: int = 1 << 16) -> int:
-    """Blocks of a launch over a w of so many rows, on a device that runs so many clusters at the same time. Tiles are
-    filled up to whole clusters.
-    """
-    tiles = -(-rows // plan.height // plan.cluster) * plan.cluster
-    room = min(sms * plan.blocks // plan.cluster, clusters) * plan.cluster
+def tiles_of(plan: RingPlan, rows: int) -> int:
+    """Tiles of a w of so many rows, filled up to whole clusters."""
+    return -(-rows // plan.height // plan.cluster) * plan.cluster
+
+
+def grid(plan: RingPlan, rows: int, cols: int, sms: int, clusters: int | None = None) -> int:
+    """Blocks of a launch over a w of so many rows. clusters: the most that run at the same time, if that is known."""
+    tiles, most = tiles_of(plan, rows), sms * plan.blocks // plan.cluster
+    room = (most if clusters is None else min(most, clusters)) * plan.cluster
     if plan.splits == 0:
         return min(room, tiles * -(-cols // plan.step_cols))
     return min(tiles, room) if plan.splits == 1 else tiles * plan.splits
@@ -116,7 +119,7 @@ def can_share(plan: RingPlan, tokens: int) -> bool:
 
 def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether there are as many steps as parts, and room where the blocks of a tile leave their sums."""
-    if plan.splits > -(-cols // plan.step_cols) or -(-rows // plan.height) + plan.cluster > MOST_TILES + 1:
+    if plan.splits > -(-cols // plan.step_cols) or tiles_of(plan, rows) > MOST_TILES:
         return False
     sums = 0 if plan.splits == 1 else 2 * grid(plan, rows, cols, MOST_SMS) * plan.height * width(tokens) * 4
     return sums <= WORKSPACE
@@ -240,7 +243,7 @@ def start(
     shared: int,
     arguments: list[nvrtc.Argument],
 ) -> None:
-    """As many blocks as there is work for, and in clusters no more than run at the same time."""
-    several = plan.cluster > 1
-    blocks = grid(plan, rows, cols, sms, kernel.clusters(threads, shared, plan.cluster) if several else 1 << 16)
+    """Launch as many blocks as the plan has for a w of so many rows."""
+    clusters = kernel.clusters(threads, shared, plan.cluster) if plan.cluster > 1 else None
+    blocks = grid(plan, rows, cols, sms, clusters)
     kernel((blocks, 1, 1), threads, shared, arguments, dependent=True, cluster=plan.cluster)

@@ -14,13 +14,13 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
-class Recorder:
+class Capturer:
     """Graphs of a CPU: what was run is run again, and its results go to where they were first."""
 
     def __init__(self, works: bool = True) -> None:
         self.works, self.asked, self.replays = works, 0, 0
 
-    def record(self, run):
+    def capture(self, run):
         self.asked += 1
         if not self.works:
             return None
@@ -61,8 +61,8 @@ def test_buckets():
     "parts", [{}, {"modalities": "text"}, {"modalities": "image"}, {"cross": 1}, {"bilstm": 0}], ids=str
 )
 def test_rooms_tell_what_batches_do_whatever_they_held_before(parts):
-    made, recorder = small.classifier(**parts), Recorder()
-    rooms = Rooms(made, torch.device("cpu"), recorder.record)
+    made, capturer = small.classifier(**parts), Capturer()
+    rooms = Rooms(made, torch.device("cpu"), capturer.capture)
     with torch.inference_mode():
         for round in range(3):
             for count in (1, 3, 4, 7, 2):
@@ -71,16 +71,16 @@ def test_rooms_tell_what_batches_do_whatever_they_held_before(parts):
                     items = [Item(item.ids, torch.full((3, 24, 24), 9 * count, dtype=torch.uint8)) for item in items]
                 expected = made.probabilities(made.model(made.reader.batch(items)).logits)
                 torch.testing.assert_close(rooms(items), expected, atol=1e-5, rtol=0)
-    assert recorder.replays
+    assert capturer.replays
 
 
 def test_a_room_is_captured_the_second_time_and_forgotten_when_there_are_many():
-    made, recorder = small.classifier(), Recorder()
-    rooms = Rooms(made, torch.device("cpu"), recorder.record)
+    made, capturer = small.classifier(), Capturer()
+    rooms = Rooms(made, torch.device("cpu"), capturer.capture)
     items = posts(2)
     with torch.inference_mode():
         found = [rooms(items).clone() for _ in range(4)]
-        assert (recorder.asked, recorder.replays) == (1, 3)
+        assert (capturer.asked, capturer.replays) == (1, 3)
         assert all(torch.equal(each, found[0]) for each in found)
         for i in range(MOST_ROOMS):
             rooms._known[i, i, False] = rooms._known[2, 64, True]
@@ -90,13 +90,13 @@ def test_a_room_is_captured_the_second_time_and_forgotten_when_there_are_many():
 
 
 def test_what_cannot_be_captured_runs_plainly():
-    made, recorder = small.classifier(), Recorder(works=False)
-    rooms = Rooms(made, torch.device("cpu"), recorder.record)
+    made, capturer = small.classifier(), Capturer(works=False)
+    rooms = Rooms(made, torch.device("cpu"), capturer.capture)
     items = posts(3)
     with torch.inference_mode():
         expected = rooms(items).clone()
         assert torch.equal(rooms(items), expected)
-    assert recorder.asked == 1
+    assert capturer.asked == 1
 
 
 @pytest.mark.parametrize("kind", ["small", "resnet18", "resnet50"])

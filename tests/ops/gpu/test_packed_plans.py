@@ -1,7 +1,6 @@
 """Kernels of packed KV caches without a GPU: plans, what compiles, and what the kernels compute thread by thread."""
 
 import shutil
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tenfold.ops.gpu.decode import SUMS
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.ops.kv import attend
 from tenfold.ops.kv.spec import PackedSpec
+from tests.ops.gpu import elf
 from tests.ops.gpu.emulated import Emulator
 from tests.ops.gpu.packed_cases import NOTHING, SMS, ChunkStep, Contexts, Shape, Written, distance
 
@@ -194,18 +194,6 @@ def test_turns_compose() -> None:
             torch.testing.assert_close(got, expected[position][which], rtol=0, atol=3e-3)
 
 
-def static_bytes(image: bytes, entry: str) -> int:
-    """Shared memory that a kernel has by itself: the section of its ELF file that says so."""
-    (headers,) = struct.unpack_from("<Q", image, 40)
-    size, count, names = struct.unpack_from("<HHH", image, 58)
-    sections = [struct.unpack_from("<IIQQQQ", image, headers + i * size) for i in range(count)]
-    strings = image[sections[names][4] :]
-    for name, _, _, _, _, length in sections:
-        if strings[name:].startswith(f".nv.shared.{entry}\0".encode()):
-            return length
-    return 0
-
-
 @pytest.mark.parametrize(("name", "group", "head_dim"), [("k2v1.5g64", 4, 128), ("k2v2g32", 2, 64), ("fp8", 1, 128)])
 def test_compiles_and_needs_as_much_shared_memory_as_plans_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, group: int, head_dim: int
@@ -220,7 +208,7 @@ def test_compiles_and_needs_as_much_shared_memory_as_plans_say(
     image = nvrtc.compiled("packed_decode.cu", "sm_90a", packed.defines(plan, shape, torch.bfloat16, False))
     sizes = (plan.tokens, plan.stages, plan.warps)
     planned = packed.shared_bytes(shape, plan.heads, *sizes) - packed.dynamic_bytes(shape, *sizes)
-    own = static_bytes(image, "packed_decode") - hopper.RESERVED
+    own = elf.static_bytes(image, "packed_decode") - hopper.RESERVED
     assert planned - 256 <= own <= planned
     writing = (("HALF", 0), ("SPAN", 1), ("WARPS", packed.WRITERS), *shape.defines)
     assert nvrtc.compiled("packed_write.cu", "sm_90a", writing).startswith(b"\x7fELF")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tenfold.ops.gpu import nvrtc
+from tests.ops.gpu import elf
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
@@ -151,21 +152,6 @@ def test_maps_of_matrices_describe_their_numbers(
     assert told == [(kind, 2, [matrix.shape[1], 96], [512], [columns, 64])]
 
 
-def registers_of(image: bytes) -> int:
-    """Registers of a thread that the only kernel of an ELF file begins with: an attribute of its section .nv.info."""
-    (headers,) = struct.unpack_from("<Q", image, 40)
-    size, count, names = struct.unpack_from("<HHH", image, 58)
-    sections = [struct.unpack_from("<IIQQQQ", image, headers + i * size) for i in range(count)]
-    strings = image[sections[names][4] :]
-    at, end = next((s[4], s[4] + s[5]) for s in sections if strings[s[0] :].startswith(b".nv.info\0"))
-    while at < end:
-        form, attribute, length = struct.unpack_from("<BBH", image, at)
-        if attribute == 0x2F:  # EIATTR_REGCOUNT: the kernel's symbol and the number
-            return int(struct.unpack_from("<II", image, at + 4)[1])
-        at += 4 + (length if form == 4 else 0)
-    raise ValueError("no kernel tells its registers")
-
-
 PACKED = {"HALF": 0, "N": 64, "STAGES": 2, "BLOCKS": 1, "GATE": 0, "CLUSTER": 1}
 
 
@@ -192,7 +178,7 @@ def test_warps_take_no_more_registers_than_others_give(
     assert "setmaxnreg.dec.sync.aligned.u32 24" in text
     own = int(taken[{128: 1, 192: 2, 256: 3}[rows]])
     image = nvrtc.compiled(source, "sm_90a", macros | {"ROWS": rows})
-    assert 128 * 24 + 2 * rows * own <= (2 * rows + 128) * registers_of(image)
+    assert 128 * 24 + 2 * rows * own <= (2 * rows + 128) * elf.registers(image)
 
 
 def test_a_map_of_slabs_brings_gate_and_up_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
