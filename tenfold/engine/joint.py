@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.memory import LEAST_TOKENS, DoesNotFit, Draft, MemoryPlan, fill, plan_memory, share_of, size
+from tenfold.engine.memory import LEAST_TOKENS, DoesNotFit, Draft, MemoryPlan, fill, lay_out, share_of, size
 from tenfold.engine.opened import Opened
 from tenfold.models.config import ModelConfig
 
@@ -36,13 +36,13 @@ class Tenant:
 
     def plan(self, free: int, kv_memory: int | None = None) -> MemoryPlan:
         config = self.config if kv_memory is None else replace(self.config, kv_memory=kv_memory)
-        return plan_memory(self.shape, self.weights, config, free, self.draft)
+        return lay_out(self.shape, self.weights, config, free, self.draft)
 
 
 @dataclass(frozen=True, slots=True)
 class JointPlan:
-    """A plan for each model, by name, and for each device what is free there in bytes. `changes`: settings or fewer
-    models with which it would fit; empty where it does.
+    """A plan for each model, by name and without changes of its own, and for each device what is free there in bytes.
+    `changes`: settings or fewer models with which it would fit; empty where it does.
     """
 
     plans: Mapping[str, MemoryPlan]

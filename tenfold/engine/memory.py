@@ -270,7 +270,7 @@ def plan_memory(
     """Lay out `free` bytes for a model whose weights take `weights` bytes, under resolved settings. Never raises for
     lack of memory.
     """
-    plan = _lay_out(model, weights, config, free, draft)
+    plan = lay_out(model, weights, config, free, draft)
     return plan if plan.fits else replace(plan, changes=tuple(_changes(model, weights, config, free, draft)))
 
 
@@ -279,9 +279,10 @@ def fill(config: EngineConfig, plan: MemoryPlan) -> EngineConfig:
     return replace(config, max_model_len=plan.max_model_len, kv_memory=plan.kv, max_batch=plan.max_batch)
 
 
-def _lay_out(
+def lay_out(
     model: ModelConfig, weights: int, config: EngineConfig, free: int, draft: Draft | None = None
 ) -> MemoryPlan:
+    """As `plan_memory`, but it does not look for what would make it fit."""
     specs = [kv_spec(model, config)]
     if draft is not None:
         specs.append(draft_spec(draft.shape, config))
@@ -369,9 +370,9 @@ def _changes(model: ModelConfig, weights: int, config: EngineConfig, free: int, 
     """Single changes of settings that make it fit, by how little they take away."""
 
     def fits(changed: EngineConfig, changed_weights: int = weights) -> bool:
-        return _lay_out(model, changed_weights, changed, free, draft).fits
+        return lay_out(model, changed_weights, changed, free, draft).fits
 
-    if draft is not None and _lay_out(model, weights, replace(config, speculate="ngram"), free).fits:
+    if draft is not None and lay_out(model, weights, replace(config, speculate="ngram"), free).fits:
         yield "speculate=ngram (drafts without a model)"
     if DTYPES[config.kv_dtype].itemsize > 2 and fits(replace(config, kv_dtype="float16")):
         yield "kv_dtype=float16"
