@@ -25,15 +25,12 @@ FLOAT8 = "ring-fp8"
 KINDS = {"ring": 16, FLOAT8: 8}  # bits of the numbers
 SIZES = ((6, 1, 64), (8, 1, 64), (10, 1, 64), (5, 1, 64), (4, 2, 64), (3, 1, 128), (4, 1, 128), (5, 1, 128))
 MOST_SMS = 256  # multiprocessors, more than any GPU has
-CLUSTERS = (2, 4)  # blocks that may share tokens
-LEAST_PART = 8  # tokens that a block fetches for its cluster
 
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
     """stages of the ring, blocks of a multiprocessor, rows of a tile (64 or 128), and how work is dealt out: splits 1:
-    whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS. cluster: blocks that
-    walk through the same columns of tiles that follow each other, and fetch the tokens together.
+    whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS.
     """
 
     stages: int
@@ -41,7 +38,6 @@ class RingPlan:
     height: int = 64
     splits: int = 1
     kind: str = "ring"
-    cluster: int = 1
 
     @property
     def step_cols(self) -> int:
@@ -49,28 +45,25 @@ class RingPlan:
 
     def __str__(self) -> str:
         dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
-        shared = f":c{self.cluster}" * (self.cluster > 1)
-        return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}{shared}"
+        return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}"
 
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
     found = parts(name, KINDS, (64, 128))
     if found is None:
-        raise ValueError(
-            f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even or :sN, and :c2 or :c4."
-        )
+        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even or :sN.")
     return RingPlan(*found)
 
 
-def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str, int] | None:
+def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str] | None:
     """The fields of a plan from what `str` makes of it; None for another name."""
-    sizes, clusters = rf"(\d+)x(\d+)x({'|'.join(map(str, heights))})", "|".join(map(str, CLUSTERS))
-    found = re.fullmatch(rf"({'|'.join(kinds)}):{sizes}(?::(even)|:s(\d+))?(?::c({clusters}))?", name)
+    sizes = rf"(\d+)x(\d+)x({'|'.join(map(str, heights))})"
+    found = re.fullmatch(rf"({'|'.join(kinds)}):{sizes}(?::(even)|:s(\d+))?", name)
     if not found:
         return None
-    kind, stages, blocks, height, even, splits, cluster = found.groups()
-    return int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind, int(cluster or 1)
+    kind, stages, blocks, height, even, splits = found.groups()
+    return int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind
 
 
 def width(tokens: int) -> int:
@@ -85,15 +78,9 @@ def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     return 1024 + plan.stages * (stage + 16) + n * (plan.height + 4) * 4 + 16
 
 
-def tiles_of(plan: RingPlan, rows: int) -> int:
-    """Tiles of a w of so many rows, filled up to whole clusters."""
-    return -(-rows // plan.height // plan.cluster) * plan.cluster
-
-
-def grid(plan: RingPlan, rows: int, cols: int, sms: int, clusters: int | None = None) -> int:
-    """Blocks of a launch over a w of so many rows. clusters: the most that run at the same time, if that is known."""
-    tiles, most = tiles_of(plan, rows), sms * plan.blocks // plan.cluster
-    room = (most if clusters is None else min(most, clusters)) * plan.cluster
+def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:
+    """Blocks of a launch over a w of so many rows."""
+    tiles, room = -(-rows // plan.height), sms * plan.blocks
     if plan.splits == 0:
         return min(room, tiles * -(-cols // plan.step_cols))
     return min(tiles, room) if plan.splits == 1 else tiles * plan.splits
@@ -105,21 +92,12 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
         return False
     if plan.kind == FLOAT8 and cols > MOST_COLS:
         return False
-    return (
-        can_share(plan, tokens)
-        and can_meet(plan, tokens, rows, cols)
-        and hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
-    )
-
-
-def can_share(plan: RingPlan, tokens: int) -> bool:
-    """Whether a cluster's blocks have a part of the tokens each, and walk through the same columns."""
-    return plan.cluster == 1 or (plan.splits > 0 and width(tokens) // plan.cluster >= LEAST_PART)
+    return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
 
 
 def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether there are as many steps as parts, and room where the blocks of a tile leave their sums."""
-    if plan.splits > -(-cols // plan.step_cols) or tiles_of(plan, rows) > MOST_TILES:
+    if plan.splits > -(-cols // plan.step_cols) or -(-rows // plan.height) > MOST_TILES:
         return False
     sums = 0 if plan.splits == 1 else 2 * grid(plan, rows, cols, MOST_SMS) * plan.height * width(tokens) * 4
     return sums <= WORKSPACE
@@ -129,11 +107,10 @@ def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = "ring") 
     """Plans worth timing."""
     for stages, blocks, height in SIZES:
         tiles, room = -(-rows // height), sms * blocks
-        for cluster in (1, *CLUSTERS):
-            for splits in (1, 0, room // tiles) if tiles < room else (1,):
-                plan = RingPlan(stages, blocks, height, splits, kind, cluster)
-                if legal(plan, tokens, rows, cols):
-                    yield plan
+        for splits in (1, 0, room // tiles) if tiles < room else (1,):
+            plan = RingPlan(stages, blocks, height, splits, kind)
+            if legal(plan, tokens, rows, cols):
+                yield plan
 
 
 def rule(tokens: int, rows: int, cols: int, sms: int) -> RingPlan | None:
@@ -221,29 +198,13 @@ def launch(
             ("GATE", gate),
             ("ROWS", plan.height),
             ("SPLIT", int(plan.splits != 1)),
-            ("CLUSTER", plan.cluster),
             ("FLOAT32", int(float32)),
             ("GROUPED", int(row_scales is not None and row_scales.shape[1] > 1)),
         ),
     )
-    w_map, x_map = nvrtc.tensor_map(w, height), nvrtc.tensor_map(inputs, width(tokens) // plan.cluster)
+    w_map, x_map = nvrtc.tensor_map(w, height), nvrtc.tensor_map(inputs, width(tokens))
     arguments: list[nvrtc.Argument] = [w_map, x_map, row_scales, token_scales, out, bias, residual]
     arguments += [workspace.sums, workspace.counters, tokens, rows, cols]
-    start(kernel, plan, rows, cols, sms, plan.height * 2 + 32, shared_bytes(plan, tokens, cols), arguments)
+    blocks, threads = grid(plan, rows, cols, sms), plan.height * 2 + 32
+    kernel((blocks, 1, 1), threads, shared_bytes(plan, tokens, cols), arguments, dependent=True)
     return out
-
-
-def start(
-    kernel: nvrtc.Kernel,
-    plan: RingPlan,
-    rows: int,
-    cols: int,
-    sms: int,
-    threads: int,
-    shared: int,
-    arguments: list[nvrtc.Argument],
-) -> None:
-    """Launch as many blocks as the plan has for a w of so many rows."""
-    clusters = kernel.clusters(threads, shared, plan.cluster) if plan.cluster > 1 else None
-    blocks = grid(plan, rows, cols, sms, clusters)
-    kernel((blocks, 1, 1), threads, shared, arguments, dependent=True, cluster=plan.cluster)

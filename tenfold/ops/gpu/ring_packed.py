@@ -6,7 +6,6 @@ Codes become exact numbers in registers, a group's sum is scaled in float32: no 
 their 16 bits. A norm runs before; bias, gate and residual are fused.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from tenfold.ops.formats import Format, format_of, packed_of
 from tenfold.ops.gpu import hopper, nvrtc, stream_packed
 from tenfold.ops.gpu import norm as norms
-from tenfold.ops.gpu.ring import CLUSTERS, MOST_TOKENS, RingPlan, can_meet, can_share, parts, start, width
+from tenfold.ops.gpu.ring import MOST_TOKENS, RingPlan, can_meet, grid, parts, width
 from tenfold.ops.gpu.sums import Workspace
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
@@ -53,10 +52,7 @@ def parse(name: str) -> PackedPlan:
     """The plan `str(plan)` names. Raises ValueError."""
     found = parts(name, CODES, (64, 128, 192, 256))
     if found is None:
-        raise ValueError(
-            f"{name!r} is no ring plan for codes; allowed: ring4:SxBxR or ring8:SxBxR, then :even or :sN, and"
-            " :c2 or :c4."
-        )
+        raise ValueError(f"{name!r} is no ring plan for codes; allowed: ring4:SxBxR or ring8:SxBxR, then :even or :sN.")
     return PackedPlan(*found)
 
 
@@ -80,7 +76,7 @@ def legal(plan: PackedPlan, tokens: int, rows: int, cols: int) -> bool:
     if not 1 <= tokens <= MOST_TOKENS or cols % ALIGN[plan.kind] or plan.stages < 2:
         return False
     fits = fits_registers(plan, tokens) and hopper.fits(shared_bytes(plan, tokens), plan.blocks)
-    return fits and can_share(plan, tokens) and can_meet(plan, tokens, rows, cols)
+    return fits and can_meet(plan, tokens, rows, cols)
 
 
 def fits_registers(plan: PackedPlan, tokens: int) -> bool:
@@ -95,10 +91,9 @@ def candidates(kind: str, tokens: int, rows: int, cols: int, sms: int) -> Iterat
     found: dict[PackedPlan, None] = {}
     for blocks, height, beside in SIZES:
         tiles, room = -(-rows // height), sms * blocks
-        dealt = (1, 0, room // tiles) if tiles < room else (1, 0)
-        for splits, cluster in itertools.product(dealt, (1, *CLUSTERS)):
+        for splits in (1, 0, room // tiles) if tiles < room else (1, 0):
             for stages in range(MOST_STAGES, LEAST_STAGES - 1, -1):
-                plan = PackedPlan(stages, blocks, height, splits, kind, cluster)
+                plan = PackedPlan(stages, blocks, height, splits, kind)
                 if hopper.fits(shared_bytes(plan, tokens), beside) and legal(plan, tokens, rows, cols):
                     found[plan] = None
                     break
@@ -143,10 +138,11 @@ def run(
     macros = defines(plan, format_of(w.format), packed.scales.dtype, x.dtype, width(tokens), gate)
     kernel = nvrtc.load("ring_packed.cu", "ring_packed", (*macros, ("FLOAT32", int(float32))))
     w_map = nvrtc.tensor_map(packed.codes.view(torch.uint8), height)
-    x_map = nvrtc.tensor_map(x, width(tokens) // plan.cluster)
+    x_map = nvrtc.tensor_map(x, width(tokens))
     arguments: list[nvrtc.Argument] = [w_map, x_map, packed.scales, packed.zeros, out, bias, residual]
     arguments += [workspace.sums, workspace.counters, tokens, w.rows, cols]
-    start(kernel, plan, w.rows, cols, sms, plan.threads, shared_bytes(plan, tokens), arguments)
+    blocks = grid(plan, w.rows, cols, sms)
+    kernel((blocks, 1, 1), plan.threads, shared_bytes(plan, tokens), arguments, dependent=True)
     return out
 
 
@@ -163,5 +159,4 @@ def defines(
         ("GATE", gate),
         ("ROWS", plan.height),
         ("SPLIT", int(plan.splits != 1)),
-        ("CLUSTER", plan.cluster),
     )

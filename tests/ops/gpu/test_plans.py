@@ -98,20 +98,6 @@ def test_sums_of_a_ring_fit(tokens: int, rows: int, cols: int) -> None:
             assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= sums.WORKSPACE
 
 
-@given(TOKENS, ROWS, COLS, st.integers(1, 70))
-def test_clusters_of_a_ring_are_whole(tokens: int, rows: int, cols: int, clusters: int) -> None:
-    plans = [*ring.candidates(tokens, rows, cols, SMS), *ring_packed.candidates("ring8", tokens, rows, cols, SMS)]
-    assert {plan.cluster for plan in plans} == {c for c in (1, 2, 4) if c == 1 or ring.width(tokens) >= 8 * c}
-    for plan in plans:
-        blocks, tiles = ring.grid(plan, rows, cols, SMS, clusters), -(-rows // plan.height)
-        assert blocks % plan.cluster == 0
-        if plan.cluster > 1:
-            whole = -(-tiles // plan.cluster)
-            assert blocks // plan.cluster == (
-                whole * plan.splits if plan.splits > 1 else min(whole, clusters, 132 * plan.blocks // plan.cluster)
-            )
-
-
 @given(TOKENS, ROWS, COLS, st.sampled_from(list(ring_packed.CODES)))
 def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, cols: int, kind: str) -> None:
     plans = list(ring_packed.candidates(kind, tokens, rows, cols, SMS))
@@ -139,8 +125,6 @@ def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, co
         (ring, "ring-fp8:6x1"),
         (ring_packed, "ring:6x1x64"),
         (ring_packed, "ring4:6x1x32"),
-        (ring, "ring:6x1x64:c3"),
-        (ring_packed, "ring4:6x1x64:c2:s2"),
     ],
 )
 def test_names_of_other_plans_are_refused(module: object, name: str) -> None:

@@ -3,18 +3,10 @@
 
 #define CONSUMER_BARRIER() asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory")
 
-// How the steps of all tiles are dealt out: `begin(block)` is the first of a block. Blocks of a cluster take tiles that
-// follow each other and of each the same part, since they share the tokens; so tiles are filled up to whole clusters, and a
-// block counts in the order of its parts.
+// How the steps of all tiles are dealt out: `begin(block)` is the first of a block.
 struct Deal {
-    int steps, units, own;
+    int steps, units;
 
-    __device__ __forceinline__ Deal(int steps, int tiles) : steps(steps), units((tiles + CLUSTER - 1) / CLUSTER * CLUSTER * steps), own(blockIdx.x) {
-#if CLUSTER > 1
-        const int parts = gridDim.x * steps / units, at = blockIdx.x / CLUSTER;
-        own = (at / parts * CLUSTER + blockIdx.x % CLUSTER) * parts + at % parts;
-#endif
-    }
     __device__ __forceinline__ int begin(int block) const { return (int)((long long)block * units / gridDim.x); }
     __device__ __forceinline__ int owner(int unit) const { return (int)(((long long)(unit + 1) * gridDim.x - 1) / units); }
 };
@@ -27,7 +19,7 @@ __device__ __forceinline__ bool meet(float (&d)[N / 2], const Deal &deal, int ti
     const int first_unit = tile * deal.steps, from = deal.owner(first_unit), to = deal.owner(first_unit + deal.steps - 1);
     if (from == to) return true;
     auto slot = [&](int block) { return slots + (size_t)(2 * block + (deal.begin(block) < first_unit)) * (N / 8) * CONSUMERS; };
-    float4 *own = slot(deal.own);
+    float4 *own = slot(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < N / 8; i++) own[i * CONSUMERS + threadIdx.x] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
     __threadfence();

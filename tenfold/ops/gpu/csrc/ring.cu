@@ -9,18 +9,13 @@
 // row, equally many to every block ("stream-K"), whatever the number of tiles: a tile then has several contributors. Each
 // leaves its sums in global memory, and whoever arrives last adds them up in the order of their steps.
 //
-// With 64 tokens a tile's tokens are as many bytes as its rows, all out of the L2 cache, which soon cannot deliver both. So
-// CLUSTER blocks that walk through the same columns fetch a part of each stage's tokens for all of them.
-//
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
-// multiprocessor · ROWS 64 or 128 · SPLIT · CLUSTER, whose part of N is
-// whole groups of 8 · BITS of numbers: 16, or 8, float8 e4m3 with a scale for each token, and for
+// multiprocessor · ROWS 64 or 128 · SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale for each token, and for
 // each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
 // columns meet in float32.
 
 #include "fragments.h"
 #include "hopper.h"
-#include "cluster.h"
 #include "narrow.h"
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
@@ -94,20 +89,18 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     const int tiles = (outputs + height - 1) / height, boxes = (cols + BOX_COLS - 1) / BOX_COLS;
 #if SPLIT
     int *last = (int *)(barriers + 2 * STAGES);
-    const Deal deal(steps, tiles);
-    const int first = deal.begin(deal.own), mine = deal.begin(deal.own + 1) - first;
+    const Deal deal = {steps, tiles * steps};
+    const int first = deal.begin(blockIdx.x), mine = deal.begin(blockIdx.x + 1) - first;
     auto tile_of = [&](int at) { return (first + at) / steps; };
     auto step_of = [&](int at) { return (first + at) % steps; };
 #else
-    const int leader = blockIdx.x / CLUSTER * CLUSTER;  // all blocks of a cluster take as many tiles as its first
-    const int mine = leader < tiles ? ((tiles - 1 - leader) / gridDim.x + 1) * steps : 0;
+    const int mine = blockIdx.x < tiles ? ((tiles - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
     auto tile_of = [&](int at) { return blockIdx.x + at / steps * gridDim.x; };
     auto step_of = [&](int at) { return at % steps; };
 #endif
 
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
-    enter_cluster();
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {
@@ -115,7 +108,6 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             u64 once, kept;
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
-            const int part = blockIdx.x % CLUSTER * (N / CLUSTER);  // of the tokens, which this block fetches
             int count = 0;
             auto weights = [&](int at) {
                 int step = step_of(at), row = tile_of(at) * height;
@@ -132,26 +124,21 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             auto inputs = [&](int at) {
                 u32 to = stage0 + at % STAGES * STAGE_BYTES + 2 * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int b = 0; b < 2; b++) fetch_for_all(to + b * X_BOX + part * 128, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, part, barrier, kept);
+                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
             };
             for (; count < mine && count < STAGES; count++) weights(count);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
-            know_cluster();
             for (int at = 0; at < count; at++) inputs(at);
             for (; count < mine; count++) {
                 wait_for(empty + count % STAGES * 8, (count / STAGES - 1) & 1);
                 weights(count);
                 inputs(count);
             }
-        } else {
-            know_cluster();
         }
-        leave_ring();
         return;
     }
 
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    know_cluster();
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows_at = (warp >> 2) * 64 * 128;  // bytes in a box
     for (int count = 0; count < mine;) {
         const int at = tile_of(count);
@@ -167,7 +154,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             multiply_box(d, stage + rows_at, tokens_at, 1);
             multiply_box(d, stage + W_BOX + rows_at, tokens_at + X_BOX, 1);
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            release_stage(empty + count % STAGES * 8);
+            if (lane == 0) arrive(empty + count % STAGES * 8);
 #else
             float even[N / 2], odd[N / 2];
             const Scales scales_of(row_scales, at * height, outputs, rows, 2 * step, boxes);
@@ -176,7 +163,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             add_box(d, even, scales_of.upper[0], scales_of.lower[0]);
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            release_stage(empty + count % STAGES * 8);
+            if (lane == 0) arrive(empty + count % STAGES * 8);
             add_box(d, odd, scales_of.upper[1], scales_of.lower[1]);
 #endif
         }
@@ -211,5 +198,4 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
         }
         CONSUMER_BARRIER();
     }
-    leave_ring();
 }

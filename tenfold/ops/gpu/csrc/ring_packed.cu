@@ -10,7 +10,7 @@
 // both. Sums are stored from registers; a lane has 8 rows between its two, or with a gate a row of each half.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
-// multiprocessor · ROWS of a tile, a multiple of 64 up to 256 · SPLIT, CLUSTER as in ring.cu · BITS, E4M3, SCALES, ZEROS, GROUP
+// multiprocessor · ROWS of a tile, a multiple of 64 up to 256 · SPLIT as in ring.cu · BITS, E4M3, SCALES, ZEROS, GROUP
 // (a multiple of 128) as in codes.h.
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
@@ -29,7 +29,6 @@
 
 #include "fragments.h"
 #include "hopper.h"
-#include "cluster.h"
 #include "codes.h"
 #include "registers.h"
 #include "deal.h"
@@ -123,18 +122,16 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
     const int tiles = (outputs + height - 1) / height;
 #if SPLIT
     int *last = (int *)(barriers + 2 * STAGES);
-    const Deal deal(steps, tiles);
-    const int first = deal.begin(deal.own), mine = deal.begin(deal.own + 1) - first;
+    const Deal deal = {steps, tiles * steps};
+    const int first = deal.begin(blockIdx.x), mine = deal.begin(blockIdx.x + 1) - first;
     const int first_tile = first / steps, first_step = first % steps, hop = 1;
 #else
-    const int leader = blockIdx.x / CLUSTER * CLUSTER;  // all blocks of a cluster take as many tiles as its first
-    const int mine = leader < tiles ? ((tiles - 1 - leader) / gridDim.x + 1) * steps : 0;
+    const int mine = blockIdx.x < tiles ? ((tiles - 1 - blockIdx.x) / gridDim.x + 1) * steps : 0;
     const int first_tile = blockIdx.x, first_step = 0, hop = gridDim.x;
 #endif
 
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
-    enter_cluster();
+    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {
@@ -145,7 +142,6 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
             u64 once, kept;
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
-            const int part = blockIdx.x % CLUSTER * (N / CLUSTER);  // of the tokens, which this block fetches
             auto step_of = [&](int at) { return (first_step + at) % steps; };
             auto weights = [&](int at) {
                 const int byte = step_of(at) * 128, row = (first_tile + (first_step + at) / steps * hop) * height;
@@ -159,12 +155,11 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
             auto inputs = [&](int at) {
                 const u32 to = stage0 + at % STAGES * STAGE_BYTES + W_BYTES, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int u = 0; u < STEP_COLS / 64; u++) fetch_for_all(to + u * X_BOX + part * 128, &x_map, step_of(at) * STEP_COLS + u * 64, part, barrier, kept);
+                for (int u = 0; u < STEP_COLS / 64; u++) fetch(to + u * X_BOX, &x_map, step_of(at) * STEP_COLS + u * 64, 0, barrier, kept);
             };
             int count = 0;
             for (; count < mine && count < STAGES; count++) weights(count);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
-            know_cluster();
             for (int at = 0; at < count; at++) inputs(at);
 #pragma unroll 1
             for (; count < mine; count++) {
@@ -172,10 +167,7 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
                 weights(count);
                 inputs(count);
             }
-        } else {
-            know_cluster();
         }
-        leave_ring();
         return;
     }
 
@@ -203,7 +195,6 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
     int above = upper_row(tile) * groups, below = lower_row(tile) * groups;
     next.load(scales, zeros, above, below, step * SPANS, groups);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    know_cluster();
     Fragment a[2][FRAGMENTS];
 #pragma unroll
     for (int k = 0; k < FRAGMENTS; k++) a[1][k][0] = a[1][k][1] = a[1][k][2] = a[1][k][3] = 0;
@@ -262,14 +253,14 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
                     scale_upper = following_upper, scale_lower = following_lower;
                 }
 #endif
-                if (u == 0 && held) release_stage(held);
+                if (u == 0 && held && lane == 0) arrive(held);
             }
             held = empty + slot * 8;
             if (++slot == STAGES) slot = 0, turn ^= 1;
         }
         FINISH(0);
         release(a[1]);
-        release_stage(held);
+        if (lane == 0) arrive(held);
 #if WHOLE_ROW
 #pragma unroll
         for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(d[i])::"memory");
@@ -310,5 +301,4 @@ ring_packed(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map
         for (int i = 0; i < N / 2; i++)
             if (!(GATE && i & 2) && stored(i)) store(out, place_of(i), d[i]);
     }
-    leave_ring();
 }
