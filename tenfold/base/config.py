@@ -95,6 +95,9 @@ class EngineConfig:
         -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
     )
     graphs: bool = setting(True, "GPU: launch steps of decodes and short prompts as CUDA graphs")
+    rehearse: bool = setting(
+        True, "GPU: compile kernels for steps of every size at the start, not when one first comes and others wait"
+    )
     softmax: str = setting(
         "auto",
         "GPU attention: online, lazy, unified or paper; auto takes unified where `tenfold calibrate softmax` measured "

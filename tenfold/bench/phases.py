@@ -37,7 +37,7 @@ from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
-from tenfold.engine.phases.start import apart, said, stairs_of
+from tenfold.engine.phases.start import apart, rehearse_lanes, said, stairs_of
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -143,6 +143,7 @@ class Arms:
         sizes = sorted({size for border in borders for size in table.splits_of(border, self.total)})
         self.lanes = GreenLanes(self.engine.runner, kernels, sizes)
         self.stairs = stairs_of(self.engine, self.lanes)
+        rehearse_lanes(self.engine, self.lanes)
 
     def _make(self, name: str) -> tuple[str, int, Phases | None]:
         """Schedule, tokens of a step, phases."""

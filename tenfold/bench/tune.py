@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from tenfold.base.config import EngineConfig
 from tenfold.bench.hardware import machine
+from tenfold.engine import tune_steps
 from tenfold.engine.linears import traced
 from tenfold.engine.memory import DTYPES
 from tenfold.ops.choose import Table
@@ -28,6 +30,7 @@ from tenfold.ops.gpu.timing import GpuTimer
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
+PARTS = ("linear", "experts", "attention", "steps")  # steps: what was fastest alone, tried in whole steps of decodes
 PAGE = 16  # tokens of a page, as engines have them
 
 
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="auto", help="as the engine's setting: auto, int4, int8, fp8")
     parser.add_argument("--batches", default=",".join(map(str, arms.BATCHES)))
     parser.add_argument("--families", default="", help=f"of {', '.join(arms.FAMILIES)}; without it all")
-    parser.add_argument("--parts", default="linear,experts,attention", help="what to measure, a comma between two")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, a comma between two")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest context of attention")
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
     parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
@@ -68,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reads = readings(specs, PAGE, dtype, given.longest, tune_attention.KEPT)
     if "attention" in parts:
         tune_attention.tune(reads, reader, GpuTimer(device), given.force, progress)
+    if "steps" in parts:
+        wanted = [batch for batch in batches if batch in tune_steps.REQUESTS]
+        for model in given.model.split(","):
+            own = EngineConfig(model=model, device="cuda", dtype=given.dtype, weights=given.weights)
+            tune_steps.tune(own, table, wanted, given.force, progress)
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):

@@ -48,7 +48,8 @@ class Facts:
     config: with every size filled in. path: of the checkpoint, "" for a model made in memory. family: the model's
     class. memory: the plan, for people. timeline: phases of loading with their seconds. choices: one dict for each
     operation, shape and batch size with operation, shape, format, batch, budget, arm, microseconds (None: not
-    measured), runner_up, runner_up_microseconds, source ("measured", "rule", "fixed" or "only") and why.
+    measured), step (microseconds of a whole decode step with it, None likewise), runner_up, runner_up_microseconds (of
+    a step too, where step is one), source ("step", "measured", "rule", "fixed" or "only") and why.
     """
 
     config: EngineConfig

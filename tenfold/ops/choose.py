@@ -1,14 +1,16 @@
 """The table of choices: which implementation ("arm") of an operation runs for a shape, measured on this machine.
 
 A key says what is computed and with what (operation, shape, format, batch bucket, budget of threads or SMs); a row
-holds the time of every arm that was measured. Where nothing was measured an analytic rule of the operation decides.
-The table can only change speed: arms of one operation give the same result, or say in their documentation by how much
-they differ.
+holds the time of every arm that was measured, and where a model was there, how long its whole decode step took with
+some of them: that decides, for kernels get in each other's way. Where nothing was measured an analytic rule of the
+operation decides. The table can only change speed: arms of one operation give the same result, or say in their
+documentation by how much they differ.
 
 One JSON file a device, in `folder()`. A file that is broken, of another device or of another version of the kernels is
 ignored with one line in the log, and replaced by the next measurement.
 """
 
+import copy
 import json
 import math
 import os
@@ -21,10 +23,13 @@ from typing import Any
 
 from tenfold.base.log import logger
 
+Times = dict["Key", dict[str, float]]
 SCHEMA = 1
+NUMBERS, NAMES, TIMES = ("rows", "cols", "batch", "budget"), ("op", "format"), ("microseconds", "step")  # of a row
 LARGEST_BATCH = 512
 LARGEST_FILE = 16 << 20  # bytes; a table of one device has a few hundred rows
 NOISE = 1.03  # an arm replaces the rule's only when it is faster by more than measurements vary
+STEP_NOISE = 1.005  # likewise, of a whole step
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,9 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What runs and why. source: "measured", "rule" or "fixed" (by a user); times in microseconds, None where not
-    measured.
+    """What runs and why. source: "step" (measured in whole steps), "measured" (alone), "rule" or "fixed" (by a user);
+    times in microseconds, None where not measured. step: of a whole decode step with this arm; the runner-up's time is
+    of a step then too.
     """
 
     key: Key
@@ -51,14 +57,16 @@ class Choice:
     microseconds: float | None = None
     runner_up: str | None = None
     runner_up_microseconds: float | None = None
+    step: float | None = None
 
     def __str__(self) -> str:
         k = self.key
         head = f"{k.op} {k.rows} x {k.cols} {k.format}, batch {k.batch}, budget {k.budget}: {self.arm}"
-        if self.microseconds is None:
-            return f"{head} ({self.source}; not measured)"
         other = f"; next {self.runner_up} {self.runner_up_microseconds:.1f} us" if self.runner_up else ""
-        return f"{head} ({self.source} {self.microseconds:.1f} us{other})"
+        alone = "" if self.microseconds is None else f" {self.microseconds:.1f} us"
+        if self.step is not None:
+            return f"{head} (alone{alone or ' not measured'}; steps {self.step:.1f} us{other})"
+        return f"{head} ({self.source}{alone}{other})" if alone else f"{head} ({self.source}; not measured)"
 
 
 def batch_bucket(batch: int) -> int:
@@ -82,7 +90,7 @@ class Table:
         self.device = device
         self.version = version
         self.path = path or folder() / (re.sub(r"[^A-Za-z0-9.]+", "-", device).strip("-")[:120] + ".json")
-        self._times = self._read()
+        self._times, self._steps = self._read()
 
     def __len__(self) -> int:
         return len(self._times)
@@ -91,24 +99,45 @@ class Table:
         """Microseconds of each measured arm; empty where nothing was measured."""
         return self._times.get(key, {})
 
+    def steps(self, key: Key) -> Mapping[str, float]:
+        """Microseconds of a decode step with each arm that was tried in one; empty where none was."""
+        return self._steps.get(key, {})
+
     def record(self, key: Key, times: Mapping[str, float]) -> None:
         """Replace the times of a key; `save` writes them down."""
         self._times[key] = dict(times)
 
+    def record_steps(self, key: Key, times: Mapping[str, float]) -> None:
+        """Replace the times of steps; `save` writes them down for keys that have times of arms alone too."""
+        self._steps[key] = dict(times)
+
+    def but(self, chosen: Mapping[Key, str]) -> "Table":
+        """The same table where these arms are the fastest in steps; not to be saved."""
+        other = copy.copy(self)
+        other._steps = {**self._steps, **{key: {arm: 1.0} for key, arm in chosen.items()}}
+        return other
+
     def pick(self, key: Key, rule: str) -> Choice:
-        """The fastest measured arm, or `rule` where nothing was measured or nothing is faster by more than noise."""
-        times = self.times(key)
-        if not times:
+        """The arm with which steps were fastest, else the one that was fastest alone; or `rule` where nothing was
+        measured or nothing is faster by more than noise.
+        """
+        times, steps = self.times(key), self.steps(key)
+        if not times and not steps:
             return Choice(key, rule, "rule")
-        order = sorted(times, key=times.__getitem__)
-        arm = rule if times.get(rule, math.inf) <= times[order[0]] * NOISE else order[0]
-        second = next((other for other in order if other != arm), None)
-        return Choice(key, arm, "measured", times[arm], second, times[second] if second else None)
+        arm, second = best(steps or times, rule, STEP_NOISE if steps else NOISE)
+        took = (steps or times)[second] if second else None
+        if steps:
+            return Choice(key, arm, "step", times.get(arm), second, took, steps[arm])
+        return Choice(key, arm, "measured", times[arm], second, took)
 
     def save(self) -> None:
         """Write the file, by rename; rows that another process saved meanwhile are kept."""
-        self._times = {**self._read(), **self._times}
-        rows = [{**asdict(key), "microseconds": times} for key, times in self._times.items()]
+        times, steps = self._read()
+        self._times, self._steps = {**times, **self._times}, {**steps, **self._steps}
+        rows = [
+            {**asdict(key), "microseconds": times, **({"step": self._steps[key]} if key in self._steps else {})}
+            for key, times in self._times.items()
+        ]
         content = {"schema": SCHEMA, "device": self.device, "version": self.version, "choices": rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")
@@ -120,21 +149,28 @@ class Table:
             Path(temporary).unlink(missing_ok=True)
             raise
 
-    def _read(self) -> dict[Key, dict[str, float]]:
+    def _read(self) -> tuple[Times, Times]:
         try:
             if self.path.stat().st_size > LARGEST_FILE:
                 raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
             content = json.loads(self.path.read_text(encoding="utf-8"))
             return _rows(content, self.device, self.version)
         except FileNotFoundError:
-            return {}
+            return {}, {}
         except (OSError, ValueError, RecursionError) as error:
             logger.info("choices: %s is ignored, %s; measure again with `tenfold tune`", self.path, error)
-            return {}
+            return {}, {}
 
 
-def _rows(content: Any, device: str, version: str) -> dict[Key, dict[str, float]]:
-    """The rows of a file's content. Raises ValueError with what is wrong."""
+def best(times: Mapping[str, float], rule: str, noise: float) -> tuple[str, str | None]:
+    """The fastest arm, or `rule` where that is as fast but for noise; and the fastest of the others."""
+    order = sorted(times, key=times.__getitem__)
+    arm = rule if times.get(rule, math.inf) <= times[order[0]] * noise else order[0]
+    return arm, next((other for other in order if other != arm), None)
+
+
+def _rows(content: Any, device: str, version: str) -> tuple[Times, Times]:
+    """The rows of a file's content: times alone, and of steps. Raises ValueError with what is wrong."""
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError("it is not a table of choices of this version")
     if content.get("device") != device:
@@ -144,15 +180,23 @@ def _rows(content: Any, device: str, version: str) -> dict[Key, dict[str, float]
     rows = content.get("choices")
     if not isinstance(rows, list):
         raise ValueError("it has no list of choices")
-    return dict(_row(row) for row in rows)
+    found: tuple[Times, Times] = {}, {}
+    for row in rows:
+        _check(row)
+        key = Key(**{name: row[name] for name in (*NUMBERS, *NAMES)})
+        for times, name in zip(found, TIMES):
+            if name in row:
+                times[key] = {arm: float(took) for arm, took in row[name].items()}
+    return found
 
 
-def _row(row: Any) -> tuple[Key, dict[str, float]]:
-    numbers, names = ("rows", "cols", "batch", "budget"), ("op", "format")
-    good = isinstance(row, dict) and set(row) == {*numbers, *names, "microseconds"}
-    good = good and all(type(row[n]) is int and row[n] > 0 for n in numbers)
-    good = good and all(isinstance(row[n], str) for n in names) and isinstance(row["microseconds"], dict)
-    good = good and all(type(t) in (int, float) and t > 0 and math.isfinite(t) for t in row["microseconds"].values())
+def _check(row: Any) -> None:
+    """Raises ValueError for what is no row of a file."""
+    good = isinstance(row, dict) and {*NUMBERS, *NAMES, TIMES[0]} <= set(row) <= {*NUMBERS, *NAMES, *TIMES}
+    good = good and all(type(row[n]) is int and row[n] > 0 for n in NUMBERS)
+    good = good and all(isinstance(row[n], str) for n in NAMES)
+    times = [row[name] for name in TIMES if name in row] if good else []
+    good = good and all(isinstance(one, dict) for one in times)
+    good = good and all(type(t) in (int, float) and t > 0 and math.isfinite(t) for one in times for t in one.values())
     if not good:
         raise ValueError("one of its rows is malformed")
-    return Key(**{n: row[n] for n in (*numbers, *names)}), {k: float(t) for k, t in row["microseconds"].items()}

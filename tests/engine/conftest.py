@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 from tenfold.engine.text import Text
 from tenfold.weights.open import open_checkpoint
@@ -22,3 +23,9 @@ def smollm2_path() -> Path:
 def smollm2_text(smollm2_path: Path) -> Text:
     """Its tokenizer and chat template."""
     return Text(open_checkpoint(smollm2_path))
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines of these tests compile kernels as they need them: most steps of a rehearsal never come."""
+    monkeypatch.setattr("tenfold.engine.core.rehearse", lambda runner, sizes: None)

@@ -1,7 +1,7 @@
 """Measure a GPU's stairs: how long prefill and decode of a model take on each part of the multiprocessors.
 
-Steps are made up: they read page 0 of the KV store again and again, and write nothing. Prefill runs a few layers, which
-stand for all; decode runs whole steps from graphs, as the engine does.
+Steps are made up. Prefill runs a few layers, which stand for all; decode runs whole steps from graphs, as the engine
+does.
 """
 
 import statistics
@@ -12,8 +12,8 @@ import torch
 from tenfold.engine.phases.lanes import GreenLanes
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.stored import sizes_of
+from tenfold.engine.rehearsal import made_up
 from tenfold.engine.runner import Runner
-from tenfold.nn.step import Step
 from tenfold.ops.gpu import green
 from tenfold.ops.gpu.green import Part
 
@@ -62,33 +62,6 @@ def captured(call: Callable[[], object], part: Part) -> Callable[[], object]:
 def _decode_seconds(runner: Runner, part: Part, requests: int, context: int) -> float:
     step = made_up(runner, requests, 1, context)
     return timed(lambda: runner.model.forward(step), part)
-
-
-def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
-    """A step of requests with `new` tokens each, at the end of contexts of `length`."""
-    size, device = runner.kv.spec.page_size, runner.device
-    count = requests * new
-
-    def numbers(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    columns = -(-length // size)
-    if new == 1:
-        _, columns = runner.rows.bucket(requests, columns)
-    return Step(
-        token_ids=torch.zeros(count, dtype=torch.int64, device=device),
-        positions=torch.arange(length - new, length, dtype=torch.int32, device=device).repeat(requests),
-        slots=torch.full((count,), -1, dtype=torch.int32, device=device),
-        page_table=torch.zeros(requests, columns, dtype=torch.int32, device=device),
-        query_start=torch.arange(0, count + 1, new, dtype=torch.int32, device=device),
-        kv_lengths=numbers([length] * requests),
-        logits_rows=numbers(list(range(new - 1, count, new)), torch.int64),
-        max_query=new,
-        max_kv=length,
-        decodes=requests if new == 1 else 0,
-        kv=runner.kv,
-        rooms=torch.zeros(requests, dtype=torch.int32, device=device) if runner.kv.rooms else None,
-    )
 
 
 def timed(call: Callable[[], object], part: Part) -> float:

@@ -11,6 +11,8 @@ from tenfold.engine.phases import stored, table
 from tenfold.engine.phases.lanes import TwoDevices
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
+from tenfold.engine.phases.table import TYPICAL
+from tenfold.engine.rehearsal import chunks, decodes, rehearse
 
 if TYPE_CHECKING:
     from tenfold.engine.core import Engine
@@ -37,6 +39,7 @@ def start(engine: Engine) -> Phases | None:
         table.told(schedule, f"the driver does not divide the GPU ({error})")
         return None
     stairs = stairs_of(engine, lanes)
+    rehearse_lanes(engine, lanes)
     targets = table.targets_of(engine.config, stairs, lanes.total)
     controller = table.make_controller(border, targets, lanes.splits, stairs)
     if border in (table.STAIRCASE, table.PAPER) or border.isdigit():
@@ -63,6 +66,22 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
     except OSError as error:
         logger.warning("the times of phases are not kept in %s (%s); the next start measures again", known.path, error)
     return found
+
+
+def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
+    """Compile what the kernels of each lane want beyond those of the whole GPU."""
+    from tenfold.ops.gpu import green
+
+    config = engine.config
+    if not config.rehearse:
+        return
+    for part, runner in lanes.every_decode():
+        with green.on(part):
+            rehearse(runner, decodes(config.max_batch, engine.max_model_len, (TYPICAL,)))
+    for part, runner in lanes.every_prefill():
+        with green.on(part):
+            rehearse(runner, chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
+    torch.cuda.synchronize()
 
 
 def apart(engine: Engine, device: torch.device | None = None) -> Phases | None:

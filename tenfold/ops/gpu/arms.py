@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ class Use:
 
 HEAD = Use(norm=True, float32=True)
 ROUTER = Use(float32=True)
+PLACES = count()
 LOGITS = len(ACTS) * 4  # of `Matrix.arms`, behind the uses that `Arms.__call__` numbers
 
 
@@ -445,7 +446,7 @@ class Arms:
         self.context = Context(device, sms)
         self.seen: dict[Work, None] = {}  # each different operation that was asked for, for one token
         self._bound: dict[str, Callable[[Context, Tensor, Matrix, Fused], Tensor]] = {}
-        self._place = sms << 32  # of this object's picks in `Matrix.arms`, which lanes of other SMs share
+        self._place = next(PLACES) << 32  # of this object's picks in `Matrix.arms`, which other lanes have theirs in
 
     def __call__(
         self,

@@ -228,6 +228,10 @@ class Attending:
             )
         return found
 
+    def asked(self) -> list[Reading]:
+        """Readings that were picked for."""
+        return list(dict.fromkeys(reading for reading, _ in self._known))
+
     def run(
         self,
         arm: Arm,

@@ -8,6 +8,7 @@ overwritten by a later step.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +53,20 @@ class Capturer:
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """A graph, and where it leaves its results; the device does not run it yet. None where that fails: then all
-        runs plainly from now on.
+        runs plainly from now on. Others wait meanwhile, so this is without the garbage collection and the emptying of
+        caches of `torch.cuda.graph`, which take longer than all else.
         """
         if self.failure:
             return None
-        graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
-        torch.cuda.synchronize()
+        graph, stream = torch.cuda.CUDAGraph(), self._place()
+        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._place(), capture_error_mode="thread_local"):
+            with torch.cuda.stream(stream), ExitStack() as stack:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                stack.callback(graph.capture_end)
                 results = run()
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]

@@ -15,6 +15,7 @@ from tenfold.ops import elementwise, formats, tiles
 from tenfold.ops.attention import latent
 from tenfold.ops.attention.attend import attend
 from tenfold.ops.attention.plan import MOST_HEAD_DIM
+from tenfold.ops.choose import Table
 from tenfold.ops.gemm import grouped
 from tenfold.ops.gpu import arms, expert_arms, experts, graphs, nvrtc, rope
 from tenfold.ops.gpu import norm as norms
@@ -67,13 +68,15 @@ class Gpu(Oracle):
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self._count_at = 0.0
 
-    def on(self, sms: int) -> "Gpu":
-        """The same kernels for streams that have so many of the SMs, with workspaces of their own."""
-        other = copy.copy(self)
+    def on(self, sms: int, table: Table | None = None) -> "Gpu":
+        """The same kernels for streams that have so many of the SMs, with workspaces of their own. table: of choices,
+        where it is another.
+        """
+        other, table = copy.copy(self), table or self.arms.table
         other.sms = sms
-        other.arms = arms.Arms(self.device, self.dtype, sms, self.arms.table, self.options.gemm)
-        other.attending = Attending(self.device, sms, self.attending.table, self.options.merge)
-        other.expert_arms = expert_arms.ExpertArms(self.attending.table, sms)
+        other.arms = arms.Arms(self.device, self.dtype, sms, table, self.options.gemm)
+        other.attending = Attending(self.device, sms, table, self.options.merge)
+        other.expert_arms = expert_arms.ExpertArms(table, sms)
         other.packing = Packing(self.device, sms)
         return other
 

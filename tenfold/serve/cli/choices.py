@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from tenfold.base.config import EngineConfig
+from tenfold.engine import tune_steps
 from tenfold.engine.memory import DTYPES
 from tenfold.engine.opened import Opened
 from tenfold.engine.phases import stored
@@ -77,6 +78,7 @@ def tune_gpu(opened: Opened, progress: "Progress") -> None:
     tune_works(works, kernels.arms, timer, progress=progress)
     tune_experts.tune(layers, kernels.expert_arms, timer, opened.device, progress=progress)
     tune_attention.tune(readings, kernels.attending, timer, progress=progress)
+    tune_steps.tune(opened.config, progress=progress)
     progress.end()
     show_gpu(works, kernels.arms)
     show_experts(layers, kernels.arms)
@@ -256,10 +258,11 @@ def microseconds(took: float | None) -> str:
 
 
 def because(choice: Choice) -> str:
-    """Measured or rule, and the runner-up."""
+    """How it was chosen, and the runner-up."""
+    source = choice.source if choice.step is None else f"steps of {choice.step:.1f} us"
     if choice.runner_up is None:
-        return choice.source
-    return f"{choice.source}; {choice.runner_up} takes {choice.runner_up_microseconds:.1f} us"
+        return source
+    return f"{source}; {choice.runner_up} takes {choice.runner_up_microseconds:.1f} us"
 
 
 def show(chosen: list[Choice]) -> None:

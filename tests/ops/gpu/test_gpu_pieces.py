@@ -5,7 +5,7 @@ import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
-from tenfold.engine.phases.measure import made_up
+from tenfold.engine.rehearsal import made_up
 from tenfold.engine.request import Request, SamplingParams
 from tests.engine import fake
 

@@ -1,0 +1,64 @@
+"""Steps that are made up: they read whatever the pages of a KV store hold, and write nothing. Kernels are compiled with
+them before somebody waits for it, and whole steps measured.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from tenfold.engine.runner import Runner
+from tenfold.nn.step import Step
+from tenfold.ops.gpu import graphs, pieces
+
+Size = tuple[int, int, int]  # requests, new tokens of each, tokens of its context
+CONTEXTS = (128, 1024, 4096, 16384)  # tokens of each that decodes: attention runs in other ways as they grow
+
+
+def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
+    """A step of requests with `new` tokens each, at the end of contexts of `length`, in pages of their own for as far
+    as the store has them.
+    """
+    size, device = runner.kv.spec.page_size, runner.device
+    count = requests * new
+
+    def numbers(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    columns = -(-length // size)
+    if new == 1:
+        _, columns = runner.rows.bucket(requests, columns)
+    pages = torch.arange(requests * columns, dtype=torch.int32, device=device) % runner.kv.pages
+    return Step(
+        token_ids=torch.zeros(count, dtype=torch.int64, device=device),
+        positions=torch.arange(length - new, length, dtype=torch.int32, device=device).repeat(requests),
+        slots=torch.full((count,), -1, dtype=torch.int32, device=device),
+        page_table=pages.view(requests, columns),
+        query_start=torch.arange(0, count + 1, new, dtype=torch.int32, device=device),
+        kv_lengths=numbers([length] * requests),
+        logits_rows=numbers(list(range(new - 1, count, new)), torch.int64),
+        max_query=new,
+        max_kv=length,
+        decodes=requests if new == 1 else 0,
+        kv=runner.kv,
+        rooms=torch.zeros(requests, dtype=torch.int32, device=device) if runner.kv.rooms else None,
+    )
+
+
+def decodes(max_batch: int, max_len: int, contexts: Iterable[int] = CONTEXTS) -> Iterator[Size]:
+    """Steps of decodes that between them want every kernel of an engine of this size."""
+    padded = dict.fromkeys(graphs.bucket(n, 1)[0] for n in range(1, min(max_batch, graphs.LARGEST) + 1))
+    yield from ((n, 1, context) for context in dict.fromkeys(min(n, max_len) for n in contexts) for n in padded)
+
+
+def chunks(most: int) -> Iterator[Size]:
+    """Likewise of prompts of up to so many tokens."""
+    padded = dict.fromkeys(pieces.bucket(n) for n in range(2, min(most, pieces.MOST_TOKENS) + 1))
+    yield from ((1, n, n) for n in dict.fromkeys((*(n for n in padded if n <= most), most)) if n > 1)
+
+
+def rehearse(runner: Runner, sizes: Iterable[Size]) -> None:
+    """Run a step of each size, without its graph."""
+    layers = range(runner.model.config.layers)
+    with torch.inference_mode():
+        for size in sizes:
+            runner.model.part(made_up(runner, *size), None, layers)

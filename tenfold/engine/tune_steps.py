@@ -1,0 +1,179 @@
+"""Choose arms by what whole decode steps take with them.
+
+Alone, a kernel is measured among copies of itself. In a step it follows others and overlaps with them: one that keeps
+most of an SM's shared memory leaves the next no room to begin early, and little L1 cache. Kernels that were fastest
+alone made steps of Llama-3-8B of 5.2 ms where others made 3.9 (H200, 2026-11-29). So the few fastest arms of each
+operation are tried in steps of the model, one operation after the other, and the table remembers how long steps took.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tenfold.base.config import EngineConfig
+from tenfold.base.log import logger
+from tenfold.engine.core import Engine
+from tenfold.engine.rehearsal import made_up
+from tenfold.engine.runner import Runner
+from tenfold.ops.choose import STEP_NOISE, Key, Table, best
+
+if TYPE_CHECKING:  # Triton is there on GPU machines only
+    from tenfold.models.table import Model
+    from tenfold.ops.gpu.native import Gpu
+
+REQUESTS = (1, 2, 4, 8, 16, 32, 64)
+CONTEXT = 1024  # tokens of each request
+TRIED = 5  # arms of an operation
+NEAR = 1.3  # times the fastest alone, that an arm may take to be tried
+ROUNDS = 7
+SAMPLE = 0.02  # seconds of one sample, at least
+
+Picks = Mapping[Key, str]
+Measure = Callable[[Sequence[Picks]], list[float]]  # microseconds of a step with each; infinite where it cannot run
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An operation of a step. names: the arms to try, the rule's first; alone: the fastest by itself."""
+
+    key: Key
+    names: tuple[str, ...]
+    alone: str
+
+
+def place(key: Key, rule: str, times: Mapping[str, float]) -> Place | None:
+    """The rule's arm, the fastest of each kind that is near the fastest of all, and the next fastest; None where
+    nothing was measured.
+    """
+    if not times:
+        return None
+    order = sorted(times, key=times.__getitem__)
+    near = [name for name in order if times[name] <= NEAR * times[order[0]]]
+    kinds = {name.partition(":")[0]: name for name in reversed(near)}
+    names = dict.fromkeys([rule, *sorted(kinds.values(), key=near.index), *near])
+    return Place(key, tuple(names)[:TRIED], order[0])
+
+
+def descend(places: Sequence[Place], measure: Measure) -> dict[Key, dict[str, float]]:
+    """Microseconds of a step with each arm of each place. Begins with the best of: all rules, all that are fastest
+    alone, and each kind of arm wherever it may run; then one place after the other takes the arm that is best there.
+    """
+    kinds = dict.fromkeys(name.partition(":")[0] for place in places for name in place.names)
+    starts: list[Picks] = [{p.key: p.names[0] for p in places}, {p.key: p.alone for p in places}]
+    starts += [
+        {p.key: next((n for n in p.names if n.partition(":")[0] == kind), p.names[0]) for p in places} for kind in kinds
+    ]
+    different = [one for i, one in enumerate(starts) if one not in starts[:i]]
+    taken = measure(different)
+    picks = dict(different[taken.index(min(taken))])
+    found: dict[Key, dict[str, float]] = {}
+    for place in places:
+        times = dict(zip(place.names, measure([{**picks, place.key: name} for name in place.names])))
+        times = {name: took for name, took in times.items() if math.isfinite(took)}
+        if times:
+            found[place.key] = times
+            picks[place.key], _ = best(times, place.names[0], STEP_NOISE)
+    return found
+
+
+def tune(
+    config: EngineConfig,
+    table: Table | None = None,
+    requests: Sequence[int] = REQUESTS,
+    force: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> int:
+    """Load a model, try arms in steps of so many requests and save the table: that of its GPU unless another is given.
+    What has times of steps is left as it is, unless forced, and what has no times alone: `ops/gpu/tune.py` measures
+    those. Returns how many numbers of requests were measured. Raises what `Engine.load` raises.
+    """
+    torch.cuda.empty_cache()  # an engine counts what is free
+    engine = Engine.load(config, tokens_only=True)
+    given: Any = engine.kernels
+    kernels: Gpu = given.on(given.sms, table)
+    table, done = kernels.arms.table, 0
+    for at, count in enumerate(requests):
+        steps = Steps(engine.runner, kernels, count, min(CONTEXT, engine.max_model_len))
+        places = [one for key, rule in steps.asked() if (one := place(key, rule, table.times(key)))]
+        if not force and all(table.steps(p.key) for p in places):
+            continue
+        if progress:
+            progress(at, len(requests), f"steps of {count} requests, {len(places)} operations")
+        places.sort(key=lambda p: -table.times(p.key)[p.alone])
+        found = descend(places, steps.measure)
+        for key, times in found.items():
+            table.record_steps(key, {name: round(took, 2) for name, took in times.items()})
+        table.save()
+        done += 1
+    return done
+
+
+class Steps:
+    """Decode steps of a model, of so many requests with contexts of one length."""
+
+    def __init__(self, runner: Runner, kernels: "Gpu", requests: int, context: int) -> None:
+        self.runner = runner
+        self.kernels = kernels
+        self.step = made_up(runner, requests, 1, context)
+        self.requests = requests
+
+    def asked(self) -> Iterator[tuple[Key, str]]:
+        """Where the table has each operation of a step, and its rule."""
+        from tenfold.ops.gpu import arms, attending, expert_arms
+
+        kernels, sms = self.kernels.on(self.kernels.sms), self.kernels.sms
+        with torch.inference_mode():
+            self.runner.model.on(kernels).forward(self.step)
+        for work in kernels.arms.seen:
+            one = replace(work, tokens=self.requests)
+            yield arms.key(one, sms), arms.rule(one, sms)
+        for reading in kernels.attending.asked():
+            stands = attending.at(reading)
+            if stands is not None:
+                yield attending.key(stands, sms), attending.rule(stands, sms)
+        for experts in kernels.expert_arms.seen:
+            own = replace(experts, tokens=self.requests)
+            yield expert_arms.key(own, sms), str(expert_arms.rule(own))
+
+    def measure(self, tried: Sequence[Picks]) -> list[float]:
+        """Samples of each in turn, their median."""
+        table = self.kernels.arms.table
+        with torch.inference_mode():
+            models = [self._model(table.but(picks)) for picks in tried]
+            times: list[list[float]] = [[] for _ in tried]
+            for _ in range(ROUNDS):
+                for model, taken in zip(models, times):
+                    if model is not None:
+                        taken.append(self._sample(model))
+        return [statistics.median(taken) if taken else math.inf for taken in times]
+
+    def _model(self, table: Table) -> "Model | None":
+        """The model with the choices of a table, its step captured; None where an arm cannot run."""
+        model = self.runner.model.on(self.kernels.on(self.kernels.sms, table))
+        try:
+            for _ in range(3):  # compiled, captured, replayed
+                model.forward(self.step)
+            torch.cuda.synchronize()
+        except (RuntimeError, ValueError) as error:
+            logger.warning("tune: steps with some arms are left out: %s", str(error).splitlines()[0][:300])
+            return None
+        return model
+
+    def _sample(self, model: "Model") -> float:
+        """Microseconds of a step."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        model.forward(self.step)
+        end.record()
+        end.synchronize()
+        count = max(1, math.ceil(SAMPLE / (begin.elapsed_time(end) / 1e3)))
+        begin.record()
+        for _ in range(count):
+            model.forward(self.step)
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / count
