@@ -12,7 +12,8 @@ random. All arms run in one engine, over one KV store, one after the other at ev
     staircase, paper, adaptive    a controller moves the border
     disaggregated    prompts on another GPU
 
-Targets are multiples of the time that requests take alone: 7.5 (tight) and 10 (loose), as in the paper.
+Targets are multiples of the time that requests take alone: 7.5 (tight) and 10 (loose), as in the paper. Controllers aim
+at the tight ones unless --ttft and --tpot say otherwise. An arm that was hopeless at a rate is left out of higher ones.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
 TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
+HOPELESS = 0.3  # share of requests that keep the loose targets
 FULL = ("chunked", "adaptive")  # arms whose throughput without contention is compared
 ALONE = 16  # requests by which that is measured
 FLIPS = 400  # changes of the split that are timed
@@ -285,9 +287,14 @@ def run(
     say: Callable[[str], None] = print,
     done: Callable[[Result], None] = lambda result: None,
     deadline: float = float("inf"),
+    ttft: float = 0.0,
+    tpot: float = 0.0,
+    hopeless: float = 0.0,
 ) -> Result:
     """seconds: of arrivals at each rate; warm: of a load before them that is not counted; full: requests that are there
-    at once, for throughput. deadline: `time.monotonic()` after which no rate is begun.
+    at once, for throughput. deadline: `time.monotonic()` after which no rate is begun. ttft, tpot: seconds that
+    controllers aim at (0: the tight targets). hopeless: share of requests that keep the loose targets, below which an
+    arm is left out of higher rates.
     """
     arms = Arms(engine, result.arms)
     if arms.stairs is not None:
@@ -297,7 +304,7 @@ def run(
     arms.use(result.arms[0])
     result.alone = by_itself(engine, pairs)
     say(f"alone: {result.alone['ttft']:.1f} ms to the first token, {result.alone['tpot']:.2f} ms a token")
-    arms.aim(Targets(TIGHT * result.alone["ttft"] / 1e3, TIGHT * result.alone["tpot"] / 1e3))
+    arms.aim(Targets(ttft or TIGHT * result.alone["ttft"] / 1e3, tpot or TIGHT * result.alone["tpot"] / 1e3))
     for name in result.arms:
         arms.use(name)
         serve(engine, drawn(pairs, max(rates), warm, 99, result.long, result.long_tokens), 99)
@@ -314,6 +321,9 @@ def run(
             continue
         asks = drawn(pairs, rate, seconds, turn, result.long, result.long_tokens)
         for name in result.arms if turn % 2 == 0 else reversed(result.arms):
+            if any(row.arm == name and row.rate < rate and row.loose < hopeless for row in result.rows):
+                result.notes.append(f"{name}: left out at {rate} requests a second, hopeless at fewer")
+                continue
             phases = arms.use(name)
             before = phases.changes if phases is not None else 0
             row = row_of(name, rate, *serve(engine, asks, turn), result.alone)
@@ -349,6 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", type=int, default=128, help="requests that come at once, for throughput")
     parser.add_argument("--long", type=float, default=0.0, help="share of requests with long prompts")
     parser.add_argument("--long-tokens", type=int, default=8192)
+    parser.add_argument("--ttft", type=float, default=0.0, help="seconds that controllers aim at; 0: the tight target")
+    parser.add_argument("--tpot", type=float, default=0.0, help="likewise, per token after the first")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no rate is begun")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
@@ -363,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine = load(given.model, given.device, most + MARGIN, settings(given.set))
     result = Result(given.model, machine(str(engine.device)), arms=given.arms.split(","))
     result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0
-    options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens")
+    options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens", "ttft", "tpot")
     shown = {name: getattr(given, name) for name in options} | {"lengths": given.lengths.name}
     words = [f"--{name.replace('_', '-')} {value}" for name, value in shown.items()]
     result.command = " ".join(["python -m tenfold.bench.phases", *words, *(f"--set {one}" for one in given.set)])
@@ -375,6 +387,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = [float(rate) for rate in given.rates.split(",")]
     run(
         *(engine, result, pairs, rates, given.seconds, given.warm, given.full),
+        ttft=given.ttft,
+        tpot=given.tpot,
+        hopeless=HOPELESS,
         done=keep,
         deadline=began + given.limit,
     )

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", default="", help=f"of {', '.join(arms.FAMILIES)}; without it all")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure, a comma between two")
     parser.add_argument("--longest", type=int, default=32768, help="tokens of the longest context of attention")
+    parser.add_argument(
+        "--contexts", default=",".join(map(str, tune_steps.CONTEXTS)), help="tokens of each request, for steps"
+    )
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
     parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
     given = parser.parse_args(arguments)
@@ -75,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = [batch for batch in batches if batch in tune_steps.REQUESTS]
         for model in given.model.split(","):
             own = EngineConfig(model=model, device="cuda", dtype=given.dtype, weights=given.weights)
-            tune_steps.tune(own, table, wanted, given.force, progress)
+            contexts = [int(context) for context in given.contexts.split(",")]
+            tune_steps.tune(own, table, wanted, contexts, given.force, progress)
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):

@@ -26,8 +26,9 @@ if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.ops.gpu.native import Gpu
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
-CONTEXT = 1024  # tokens of each request
+CONTEXTS = (1024, 128, 8192, 32768)  # tokens of each request; after the first, attention alone is chosen for
 TRIED = 5  # arms of an operation
+UNTIMED = 9  # arms of one whose times alone are not known
 NEAR = 1.3  # times the fastest alone, that an arm may take to be tried
 ROUNDS = 7
 SAMPLE = 0.02  # seconds of one sample, at least
@@ -45,12 +46,12 @@ class Place:
     alone: str
 
 
-def place(key: Key, rule: str, times: Mapping[str, float]) -> Place | None:
-    """The rule's arm, the fastest of each kind that is near the fastest of all, and the next fastest; None where
-    nothing was measured.
+def place(key: Key, rule: str, times: Mapping[str, float], others: Sequence[str] = ()) -> Place:
+    """The rule's arm, the fastest of each kind that is near the fastest of all, and the next fastest; others: to try
+    where no times are known.
     """
     if not times:
-        return None
+        return Place(key, tuple(dict.fromkeys((rule, *others)))[:UNTIMED], rule)
     order = sorted(times, key=times.__getitem__)
     near = [name for name in order if times[name] <= NEAR * times[order[0]]]
     kinds = {name.partition(":")[0]: name for name in reversed(near)}
@@ -84,26 +85,34 @@ def tune(
     config: EngineConfig,
     table: Table | None = None,
     requests: Sequence[int] = REQUESTS,
+    contexts: Sequence[int] = CONTEXTS,
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
-    """Load a model, try arms in steps of so many requests and save the table: that of its GPU unless another is given.
-    What has times of steps is left as it is, unless forced, and what has no times alone: `ops/gpu/tune.py` measures
-    those. Returns how many numbers of requests were measured. Raises what `Engine.load` raises.
+    """Load a model, try arms in steps of so many requests with contexts of so many tokens, and save the table: that of
+    its GPU unless another is given. What has times of steps is left as it is, unless forced. Linear operations whose
+    times alone are not known keep their rules: `ops/gpu/tune.py` measures those. Returns how many sizes of steps were
+    measured. Raises what `Engine.load` raises.
     """
     torch.cuda.empty_cache()  # an engine counts what is free
     engine = Engine.load(config, tokens_only=True)
     given: Any = engine.kernels
     kernels: Gpu = given.on(given.sms, table)
     table, done = kernels.arms.table, 0
-    for at, count in enumerate(requests):
-        steps = Steps(engine.runner, kernels, count, min(CONTEXT, engine.max_model_len))
-        places = [one for key, rule in steps.asked() if (one := place(key, rule, table.times(key)))]
-        if not force and all(table.steps(p.key) for p in places):
+    lengths = dict.fromkeys(min(context, engine.max_model_len) for context in contexts)
+    held = engine.kv.pages * engine.kv.spec.page_size
+    sizes = [(count, context) for count in requests for context in lengths if count * context <= held]
+    known: set[Key] = set()
+    for at, (count, context) in enumerate(sizes):
+        steps = Steps(engine.runner, kernels, count, context)
+        asked = [place(key, rule, table.times(key), others) for key, rule, others in steps.asked()]
+        places = [one for one in asked if len(one.names) > 1 and one.key not in known]
+        known.update(one.key for one in places)
+        if not force and all(table.steps(one.key) for one in places):
             continue
         if progress:
-            progress(at, len(requests), f"steps of {count} requests, {len(places)} operations")
-        places.sort(key=lambda p: -table.times(p.key)[p.alone])
+            progress(at, len(sizes), f"steps of {count} requests of {context} tokens, {len(places)} operations")
+        places.sort(key=lambda one: -table.times(one.key).get(one.alone, 0.0))
         found = descend(places, steps.measure)
         for key, times in found.items():
             table.record_steps(key, {name: round(took, 2) for name, took in times.items()})
@@ -121,8 +130,8 @@ class Steps:
         self.step = made_up(runner, requests, 1, context)
         self.requests = requests
 
-    def asked(self) -> Iterator[tuple[Key, str]]:
-        """Where the table has each operation of a step, and its rule."""
+    def asked(self) -> Iterator[tuple[Key, str, Sequence[str]]]:
+        """Where the table has each operation of a step, its rule, and arms to try though they were not timed alone."""
         from tenfold.ops.gpu import arms, attending, expert_arms
 
         kernels, sms = self.kernels.on(self.kernels.sms), self.kernels.sms
@@ -130,14 +139,15 @@ class Steps:
             self.runner.model.on(kernels).forward(self.step)
         for work in kernels.arms.seen:
             one = replace(work, tokens=self.requests)
-            yield arms.key(one, sms), arms.rule(one, sms)
+            yield arms.key(one, sms), arms.rule(one, sms), ()
         for reading in kernels.attending.asked():
             stands = attending.at(reading)
             if stands is not None:
-                yield attending.key(stands, sms), attending.rule(stands, sms)
+                yield attending.key(stands, sms), attending.rule(stands, sms), attending.candidates(stands, sms)
         for experts in kernels.expert_arms.seen:
             own = replace(experts, tokens=self.requests)
-            yield expert_arms.key(own, sms), str(expert_arms.rule(own))
+            others = [str(plan) for plan in expert_arms.candidates(own)]
+            yield expert_arms.key(own, sms), str(expert_arms.rule(own)), others
 
     def measure(self, tried: Sequence[Picks]) -> list[float]:
         """Samples of each in turn, their median."""

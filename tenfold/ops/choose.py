@@ -108,7 +108,7 @@ class Table:
         self._times[key] = dict(times)
 
     def record_steps(self, key: Key, times: Mapping[str, float]) -> None:
-        """Replace the times of steps; `save` writes them down for keys that have times of arms alone too."""
+        """Replace the times of steps; `save` writes them down."""
         self._steps[key] = dict(times)
 
     def but(self, chosen: Mapping[Key, str]) -> "Table":
@@ -135,8 +135,8 @@ class Table:
         times, steps = self._read()
         self._times, self._steps = {**times, **self._times}, {**steps, **self._steps}
         rows = [
-            {**asdict(key), "microseconds": times, **({"step": self._steps[key]} if key in self._steps else {})}
-            for key, times in self._times.items()
+            asdict(key) | {name: times[key] for name, times in zip(TIMES, (self._times, self._steps)) if key in times}
+            for key in dict.fromkeys((*self._times, *self._steps))
         ]
         content = {"schema": SCHEMA, "device": self.device, "version": self.version, "choices": rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def _rows(content: Any, device: str, version: str) -> tuple[Times, Times]:
 
 def _check(row: Any) -> None:
     """Raises ValueError for what is no row of a file."""
-    good = isinstance(row, dict) and {*NUMBERS, *NAMES, TIMES[0]} <= set(row) <= {*NUMBERS, *NAMES, *TIMES}
+    good = isinstance(row, dict) and {*NUMBERS, *NAMES} < set(row) <= {*NUMBERS, *NAMES, *TIMES}
     good = good and all(type(row[n]) is int and row[n] > 0 for n in NUMBERS)
     good = good and all(isinstance(row[n], str) for n in NAMES)
     times = [row[name] for name in TIMES if name in row] if good else []

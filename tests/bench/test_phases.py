@@ -114,7 +114,16 @@ def test_a_mix_with_long_prompts_counts_gaps_between_tokens() -> None:
         row("chunked:512", 4, 1, 1, itl=60.0, ttft=900.0),
         row("adaptive", 4, 1, 1, itl=25.0, ttft=1000.0),
     ]
-    gaps, first = claims_phases.of_results([result])
-    assert (gaps.id, gaps.value, gaps.met) == ("P3", 2.4, True)  # against the chunks that suit it best
+    *large, gaps, first = claims_phases.of_results([result])
+    assert [(c.id, c.value, c.met) for c in large] == [("P3", 12.0, True), ("P3", 2.0, False)]
+    assert (gaps.id, gaps.value, gaps.met) == ("P3", 2.4, True)
     assert (first.value, first.met) == (1.111, True)
     assert "chunked:512 over adaptive" in gaps.what
+
+
+def test_an_arm_that_was_hopeless_is_left_out_of_higher_rates() -> None:
+    engine = phases.load(MODEL, "cpu", 100, {"kv_memory": 4 << 20})
+    result = Result(MODEL, {"hardware": "here"}, arms=["chunked", "shared"])
+    phases.run(engine, result, PAIRS, [20.0, 40.0], 0.2, 0.05, 0, say=lambda line: None, hopeless=2.0)
+    assert [(row.arm, row.rate) for row in result.rows] == [("chunked", 20.0), ("shared", 20.0)]
+    assert [note.partition(":")[0] for note in result.notes] == ["shared", "chunked"]

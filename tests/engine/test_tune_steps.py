@@ -19,7 +19,8 @@ def test_tried_are_the_rule_the_best_of_each_kind_and_what_is_near():
     found = place(QKV, "rule", times)
     assert found == Place(QKV, ("rule", "a:1", "b:1", "a:2", "a:3"), "a:1")
     assert len(found.names) == TRIED
-    assert place(QKV, "rule", {}) is None
+    assert place(QKV, "rule", {}, ["x", "rule", "y"]) == Place(QKV, ("rule", "x", "y"), "rule")
+    assert place(QKV, "rule", {}).names == ("rule",)
 
 
 def took(picks: dict[Key, str]) -> float:
@@ -90,7 +91,7 @@ def test_steps_of_a_gpu_with_each_arm(tmp_path: Path):
     works = traced(open_checkpoint(resolve(model)), torch.bfloat16).works
     tune.tune(works, running, GpuTimer(device), [1], ["stream", "ring"])
     config = EngineConfig(model=model, device="cuda", kv_memory=1 << 30, max_model_len=2048, rehearse=False)
-    assert tune_steps.tune(config, table, [1]) == 1
+    assert tune_steps.tune(config, table, [1]) == 3  # contexts of 128, 1024 and 2048 tokens
     again = Table("gpu", "1", tmp_path / "t.json")
     steps = [again.steps(tune.arms.key(work, running.sms)) for work in tune.distinct(works)]
     assert all(steps)

@@ -89,7 +89,8 @@ def attention(readings: Iterable[Reading], table: Table, sms: int, merge: str = 
         kinds.setdefault(reading.op, []).append(reading)
     found = []
     for every in kinds.values():
-        measured = [r for r in every if table.times(attending.key(r, sms))]
+        keys = [attending.key(r, sms) for r in every]
+        measured = [r for r, key in zip(every, keys) if table.times(key) or table.steps(key)]
         found += measured or [r for r in every if r.tokens or (r.requests, r.longest) in TYPICAL]
     floors = [None if rate is None or r.tokens else attending.floor_bytes(r) / rate / 1e3 for r in found]
     return [Read(attending.choice(r, table, sms, merge), floor, r) for r, floor in zip(found, floors)]
