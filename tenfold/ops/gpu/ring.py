@@ -20,16 +20,17 @@ from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 
 MOST_TOKENS = 64
-STEP_BYTES = 256  # of a row, in a stage
+BOX_BYTES = 128  # of a row; a stage has two such boxes, of the highest tiles one
+HEIGHTS = (64, 128, 256)
 FLOAT8 = "ring-fp8"
 KINDS = {"ring": 16, FLOAT8: 8}  # bits of the numbers
-SIZES = ((6, 1, 64), (8, 1, 64), (10, 1, 64), (5, 1, 64), (4, 2, 64), (3, 1, 128), (4, 1, 128), (5, 1, 128))
+SIZES = ((6, 1, 64), (8, 1, 64), (10, 1, 64), (5, 1, 64), (4, 2, 64), (3, 1, 128), (4, 1, 128), (5, 1, 128), (4, 1, 256))
 MOST_SMS = 256  # multiprocessors, more than any GPU has
 
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
-    """stages of the ring, blocks of a multiprocessor, rows of a tile (64 or 128), and how work is dealt out: splits 1:
+    """stages of the ring, blocks of a multiprocessor, rows of a tile (of HEIGHTS), and how work is dealt out: splits 1:
     whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS.
     """
 
@@ -41,7 +42,7 @@ class RingPlan:
 
     @property
     def step_cols(self) -> int:
-        return STEP_BYTES * 8 // KINDS[self.kind]
+        return boxes(self.height) * BOX_BYTES * 8 // KINDS[self.kind]
 
     def __str__(self) -> str:
         dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
@@ -50,7 +51,7 @@ class RingPlan:
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = parts(name, KINDS, (64, 128))
+    found = parts(name, KINDS, HEIGHTS)
     if found is None:
         raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even or :sN.")
     return RingPlan(*found)
@@ -66,6 +67,11 @@ def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int,
     return int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind
 
 
+def boxes(height: int) -> int:
+    """Of a stage."""
+    return 1 if height == HEIGHTS[-1] else 2
+
+
 def width(tokens: int) -> int:
     """Tokens of the instruction the kernel is compiled for."""
     return max(8, 1 << (tokens - 1).bit_length())
@@ -74,8 +80,9 @@ def width(tokens: int) -> int:
 def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     n = width(tokens)
-    stage = STEP_BYTES * (plan.height + n)
-    return 1024 + plan.stages * (stage + 16) + n * (plan.height + 4) * 4 + 16
+    stage = boxes(plan.height) * BOX_BYTES * (plan.height + n)
+    stored = n // 2 if plan.height == HEIGHTS[-1] and n == MOST_TOKENS else n  # tokens at a time
+    return 1024 + plan.stages * (stage + 16) + stored * (plan.height + 4) * 4 + 16
 
 
 def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:

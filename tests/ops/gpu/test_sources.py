@@ -56,6 +56,8 @@ SOURCES = [
     ("bulk.cu", BULK | EIGHT | {"NT": 1, "GATE": 1, "GROUP": 1 << 30, "TALL": 2, "CLUSTER": 2}),
     ("ring.cu", RING | {"N": 8, "HALF": 0}),
     ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
+    ("ring.cu", RING | {"N": 64, "HALF": 0, "ROWS": 256, "SPLIT": 1, "STAGES": 4}),
+    ("ring.cu", RING | {"BITS": 8, "N": 64, "HALF": 0, "ROWS": 256, "STAGES": 4, "GROUPED": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 0}),
     ("ring_packed.cu", RING | FOUR | {"N": 64, "HALF": 0, "ROWS": 192, "SPLIT": 1, "E4M3": 0}),

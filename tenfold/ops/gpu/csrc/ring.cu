@@ -10,8 +10,8 @@
 // leaves its sums in global memory, and whoever arrives last adds them up in the order of their steps.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
-// multiprocessor · ROWS 64 or 128 · SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale for each token, and for
-// each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
+// multiprocessor · ROWS 64, 128 or 256 · SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale for each token, and
+// for each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
 // columns meet in float32.
 
 #include "fragments.h"
@@ -20,11 +20,13 @@
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
 #define BOX_COLS (1024 / BITS)
-#define STEP_COLS (2 * BOX_COLS)  // of a stage
+#define BOXES (ROWS == 256 ? 1 : 2)  // of a stage
+#define STEP_COLS (BOXES * BOX_COLS)
 #define W_BOX (ROWS * 128)  // bytes
 #define X_BOX (N * 128)
-#define STAGE_BYTES (2 * W_BOX + 2 * X_BOX)
+#define STAGE_BYTES (BOXES * (W_BOX + X_BOX))
 #define PITCH (ROWS + 4)  // floats between tokens of the finished tile
+#define TURN (ROWS == 256 && N == 64 ? N / 2 : N)  // tokens of it that are stored at a time
 
 #include "deal.h"
 
@@ -38,14 +40,15 @@ __device__ __forceinline__ void multiply_box(float (&d)[N / 2], u32 w, u32 x, in
 #if BITS == 8
 // Scales of two boxes for this thread's rows, lane / 4 and lane / 4 + 8 of a warp's 16; 1 where the epilogue scales rows.
 struct Scales {
-    float upper[2], lower[2];
+    float upper[BOXES], lower[BOXES];
 
     __device__ __forceinline__ Scales(const float *scales, int first, int outputs, int rows, int box, int boxes) {
-        upper[0] = upper[1] = lower[0] = lower[1] = 1.f;
+#pragma unroll
+        for (int b = 0; b < BOXES; b++) upper[b] = lower[b] = 1.f;
 #if GROUPED
         const int r = (threadIdx.x >> 5) * 16 + (threadIdx.x >> 2 & 7);
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
+        for (int b = 0; b < BOXES; b++) {
             const int at = min(box + b, boxes - 1);
             upper[b] = __ldg(scales + (size_t)row(first, r, outputs, rows) * boxes + at);
             lower[b] = __ldg(scales + (size_t)row(first, r + 8, outputs, rows) * boxes + at);
@@ -79,7 +82,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
     float *tile = (float *)(memory + STAGES * STAGE_BYTES);
-    u64 *barriers = (u64 *)(tile + N * PITCH);
+    u64 *barriers = (u64 *)(tile + TURN * PITCH);
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
 #if GATE
     const int height = ROWS / 2, outputs = rows / 2;
@@ -114,7 +117,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
                 expect(barrier, STAGE_BYTES);
 #pragma unroll
-                for (int b = 0; b < 2; b++) {
+                for (int b = 0; b < BOXES; b++) {
                     fetch(to + b * W_BOX, &w_map, step * STEP_COLS + b * BOX_COLS, row, barrier, once);
 #if GATE
                     fetch(to + b * W_BOX + W_BOX / 2, &w_map, step * STEP_COLS + b * BOX_COLS, outputs + row, barrier, once);
@@ -122,9 +125,9 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 }
             };
             auto inputs = [&](int at) {
-                u32 to = stage0 + at % STAGES * STAGE_BYTES + 2 * W_BOX, barrier = full + at % STAGES * 8;
+                u32 to = stage0 + at % STAGES * STAGE_BYTES + BOXES * W_BOX, barrier = full + at % STAGES * 8;
 #pragma unroll
-                for (int b = 0; b < 2; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
+                for (int b = 0; b < BOXES; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
             };
             for (; count < mine && count < STAGES; count++) weights(count);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
@@ -147,55 +150,66 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
         for (int step = step_of(count); step < steps && count < mine; step++, count++) {
             const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
-            const u32 tokens_at = stage + 2 * W_BOX;
+            const u32 tokens_at = stage + BOXES * W_BOX;
             wait_for(full + count % STAGES * 8, count / STAGES & 1);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #if BITS == 16
-            multiply_box(d, stage + rows_at, tokens_at, 1);
-            multiply_box(d, stage + W_BOX + rows_at, tokens_at + X_BOX, 1);
+#pragma unroll
+            for (int b = 0; b < BOXES; b++) multiply_box(d, stage + b * W_BOX + rows_at, tokens_at + b * X_BOX, 1);
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) arrive(empty + count % STAGES * 8);
 #else
-            float even[N / 2], odd[N / 2];
-            const Scales scales_of(row_scales, at * height, outputs, rows, 2 * step, boxes);
+            float even[N / 2];
+            const Scales scales_of(row_scales, at * height, outputs, rows, BOXES * step, boxes);
             multiply_box(even, stage + rows_at, tokens_at, 0);
+#if BOXES == 2
+            float odd[N / 2];
             multiply_box(odd, stage + W_BOX + rows_at, tokens_at + X_BOX, 0);
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             add_box(d, even, scales_of.upper[0], scales_of.lower[0]);
+#endif
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             if (lane == 0) arrive(empty + count % STAGES * 8);
+#if BOXES == 2
             add_box(d, odd, scales_of.upper[1], scales_of.lower[1]);
+#else
+            add_box(d, even, scales_of.upper[0], scales_of.lower[0]);
+#endif
 #endif
         }
 #if SPLIT
         if (!meet(d, deal, at, slots, counters, last)) continue;
 #endif
 #pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-            float *p = tile + (n * 8 + (lane & 3) * 2) * PITCH + warp * 16 + (lane >> 2);
-            p[0] = d[n * 4], p[PITCH] = d[n * 4 + 1], p[8] = d[n * 4 + 2], p[PITCH + 8] = d[n * 4 + 3];
-        }
-        CONSUMER_BARRIER();
-        for (int i = threadIdx.x; i < tokens * height; i += CONSUMERS) {
-            int token = i / height, r = i % height, row = at * height + r;
-            if (row >= outputs) continue;
-            float y = tile[token * PITCH + r];
+        for (int from = 0; from < N; from += TURN) {
+#pragma unroll
+            for (int n = 0; n < TURN / 8; n++) {
+                float *p = tile + (n * 8 + (lane & 3) * 2) * PITCH + warp * 16 + (lane >> 2), *own = d + (from / 8 + n) * 4;
+                p[0] = own[0], p[PITCH] = own[1], p[8] = own[2], p[PITCH + 8] = own[3];
+            }
+            CONSUMER_BARRIER();
+            for (int i = threadIdx.x; i < min(tokens - from, TURN) * height; i += CONSUMERS) {
+                int token = from + i / height, r = i % height, row = at * height + r;
+                if (row >= outputs) continue;
+                const float *here = tile + (token - from) * PITCH + r;
+                float y = *here;
 #if BITS == 8
-            const float scale = token_scales[token];
-            y *= GROUPED ? scale : scale * row_scales[row];
+                const float scale = token_scales[token];
+                y *= GROUPED ? scale : scale * row_scales[row];
 #endif
-            if (bias) y += bias[row];
+                if (bias) y += bias[row];
 #if GATE
-            float up = tile[token * PITCH + height + r];
+                float up = here[height];
 #if BITS == 8
-            up *= GROUPED ? scale : scale * row_scales[outputs + row];
+                up *= GROUPED ? scale : scale * row_scales[outputs + row];
 #endif
-            if (bias) up += bias[outputs + row];
-            y = round_trip(activate(round_trip(y))) * round_trip(up);
+                if (bias) up += bias[outputs + row];
+                y = round_trip(activate(round_trip(y))) * round_trip(up);
 #endif
-            if (residual) y = round_trip(y) + to_float(residual[(size_t)token * outputs + row]);
-            store(out, (size_t)token * outputs + row, y);
+                if (residual) y = round_trip(y) + to_float(residual[(size_t)token * outputs + row]);
+                store(out, (size_t)token * outputs + row, y);
+            }
+            CONSUMER_BARRIER();
         }
-        CONSUMER_BARRIER();
     }
 }
