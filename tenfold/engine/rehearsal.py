@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from tenfold.base.log import logger
 from tenfold.engine.runner import Runner
 from tenfold.nn.step import Step
 from tenfold.ops.gpu import graphs, pieces
@@ -57,8 +58,13 @@ def chunks(most: int) -> Iterator[Size]:
 
 
 def rehearse(runner: Runner, sizes: Iterable[Size]) -> None:
-    """Run a step of each size, without its graph."""
+    """Run a step of each size, without its graph. What cannot run is left to the request that wants it."""
     layers = range(runner.model.config.layers)
     with torch.inference_mode():
         for size in sizes:
-            runner.model.part(made_up(runner, *size), None, layers)
+            try:
+                runner.model.part(made_up(runner, *size), None, layers)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                logger.warning("a rehearsal of %d requests with %d of %d tokens failed: %s", *size, reason)
+                return

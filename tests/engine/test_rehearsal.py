@@ -1,5 +1,6 @@
 """Made-up steps: they run every size and leave no trace in the store."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
 from tenfold.engine.rehearsal import chunks, decodes, made_up, rehearse
 from tenfold.engine.request import Request, SamplingParams
+from tenfold.nn.step import Step
 from tests.engine import fake
 
 
@@ -46,3 +48,21 @@ def test_contexts_lie_in_pages_of_their_own_while_there_are_some(tiny: Callable[
     assert step.page_table.unique().numel() == min(step.page_table.numel(), runner.kv.pages)
     assert int(step.page_table.max()) < runner.kv.pages
     assert (step.slots == -1).all()
+
+
+def test_what_cannot_run_is_said_and_left_alone(
+    tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = EngineConfig(str(tiny("llama")), "cpu", kernels="torch", kv_memory=1 << 20, max_batch=4, max_model_len=128)
+    runner = Engine.load(own, tokens_only=True).runner
+    tried = []
+
+    def part(step: Step, x: None, layers: range) -> None:
+        tried.append(len(step.token_ids))
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(runner.model, "part", part)
+    with caplog.at_level(logging.WARNING, "tenfold"):
+        rehearse(runner, [(2, 1, 100), (1, 16, 16)])
+    assert tried == [2]
+    assert "2 requests with 1 of 100 tokens failed: no kernel" in caplog.text

@@ -24,7 +24,17 @@ BOX_BYTES = 128  # of a row; a stage has two such boxes, of the highest tiles on
 HEIGHTS = (64, 128, 256)
 FLOAT8 = "ring-fp8"
 KINDS = {"ring": 16, FLOAT8: 8}  # bits of the numbers
-SIZES = ((6, 1, 64), (8, 1, 64), (10, 1, 64), (5, 1, 64), (4, 2, 64), (3, 1, 128), (4, 1, 128), (5, 1, 128), (4, 1, 256))
+SIZES = (
+    (6, 1, 64),
+    (8, 1, 64),
+    (10, 1, 64),
+    (5, 1, 64),
+    (4, 2, 64),
+    (3, 1, 128),
+    (4, 1, 128),
+    (5, 1, 128),
+    (4, 1, 256),
+)
 MOST_SMS = 256  # multiprocessors, more than any GPU has
 
 
