@@ -35,13 +35,16 @@ SIZES = (
     (5, 1, 128),
     (4, 1, 256),
 )
+SHARED_SIZES = ((5, 1, 256), (4, 1, 256), (4, 1, 128))  # of plans whose blocks share tiles in clusters
+CLUSTERS = (8, 4, 2)
 MOST_SMS = 256  # multiprocessors, more than any GPU has
 
 
 @dataclass(frozen=True, slots=True)
 class RingPlan:
     """stages of the ring, blocks of a multiprocessor, rows of a tile (of HEIGHTS), and how work is dealt out: splits 1:
-    whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS.
+    whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS. cluster: blocks that
+    have a tile together and add up in shared memory; then splits is 1.
     """
 
     stages: int
@@ -49,6 +52,7 @@ class RingPlan:
     height: int = 64
     splits: int = 1
     kind: str = "ring"
+    cluster: int = 1
 
     @property
     def step_cols(self) -> int:
@@ -56,15 +60,17 @@ class RingPlan:
 
     def __str__(self) -> str:
         dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
+        dealt += f":c{self.cluster}" * (self.cluster > 1)
         return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}"
 
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    found = parts(name, KINDS, HEIGHTS)
-    if found is None:
-        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even or :sN.")
-    return RingPlan(*found)
+    whole, _, cluster = name.partition(":c")
+    found = parts(whole, KINDS, HEIGHTS)
+    if found is None or cluster not in ("", *map(str, CLUSTERS)) or (cluster and found[3] != 1):
+        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even, :sN or :cN.")
+    return RingPlan(*found, int(cluster or 1))
 
 
 def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str] | None:
@@ -91,6 +97,8 @@ def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     n = width(tokens)
     stage = boxes(plan.height) * BOX_BYTES * (plan.height + n)
+    if plan.cluster > 1:  # sums take the place of stages
+        return 1024 + plan.stages * (stage + 16)
     stored = n // 2 if plan.height == HEIGHTS[-1] and n == MOST_TOKENS else n  # tokens at a time
     return 1024 + plan.stages * (stage + 16) + stored * (plan.height + 4) * 4 + 16
 
@@ -98,6 +106,8 @@ def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
 def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:
     """Blocks of a launch over a w of so many rows."""
     tiles, room = -(-rows // plan.height), sms * plan.blocks
+    if plan.cluster > 1:
+        return tiles * plan.cluster
     if plan.splits == 0:
         return min(room, tiles * -(-cols // plan.step_cols))
     return min(tiles, room) if plan.splits == 1 else tiles * plan.splits
@@ -114,7 +124,7 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
 
 def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether there are as many steps as parts, and room where the blocks of a tile leave their sums."""
-    if plan.splits > -(-cols // plan.step_cols) or -(-rows // plan.height) > MOST_TILES:
+    if max(plan.splits, plan.cluster) > -(-cols // plan.step_cols) or -(-rows // plan.height) > MOST_TILES:
         return False
     sums = 0 if plan.splits == 1 else 2 * grid(plan, rows, cols, MOST_SMS) * plan.height * width(tokens) * 4
     return sums <= WORKSPACE
@@ -128,6 +138,11 @@ def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = "ring") 
             plan = RingPlan(stages, blocks, height, splits, kind)
             if legal(plan, tokens, rows, cols):
                 yield plan
+    for stages, blocks, height in SHARED_SIZES:
+        cluster = next((c for c in CLUSTERS if -(-rows // height) * c <= sms), 1)
+        plan = RingPlan(stages, blocks, height, 1, kind, cluster)
+        if cluster > 1 and legal(plan, tokens, rows, cols):
+            yield plan
 
 
 def rule(tokens: int, rows: int, cols: int, sms: int) -> RingPlan | None:
@@ -215,6 +230,7 @@ def launch(
             ("GATE", gate),
             ("ROWS", plan.height),
             ("SPLIT", int(plan.splits != 1)),
+            ("CLUSTER", plan.cluster),
             ("FLOAT32", int(float32)),
             ("GROUPED", int(row_scales is not None and row_scales.shape[1] > 1)),
         ),
@@ -223,5 +239,6 @@ def launch(
     arguments: list[nvrtc.Argument] = [w_map, x_map, row_scales, token_scales, out, bias, residual]
     arguments += [workspace.sums, workspace.counters, tokens, rows, cols]
     blocks, threads = grid(plan, rows, cols, sms), plan.height * 2 + 32
-    kernel((blocks, 1, 1), threads, shared_bytes(plan, tokens, cols), arguments, dependent=True)
+    shared = shared_bytes(plan, tokens, cols)
+    kernel((blocks, 1, 1), threads, shared, arguments, dependent=True, cluster=plan.cluster)
     return out

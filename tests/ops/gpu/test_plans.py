@@ -96,6 +96,13 @@ def test_sums_of_a_ring_fit(tokens: int, rows: int, cols: int) -> None:
         assert ring.shared_bytes(plan, tokens, cols) <= hopper.SHARED
         if plan.splits != 1:
             assert 2 * blocks * plan.height * ring.width(tokens) * 4 <= sums.WORKSPACE
+        if plan.cluster > 1:
+            assert plan.splits == plan.blocks == 1
+            assert blocks <= SMS
+            assert plan.height // 2 % plan.cluster == 0
+            assert -(-cols // plan.step_cols) >= plan.cluster
+            stages = plan.stages * 128 * ring.boxes(plan.height) * (plan.height + ring.width(tokens))
+            assert ring.width(tokens) * (plan.height + 4) * 4 <= stages  # sums lie where stages were
 
 
 @given(TOKENS, ROWS, COLS, st.sampled_from(list(ring_packed.CODES)))
@@ -122,7 +129,7 @@ def test_a_ring_of_codes_has_stages_and_room_for_sums(tokens: int, rows: int, co
         (bulk, "digits:14x2x1x2x1"),
         (bulk, "digits3:14x2x1x2x1:c1"),
         (bulk, "digits3:14x2x1x2x1:c8"),
-        (ring, "ring-fp8:6x1"),
+        *((ring, "ring-fp8:6x1"), (ring, "ring:4x1x256:s2:c2"), (ring, "ring:4x1x256:c3")),
         (ring_packed, "ring:6x1x64"),
         (ring_packed, "ring4:6x1x32"),
     ],

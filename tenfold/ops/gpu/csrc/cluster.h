@@ -5,6 +5,7 @@ __device__ __forceinline__ void enter_cluster() {}
 __device__ __forceinline__ void know_cluster() {}
 __device__ __forceinline__ void leave_cluster() {}
 __device__ __forceinline__ void leave_ring() {}
+__device__ __forceinline__ void meet_cluster() {}
 #else
 // Each thread says that its block's barriers are there, waits for all others' word before it speaks to them, and when all
 // is done waits again, so that no block leaves which others may still speak to. Relaxed: the barriers have a fence of their
@@ -13,17 +14,25 @@ __device__ __forceinline__ void enter_cluster() { asm volatile("barrier.cluster.
 __device__ __forceinline__ void know_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ __forceinline__ void leave_cluster() { enter_cluster(), know_cluster(); }
 
-// The same after `release_stage`: what this block told others has to be there before they leave.
-__device__ __forceinline__ void leave_ring() {
+// All threads of all blocks, which see what the others did before. So after `release_stage`: what this block told others
+// has to be there before they leave.
+__device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     know_cluster();
 }
+__device__ __forceinline__ void leave_ring() { meet_cluster(); }
 
 // An address of this block's shared memory as block `rank` has it.
 __device__ __forceinline__ u32 there(u32 here, int rank) {
     u32 address;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(here), "r"(rank));
     return address;
+}
+
+__device__ __forceinline__ float number_of(u32 address) {
+    float v;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
 }
 #endif
 

@@ -7,15 +7,18 @@
 //
 // A tile is ROWS rows of w. Without SPLIT a block takes whole tiles. With it the steps of all tiles are dealt out in one
 // row, equally many to every block ("stream-K"), whatever the number of tiles: a tile then has several contributors. Each
-// leaves its sums in global memory, and whoever arrives last adds them up in the order of their steps.
+// leaves its sums in global memory, and whoever arrives last adds them up in the order of their steps. With CLUSTER above 1
+// blocks of a cluster have a tile, each a part of the columns, and then add up and store a part of the rows each, from each
+// other's shared memory: for few rows and many tokens, where sums in global memory are most of the way.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
-// multiprocessor · ROWS 64, 128 or 256 · SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale for each token, and
-// for each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
+// multiprocessor · ROWS 64, 128 or 256 · SPLIT · CLUSTER, then no SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale
+// for each token, and for each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
 // columns meet in float32.
 
 #include "fragments.h"
 #include "hopper.h"
+#include "cluster.h"
 #include "narrow.h"
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
@@ -26,9 +29,21 @@
 #define X_BOX (N * 128)
 #define STAGE_BYTES (BOXES * (W_BOX + X_BOX))
 #define PITCH (ROWS + 4)  // floats between tokens of the finished tile
-#define TURN (ROWS == 256 && N == 64 ? N / 2 : N)  // tokens of it that are stored at a time
+#define TURN (ROWS == 256 && N == 64 && CLUSTER == 1 ? N / 2 : N)  // tokens of it that are stored at a time
 
 #include "deal.h"
+
+#if CLUSTER > 1
+// A number that all blocks of the cluster have, added up.
+__device__ __forceinline__ float together(const float *own) {
+    float sum = 0.f;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; rank++) sum += number_of(there(shared_address(own), rank));
+    return sum;
+}
+#else
+__device__ __forceinline__ float together(const float *own) { return *own; }
+#endif
 
 // ROWS rows times one box of columns, under way afterwards.
 __device__ __forceinline__ void multiply_box(float (&d)[N / 2], u32 w, u32 x, int add) {
@@ -81,8 +96,13 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
+#if CLUSTER > 1
+    float *tile = (float *)memory;  // where stages were
+    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
+#else
     float *tile = (float *)(memory + STAGES * STAGE_BYTES);
     u64 *barriers = (u64 *)(tile + TURN * PITCH);
+#endif
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
 #if GATE
     const int height = ROWS / 2, outputs = rows / 2;
@@ -90,7 +110,12 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     const int height = ROWS, outputs = rows;
 #endif
     const int tiles = (outputs + height - 1) / height, boxes = (cols + BOX_COLS - 1) / BOX_COLS;
-#if SPLIT
+    const int part = height / CLUSTER, rank = blockIdx.x % CLUSTER;  // of the rows, this block stores
+#if CLUSTER > 1
+    const int from = rank * steps / CLUSTER, mine = (rank + 1) * steps / CLUSTER - from;
+    auto tile_of = [&](int) { return (int)blockIdx.x / CLUSTER; };
+    auto step_of = [&](int at) { return from + at; };
+#elif SPLIT
     int *last = (int *)(barriers + 2 * STAGES);
     const Deal deal = {steps, tiles * steps};
     const int first = deal.begin(blockIdx.x), mine = deal.begin(blockIdx.x + 1) - first;
@@ -138,6 +163,8 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 inputs(count);
             }
         }
+        __syncwarp();
+        meet_cluster(), meet_cluster();
         return;
     }
 
@@ -181,25 +208,27 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
         if (!meet(d, deal, at, slots, counters, last)) continue;
 #endif
 #pragma unroll
-        for (int from = 0; from < N; from += TURN) {
+        for (int first_token = 0; first_token < N; first_token += TURN) {
+            if (CLUSTER > 1) CONSUMER_BARRIER();  // all have read the last stages
 #pragma unroll
             for (int n = 0; n < TURN / 8; n++) {
-                float *p = tile + (n * 8 + (lane & 3) * 2) * PITCH + warp * 16 + (lane >> 2), *own = d + (from / 8 + n) * 4;
+                float *p = tile + (n * 8 + (lane & 3) * 2) * PITCH + warp * 16 + (lane >> 2), *own = d + (first_token / 8 + n) * 4;
                 p[0] = own[0], p[PITCH] = own[1], p[8] = own[2], p[PITCH + 8] = own[3];
             }
-            CONSUMER_BARRIER();
-            for (int i = threadIdx.x; i < min(tokens - from, TURN) * height; i += CONSUMERS) {
-                int token = from + i / height, r = i % height, row = at * height + r;
+            if (CLUSTER > 1) meet_cluster();
+            else CONSUMER_BARRIER();
+            for (int i = threadIdx.x; i < min(tokens - first_token, TURN) * part; i += CONSUMERS) {
+                int token = first_token + i / part, r = rank * part + i % part, row = at * height + r;
                 if (row >= outputs) continue;
-                const float *here = tile + (token - from) * PITCH + r;
-                float y = *here;
+                const float *here = tile + (token - first_token) * PITCH + r;
+                float y = together(here);
 #if BITS == 8
                 const float scale = token_scales[token];
                 y *= GROUPED ? scale : scale * row_scales[row];
 #endif
                 if (bias) y += bias[row];
 #if GATE
-                float up = here[height];
+                float up = together(here + height);
 #if BITS == 8
                 up *= GROUPED ? scale : scale * row_scales[outputs + row];
 #endif
@@ -212,4 +241,5 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             CONSUMER_BARRIER();
         }
     }
+    meet_cluster();  // nobody leaves whose sums others read
 }
