@@ -4,7 +4,6 @@
 __device__ __forceinline__ void enter_cluster() {}
 __device__ __forceinline__ void know_cluster() {}
 __device__ __forceinline__ void leave_cluster() {}
-__device__ __forceinline__ void leave_ring() {}
 __device__ __forceinline__ void meet_cluster() {}
 #else
 // Each thread says that its block's barriers are there, waits for all others' word before it speaks to them, and when all
@@ -20,7 +19,6 @@ __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
     know_cluster();
 }
-__device__ __forceinline__ void leave_ring() { meet_cluster(); }
 
 // An address of this block's shared memory as block `rank` has it.
 __device__ __forceinline__ u32 there(u32 here, int rank) {

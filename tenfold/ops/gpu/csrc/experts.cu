@@ -177,5 +177,5 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
         next.weigh(shares);
         tile = ahead, homes = next;
     }
-    leave_ring();
+    meet_cluster();
 }

@@ -472,5 +472,5 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
         next.weigh(shares);
         tile = ahead, homes = next;
     }
-    leave_ring();
+    meet_cluster();
 }
