@@ -31,7 +31,7 @@ TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of the longest chunk, likewis
 MANY = TOKENS[-1] + 1
 TRITON, TRITON_TWO = "triton", "triton:two"
 CHUNKS = tuple(name for name in attend_module.CHUNKS if name != "sdpa")  # which needs lengths on the host
-PLAN = re.compile(r"decode:(\d+)x(\d+):s(\d+):(cluster|global)")
+PLAN = re.compile(r"decode:(\d+)x(\d+)(?:x(2))?:s(\d+):(cluster|global)")
 CHUNK_PLAN = "wgmma:"  # how names of plans of chunks begin
 
 Arm = str | DecodePlan | ChunkPlan
@@ -89,15 +89,15 @@ def parse(name: str) -> DecodePlan:
     found = PLAN.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"{name!r} is no plan of decode attention; allowed: decode:WARPSxBLOCKS:sSPLITS:cluster|global."
+            f"{name!r} is no plan of decode attention; allowed: decode:WARPSxBLOCKS, x2 behind it or not, then "
+            ":sSPLITS:cluster or :sSPLITS:global."
         )
-    warps, blocks, splits = (int(n) for n in found.groups()[:3])
-    return DecodePlan(warps, blocks, splits, "lazy", found[4] == "cluster")
+    warps, blocks, depth, splits = (int(n or 1) for n in found.groups()[:4])
+    return DecodePlan(warps, blocks, splits, "lazy", found[5] == "cluster", depth)
 
 
 def name_of(plan: DecodePlan) -> str:
-    merge = "cluster" if plan.cluster else "global"
-    return f"decode:{plan.warps}x{plan.blocks}:s{plan.splits}:{merge}"
+    return str(replace(plan, softmax="lazy")).replace("decode:lazy:", "decode:", 1)
 
 
 def parse_chunk(name: str) -> ChunkPlan:
@@ -131,7 +131,9 @@ def candidates(reading: Reading, sms: int) -> list[str]:
 
 
 def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
-    """No splits, splits that fill the GPU half, once or twice, and clusters; in blocks of four and of eight warps."""
+    """No splits, splits that fill the GPU half, once or twice, and clusters; in blocks of four and of eight warps, of
+    these with two tiles a warp too where each has several.
+    """
     spec = reading.spec
     wide = spec.head_dim > 64
     pairs = reading.requests * spec.kv_heads
@@ -139,6 +141,8 @@ def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
         full = sms * blocks // pairs
         for splits in sorted({1, full // 2, full, 2 * full}):
             yield DecodePlan(warps, blocks, splits, "lazy", False)
+            if wide and blocks == 1 and reading.longest >= 2 * splits * warps * decode.TILE:
+                yield DecodePlan(warps, blocks, splits, "lazy", False, depth=2)
     for splits in (2, 4, decode.LARGEST_CLUSTER):
         yield DecodePlan(8, 1 if wide else 2, splits, "lazy", True)
 

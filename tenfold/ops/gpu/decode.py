@@ -23,7 +23,8 @@ PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around p
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most, the
-    softmax: one of SOFTMAX, and whether splits merge in a cluster.
+    softmax: one of SOFTMAX, and whether splits merge in a cluster. depth: tiles that a warp has under way, 1 or 2; two
+    take the registers of a multiprocessor's other warps.
     """
 
     warps: int
@@ -31,10 +32,11 @@ class DecodePlan:
     splits: int
     softmax: str
     cluster: bool
+    depth: int = 1
 
     def __str__(self) -> str:
-        merge = "cluster" if self.cluster else "global"
-        return f"decode:{self.softmax}:{self.warps}x{self.blocks}:s{self.splits}:{merge}"
+        merge, deep = "cluster" if self.cluster else "global", f"x{self.depth}" * (self.depth > 1)
+        return f"decode:{self.softmax}:{self.warps}x{self.blocks}{deep}:s{self.splits}:{merge}"
 
 
 def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
@@ -159,6 +161,7 @@ def run(
             ("GROUP", group),
             ("WARPS", plan.warps),
             ("BLOCKS", plan.blocks),
+            ("DEPTH", plan.depth),
             ("SOFTMAX", SOFTMAX.index(softmax)),  # the kernel knows them by this order
             ("CLUSTER", int(plan.cluster)),
             ("GATE", 0),

@@ -31,6 +31,7 @@ def check(
     splits: int = 0,
     cluster: bool = False,
     rotary: int | None = None,
+    depth: int = 1,
 ) -> int:
     """Results, log-sum-exp, the pages written and repeated bits; returns how many heads were computed again."""
     device = torch.device("cuda")
@@ -57,7 +58,8 @@ def check(
     kv_lengths = torch.tensor(lengths, device=device, dtype=torch.int32)
     plan = decode.plan(spec, requests, max(lengths), SMS, softmax)
     if splits:
-        plan = decode.DecodePlan(4, 3, splits, softmax, cluster)
+        warps, blocks = (8, 1) if depth > 1 else (4, 3)
+        plan = decode.DecodePlan(warps, blocks, splits, softmax, cluster, depth)
     own = None if phi is None else torch.full((heads,), phi, device=device)
     workspace = decode.Workspace(device, requests * kv_heads)
     live = [r for r, length in enumerate(lengths) if length]
@@ -111,6 +113,16 @@ def test_splits_and_merges(lengths: list[int], splits: int, cluster: bool) -> No
         check(heads, kv_heads, 128, lengths, splits=splits, cluster=cluster and splits > 1)
 
 
+@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("softmax", ["online", "lazy"])
+def test_two_tiles_a_warp(softmax: str, splits: int) -> None:
+    """At the borders of a tile, of a block's tiles and of twice as many."""
+    for lengths in ([1, 16, 17, 127, 128, 129], [255, 256, 257, 300, 0], [5000, 2049]):
+        check(32, 8, 128, lengths, splits=splits, softmax=softmax, depth=2)
+    check(16, 2, 128, [3000, 700], window=100, splits=splits, softmax=softmax, depth=2)
+    check(28, 4, 128, [3000, 700], norms=True, splits=splits, softmax=softmax, depth=2)
+
+
 @pytest.mark.parametrize("phi", ADVERSARIAL)
 @pytest.mark.parametrize("softmax", ["unified", "paper"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -118,6 +130,9 @@ def test_a_wrong_unified_maximum_costs_time_only(softmax: str, phi: float, dtype
     again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype)
     if not abs(phi) < 100:
         assert again == 2 * 2 * 32  # two runs of two requests
+    again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=2, depth=2)
+    if not abs(phi) < 100:
+        assert again == 2 * 2 * 32
     again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=4, cluster=True)
     if not abs(phi) < 100:
         assert again == 2 * 2 * 32  # two runs of two requests

@@ -20,7 +20,7 @@ BULK = COMMON | {"STAGES": 3, "TALL": 1, "DIGITS": 0}
 FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
 NIBBLES = FOUR | {"E4M3": 0, "ZEROS": 0, "GROUP": 1 << 30, "ROWS": 128}
 EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
-DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3}
+DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3, "DEPTH": 1}
 RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0, "CLUSTER": 1}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 EXPERTS = {"FLOAT32": 0, "STAGES": 4, "BLOCKS": 1, "CLUSTER": 1}
@@ -71,6 +71,7 @@ SOURCES = [
     ("w4a8.cu", NIBBLES | {"HALF": 1, "GATE": 1, "N": 64, "STAGES": 8, "SCALES": 2}),
     ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),
+    ("decode.cu", DECODE | {"SOFTMAX": 1, "CLUSTER": 0, "D": 128, "WARPS": 8, "BLOCKS": 1, "DEPTH": 2}),
     ("prefill.cu", PREFILL | {"SOFTMAX": 2, "OVERLAP": 1, "PING": 1}),
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
     ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "DOWN": 0}),

@@ -2,7 +2,7 @@
 // one launch: norm of q and k heads, rotary embedding, the write of k and v into their page, split-KV attention, merge.
 //
 // A block takes one request, one KV head with all its query heads, and one part ("split") of the context; its warps take
-// tiles of 16 tokens in turn. Keys and values go from global memory straight into registers as operands of
+// tiles of 16 tokens in turn, each DEPTH of its own at a time. Keys and values go from global memory straight into registers as operands of
 // mma.m16n8k16: q.k adds over head dimensions in any order, so a thread loads 8 neighbouring ones of a token; v.p
 // produces head dimensions in any order, so a thread loads 8 neighbouring ones of four tokens and pairs two tokens by
 // byte permutation; and the weights p leave the first product just as the second wants them. The new token's k and v are read from shared memory, so nobody waits for their way through the cache.
@@ -16,7 +16,8 @@
 // the merging block computes again, lazily. A sum of values can then only overflow if a value exceeds 2^31. 3 paper: as 2, and any score outside (low, high) around phi also counts
 // as a failure (FlashDecoding++, section 3). Scores are in log2 units throughout.
 //
-// Compile-time: HALF, D head dimension (64 or 128), GROUP query heads of a KV head (1 to 8), WARPS, BLOCKS, SOFTMAX, CLUSTER.
+// Compile-time: HALF, D head dimension (64 or 128), GROUP query heads of a KV head (1 to 8), WARPS, BLOCKS, DEPTH, SOFTMAX,
+// CLUSTER.
 
 #include "fragments.h"
 
@@ -215,17 +216,32 @@ struct Shared {
     int flag;
 };
 
-// This warp's tiles first, first + WARPS, ... below last; `state` and `tile` hold the first one's keys and values.
+// This warp's first tiles under way: first, first + WARPS, ... below last.
+__device__ __forceinline__ void begin(Tile (&tiles)[DEPTH], const Args &a, int first, int last, const Shared &sh) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++)
+        if (first + i * WARPS < last) {
+            load_keys(tiles[i], a, first + i * WARPS, sh.k);
+            load_values(tiles[i], a, first + i * WARPS, sh.v);
+        }
+}
+
+// All of this warp's tiles, the first of which `begin` asked for.
 template <int MODE>
-__device__ __forceinline__ bool walk(State &state, Tile &tile, const uint4 (&q)[KP], const Args &a, int first, int last, const Shared &sh, float low, float high) {
+__device__ __forceinline__ bool walk(State &state, Tile (&tiles)[DEPTH], const uint4 (&q)[KP], const Args &a, int first, int last, const Shared &sh, float low, float high) {
     bool outside = false;
-    for (int at = first; at < last; at += WARPS) {
-        float s[2][2];
-        score(s, tile, q, a, at);
-        if (at + WARPS < last) load_keys(tile, a, at + WARPS, sh.k);
-        outside |= weigh<MODE>(state, s, low, high);
-        accumulate(state, s, tile);
-        if (at + WARPS < last) load_values(tile, a, at + WARPS, sh.v);
+    for (int from = first; from < last; from += DEPTH * WARPS) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+            const int at = from + i * WARPS, next = at + DEPTH * WARPS;
+            if (at >= last) break;
+            float s[2][2];
+            score(s, tiles[i], q, a, at);
+            if (next < last) load_keys(tiles[i], a, next, sh.k);
+            outside |= weigh<MODE>(state, s, low, high);
+            accumulate(state, s, tiles[i]);
+            if (next < last) load_values(tiles[i], a, next, sh.v);
+        }
     }
     return outside;
 }
@@ -349,11 +365,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     const int first = start + split * each, last = min(end, first + each);
 
     asm volatile("griddepcontrol.launch_dependents;");
-    Tile tile;
-    if (first + warp < last) {  // what earlier steps wrote does not depend on the kernel before; the new token is not read yet
-        load_keys(tile, a, first + warp, sh.k);
-        load_values(tile, a, first + warp, sh.v);
-    }
+    Tile tiles[DEPTH];
+    begin(tiles, a, first + warp, last, sh);  // what earlier steps wrote does not depend on the kernel before; the new token is not read yet
     // The rotation of this lane's features, lane + 32 i: v * turn[i] + v[partner[i]] * side[i].
     const int half = rotary / 2, slot = slots[request];
     const float *angles = rope + (size_t)positions[request] * rotary;
@@ -429,12 +442,16 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
 #pragma unroll
     for (int i = 0; i < KP; i++)
         q[i] = (lane >> 2) < GROUP ? *(const uint4 *)&sh.q[lane >> 2][i * 32 + (lane & 3) * 8] : make_uint4(0, 0, 0, 0);
-    if (first + warp < last && (first + warp + 1) * TILE >= a.length) renew(tile, a, first + warp, sh.k, sh.v);
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+        const int at = first + warp + i * WARPS;
+        if (at < last && (at + 1) * TILE >= a.length) renew(tiles[i], a, at, sh.k, sh.v);
+    }
 
     State state;
     const float phi = phis && (lane >> 2) < GROUP ? phis[head * GROUP + (lane >> 2)] * LOG2E : 0.f;
     clear<SOFTMAX>(state, phi);
-    bool outside = walk<SOFTMAX>(state, tile, q, a, first + warp, last, sh, low, high);
+    bool outside = walk<SOFTMAX>(state, tiles, q, a, first + warp, last, sh, low, high);
     int bad = SOFTMAX == 3 ? __syncthreads_or(outside) : 0;
     join<SOFTMAX>(state, sh);
 
@@ -513,11 +530,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     if (__syncthreads_or(wrong)) {
         if (threadIdx.x == 0 && (!CLUSTER || split == 0)) atomicAdd(recomputed, (unsigned long long)GROUP);
         clear<1>(state, 0.f);
-        if (start + warp < end) {
-            load_keys(tile, a, start + warp, sh.k);
-            load_values(tile, a, start + warp, sh.v);
-        }
-        walk<1>(state, tile, q, a, start + warp, end, sh, 0.f, 0.f);
+        begin(tiles, a, start + warp, end, sh);
+        walk<1>(state, tiles, q, a, start + warp, end, sh, 0.f, 0.f);
         __syncthreads();
         join<1>(state, sh);
     }
