@@ -176,7 +176,8 @@ class Engine:
             engine.warm_up()
         if config.rehearse and getattr(opened.kernels, "name", "") == "gpu":
             with timeline.phase("rehearsal"):
-                rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len))
+                held = engine.kv.pages * config.page_size
+                rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, held))
                 rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)))
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
             with timeline.phase("lanes"):

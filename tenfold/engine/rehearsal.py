@@ -45,10 +45,13 @@ def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
     )
 
 
-def decodes(max_batch: int, max_len: int, contexts: Iterable[int] = CONTEXTS) -> Iterator[Size]:
-    """Steps of decodes that between them want every kernel of an engine of this size."""
+def decodes(max_batch: int, max_len: int, held: int, contexts: Iterable[int] = CONTEXTS) -> Iterator[Size]:
+    """Steps of decodes that between them want every kernel of an engine of this size. held: tokens that its store has
+    room for; steps of more never come, but for the shortest contexts.
+    """
     padded = dict.fromkeys(graphs.bucket(n, 1)[0] for n in range(1, min(max_batch, graphs.LARGEST) + 1))
-    yield from ((n, 1, context) for context in dict.fromkeys(min(n, max_len) for n in contexts) for n in padded)
+    lengths = sorted({min(context, max_len) for context in contexts})
+    yield from ((n, 1, length) for length in lengths for n in padded if length == lengths[0] or n * length <= held)
 
 
 def chunks(most: int) -> Iterator[Size]:

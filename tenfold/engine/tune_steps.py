@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # Triton is there on GPU machines only
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (1024, 128, 8192, 32768)  # tokens of each request; after the first, attention alone is chosen for
 TRIED = 5  # arms of an operation
-UNTIMED = 9  # arms of one whose times alone are not known
+UNTIMED = 12  # arms of one whose times alone are not known
 NEAR = 1.3  # times the fastest alone, that an arm may take to be tried
 ROUNDS = 7
 SAMPLE = 0.02  # seconds of one sample, at least

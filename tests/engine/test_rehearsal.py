@@ -34,7 +34,7 @@ def test_a_rehearsal_changes_no_answer(tiny: Callable[[str], Path], cache: str) 
         engine.kv.fill(0.5)
         before = [tensor.clone() for tensor in engine.kv._stored]
         if rehearsed:
-            rehearse(engine.runner, [*decodes(4, 128), *chunks(64)])
+            rehearse(engine.runner, [*decodes(4, 128, 10_000), *chunks(64)])
             assert all(torch.equal(*pair) for pair in zip(engine.kv._stored, before))
         engine.add(Request("a", tuple(range(3, 40)), SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)))
         answers.append(fake.answers(fake.drain(engine)))

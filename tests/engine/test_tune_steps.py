@@ -66,9 +66,10 @@ def test_steps_decide_over_times_alone(tmp_path: Path):
 
 
 def test_sizes_of_a_rehearsal():
-    assert list(decodes(3, 100)) == [(1, 1, 100), (2, 1, 100), (4, 1, 100)]
-    assert {n for n, _, _ in decodes(256, 8192)} >= {1, 2, 4, 8, 64, 80, 256}
-    assert {context for _, _, context in decodes(1, 2000)} == {128, 1024, 2000}
+    assert list(decodes(3, 100, 10_000)) == [(1, 1, 100), (2, 1, 100), (4, 1, 100)]
+    assert {n for n, _, _ in decodes(256, 8192, 1 << 30)} >= {1, 2, 4, 8, 64, 80, 256}
+    assert {context for _, _, context in decodes(1, 2000, 10_000)} == {128, 1024, 2000}
+    assert [n for n, _, context in decodes(8, 4096, 4096) if context == 1024] == [1, 2, 4]  # as many as are held
     assert list(chunks(40)) == [(1, 16, 16), (1, 32, 32), (1, 40, 40)]
     assert list(chunks(8192))[-2:] == [(1, 1024, 1024), (1, 8192, 8192)]
     assert list(chunks(1)) == []

@@ -72,12 +72,12 @@ def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
     """Compile what the kernels of each lane want beyond those of the whole GPU."""
     from tenfold.ops.gpu import green
 
-    config = engine.config
+    config, held = engine.config, engine.kv.pages * engine.config.page_size
     if not config.rehearse:
         return
     for part, runner in lanes.every_decode():
         with green.on(part):
-            rehearse(runner, decodes(config.max_batch, engine.max_model_len, (TYPICAL,)))
+            rehearse(runner, decodes(config.max_batch, engine.max_model_len, held, (TYPICAL,)))
     for part, runner in lanes.every_prefill():
         with green.on(part):
             rehearse(runner, chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
