@@ -17,7 +17,7 @@ CONTEXTS = (128, 1024, 4096, 16384)  # tokens of each that decodes: attention ru
 
 def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
     """A step of requests with `new` tokens each, at the end of contexts of `length`, in pages of their own for as far
-    as the store has them.
+    as the store has them. Tokens are random, so that experts are picked evenly.
     """
     size, device = runner.kv.spec.page_size, runner.device
     count = requests * new
@@ -28,9 +28,11 @@ def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
     columns = -(-length // size)
     if new == 1:
         _, columns = runner.rows.bucket(requests, columns)
+    draw = torch.Generator().manual_seed(count)
+    ids = torch.randint(runner.model.config.vocab_size, (count,), generator=draw)
     pages = torch.arange(requests * columns, dtype=torch.int32, device=device) % runner.kv.pages
     return Step(
-        token_ids=torch.zeros(count, dtype=torch.int64, device=device),
+        token_ids=ids.to(device),
         positions=torch.arange(length - new, length, dtype=torch.int32, device=device).repeat(requests),
         slots=torch.full((count,), -1, dtype=torch.int32, device=device),
         page_table=pages.view(requests, columns),
