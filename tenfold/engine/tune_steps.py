@@ -95,7 +95,7 @@ def tune(
     measured. Raises what `Engine.load` raises.
     """
     torch.cuda.empty_cache()  # an engine counts what is free
-    engine = Engine.load(config, tokens_only=True)
+    engine = Engine.load(replace(config, rehearse=False), tokens_only=True)
     if not engine.kv.spec.packing:
         engine.kv.fill(0.0)  # what is no number would send all tokens to the same experts
     given: Any = engine.kernels
@@ -171,9 +171,8 @@ class Steps:
                 model.forward(self.step)
             torch.cuda.synchronize()
         except Exception as error:  # a compiler's complaint may be of any class
-            logger.warning(
-                "tune: steps with some arms are left out: %s", (str(error) or repr(error)).splitlines()[0][:300]
-            )
+            reason = (str(error) or repr(error)).splitlines()[0][:300]
+            logger.warning("tune: steps with some arms are left out: %s", reason)
             return None
         return model
 
