@@ -83,14 +83,13 @@ def _gaps(result: Result) -> list[Claim]:
     made = []
     for rate in sorted({row.rate for row in result.rows}):
         ours = result.row(DEFAULT, rate)
-        chunked = [row for row in result.rows if row.rate == rate and row.arm.partition(":")[0] == CHUNKED]
         if ours is None:
             continue
         where = f"{name_of(result)}, {result.long:.0%} prompts of {result.long_tokens}, {rate:g} requests a second"
         each = [row for row in result.rows if row.rate == rate]
         note = ", ".join(f"{r.arm}: ITL p99 {r.itl['p99']:.1f}, TTFT p90 {r.ttft['p90']:.0f} ms" for r in each)
         gaps, first = (f"{what}, {where}" for what in ("p99 time between tokens", "p90 TTFT"))
-        for rival in chunked:
+        for rival in (row for row in each if row.arm.partition(":")[0] == CHUNKED):
             what, ratio = f"{gaps}, {rival.arm} over {DEFAULT}", rival.itl["p99"] / ours.itl["p99"]
             made.append(claim("P3", what, ratio, "x", result.command, at_least=2.0, note=note))
             what, ratio = f"{first}, {DEFAULT} over {rival.arm}", ours.ttft["p90"] / rival.ttft["p90"]

@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tune_attention.tune(reads, reader, GpuTimer(device), given.force, progress)
     if "steps" in parts:
         wanted = [batch for batch in batches if batch in tune_steps.REQUESTS]
+        contexts = [int(context) for context in given.contexts.split(",")]
         for model in given.model.split(","):
             own = EngineConfig(model=model, device="cuda", dtype=given.dtype, weights=given.weights)
-            contexts = [int(context) for context in given.contexts.split(",")]
             tune_steps.tune(own, table, wanted, contexts, given.force, progress)
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")

@@ -116,6 +116,11 @@ class KVStore:
             self.layers.append(self._packed.layer(groups) if spec.packs(i) else next(stored))
 
     @property
+    def tokens(self) -> int:
+        """That it has room for."""
+        return self.pages * self.spec.page_size
+
+    @property
     def _stored(self) -> tuple[Tensor, ...]:
         """What is stored as computed."""
         return (self._keys,) if self.spec.one else (self._keys, self._values)

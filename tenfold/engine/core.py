@@ -176,8 +176,7 @@ class Engine:
             engine.warm_up()
         if config.rehearse and getattr(opened.kernels, "name", "") == "gpu":
             with timeline.phase("rehearsal"):
-                held = engine.kv.pages * config.page_size
-                rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, held))
+                rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, engine.kv.tokens))
                 rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)))
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
             with timeline.phase("lanes"):

@@ -69,7 +69,7 @@ def rehearse(runner: Runner, sizes: Iterable[Size]) -> None:
         for size in sizes:
             try:
                 runner.model.part(made_up(runner, *size), None, layers)
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:  # a compiler's complaint may be of any class
+                reason = (str(error) or repr(error)).splitlines()[0]
                 logger.warning("a rehearsal of %d requests with %d of %d tokens failed: %s", *size, reason)
                 return

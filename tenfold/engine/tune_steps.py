@@ -20,6 +20,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.rehearsal import made_up
 from tenfold.engine.runner import Runner
 from tenfold.ops.choose import STEP_NOISE, Key, Table, best
+from tenfold.ops.gpu.timing import sample
 
 if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.models.table import Model
@@ -31,7 +32,7 @@ TRIED = 5  # arms of an operation
 UNTIMED = 12  # arms of one whose times alone are not known
 NEAR = 1.3  # times the fastest alone, that an arm may take to be tried
 ROUNDS = 7
-SAMPLE = 0.02  # seconds of one sample, at least
+SAMPLE = 20_000.0  # microseconds of one sample, at least
 
 Picks = Mapping[Key, str]
 Measure = Callable[[Sequence[Picks]], list[float]]  # microseconds of a step with each; infinite where it cannot run
@@ -72,12 +73,12 @@ def descend(places: Sequence[Place], measure: Measure) -> dict[Key, dict[str, fl
     taken = measure(different)
     picks = dict(different[taken.index(min(taken))])
     found: dict[Key, dict[str, float]] = {}
-    for place in places:
-        times = dict(zip(place.names, measure([{**picks, place.key: name} for name in place.names])))
-        times = {name: took for name, took in times.items() if math.isfinite(took)}
+    for one in places:
+        taken = measure([{**picks, one.key: name} for name in one.names])
+        times = {name: took for name, took in zip(one.names, taken) if math.isfinite(took)}
         if times:
-            found[place.key] = times
-            picks[place.key], _ = best(times, place.names[0], STEP_NOISE)
+            found[one.key] = times
+            picks[one.key], _ = best(times, one.names[0], STEP_NOISE)
     return found
 
 
@@ -102,8 +103,7 @@ def tune(
     kernels: Gpu = given.on(given.sms, table)
     table, done = kernels.arms.table, 0
     lengths = dict.fromkeys(min(context, engine.max_model_len) for context in contexts)
-    held = engine.kv.pages * engine.kv.spec.page_size
-    sizes = [(count, context) for count in requests for context in lengths if count * context <= held]
+    sizes = [(count, context) for count in requests for context in lengths if count * context <= engine.kv.tokens]
     known: set[Key] = set()
     for at, (count, context) in enumerate(sizes):
         steps = Steps(engine.runner, kernels, count, context)
@@ -160,7 +160,7 @@ class Steps:
             for _ in range(ROUNDS):
                 for model, taken in zip(models, times):
                     if model is not None:
-                        taken.append(self._sample(model))
+                        taken.append(self._step_microseconds(model))
         return [statistics.median(taken) if taken else math.inf for taken in times]
 
     def _model(self, table: Table) -> "Model | None":
@@ -176,17 +176,9 @@ class Steps:
             return None
         return model
 
-    def _sample(self, model: "Model") -> float:
-        """Microseconds of a step."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        model.forward(self.step)
-        end.record()
-        end.synchronize()
-        count = max(1, math.ceil(SAMPLE / (begin.elapsed_time(end) / 1e3)))
-        begin.record()
-        for _ in range(count):
-            model.forward(self.step)
-        end.record()
-        end.synchronize()
-        return 1e3 * begin.elapsed_time(end) / count
+    def _step_microseconds(self, model: "Model") -> float:
+        def run() -> object:
+            return model.forward(self.step)
+
+        count = max(1, math.ceil(SAMPLE / sample(run, 1)))
+        return sample(run, count) / count

@@ -72,15 +72,15 @@ def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
     """Compile what the kernels of each lane want beyond those of the whole GPU."""
     from tenfold.ops.gpu import green
 
-    config, held = engine.config, engine.kv.pages * engine.config.page_size
-    if not config.rehearse:
+    if not engine.config.rehearse:
         return
-    for part, runner in lanes.every_decode():
-        with green.on(part):
-            rehearse(runner, decodes(config.max_batch, engine.max_model_len, held, (TYPICAL,)))
-    for part, runner in lanes.every_prefill():
-        with green.on(part):
-            rehearse(runner, chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
+    steps = list(decodes(engine.config.max_batch, engine.max_model_len, engine.kv.tokens, (TYPICAL,)))
+    prompts = list(chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
+    for every, sizes in ((lanes.every_decode(), steps), (lanes.every_prefill(), prompts)):
+        for part, runner in every:
+            if part.sms < lanes.total:
+                with green.on(part):
+                    rehearse(runner, sizes)
     torch.cuda.synchronize()
 
 

@@ -52,11 +52,11 @@ class GpuTimer:
         with torch.cuda.stream(self.stream):
             graphs = {name: capture(name, arm, copies, pool, expected, farthest) for name, arm in arms.items()}
         kept = {name: graph for name, graph in graphs.items() if graph is not None}
-        repeats = {name: max(1, round(SAMPLE / max(1.0, sample(graph, 1)))) for name, graph in kept.items()}
+        repeats = {name: max(1, round(SAMPLE / max(1.0, sample(graph.replay, 1)))) for name, graph in kept.items()}
         samples: dict[str, list[float]] = {name: [] for name in kept}
         for _ in range(ROUNDS):
             for name, graph in kept.items():
-                samples[name].append(sample(graph, repeats[name]) / repeats[name] / copies)
+                samples[name].append(sample(graph.replay, repeats[name]) / repeats[name] / copies)
         return {name: round(statistics.median(taken), 3) for name, taken in samples.items()}
 
     def memory_microseconds(self) -> dict[str, float]:
@@ -120,12 +120,12 @@ def difference(result: Tensor, expected: Tensor, farthest: float = FARTHEST) -> 
     return "" if distance <= allowed else f"its result is {distance:.3g} from the reference; allowed: {allowed:.3g}"
 
 
-def sample(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Microseconds of so many replays."""
+def sample(run: Callable[[], object], repeats: int) -> float:
+    """Microseconds of so many runs."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):
-        graph.replay()
+        run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) * 1e3

@@ -2,8 +2,8 @@
 // one launch: norm of q and k heads, rotary embedding, the write of k and v into their page, split-KV attention, merge.
 //
 // A block takes one request, one KV head with all its query heads, and one part ("split") of the context; its warps take
-// tiles of 16 tokens in turn, each DEPTH of its own at a time. Keys and values go from global memory straight into registers as operands of
-// mma.m16n8k16: q.k adds over head dimensions in any order, so a thread loads 8 neighbouring ones of a token; v.p
+// tiles of 16 tokens in turn, each DEPTH of its own at a time. Keys and values go from global memory straight into
+// registers as operands of mma.m16n8k16: q.k adds over head dimensions in any order, so a thread loads 8 neighbouring ones of a token; v.p
 // produces head dimensions in any order, so a thread loads 8 neighbouring ones of four tokens and pairs two tokens by
 // byte permutation; and the weights p leave the first product just as the second wants them. The new token's k and v are read from shared memory, so nobody waits for their way through the cache.
 //
@@ -366,7 +366,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
 
     asm volatile("griddepcontrol.launch_dependents;");
     Tile tiles[DEPTH];
-    begin(tiles, a, first + warp, last, sh);  // what earlier steps wrote does not depend on the kernel before; the new token is not read yet
+    // What earlier steps wrote does not depend on the kernel before; the new token is not read yet.
+    begin(tiles, a, first + warp, last, sh);
     // The rotation of this lane's features, lane + 32 i: v * turn[i] + v[partner[i]] * side[i].
     const int half = rotary / 2, slot = slots[request];
     const float *angles = rope + (size_t)positions[request] * rotary;
