@@ -1,6 +1,7 @@
 """Arms chosen by what whole steps take: which are tried, what the descent finds, and a GPU's steps with each."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_steps_of_a_gpu_with_each_arm(tmp_path: Path):
     config = EngineConfig(model=model, device="cuda", kv_memory=1 << 30, max_model_len=2048, rehearse=False)
     assert tune_steps.tune(config, table, [1]) == 3  # contexts of 128, 1024 and 2048 tokens
     again = Table("gpu", "1", tmp_path / "t.json")
-    steps = [again.steps(tune.arms.key(work, running.sms)) for work in tune.distinct(works)]
+    steps = [again.steps(tune.arms.key(replace(work, tokens=1), running.sms)) for work in tune.distinct(works)]
     assert all(steps)
     assert all(20 < took < 5000 for times in steps for took in times.values())
     assert tune_steps.tune(config, again, [1]) == 0

@@ -367,7 +367,8 @@ def own_packed(work: Work, sms: int) -> Iterator[str]:
 def own(work: Work, sms: int) -> Iterator[Any]:
     """The rules of our kernels for dense weights, the best first; where none is legal the library does the work."""
     sizes = (work.tokens, work.rows, work.cols)
-    if work.tokens <= MOST_STREAMED:
+    yield from bulk.rule(work.format, *sizes)
+    if work.tokens <= MOST_STREAMED and min(work.rows, work.cols) < bulk.WIDE:
         yield next(stream.candidates(*sizes), None)
     yield ring.rule(*sizes, sms)
 

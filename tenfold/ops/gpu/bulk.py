@@ -60,6 +60,11 @@ ENOUGH = 3  # stages with which a block leaves half of the shared memory to the 
 LONG = 8192  # columns from which on two blocks divide those that become digits (H200, 2026-11-29)
 # What runs unless something else was measured to be faster, up to so many tokens (H200, 2026-11-29).
 RULE = {"digits8": 2, "digits4": 2, "digits3": 2, "bulk4": 8, "bulk3": 8}
+# Dense weights: as steps of Llama-3-8B and Llama-3.2-1B are fastest (H200, 2026-11-29). Beside these kernels the plain
+# ones find little L1 cache, so a model's layers had better all be wide, or none.
+WIDE = 3072  # rows and columns, from which on
+MOST_DENSE = 2  # tokens, up to which
+FEW, MOST_DENSE_FEW = 4096, 4  # rows so few that blocks had better divide the columns, and tokens up to which they do
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +225,22 @@ def deepest(
 
 def rule(format: str, tokens: int, rows: int, cols: int) -> Iterator[BulkPlan]:
     """Plans for matrices of this format where nothing was measured, the best first."""
+    if format == "dense":
+        yield from rule_dense(tokens, rows, cols)
+        return
     for kind, most in RULE.items():
         if tokens <= most and reads(kind, format):
             cluster = 2 if kind.startswith("digits") and cols >= LONG else 1
             yield from islice(plans(kind, SIZES_SHARES if cluster > 1 else SIZES, tokens, rows, cols, cluster), 1)
+
+
+def rule_dense(tokens: int, rows: int, cols: int) -> Iterator[BulkPlan]:
+    """The same for dense matrices."""
+    few = rows <= FEW
+    if min(rows, cols) < WIDE or tokens > (MOST_DENSE_FEW if few else MOST_DENSE):
+        return
+    cluster = (4 if tokens > MOST_DENSE and cols > rows else 2) if few else 1
+    yield from islice(plans(DENSE, SIZES_SHARES_DENSE if few else SIZES_DENSE, tokens, rows, cols, cluster), 1)
 
 
 def run(

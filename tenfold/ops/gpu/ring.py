@@ -146,15 +146,21 @@ def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = "ring") 
 
 
 def rule(tokens: int, rows: int, cols: int, sms: int) -> RingPlan | None:
-    """The plan where nothing was measured (H100, 2026-11-28). None: the library is as fast or faster, as with many
-    tokens and few rows.
+    """The plan where nothing was measured (steps of Llama-3-8B on an H200, 2026-11-29). None: the library is as fast or
+    faster, as with many tokens and few rows.
     """
     few = -(-rows // 64) < 0.7 * sms
-    if tokens > 16:
-        plan = RingPlan(6, 1)
+    if few and tokens > 16:
+        plan = RingPlan(8, 1) if tokens <= 32 and cols <= rows else None
+    elif few:
+        plan = RingPlan(8, 1, splits=2)
+    elif rows < 128 * sms:
+        plan = RingPlan(4, 1, 128, cluster=2) if tokens <= 16 and -(-rows // 128) * 2 <= sms else RingPlan(6, 1)
+    elif tokens <= 16:
+        plan = RingPlan(4, 1, 256)
     else:
-        plan = RingPlan(8, 1, splits=2 if few else 1)
-    return plan if legal(plan, tokens, rows, cols) and not (few and tokens > 16) else None
+        plan = RingPlan(5 if tokens <= 32 else 4, 1, 128)
+    return plan if plan is not None and legal(plan, tokens, rows, cols) else None
 
 
 def rule_fp8(tokens: int) -> RingPlan:

@@ -18,6 +18,7 @@ from tenfold.base.log import logger
 
 LEAST_ROTATION = 150 << 20  # bytes: three times the L2 cache of an H100
 COPY = 1 << 30  # bytes of the buffer that `memory_microseconds` copies
+WAKING = 500  # copies before `memory_microseconds` times any, a fraction of a second
 ROUNDS = 7
 SAMPLE = 400.0  # microseconds of one sample, at least
 COMPILERS = 8  # threads that compile at the same time
@@ -63,6 +64,8 @@ class GpuTimer:
         """Of a copy of COPY bytes inside the device's memory ("copy"), and of adding them up ("read")."""
         source = torch.zeros(COPY, dtype=torch.uint8, device=self.device)
         target, numbers = torch.empty_like(source), source.view(torch.float32).view(-1, 8192)
+        for _ in range(WAKING):  # an idle device wakes slowly: the first copies take half as long again
+            target.copy_(source)
         return self.measure({"copy": lambda i: target.copy_(source), "read": lambda i: numbers.sum(1)}, 1)
 
 

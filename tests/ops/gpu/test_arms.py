@@ -73,7 +73,11 @@ def test_buckets(tokens: int, bucket: int) -> None:
 @pytest.mark.parametrize(
     ("work", "first"),
     [
-        (QKV, "stream"),
+        (QKV, "bulk"),
+        (Work(6144, 2048, "dense", Use(), 2), "stream"),
+        (Work(6144, 4096, "dense", Use(), 3), "ring"),
+        (Work(4096, 14336, "dense", Use(), 4), "bulk"),
+        (Work(4096, 4096, "dense", Use(), 32), "ring"),
         (Work(6144, 4096, "dense", Use(), 16), "ring"),
         (Work(4096, 14336, "dense", Use(), 16), "ring"),
         (Work(6144, 4096, "dense", Use(), 64), "ring"),
@@ -283,8 +287,8 @@ def test_tuning_goes_on_where_it_was_stopped(table: Table) -> None:
 def test_tuning_some_families_times_the_rule_and_the_library_too(table: Table) -> None:
     timer = FakeTimer()
     tuning.tune([QKV], running(table), timer, (1,), families=("gemv",))
-    assert {name.partition(":")[0] for name in timer.measured[0]} == {"gemv", "stream", "cublas"}
-    assert sum(name.startswith("stream") for name in timer.measured[0]) == 1
+    assert {name.partition(":")[0] for name in timer.measured[0]} == {"gemv", "bulk", "cublas"}
+    assert sum(name.startswith("bulk") for name in timer.measured[0]) == 1
 
 
 def test_tuning_packed_weights(table: Table) -> None:
