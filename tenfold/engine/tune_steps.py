@@ -166,6 +166,7 @@ class Steps:
     def _model(self, table: Table) -> "Model | None":
         """The model with the choices of a table, its step captured; None where an arm cannot run."""
         model = self.runner.model.on(self.kernels.on(self.kernels.sms, table))
+        self.step.memo.clear()  # of the arms of the model before
         try:
             for _ in range(3):  # compiled, captured, replayed
                 model.forward(self.step)

@@ -82,8 +82,9 @@ def test_steps_of_a_gpu_with_each_arm(tmp_path: Path):
     from tenfold.base.config import EngineConfig
     from tenfold.engine import tune_steps
     from tenfold.engine.linears import traced
-    from tenfold.ops.gpu import tune
+    from tenfold.ops.gpu import attending, tune
     from tenfold.ops.gpu.timing import GpuTimer
+    from tenfold.ops.kernels import AttentionSpec
     from tenfold.weights.find import resolve
     from tenfold.weights.open import open_checkpoint
 
@@ -98,4 +99,8 @@ def test_steps_of_a_gpu_with_each_arm(tmp_path: Path):
     steps = [again.steps(tune.arms.key(replace(work, tokens=1), running.sms)) for work in tune.distinct(works)]
     assert all(steps)
     assert all(20 < took < 5000 for times in steps for took in times.values())
+    reading = attending.Reading(AttentionSpec(32, 8, 64, 0.125, rotary_dim=64), 1, 2048, 16)
+    attention = again.steps(attending.key(reading, running.sms))
+    assert len(attention) > 4
+    assert max(attention.values()) > 1.03 * min(attention.values())  # one block for a KV head, or many
     assert tune_steps.tune(config, again, [1]) == 0

@@ -31,7 +31,13 @@ TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of the longest chunk, likewis
 MANY = TOKENS[-1] + 1
 TRITON, TRITON_TWO = "triton", "triton:two"
 CHUNKS = tuple(name for name in attend_module.CHUNKS if name != "sdpa")  # which needs lengths on the host
-PLAN = re.compile(r"decode:(\d+)x(\d+)(?:x(2))?:s(\d+):(cluster|global)")
+SHAPES = ((4, 3, 1), (8, 1, 1), (8, 1, 3), (4, 1, 6), (4, 2, 3), (8, 1, 2))
+SHAPES_NARROW = ((4, 4, 1), (8, 2, 1), (8, 1, 6), (4, 2, 6))
+"""Warps of a block, blocks of a multiprocessor, tiles of a warp under way, that are worth timing; heads of up to 64
+dimensions need less room."""
+LEAST_BUSY = 3  # of so many multiprocessors one has a block, or a long context is not read fast
+MERGED_IN_CLUSTERS = 4096  # tokens, up to which splits that meet in clusters are worth timing
+PLAN = re.compile(r"decode:(\d+)x(\d+)(?:x([2-8]))?:s(\d+):(cluster|global)")
 CHUNK_PLAN = "wgmma:"  # how names of plans of chunks begin
 
 Arm = str | DecodePlan | ChunkPlan
@@ -89,7 +95,7 @@ def parse(name: str) -> DecodePlan:
     found = PLAN.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"{name!r} is no plan of decode attention; allowed: decode:WARPSxBLOCKS, x2 behind it or not, then "
+            f"{name!r} is no plan of decode attention; allowed: decode:WARPSxBLOCKS, x2 to x8 behind it or not, then "
             ":sSPLITS:cluster or :sSPLITS:global."
         )
     warps, blocks, depth, splits = (int(n or 1) for n in found.groups()[:4])
@@ -131,20 +137,20 @@ def candidates(reading: Reading, sms: int) -> list[str]:
 
 
 def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
-    """No splits, splits that fill the GPU half, once or twice, and clusters; in blocks of four and of eight warps, of
-    these with two tiles a warp too where each has several.
+    """Splits that fill the GPU half, once or twice, or none, in blocks of every shape; clusters, for contexts that are
+    not long.
     """
-    spec = reading.spec
-    wide = spec.head_dim > 64
+    spec, longest = reading.spec, reading.longest
     pairs = reading.requests * spec.kv_heads
-    for warps, blocks in ((4, 3 if wide else 4), (8, 1 if wide else 2)):
+    for warps, blocks, depth in SHAPES if spec.head_dim > 64 else SHAPES_NARROW:
         full = sms * blocks // pairs
         for splits in sorted({1, full // 2, full, 2 * full}):
-            yield DecodePlan(warps, blocks, splits, "lazy", False)
-            if wide and blocks == 1 and reading.longest >= 2 * splits * warps * decode.TILE:
-                yield DecodePlan(warps, blocks, splits, "lazy", False, depth=2)
-    for splits in (2, 4, decode.LARGEST_CLUSTER):
-        yield DecodePlan(8, 1 if wide else 2, splits, "lazy", True)
+            busy = pairs * max(1, splits) * LEAST_BUSY >= sms or longest <= MERGED_IN_CLUSTERS
+            if busy and (depth == 1 or longest >= depth * splits * warps * decode.TILE):
+                yield DecodePlan(warps, blocks, splits, "lazy", False, depth)
+    if longest <= MERGED_IN_CLUSTERS:
+        for splits in (2, 4, decode.LARGEST_CLUSTER):
+            yield DecodePlan(8, 1 if spec.head_dim > 64 else 2, splits, "lazy", True)
 
 
 def legal(name: str, reading: Reading, sms: int) -> bool:
@@ -160,6 +166,8 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
     if not PLAN.fullmatch(name) or not decode.legal(spec, reading.dtype, reading.page_size):
         return False
     plan = parse(name)
+    if not decode.fits(plan, spec):
+        return False
     tiles = -(-min(longest, spec.window + decode.TILE if spec.window else longest) // (decode.TILE * plan.warps))
     if plan.splits > 1 and plan.splits > tiles:
         return False  # a warp would have nothing to read

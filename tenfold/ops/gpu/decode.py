@@ -11,6 +11,8 @@ from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Heads
 HEAD_DIMS = (64, 128)
 MOST_GROUP = 8
 TILE = 16  # tokens
+REGISTERS = 2  # tiles of a warp under way that registers hold; of more, all are in shared memory
+ALIGNMENT = 16  # bytes that may lie before the ring
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
 MOST_EVEN = 8  # splits, where pairs alone would fill the GPU
@@ -23,8 +25,8 @@ PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around p
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most, the
-    softmax: one of SOFTMAX, and whether splits merge in a cluster. depth: tiles that a warp has under way, 1 or 2; two
-    take the registers of a multiprocessor's other warps.
+    softmax: one of SOFTMAX, and whether splits merge in a cluster. depth: tiles that a warp has under way. Two take the
+    registers of a multiprocessor's other warps, more come through shared memory.
     """
 
     warps: int
@@ -107,12 +109,24 @@ def shared_bytes(plan: DecodePlan, spec: AttentionSpec) -> int:
     return 20 * (d + 8) + 4 * plan.warps * (d + group * d + 2 * group) + merged + 4
 
 
+def ring_bytes(plan: DecodePlan, spec: AttentionSpec) -> int:
+    """Dynamic shared memory of a block: tiles under way and their barriers."""
+    stage = 2 * TILE * spec.head_dim * 2
+    return plan.warps * plan.depth * (stage + 8) if plan.depth > REGISTERS else 0
+
+
+def fits(plan: DecodePlan, spec: AttentionSpec) -> bool:
+    """Whether a multiprocessor holds the plan's blocks."""
+    ring = ring_bytes(plan, spec)
+    return not ring or hopper.fits(ring + shared_bytes(plan, spec) + ALIGNMENT, plan.blocks)
+
+
 def padding(plan: DecodePlan, spec: AttentionSpec) -> int:
     """Shared memory that nobody uses, so that a multiprocessor holds the plan's two or four blocks and no more: blocks
     come as the kernel before ends, here earlier and there later, and the multiprocessors that are free first must not
     take more than their part.
     """
-    if plan.blocks not in (2, 4) or plan.splits > 1:
+    if plan.blocks not in (2, 4) or plan.splits > 1 or plan.depth > REGISTERS:
         return 0
     return max(0, int(hopper.SHARED_SM / (plan.blocks + 0.5)) - hopper.RESERVED - shared_bytes(plan, spec))
 
@@ -173,7 +187,7 @@ def run(
     kernel(
         (plan.splits, spec.kv_heads, requests),
         plan.warps * 32,
-        padding(plan, spec),
+        ring_bytes(plan, spec) or padding(plan, spec),
         [
             *(qkv, heads.rope, positions, slots, keys, values, page_table, kv_lengths),
             None if q_norm is None else q_norm.weight,

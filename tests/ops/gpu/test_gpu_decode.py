@@ -58,8 +58,8 @@ def check(
     kv_lengths = torch.tensor(lengths, device=device, dtype=torch.int32)
     plan = decode.plan(spec, requests, max(lengths), SMS, softmax)
     if splits:
-        warps, blocks = (8, 1) if depth > 1 else (4, 3)
-        plan = decode.DecodePlan(warps, blocks, splits, softmax, cluster, depth)
+        shapes = {1: (4, 3), 2: (8, 1), 3: (4, 2) if heads > 4 * kv_heads else (8, 1), 6: (4, 1)}
+        plan = decode.DecodePlan(*shapes[depth], splits, softmax, cluster, depth)
     own = None if phi is None else torch.full((heads,), phi, device=device)
     workspace = decode.Workspace(device, requests * kv_heads)
     live = [r for r, length in enumerate(lengths) if length]
@@ -123,6 +123,20 @@ def test_two_tiles_a_warp(softmax: str, splits: int) -> None:
     check(28, 4, 128, [3000, 700], norms=True, splits=splits, softmax=softmax, depth=2)
 
 
+@pytest.mark.parametrize("depth", [3, 6])
+@pytest.mark.parametrize("splits", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tiles_through_shared_memory(dtype: torch.dtype, splits: int, depth: int) -> None:
+    """At the borders of a tile, of a ring, and of the 32 tiles whose pages a warp knows; pages of several tiles."""
+    for lengths in ([1, 16, 17, 127, 128, 129], [383, 384, 385, 512, 0], [8192, 8193, 8200, 2049], [20000, 30]):
+        check(32, 8, 128, lengths, splits=splits, dtype=dtype, depth=depth)
+    check(16, 2, 128, [3000, 700], window=100, splits=splits, dtype=dtype, depth=depth)
+    check(28, 4, 128, [3000, 700], norms=True, splits=splits, dtype=dtype, depth=depth, page=64)
+    check(8, 8, 128, [5000, 0, 33], splits=splits, dtype=dtype, depth=depth, page=32)
+    check(9, 3, 64, [5000, 33], splits=splits, dtype=dtype, depth=depth)
+    check(32, 8, 128, [3000, 700], splits=splits, softmax="unified", phi=2.0, dtype=dtype, depth=depth)
+
+
 @pytest.mark.parametrize("phi", ADVERSARIAL)
 @pytest.mark.parametrize("softmax", ["unified", "paper"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -130,9 +144,10 @@ def test_a_wrong_unified_maximum_costs_time_only(softmax: str, phi: float, dtype
     again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype)
     if not abs(phi) < 100:
         assert again == 2 * 2 * 32  # two runs of two requests
-    again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=2, depth=2)
-    if not abs(phi) < 100:
-        assert again == 2 * 2 * 32
+    for depth in (2, 3, 6):
+        again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=2, depth=depth)
+        if not abs(phi) < 100:
+            assert again == 2 * 2 * 32
     again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=4, cluster=True)
     if not abs(phi) < 100:
         assert again == 2 * 2 * 32  # two runs of two requests

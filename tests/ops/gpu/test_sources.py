@@ -72,6 +72,8 @@ SOURCES = [
     ("decode.cu", DECODE | {"SOFTMAX": 3, "CLUSTER": 1}),
     ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "D": 128}),
     ("decode.cu", DECODE | {"SOFTMAX": 1, "CLUSTER": 0, "D": 128, "WARPS": 8, "BLOCKS": 1, "DEPTH": 2}),
+    ("decode.cu", DECODE | {"SOFTMAX": 1, "CLUSTER": 0, "D": 128, "GROUP": 8, "BLOCKS": 2, "DEPTH": 3}),
+    ("decode.cu", DECODE | {"SOFTMAX": 2, "CLUSTER": 0, "HALF": 1, "WARPS": 8, "BLOCKS": 1, "DEPTH": 6}),
     ("prefill.cu", PREFILL | {"SOFTMAX": 2, "OVERLAP": 1, "PING": 1}),
     ("prefill.cu", PREFILL | RULES | {"SOFTMAX": 1, "OVERLAP": 0, "PING": 0}),
     ("experts.cu", EXPERTS | {"HALF": 0, "GATE": 1, "N": 8, "ROWS": 64, "BOXES": 2, "DOWN": 0}),

@@ -7,6 +7,9 @@
 // produces head dimensions in any order, so a thread loads 8 neighbouring ones of four tokens and pairs two tokens by
 // byte permutation; and the weights p leave the first product just as the second wants them. The new token's k and v are read from shared memory, so nobody waits for their way through the cache.
 //
+// With a DEPTH above 2, tiles come by bulk copies into DEPTH stages of each warp in shared memory, from which the same
+// pieces are read: more bytes are under way than registers would hold, and none of them waits for arithmetic.
+//
 // Splits of one request and head form a cluster and merge through each other's shared memory, each a share of the
 // features (CLUSTER 1); or they meet in global memory, where the one that arrives last merges all of them (CLUSTER 0:
 // any number of splits). Both add up in order of the splits, so results repeat bit for bit.
@@ -20,7 +23,9 @@
 // CLUSTER.
 
 #include "fragments.h"
+#include "hopper.h"
 
+#define RING (DEPTH > 2)
 #define THREADS (WARPS * 32)
 #define TILE 16
 #define KP (D / 32)
@@ -53,6 +58,8 @@ struct State {
 struct Tile {
     uint4 k[2][KP], v[4][VP];
 };
+
+#define STAGE (2 * TILE * D * 2)  // bytes of a tile's keys and values
 
 __device__ __forceinline__ const u16 *row_of(const u16 *store, const Args &a, int token, const u16 *fresh) {
     if (token >= a.length - 1) return fresh;  // the new token, and past the end: anything finite
@@ -216,8 +223,91 @@ struct Shared {
     int flag;
 };
 
+#if RING
+// Tiles of this warp under way. The lanes know the pages of 32 of its tiles between them, and those of the next 32.
+struct Tiles {
+    u32 stages, barriers;  // of this warp
+    int slot, parity;      // of the tile that is read next
+    int pages, more;       // of tile from + lane * WARPS, and of the one 32 * WARPS later
+    int from;
+};
+
+__device__ __forceinline__ void copy_rows(u32 to, const u16 *from, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        :: "r"(to), "l"(from), "r"(STAGE / 2), "r"(barrier), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ int page_of(const Args &a, int tile, int last) {
+    return tile < last ? a.table[tile * TILE / a.page_size] : 0;
+}
+
+// Ask for a tile, which goes to a slot. Every lane comes here.
+__device__ __forceinline__ void ask(Tiles &t, const Args &a, int tile, int slot, int last) {
+    const int lane = threadIdx.x & 31, turn = (tile - t.from) / WARPS;
+    const int page = __shfl_sync(~0u, t.pages, turn);
+    if (lane == 0) {
+        const size_t at = (((size_t)page * a.kv_heads + a.head) * a.page_size + tile * TILE % a.page_size) * D;
+        const u32 stage = t.stages + slot * STAGE, barrier = t.barriers + slot * 8;
+        u64 once;
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+        expect(barrier, STAGE);
+        copy_rows(stage, a.keys + at, barrier, once);
+        copy_rows(stage + STAGE / 2, a.values + at, barrier, once);
+    }
+    if (turn == 31) {
+        t.from += 32 * WARPS;
+        t.pages = t.more;
+        t.more = page_of(a, t.from + (32 + lane) * WARPS, last);
+    }
+}
+
+// This warp's first tiles under way: first, first + WARPS, ... below last. No other is.
+__device__ __forceinline__ void begin(Tiles &t, const Args &a, int first, int last, const Shared &) {
+    const int lane = threadIdx.x & 31;
+    t.from = first;
+    t.pages = page_of(a, first + lane * WARPS, last), t.more = page_of(a, first + (32 + lane) * WARPS, last);
+    int slot = t.slot;
+    for (int i = 0; i < DEPTH && first + i * WARPS < last; i++) {
+        ask(t, a, first + i * WARPS, slot, last);
+        if (++slot == DEPTH) slot = 0;
+    }
+}
+
+// All of this warp's tiles, the first of which `begin` asked for.
+template <int MODE>
+__device__ __forceinline__ bool walk(State &state, Tiles &t, const uint4 (&q)[KP], const Args &a, int first, int last, const Shared &sh, float low, float high) {
+    const int lane = threadIdx.x & 31;
+    bool outside = false;
+    for (int at = first; at < last; at += WARPS) {
+        const u32 key = t.stages + t.slot * STAGE + (lane >> 2) * D * 2 + (lane & 3) * 16;
+        const u32 value = t.stages + t.slot * STAGE + STAGE / 2 + (lane & 3) * D * 4 + (lane >> 2) * 16;
+        Tile tile;
+        wait_for(t.barriers + t.slot * 8, t.parity);
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int i = 0; i < KP; i++) tile.k[n][i] = piece_16(key + n * 8 * D * 2 + i * 64);
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < VP; i++) tile.v[n][i] = piece_16(value + ((n & 1) + (n >> 1) * 8) * D * 2 + i * 128);
+        if ((at + 1) * TILE >= a.length) renew(tile, a, at, sh.k, sh.v);
+        __syncwarp();  // all lanes have what they need of the stage
+        if (at + DEPTH * WARPS < last) ask(t, a, at + DEPTH * WARPS, t.slot, last);
+        if (++t.slot == DEPTH) t.slot = 0, t.parity ^= 1;
+        float s[2][2];
+        score(s, tile, q, a, at);
+        outside |= weigh<MODE>(state, s, low, high);
+        accumulate(state, s, tile);
+    }
+    return outside;
+}
+#else
+typedef Tile Tiles[DEPTH];
+
 // This warp's first tiles under way: first, first + WARPS, ... below last.
-__device__ __forceinline__ void begin(Tile (&tiles)[DEPTH], const Args &a, int first, int last, const Shared &sh) {
+__device__ __forceinline__ void begin(Tiles &tiles, const Args &a, int first, int last, const Shared &sh) {
 #pragma unroll
     for (int i = 0; i < DEPTH; i++)
         if (first + i * WARPS < last) {
@@ -228,7 +318,7 @@ __device__ __forceinline__ void begin(Tile (&tiles)[DEPTH], const Args &a, int f
 
 // All of this warp's tiles, the first of which `begin` asked for.
 template <int MODE>
-__device__ __forceinline__ bool walk(State &state, Tile (&tiles)[DEPTH], const uint4 (&q)[KP], const Args &a, int first, int last, const Shared &sh, float low, float high) {
+__device__ __forceinline__ bool walk(State &state, Tiles &tiles, const uint4 (&q)[KP], const Args &a, int first, int last, const Shared &sh, float low, float high) {
     bool outside = false;
     for (int from = first; from < last; from += DEPTH * WARPS) {
 #pragma unroll
@@ -245,6 +335,7 @@ __device__ __forceinline__ bool walk(State &state, Tile (&tiles)[DEPTH], const u
     }
     return outside;
 }
+#endif
 
 // Add up what the warps have, into shared memory of warp 0: sums, maximum and denominator of each query head.
 template <int MODE>
@@ -365,7 +456,18 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     const int first = start + split * each, last = min(end, first + each);
 
     asm volatile("griddepcontrol.launch_dependents;");
-    Tile tiles[DEPTH];
+    Tiles tiles;
+#if RING
+    extern __shared__ uint4 memory[];
+    tiles.stages = shared_address(memory) + warp * DEPTH * STAGE;
+    tiles.barriers = shared_address(memory) + WARPS * DEPTH * STAGE + warp * DEPTH * 8;
+    tiles.slot = tiles.parity = 0;
+    if (lane == 0) {
+        for (int i = 0; i < DEPTH; i++) begin_barrier(tiles.barriers + i * 8, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+    }
+    __syncwarp();
+#endif
     // What earlier steps wrote does not depend on the kernel before; the new token is not read yet.
     begin(tiles, a, first + warp, last, sh);
     // The rotation of this lane's features, lane + 32 i: v * turn[i] + v[partner[i]] * side[i].
@@ -443,11 +545,13 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
 #pragma unroll
     for (int i = 0; i < KP; i++)
         q[i] = (lane >> 2) < GROUP ? *(const uint4 *)&sh.q[lane >> 2][i * 32 + (lane & 3) * 8] : make_uint4(0, 0, 0, 0);
+#if !RING
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) {
         const int at = first + warp + i * WARPS;
         if (at < last && (at + 1) * TILE >= a.length) renew(tiles[i], a, at, sh.k, sh.v);
     }
+#endif
 
     State state;
     const float phi = phis && (lane >> 2) < GROUP ? phis[head * GROUP + (lane >> 2)] * LOG2E : 0.f;
