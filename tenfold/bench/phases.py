@@ -54,7 +54,8 @@ MARGIN = 64  # tokens beside the longest request
 @dataclass(slots=True)
 class Row:
     """An arm at a rate. tight, loose: share of requests that kept both targets; latency: mean seconds to the last
-    token; percentiles of TTFT, TPOT and gaps between tokens, in ms; moved: times the border moved.
+    token; percentiles of TTFT, TPOT and gaps between tokens, in ms; moved: times the border moved; decisions: how often
+    each split and size of chunks was decided on.
     """
 
     arm: str
@@ -70,6 +71,7 @@ class Row:
     tpot: dict[str, float]
     itl: dict[str, float]
     moved: int = 0
+    decisions: dict[str, int] = field(default_factory=dict)
 
     def line(self) -> str:
         return (
@@ -325,9 +327,10 @@ def run(
                 result.notes.append(f"{name}: left out at {rate} requests a second, hopeless at fewer")
                 continue
             phases = arms.use(name)
-            before = phases.changes if phases is not None else 0
+            before = (phases.changes, phases.decisions.copy()) if phases is not None else None
             row = row_of(name, rate, *serve(engine, asks, turn), result.alone)
-            row.moved = phases.changes - before if phases is not None else 0
+            if phases is not None and before is not None:
+                row.moved, row.decisions = phases.changes - before[0], dict(phases.decisions - before[1])
             result.rows.append(row)
             say(row.line())
         done(result)

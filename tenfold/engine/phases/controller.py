@@ -16,8 +16,10 @@ from typing import Protocol
 from tenfold.engine.phases.latency import Paper, Stairs
 
 TRIES = 16  # steps of a search at most
-LARGEST_GUARD = 0.6  # of a decode step's time, that prefill on the other SMs may add
-GUARD_DECAY = 0.99  # of what was added at worst, for each observation
+LARGEST_GUARD = 0.6  # of a phase's time, that the other may add
+USUAL_GUARD = 0.15  # of it, that the other adds from other SMs, where that was not seen yet
+GUARD_WEIGHT = 0.1  # of an observation in what is remembered
+GUARD_FADES = 0.0005  # of the way back to what is usual, that memory goes with each decision
 LEAST_CHUNK = 128  # tokens of prompts in a step of decodes
 NEARLY = 0.9  # of the prompt tokens a second of the largest steps in time, that smaller ones should compute
 HASTE = 0.5  # of the target of first tokens, in which those who wait should be served by smaller steps
@@ -137,13 +139,23 @@ class Algorithm1:
 
 @dataclass(slots=True)
 class Guard:
-    """What prefill next door adds to a decode step, at worst of late; a share of the step's time."""
+    """What one phase adds to the other's time, on average of late; a share of that time. usual: what is expected where
+    nothing was seen for long. A mean, for targets are of means: one step of a graph that is captured, or of a longer
+    context, says little of the next.
+    """
 
-    share: float = 0.0
+    usual: float = 0.0
+    share: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.share = self.usual
 
     def observe(self, predicted: float, seen: float) -> None:
         added = min(LARGEST_GUARD, max(0.0, seen / predicted - 1)) if predicted > 0 else 0.0
-        self.share = max(added, self.share * GUARD_DECAY)
+        self.share += GUARD_WEIGHT * (added - self.share)
+
+    def fade(self) -> None:
+        self.share += GUARD_FADES * (self.usual - self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,14 +185,16 @@ class Promise:
 
 @dataclass(slots=True)
 class Staircase:
-    """The smallest part of the GPU that decodes in time, by measured times with a guard for contention; prefill gets
-    the rest. Where no split serves both targets, the one whose worse miss is smallest.
+    """The smallest part of the GPU that decodes in time, by measured times with guards for contention; prefill gets
+    the rest. Where no split serves both targets, the one whose worse miss is smallest. guard: of decode steps; behind:
+    of prefills.
     """
 
     targets: Targets
     splits: Sequence[Split]
     stairs: Stairs
-    guard: Guard = field(default_factory=Guard)
+    guard: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
+    behind: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
 
     def decide(self, seen: Observed, now: Split) -> Decision:
         total = max(s.prefill + s.decode for s in self.splits)
@@ -200,7 +214,7 @@ class Staircase:
     def promise(self, split: Split, seen: Observed) -> Promise:
         """By measured times."""
         step = self.stairs.decode_seconds(split.decode, seen.requests) * (1 + self.guard.share)
-        work = self.stairs.prefill_seconds(split.prefill, seen.queued)
+        work = self.stairs.prefill_seconds(split.prefill, seen.queued) * (1 + self.behind.share)
         targets = seen.targets or self.targets
         return Promise(seen.waited / targets.ttft, work / targets.ttft, step / targets.tpot)
 
@@ -237,7 +251,14 @@ class Adaptive:
         else:
             self.inner.guard.observe(self.inner.stairs.decode_seconds(split.decode, requests), step)
 
+    def prefilled(self, split: Split, tokens: int, seconds: float) -> None:
+        """A prefill of so many tokens took so long in its lane."""
+        self.inner.behind.observe(self.inner.stairs.prefill_seconds(split.prefill, tokens), seconds)
+
     def decide(self, seen: Observed, now: Split) -> Decision:
+        if now == self.shared:
+            self.inner.guard.fade()
+            self.inner.behind.fade()
         if not seen.requests:
             return Decision(self.shared, "nobody decodes", self.most)
         if not seen.queued:
@@ -282,5 +303,5 @@ class Adaptive:
         return Promise(seen.waited / targets.ttft, work / targets.ttft, step / targets.tpot)
 
     def seconds(self, tokens: int, requests: int) -> float:
-        """Of a step with both, at worst of late."""
+        """Of a step with both."""
         return self.inner.stairs.mixed_seconds(tokens, requests) * (1 + self.guard.share)

@@ -8,13 +8,13 @@ instead, once the prefill under way was read.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tenfold.base.log import logger
-from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Targets, percentile
+from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Split, Targets, percentile
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from tenfold.engine.core import Engine, Isolated
     from tenfold.engine.phases.lanes import Lanes
 
-TICK = 0.02  # seconds between two decisions
+TICK = 0.005  # seconds between two decisions: one for most steps, for what arrives after one waits for the next
 WINDOW = 2.0  # seconds of what is seen of late
 SLICE = 65_536  # tokens times layers that are launched before the next decode
 
 
 @dataclass(slots=True)
 class Underway:
-    """A prefill that was begun: its slices still to be launched, then its tokens."""
+    """A prefill that was begun, when, and by which split: its slices still to be launched, then its tokens."""
 
     plan: StepPlan
+    begun: float
+    split: Split
     slices: Slices
     pending: Pending | Isolated | None = None
 
@@ -69,6 +71,7 @@ class Phases:
         self.watch = Watch(engine.clock)
         self.why = ""  # the border is where it is
         self.changes = 0
+        self.decisions: Counter[str] = Counter()  # by border and chunk
         self._decide_at = 0.0
         self._idle = True  # nobody waited for a first token at the last decision
 
@@ -122,12 +125,13 @@ class Phases:
             engine._start(plan.admitted)
         engine._steps += 1
         engine.masks.start(_held(plan))
+        since = engine.clock(), self.lanes.now
         try:
             with self.lanes.prefill(None) as runner:
                 runner.prepare(plan)
-                self.underway = Underway(plan, runner.begin(plan.entries))
+                self.underway = Underway(plan, *since, runner.begin(plan.entries))
         except Exception as error:
-            self.underway = Underway(plan, Slices((), None), engine._unprepared(plan, error))
+            self.underway = Underway(plan, *since, Slices((), None), engine._unprepared(plan, error))
 
     def _advance(self, prefill: Underway, beside: bool, outputs: list[Output]) -> None:
         """Launch the next slice, or where no decode runs beside it all that are left."""
@@ -166,6 +170,7 @@ class Phases:
         decision = controller.decide(self._observed(now, controller.targets.served), self.lanes.now)
         self.why = decision.why
         self.chunk = decision.chunk
+        self.decisions[f"{decision.split} {decision.chunk}"] += 1
         if decision.split != self.lanes.now:
             self.lanes.use(decision.split)
             self.changes += 1
@@ -202,6 +207,9 @@ class Phases:
     def _end(self, prefill: Underway, pending: Pending | Isolated, outputs: list[Output]) -> None:
         self.underway = None
         self.watch.prefilled(prefill.plan)
+        divided = prefill.split == self.lanes.now and prefill.split.prefill != prefill.split.decode
+        if divided and isinstance(self.controller, Adaptive):
+            self.controller.prefilled(prefill.split, prefill.plan.tokens, self.engine.clock() - prefill.begun)
         self.engine._read(prefill.plan, pending, outputs)
         self.lanes.handed([e.sequence for e in prefill.plan.entries if e.sequence.status is Status.DECODE])
 

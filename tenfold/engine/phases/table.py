@@ -14,6 +14,7 @@ LEAST_REST = 20  # SMs beside a group: fewer are no whole cluster of blocks, and
 PREFILL_TOKENS = 4096  # of a step of prompts in a lane: more are no faster, and each lane keeps memory for as many
 UNLOADED = 7.5  # times what an idle GPU takes: the paper's tight targets
 TYPICAL = 1024  # tokens of a prompt
+PAPER_EVERY = 160  # decisions from one of the paper's looks at the targets to the next: most of a second
 
 
 def check(config: EngineConfig) -> None:
@@ -77,7 +78,7 @@ def make_controller(border: str, targets: Targets, splits: list[Split], stairs: 
         total = splits[0].prefill + splits[0].decode
         each = stairs.prefill_seconds(total, TYPICAL)
         model = Paper.seeded(total, each, stairs.decode_seconds(total, 1))
-        return Algorithm1(targets, splits, model, each / TYPICAL)
+        return Algorithm1(targets, splits, model, each / TYPICAL, PAPER_EVERY)
     return None
 
 

@@ -83,14 +83,33 @@ def test_where_both_targets_are_out_of_reach_the_worse_miss_is_least() -> None:
     assert own.decide(seen(queued=8300, requests=64), found.split).split == found.split
 
 
-def test_what_prefill_adds_to_a_decode_step_is_remembered_at_its_worst_and_fades() -> None:
-    guard = Guard()
-    guard.observe(0.010, 0.013)
+def test_what_one_phase_adds_to_the_other_is_remembered_on_average_and_fades() -> None:
+    guard = Guard(0.2)
+    assert guard.share == 0.2
+    for _ in range(200):
+        guard.observe(0.010, 0.013)
     assert guard.share == pytest.approx(0.3)
-    guard.observe(0.010, 0.010)
+    guard.observe(0.010, 0.9)
+    assert guard.share == pytest.approx(0.33)  # one that hung says little
+    guard.observe(0.010, 0.001)
     assert 0.29 < guard.share < 0.3
-    guard.observe(0.010, 0.100)
-    assert guard.share == 0.6
+    for _ in range(20_000):
+        guard.fade()
+    assert guard.share == pytest.approx(0.2, abs=1e-4)
+
+
+def test_a_split_is_judged_by_what_its_phases_added_to_each_other() -> None:
+    own = adaptive(tpot=0.009, ttft=0.2)
+    split = own.decide(seen(), WHOLE).split
+    assert split in SPLITS
+    before = own.inner.promise(split, seen())
+    for _ in range(100):
+        own.prefilled(split, 4096, 1.5 * own.inner.stairs.prefill_seconds(split.prefill, 4096))
+        own.observe(split, 8, 1.5 * own.inner.stairs.decode_seconds(split.decode, 8))
+    after = own.inner.promise(split, seen())
+    assert after.work > 1.2 * before.work
+    assert after.step > 1.2 * before.step
+    assert own.guard.share == 0
 
 
 def adaptive(tpot: float, ttft: float = 1.0) -> Adaptive:
@@ -101,7 +120,7 @@ def adaptive(tpot: float, ttft: float = 1.0) -> Adaptive:
         },
         STAIRS.decode,
     )
-    return Adaptive(Staircase(Targets(ttft, tpot), SPLITS, fine), 4096)
+    return Adaptive(Staircase(Targets(ttft, tpot), SPLITS, fine, Guard(), Guard()), 4096)
 
 
 WHOLE = Split(TOTAL, TOTAL)
@@ -153,10 +172,10 @@ def test_steps_that_took_longer_hold_fewer_tokens_for_a_while() -> None:
     own = adaptive(tpot=0.05)
     late = seen(queued=30_000)
     before = own.chunk(late)
-    own.observe(WHOLE, 8, 1.4 * own.seconds(before, 8), before)
+    for _ in range(10):
+        own.observe(WHOLE, 8, 1.4 * own.inner.stairs.mixed_seconds(before, 8), before)
     assert own.chunk(late) < before
-    own.observe(SPLITS[1], 8, 2 * own.inner.stairs.decode_seconds(SPLITS[1].decode, 8))
-    assert own.inner.guard.share == 0.6
+    assert own.inner.guard.share == 0
     for _ in range(500):
         own.observe(WHOLE, 8, own.inner.stairs.mixed_seconds(before, 8), before)
     assert own.chunk(late) == before

@@ -196,12 +196,12 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     assert found.prefill_seconds(96, 2048) == pytest.approx(stairs.prefill_seconds(96, 2048))
     assert found.decode_seconds(36, 8) == pytest.approx(stairs.decode_seconds(36, 8))
     assert stored.recall(again, shape, replace(config, kv_cache="fp8"), prefills, decodes, *sizes) is None
-    wanted = replace(config, tpot=0.011, border="staircase")
+    wanted = replace(config, tpot=0.0125, border="staircase")
     head, whole, *splits = choices.phase_lines(again, shape, wanted, 132)
     assert head[:3] == ("prompts + answers", "prefill 128", "prefill 256")
     assert head[-3:] == ("decode 1", "decode 8", "for")
     assert whole[0] == "132+132"
     assert [row[0] for row in splits] == [f"{size}+{132 - size}" for size in table.SIZES]
-    assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", ""]  # 36 SMs decode in 10.6 ms
+    assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", ""]  # 36 SMs decode in 10.6 ms, beside a prefill in 12.1
     _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
     assert whole[-1] == "1 answers in steps with 128 tokens of prompts, 8 answers in steps with 128 tokens of prompts"
