@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.ops.gpu.native import Gpu
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
-CONTEXTS = (1024, 128, 8192, 32768)  # tokens of each request; after the first, attention alone is chosen for
+# Tokens of each request: three quarters of the longest context that a choice serves (`attending.LONGEST`), every
+# third of which is measured and serves its neighbours. After the first, attention alone is chosen for.
+CONTEXTS = (1536, 192, 12288, 49152)
 TRIED = 5  # arms of an operation
 UNTIMED = 12  # arms of one whose times alone are not known
 NEAR = 1.3  # times the fastest alone, that an arm may take to be tried

@@ -180,8 +180,21 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
     )
 
 
+def near(reading: Reading) -> Iterator[Reading]:
+    """The measured readings whose choice is as good as any for this one: its own, that of contexts twice as long, and
+    of half.
+    """
+    yield reading
+    if not reading.tokens:
+        for longest in (2 * reading.longest, reading.longest // 2):
+            if longest in LONGEST:
+                yield replace(reading, longest=longest)
+
+
 def choice(reading: Reading, table: Table, sms: int, merge: str = "auto") -> Choice:
-    """What runs. A measured arm that cannot do just this reading gives way to the rule. merge: what a user fixed."""
+    """What runs: what was measured of the reading, or of one near it. An arm that cannot do just this reading, and the
+    rule's of the other one, give way to this one's rule. merge: what a user fixed.
+    """
     stands = at(reading)
     place = key(stands or reading, sms)
     chosen = fixed(merge, reading, sms)
@@ -190,10 +203,14 @@ def choice(reading: Reading, table: Table, sms: int, merge: str = "auto") -> Cho
     first = rule(reading, sms)
     if stands is None:
         return Choice(place, first, "rule")
-    found = table.pick(place, rule(stands, sms))
+    known = (one for one in near(stands) if table.steps(key(one, sms)) or table.times(key(one, sms)))
+    one = next(known, stands)
+    found = table.pick(key(one, sms), rule(one, sms))
     if found.source == "rule" or not legal(found.arm, reading, sms):
         return Choice(place, first, "rule")
-    return found
+    if one != stands and found.arm == rule(one, sms):
+        return Choice(place, first, "rule")
+    return replace(found, key=place)
 
 
 def fixed(merge: str, reading: Reading, sms: int) -> str | None:

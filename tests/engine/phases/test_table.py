@@ -202,6 +202,11 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     assert head[-3:] == ("decode 1", "decode 8", "for")
     assert whole[0] == "132+132"
     assert [row[0] for row in splits] == [f"{size}+{132 - size}" for size in table.SIZES]
-    assert [row[-1] for row in splits] == ["", "", "1 answers, 8 answers", ""]  # 36 SMs decode in 10.6 ms, beside a prefill in 12.1
+    assert [row[-1] for row in splits] == [
+        "",
+        "",
+        "1 answers, 8 answers",
+        "",
+    ]  # 36 SMs decode in 10.6 ms, beside a prefill in 12.1
     _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
     assert whole[-1] == "1 answers in steps with 128 tokens of prompts, 8 answers in steps with 128 tokens of prompts"

@@ -89,10 +89,24 @@ def test_what_was_measured_runs_where_it_can(table: Table) -> None:
     found = attending.choice(READING, table, SMS)
     assert (found.arm, found.source, found.runner_up) == (best, "measured", "triton")
     assert attending.choice(replace(READING, longest=5000), table, SMS).arm == best  # the next that was measured
-    for other in ({"longest": 9000}, {"longest": 4096}, {"requests": 2}, {"page_size": 32}, {"dtype": torch.float16}):
+    for near in (9000, 4096):
+        found = attending.choice(replace(READING, longest=near), table, SMS)
+        assert (found.arm, found.source, found.key.cols) == (best, "measured", 16384 if near > 8192 else 4096)
+    for other in ({"longest": 17000}, {"longest": 2000}, {"requests": 2}, {"page_size": 32}, {"dtype": torch.float16}):
         assert attending.choice(replace(READING, **other), table, SMS).source == "rule"
     windowed = replace(READING, spec=replace(SPEC, window=100))
     assert attending.choice(windowed, table, SMS).source == "rule"
+
+
+def test_the_rule_that_was_best_nearby_is_this_readings_own_rule(table: Table) -> None:
+    long, short = (replace(READING, longest=n) for n in (1024, 512))
+    assert attending.rule(long, SMS) != attending.rule(short, SMS)
+    table.record_steps(attending.key(long, SMS), {attending.rule(long, SMS): 1.0, "triton": 2.0})
+    assert attending.choice(long, table, SMS).source == "step"
+    found = attending.choice(short, table, SMS)
+    assert (found.arm, found.source) == (attending.rule(short, SMS), "rule")
+    table.record_steps(attending.key(short, SMS), {attending.rule(short, SMS): 3.0, "triton": 2.0})
+    assert attending.choice(short, table, SMS).arm == "triton"  # its own comes first
 
 
 def test_splits_that_a_shorter_context_cannot_fill_give_way(table: Table) -> None:
