@@ -22,7 +22,7 @@ from tenfold.engine.linears import traced
 from tenfold.models.table import model_config
 from tenfold.ops.attention import tune as attention
 from tenfold.ops.choose import Table
-from tenfold.ops.gpu import arms, decode, tune
+from tenfold.ops.gpu import arms, attending, decode, tune
 from tenfold.ops.gpu.timing import GpuTimer
 from tenfold.ops.kernels import AttentionSpec, Heads
 from tenfold.weights.find import resolve
@@ -148,7 +148,9 @@ def packed(
 
 
 def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page: int = 16) -> list[Row]:
-    """One decode step's attention over `batch` contexts: the kernel that engines run, and Triton's best plan."""
+    """One decode step's attention over `batch` contexts: the rule's plan with every softmax, all that are worth trying
+    with the usual one, and Triton's best plan.
+    """
     device, dtype = timer.device, torch.bfloat16
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     nbytes = 2 * batch * context * spec.kv_heads * spec.head_dim * dtype.itemsize
@@ -168,7 +170,9 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
 
         return call
 
-    plans = [decode.plan(spec, batch, context, sms, softmax) for softmax in decode.SOFTMAX]
+    reading = attending.Reading(spec, batch, context, page, dtype)
+    own = [plan for plan in attending.own_plans(reading, sms) if attending.legal(attending.name_of(plan), reading, sms)]
+    plans = [*(decode.plan(spec, batch, context, sms, softmax) for softmax in decode.SOFTMAX), *own]
     times = timer.measure({str(plan): ours(plan) for plan in plans}, copies)
     others = attention.measure_decode(spec, batch, context, attention.decode_candidates(spec, batch, context, sms)[:6])
     best = {"triton " + t.name: t.microseconds for t in others[:1]}

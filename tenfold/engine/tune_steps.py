@@ -31,7 +31,7 @@ REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 # third of which is measured and serves its neighbours. After the first, attention alone is chosen for.
 CONTEXTS = (1536, 192, 12288, 49152)
 TRIED = 5  # arms of an operation
-UNTIMED = 12  # arms of one whose times alone are not known
+UNTIMED = 18  # arms of one whose times alone are not known
 NEAR = 1.3  # times the fastest alone, that an arm may take to be tried
 ROUNDS = 7
 SAMPLE = 20_000.0  # microseconds of one sample, at least

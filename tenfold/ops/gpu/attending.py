@@ -137,14 +137,14 @@ def candidates(reading: Reading, sms: int) -> list[str]:
 
 
 def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
-    """Splits that fill the GPU half, once or twice, or none, in blocks of every shape; clusters, for contexts that are
-    not long.
+    """Splits that fill the GPU once or twice, or half where registers hold what is under way, or none, in blocks of every
+    shape; clusters, for contexts that are not long.
     """
     spec, longest = reading.spec, reading.longest
     pairs = reading.requests * spec.kv_heads
     for warps, blocks, depth in SHAPES if spec.head_dim > 64 else SHAPES_NARROW:
         full = sms * blocks // pairs
-        for splits in sorted({1, full // 2, full, 2 * full}):
+        for splits in sorted({1, full, 2 * full} if depth > decode.REGISTERS else {1, full // 2, full, 2 * full}):
             busy = pairs * max(1, splits) * LEAST_BUSY >= sms or longest <= MERGED_IN_CLUSTERS
             if busy and (depth == 1 or longest >= depth * splits * warps * decode.TILE):
                 yield DecodePlan(warps, blocks, splits, "lazy", False, depth)
