@@ -137,8 +137,8 @@ def candidates(reading: Reading, sms: int) -> list[str]:
 
 
 def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
-    """Splits that fill the GPU once or twice, or half where registers hold what is under way, or none, in blocks of every
-    shape; clusters, for contexts that are not long.
+    """Splits that fill the GPU once or twice, or half where registers hold what is under way, or none, in blocks of
+    every shape; clusters, for contexts that are not long.
     """
     spec, longest = reading.spec, reading.longest
     pairs = reading.requests * spec.kv_heads
