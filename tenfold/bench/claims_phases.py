@@ -1,21 +1,26 @@
-"""Claims P1 to P5, prompts and answers side by side, from raw results of `bench.phases`."""
+"""Claims P1 to P5, prompts and answers side by side, from raw results of `bench.phases`.
+
+An arm that has two GPUs counts per GPU, and not where latencies are compared. vLLM is told apart from our own rivals.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tenfold.bench import phases
 from tenfold.bench.claims import Claim, claim, signed
-from tenfold.bench.phases import Result
+from tenfold.bench.phases import Result, Row
+from tenfold.engine.phases.table import DISAGGREGATED
 
 ATTAINED = 0.9  # of requests that keep both targets
 OURS = ("adaptive", "staircase", "paper")  # arms whose border moves; others are rivals
 DEFAULT = "adaptive"
 CHUNKED = "chunked"
+GPUS = {DISAGGREGATED: 2}
 
 
 def capacity(result: Result, arm: str, kind: str) -> float:
     """The highest rate at which a share of ATTAINED keeps both targets, between measured rates in proportion; 0: not
-    even the lowest one. kind: "tight" or "loose".
+    even the lowest one. kind: "tight" or "loose". Per GPU.
     """
     rows = sorted((row for row in result.rows if row.arm == arm), key=lambda row: row.rate)
     best, before = 0.0, None
@@ -27,11 +32,16 @@ def capacity(result: Result, arm: str, kind: str) -> float:
             last = getattr(before, kind)
             best = before.rate + (row.rate - before.rate) * (last - ATTAINED) / (last - share)
         before = row
-    return best
+    return best / GPUS.get(arm, 1)
 
 
 def rivals(result: Result) -> list[str]:
-    return [arm for arm in result.arms if arm not in OURS]
+    """Our own arms whose border does not move."""
+    return [arm for arm in result.arms if arm not in OURS and not phases.is_peer(arm)]
+
+
+def peers(result: Result) -> list[str]:
+    return [arm for arm in result.arms if phases.is_peer(arm)]
 
 
 def of_results(results: Sequence[Result]) -> list[Claim]:
@@ -55,28 +65,38 @@ def _rates(result: Result) -> list[Claim]:
         rival = max(rivals(result), key=rates.__getitem__)
         if not rates[rival]:
             continue
-        what = (
-            f"requests a second at {ATTAINED:.0%} attainment, {name_of(result)}, {kind} targets ({times:g} times "
-            f"alone), {DEFAULT} over {rival}"
+        about = (
+            f"requests a second at {ATTAINED:.0%} attainment, {name_of(result)}, {kind} targets ({times:g} times alone)"
         )
+        what = f"{about}, {DEFAULT} over {rival}"
         note = ", ".join(f"{arm}: {rate:.1f}" for arm, rate in rates.items())
         value = rates[DEFAULT] / rates[rival]
         against = "the best of our rivals"
         made.append(claim("P1", what, value, "x", result.command, at_least=1.5, against=against, note=note))
+        for peer in peers(result):
+            if rates[peer]:
+                what = f"{about}, {DEFAULT} over {peer}"
+                value = rates[DEFAULT] / rates[peer]
+                made.append(claim("P1", what, value, "x", result.command, at_least=1.0, against="vLLM", note=note))
     return made
 
 
 def _latency(result: Result) -> list[Claim]:
     rate = max(row.rate for row in result.rows)
     rows = {row.arm: row for row in result.rows if row.rate == rate}
-    others = [row for arm, row in rows.items() if arm not in OURS]
+    others = [rows[arm] for arm in rivals(result) if arm in rows and arm not in GPUS]
     if DEFAULT not in rows or not others:
         return []
-    best = min(others, key=lambda row: row.latency)
-    what = f"mean latency to the last token at {rate:g} requests a second, {name_of(result)}, {best.arm} over {DEFAULT}"
+    about = f"mean latency to the last token at {rate:g} requests a second, {name_of(result)}"
     note = ", ".join(f"{arm}: {row.latency:.2f} s" for arm, row in rows.items())
-    value = best.latency / rows[DEFAULT].latency
-    return [claim("P2", what, value, "x", result.command, at_least=1.27, against="the best of our rivals", note=note)]
+
+    def over(row: Row, least: float, against: str) -> Claim:
+        what, value = f"{about}, {row.arm} over {DEFAULT}", row.latency / rows[DEFAULT].latency
+        return claim("P2", what, value, "x", result.command, at_least=least, against=against, note=note)
+
+    best = min(others, key=lambda row: row.latency)
+    found = [over(best, 1.27, "the best of our rivals")]
+    return found + [over(rows[peer], 1.0, "vLLM") for peer in peers(result) if peer in rows]
 
 
 def _gaps(result: Result) -> list[Claim]:
@@ -89,7 +109,7 @@ def _gaps(result: Result) -> list[Claim]:
         each = [row for row in result.rows if row.rate == rate]
         note = ", ".join(f"{r.arm}: ITL p99 {r.itl['p99']:.1f}, TTFT p90 {r.ttft['p90']:.0f} ms" for r in each)
         gaps, first = (f"{what}, {where}" for what in ("p99 time between tokens", "p90 TTFT"))
-        for rival in (row for row in each if row.arm.partition(":")[0] == CHUNKED):
+        for rival in (row for row in each if row.arm.partition(":")[0] == CHUNKED or phases.is_peer(row.arm)):
             what, ratio = f"{gaps}, {rival.arm} over {DEFAULT}", rival.itl["p99"] / ours.itl["p99"]
             made.append(claim("P3", what, ratio, "x", result.command, at_least=2.0, note=note))
             what, ratio = f"{first}, {DEFAULT} over {rival.arm}", ours.ttft["p90"] / rival.ttft["p90"]

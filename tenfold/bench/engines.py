@@ -37,6 +37,46 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """A request that comes `due` seconds after a run began, and wants so many tokens."""
+
+    due: float
+    prompt: Sequence[int]
+    tokens: int
+
+
+@dataclass(slots=True)
+class Answer:
+    """One request. Times in seconds since the run began: due when it should arrive, then one for each piece that came;
+    sizes: tokens of each piece. error: why it has no proper end.
+    """
+
+    due: float
+    times: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def ttft(self) -> float:
+        """Milliseconds."""
+        return 1e3 * (self.times[0] - self.due)
+
+    @property
+    def tpot(self) -> float | None:
+        """Milliseconds a token after the first piece; None where there was only one."""
+        rest = self.tokens - self.sizes[0]
+        return 1e3 * (self.times[-1] - self.times[0]) / rest if rest else None
+
+    @property
+    def gaps(self) -> list[float]:
+        return [1e3 * (b - a) for a, b in zip(self.times, self.times[1:])]
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of wall clock until every prompt had its first token (prefill) and of the rest (decode), and the tokens.
 

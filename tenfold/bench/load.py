@@ -13,10 +13,11 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from tenfold.bench.engines import Answer
 from tenfold.bench.throughput import Work
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -29,37 +30,6 @@ class Objective:
 
     ttft: float = 1000.0
     tpot: float = 50.0
-
-
-@dataclass(slots=True)
-class Answer:
-    """One request. Times in seconds since the run began: due when it should arrive, then one for each piece that came;
-    sizes: tokens of each piece. error: why it has no proper end.
-    """
-
-    due: float
-    times: list[float] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def ttft(self) -> float:
-        """Milliseconds."""
-        return 1e3 * (self.times[0] - self.due)
-
-    @property
-    def tpot(self) -> float | None:
-        """Milliseconds a token after the first piece; None where there was only one."""
-        rest = self.tokens - self.sizes[0]
-        return 1e3 * (self.times[-1] - self.times[0]) / rest if rest else None
-
-    @property
-    def gaps(self) -> list[float]:
-        return [1e3 * (b - a) for a, b in zip(self.times, self.times[1:])]
 
 
 class Client(Protocol):

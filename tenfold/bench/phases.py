@@ -11,6 +11,7 @@ random. All arms run in one engine, over one KV store, one after the other at ev
     N                prompts have N multiprocessors, answers the others
     staircase, paper, adaptive    a controller moves the border
     disaggregated    prompts on another GPU
+    vllm[:N]         vLLM where it can be imported (--peer-path), with N tokens a step, in a process beside this one
 
 Targets are multiples of the time that requests take alone: 7.5 (tight) and 10 (loose), as in the paper. Controllers aim
 at the tight ones unless --ttft and --tpot say otherwise. An arm that was hopeless at a rate is left out of higher ones.
@@ -24,15 +25,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.command import save, settings
+from tenfold.bench.engines import Answer, Job, Setup
 from tenfold.bench.hardware import machine
-from tenfold.bench.load import Answer, percentile
+from tenfold.bench.load import percentile
 from tenfold.bench.phases_sim import Ask
+from tenfold.bench.worker import Worker
 from tenfold.engine.core import Engine
-from tenfold.engine.memory import GIB
+from tenfold.engine.memory import GIB, GPU_BATCH
 from tenfold.engine.phases import table
 from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
@@ -43,12 +46,23 @@ from tenfold.engine.request import Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
+PEER = "vllm"
+PEER_TOKENS = 8192  # of a step: what its server takes
+PEER_SHARE = 0.45  # of the GPU's memory; ours gets what is left
 TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
 HOPELESS = 0.3  # share of requests that keep the loose targets
 FULL = ("chunked", "adaptive")  # arms whose throughput without contention is compared
 ALONE = 16  # requests by which that is measured
 FLIPS = 400  # changes of the split that are timed
 MARGIN = 64  # tokens beside the longest request
+
+
+class Peer(Protocol):
+    def serve(self, jobs: Sequence[Job]) -> list[Answer]: ...
+
+
+def is_peer(arm: str) -> bool:
+    return arm.partition(":")[0] == PEER
 
 
 @dataclass(slots=True)
@@ -117,11 +131,13 @@ def loaded(data: Mapping[str, Any]) -> Result:
 
 
 class Arms:
-    """One engine under every schedule."""
+    """One engine under every schedule; peer: another engine, of the arm of that name."""
 
-    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+    def __init__(self, engine: Engine, names: Sequence[str], peer: Peer | None = None) -> None:
         """Raises ValueError for a name that is no arm."""
         self.engine = engine
+        self.peer = peer
+        self.moved, self.decisions = 0, dict[str, int]()
         self.names = list(names)
         self.limits = engine.scheduler.limits
         self.stairs: Stairs | None = None
@@ -133,7 +149,7 @@ class Arms:
             self._divide(borders)
         elif borders:
             self.lanes = OneStream(engine.runner)
-        self._known = {name: self._make(name) for name in names}
+        self._known = {name: self._make(name) for name in names if not is_peer(name)}
 
     @staticmethod
     def _border(name: str) -> str:
@@ -174,7 +190,26 @@ class Arms:
     def aim(self, targets: Targets) -> None:
         """What controllers aim at from now on."""
         self.engine.config = replace(self.engine.config, ttft=targets.ttft, tpot=targets.tpot)
-        self._known = {name: self._make(name) for name in self.names}
+        self._known = {name: self._make(name) for name in self._known}
+
+    def serve(self, name: str, asks: Sequence[Ask], seed: int, one_by_one: bool = False) -> tuple[list[Answer], float]:
+        """By this arm: what became of each request, and the seconds all took. `moved` and `decisions` tell of it."""
+        self.moved, self.decisions = 0, {}
+        if is_peer(name):
+            return self._serve_elsewhere(name, asks, seed)
+        phases = self.use(name)
+        before = (phases.changes, phases.decisions.copy()) if phases is not None else None
+        found = serve(self.engine, asks, seed, one_by_one)
+        if phases is not None and before is not None:
+            self.moved, self.decisions = phases.changes - before[0], dict(phases.decisions - before[1])
+        return found
+
+    def _serve_elsewhere(self, name: str, asks: Sequence[Ask], seed: int) -> tuple[list[Answer], float]:
+        if self.peer is None:
+            raise ValueError(f"{name} is an arm where vLLM can be imported: give --peer-path. Or leave it out.")
+        prompts = prompts_of(self.engine.vocab_size, asks, seed)
+        answers = self.peer.serve([Job(ask.arrival, prompt, ask.answer) for ask, prompt in zip(asks, prompts)])
+        return answers, max((a.times[-1] for a in answers if a.times), default=0.0)
 
     def use(self, name: str) -> Phases | None:
         """The engine, with nothing to do, runs by this arm from now on."""
@@ -219,10 +254,16 @@ def drawn(
     return found
 
 
+def prompts_of(vocab_size: int, asks: Sequence[Ask], seed: int) -> list[tuple[int, ...]]:
+    """Random tokens, a piece of one row for each request."""
+    draw = random.Random(seed)
+    tokens = draw.choices(range(min(vocab_size, 30_000)), k=max((a.prompt for a in asks), default=0) + len(asks))
+    return [tuple(tokens[i : i + ask.prompt]) for i, ask in enumerate(asks)]
+
+
 def serve(engine: Engine, asks: Sequence[Ask], seed: int, one_by_one: bool = False) -> tuple[list[Answer], float]:
     """What became of each, and the seconds all took. one_by_one: each comes when the one before is done."""
-    draw = random.Random(seed)
-    tokens = draw.choices(range(min(engine.vocab_size, 30_000)), k=max(a.prompt for a in asks) + len(asks))
+    prompts = prompts_of(engine.vocab_size, asks, seed)
     answers = [Answer(ask.arrival) for ask in asks]
     begin, coming, done = engine.clock(), 0, 0
     while done < len(asks):
@@ -232,8 +273,7 @@ def serve(engine: Engine, asks: Sequence[Ask], seed: int, one_by_one: bool = Fal
             if one_by_one:
                 answers[coming].due = now
             params = SamplingParams(max_tokens=ask.answer, temperature=0.0, ignore_eos=True)
-            prompt = tuple(tokens[coming : coming + ask.prompt])
-            engine.add(Request(str(coming), prompt, params, arrival=begin + answers[coming].due))
+            engine.add(Request(str(coming), prompts[coming], params, arrival=begin + answers[coming].due))
             coming += 1
         if not engine.has_work:
             time.sleep(min(0.001, max(0.0, asks[coming].arrival - now)))
@@ -292,30 +332,29 @@ def run(
     ttft: float = 0.0,
     tpot: float = 0.0,
     hopeless: float = 0.0,
+    peer: Peer | None = None,
 ) -> Result:
     """seconds: of arrivals at each rate; warm: of a load before them that is not counted; full: requests that are there
     at once, for throughput. deadline: `time.monotonic()` after which no rate is begun. ttft, tpot: seconds that
     controllers aim at (0: the tight targets). hopeless: share of requests that keep the loose targets, below which an
     arm is left out of higher rates.
     """
-    arms = Arms(engine, result.arms)
+    arms = Arms(engine, result.arms, peer)
     if arms.stairs is not None:
         result.stairs = said(arms.stairs)
         say(result.stairs)
     result.flip_us = arms.flip_us()
-    arms.use(result.arms[0])
+    arms.use(next(name for name in result.arms if not is_peer(name)))
     result.alone = by_itself(engine, pairs)
     say(f"alone: {result.alone['ttft']:.1f} ms to the first token, {result.alone['tpot']:.2f} ms a token")
     arms.aim(Targets(ttft or TIGHT * result.alone["ttft"] / 1e3, tpot or TIGHT * result.alone["tpot"] / 1e3))
     for name in result.arms:
-        arms.use(name)
-        serve(engine, drawn(pairs, max(rates), warm, 99, result.long, result.long_tokens), 99)
+        arms.serve(name, drawn(pairs, max(rates), warm, 99, result.long, result.long_tokens), 99)
     together = [Ask(0.0, ask.prompt, ask.answer) for ask in drawn(pairs, 1.0, 4.0 * full, 5)[:full]]
     off_on = [name for name in FULL if name in result.arms]
     for i in range(2 if full else 0):
         for name in off_on if i % 2 == 0 else reversed(off_on):
-            arms.use(name)
-            answers, took = serve(engine, together, 5)
+            answers, took = arms.serve(name, together, 5)
             result.full.setdefault(name, []).append(sum(a.tokens for a in answers) / took)
     for turn, rate in enumerate(rate for _ in range(rounds) for rate in rates):
         if time.monotonic() > deadline:
@@ -326,11 +365,8 @@ def run(
             if any(row.arm == name and row.rate < rate and row.loose < hopeless for row in result.rows):
                 result.notes.append(f"{name}: left out at {rate} requests a second, hopeless at fewer")
                 continue
-            phases = arms.use(name)
-            before = (phases.changes, phases.decisions.copy()) if phases is not None else None
-            row = row_of(name, rate, *serve(engine, asks, turn), result.alone)
-            if phases is not None and before is not None:
-                row.moved, row.decisions = phases.changes - before[0], dict(phases.decisions - before[1])
+            row = row_of(name, rate, *arms.serve(name, asks, turn), result.alone)
+            row.moved, row.decisions = arms.moved, arms.decisions
             result.rows.append(row)
             say(row.line())
         done(result)
@@ -346,6 +382,20 @@ def load(model: str, device: str, longest: int, changes: Mapping[str, Any]) -> E
     model = at_least_positions(model, longest) if is_shape(model) else model
     own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
     return Engine.load(EngineConfig(model=model, device=device, **(own | dict(changes))), tokens_only=True)
+
+
+def start_peer(model: str, longest: int, arms: Sequence[str], packages: str) -> Worker | None:
+    """vLLM, where it is one of the arms, as its server is set up by default; as many requests at a time as ours."""
+    name = next((arm for arm in arms if is_peer(arm)), None)
+    if name is None:
+        return None
+    own = {
+        "gpu_memory_utilization": PEER_SHARE,
+        "max_num_seqs": GPU_BATCH,
+        "max_num_batched_tokens": int(name.partition(":")[2] or PEER_TOKENS),
+    }
+    model = at_least_positions(model, longest) if is_shape(model) else model
+    return Worker(PEER, Setup(model, context=longest, device="cuda", settings=own), packages)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -365,6 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ttft", type=float, default=0.0, help="seconds that controllers aim at; 0: the tight target")
     parser.add_argument("--tpot", type=float, default=0.0, help="likewise, per token after the first")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
+    parser.add_argument("--peer-path", default="", help="folder with the packages of vLLM, for its process alone")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no rate is begun")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     parser.add_argument("--name", default="phases", help="of the file")
@@ -375,8 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     most = max(sum(pair) for pair in pairs)
     if given.long:
         most = max(most, given.long_tokens + max(answer for _, answer in pairs))
+    arms = given.arms.split(",")
+    peer = start_peer(given.model, most + MARGIN, arms, given.peer_path)
     engine = load(given.model, given.device, most + MARGIN, settings(given.set))
-    result = Result(given.model, machine(str(engine.device)), arms=given.arms.split(","))
+    result = Result(given.model, machine(str(engine.device)), arms=arms)
     result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0
     options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens", "ttft", "tpot")
     shown = {name: getattr(given, name) for name in options} | {"lengths": given.lengths.name}
@@ -395,8 +448,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hopeless=HOPELESS,
         done=keep,
         deadline=began + given.limit,
+        peer=peer,
     )
     keep(result)
+    if peer is not None:
+        peer.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tenfold.bench.engines import Prompts, Setup, Timing, make_engine
+from tenfold.bench.engines import Answer, Job, Prompts, Setup, Timing, make_engine
 
 
 def serve(name: str, setup: Setup) -> None:
@@ -23,8 +23,13 @@ def serve(name: str, setup: Setup) -> None:
     print(json.dumps({"capacity": engine.capacity}), file=replies, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
+        reply: dict[str, Any]
         try:
-            reply = asdict(engine.generate(job["prompts"], job["tokens"]))
+            if "jobs" in job:
+                served: Any = engine
+                reply = {"answers": [asdict(one) for one in served.serve([Job(**one) for one in job["jobs"]])]}
+            else:
+                reply = asdict(engine.generate(job["prompts"], job["tokens"]))
         except Exception as error:  # a batch that does not fit ends itself, not the rounds after it
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=replies, flush=True)
@@ -61,14 +66,22 @@ class Worker:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
+    def _asked(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompts": [list(p) for p in prompts], "tokens": tokens}) + "\n")
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         reply = self._read()
         if "error" in reply:
             raise RuntimeError(f"{self.name}: {reply['error']}")
-        return Timing(**reply)
+        return reply
+
+    def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
+        return Timing(**self._asked({"prompts": [list(p) for p in prompts], "tokens": tokens}))
+
+    def serve(self, jobs: Sequence[Job]) -> list[Answer]:
+        """What became of requests at their moments, with engines that can."""
+        given = [{"due": job.due, "prompt": list(job.prompt), "tokens": job.tokens} for job in jobs]
+        return [Answer(**one) for one in self._asked({"jobs": given})["answers"]]
 
     def close(self) -> None:
         self.process.terminate()

@@ -31,6 +31,7 @@ CPU_KV_SHARE = 0.25  # of free memory
 CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
 ROOM_SHARE = 0.5  # of the KV cache at most, for rooms of a packed cache
+GPU_BATCH, CPU_BATCH = 256, 64  # requests computed together at most
 LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
 Q8_0_BYTES = 34 / 32  # per weight
 MOST_DRAFTS = 16  # of a sequence in one step
@@ -157,7 +158,7 @@ def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised:
     for name, value in (("dtype", dtype), ("kv_dtype", kv_dtype)):
         if value not in DTYPES:
             raise ValueError(f"{name} is {value!r}; allowed: auto, {', '.join(DTYPES)}.")
-    batch = config.max_batch or (256 if gpu else 64)
+    batch = config.max_batch or (GPU_BATCH if gpu else CPU_BATCH)
     return replace(
         config,
         device=str(device),

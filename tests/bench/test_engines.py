@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tenfold.bench import cpu
-from tenfold.bench.engines import ENGINES, Setup, make_engine
+from tenfold.bench.engines import ENGINES, Job, Setup, make_engine
+from tenfold.bench.peers.vllm import VLLM
 from tenfold.bench.worker import Worker
 
 PROMPTS = [[5, 9, 13, 17], [6, 10, 14, 18]]
@@ -74,6 +75,40 @@ def test_vllm_is_driven_by_token_ids(monkeypatch):
     assert found.decode == 0
     assert engine.capacity == 160
     assert (calls["load_format"], calls["max_model_len"], calls["enable_prefix_caching"]) == ("dummy", 128, False)
+
+
+class Steps:
+    """vLLM's engine: a step gives every request its next token, and the last one says so."""
+
+    def __init__(self):
+        self.left = {}
+
+    def add_request(self, name, prompt, params):
+        assert set(prompt) == {"prompt_token_ids"}
+        assert (params["min_tokens"], params["output_kind"]) == (params["max_tokens"], "delta")
+        self.left[name] = params["max_tokens"]
+
+    def has_unfinished_requests(self):
+        return bool(self.left)
+
+    def step(self):
+        names = list(self.left)
+        self.left = {name: left - 1 for name, left in self.left.items() if left > 1}
+        return [SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=[1])]) for name in names]
+
+
+def test_vllm_takes_requests_at_their_moments(monkeypatch):
+    module = types.ModuleType("vllm.sampling_params")
+    module.RequestOutputKind = SimpleNamespace(DELTA="delta")
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", module)
+    engine = VLLM.__new__(VLLM)
+    engine.llm, engine.params, engine.served = SimpleNamespace(llm_engine=Steps()), dict, 0
+    jobs = [Job(0.0, (1, 2), 3), Job(0.02, (3,), 2)]
+    for _ in range(2):
+        answers = engine.serve(jobs)
+        assert [(answer.due, answer.sizes) for answer in answers] == [(0.0, [1, 1, 1]), (0.02, [1, 1])]
+        assert all(answer.times == sorted(answer.times) and answer.times[0] >= answer.due for answer in answers)
 
 
 def test_unknown_engine_names_the_known_ones():

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 
 from tenfold.bench import load, throughput
-from tenfold.bench.engines import Timing
+from tenfold.bench.engines import Answer, Timing
 from tenfold.bench.lengths import Lengths, parse
-from tenfold.bench.load import Answer, Objective
+from tenfold.bench.load import Objective
 from tenfold.bench.throughput import Work
 
 WORK = Work(6, parse("3-9"), parse("2-4"))

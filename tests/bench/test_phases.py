@@ -1,11 +1,12 @@
 """The benchmark of schedules: every arm in one engine, what is counted, what is claimed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tenfold.bench import claims_phases, phases, plots, report
-from tenfold.bench.load import Answer
+from tenfold.bench.engines import Answer, Job
 from tenfold.bench.phases import Result, Row
 from tenfold.engine.phases import start
 
@@ -119,6 +120,44 @@ def test_a_mix_with_long_prompts_counts_gaps_between_tokens() -> None:
     assert (gaps.id, gaps.value, gaps.met) == ("P3", 2.4, True)
     assert (first.value, first.met) == (1.111, True)
     assert "chunked:512 over adaptive" in gaps.what
+
+
+def test_vllm_and_two_gpus_are_no_rivals_of_one_gpu() -> None:
+    result = made()
+    result.arms += ["disaggregated", "vllm:2048"]
+    result.rows += [row("disaggregated", 20, 1.0, 1.0, latency=0.5), row("vllm:2048", 20, 1.0, 1.0, latency=3.0)]
+    assert claims_phases.capacity(result, "disaggregated", "tight") == 10.0
+    found = [c for c in claims_phases.of_results([result]) if c.id in ("P1", "P2")]
+    against = {(c.id, "tight" in c.what, c.against): c.value for c in found}
+    assert against["P1", True, "the best of our rivals"] == pytest.approx(20 / 15, rel=1e-3)
+    assert against["P1", True, "vLLM"] == 1.0
+    assert against["P2", False, "the best of our rivals"] == 1.5  # of `shared`
+    assert against["P2", False, "vLLM"] == 1.5
+
+
+class Elsewhere:
+    """Stands in for vLLM in a process of its own: an answer's tokens come together, a second after the request."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+
+    def serve(self, jobs: Sequence[Job]) -> list[Answer]:
+        self.jobs += jobs
+        return [Answer(job.due, [job.due + 1.0], [job.tokens]) for job in jobs]
+
+
+def test_another_engine_is_an_arm_and_gets_the_same_requests() -> None:
+    engine = phases.load(MODEL, "cpu", 100, {"kv_memory": 4 << 20})
+    result, peer = Result(MODEL, {"hardware": "here"}, arms=["vllm", "chunked"]), Elsewhere()
+    phases.run(engine, result, PAIRS, [20.0], 0.3, 0.0, 0, say=lambda line: None, peer=peer)
+    theirs, ours = result.rows
+    assert (theirs.arm, theirs.tokens, theirs.requests) == ("vllm", ours.tokens, ours.requests)
+    assert theirs.ttft["p50"] == pytest.approx(1000.0)
+    assert [job.due for job in peer.jobs] == sorted(job.due for job in peer.jobs)
+    assert {(len(job.prompt), job.tokens) for job in peer.jobs} <= {tuple(pair) for pair in PAIRS}
+    with pytest.raises(ValueError, match="--peer-path"):
+        phases.Arms(engine, ["vllm", "chunked"]).serve("vllm", [], 1)
+    assert phases.start_peer(MODEL, 100, ["chunked"], "") is None
 
 
 def test_an_arm_that_was_hopeless_is_left_out_of_higher_rates() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tenfold.bench.engines import Prompts, Setup, Timing, lengths
+from tenfold.bench.engines import Answer, Job, Prompts, Setup, Timing, lengths
 from tenfold.weights.find import resolve
 from tenfold.weights.shapes import is_shape, shape_config
 
@@ -48,6 +48,7 @@ class VLLM:
         else:
             self.llm = LLM(model=str(resolve(setup.model)), **options)
         self.capacity = cache_tokens(self.llm)
+        self.served = 0  # runs of `serve`, for names of requests
 
     def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
         given = [{"prompt_token_ids": list(p)} for p in prompts]
@@ -59,6 +60,33 @@ class VLLM:
         outputs = self.llm.generate(given, params, use_tqdm=False)
         seconds = time.perf_counter() - begin
         return Timing(seconds, 0.0, [list(output.outputs[0].token_ids) for output in outputs])
+
+    def serve(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Requests at their moments."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, answers = self.llm.llm_engine, [Answer(job.due) for job in jobs]
+        begin, coming = time.perf_counter(), 0
+        self.served += 1
+        while coming < len(jobs) or engine.has_unfinished_requests():
+            now = time.perf_counter() - begin
+            while coming < len(jobs) and jobs[coming].due <= now:
+                n = jobs[coming].tokens
+                params = self.params(
+                    **{"temperature": 0, "max_tokens": n, "min_tokens": n, "ignore_eos": True, "detokenize": False},
+                    output_kind=RequestOutputKind.DELTA,
+                )
+                engine.add_request(f"{self.served}-{coming}", {"prompt_token_ids": list(jobs[coming].prompt)}, params)
+                coming += 1
+            if not engine.has_unfinished_requests():
+                time.sleep(min(0.001, max(0.0, jobs[coming].due - now)))
+                continue
+            for output in engine.step():
+                answer = answers[int(output.request_id.partition("-")[2])]
+                if new := len(output.outputs[0].token_ids):
+                    answer.times.append(time.perf_counter() - begin)
+                    answer.sizes.append(new)
+        return answers
 
 
 def cache_tokens(llm: Any) -> int | None:
