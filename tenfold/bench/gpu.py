@@ -224,7 +224,7 @@ def table(folder: Path) -> str:
             result = single.loaded(data)
             head = f"== {path.stem}: copy {result.copy_gbs:.0f} GB/s, matmul {result.matmul_tflops:.0f} TFLOP/s"
             lines += [head, *(single.line(row, result) for row in result.rows)]
-            lines += [f"{s.batch} x {s.context:<6} {s.engine:12} skipped, {s.why[:120]}" for s in result.skipped]
+            lines += [f"{s.batch} x {s.context:<6} {s.engine:12} skipped, {s.why[:240]}" for s in result.skipped]
             lines += result.notes
         elif "lines" in data:
             lines += [f"== {path.stem}", *data["lines"]]

@@ -230,8 +230,9 @@ def prompts_of(point: Point, seed: int, vocabulary: int) -> list[list[int]]:
 
 
 def brief(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"
+    """An error in a line. Of a long one both ends: messages begin with the reason, logs end with it."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 400 else f'{text[:250]} ... {text[-140:]}'}"
 
 
 def line(row: Row, result: Result) -> str:
@@ -359,6 +360,8 @@ def _side_by_side(plan: Plan, part: Session, result: Result, say: Say, done: Cal
             try:
                 workers[name] = Worker(name, _setup(plan, name, part), plan.peer_path if name in ALONE else "")
             except RuntimeError as error:
+                for note in getattr(error, "__notes__", ()):
+                    say(note)  # a peer's message may do no more than point to its log
                 for point in part.points:
                     result.skip(name, point, brief(error), say)
         if workers:

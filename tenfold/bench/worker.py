@@ -9,34 +9,52 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tenfold.bench.engines import Answer, Job, Prompts, Setup, Timing, make_engine
 
+LOG_BYTES = 4000  # of a log's end, shown where an engine fails
+
 
 def serve(name: str, setup: Setup) -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever an engine prints goes to standard error
-    engine = make_engine(name, setup)
-    print(json.dumps({"capacity": engine.capacity}), file=replies, flush=True)
+
+    def answer(reply: dict[str, Any]) -> None:
+        print(json.dumps(reply), file=replies, flush=True)
+
+    try:
+        engine = make_engine(name, setup)
+    except Exception as error:
+        answer(failure(error))
+        return
+    answer({"capacity": engine.capacity})
     for line in sys.stdin:
         job = json.loads(line)
-        reply: dict[str, Any]
         try:
             if "jobs" in job:
                 served: Any = engine
-                reply = {"answers": [asdict(one) for one in served.serve([Job(**one) for one in job["jobs"]])]}
+                answer({"answers": [asdict(one) for one in served.serve([Job(**one) for one in job["jobs"]])]})
             else:
-                reply = asdict(engine.generate(job["prompts"], job["tokens"]))
+                answer(asdict(engine.generate(job["prompts"], job["tokens"])))
         except Exception as error:  # a batch that does not fit ends itself, not the rounds after it
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
+            answer(failure(error))
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What is replied to the parent, which finds the traceback in the log."""
+    traceback.print_exception(error)
+    return {"error": f"{type(error).__name__}: {error}"}
 
 
 class Worker:
-    """The parent's side of a worker process; an `Engine`. packages: a folder where it finds packages before others."""
+    """The parent's side of a worker process; an `Engine`. packages: a folder where it finds packages before others.
+
+    What fails there is a RuntimeError here, with the other side's type and message, and the end of its log as a note.
+    """
 
     def __init__(self, name: str, setup: Setup, packages: str = "") -> None:
         given = {**asdict(setup), "settings": dict(setup.settings)}
@@ -47,7 +65,7 @@ class Worker:
         if setup.threads:
             variables["OMP_NUM_THREADS"] = str(setup.threads)
         self.name = name
-        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=variables
         )
@@ -61,19 +79,24 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            self.log.seek(0)
-            raise RuntimeError(f"{self.name} stopped: {self.log.read().strip()[-2000:]}")
+            raise RuntimeError(f"{self.name} stopped: {self._printed()}")
         reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            error = RuntimeError(f"{self.name}: {reply['error']}")
+            error.add_note(self._printed())
+            raise error
         return reply
+
+    def _printed(self) -> str:
+        """The end of its log, read without moving the place where the process writes on."""
+        end = os.fstat(self.log.fileno()).st_size
+        return os.pread(self.log.fileno(), LOG_BYTES, max(0, end - LOG_BYTES)).decode(errors="replace").strip()
 
     def _asked(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        reply = self._read()
-        if "error" in reply:
-            raise RuntimeError(f"{self.name}: {reply['error']}")
-        return reply
+        return self._read()
 
     def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
         return Timing(**self._asked({"prompts": [list(p) for p in prompts], "tokens": tokens}))

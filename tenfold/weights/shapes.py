@@ -5,6 +5,7 @@ model allocates nothing. What is drawn depends on the tensor's name and on the k
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,10 @@ def shape(
     eps: float,
     **more: Any,
 ) -> dict[str, Any]:
-    """A Hugging Face config. family: prefix of its transformers classes."""
+    """A Hugging Face config that transformers and vLLM read, too. family: prefix of its transformers classes."""
     return {
         "architectures": [f"{family}ForCausalLM"],
-        "model_type": family.lower(),
+        "model_type": re.sub(r"(?<=.)(?=[A-Z])", "_", family).lower(),  # Qwen3Moe is qwen3_moe
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -190,10 +191,10 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 # Of families with experts: what names of their tensors begin with, the key of their number, and their projections.
 EXPERTS = {
     "mixtral": ("block_sparse_moe", "num_local_experts", ("w1", "w3", "w2")),
-    "qwen2moe": ("mlp", "num_experts", GATED),
-    "qwen3moe": ("mlp", "num_experts", GATED),
+    "qwen2_moe": ("mlp", "num_experts", GATED),
+    "qwen3_moe": ("mlp", "num_experts", GATED),
     "olmoe": ("mlp", "num_experts", GATED),
-    "deepseekv2": ("mlp", "n_routed_experts", GATED),
+    "deepseek_v2": ("mlp", "n_routed_experts", GATED),
 }
 
 # What may follow a name: `shape:llama-3-8b@layers=4,positions=40960`.
@@ -285,9 +286,9 @@ def plain_attention(config: Mapping[str, Any]) -> Tensors:
         f"self_attn.{name}_proj.weight": (size, hidden) for name, size in (("q", q), ("k", kv), ("v", kv))
     }
     found["self_attn.o_proj.weight"] = (hidden, q)
-    if family in ("qwen2", "qwen2moe"):
+    if family in ("qwen2", "qwen2_moe"):
         found |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", q), ("k", kv), ("v", kv))}
-    if family in ("qwen3", "qwen3moe"):
+    if family in ("qwen3", "qwen3_moe"):
         found |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
     if family == "olmoe":
         found |= {"self_attn.q_norm.weight": (q,), "self_attn.k_norm.weight": (kv,)}

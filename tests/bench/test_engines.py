@@ -9,6 +9,7 @@ import pytest
 from tenfold.bench import cpu
 from tenfold.bench.engines import ENGINES, Job, Setup, make_engine
 from tenfold.bench.peers.vllm import VLLM
+from tenfold.bench.single import brief
 from tenfold.bench.worker import Worker
 
 PROMPTS = [[5, 9, 13, 17], [6, 10, 14, 18]]
@@ -129,6 +130,35 @@ def test_worker_answers_and_says_why_it_stopped(tiny, tmp_path):
         worker.close()
     with pytest.raises(RuntimeError, match="nothing-here"):
         Worker("tenfold", Setup(str(tmp_path / "nothing-here"), 1, 1, 256))
+
+
+REFUSED = """1 validation error for ModelConfig
+  Value error, model type `nothing` is not known. [type=value_error]
+    For further information visit https://errors.pydantic.dev/2.13/v/value_error"""
+
+
+def test_a_peer_that_refuses_a_model_is_quoted_with_its_reason(tmp_path):
+    """A stand-in for vLLM whose constructor raises what pydantic does: its last line says nothing."""
+    package = f"SamplingParams = dict\ndef LLM(**options):\n    print('loading')\n    raise ValueError({REFUSED!r})\n"
+    (tmp_path / "vllm.py").write_text(package)
+    with pytest.raises(RuntimeError) as found:
+        Worker("vllm", Setup("shape:tiny"), str(tmp_path))
+    assert str(found.value) == f"vllm: ValueError: {REFUSED}"
+    assert "model type `nothing` is not known" in brief(found.value)
+    assert "\n" not in brief(found.value)
+    (note,) = found.value.__notes__
+    assert "loading" in note
+    assert "Traceback" in note
+
+
+def test_a_peer_that_dies_is_quoted_with_the_end_of_its_log(tmp_path):
+    (tmp_path / "vllm.py").write_text(
+        "import os, sys\nprint('x' * 5000 + ' no kernel image', file=sys.stderr, flush=True)\nos.abort()\n"
+    )
+    with pytest.raises(RuntimeError, match="vllm stopped") as found:
+        Worker("vllm", Setup("shape:tiny"), str(tmp_path))
+    assert brief(found.value).endswith("no kernel image")
+    assert len(brief(found.value)) < 450
 
 
 def test_a_round_measures_every_case_and_becomes_claims(tiny):

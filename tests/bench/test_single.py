@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_skipped_with_a_line_and_the_rest_goes_on() -> None
     result, lines = measured(points, small=Fake(1, capacity=20), frail=Fake(1, fails=16))
     assert {(s.engine, s.batch, s.context) for s in result.skipped} == {("small", 4, 8), ("frail", 1, 16)}
     assert any("holds 20 tokens" in line for line in lines)
-    assert any("MemoryError: at this size" in line for line in lines)
+    assert any("MemoryError: out of memory at this size" in line for line in lines)
     assert [(r.engine, r.batch, r.context) for r in result.rows] == [
         *(("small", 1, 8), ("frail", 1, 8)),
         *(("frail", 4, 8), ("small", 1, 16)),
@@ -193,7 +193,9 @@ def test_on_a_gpu_engines_share_it_where_they_fit_and_others_follow(monkeypatch:
 
     class Missing:
         def __init__(self, *_: object) -> None:
-            raise RuntimeError("vllm stopped: no such module")
+            error = RuntimeError("vllm: no such module")
+            error.add_note("the end of its log")
+            raise error
 
     monkeypatch.setattr(single, "make_engine", make)
     monkeypatch.setattr(single, "Worker", Missing)
@@ -204,7 +206,9 @@ def test_on_a_gpu_engines_share_it_where_they_fit_and_others_follow(monkeypatch:
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     points = tuple(single.grid([1, 8], [1024, 8192, 32768], [], 129))
     plan = single.Plan("shape:llama-2-7b", ("tenfold", "hf-generate", "vllm"), points, 1, "cuda")
-    result = single.run(plan, lambda _: None)
+    lines: list[str] = []
+    result = single.run(plan, lines.append)
+    assert lines.count("the end of its log") == 1
     beside = {(r.batch, r.context) for r in result.rows if r.engine == "tenfold" and r.beside == ["hf-generate"]}
     alone = {(r.batch, r.context) for r in result.rows if r.engine == "tenfold" and not r.beside}
     assert beside == {(1, 1024), (8, 1024), (1, 8192)}

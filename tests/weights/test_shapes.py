@@ -1,10 +1,14 @@
 """Random weights of a published shape: nothing is made before it is asked for, and the engine runs on them."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
@@ -35,6 +39,14 @@ def test_a_shape_has_as_many_parameters_as_its_model(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_of_a_family_we_run(name: str) -> None:
     assert model_config(open_checkpoint(resolve(f"shape:{name}")).config).layers == SHAPES[name]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_and_vllm_know_the_family_of_every_shape(name: str, tmp_path: Path) -> None:
+    """vLLM reads configs by way of transformers and goes by the name of the class."""
+    (tmp_path / "config.json").write_text(json.dumps(shape_config(f"shape:{name}")))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.architectures == [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
 
 
 def test_weights_depend_on_their_name_and_look_trained() -> None:
