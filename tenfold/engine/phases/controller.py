@@ -16,7 +16,7 @@ from typing import Protocol
 from tenfold.engine.phases.latency import Paper, Stairs
 
 TRIES = 16  # steps of a search at most
-LARGEST_GUARD = 0.6  # of a phase's time, that the other may add
+LARGEST_GUARD, LEAST_GUARD = 0.6, -0.5  # of a phase's time, that the other may add, or that it may take less
 USUAL_GUARD = 0.15  # of it, that the other adds from other SMs, where that was not seen yet
 GUARD_WEIGHT = 0.1  # of an observation in what is remembered
 GUARD_FADES = 0.0005  # of the way back to what is usual, that memory goes with each decision
@@ -139,9 +139,9 @@ class Algorithm1:
 
 @dataclass(slots=True)
 class Guard:
-    """What one phase adds to the other's time, on average of late; a share of that time. usual: what is expected where
-    nothing was seen for long. A mean, for targets are of means: one step of a graph that is captured, or of a longer
-    context, says little of the next.
+    """What one phase adds to the other's time, on average of late; a share of that time, below 0 where contexts are
+    shorter than those that were measured. usual: what is expected where nothing was seen for long. A mean, for targets
+    are of means: one step of a graph that is captured, or of a longer context, says little of the next.
     """
 
     usual: float = 0.0
@@ -151,7 +151,7 @@ class Guard:
         self.share = self.usual
 
     def observe(self, predicted: float, seen: float) -> None:
-        added = min(LARGEST_GUARD, max(0.0, seen / predicted - 1)) if predicted > 0 else 0.0
+        added = min(LARGEST_GUARD, max(LEAST_GUARD, seen / predicted - 1)) if predicted > 0 else 0.0
         self.share += GUARD_WEIGHT * (added - self.share)
 
     def fade(self) -> None:
@@ -263,15 +263,13 @@ class Adaptive:
             return Decision(self.shared, "nobody decodes", self.most)
         if not seen.queued:
             return Decision(self.shared, "nobody waits for a first token", LEAST_CHUNK)
-        chunk = self.chunk(seen)
-        mixed = self.promise(chunk, seen)
+        mixed = self.promise(self.fitting(seen)[-1], seen)
         divided = [split for split in self.inner.splits if self._worth(split, mixed, seen, now)]
         if divided:
             found = self.inner.decide(seen, now).split
             found = found if found in divided else min(divided, key=lambda s: self.inner.promise(s, seen).miss)
             return Decision(found, "steps in time hold too few tokens of prompts: a part of the GPU computes more")
-        if mixed.waited + mixed.work > HASTE:
-            chunk = self.fitting(seen, STRETCH)[-1]
+        chunk = self.chunk(seen)
         return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
 
     def _worth(self, split: Split, mixed: Promise, seen: Observed, now: Split) -> bool:
@@ -279,21 +277,27 @@ class Adaptive:
         return self.inner.promise(split, seen).better(mixed, EFFORT if now == self.shared else GAIN)
 
     def chunk(self, seen: Observed) -> int:
-        """The most tokens of prompts that leave a step in time; fewer that compute prompts nearly as fast, while first
-        tokens come early enough all the same.
+        """The fewest tokens of prompts that compute prompts nearly as fast as the most that leave a step in time; or in
+        STRETCH times that, while first tokens would come too late.
         """
-        fitting = self.fitting(seen)
-        enough = NEARLY * fitting[-1] / self.seconds(fitting[-1], seen.requests)
-        for tokens in fitting:
-            if tokens >= enough * self.seconds(tokens, seen.requests):
-                early = self.promise(tokens, seen)
-                return tokens if early.waited + early.work <= HASTE else fitting[-1]
-        return fitting[-1]
+        found = self.most
+        for times in (1.0, STRETCH):
+            sizes = self.fitting(seen, times)
+            enough = NEARLY * sizes[-1] / self.seconds(sizes[-1], seen.requests)
+            found = next(n for n in sizes if n >= enough * self.seconds(n, seen.requests))
+            early = self.promise(found, seen)
+            if early.waited + early.work <= HASTE:
+                break
+        return found
 
     def fitting(self, seen: Observed, times: float = 1.0) -> range:
-        """Tokens of prompts that leave a step in so many times the target; one size at least."""
+        """Tokens of prompts that leave a step in so many times the target; one size at least, and all where decodes
+        alone are late.
+        """
         sizes = range(LEAST_CHUNK, max(LEAST_CHUNK, self.most) + 1, LEAST_CHUNK)
         bound = times * (seen.targets or self.targets).tpot * (1 - self.margin)
+        if self.inner.stairs.decode_seconds(self.shared.decode, seen.requests) * (1 + self.guard.share) > bound:
+            return sizes
         return sizes[: max(1, bisect_right(sizes, bound, key=lambda n: self.seconds(n, seen.requests)))]
 
     def promise(self, chunk: int, seen: Observed) -> Promise:

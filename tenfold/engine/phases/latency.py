@@ -13,19 +13,17 @@ LEAST_SLOPE = 1e-9
 
 
 def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
-    """The value at a place between measured ones, in ascending order; beyond the last in proportion, before the first
-    that one's. Raises ValueError without points.
+    """The value at a place between measured ones, in ascending order; beyond the last on the line through the last
+    two, before the first that one's. Raises ValueError without points.
     """
     if not points:
         raise ValueError("Nothing was measured.")
-    places = [place for place, _ in points]
-    i = bisect_left(places, at)
+    i = bisect_left([place for place, _ in points], at)
     if i == 0:
         return points[0][1]
-    if i == len(points):
-        place, value = points[-1]
-        return value * at / place if place > 0 else value
-    (low, first), (high, second) = points[i - 1], points[i]
+    if len(points) == 1:
+        points = [(0.0, 0.0), *points]
+    (low, first), (high, second) = points[i - 1 : i + 1] if i < len(points) else points[-2:]
     return first + (second - first) * (at - low) / (high - low)
 
 

@@ -8,7 +8,7 @@ from tenfold.models.config import ModelConfig
 from tenfold.ops.choose import Key, Table
 
 PREFILLS = (128, 256, 512, 1024, 2048)  # tokens
-DECODES = (1, 8, 64)  # requests
+DECODES = (1, 8, 64, 256)  # requests
 LANE = "lane"
 
 

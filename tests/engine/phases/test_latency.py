@@ -12,7 +12,8 @@ STAIRS = Stairs(
 
 def test_between_measured_places_values_lie_between() -> None:
     points = [(10, 1.0), (20, 3.0)]
-    assert [interpolated(points, at) for at in (5, 10, 15, 20, 40)] == [1.0, 1.0, 2.0, 3.0, 6.0]
+    assert [interpolated(points, at) for at in (5, 10, 15, 20, 40)] == [1.0, 1.0, 2.0, 3.0, 7.0]
+    assert interpolated(points[:1], 30) == 3.0
     with pytest.raises(ValueError, match="measured"):
         interpolated([], 1)
 
