@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Split, Targets, percentile
 from tenfold.engine.phases.latency import Stairs
 
-TICK = 0.05  # seconds between decisions
+TICK = 0.005  # seconds between decisions, as in an engine
 WINDOW = 2.0  # seconds of what a controller sees
 
 

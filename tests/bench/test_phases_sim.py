@@ -23,7 +23,7 @@ MIDDLE = SPLITS[2]
 
 def controllers() -> dict[str, Controller]:
     return {
-        "algorithm 1": Algorithm1(TARGETS, SPLITS, Paper.seeded(TOTAL, 0.05, 0.008), 0.2 / 8192),
+        "algorithm 1": Algorithm1(TARGETS, SPLITS, Paper.seeded(TOTAL, 0.05, 0.008), 0.2 / 8192, every=400),
         "staircase": Staircase(TARGETS, SPLITS, STAIRS),
         "adaptive": Adaptive(Staircase(TARGETS, SPLITS, STAIRS), 4096),
     }
@@ -105,3 +105,48 @@ def test_two_lanes_keep_tokens_coming_where_large_chunks_do_not() -> None:
     mixed = chunked(STAIRS, TOTAL, asks, 4096)
     assert lanes.gap(0.99) * 2 < mixed.gap(0.99)
     assert lanes.latency < 1.1 * mixed.latency
+
+
+# Llama-3-8B's shape on an H200 (bench/results/phases, 2026-11-29): milliseconds of 128 to 2,048 tokens of prompts, and
+# of 1, 8 and 64 answers at contexts of 1,024.
+TOKENS = (128, 256, 512, 1024, 2048)
+H200_PREFILL = {
+    64: (6.06, 10.1, 18.3, 35.7, 71.7),
+    80: (5.71, 8.53, 15.7, 30.6, 60.0),
+    96: (5.65, 8.14, 13.8, 26.1, 50.6),
+    112: (5.42, 7.01, 12.5, 23.5, 46.6),
+    132: (5.37, 7.08, 11.0, 21.1, 42.1),
+}
+H200_DECODE = {20: (8.92, 12.2, 28.0), 36: (5.36, 8.98, 17.2), 52: (5.06, 8.57, 14.2), 68: (4.51, 5.29, 10.6)}
+H200_DECODE[TOTAL] = (3.88, 4.58, 7.73)
+H200 = Stairs(
+    {s: tuple(zip(TOKENS, (t / 1e3 for t in times))) for s, times in H200_PREFILL.items()},
+    {s: tuple(zip((1, 8, 64), (t / 1e3 for t in times))) for s, times in H200_DECODE.items()},
+)
+
+
+def on_an_h200(targets: Targets) -> Gpu:
+    splits = [Split(s, TOTAL - s) for s in H200_PREFILL if s < TOTAL]
+    controller = Adaptive(Staircase(targets, splits, H200), 4096)
+    return Gpu(H200, TOTAL, Costs(), controller, start=Split(TOTAL, TOTAL))
+
+
+@pytest.mark.parametrize("rate", [20, 30, 40])
+def test_where_chunks_serve_well_the_adaptive_border_serves_as_well(rate: int) -> None:
+    """Rates around saturation; short prompts, as in conversations."""
+    targets = Targets(0.053, 0.028)
+    asks = poisson(rate, 20, [20, 60, 100, 300], [100, 300, 500], seed=rate)
+    ours, theirs = on_an_h200(targets).run(asks), chunked(H200, TOTAL, asks, 8192)
+    assert ours.attained(targets) >= theirs.attained(targets) - 0.02
+    assert ours.latency < 1.05 * theirs.latency
+
+
+def test_long_prompts_among_short_ones_leave_short_gaps() -> None:
+    targets = Targets(0.053, 0.02)
+    asks = poisson(10, 30, [100] * 9 + [8192], [100, 300, 500], seed=9)
+    ours = on_an_h200(targets).run(asks)
+    for chunk, ratio in ((2048, 2.0), (1024, 1.1)):
+        theirs = chunked(H200, TOTAL, asks, chunk)
+        first = [sorted(s.ttft for s in result.served)[int(0.9 * len(asks))] for result in (ours, theirs)]
+        assert ours.gap(0.99) * ratio < theirs.gap(0.99)
+        assert first[0] < 1.2 * first[1]
