@@ -31,7 +31,7 @@ TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of the longest chunk, likewis
 MANY = TOKENS[-1] + 1
 TRITON, TRITON_TWO = "triton", "triton:two"
 CHUNKS = tuple(name for name in attend_module.CHUNKS if name != "sdpa")  # which needs lengths on the host
-SHAPES = ((4, 3, 1), (8, 1, 1), (8, 1, 3), (4, 1, 6), (4, 2, 3), (8, 1, 2))
+SHAPES = ((4, 3, 1), (8, 1, 1), (8, 1, 3), (4, 2, 3), (4, 1, 3), (8, 1, 2))
 SHAPES_NARROW = ((4, 4, 1), (8, 2, 1), (8, 1, 6), (4, 2, 6))
 """Warps of a block, blocks of a multiprocessor, tiles of a warp under way, that are worth timing; heads of up to 64
 dimensions need less room."""
