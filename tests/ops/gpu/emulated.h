@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector>
 
@@ -37,16 +39,18 @@ template <class T> static T max(T a, T b) { return a > b ? a : b; }
 
 struct Place { int x, y, z; };
 struct Lane {
-    ucontext_t context;
-    std::vector<char> stack;
+    ucontext_t context;  // where it begins
+    jmp_buf at;          // where it goes on, once it has begun: without a call of the system
+    bool begun;
     Place place, block;
     bool done;
     const std::function<bool()> *ready;  // what it waits for, if anything
 };
 struct Block {
-    std::vector<unsigned char> memory;
+    std::vector<unsigned char> memory, own;
     int running, at_barrier = 0;
     unsigned barrier_round = 0;
+    int any[2] = {};  // what threads at the barrier brought along, of this round and of the next
 };
 struct Warp {
     int arrived = 0, what = 0;
@@ -55,6 +59,7 @@ struct Warp {
 };
 
 static std::vector<Lane> lanes;
+static std::vector<std::unique_ptr<char[]>> stacks;  // of as many lanes as there ever were
 static std::vector<Block> blocks;  // of a cluster
 static std::vector<Warp> warps;    // and of each its halves, which may have collectives of their own
 static int current, block_threads, shared_bytes;
@@ -64,11 +69,19 @@ static std::function<void()> body;
 
 #define threadIdx (lanes[current].place)
 #define blockIdx (lanes[current].block)
+#define STACK (1 << 16)
 #define PAST 1024  // bytes behind shared memory that are looked at
 #define own_block (blocks[current / block_threads])
 #define emulated_memory (memory_of(own_block))
 
-static unsigned char *memory_of(Block &b) { return (unsigned char *)(((uintptr_t)b.memory.data() + 15) / 16 * 16); }
+static unsigned char *aligned(std::vector<unsigned char> &memory) { return (unsigned char *)(((uintptr_t)memory.data() + 15) / 16 * 16); }
+static unsigned char *memory_of(Block &b) { return aligned(b.memory); }
+// What a block has beside its dynamic memory.
+static unsigned char *emulated_static(size_t bytes) {
+    auto &own = own_block.own;
+    if (own.empty()) own.assign(bytes + 15, 0xff);
+    return aligned(own);
+}
 
 [[noreturn]] static void fail(const char *why) {
     fprintf(stderr, "emulated kernel: %s (block %d %d %d, thread %d)\n", why, blockIdx.x, blockIdx.y, blockIdx.z, current);
@@ -92,13 +105,20 @@ static int next_lane() {
     }
 }
 
+static void go_on() {
+    Lane &l = lanes[current];
+    if (l.begun) _longjmp(l.at, 1);
+    l.begun = true;
+    setcontext(&l.context);
+}
+
 static void wait(const std::function<bool()> &ready) {
     if (ready()) return;
     const int from = current;
     lanes[from].ready = &ready;
     current = next_lane();
-    if (current != from) swapcontext(&lanes[from].context, &lanes[current].context);
-    lanes[from].ready = nullptr;
+    if (current != from && !_setjmp(lanes[from].at)) go_on();
+    lanes[current].ready = nullptr;
 }
 
 static Warp &warp_of(u32 mask) {
@@ -187,14 +207,21 @@ static u32 __match_any_sync(u32, u32 v) {
 }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static void __syncwarp() { collective(5, [](Warp &) {}); }
+static void open(Block &b) { b.at_barrier = 0, b.any[++b.barrier_round & 1] = 0; }
 static void __syncthreads() {
     Block &b = own_block;
     const unsigned round = b.barrier_round;
-    if (++b.at_barrier == b.running) b.at_barrier = 0, b.barrier_round++;
+    if (++b.at_barrier == b.running) open(b);
     else wait([&] { return b.barrier_round != round; });
 }
+static int __syncthreads_or(int v) {
+    int &any = own_block.any[own_block.barrier_round & 1];
+    any |= v != 0;
+    __syncthreads();
+    return any;
+}
 static void __threadfence() {}
-static int atomicAdd(int *p, int v) { int old = *p; *p += v; return old; }
+template <class T> static T atomicAdd(T *p, T v) { T old = *p; *p += v; return old; }
 template <class T> static T __ldcg(const T *p) { return *p; }
 template <class T> static void __stcg(T *p, T v) { *p = v; }
 static float __int_as_float(int v) { return float_of((u32)v); }
@@ -238,7 +265,7 @@ static u32 one_e4m3(float v) {
     return best | (std::signbit(v) ? 128 : 0);
 }
 static u32 to_e4m3(float lo, float hi) { return one_e4m3(lo) | one_e4m3(hi) << 8; }
-static u16 to_bfloat(float v) { u32 b = bits_of(v); return (u16)((b + 0x7fff + (b >> 16 & 1)) >> 16); }
+static u16 to_bfloat(float v) { u32 b = bits_of(v); return std::isnan(v) ? 0x7fff : (u16)((b + 0x7fff + (b >> 16 & 1)) >> 16); }
 #if HALF
 static float to_float(u32 b) { return half_to_float(b); }
 static u32 pack(float lo, float hi) { return halves(lo, hi); }
@@ -324,35 +351,39 @@ static void enter() {
     lanes[current].done = true;
     Block &b = own_block;
     b.running--;
-    if (b.at_barrier && b.at_barrier == b.running) b.at_barrier = 0, b.barrier_round++;
+    if (b.at_barrier && b.at_barrier == b.running) open(b);
     for (auto &l : lanes)
         if (!l.done) {
             current = next_lane();
-            setcontext(&lanes[current].context);
+            go_on();
         }
     setcontext(&host);
 }
 
+static std::vector<int> order;  // in which blocks run, if not as they are counted
+
 static void emulate(int x, int y, int z, int threads, int shared, int cluster = 1, const std::function<void()> &begin = {}) {
     gridDim = {x, y, z};
     block_threads = threads, shared_bytes = shared;
-    lanes.resize(threads * cluster);
     for (int first = 0; first < x * y * z; first += cluster) {
-        blocks.assign(cluster, Block());
+        const int count = min(cluster, x * y * z - first);
+        lanes.resize(threads * count);
+        blocks.assign(count, Block());
         for (auto &b : blocks) b.memory.assign(shared + 16 + PAST, 0xff), b.running = threads;
-        warps.assign(3 * cluster * ((threads + 31) / 32), Warp());
-        copies.assign(threads * cluster, std::vector<std::vector<Copy>>(1));
-        for (int t = 0; t < threads * cluster; t++) {
+        warps.assign(3 * count * ((threads + 31) / 32), Warp());
+        copies.assign(threads * count, std::vector<std::vector<Copy>>(1));
+        for (int t = 0; t < threads * count; t++) {
             Lane &l = lanes[t];
-            const int b = first + t / threads;
-            l.place = {t % threads, 0, 0}, l.block = {b % x, b / x % y, b / x / y}, l.done = false, l.ready = nullptr;
-            l.stack.resize(1 << 16);
+            const int n = first + t / threads, b = order.empty() ? n : order[n];
+            l.place = {t % threads, 0, 0}, l.block = {b % x, b / x % y, b / x / y}, l.done = l.begun = false, l.ready = nullptr;
+            if (t == (int)stacks.size()) stacks.emplace_back(new char[STACK]);
             getcontext(&l.context);
-            l.context.uc_stack.ss_sp = l.stack.data(), l.context.uc_stack.ss_size = l.stack.size(), l.context.uc_link = nullptr;
+            l.context.uc_stack.ss_sp = stacks[t].get(), l.context.uc_stack.ss_size = STACK, l.context.uc_link = nullptr;
             makecontext(&l.context, ::enter, 0);
         }
-        if (begin) begin();
         current = 0;
+        if (begin) begin();
+        lanes[0].begun = true;
         swapcontext(&host, &lanes[0].context);
         for (auto &b : blocks)
             for (int i = 0; i < PAST; i++)

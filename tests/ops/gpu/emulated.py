@@ -12,7 +12,13 @@ from torch import Tensor
 from tenfold.ops.gpu import nvrtc
 
 HEADER = Path(__file__).parent / "emulated.h"
-FLAGS = ("-O1", "-w", "-std=c++17", "-shared", "-fPIC", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+EXTERN = r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];"
+STATIC = r"__shared__ __align__\(16\) (\w+) (\w+);"
+FLAGS = (
+    *("-O1", "-w", "-std=c++17", "-fno-exceptions", "-shared", "-fPIC"),
+    "-U_FORTIFY_SOURCE",  # its longjmp takes the stack of another fiber for a mistake
+    *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
+)
 
 
 class Emulated:
@@ -43,7 +49,12 @@ class Emulated:
 
 
 class Emulator:
-    """Stands in for `nvrtc.load`; what it compiles lies in a folder."""
+    """Stands in for `nvrtc.load`; what it compiles lies in a folder. headers: what a source gets in front of it; start:
+    the statement that runs a grid.
+    """
+
+    headers: tuple[Path, ...] = (HEADER,)
+    start = "emulate(grid_x, grid_y, grid_z, block_threads, dynamic);"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -64,16 +75,21 @@ class Emulator:
 
     def translated(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> str:
         """The source with the emulator's own instructions, and a plain function that runs a grid."""
-        code = (nvrtc.SOURCES / source).read_text().replace('#include "fragments.h"', "")
-        code = nvrtc.expand(code)
-        code = re.sub(r"extern __shared__ __align__\(16\) u8 (\w+)\[\];", r"u8 *\1 = emulated_memory;", code)
+        code = self.code(source)
         found = re.search(rf"{entry}\((const [^)]*)\) \{{", code)
         assert found is not None
         names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))
         grid = "int grid_x, int grid_y, int grid_z, int block_threads, int dynamic"
         run = (
             f'extern "C" void run({grid}, {found[1]}) {{\n    body = [=]() {{ {entry}({names}); }};\n'
-            "    emulate(grid_x, grid_y, grid_z, block_threads, dynamic);\n}\n"
+            f"    {self.start}\n}}\n"
         )
         macros = "".join(f"#define {name} {value}\n" for name, value in defines)
-        return "\n".join((macros, HEADER.read_text(), code, run))
+        return "\n".join((macros, *(header.read_text() for header in self.headers), code, run))
+
+    def code(self, source: str) -> str:
+        """The source without what the headers replace."""
+        code = nvrtc.expand((nvrtc.SOURCES / source).read_text())
+        code = code.replace(nvrtc.expand((nvrtc.SOURCES / "fragments.h").read_text()), "")
+        code = re.sub(EXTERN, r"\1 *\2 = (\1 *)emulated_memory;", code)
+        return re.sub(STATIC, r"\1 &\2 = *(\1 *)emulated_static(sizeof(\1));", code)
