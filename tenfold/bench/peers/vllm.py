@@ -50,12 +50,14 @@ class VLLM:
         self.capacity = cache_tokens(self.llm)
         self.served = 0  # runs of `serve`, for names of requests
 
+    def wanted(self, tokens: int, **more: Any) -> Any:
+        """Sampling of an answer of so many tokens."""
+        plain = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        return self.params(max_tokens=tokens, min_tokens=tokens, **plain, **more)
+
     def generate(self, prompts: Prompts, tokens: int | Sequence[int]) -> Timing:
         given = [{"prompt_token_ids": list(p)} for p in prompts]
-        params = [
-            self.params(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, detokenize=False)
-            for n in lengths(prompts, tokens)
-        ]
+        params = [self.wanted(n) for n in lengths(prompts, tokens)]
         begin = time.perf_counter()
         outputs = self.llm.generate(given, params, use_tqdm=False)
         seconds = time.perf_counter() - begin
@@ -71,11 +73,7 @@ class VLLM:
         while coming < len(jobs) or engine.has_unfinished_requests():
             now = time.perf_counter() - begin
             while coming < len(jobs) and jobs[coming].due <= now:
-                n = jobs[coming].tokens
-                params = self.params(
-                    **{"temperature": 0, "max_tokens": n, "min_tokens": n, "ignore_eos": True, "detokenize": False},
-                    output_kind=RequestOutputKind.DELTA,
-                )
+                params = self.wanted(jobs[coming].tokens, output_kind=RequestOutputKind.DELTA)
                 engine.add_request(f"{self.served}-{coming}", {"prompt_token_ids": list(jobs[coming].prompt)}, params)
                 coming += 1
             if not engine.has_unfinished_requests():

@@ -263,32 +263,32 @@ class Adaptive:
             return Decision(self.shared, "nobody decodes", self.most)
         if not seen.queued:
             return Decision(self.shared, "nobody waits for a first token", LEAST_CHUNK)
-        mixed = self.promise(self.fitting(seen)[-1], seen)
+        in_time = self.fitting(seen)
+        mixed = self.promise(in_time[-1], seen)
         divided = [split for split in self.inner.splits if self._worth(split, mixed, seen, now)]
         if divided:
             found = self.inner.decide(seen, now).split
             found = found if found in divided else min(divided, key=lambda s: self.inner.promise(s, seen).miss)
             return Decision(found, "steps in time hold too few tokens of prompts: a part of the GPU computes more")
-        chunk = self.chunk(seen)
+        chunk = self.chunk(seen, in_time)
         return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
 
     def _worth(self, split: Split, mixed: Promise, seen: Observed, now: Split) -> bool:
         """Whether a split is so much better that the border moves, or enough for it to stay."""
         return self.inner.promise(split, seen).better(mixed, EFFORT if now == self.shared else GAIN)
 
-    def chunk(self, seen: Observed) -> int:
+    def chunk(self, seen: Observed, in_time: range) -> int:
         """The fewest tokens of prompts that compute prompts nearly as fast as the most that leave a step in time; or in
-        STRETCH times that, while first tokens would come too late.
+        STRETCH times that, while first tokens would come too late. in_time: what `fitting` says.
         """
-        found = self.most
-        for times in (1.0, STRETCH):
-            sizes = self.fitting(seen, times)
-            enough = NEARLY * sizes[-1] / self.seconds(sizes[-1], seen.requests)
-            found = next(n for n in sizes if n >= enough * self.seconds(n, seen.requests))
-            early = self.promise(found, seen)
-            if early.waited + early.work <= HASTE:
-                break
-        return found
+        found = self.nearly(in_time, seen)
+        early = self.promise(found, seen)
+        return found if early.waited + early.work <= HASTE else self.nearly(self.fitting(seen, STRETCH), seen)
+
+    def nearly(self, sizes: range, seen: Observed) -> int:
+        """The least of these sizes that computes nearly as many tokens of prompts a second as the largest."""
+        enough = NEARLY * sizes[-1] / self.seconds(sizes[-1], seen.requests)
+        return next(n for n in sizes if n >= enough * self.seconds(n, seen.requests))
 
     def fitting(self, seen: Observed, times: float = 1.0) -> range:
         """Tokens of prompts that leave a step in so many times the target; one size at least, and all where decodes

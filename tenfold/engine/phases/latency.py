@@ -18,7 +18,7 @@ def interpolated(points: Sequence[tuple[float, float]], at: float) -> float:
     """
     if not points:
         raise ValueError("Nothing was measured.")
-    i = bisect_left([place for place, _ in points], at)
+    i = bisect_left(points, at, key=lambda point: point[0])
     if i == 0:
         return points[0][1]
     if len(points) == 1:

@@ -113,6 +113,10 @@ def test_a_split_is_judged_by_what_its_phases_added_to_each_other() -> None:
     assert own.guard.share == 0
 
 
+def chunk_of(own: Adaptive, seen: Observed) -> int:
+    return own.chunk(seen, own.fitting(seen))
+
+
 def adaptive(tpot: float, ttft: float = 1.0) -> Adaptive:
     fine = Stairs(
         {
@@ -144,20 +148,20 @@ def test_prompts_ride_in_steps_that_are_in_time_and_nearly_as_fast_as_the_larges
 
 def test_steps_grow_where_first_tokens_come_late_and_larger_ones_compute_more() -> None:
     own = adaptive(tpot=0.012)
-    early, late = (own.chunk(seen(queued=queued)) for queued in (200, 30_000))
+    early, late = (chunk_of(own, seen(queued=queued)) for queued in (200, 30_000))
     assert own.seconds(early, 8) <= 0.9 * 0.012 < own.seconds(late, 8) <= 2 * 0.9 * 0.012
     largest = own.fitting(seen(), 2.0)[-1]
     assert late < largest
     assert late / own.seconds(late, 8) >= 0.9 * largest / own.seconds(largest, 8)
     relaxed = adaptive(tpot=0.05)
-    assert relaxed.seconds(relaxed.chunk(seen(queued=30_000)), 8) <= 0.9 * 0.05  # steps in time hold enough tokens
+    assert relaxed.seconds(chunk_of(relaxed, seen(queued=30_000)), 8) <= 0.9 * 0.05  # steps in time hold enough tokens
 
 
 def test_where_decodes_alone_are_late_prompts_wait_no_longer_for_that() -> None:
     own = adaptive(tpot=0.009)
     assert own.inner.stairs.decode_seconds(TOTAL, 64) > 0.9 * 0.009
     assert own.fitting(seen(requests=64))[-1] == 4096
-    assert own.chunk(seen(requests=64)) > own.fitting(seen(requests=8))[-1]
+    assert chunk_of(own, seen(requests=64)) > own.fitting(seen(requests=8))[-1]
 
 
 def test_a_part_of_the_gpu_is_taken_where_steps_in_time_would_hold_few_tokens_of_prompts() -> None:
@@ -182,14 +186,14 @@ def test_a_phase_without_work_needs_no_split() -> None:
 def test_steps_that_took_longer_hold_fewer_tokens_for_a_while() -> None:
     own = adaptive(tpot=0.05)
     late = seen(queued=30_000)
-    before = own.chunk(late)
+    before = chunk_of(own, late)
     for _ in range(10):
         own.observe(WHOLE, 8, 1.4 * own.inner.stairs.mixed_seconds(before, 8), before)
-    assert own.chunk(late) < before
+    assert chunk_of(own, late) < before
     assert own.inner.guard.share == 0
     for _ in range(500):
         own.observe(WHOLE, 8, own.inner.stairs.mixed_seconds(before, 8), before)
-    assert own.chunk(late) == before
+    assert chunk_of(own, late) == before
 
 
 @pytest.mark.parametrize("wrong", [{"ttft": 0.0}, {"tpot": -1.0}, {"served": 1.0}])

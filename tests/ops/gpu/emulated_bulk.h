@@ -3,7 +3,6 @@
 #define LANE_COLS 8
 #define CHUNK_COLS 32
 #define __ldg(p) (*(p))
-#define copy_row(to, from, bytes, barrier, policy) fetch_row(to, from, bytes, barrier)
 
 template <class T, int COUNT> static void load_own(T (&own)[COUNT], u32 at) {
     for (int k = 0; k < COUNT; k++) own[k] = *(T *)at_address(at + (sizeof(T) == 16 ? 64 : 4) * k, sizeof(T));

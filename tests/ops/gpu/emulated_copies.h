@@ -72,7 +72,7 @@ static void arrive(u32 at) { own_barrier(at), arrive_at(at); }
 static void wait_for(u32 at, u32 parity) { Barrier &b = own_barrier(at); wait([&] { return (b.phase & 1) != parity; }); }
 static void wait_for_others(u32 at, u32 parity) { wait_for(at, parity); }
 
-static void fetch_row(u32 to, const void *from, u32 bytes, u32 barrier) {
+static void copy_row(u32 to, const void *from, u32 bytes, u32 barrier, unsigned long long policy) {
     if (to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("a copy that is not aligned");
     own_barrier(barrier), memset(at_address(to, bytes), 0xff, bytes);
     some_time([=] { memcpy(at_address(to, bytes), from, bytes), count_bytes(barrier, bytes); });

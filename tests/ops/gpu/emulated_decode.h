@@ -4,7 +4,6 @@
 #include <numeric>
 
 #define MOST_TOGETHER 3
-#define copy_rows(to, from, barrier, policy) fetch_row(to, from, STAGE / 2, barrier)
 
 // Others see a store some time, and before its thread leaves a fence.
 static std::map<int, int> unseen;  // of each thread

@@ -27,12 +27,6 @@
 #define NUMBERS_BYTES (GROUPED ? STEP_COLS / WORD_COLS * ROWS * 4 : 0)  // a word of each row, then the next
 #define STAGE_BYTES (CODES_BYTES + NUMBERS_BYTES * (1 + (GROUPED && ZEROS)))
 
-__device__ __forceinline__ void copy_row(u32 to, const void *from, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-}
-
 __device__ __forceinline__ void copy_word(u32 to, const void *from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }

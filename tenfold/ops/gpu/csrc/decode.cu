@@ -232,12 +232,6 @@ struct Tiles {
     int from;
 };
 
-__device__ __forceinline__ void copy_rows(u32 to, const u16 *from, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-        :: "r"(to), "l"(from), "r"(STAGE / 2), "r"(barrier), "l"(policy) : "memory");
-}
-
 __device__ __forceinline__ int page_of(const Args &a, int tile, int last) {
     return tile < last ? a.table[tile * TILE / a.page_size] : 0;
 }
@@ -252,8 +246,8 @@ __device__ __forceinline__ void ask(Tiles &t, const Args &a, int tile, int slot,
         u64 once;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
         expect(barrier, STAGE);
-        copy_rows(stage, a.keys + at, barrier, once);
-        copy_rows(stage + STAGE / 2, a.values + at, barrier, once);
+        copy_row(stage, a.keys + at, STAGE / 2, barrier, once);
+        copy_row(stage + STAGE / 2, a.values + at, STAGE / 2, barrier, once);
     }
     if (turn == 31) {
         t.from += 32 * WARPS;

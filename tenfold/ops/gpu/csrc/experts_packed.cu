@@ -44,12 +44,6 @@ struct Stage { int kind, unused; };  // what the others must know
 
 __device__ __forceinline__ int span_of(int bytes) { return max(1, min(SPAN, LIMIT / bytes)); }
 
-__device__ __forceinline__ void copy(u32 to, u64 from, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
-        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
-}
-
 __device__ __forceinline__ uint2 piece_8(u32 at) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
@@ -373,7 +367,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
                 expect(barrier, at.count * at.due);
 #pragma unroll
                 for (int group = 0; group < ROWS / 64; group++)
-                    if (group < at.own) copy(to + group * ROOM, at.from + (u64)group * (steps * at.source.bytes), at.count * at.source.bytes, barrier, policy);
+                    if (group < at.own) copy_row(to + group * ROOM, (const void *)(at.from + (u64)group * (steps * at.source.bytes)), at.count * at.source.bytes, barrier, policy);
             };
             auto inputs = [&](const Walk &at) {
                 const u32 to = stage0 + at.slot * STAGE_BYTES, barrier = full + at.slot * 8;
@@ -382,7 +376,7 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
                 for (int b = 0; b < at.count; b++) {
                     const int step = at.step + b;
                     for (int i = 0; i < boxes; i++) fetch(to + (b * boxes + i) * X_BOX, &x_map, ((order + i) * steps + step) * 128, at.tile.first * 4, barrier, kept);
-                    copy(to + COUNTS_AT + b * PICKS * 16, (u64)(counts + (size_t)step * room + at.tile.first), PICKS * 16, barrier, kept);
+                    copy_row(to + COUNTS_AT + b * PICKS * 16, counts + (size_t)step * room + at.tile.first, PICKS * 16, barrier, kept);
                 }
 #else
                 if (at.acts8()) {

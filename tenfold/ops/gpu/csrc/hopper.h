@@ -40,6 +40,13 @@ __device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, 
         :: "r"(to), "l"(map), "r"(col), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
 
+// Bytes that lie in a row, a multiple of 16, into shared memory.
+__device__ __forceinline__ void copy_row(u32 to, const void *from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        :: "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
+}
+
 __device__ __forceinline__ uint4 piece_16(u32 at) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
