@@ -487,7 +487,7 @@ class Engine:
                 raise forward
             return runner.sample(forward, self._mask(held, outputs))
         except Exception as error:
-            logger.warning("%s failed: %s", plan, error)
+            logger.warning("%s failed: %s", plan, error, exc_info=error)
             return self._isolate(plan, error, outputs, runner)
 
     def _unprepared(self, plan: StepPlan, error: Exception) -> "Isolated":

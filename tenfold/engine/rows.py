@@ -42,7 +42,8 @@ class Place:
     def put(self, host: Tensor) -> Tensor:
         """Start to copy a host array of bytes here."""
         if self._memory.numel() < host.numel():
-            self._memory = torch.empty(2 * host.numel(), dtype=torch.uint8, device=self._memory.device)
+            with torch.inference_mode(False):  # so that it can be written whatever the mode of a later step
+                self._memory = torch.empty(2 * host.numel(), dtype=torch.uint8, device=self._memory.device)
         return self._memory[: host.numel()].copy_(host, non_blocking=True)
 
 

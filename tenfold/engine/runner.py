@@ -6,6 +6,7 @@ Steps run in the order of their launches, and a later one may use tokens of an e
 """
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -137,10 +138,18 @@ class Runner:
         seen = self.sight.seen(entries) if self.sight is not None else None
         return batch if seen is None else replace(batch, step=replace(batch.step, seen=seen))
 
+    def settle(self) -> None:
+        """Wait for what was launched here, of a step that failed: its pages may soon be somebody else's."""
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # a device that fails says so in the next step, too
+                torch.cuda.current_stream(self.device).synchronize()
+
     def begin(self, entries: tuple[Entry, ...]) -> "Slices":
         """Chunks of a prepared plan, to be run in slices of a few layers."""
-        pooled = any(e.sequence.request.pool is not None for e in entries)
-        return Slices(entries, None if pooled else self._gather(entries, 0))
+        if any(e.sequence.request.pool is not None for e in entries):
+            return Slices(entries, None)
+        with torch.inference_mode():
+            return Slices(entries, self._gather(entries, 0))
 
     def advance(self, slices: "Slices", layers: int) -> "Forward | None":
         """Run so many more layers; None where some are left. Chunks that are pooled run at once, and those of which all

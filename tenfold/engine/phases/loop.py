@@ -126,12 +126,13 @@ class Phases:
         engine._steps += 1
         engine.masks.start(_held(plan))
         since = engine.clock(), self.lanes.now
-        try:
-            with self.lanes.prefill(None) as runner:
+        with self.lanes.prefill(None) as runner:
+            try:
                 runner.prepare(plan)
                 self.underway = Underway(plan, *since, runner.begin(plan.entries))
-        except Exception as error:
-            self.underway = Underway(plan, *since, Slices((), None), engine._unprepared(plan, error))
+            except Exception as error:
+                runner.settle()
+                self.underway = Underway(plan, *since, Slices((), None), engine._unprepared(plan, error))
 
     def _advance(self, prefill: Underway, beside: bool, outputs: list[Output]) -> None:
         """Launch the next slice, or where no decode runs beside it all that are left."""
@@ -144,8 +145,9 @@ class Phases:
                     if forward is not None:
                         prefill.pending = runner.sample(forward, engine._mask(_held(prefill.plan), outputs))
                 except Exception as error:
-                    logger.warning("%s failed: %s", prefill.plan, error)
+                    logger.warning("%s failed: %s", prefill.plan, error, exc_info=error)
                     prefill.pending = engine._isolate(prefill.plan, error, outputs, runner)
+                    runner.settle()
             if beside:
                 return
 

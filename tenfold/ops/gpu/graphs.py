@@ -2,8 +2,7 @@
 
 Steps whose inputs have the same shapes and lie at the same place replay one graph. A shape runs plainly the first time,
 which compiles what is missing, and is captured the second time. All graphs share one memory pool, for they never run at
-the same time. Small results stay where a graph leaves them, large ones of all graphs lie in one buffer; both are
-overwritten by a later step.
+the same time. Results too lie where another graph may have its own: a later step overwrites them.
 """
 
 from collections import OrderedDict
@@ -19,7 +18,6 @@ from tenfold.base.log import logger
 
 Forward = Callable[[Any], Tensor]
 MOST_GRAPHS = 256
-SMALL = 4 << 20  # bytes of results that each graph keeps room for
 LARGEST = 256  # requests of a captured step; above, kernels run longer than their launches take
 
 
@@ -90,7 +88,6 @@ class Graphs(Capturer):
         super().__init__()
         self.replays = 0
         self._known: OrderedDict[tuple[Any, ...], Captured | None] = OrderedDict()
-        self._results: Tensor | None = None
 
     def __call__(self, forward: Forward, step: Any) -> Tensor:
         requests = len(step.kv_lengths)
@@ -103,9 +100,7 @@ class Graphs(Capturer):
         captured = self._known.get(key, self)
         if captured is self:
             self._remember(key, None)
-            results = forward(step)
-            self._reserve(results)
-            return results
+            return forward(step)
         if captured is None:
             captured = self._capture(forward, step)
             if captured is None:
@@ -125,17 +120,28 @@ class Graphs(Capturer):
 
     def _capture(self, forward: Forward, step: Any) -> Captured | None:
         """A step as `capture` makes it."""
-        assert self._results is not None
-        results = self._results[: len(step.logits_rows)]
-        own = results.nbytes <= SMALL
-        made = self.capture(lambda: forward(step) if own else results.copy_(forward(step)))
+        made = self.capture(lambda: forward(step).contiguous())
         if made is None:
             self._known.clear()
             return None
-        return Captured(*made, step)
+        graph, results = made
+        return Captured(graph, borrowed(results), step)
 
-    def _reserve(self, like: Tensor) -> None:
-        """A buffer for results of this shape. Graphs captured before keep the one they write to."""
-        if self._results is None or len(self._results) < len(like):
-            rows = min(LARGEST, 2 * len(like))
-            self._results = torch.empty(rows, like.shape[1], dtype=torch.float32, device=like.device)
+
+class _Memory:
+    """Memory of a device for `torch.as_tensor`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "typestr": f"<i{tensor.itemsize}",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def borrowed(tensor: Tensor) -> Tensor:
+    """The numbers of a contiguous tensor, whose memory the allocator may give to what comes after it: of a captured
+    graph, whose memory is not given back, to the graphs that are captured later.
+    """
+    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
+from tenfold.ops.gpu.graphs import borrowed
 
 MOST_TOKENS = 1024  # of a recorded step; above, kernels run longer than their launches take (H100, 2026-11-28)
 
@@ -154,20 +155,3 @@ class Pieces:
             self._kernels.recording = None
         self.recordings += 1
         return recording
-
-
-class _Memory:
-    """Memory of a device for `torch.as_tensor`."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": tuple(tensor.shape),
-            "typestr": "<i2",
-            "data": (tensor.data_ptr(), False),
-            "version": 3,
-        }
-
-
-def borrowed(tensor: Tensor) -> Tensor:
-    """The numbers of a contiguous tensor of 16 bits, whose memory the allocator may give to what comes after it."""
-    return torch.as_tensor(_Memory(tensor), device=tensor.device).view(tensor.dtype)

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tenfold.engine.core import Engine
 from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
 from tenfold.engine.phases.lanes import OneStream, TwoDevices
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
+from tenfold.engine.rows import Place
 from tests.engine import fake, test_grammar
 from tests.engine.test_invariance import Case, answer, case
 
@@ -130,6 +132,13 @@ def test_a_prompt_that_fails_ends_alone(lookahead: int, lanes: Callable[[Engine]
     assert "not digestible" in (ends["bad"].error or "")
     for name, prompt, limit in (("good", (1, 2, 3), 15), ("late", (4, 5), 4)):
         assert fake.answers([o for o in outputs if o.request_id == name])[name, 0] == fake.reference(prompt, limit)
+
+
+def test_inputs_of_steps_go_to_the_device_in_every_mode() -> None:
+    place = Place(torch.device("cpu"))
+    with torch.inference_mode():
+        place.put(torch.zeros(8, dtype=torch.uint8))
+    assert place.put(torch.arange(8, dtype=torch.uint8)).tolist() == list(range(8))
 
 
 def test_grammars_hold_in_both_lanes() -> None:
