@@ -226,7 +226,8 @@ def fixed(merge: str, reading: Reading, sms: int) -> str | None:
     if merge == "global":
         return name_of(replace(plan, cluster=False))
     splits = 1 << (min(decode.LARGEST_CLUSTER, plan.splits).bit_length() - 1)
-    wanted = name_of(replace(plan, splits=splits, cluster=splits > 1))
+    _, (warps, blocks) = decode.sizes(reading.spec)
+    wanted = name_of(DecodePlan(warps, blocks, splits, plan.softmax, True) if splits > 1 else plan)
     return wanted if legal(wanted, reading, sms) else first
 
 

@@ -49,16 +49,22 @@ def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
     )  # a tile of tokens never crosses a page
 
 
+def sizes(spec: AttentionSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Warps of small and of large blocks, and how many of these a multiprocessor has."""
+    return (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
+
+
 def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str = "lazy") -> DecodePlan:
-    """What was fastest on an H100 for as many pairs of request and KV head (2026-11-28). max_kv: longest context there
-    may be; shorter ones find their number of splits on the device.
+    """What was fastest on an H100 for as many pairs of request and KV head (2026-11-28), and for contexts of more than
+    4,096 tokens on an H200 (2026-11-29). max_kv: longest context there may be; shorter ones find their number of splits
+    on the device.
 
     Many pairs fill the GPU by themselves. Fewer need splits: their merge takes about a microsecond in a cluster and
     three through global memory, but a cluster waits until one part of the GPU has room for all its blocks.
     """
     pairs = requests * spec.kv_heads
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
-    small, large = (4, 3 if spec.head_dim > 64 else 4), (8, 1 if spec.head_dim > 64 else 2)
+    small, large = sizes(spec)
     longest = -(-seen // (TILE * large[0]))
     if pairs > 1.5 * sms:
         if seen >= LONG:
@@ -68,10 +74,10 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
         if small[1] * sms < pairs <= 4 * sms:  # all at once, where larger blocks would leave a few for a second round
             return DecodePlan(2, 4, 1, softmax, False)
         return DecodePlan(*small, 1, softmax, False)
-    if longest == 1 or pairs > sms // 2:
+    if longest == 1 or (pairs > sms // 2 and seen <= 2 * SHORT):
         return DecodePlan(*large, 1, softmax, False)
     if pairs > sms // 8 or seen > SHORT:
-        warps, blocks = small if pairs > sms // 8 else large
+        warps, blocks = small if pairs > sms // 8 or seen > 2 * SHORT else large
         splits = min(sms * blocks // pairs, -(-seen // (TILE * 2 * warps)), most_splits(spec.head_dim, warps))
         return DecodePlan(warps, blocks, max(1, splits), softmax, False)
     splits = 1 << (min(LARGEST_CLUSTER, sms // 2 // pairs, longest).bit_length() - 1)

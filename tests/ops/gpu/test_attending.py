@@ -165,7 +165,7 @@ def test_chunks_are_chosen_by_their_tokens(table: Table) -> None:
         ("cluster", 1, 1024, "decode:8x1:s8:cluster"),
         ("launch", 1, 1024, "triton:two"),
         ("cluster", 1, 32768, "decode:8x1:s8:cluster"),  # as many as a cluster has
-        ("global", 1, 32768, "decode:8x1:s16:global"),
+        ("global", 1, 32768, "decode:4x3:s49:global"),
         ("cluster", 64, 1024, "decode:2x4:s1:global"),  # nothing to merge
     ],
 )
