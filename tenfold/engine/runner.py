@@ -174,23 +174,26 @@ class Runner:
         starts from, the rows' last tokens and penalty counts, so it comes last and once.
         """
         pending, batch, logits = forward.pending, forward.batch, forward.logits
-        if batch is None or logits is None:
-            return pending
-        with torch.inference_mode():
-            drafted = any(e.drafts for e in batch.sampled)
-            drawn = draws(batch.sampled) if drafted else batch.sampled
-            if batch.picks is not None:
-                pending.prompt_logs = self._prompt_logs(batch, logits)
-                logits = logits[batch.picks]
-            else:
-                logits = logits[: len(drawn)]  # a padded step has more
-            if batch.sampled:
-                check = Check(batch.sampled, self.device) if drafted else None
-                plan = self._plan_sampling(drawn)
-                sampled = self.sampler.run(logits, plan, drawn, mask, check)
-                self.rows.keep(batch.rows, sampled.last)
-                pending.take(batch.sampled, drawn, plan, sampled)
+        if batch is not None and logits is not None:
+            with torch.inference_mode():
+                self._sample(pending, batch, logits, mask)
+        pending.launched()
         return pending
+
+    def _sample(self, pending: "Pending", batch: Batch, logits: Tensor, mask: Mask | None) -> None:
+        drafted = any(e.drafts for e in batch.sampled)
+        drawn = draws(batch.sampled) if drafted else batch.sampled
+        if batch.picks is not None:
+            pending.prompt_logs = self._prompt_logs(batch, logits)
+            logits = logits[batch.picks]
+        else:
+            logits = logits[: len(drawn)]  # a padded step has more
+        if batch.sampled:
+            check = Check(batch.sampled, self.device) if drafted else None
+            plan = self._plan_sampling(drawn)
+            sampled = self.sampler.run(logits, plan, drawn, mask, check)
+            self.rows.keep(batch.rows, sampled.last)
+            pending.take(batch.sampled, drawn, plan, sampled)
 
     def _plan_sampling(self, entries: tuple[Entry, ...]) -> SamplePlan:
         """The sampler's plan for these sequences in this order, kept until they change."""
@@ -277,6 +280,14 @@ class Pending:
                 self._event = torch.cuda.Event()
                 self._event.record()
             result.tokens.record_stream(self._copies)
+
+    def launched(self) -> None:
+        """All of the step is: `result` waits for it though it may bring no token, for steps on other streams may go on
+        from its keys and values, and what was asked of its prompts is on the device still.
+        """
+        if self._copies is not None and self._event is None:
+            self._event = torch.cuda.Event()
+            self._event.record()
 
     def ready(self) -> bool:
         """Whether `result` would not wait."""

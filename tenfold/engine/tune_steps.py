@@ -20,7 +20,6 @@ from tenfold.engine.core import Engine
 from tenfold.engine.rehearsal import made_up
 from tenfold.engine.runner import Runner
 from tenfold.ops.choose import STEP_NOISE, Key, Table, best
-from tenfold.ops.gpu.hopper import HALF
 from tenfold.ops.gpu.timing import sample
 
 if TYPE_CHECKING:  # Triton is there on GPU machines only
@@ -31,7 +30,7 @@ REQUESTS = (1, 2, 4, 8, 16, 32, 64)
 # Tokens of each request: three quarters of the longest context that a choice serves (`attending.LONGEST`), every
 # third of which is measured and serves its neighbours. After the first, attention alone is chosen for.
 CONTEXTS = (1536, 192, 12288, 49152)
-TRIED = 6  # arms of an operation
+TRIED = 5  # arms of an operation
 UNTIMED = 18  # arms of one whose times alone are not known
 NEAR = 1.3  # times the fastest alone, that an arm may take to be tried
 ROUNDS = 7
@@ -50,11 +49,6 @@ class Place:
     alone: str
 
 
-def kind(name: str) -> tuple[str, bool]:
-    """Arms of one kind differ in their sizes; those that leave room beside them are of another."""
-    return name.partition(":")[0], name.endswith(HALF)
-
-
 def place(key: Key, rule: str, times: Mapping[str, float], others: Sequence[str] = ()) -> Place:
     """The rule's arm, the fastest of each kind that is near the fastest of all, and the next fastest; others: to try
     where no times are known.
@@ -63,7 +57,7 @@ def place(key: Key, rule: str, times: Mapping[str, float], others: Sequence[str]
         return Place(key, tuple(dict.fromkeys((rule, *others)))[:UNTIMED], rule)
     order = sorted(times, key=times.__getitem__)
     near = [name for name in order if times[name] <= NEAR * times[order[0]]]
-    kinds = {kind(name): name for name in reversed(near)}
+    kinds = {name.partition(":")[0]: name for name in reversed(near)}
     names = dict.fromkeys([rule, *sorted(kinds.values(), key=near.index), *near])
     return Place(key, tuple(names)[:TRIED], order[0])
 
@@ -72,10 +66,10 @@ def descend(places: Sequence[Place], measure: Measure) -> dict[Key, dict[str, fl
     """Microseconds of a step with each arm of each place. Begins with the best of: all rules, all that are fastest
     alone, and each kind of arm wherever it may run; then one place after the other takes the arm that is best there.
     """
-    kinds = dict.fromkeys(kind(name) for place in places for name in place.names)
+    kinds = dict.fromkeys(name.partition(":")[0] for place in places for name in place.names)
     starts: list[Picks] = [{p.key: p.names[0] for p in places}, {p.key: p.alone for p in places}]
     starts += [
-        {p.key: next((name for name in p.names if kind(name) == one), p.names[0]) for p in places} for one in kinds
+        {p.key: next((n for n in p.names if n.partition(":")[0] == kind), p.names[0]) for p in places} for kind in kinds
     ]
     different = [one for i, one in enumerate(starts) if one not in starts[:i]]
     taken = measure(different)

@@ -51,11 +51,6 @@ SIZES_SHARES = (
     (8, 1, 1, 2),
 )
 SIZES_SHARES_DENSE = (*SIZES_DENSE, (7, 8, 1, 1), (7, 4, 2, 1), (10, 4, 1, 1), (11, 4, 1, 1))
-# Of plans that leave half of a multiprocessor to the next kernel: warps and chunks.
-SIZES_HALF = ((16, 1), (14, 1), (8, 2), (7, 2), (16, 2), (14, 2), (10, 2))
-SIZES_HALF_DENSE = ((8, 2), (16, 1), (8, 4), (7, 4), (16, 2), (14, 2), (11, 2))
-MOST_HALVES = {1: 3, 2: 2, 4: 1}  # of them that are worth timing, by cluster
-LEAST_HALF = 48 << 10  # bytes under way, with less the memory is not read at full speed
 MOST_SHARES = {2: 4, 4: 3}
 MOST_SHARES_DENSE = {2: 3, 4: 2}
 FEW_ROWS = {2: 16384, 4: 8192}  # up to so many a multiprocessor has few tiles
@@ -76,8 +71,7 @@ FEW, MOST_DENSE_FEW = 4096, 4  # rows so few that blocks had better divide the c
 class BulkPlan:
     """How a linear operation runs. kind of KINDS; warps of a block that multiply; chunks: pieces of 128 columns (32 of
     dense weights) each has of a step; tall times 16 rows of a tile, 1 or 2; stages of the ring; blocks of a
-    multiprocessor; cluster: blocks that divide the columns. half: these take no more than half of a multiprocessor's
-    shared memory and registers, so that the next kernel's, beside them, has its ring full when its turn comes.
+    multiprocessor; cluster: blocks that divide the columns.
     """
 
     kind: str
@@ -87,16 +81,10 @@ class BulkPlan:
     stages: int
     blocks: int
     cluster: int = 1
-    half: bool = False
 
     def __str__(self) -> str:
         name = f"{self.kind}:{self.warps}x{self.chunks}x{self.tall}x{self.stages}x{self.blocks}"
-        return name + f":c{self.cluster}" * (self.cluster > 1) + hopper.HALF * self.half
-
-    @property
-    def beside(self) -> int:
-        """Blocks that a multiprocessor must have room for."""
-        return self.blocks * (1 + self.half)
+        return name + f":c{self.cluster}" * (self.cluster > 1)
 
     @property
     def chunk_cols(self) -> int:
@@ -137,14 +125,12 @@ class BulkPlan:
 
 def parse(name: str) -> BulkPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    whole = name.removesuffix(hopper.HALF)
-    found = re.fullmatch(rf"({'|'.join(KINDS)}):(\d+)x(\d+)x([12])x(\d+)x(\d+)(?::c([24]))?", whole)
+    found = re.fullmatch(rf"({'|'.join(KINDS)}):(\d+)x(\d+)x([12])x(\d+)x(\d+)(?::c([24]))?", name)
     if not found:
         allowed = f"{':WxCxTxSxB, '.join(KINDS)}:WxCxTxSxB, each with :c2 or :c4 behind it or nothing"
-        raise ValueError(f"{name!r} is no plan of bulk copies; allowed: {allowed}, then {hopper.HALF} or nothing.")
+        raise ValueError(f"{name!r} is no plan of bulk copies; allowed: {allowed}.")
     kind, *sizes = found.groups(default="1")
-    warps, chunks, tall, stages, blocks, cluster = map(int, sizes)
-    return BulkPlan(kind, warps, chunks, tall, stages, blocks, cluster, whole != name)
+    return BulkPlan(kind, *map(int, sizes))
 
 
 def reads(kind: str, format: str) -> bool:
@@ -195,9 +181,7 @@ def legal(plan: BulkPlan, tokens: int, rows: int, cols: int) -> bool:
         return False
     if plan.cluster not in CLUSTERS or cols // plan.unit < plan.cluster:
         return False
-    if plan.half and plan.stages * stage_bytes(plan) < LEAST_HALF:
-        return False
-    return hopper.fits(shared_bytes(plan, tokens, cols), plan.beside)
+    return hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
 
 
 def candidates(kind: str, tokens: int, rows: int, cols: int) -> Iterator[BulkPlan]:
@@ -209,23 +193,13 @@ def candidates(kind: str, tokens: int, rows: int, cols: int) -> Iterator[BulkPla
         if rows <= FEW_ROWS[cluster] or cols >= many[cluster]:
             sizes = SIZES_SHARES_DENSE if dense else SIZES_SHARES
             yield from islice(plans(kind, sizes, tokens, rows, cols, cluster), most)
-    for cluster, most in MOST_HALVES.items():
-        if cluster == 1 or rows <= FEW_ROWS[cluster] or cols >= many[cluster]:
-            halves = [(*size, 1, 1) for size in (SIZES_HALF_DENSE if dense else SIZES_HALF)]
-            yield from islice(plans(kind, halves, tokens, rows, cols, cluster, True), most)
 
 
 def plans(
-    kind: str,
-    sizes: Iterable[tuple[int, int, int, int]],
-    tokens: int,
-    rows: int,
-    cols: int,
-    cluster: int = 1,
-    half: bool = False,
+    kind: str, sizes: Iterable[tuple[int, int, int, int]], tokens: int, rows: int, cols: int, cluster: int = 1
 ) -> Iterator[BulkPlan]:
     """Of these sizes, those first whose steps take a block's columns most evenly."""
-    found = [deepest(kind, size, tokens, rows, cols, cluster, half) for size in sizes]
+    found = [deepest(kind, size, tokens, rows, cols, cluster) for size in sizes]
     yield from sorted((plan for plan in found if plan is not None), key=lambda plan: idle(plan, cols))
 
 
@@ -235,21 +209,15 @@ def idle(plan: BulkPlan, cols: int) -> int:
 
 
 def deepest(
-    kind: str,
-    size: tuple[int, int, int, int],
-    tokens: int,
-    rows: int,
-    cols: int,
-    cluster: int = 1,
-    half: bool = False,
+    kind: str, size: tuple[int, int, int, int], tokens: int, rows: int, cols: int, cluster: int = 1
 ) -> BulkPlan | None:
-    """The plan of a size with as many stages as fit in half of the shared memory, or where those are few in all of it,
-    unless half of it is all that there is. None: none is legal.
+    """The plan of a size with as many stages as fit in half of the shared memory, or where those are few in all of it.
+    None: none is legal.
     """
     warps, chunks, tall, blocks = size
-    for share, least in ((2, LEAST_STAGES),) if half else ((2, ENOUGH), (1, LEAST_STAGES)):
+    for share, least in ((2, ENOUGH), (1, LEAST_STAGES)):
         for stages in range(MOST_STAGES, least - 1, -1):
-            plan = BulkPlan(kind, warps, chunks, tall, stages, blocks, cluster, half)
+            plan = BulkPlan(kind, warps, chunks, tall, stages, blocks, cluster)
             if hopper.fits(shared_bytes(plan, tokens, cols), blocks * share) and legal(plan, tokens, rows, cols):
                 return plan
     return None
@@ -306,7 +274,7 @@ def run(
             ("WARPS", plan.warps),
             ("CHUNKS", plan.chunks),
             ("STAGES", plan.stages),
-            ("BLOCKS", plan.beside),
+            ("BLOCKS", plan.blocks),
             ("CLUSTER", plan.cluster),
             ("NORM", int(norm is not None)),
             ("GATE", gate),

@@ -9,13 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
 
+T = TypeVar("T")
 Forward = Callable[[Any], Tensor]
 MOST_GRAPHS = 256
 LARGEST = 256  # requests of a captured step; above, kernels run longer than their launches take
@@ -59,13 +60,8 @@ class Capturer:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
-        graph, stream = torch.cuda.CUDAGraph(), self._place()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream), ExitStack() as stack:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                stack.callback(graph.capture_end)
-                results = run()
+            graph, results = roomy(lambda: self._captured(run))
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
             logger.warning("CUDA graphs are off, a step could not be captured: %s", self.failure)
@@ -73,12 +69,34 @@ class Capturer:
         self.captures += 1
         return graph, results
 
+    def _captured(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph, stream = torch.cuda.CUDAGraph(), self._place()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), ExitStack() as stack:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            stack.callback(graph.capture_end)
+            return graph, run()
+
     def _place(self) -> Any:
         """The stream to capture on: a graph's kernels keep to the SMs of that stream, so the current one; the default
         one cannot be captured.
         """
         current = torch.cuda.current_stream()
         return self._stream if current == torch.cuda.default_stream() else current
+
+
+def roomy(capture: Callable[[], T]) -> T:
+    """What a capture gives. Memory that the allocator keeps for later is out of a capture's reach, so where there is
+    too little it is given back, and the capture is tried once more.
+    """
+    try:
+        return capture()
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return capture()
 
 
 class Graphs(Capturer):

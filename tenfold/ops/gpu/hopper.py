@@ -3,7 +3,6 @@
 SHARED = 227 << 10  # bytes of shared memory a block may use
 SHARED_SM = 228 << 10  # of a multiprocessor
 RESERVED = 1024  # of it each block also costs
-HALF = ":half"  # how names of plans end that leave half of a multiprocessor to the next kernel
 
 
 def fits(shared: int, blocks: int) -> bool:

@@ -72,7 +72,7 @@ class Gpu(Oracle):
         """The same kernels for streams that have so many of the SMs, with workspaces of their own. table: of choices,
         where it is another.
         """
-        other, table = copy.copy(self), table or self.arms.table
+        other, table = copy.copy(self), self.arms.table if table is None else table
         other.sms = sms
         other.arms = arms.Arms(self.device, self.dtype, sms, table, self.options.gemm)
         other.attending = Attending(self.device, sms, table, self.options.merge)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
-from tenfold.ops.gpu.graphs import borrowed
+from tenfold.ops.gpu.graphs import borrowed, roomy
 
 MOST_TOKENS = 1024  # of a recorded step; above, kernels run longer than their launches take (H100, 2026-11-28)
 
@@ -141,11 +141,15 @@ class Pieces:
         current = torch.cuda.current_stream()
         # A graph's kernels keep to the SMs of the stream it was captured on; the default one cannot be captured.
         stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
-        recording = Recording(step.token_ids.new_zeros(tokens), self._pool, stream)
-        padded = replace(step, token_ids=recording.ids)
-        self._kernels.recording = recording
-        try:
+
+        def recorded() -> Recording:
+            recording = self._kernels.recording = Recording(step.token_ids.new_zeros(tokens), self._pool, stream)
+            padded = replace(step, token_ids=recording.ids)
             recording.record(lambda: forward(padded))
+            return recording
+
+        try:
+            recording = roomy(recorded)
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
             logger.warning("CUDA graphs of short prompts are off, a step could not be recorded: %s", self.failure)

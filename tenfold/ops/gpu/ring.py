@@ -37,9 +37,6 @@ SIZES = (
 )
 SHARED_SIZES = ((5, 1, 256), (4, 1, 256), (4, 1, 128))  # of plans whose blocks share tiles in clusters
 CLUSTERS = (8, 4, 2)
-HALF_HEIGHTS = (64, 128)  # of tiles of plans that leave half of a multiprocessor to the next kernel
-LEAST_HALF = 24 << 10  # bytes of weights that those have under way, or memory is not read at full speed
-MOST_STAGES = 10
 MOST_SMS = 256  # multiprocessors, more than any GPU has
 
 
@@ -47,7 +44,7 @@ MOST_SMS = 256  # multiprocessors, more than any GPU has
 class RingPlan:
     """stages of the ring, blocks of a multiprocessor, rows of a tile (of HEIGHTS), and how work is dealt out: splits 1:
     whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS. cluster: blocks that
-    have a tile together and add up in shared memory; then splits is 1. half: as in `BulkPlan`.
+    have a tile together and add up in shared memory; then splits is 1.
     """
 
     stages: int
@@ -56,36 +53,24 @@ class RingPlan:
     splits: int = 1
     kind: str = "ring"
     cluster: int = 1
-    half: bool = False
-
-    @property
-    def boxes(self) -> int:
-        """Of a stage."""
-        return 1 if self.height == HEIGHTS[-1] or (self.half and self.height > HEIGHTS[0]) else 2
 
     @property
     def step_cols(self) -> int:
-        return self.boxes * BOX_BYTES * 8 // KINDS[self.kind]
-
-    @property
-    def beside(self) -> int:
-        """Blocks that a multiprocessor must have room for."""
-        return self.blocks * (1 + self.half)
+        return boxes(self.height) * BOX_BYTES * 8 // KINDS[self.kind]
 
     def __str__(self) -> str:
         dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
-        dealt += f":c{self.cluster}" * (self.cluster > 1) + hopper.HALF * self.half
+        dealt += f":c{self.cluster}" * (self.cluster > 1)
         return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}"
 
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    whole, _, cluster = name.removesuffix(hopper.HALF).partition(":c")
+    whole, _, cluster = name.partition(":c")
     found = parts(whole, KINDS, HEIGHTS)
     if found is None or cluster not in ("", *map(str, CLUSTERS)) or (cluster and found[3] != 1):
-        allowed = f"ring:SxBxR or ring-fp8:SxBxR, then :even, :sN or :cN, then {hopper.HALF} or nothing"
-        raise ValueError(f"{name!r} is no ring plan; allowed: {allowed}.")
-    return RingPlan(*found, int(cluster or 1), name.endswith(hopper.HALF))
+        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even, :sN or :cN.")
+    return RingPlan(*found, int(cluster or 1))
 
 
 def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str] | None:
@@ -98,23 +83,24 @@ def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int,
     return int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind
 
 
+def boxes(height: int) -> int:
+    """Of a stage."""
+    return 1 if height == HEIGHTS[-1] else 2
+
+
 def width(tokens: int) -> int:
     """Tokens of the instruction the kernel is compiled for."""
     return max(8, 1 << (tokens - 1).bit_length())
 
 
-def stored(plan: RingPlan, tokens: int) -> int:
-    """Tokens of a tile that are stored at a time."""
-    n = width(tokens)
-    return n // 2 if n == MOST_TOKENS and plan.cluster == 1 and (plan.half or plan.height == HEIGHTS[-1]) else n
-
-
 def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
-    stage = plan.boxes * BOX_BYTES * (plan.height + width(tokens))
+    n = width(tokens)
+    stage = boxes(plan.height) * BOX_BYTES * (plan.height + n)
     if plan.cluster > 1:  # sums take the place of stages
         return 1024 + plan.stages * (stage + 16)
-    return 1024 + plan.stages * (stage + 16) + stored(plan, tokens) * (plan.height + 4) * 4 + 16
+    stored = n // 2 if plan.height == HEIGHTS[-1] and n == MOST_TOKENS else n  # tokens at a time
+    return 1024 + plan.stages * (stage + 16) + stored * (plan.height + 4) * 4 + 16
 
 
 def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:
@@ -133,9 +119,7 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
         return False
     if plan.kind == FLOAT8 and cols > MOST_COLS:
         return False
-    if plan.half and plan.stages * plan.boxes * BOX_BYTES * plan.height < LEAST_HALF:
-        return False
-    return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), plan.beside)
+    return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
 
 
 def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
@@ -154,12 +138,6 @@ def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = "ring") 
             plan = RingPlan(stages, blocks, height, splits, kind)
             if legal(plan, tokens, rows, cols):
                 yield plan
-    for height in HALF_HEIGHTS:
-        for splits in sorted({1, max(1, sms // -(-rows // height))}):
-            deep = (RingPlan(stages, 1, height, splits, kind, half=True) for stages in range(MOST_STAGES, 1, -1))
-            found = next((plan for plan in deep if legal(plan, tokens, rows, cols)), None)
-            if found is not None:
-                yield found
     for stages, blocks, height in SHARED_SIZES:
         cluster = next((c for c in CLUSTERS if -(-rows // height) * c <= sms), 1)
         plan = RingPlan(stages, blocks, height, 1, kind, cluster)
@@ -254,9 +232,7 @@ def launch(
             ("HALF", nvrtc.HALF[x.dtype]),
             ("N", width(tokens)),
             ("STAGES", plan.stages),
-            ("BLOCKS", plan.beside),
-            ("BOXES", plan.boxes),
-            ("TURN", stored(plan, tokens)),
+            ("BLOCKS", plan.blocks),
             ("GATE", gate),
             ("ROWS", plan.height),
             ("SPLIT", int(plan.splits != 1)),

@@ -152,4 +152,5 @@ def weights(work: Work, timer: Timer, device: torch.device) -> list[Matrix]:
 def open_arms(device: torch.device, dtype: torch.dtype, table: Table | None = None) -> Arms:
     """The arms of a CUDA device, by its own table or another."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return Arms(device, dtype, sms, table or arms.table(torch.cuda.get_device_name(device)))
+    own = arms.table(torch.cuda.get_device_name(device)) if table is None else table
+    return Arms(device, dtype, sms, own)

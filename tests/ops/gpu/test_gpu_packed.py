@@ -176,7 +176,6 @@ def test_tokens_are_rounded_to_the_nearest_float8(cols: int, dtype: torch.dtype)
     ("format", "count", "plan"),
     [
         *(("fp8a8", 64, "ring-fp8:5x1x64:even"), ("fp8g128a8", 17, "ring-fp8:5x1x64:even")),
-        *(("fp8a8", 64, "ring-fp8:3x1x128:half"), ("fp8g128a8", 33, "ring-fp8:3x1x64:s2:half")),
         *(("int8g128", 8, "stream8:8x4x1"), ("int4g128", 64, "ring4:4x1x192:even"), ("int8", 16, "ring8:4x2x64:s2")),
     ],
 )

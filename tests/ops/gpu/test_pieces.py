@@ -126,6 +126,24 @@ def test_a_number_of_tokens_is_recorded_the_second_time(told: list[str]) -> None
     assert (run.recordings, run.replays) == (1, 2)
 
 
+def test_a_capture_that_lacks_memory_is_tried_again_once_some_was_given_back(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(self: Graph, **asked: Any) -> None:
+        if "empty" not in told:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 50.00 MiB.")
+
+    monkeypatch.setattr(Graph, "capture_begin", short)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("empty"))
+    kernels = Kernels()
+    run = pieces.Pieces(kernels)
+    for name in ("a", "b", "c"):
+        run(kernels.forward, Step(torch.arange(5), name=name))
+    assert (run.recordings, run.replays, run.failure, kernels.recording) == (1, 2, "", None)
+    assert [what for what in told if what in ("wait", "empty")] == ["wait", "empty"]
+
+
 def test_a_step_that_cannot_be_recorded_runs_plainly_from_then_on(
     told: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,8 +12,7 @@
 // other's shared memory: for few rows and many tokens, where sums in global memory are most of the way.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
-// multiprocessor, that registers must allow · BOXES of 128 bytes of a row in a stage · TURN tokens of a finished tile that are
-// stored at a time · ROWS 64, 128 or 256 · SPLIT · CLUSTER, then no SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale
+// multiprocessor · ROWS 64, 128 or 256 · SPLIT · CLUSTER, then no SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale
 // for each token, and for each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
 // columns meet in float32.
 
@@ -24,11 +23,13 @@
 
 #define CONSUMERS (ROWS * 2)  // a warpgroup for 64 rows
 #define BOX_COLS (1024 / BITS)
+#define BOXES (ROWS == 256 ? 1 : 2)  // of a stage
 #define STEP_COLS (BOXES * BOX_COLS)
 #define W_BOX (ROWS * 128)  // bytes
 #define X_BOX (N * 128)
 #define STAGE_BYTES (BOXES * (W_BOX + X_BOX))
 #define PITCH (ROWS + 4)  // floats between tokens of the finished tile
+#define TURN (ROWS == 256 && N == 64 && CLUSTER == 1 ? N / 2 : N)  // tokens of it that are stored at a time
 
 #include "deal.h"
 
