@@ -103,14 +103,15 @@ def _gaps(result: Result) -> list[Claim]:
     made = []
     for rate in sorted({row.rate for row in result.rows}):
         ours = result.row(DEFAULT, rate)
-        if ours is None:
+        if ours is None or not ours.beside:
             continue
         where = f"{name_of(result)}, {result.long:.0%} prompts of {result.long_tokens}, {rate:g} requests a second"
-        each = [row for row in result.rows if row.rate == rate]
-        note = ", ".join(f"{r.arm}: ITL p99 {r.itl['p99']:.1f}, TTFT p90 {r.ttft['p90']:.0f} ms" for r in each)
-        gaps, first = (f"{what}, {where}" for what in ("p99 time between tokens", "p90 TTFT"))
+        each = [row for row in result.rows if row.rate == rate and row.beside]
+        note = ", ".join(f"{r.arm}: {r.beside['p99']:.1f}, TTFT p90 {r.ttft['p90']:.0f} ms" for r in each)
+        what = "p99 time between tokens while long prompts wait for their first"
+        gaps, first = (f"{one}, {where}" for one in (what, "p90 TTFT"))
         for rival in (row for row in each if row.arm.partition(":")[0] == CHUNKED or phases.is_peer(row.arm)):
-            what, ratio = f"{gaps}, {rival.arm} over {DEFAULT}", rival.itl["p99"] / ours.itl["p99"]
+            what, ratio = f"{gaps}, {rival.arm} over {DEFAULT}", rival.beside["p99"] / ours.beside["p99"]
             made.append(claim("P3", what, ratio, "x", result.command, at_least=2.0, note=note))
             what, ratio = f"{first}, {DEFAULT} over {rival.arm}", ours.ttft["p90"] / rival.ttft["p90"]
             made.append(claim("P3", what, ratio, "x", result.command, at_most=1.3, note=note))

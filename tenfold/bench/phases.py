@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +49,8 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
 PEER = "vllm"
 PEER_TOKENS = 8192  # of a step: what its server takes
-PEER_SHARE = 0.45  # of the GPU's memory; ours gets what is left
+PEER_SHARE = 0.45  # of the GPU's memory
+SHARE = 0.8  # of what is free, for our weights and cache: the streams of a dozen lanes each keep memory of their own
 TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
 HOPELESS = 0.3  # share of requests that keep the loose targets
 FULL = ("chunked", "adaptive")  # arms whose throughput without contention is compared
@@ -68,8 +70,9 @@ def is_peer(arm: str) -> bool:
 @dataclass(slots=True)
 class Row:
     """An arm at a rate. tight, loose: share of requests that kept both targets; latency: mean seconds to the last
-    token; percentiles of TTFT, TPOT and gaps between tokens, in ms; moved: times the border moved; decisions: how often
-    each split and size of chunks was decided on.
+    token; percentiles of TTFT, TPOT and gaps between tokens, in ms, and in beside of those gaps in which a long prompt
+    waited for its first token; moved: times the border moved; decisions: how often each split and size of chunks was
+    decided on.
     """
 
     arm: str
@@ -84,6 +87,7 @@ class Row:
     ttft: dict[str, float]
     tpot: dict[str, float]
     itl: dict[str, float]
+    beside: dict[str, float] = field(default_factory=dict)
     moved: int = 0
     decisions: dict[str, int] = field(default_factory=dict)
 
@@ -91,7 +95,9 @@ class Row:
         return (
             f"{self.rate:6.2f}/s {self.arm:14} tight {self.tight:4.0%} loose {self.loose:4.0%}  "
             f"TTFT p90 {self.ttft['p90']:7.0f} p99 {self.ttft['p99']:7.0f}  TPOT p90 {self.tpot['p90']:6.1f}  "
-            f"ITL p99 {self.itl['p99']:6.1f} ms  latency {self.latency:6.2f} s  {self.tokens / self.seconds:6.0f} tok/s"
+            f"ITL p99 {self.itl['p99']:6.1f} ms  "
+            + (f"beside long prompts {self.beside['p99']:6.1f} ms  " if self.beside else "")
+            + f"latency {self.latency:6.2f} s  {self.tokens / self.seconds:6.0f} tok/s"
             + (f"  moved {self.moved}" if self.moved else "")
             + (f"  {self.failed} failed" if self.failed else "")
         )
@@ -289,7 +295,23 @@ def serve(engine: Engine, asks: Sequence[Ask], seed: int, one_by_one: bool = Fal
     return answers, engine.clock() - begin
 
 
-def row_of(arm: str, rate: float, answers: Sequence[Answer], seconds: float, alone: Mapping[str, float]) -> Row:
+def beside(asks: Sequence[Ask], answers: Sequence[Answer], tokens: int) -> list[float]:
+    """Milliseconds between tokens of other answers while a prompt of so many tokens waited for its first one."""
+    waits = [(a.due, a.times[0]) for ask, a in zip(asks, answers) if ask.prompt >= tokens > 0 and a.times]
+    others = [a.times for ask, a in zip(asks, answers) if ask.prompt < tokens]
+    gaps = [gap for times in others for gap in pairwise(times)]
+    return [1e3 * (b - a) for a, b in gaps if any(a < end and begin < b for begin, end in waits)]
+
+
+def row_of(
+    arm: str,
+    rate: float,
+    answers: Sequence[Answer],
+    seconds: float,
+    alone: Mapping[str, float],
+    long: Sequence[float] = (),
+) -> Row:
+    """long: gaps beside long prompts."""
     fine = [a for a in answers if not a.error and a.times]
 
     def kept(times: float) -> float:
@@ -304,6 +326,7 @@ def row_of(arm: str, rate: float, answers: Sequence[Answer], seconds: float, alo
         *(kept(TIGHT), kept(LOOSE), statistics.fmean([a.times[-1] - a.due for a in fine]) if fine else float("inf")),
         *(shares([a.ttft for a in fine]), shares([a.tpot for a in fine if a.tpot is not None])),
         shares([gap for a in fine for gap in a.gaps]),
+        shares(long) if long else {},
     )
 
 
@@ -365,7 +388,9 @@ def run(
             if any(row.arm == name and row.rate < rate and row.loose < hopeless for row in result.rows):
                 result.notes.append(f"{name}: left out at {rate} requests a second, hopeless at fewer")
                 continue
-            row = row_of(name, rate, *arms.serve(name, asks, turn), result.alone)
+            answers, took = arms.serve(name, asks, turn)
+            long = beside(asks, answers, result.long_tokens if result.long else 0)
+            row = row_of(name, rate, answers, took, result.alone, long)
             row.moved, row.decisions = arms.moved, arms.decisions
             result.rows.append(row)
             say(row.line())
@@ -381,6 +406,7 @@ def run(
 def load(model: str, device: str, longest: int, changes: Mapping[str, Any]) -> Engine:
     model = at_least_positions(model, longest) if is_shape(model) else model
     own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
+    own["gpu_memory_utilization"] = SHARE
     return Engine.load(EngineConfig(model=model, device=device, **(own | dict(changes))), tokens_only=True)
 
 

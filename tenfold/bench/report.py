@@ -228,11 +228,13 @@ def kv_quality_table(data: Mapping[str, Any]) -> str:
 
 def phases_table(result: phases.Result) -> str:
     """Every arm at every rate."""
-    head = ["requests/s", "schedule", "tight", "loose", "TTFT p90", "TTFT p99", "TPOT p90", "ITL p99", "latency"]
-    lines = [_cells([*head, "tokens/s"]), _cells(["---"] * (len(head) + 1))]
+    head = ["requests/s", "schedule", "tight", "loose", "TTFT p90", "TTFT p99", "TPOT p90", "ITL p99"]
+    head += ["ITL p99 beside long prompts"] * bool(result.long) + ["latency", "tokens/s"]
+    lines = [_cells(head), _cells(["---"] * len(head))]
     for row in sorted(result.rows, key=lambda row: (row.rate, result.arms.index(row.arm))):
         times = [f"{value:.0f} ms" for value in (row.ttft["p90"], row.ttft["p99"])]
         times += [f"{value:.1f} ms" for value in (row.tpot["p90"], row.itl["p99"])]
+        times += [f"{row.beside['p99']:.1f} ms" if row.beside else ""] * bool(result.long)
         shares = [f"{row.tight:.0%}", f"{row.loose:.0%}"]
         speed = f"{row.tokens / row.seconds:.0f}"
         lines.append(_cells([f"{row.rate:g}", row.arm, *shares, *times, f"{row.latency:.2f} s", speed]))

@@ -72,9 +72,19 @@ def test_requests_count_where_both_targets_hold() -> None:
     assert row.latency == pytest.approx((0.06 + 0.1 + 0.09) / 3)
 
 
+def test_gaps_beside_long_prompts_are_told_apart() -> None:
+    asks = [phases.Ask(0.0, 10, 3), phases.Ask(0.1, 999, 1), phases.Ask(0.9, 10, 2)]
+    answers = [Answer(0.0, [0.05, 0.15, 0.40, 0.45], [1] * 4), Answer(0.1, [0.3], [1]), Answer(0.9, [1.0, 1.1], [1, 1])]
+    assert phases.beside(asks, answers, 999) == pytest.approx([100.0, 250.0])
+    assert phases.beside(asks, answers, 0) == []
+    found = phases.row_of("a", 2.0, answers, 1.0, {"ttft": 1.0, "tpot": 1.0}, [100.0, 250.0])
+    assert found.beside["p99"] == pytest.approx(250.0, rel=0.02)
+    assert "beside long prompts" in found.line()
+
+
 def row(arm: str, rate: float, tight: float, loose: float, **values: float) -> Row:
-    own = {"latency": 1.0, "ttft": 100.0, "itl": 20.0} | values
-    percentiles = [dict.fromkeys(("p50", "p90", "p99"), own[name]) for name in ("ttft", "ttft", "itl")]
+    own = {"latency": 1.0, "ttft": 100.0, "itl": 20.0, "beside": 20.0} | values
+    percentiles = [dict.fromkeys(("p50", "p90", "p99"), own[name]) for name in ("ttft", "ttft", "itl", "beside")]
     return Row(arm, rate, 100, 0, 10.0, 1000, tight, loose, own["latency"], *percentiles, moved=3)
 
 
@@ -111,9 +121,9 @@ def test_a_mix_with_long_prompts_counts_gaps_between_tokens() -> None:
     result = made()
     result.long, result.long_tokens = 0.1, 8192
     result.rows = [
-        row("chunked", 4, 1, 1, itl=300.0, ttft=500.0),
-        row("chunked:512", 4, 1, 1, itl=60.0, ttft=900.0),
-        row("adaptive", 4, 1, 1, itl=25.0, ttft=1000.0),
+        row("chunked", 4, 1, 1, beside=300.0, ttft=500.0),
+        row("chunked:512", 4, 1, 1, beside=60.0, ttft=900.0),
+        row("adaptive", 4, 1, 1, beside=25.0, ttft=1000.0),
     ]
     *large, gaps, first = claims_phases.of_results([result])
     assert [(c.id, c.value, c.met) for c in large] == [("P3", 12.0, True), ("P3", 2.0, False)]

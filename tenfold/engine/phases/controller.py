@@ -25,6 +25,9 @@ NEARLY = 0.9  # of the prompt tokens a second of the largest steps in time, that
 HASTE = 0.5  # of the target of first tokens, in which those who wait should be served by smaller steps
 STRETCH = 2.0  # times the target, that steps may take while first tokens are late: most steps have no prompts
 EFFORT = 0.2  # by which a split must compute prompts faster than steps with both for the border to move
+LEAST_STEPS = (
+    3.0  # of decodes that a prefill in a lane takes: the last goes on in its part of the GPU when that is done
+)
 GAIN = 0.05  # by which the worse of both targets must be better served for a border to move
 
 
@@ -274,8 +277,11 @@ class Adaptive:
         return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
 
     def _worth(self, split: Split, mixed: Promise, seen: Observed, now: Split) -> bool:
-        """Whether a split is so much better that the border moves, or enough for it to stay."""
-        return self.inner.promise(split, seen).better(mixed, EFFORT if now == self.shared else GAIN)
+        """Whether a split is so much better that the border moves, or enough for it to stay, and for some steps."""
+        own, targets = self.inner.promise(split, seen), seen.targets or self.targets
+        if own.work * targets.ttft < LEAST_STEPS * own.step * targets.tpot:
+            return False
+        return own.better(mixed, EFFORT if now == self.shared else GAIN)
 
     def chunk(self, seen: Observed, in_time: range) -> int:
         """The fewest tokens of prompts that compute prompts nearly as fast as the most that leave a step in time; or in

@@ -50,28 +50,31 @@ class Attention:
 
 
 class Recording:
-    """A forward of so many tokens as graphs and attentions in turn; ids [tokens]: its input, states: its result."""
+    """A forward of so many tokens as graphs and attentions in turn; ids [tokens]: its input, states: its result.
+    results: of attention, by width, which all recordings share.
+    """
 
-    def __init__(self, ids: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
+    def __init__(self, ids: Tensor, pool: Any, stream: torch.cuda.Stream, results: dict[int, Tensor]) -> None:
         self.ids = ids
         self.states: Tensor | None = None
         self._pool = pool
         self._stream = stream
+        self._results = results
         self._parts: list[torch.cuda.CUDAGraph | Attention] = []
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._attended = ids.new_empty(0)
 
     def attend(self, qkv: Tensor, width: int, call: Attend) -> Tensor:
         """A result [tokens, width] of attention, which nobody computes now. One memory serves all layers: the next
-        kernels read it before the next attention.
+        kernels read it before the next attention. Rows past a step's tokens are zeros or an earlier step's.
         """
-        if self._attended.shape[1:] != (width,):
-            self._attended = qkv.new_zeros(len(qkv), width)  # rows past a step's tokens are never written
+        if width not in self._results:
+            self._results[width] = qkv.new_zeros(MOST_TOKENS, width)
+        attended = self._results[width][: len(qkv)]
         if self._graph is not None:
             self._end()
-            self._parts.append(Attention(call, borrowed(qkv), self._attended))
+            self._parts.append(Attention(call, borrowed(qkv), attended))
             self._begin()
-        return self._attended
+        return attended
 
     def record(self, forward: Callable[[], Tensor]) -> None:
         """Run a forward for its kernels to be compiled, then once more to write them down. Raises RuntimeError."""
@@ -81,7 +84,7 @@ class Recording:
             stack.enter_context(torch.cuda.stream(self._stream))
             stack.callback(self._end)
             self._begin()
-            self.states = forward()
+            self.states = borrowed(forward().contiguous())
 
     def replay(self, step: Any) -> Tensor:
         """The states of a step's tokens, until the next replay."""
@@ -116,6 +119,7 @@ class Pieces:
         self._kernels = kernels
         self._known: dict[tuple[int, int], Recording | None] = {}
         self._pool: Any = None
+        self._results: dict[int, Tensor] = {}
 
     def __call__(self, forward: Callable[[Any], Tensor], step: Any) -> Tensor:
         tokens = len(step.token_ids)
@@ -143,7 +147,9 @@ class Pieces:
         stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
 
         def recorded() -> Recording:
-            recording = self._kernels.recording = Recording(step.token_ids.new_zeros(tokens), self._pool, stream)
+            recording = self._kernels.recording = Recording(
+                step.token_ids.new_zeros(tokens), self._pool, stream, self._results
+            )
             padded = replace(step, token_ids=recording.ids)
             recording.record(lambda: forward(padded))
             return recording

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tenfold.engine.phases import controller
 from tenfold.engine.phases.controller import (
     Adaptive,
     Algorithm1,
@@ -173,6 +174,14 @@ def test_a_part_of_the_gpu_is_taken_where_steps_in_time_would_hold_few_tokens_of
     # back only where steps with both do better by more than a little
     assert own.decide(seen(), found.split).split == found.split
     assert own.decide(seen(requests=0), found.split) == own.decide(seen(requests=0), WHOLE)
+
+
+def test_no_split_for_what_is_done_within_few_steps_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = adaptive(tpot=0.009, ttft=0.02)
+    assert own.decide(seen(queued=1000), WHOLE).split in SPLITS
+    assert own.decide(seen(queued=500), WHOLE).split == WHOLE
+    monkeypatch.setattr(controller, "LEAST_STEPS", 0.0)
+    assert own.decide(seen(queued=500), WHOLE).split in SPLITS
 
 
 def test_a_phase_without_work_needs_no_split() -> None:
