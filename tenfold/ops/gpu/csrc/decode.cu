@@ -40,7 +40,7 @@
 #define PARTIAL (GROUP * D + (2 * GROUP + 3) / 4 * 4)  // floats a split leaves: sums, then maxima and denominators
 #define QUADS (GROUP * D / 4)
 #define PARTS (THREADS / QUADS > 1 ? THREADS / QUADS : 1)  // of the splits, when they are merged
-#define AHEAD 8  // partial sums a merging thread has on their way
+#define AHEAD 25  // partial sums a merging thread has on their way
 
 struct Args {
     const u16 *keys, *values;
@@ -61,28 +61,35 @@ struct Tile {
 
 #define STAGE (2 * TILE * D * 2)  // bytes of a tile's keys and values
 
-__device__ __forceinline__ const u16 *row_of(const u16 *store, const Args &a, int token, const u16 *fresh) {
-    if (token >= a.length - 1) return fresh;  // the new token, and past the end: anything finite
-    int page = a.table[token / a.page_size];
-    return store + (((size_t)page * a.kv_heads + a.head) * a.page_size + token % a.page_size) * D;
+__device__ __forceinline__ int page_of(const Args &a, int tile, int last) {
+    return tile < last ? a.table[tile * TILE / a.page_size] : 0;
 }
 
-__device__ __forceinline__ void load_keys(Tile &t, const Args &a, int tile, const u16 *fresh) {
-    int lane = threadIdx.x & 31;
+// Where keys and values of a tile begin, whose tokens lie in one page.
+__device__ __forceinline__ size_t place_of(const Args &a, int tile, int page) {
+    return (((size_t)page * a.kv_heads + a.head) * a.page_size + tile * TILE % a.page_size) * D;
+}
+
+__device__ __forceinline__ void load_keys(Tile &t, const Args &a, int tile, int page, const u16 *fresh) {
+    const int lane = threadIdx.x & 31;
+    const u16 *rows = a.keys + place_of(a, tile, page);
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-        const u16 *row = row_of(a.keys, a, tile * TILE + n * 8 + (lane >> 2), fresh) + (lane & 3) * 8;
+        const int own = n * 8 + (lane >> 2);
+        // The new token, and past the end: anything finite.
+        const u16 *row = (tile * TILE + own >= a.length - 1 ? fresh : rows + own * D) + (lane & 3) * 8;
 #pragma unroll
         for (int i = 0; i < KP; i++) t.k[n][i] = *(const uint4 *)(row + i * 32);
     }
 }
 
-__device__ __forceinline__ void load_values(Tile &t, const Args &a, int tile, const u16 *fresh) {
-    int lane = threadIdx.x & 31;
+__device__ __forceinline__ void load_values(Tile &t, const Args &a, int tile, int page, const u16 *fresh) {
+    const int lane = threadIdx.x & 31;
+    const u16 *rows = a.values + place_of(a, tile, page);
 #pragma unroll
     for (int n = 0; n < 4; n++) {
-        int token = tile * TILE + (lane & 3) * 2 + (n & 1) + (n >> 1) * 8;
-        const u16 *row = row_of(a.values, a, token, fresh) + (lane >> 2) * 8;
+        const int own = (lane & 3) * 2 + (n & 1) + (n >> 1) * 8;
+        const u16 *row = (tile * TILE + own >= a.length - 1 ? fresh : rows + own * D) + (lane >> 2) * 8;
 #pragma unroll
         for (int i = 0; i < VP; i++) t.v[n][i] = *(const uint4 *)(row + i * 64);
     }
@@ -232,16 +239,12 @@ struct Tiles {
     int from;
 };
 
-__device__ __forceinline__ int page_of(const Args &a, int tile, int last) {
-    return tile < last ? a.table[tile * TILE / a.page_size] : 0;
-}
-
 // Ask for a tile, which goes to a slot. Every lane comes here.
 __device__ __forceinline__ void ask(Tiles &t, const Args &a, int tile, int slot, int last) {
     const int lane = threadIdx.x & 31, turn = (tile - t.from) / WARPS;
     const int page = __shfl_sync(~0u, t.pages, turn);
     if (lane == 0) {
-        const size_t at = (((size_t)page * a.kv_heads + a.head) * a.page_size + tile * TILE % a.page_size) * D;
+        const size_t at = place_of(a, tile, page);
         const u32 stage = t.stages + slot * STAGE, barrier = t.barriers + slot * 8;
         u64 once;
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
@@ -298,15 +301,22 @@ __device__ __forceinline__ bool walk(State &state, Tiles &t, const uint4 (&q)[KP
     return outside;
 }
 #else
-typedef Tile Tiles[DEPTH];
+// Tiles of this warp under way, and the page of the one that comes after each: nobody waits for a table's entry.
+struct Tiles {
+    Tile own[DEPTH];
+    int page[DEPTH];
+};
 
 // This warp's first tiles under way: first, first + WARPS, ... below last.
 __device__ __forceinline__ void begin(Tiles &tiles, const Args &a, int first, int last, const Shared &sh) {
 #pragma unroll
+    for (int i = 0; i < DEPTH; i++) tiles.page[i] = page_of(a, first + i * WARPS, last);
+#pragma unroll
     for (int i = 0; i < DEPTH; i++)
         if (first + i * WARPS < last) {
-            load_keys(tiles[i], a, first + i * WARPS, sh.k);
-            load_values(tiles[i], a, first + i * WARPS, sh.v);
+            load_keys(tiles.own[i], a, first + i * WARPS, tiles.page[i], sh.k);
+            load_values(tiles.own[i], a, first + i * WARPS, tiles.page[i], sh.v);
+            tiles.page[i] = page_of(a, first + (i + DEPTH) * WARPS, last);
         }
 }
 
@@ -320,11 +330,14 @@ __device__ __forceinline__ bool walk(State &state, Tiles &tiles, const uint4 (&q
             const int at = from + i * WARPS, next = at + DEPTH * WARPS;
             if (at >= last) break;
             float s[2][2];
-            score(s, tiles[i], q, a, at);
-            if (next < last) load_keys(tiles[i], a, next, sh.k);
+            score(s, tiles.own[i], q, a, at);
+            if (next < last) load_keys(tiles.own[i], a, next, tiles.page[i], sh.k);
             outside |= weigh<MODE>(state, s, low, high);
-            accumulate(state, s, tiles[i]);
-            if (next < last) load_values(tiles[i], a, next, sh.v);
+            accumulate(state, s, tiles.own[i]);
+            if (next < last) {
+                load_values(tiles.own[i], a, next, tiles.page[i], sh.v);
+                tiles.page[i] = page_of(a, next + DEPTH * WARPS, last);
+            }
         }
     }
     return outside;
@@ -443,6 +456,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, request = blockIdx.z;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Args a;
+    // Nothing of this depends on the kernel before. Loads whose results nobody needs yet go first, so that they overlap.
+    const int slot = slots[request], position = positions[request];
     a.keys = keys, a.values = values, a.table = tables + (size_t)request * columns, a.length = lengths[request];
     a.window = window, a.page_size = page_size, a.kv_heads = kv_heads, a.head = head, a.scale = scale, a.softcap = softcap;
     const int start = window ? max(0, a.length - window) / TILE : 0, end = (a.length + TILE - 1) / TILE;
@@ -462,11 +477,9 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     }
     __syncwarp();
 #endif
-    // What earlier steps wrote does not depend on the kernel before; the new token is not read yet.
-    begin(tiles, a, first + warp, last, sh);
     // The rotation of this lane's features, lane + 32 i: v * turn[i] + v[partner[i]] * side[i].
-    const int half = rotary / 2, slot = slots[request];
-    const float *angles = rope + (size_t)positions[request] * rotary;
+    const int half = rotary / 2;
+    const float *angles = rope + (size_t)position * rotary;
     float turn[D / 32], side[D / 32];
     int partner[D / 32];
 #pragma unroll
@@ -477,6 +490,8 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         turn[i] = turns ? angles[low ? e : e - half] : 1.f;
         side[i] = turns ? low ? -angles[half + e] : angles[e] : 0.f;
     }
+    // What earlier steps wrote; the new token is not read yet.
+    begin(tiles, a, first + warp, last, sh);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (split >= active && !CLUSTER) return;
     const int heads = kv_heads * GROUP, total = heads + 2 * kv_heads;
@@ -543,7 +558,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) {
         const int at = first + warp + i * WARPS;
-        if (at < last && (at + 1) * TILE >= a.length) renew(tiles[i], a, at, sh.k, sh.v);
+        if (at < last && (at + 1) * TILE >= a.length) renew(tiles.own[i], a, at, sh.k, sh.v);
     }
 #endif
 
