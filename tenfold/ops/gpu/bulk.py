@@ -41,6 +41,7 @@ TOGETHER = {3: 48, 2: 32}  # bytes of a row that four lanes load at once, 64 for
 LEAST_STAGES, MOST_STAGES = 2, 12
 # Warps that multiply, chunks of each, 16 rows of a tile, blocks of a multiprocessor (H200, 2026-11-29).
 SIZES = ((14, 2, 1, 1), (16, 2, 1, 1), (14, 2, 2, 1), (7, 4, 1, 1), (7, 4, 2, 1), (8, 4, 1, 1), (14, 2, 1, 2))
+SIZES_8 = ((16, 1, 1, 1), (8, 2, 1, 1), (14, 1, 1, 1))  # besides, for 8 bits: a step of the others is half of the ring
 SIZES_DENSE = ((8, 8, 1, 1), (16, 4, 1, 1), (14, 4, 1, 1), (8, 4, 2, 1), (8, 4, 1, 2))
 CLUSTERS = (1, 2, 4)  # blocks that divide the columns
 # The same where they do, and how many of them are worth timing.
@@ -187,7 +188,8 @@ def legal(plan: BulkPlan, tokens: int, rows: int, cols: int) -> bool:
 def candidates(kind: str, tokens: int, rows: int, cols: int) -> Iterator[BulkPlan]:
     """Plans worth timing, those first whose steps take the columns most evenly, and of clusters those alone."""
     dense = kind == DENSE
-    yield from plans(kind, SIZES_DENSE if dense else SIZES, tokens, rows, cols)
+    own = {16: SIZES_DENSE, 8: (*SIZES, *SIZES_8)}.get(BITS[kind], SIZES)
+    yield from plans(kind, own, tokens, rows, cols)
     many = MANY_DIGITS if kind.startswith("digits") else MANY_COLS
     for cluster, most in (MOST_SHARES_DENSE if dense else MOST_SHARES).items():
         if rows <= FEW_ROWS[cluster] or cols >= many[cluster]:

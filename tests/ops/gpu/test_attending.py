@@ -166,7 +166,7 @@ def test_chunks_are_chosen_by_their_tokens(table: Table) -> None:
         ("launch", 1, 1024, "triton:two"),
         ("cluster", 1, 32768, "decode:8x1:s8:cluster"),  # as many as a cluster has
         ("global", 1, 32768, "decode:4x3:s49:global"),
-        ("cluster", 64, 1024, "decode:2x4:s1:global"),  # nothing to merge
+        ("cluster", 64, 1024, "decode:4x1x3:s1:global"),  # nothing to merge
     ],
 )
 def test_what_a_user_fixed_runs(table: Table, merge: str, requests: int, longest: int, arm: str) -> None:
