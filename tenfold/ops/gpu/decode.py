@@ -71,7 +71,7 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
             return DecodePlan(*small, even_splits(spec, pairs, seen, small, sms), softmax, False)
         if pairs <= 2 * sms:  # two blocks on every multiprocessor
             return DecodePlan(4, 2, 1, softmax, False)
-        if small[1] * sms < pairs <= 4 * sms:  # in four rounds, or all at once, where larger blocks would leave a few over
+        if small[1] * sms < pairs <= 4 * sms:  # four rounds, or all at once: larger blocks would leave a few over
             rounds = DecodePlan(4, 1, 1, softmax, False, 3)
             return rounds if spec.head_dim > 64 and fits(rounds, spec) else DecodePlan(2, 4, 1, softmax, False)
         return DecodePlan(*small, 1, softmax, False)
