@@ -37,6 +37,7 @@ SIZES = (
 )
 SHARED_SIZES = ((5, 1, 256), (4, 1, 256), (4, 1, 128))  # of plans whose blocks share tiles in clusters
 CLUSTERS = (8, 4, 2)
+STORED = 8  # rows that a thread stores together
 MOST_SMS = 256  # multiprocessors, more than any GPU has
 
 
@@ -118,6 +119,8 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     if not 1 <= tokens <= MOST_TOKENS or cols % (128 // KINDS[plan.kind]):
         return False
     if plan.kind == FLOAT8 and cols > MOST_COLS:
+        return False
+    if plan.height // 2 < STORED * plan.cluster:
         return False
     return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
 

@@ -33,17 +33,26 @@
 
 #include "deal.h"
 
-#if CLUSTER > 1
-// A number that all blocks of the cluster have, added up.
-__device__ __forceinline__ float together(const float *own) {
-    float sum = 0.f;
+#define PART (ROWS / (GATE ? 2 : 1) / CLUSTER)  // of a tile's outputs, a block stores
+#define VECTOR 8                                // of them, a thread stores together
+#define VECTORS ((TURN * PART / VECTOR + CONSUMERS - 1) / CONSUMERS)
+
+// Numbers of neighbouring rows, of all blocks of a cluster added up.
+__device__ __forceinline__ void together(float (&y)[VECTOR], const float *own) {
 #pragma unroll
-    for (int rank = 0; rank < CLUSTER; rank++) sum += number_of(there(shared_address(own), rank));
-    return sum;
-}
+    for (int i = 0; i < VECTOR; i++) y[i] = 0.f;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; rank++)
+#pragma unroll
+        for (int i = 0; i < VECTOR; i += 4) {
+#if CLUSTER > 1
+            const float4 v = numbers_of(there(shared_address(own + i), rank));
 #else
-__device__ __forceinline__ float together(const float *own) { return *own; }
+            const float4 v = *(const float4 *)(own + i);
 #endif
+            y[i] += v.x, y[i + 1] += v.y, y[i + 2] += v.z, y[i + 3] += v.w;
+        }
+}
 
 // ROWS rows times one box of columns, under way afterwards.
 __device__ __forceinline__ void multiply_box(float (&d)[N / 2], u32 w, u32 x, int add) {
@@ -110,7 +119,8 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     const int height = ROWS, outputs = rows;
 #endif
     const int tiles = (outputs + height - 1) / height, boxes = (cols + BOX_COLS - 1) / BOX_COLS;
-    const int part = height / CLUSTER, rank = blockIdx.x % CLUSTER;  // of the rows, this block stores
+    const int rank = blockIdx.x % CLUSTER;
+    const bool aligned = outputs % VECTOR == 0;  // what threads store is whole and aligned
 #if CLUSTER > 1
     const int from = rank * steps / CLUSTER, mine = (rank + 1) * steps / CLUSTER - from;
     auto tile_of = [&](int) { return (int)blockIdx.x / CLUSTER; };
@@ -209,6 +219,23 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #endif
 #pragma unroll
         for (int first_token = 0; first_token < N; first_token += TURN) {
+            auto token_of = [&](int v) { return first_token + (threadIdx.x + v * CONSUMERS) / (PART / VECTOR); };
+            auto row_of = [&](int v) { return rank * PART + (threadIdx.x + v * CONSUMERS) % (PART / VECTOR) * VECTOR; };
+            auto stored = [&](int v) { return token_of(v) < min(tokens, first_token + TURN) && at * height + row_of(v) < outputs; };
+            uint4 added[VECTORS];  // all are under way before the first is used, and while sums go through shared memory
+            if (residual)
+#pragma unroll
+                for (int v = 0; v < VECTORS; v++) {
+                    added[v] = make_uint4(0, 0, 0, 0);
+                    if (!stored(v)) continue;
+                    const int row = at * height + row_of(v);
+                    const u16 *from = residual + (size_t)token_of(v) * outputs + row;
+                    if (aligned) added[v] = *(const uint4 *)from;
+                    else
+#pragma unroll
+                        for (int i = 0; i < VECTOR; i++)
+                            if (row + i < outputs) (&added[v].x)[i / 2] |= (u32)from[i] << i % 2 * 16;
+                }
             if (CLUSTER > 1) CONSUMER_BARRIER();  // all have read the last stages
 #pragma unroll
             for (int n = 0; n < TURN / 8; n++) {
@@ -217,26 +244,45 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             }
             if (CLUSTER > 1) meet_cluster();
             else CONSUMER_BARRIER();
-            for (int i = threadIdx.x; i < min(tokens - first_token, TURN) * part; i += CONSUMERS) {
-                int token = first_token + i / part, r = rank * part + i % part, row = at * height + r;
-                if (row >= outputs) continue;
+#pragma unroll
+            for (int v = 0; v < VECTORS; v++) {
+                const int token = token_of(v), r = row_of(v), row = at * height + r;
+                if (!stored(v)) continue;
                 const float *here = tile + (token - first_token) * PITCH + r;
-                float y = together(here);
-#if BITS == 8
-                const float scale = token_scales[token];
-                y *= GROUPED ? scale : scale * row_scales[row];
-#endif
-                if (bias) y += bias[row];
+                float y[VECTOR];
+                together(y, here);
 #if GATE
-                float up = together(here + height);
+                float up[VECTOR];
+                together(up, here + height);
+#endif
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) {
+                    const int own = min(row + i, outputs - 1);
 #if BITS == 8
-                up *= GROUPED ? scale : scale * row_scales[outputs + row];
+                    const float scale = token_scales[token];
+                    y[i] *= GROUPED ? scale : scale * row_scales[own];
 #endif
-                if (bias) up += bias[outputs + row];
-                y = round_trip(activate(round_trip(y))) * round_trip(up);
+                    if (bias) y[i] += bias[own];
+#if GATE
+#if BITS == 8
+                    up[i] *= GROUPED ? scale : scale * row_scales[outputs + own];
 #endif
-                if (residual) y = round_trip(y) + to_float(residual[(size_t)token * outputs + row]);
-                store(out, (size_t)token * outputs + row, y);
+                    if (bias) up[i] += bias[outputs + own];
+                    y[i] = round_trip(activate(round_trip(y[i]))) * round_trip(up[i]);
+#endif
+                    if (residual) y[i] = round_trip(y[i]) + to_float((&added[v].x)[i / 2] >> i % 2 * 16 & 0xffff);
+                }
+                const size_t to = (size_t)token * outputs + row;
+                if (!aligned) {
+                    for (int i = 0; i < VECTOR && row + i < outputs; i++) store(out, to + i, y[i]);
+                } else {
+#if FLOAT32
+                    *(float4 *)((float *)out + to) = make_float4(y[0], y[1], y[2], y[3]);
+                    *(float4 *)((float *)out + to + 4) = make_float4(y[4], y[5], y[6], y[7]);
+#else
+                    *(uint4 *)((u16 *)out + to) = make_uint4(pack(y[0], y[1]), pack(y[2], y[3]), pack(y[4], y[5]), pack(y[6], y[7]));
+#endif
+                }
             }
             CONSUMER_BARRIER();
         }
