@@ -163,10 +163,12 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
         gather(room, w, s, left, taken, taken + 16, out, bias, residual, eps);
         leave_cluster();
 #else
+        Outputs<32> own = {lane};
         for (int tile = blockIdx.x, count = 0; tile < s.tiles; tile += gridDim.x, count++) {
             const int which = count & 1;
+            own.ask(tile, s, residual);
             wait_for(left + which * 8, count >> 1 & 1);
-            finish(room.partial + which * PARTIAL, room.scales, w, tile, s, out, bias, residual, lane, 32);
+            finish(room.partial + which * PARTIAL, room.scales, w, tile, s, out, bias, residual, own);
             __syncwarp();
             if (lane == 0) arrive(taken + which * 8);
         }

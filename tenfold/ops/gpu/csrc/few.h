@@ -125,18 +125,38 @@ __device__ __forceinline__ void leave(Sums &acc, float *partial) {
     clear(acc);
 }
 
-// What all warps left of a tile, summed in order and stored by so many threads.
-__device__ __forceinline__ void finish(const float *partial, const float *scales, const Weights &w, int tile, const Shape &s, void *out, const float *bias, const u16 *residual, int thread, int threads) {
-#if GATE
-    const int height = 8, rows = s.rows / 2;
-#else
-    const int height = 16, rows = s.rows;
-#endif
-    for (int i = thread; i < TALL * NT * TILE * height; i += threads) {
-        const int token = i / height % (NT * TILE), sub = i / (NT * TILE * height), r = i % height, row = (tile * TALL + sub) * height + r;
-        if (token >= s.tokens || row >= rows) continue;
+#define HEIGHT (GATE ? 8 : 16)  // outputs of 16 rows
+#define OUTPUTS (TALL * NT * TILE * HEIGHT)
+
+// What one of OF threads stores of a tile, and the residual of that, which may be asked for before the sums are there.
+template <int OF> struct Outputs {
+    static constexpr int COUNT = (OUTPUTS + OF - 1) / OF;
+    int thread;
+    u16 residual[COUNT];
+
+    __device__ __forceinline__ int token(int i) const { return (thread + i * OF) / HEIGHT % (NT * TILE); }
+    __device__ __forceinline__ int sub(int i) const { return (thread + i * OF) / (NT * TILE * HEIGHT); }
+    __device__ __forceinline__ int row(int i, int tile) const { return (tile * TALL + sub(i)) * HEIGHT + thread % HEIGHT; }
+    __device__ __forceinline__ bool is(int i, int tile, const Shape &s) const {
+        return thread + i * OF < OUTPUTS && token(i) < s.tokens && row(i, tile) < s.rows / (GATE ? 2 : 1);
+    }
+    __device__ __forceinline__ void ask(int tile, const Shape &s, const u16 *from) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (from && is(i, tile, s)) residual[i] = from[(size_t)token(i) * (s.rows / (GATE ? 2 : 1)) + row(i, tile)];
+    }
+};
+
+// What all warps left of a tile, summed in order and stored.
+template <int OF>
+__device__ __forceinline__ void finish(const float *partial, const float *scales, const Weights &w, int tile, const Shape &s, void *out, const float *bias, bool adds, const Outputs<OF> &own) {
+    const int rows = s.rows / (GATE ? 2 : 1);
+#pragma unroll
+    for (int i = 0; i < own.COUNT; i++) {
+        const int token = own.token(i), row = own.row(i, tile);
+        if (!own.is(i, tile, s)) continue;
         float sum = 0.f;
-        const float *p = partial + (sub * NT * TILE + token) * APART + r;
+        const float *p = partial + (own.sub(i) * NT * TILE + token) * APART + own.thread % HEIGHT;
 #pragma unroll
         for (int k = 0; k < WARPS; k++) sum += p[k * (PARTIAL / WARPS)];
 #if BITS < 16 && WHOLE_ROW
@@ -160,7 +180,7 @@ __device__ __forceinline__ void finish(const float *partial, const float *scales
         if (bias) up += bias[rows + row];
         sum = round_trip(activate(round_trip(sum))) * round_trip(up);
 #endif
-        if (residual) sum = round_trip(sum) + to_float(residual[(size_t)token * rows + row]);
+        if (adds) sum = round_trip(sum) + to_float(own.residual[i]);
         store(out, (size_t)token * rows + row, sum);
     }
 }

@@ -109,9 +109,11 @@ stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros,
         for (int i = 0; i < CHUNKS; i++) multiply(acc, buffer[i], room.xs, room.offsets, s, min(chunk + i, chunks - 1) * CHUNK_COLS);
         if (step == steps - 1) {
             float *partial = room.partial + turn * PARTIAL;
+            Outputs<MULTIPLIERS> own = {(int)threadIdx.x};
+            own.ask(tile, s, residual);
             leave(acc, partial);
             meet();
-            finish(partial, room.scales, w, tile, s, out, bias, residual, threadIdx.x, MULTIPLIERS);
+            finish(partial, room.scales, w, tile, s, out, bias, residual, own);
             turn ^= 1;
         }
     };
