@@ -39,6 +39,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.grammar import Grammars
 from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
 from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, QueueFull, Request, SamplingParams
+from tenfold.ops.gpu.graphs import MADE
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 PATIENCE = 30.0  # seconds without a step until the engine hangs
@@ -91,7 +92,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds since the begin; pages; bytes (allocated, reserved: of the GPU, 0 on a CPU); counts since the begin."""
+    """Seconds since the begin; pages; bytes (allocated, reserved: of the GPU, 0 on a CPU); counts since the begin;
+    graphs: CUDA graphs captured by then.
+    """
 
     seconds: float
     pages_used: int
@@ -104,6 +107,7 @@ class Sample:
     running: int
     waiting: int
     tokens: int
+    graphs: int = 0
 
 
 @dataclass(slots=True)
@@ -388,6 +392,7 @@ class Soak:
             stats.running,
             stats.waiting,
             stats.generated_tokens - self.before.generated_tokens,
+            MADE.graphs,
         )
         self.result.samples.append(found)
         if len(self.result.samples) % 10 == 1:
@@ -478,7 +483,7 @@ def told(s: Sample, pages: int) -> str:
     return (
         f"{s.seconds:6.0f} s  {s.running:3} run {s.waiting:3} wait  {s.pages_used}+{s.pages_cached} of {pages} pages  "
         f"{s.steps} steps  {s.preemptions} preemptions  {s.tokens} tokens  GPU {s.allocated / MIB:.0f} of "
-        f"{s.reserved / MIB:.0f} MiB  process {s.resident / MIB:.0f} MiB"
+        f"{s.reserved / MIB:.0f} MiB  process {s.resident / MIB:.0f} MiB" + f"  {s.graphs} graphs" * bool(s.graphs)
     )
 
 
@@ -496,6 +501,11 @@ def growth(samples: Sequence[Sample]) -> dict[str, float]:
     """MiB more at the end than in the middle."""
     middle = samples[len(samples) // 2]
     return {name: (getattr(samples[-1], field) - getattr(middle, field)) / MIB for field, name in WHERE.items()}
+
+
+def later(samples: Sequence[Sample]) -> int:
+    """Graphs captured since the middle."""
+    return samples[-1].graphs - samples[len(samples) // 2].graphs
 
 
 def run(
@@ -571,6 +581,8 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
                 trends = ", ".join(f"{r.slopes[where]:+.1f}" for r in runs if where in r.slopes)
                 note = f"each run's last sample less that of its middle; over that time {trends} MiB/h by least "
                 note += "squares, which a run of minutes bounds only loosely"
+                if more_graphs := [later(r.samples) for r in runs if later(r.samples)]:
+                    note += f"; {', '.join(map(str, more_graphs))} CUDA graphs were captured meanwhile"
                 more: dict[str, Any] = {"at_most": MOST_GROWTH, "spread": (min(values), max(values)), "note": note}
                 what = f"growth under soak, {where}, worst of {len(values)} runs, {model}"
                 found.append(claim("F9", what, max(values), "MiB", command, **more))

@@ -75,7 +75,9 @@ class Capturer:
         with torch.cuda.stream(stream), ExitStack() as stack:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             stack.callback(graph.capture_end)
-            return graph, run()
+            results = run()
+        MADE.graphs += 1
+        return graph, results
 
     def _place(self) -> Any:
         """The stream to capture on: a graph's kernels keep to the SMs of that stream, so the current one; the default
@@ -83,6 +85,16 @@ class Capturer:
         """
         current = torch.cuda.current_stream()
         return self._stream if current == torch.cuda.default_stream() else current
+
+
+@dataclass(slots=True)
+class Tally:
+    """CUDA graphs that this process has captured. Each takes memory of the host and of the device."""
+
+    graphs: int = 0
+
+
+MADE = Tally()
 
 
 def roomy(capture: Callable[[], T]) -> T:

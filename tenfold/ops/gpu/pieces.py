@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
-from tenfold.ops.gpu.graphs import borrowed, roomy
+from tenfold.ops.gpu.graphs import MADE, borrowed, roomy
 
 MOST_TOKENS = 1024  # of a recorded step; above, kernels run longer than their launches take (H100, 2026-11-28)
 
@@ -106,6 +106,7 @@ class Recording:
         graph, self._graph = self._graph, None
         if graph is not None:
             graph.capture_end()
+            MADE.graphs += 1
             self._parts.append(graph)
 
 
