@@ -25,9 +25,8 @@ NEARLY = 0.9  # of the prompt tokens a second of the largest steps in time, that
 HASTE = 0.5  # of the target of first tokens, in which those who wait should be served by smaller steps
 STRETCH = 2.0  # times the target, that steps may take while first tokens are late: most steps have no prompts
 EFFORT = 0.2  # by which a split must compute prompts faster than steps with both for the border to move
-LEAST_STEPS = (
-    3.0  # of decodes that a prefill in a lane takes: the last goes on in its part of the GPU when that is done
-)
+# Steps of decodes that a prefill in a lane takes at least: the last of them goes on in its part when that is done.
+LEAST_STEPS = 3.0
 GAIN = 0.05  # by which the worse of both targets must be better served for a border to move
 
 
