@@ -273,6 +273,7 @@ static u32 pack(float lo, float hi) { return halves(lo, hi); }
 static float to_float(u32 b) { return float_of(b << 16); }
 static u32 pack(float lo, float hi) { return to_bfloat(lo) | (u32)to_bfloat(hi) << 16; }
 #endif
+static void touch(const void *) {}
 static float round_trip(float v) { return to_float(pack(v, 0.f) & 0xffff); }
 
 // mma.m16n8k16: A row-major [16, 16], B [16, 8] by columns, C [16, 8].

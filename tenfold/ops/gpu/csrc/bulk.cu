@@ -178,6 +178,7 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
 
     Sums acc;
     clear(acc);
+    touch_norm(norm, s);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s);
     int count = 0;  // of tiles

@@ -490,6 +490,10 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         turn[i] = turns ? angles[low ? e : e - half] : 1.f;
         side[i] = turns ? low ? -angles[half + e] : angles[e] : 0.f;
     }
+    if (warp == 0 && lane < D / 32) {
+        if (q_norm) touch(q_norm + lane * 32);
+        if (k_norm) touch(k_norm + lane * 32);
+    }
     // What earlier steps wrote; the new token is not read yet.
     begin(tiles, a, first + warp, last, sh);
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -14,6 +14,12 @@ rms_norm(const u16 *x, const float *weight, u16 *out, float eps, int cols) {
     const int vectors = cols / 8, tid = threadIdx.x;
     const size_t row = (size_t)blockIdx.x * cols;
     asm volatile("griddepcontrol.launch_dependents;");
+    float4 factors[VECTORS][2];  // under way before the kernel in front has ended: no cache has them any more
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int v = min(tid + i * THREADS, vectors - 1);
+        factors[i][0] = ((const float4 *)weight)[v * 2], factors[i][1] = ((const float4 *)weight)[v * 2 + 1];
+    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     uint4 values[VECTORS];
     float total = 0.f;
@@ -40,13 +46,12 @@ rms_norm(const u16 *x, const float *weight, u16 *out, float eps, int cols) {
     for (int i = 0; i < VECTORS; i++) {
         const int v = tid + i * THREADS;
         if (v >= vectors) break;
-        const float4 w0 = ((const float4 *)weight)[v * 2], w1 = ((const float4 *)weight)[v * 2 + 1];
-        const float factors[8] = {w0.x, w0.y, w0.z, w0.w, w1.x, w1.y, w1.z, w1.w};
+        const float *own = &factors[i][0].x;
         const u32 *p = &values[i].x;
         u32 y[4];
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            y[j] = pack(to_float(p[j] & 0xffff) * scale * factors[2 * j], to_float(p[j] >> 16) * scale * factors[2 * j + 1]);
+            y[j] = pack(to_float(p[j] & 0xffff) * scale * own[2 * j], to_float(p[j] >> 16) * scale * own[2 * j + 1]);
         *(uint4 *)(out + row + v * 8) = make_uint4(y[0], y[1], y[2], y[3]);
     }
 }

@@ -99,6 +99,7 @@ stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros,
     Sums acc;
     clear(acc);
     int tile = blockIdx.x, step = 0, turn = 0;
+    touch_norm(norm, s);
     if (tile < s.tiles) load_step(even, w, s, tile, 0);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s);
