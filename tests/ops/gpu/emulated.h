@@ -74,12 +74,13 @@ static std::function<void()> body;
 #define own_block (blocks[current / block_threads])
 #define emulated_memory (memory_of(own_block))
 
-static unsigned char *aligned(std::vector<unsigned char> &memory) { return (unsigned char *)(((uintptr_t)memory.data() + 15) / 16 * 16); }
+#define ALIGNED 1024  // bytes, that shared memory begins at a multiple of in every block
+static unsigned char *aligned(std::vector<unsigned char> &memory) { return (unsigned char *)(((uintptr_t)memory.data() + ALIGNED - 1) / ALIGNED * ALIGNED); }
 static unsigned char *memory_of(Block &b) { return aligned(b.memory); }
 // What a block has beside its dynamic memory.
 static unsigned char *emulated_static(size_t bytes) {
     auto &own = own_block.own;
-    if (own.empty()) own.assign(bytes + 15, 0xff);
+    if (own.empty()) own.assign(bytes + ALIGNED, 0xff);
     return aligned(own);
 }
 
@@ -333,13 +334,13 @@ static void copy_16(unsigned char *to, const unsigned char *from) {
     memset(to, 0xff, 16);
 }
 static void end_copies() { copies[current].emplace_back(); }
-template <int N> static void wait_for_copies() {
+template <int LEFT> static void wait_for_copies() {
     auto &own = copies[current];
-    for (int i = 0; i + 1 + N < (int)own.size(); i++) {
+    for (int i = 0; i + 1 + LEFT < (int)own.size(); i++) {
         for (auto &c : own[i]) memcpy(c.to, c.from, 16);
         own[i].clear();
     }
-    if (N == 0) {
+    if (LEFT == 0) {
         for (auto &c : own.back()) memcpy(c.to, c.from, 16);
         own.back().clear();
     }
@@ -370,7 +371,7 @@ static void emulate(int x, int y, int z, int threads, int shared, int cluster = 
         const int count = min(cluster, x * y * z - first);
         lanes.resize(threads * count);
         blocks.assign(count, Block());
-        for (auto &b : blocks) b.memory.assign(shared + 16 + PAST, 0xff), b.running = threads;
+        for (auto &b : blocks) b.memory.assign(shared + ALIGNED + PAST, 0xff), b.running = threads;
         warps.assign(3 * count * ((threads + 31) / 32), Warp());
         copies.assign(threads * count, std::vector<std::vector<Copy>>(1));
         for (int t = 0; t < threads * count; t++) {

@@ -27,6 +27,10 @@ class Emulated:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._run = library.run
 
+    def front(self) -> list[object]:
+        """Arguments of a kind of their own that come first."""
+        return []
+
     def __call__(
         self,
         grid: tuple[int, int, int],
@@ -37,7 +41,7 @@ class Emulated:
         dependent: bool = False,
         cluster: int = 1,
     ) -> None:
-        values: list[object] = [*map(ctypes.c_int, (*grid, threads, shared))]
+        values: list[object] = [*map(ctypes.c_int, (*grid, threads, shared)), *self.front()]
         for one in arguments:
             assert not isinstance(one, nvrtc.TensorMap)
             if one is None or isinstance(one, Tensor):

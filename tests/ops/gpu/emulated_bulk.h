@@ -1,8 +1,7 @@
-// What bulk.cu uses beyond emulated_copies.h: codes and their numbers, products of bytes, activations.
+// What bulk.cu uses beyond emulated_copies.h: codes and their numbers, products of bytes.
 
 #define LANE_COLS 8
 #define CHUNK_COLS 32
-#define __ldg(p) (*(p))
 
 template <class T, int COUNT> static void load_own(T (&own)[COUNT], u32 at) {
     for (int k = 0; k < COUNT; k++) own[k] = *(T *)at_address(at + (sizeof(T) == 16 ? 64 : 4) * k, sizeof(T));
@@ -58,13 +57,3 @@ static float number_at(u32 at) {
 }
 #endif
 #endif
-static void store(void *out, size_t at, float y) {
-#if FLOAT32
-    ((float *)out)[at] = y;
-#else
-    ((u16 *)out)[at] = (u16)(pack(y, 0.f) & 0xffff);
-#endif
-}
-static float activate(float v) {
-    return GATE == 1 ? v / (1.f + expf(-v)) : 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
-}

@@ -6,6 +6,8 @@
 
 #include <map>
 
+#define __ldg(p) (*(p))
+
 extern "C" unsigned long long seed = 0;
 static unsigned long long random_state;
 static unsigned drawn() {
@@ -153,4 +155,15 @@ static void launch(int x, int y, int z, int threads, int shared, int together) {
     random_state = seed;
     emulate(x, y, z, threads, shared, together, begin_cluster);
     all_arrived();
+}
+
+static void store(void *out, size_t at, float y) {
+#if FLOAT32
+    ((float *)out)[at] = y;
+#else
+    ((u16 *)out)[at] = (u16)(pack(y, 0.f) & 0xffff);
+#endif
+}
+static float activate(float v) {
+    return GATE == 1 ? v / (1.f + expf(-v)) : 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
 }

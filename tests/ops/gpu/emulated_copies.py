@@ -9,7 +9,8 @@ from tests.ops.gpu.emulated import HEADER, Emulator
 
 FUNCTION = re.compile(r"^(?:template <[^>]*> )?__device__ __forceinline__ [^\n(]*\(", re.MULTILINE)
 # What a statement of assembler does, by its first word.
-STATEMENTS = {"griddepcontrol": "", "createpolicy": "", "fence": "", "cp": "arrive_after_words(barrier);"}
+STATEMENTS = dict.fromkeys(("griddepcontrol", "createpolicy", "fence", "wgmma"), "")
+STATEMENTS["cp"] = "arrive_after_words(barrier);"
 KEPT = (" bring(", " ask(")  # functions of which only such statements are replaced
 
 

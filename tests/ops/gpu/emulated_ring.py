@@ -1,0 +1,72 @@
+"""csrc/ring.cu as plain C++: emulated_ring.h."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tenfold.ops.gpu import nvrtc
+from tests.ops.gpu.emulated import Emulated
+from tests.ops.gpu.emulated_copies import CopyEmulator, without_assembler
+
+
+class Map(ctypes.Structure):
+    """As in emulated_ring.h."""
+
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("data", "rows", "row_bytes", "box_rows")]  # noqa: RUF012
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Stands in for `nvrtc.tensor_map`: boxes of so many rows."""
+
+    matrix: Tensor
+    height: int
+
+    def map(self) -> Map:
+        m = self.matrix
+        assert m.is_contiguous()
+        return Map(m.data_ptr(), m.shape[0], m.shape[1] * m.itemsize, self.height)
+
+
+class EmulatedRing(Emulated):
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arguments: "Sequence[nvrtc.Argument]",
+        *,
+        dependent: bool = False,
+        cluster: int = 1,
+    ) -> None:
+        maps, rest = arguments[:2], arguments[2:]
+        self._maps = [one.map() for one in maps]  # type: ignore[union-attr]
+        super().__call__(grid, threads, shared, rest, dependent=dependent, cluster=cluster)
+
+    def front(self) -> list[object]:
+        return list(self._maps)
+
+
+class RingEmulator(CopyEmulator):
+    headers = (*CopyEmulator.headers, Path(__file__).parent / "emulated_ring.h")
+    start = "launch(grid_x, grid_y, grid_z, block_threads, dynamic, CLUSTER);"
+
+    def __call__(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> Emulated:
+        multiplying = ("WARPS", dict(defines)["ROWS"] // 16)
+        return EmulatedRing(self.built(source, entry, [*defines, multiplying]))
+
+    def code(self, source: str) -> str:
+        code = nvrtc.expand((nvrtc.SOURCES / source).read_text())
+        for header in ("fragments.h", "narrow.h"):
+            code = code.replace(nvrtc.expand((nvrtc.SOURCES / header).read_text()), "")
+        for text, other in (
+            ("struct __align__(64) Map { u64 bytes[16]; };", ""),
+            ("extern __shared__ unsigned char raw[];", "unsigned char *raw = emulated_memory;"),
+            ('asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory")', "meet()"),
+        ):
+            assert text in code
+            code = code.replace(text, other)
+        return without_assembler(code)
