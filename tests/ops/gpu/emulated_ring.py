@@ -15,7 +15,7 @@ from tests.ops.gpu.emulated_copies import CopyEmulator, without_assembler
 class Map(ctypes.Structure):
     """As in emulated_ring.h."""
 
-    _fields_ = [(name, ctypes.c_ulonglong) for name in ("data", "rows", "row_bytes", "box_rows")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("data", "rows", "row_bytes", "box_rows")]
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ def normal(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-# Tokens of each width of the instruction; rows that fill tiles, eights or neither; tiles whole, in parts, dealt out evenly
-# and of clusters.
+# Tokens of each width of the instruction; rows that fill tiles, eights or neither; tiles whole, in parts, dealt out
+# evenly and of clusters.
 @pytest.mark.parametrize(
     ("name", "tokens", "rows", "cols"),
     [

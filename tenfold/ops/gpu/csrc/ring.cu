@@ -36,6 +36,7 @@
 #define PART (ROWS / (GATE ? 2 : 1) / CLUSTER)  // of a tile's outputs, a block stores
 #define VECTOR 8                                // of them, a thread stores together
 #define VECTORS ((TURN * PART / VECTOR + CONSUMERS - 1) / CONSUMERS)
+static_assert(PART % VECTOR == 0 && (TURN == N || TURN * PART / VECTOR % CONSUMERS == 0), "threads store whole vectors of the turn");
 
 // Numbers of neighbouring rows, of all blocks of a cluster added up.
 __device__ __forceinline__ void together(float (&y)[VECTOR], const float *own) {
@@ -221,7 +222,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
         for (int first_token = 0; first_token < N; first_token += TURN) {
             auto token_of = [&](int v) { return first_token + (threadIdx.x + v * CONSUMERS) / (PART / VECTOR); };
             auto row_of = [&](int v) { return rank * PART + (threadIdx.x + v * CONSUMERS) % (PART / VECTOR) * VECTOR; };
-            auto stored = [&](int v) { return token_of(v) < min(tokens, first_token + TURN) && at * height + row_of(v) < outputs; };
+            auto stored = [&](int v) { return token_of(v) < tokens && at * height + row_of(v) < outputs; };
             uint4 added[VECTORS];  // all are under way before the first is used, and while sums go through shared memory
             if (residual)
 #pragma unroll
