@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Split, Targets, percentile
+from tenfold.engine.phases.controller import Controller, Learner, Observed, Split, Targets, percentile
 from tenfold.engine.phases.latency import Stairs
 
 TICK = 0.005  # seconds between decisions, as in an engine
@@ -197,7 +197,7 @@ class Gpu:
             self._first(self.waiting.popleft())
         if (self.stepping or self.riding) and self.step_left <= 1e-9:
             took = self.now - self.step_began
-            if isinstance(self.controller, Adaptive) and self.stepping and (self.riding or self.laned):
+            if isinstance(self.controller, Learner) and self.stepping and (self.riding or self.laned):
                 tokens = self._tokens() if self.riding else 0
                 self.controller.observe(self.split, len(self.stepping), took, tokens)
             riding, self.riding = self.riding, []

@@ -11,7 +11,7 @@ says that nothing changes: here nothing does.
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tenfold.engine.phases.latency import Paper, Stairs
 
@@ -90,6 +90,19 @@ class Controller(Protocol):
     def targets(self) -> Targets: ...
 
     def decide(self, seen: Observed, now: Split) -> Decision: ...
+
+
+@runtime_checkable
+class Learner(Controller, Protocol):
+    """One that is told what phases took beside each other."""
+
+    def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
+        """A decode step took so many seconds: with so many tokens of prompts in it, else beside a prefill."""
+        ...
+
+    def prefilled(self, split: Split, tokens: int, seconds: float) -> None:
+        """A prefill of so many tokens took so long in its lane."""
+        ...
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
@@ -198,9 +211,23 @@ class Staircase:
     guard: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
     behind: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
 
+    def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
+        """A decode step took so many seconds beside a prefill; one with tokens of prompts in it says nothing of that."""
+        if not tokens:
+            self.guard.observe(self.stairs.decode_seconds(split.decode, requests), step)
+
+    def prefilled(self, split: Split, tokens: int, seconds: float) -> None:
+        """A prefill of so many tokens took so long in its lane."""
+        self.behind.observe(self.stairs.prefill_seconds(split.prefill, tokens), seconds)
+
+    def fade(self) -> None:
+        self.guard.fade()
+        self.behind.fade()
+
     def decide(self, seen: Observed, now: Split) -> Decision:
         total = max(s.prefill + s.decode for s in self.splits)
         if not seen.queued:
+            self.fade()
             return Decision(Split(0, total), "nobody waits for a first token")
         if not seen.requests:
             return Decision(Split(total, 0), "nobody decodes")
@@ -250,17 +277,14 @@ class Adaptive:
         """A decode step took so many seconds: with so many tokens of prompts in it, else beside a prefill."""
         if tokens:
             self.guard.observe(self.inner.stairs.mixed_seconds(tokens, requests), step)
-        else:
-            self.inner.guard.observe(self.inner.stairs.decode_seconds(split.decode, requests), step)
+        self.inner.observe(split, requests, step, tokens)
 
     def prefilled(self, split: Split, tokens: int, seconds: float) -> None:
-        """A prefill of so many tokens took so long in its lane."""
-        self.inner.behind.observe(self.inner.stairs.prefill_seconds(split.prefill, tokens), seconds)
+        self.inner.prefilled(split, tokens, seconds)
 
     def decide(self, seen: Observed, now: Split) -> Decision:
         if now == self.shared:
-            self.inner.guard.fade()
-            self.inner.behind.fade()
+            self.inner.fade()
         if not seen.requests:
             return Decision(self.shared, "nobody decodes", self.most)
         if not seen.queued:

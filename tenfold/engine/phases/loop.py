@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tenfold.base.log import logger
-from tenfold.engine.phases.controller import Adaptive, Controller, Observed, Split, Targets, percentile
+from tenfold.engine.phases.controller import Controller, Learner, Observed, Split, Targets, percentile
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.plan import StepPlan
 from tenfold.engine.request import Output
@@ -157,7 +157,7 @@ class Phases:
         if riding:
             self.watch.prefilled(plan)
         seconds = self.watch.step()
-        if seconds is None or not plan.decodes or not isinstance(self.controller, Adaptive):
+        if seconds is None or not plan.decodes or not isinstance(self.controller, Learner):
             return
         if riding or self.underway is not None:
             self.controller.observe(self.lanes.now, plan.decodes, seconds, riding)
@@ -210,7 +210,7 @@ class Phases:
         self.underway = None
         self.watch.prefilled(prefill.plan)
         divided = prefill.split == self.lanes.now and prefill.split.prefill != prefill.split.decode
-        if divided and isinstance(self.controller, Adaptive):
+        if divided and isinstance(self.controller, Learner):
             self.controller.prefilled(prefill.split, prefill.plan.tokens, self.engine.clock() - prefill.begun)
         self.engine._read(prefill.plan, pending, outputs)
         self.lanes.handed([e.sequence for e in prefill.plan.entries if e.sequence.status is Status.DECODE])

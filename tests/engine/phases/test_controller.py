@@ -70,6 +70,23 @@ def test_the_staircase_gives_decodes_no_more_than_they_need() -> None:
     assert own.decide(seen(requests=64), SPLITS[3]).split == Split(64, 68)
 
 
+def test_the_staircase_learns_what_phases_add_to_each_other_and_forgets_it() -> None:
+    own = Staircase(TARGETS, SPLITS, STAIRS)
+    assert isinstance(own, controller.Learner)
+    assert isinstance(adaptive(tpot=0.05), controller.Learner)
+    assert not isinstance(algorithm(), controller.Learner)
+    split, before = SPLITS[1], own.promise(SPLITS[1], seen())
+    for _ in range(100):
+        own.observe(split, 8, 1.5 * own.stairs.decode_seconds(split.decode, 8))
+        own.prefilled(split, 4096, 1.5 * own.stairs.prefill_seconds(split.prefill, 4096))
+    after = own.promise(split, seen())
+    assert after.step > 1.2 * before.step
+    assert after.work > 1.2 * before.work
+    for _ in range(20_000):
+        own.decide(seen(queued=0), split)
+    assert own.promise(split, seen()).step == pytest.approx(before.step, rel=1e-3)
+
+
 def test_a_phase_without_work_gives_the_whole_gpu_away() -> None:
     own = Staircase(TARGETS, SPLITS, STAIRS)
     assert own.decide(seen(queued=0), SPLITS[1]).split == Split(0, TOTAL)

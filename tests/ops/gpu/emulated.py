@@ -27,10 +27,6 @@ class Emulated:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._run = library.run
 
-    def front(self) -> list[object]:
-        """Arguments of a kind of their own that come first."""
-        return []
-
     def __call__(
         self,
         grid: tuple[int, int, int],
@@ -41,15 +37,15 @@ class Emulated:
         dependent: bool = False,
         cluster: int = 1,
     ) -> None:
-        values: list[object] = [*map(ctypes.c_int, (*grid, threads, shared)), *self.front()]
-        for one in arguments:
-            assert not isinstance(one, nvrtc.TensorMap)
-            if one is None or isinstance(one, Tensor):
-                assert one is None or one.is_contiguous()
-                values.append(ctypes.c_void_p(None if one is None else one.data_ptr()))
-            else:
-                values.append(ctypes.c_float(one) if isinstance(one, float) else ctypes.c_int(one))
-        self._run(*values)
+        self._run(*map(ctypes.c_int, (*grid, threads, shared)), *map(self.value, arguments))
+
+    def value(self, one: object) -> object:
+        """An argument as the library takes it."""
+        if one is None or isinstance(one, Tensor):
+            assert one is None or one.is_contiguous()
+            return ctypes.c_void_p(None if one is None else one.data_ptr())
+        assert isinstance(one, float | int)
+        return ctypes.c_float(one) if isinstance(one, float) else ctypes.c_int(one)
 
 
 class Emulator:

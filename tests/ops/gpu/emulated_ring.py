@@ -32,22 +32,8 @@ class Boxes:
 
 
 class EmulatedRing(Emulated):
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        arguments: "Sequence[nvrtc.Argument]",
-        *,
-        dependent: bool = False,
-        cluster: int = 1,
-    ) -> None:
-        maps, rest = arguments[:2], arguments[2:]
-        self._maps = [one.map() for one in maps]  # type: ignore[union-attr]
-        super().__call__(grid, threads, shared, rest, dependent=dependent, cluster=cluster)
-
-    def front(self) -> list[object]:
-        return list(self._maps)
+    def value(self, one: object) -> object:
+        return one.map() if isinstance(one, Boxes) else super().value(one)
 
 
 class RingEmulator(CopyEmulator):
