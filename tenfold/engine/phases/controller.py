@@ -212,7 +212,7 @@ class Staircase:
     behind: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
 
     def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
-        """A decode step took so many seconds beside a prefill; one with tokens of prompts in it says nothing of that."""
+        """A decode step beside a prefill took so many seconds; one with tokens of prompts in it does not count."""
         if not tokens:
             self.guard.observe(self.stairs.decode_seconds(split.decode, requests), step)
 
