@@ -1,4 +1,4 @@
-// What bulk.cu uses beyond emulated_copies.h: codes and their numbers, products of bytes.
+// What bulk.cu and stream.cu use beyond emulated_copies.h: loads, codes and their numbers, products of bytes.
 
 #define LANE_COLS 8
 #define CHUNK_COLS 32
@@ -6,6 +6,12 @@
 template <class T, int COUNT> static void load_own(T (&own)[COUNT], u32 at) {
     for (int k = 0; k < COUNT; k++) own[k] = *(T *)at_address(at + (sizeof(T) == 16 ? 64 : 4) * k, sizeof(T));
 }
+
+static uint4 load_weight(const u16 *p) {
+    if ((uintptr_t)p % 16) fail("a load that is not aligned");
+    return *(const uint4 *)p;
+}
+template <int COUNT> static void load_words(u32 (&own)[COUNT], const u16 *p) { memcpy(own, p, sizeof(own)); }
 
 // Tensor cores' products of bytes, signed or not in the first operand: A [16, 32], B [32, 8] by columns, C [16, 8].
 static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
