@@ -43,6 +43,7 @@ def normal(*size: int, seed: int = 0) -> Tensor:
         ("stream:2x2x1", "dense", 1, 100, 320, None, True),
         ("stream:4x1x1", "dense", 13, 72, 544, "silu", True),
         ("stream:2x4x1", "dense", 9, 33, 256, None, False),
+        ("stream:8x1x1", "dense", 2, 100, 512, None, False),  # more threads than a tile has outputs
         ("stream4:2x2x1", "int4g128z", 3, 72, 640, "gelu_tanh", True),
         ("stream4:4x1x1", "int4", 16, 130, 512, None, False),
         ("stream8:2x1x1", "int8g128z", 2, 100, 384, None, True),
