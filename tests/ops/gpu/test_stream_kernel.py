@@ -71,3 +71,16 @@ def test_products(
     plain = Matrix("dense", rows, cols, (values,))
     wanted = exact.linear(x.float(), plain, bias, norm=norm, act=act, residual=residual.to(kind).float())
     assert (got.float() - wanted).norm() <= (6e-3 if kind == torch.bfloat16 else 1e-3) * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("tokens", "cols"), [(3, 2048), (2, 2056), (1, 40), (2, 6000)])
+def test_norms_in_front(folder: Path, tokens: int, cols: int, dtype: str) -> None:
+    kind = TYPES[dtype]
+    x, norm = (3 * normal(tokens, cols)).to(kind), Norm(normal(cols, seed=1), 1e-5)
+    out, vectors = torch.full_like(x, torch.nan), -(-cols // (8 * 256))
+    macros = (("HALF", nvrtc.HALF[kind]), ("VECTORS", vectors), ("WARPS", 8), ("CLUSTER", 1), ("BITS", 16), ("GATE", 0))
+    kernel = BulkEmulator(folder, 1)("norm.cu", "rms_norm", macros)
+    kernel((tokens, 1, 1), 256, 0, [x, norm.weight, out, float(norm.eps), cols])
+    wanted = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.eps) * norm.weight
+    assert torch.allclose(out.float(), wanted, rtol=1e-2 if kind == torch.bfloat16 else 2e-3, atol=1e-3)
