@@ -111,7 +111,7 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
     const int outputs = GATE ? rows / 2 : rows, height = GATE ? ROWS / 2 : ROWS;
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS, deep = (outputs + height - 1) / height;
 
-    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
+    if (threadIdx.x == CONSUMERS) know_map(&w_map), know_map(&x_map), begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
     meet();
 #if !DOWN
     asm volatile("griddepcontrol.wait;" ::: "memory");

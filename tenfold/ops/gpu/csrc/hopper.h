@@ -33,6 +33,9 @@ __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
         :: "r"(barrier), "r"(parity) : "memory");
 }
 
+// The engine reads a map from memory before its first box; so early nobody waits for that.
+__device__ __forceinline__ void know_map(const Map *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 // A box of a matrix into shared memory, its first column and row; bytes past the matrix are zero.
 __device__ __forceinline__ void fetch(u32 to, const Map *map, int col, int row, u32 barrier, u64 policy) {
     asm volatile(

@@ -139,7 +139,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #endif
 
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
+    if (threadIdx.x == CONSUMERS) know_map(&w_map), know_map(&x_map), begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
 
     if (threadIdx.x >= CONSUMERS) {

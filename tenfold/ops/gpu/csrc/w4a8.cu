@@ -48,7 +48,7 @@ w4a8(const __grid_constant__ Map x_map, const __grid_constant__ Map w_map, const
     const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
     const int steps = (cols + 127) / 128, across = (tokens + N - 1) / N, items = (outputs + OUTPUTS - 1) / OUTPUTS * across;
 
-    if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CONSUMERS / 32);
+    if (threadIdx.x == CONSUMERS) know_map(&x_map), know_map(&w_map), begin_ring(full, empty, STAGES, CONSUMERS / 32);
     __syncthreads();
     asm volatile("griddepcontrol.launch_dependents;");
 
