@@ -1,6 +1,5 @@
 """Products by bulk copies, emulated: copies and sums of other blocks arrive late and in any order."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,18 +12,10 @@ from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 from tests.ops.gpu.emulated_bulk import BulkEmulator
+from tests.ops.gpu.emulated_cases import MARKS, TYPES, normal
 from tests.rounding import excess
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-    pytest.mark.timeout(300),
-]
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
+pytestmark = MARKS
 
 
 def matrix(format: str, rows: int, cols: int, dtype: torch.dtype) -> Matrix:
@@ -36,10 +27,6 @@ def matrix(format: str, rows: int, cols: int, dtype: torch.dtype) -> Matrix:
 
 def values(w: Matrix) -> Tensor:
     return w.data[0] if w.format == "dense" else formats.unpack(w)
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 # Clusters that run at the same time: few, so that turns go round, or as many as there are tiles.

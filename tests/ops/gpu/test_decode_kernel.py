@@ -3,7 +3,6 @@ other blocks merge arrive at once or late.
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,12 +12,10 @@ import torch
 
 from tenfold.ops.gpu import decode, nvrtc
 from tests.ops.gpu.decode_cases import ADVERSARIAL, check
+from tests.ops.gpu.emulated_cases import MARKS
 from tests.ops.gpu.emulated_decode import DecodeEmulator
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-    pytest.mark.timeout(300),
-]
+pytestmark = MARKS
 TILE = 16
 KNOWN = 32  # tiles of a warp whose pages its lanes know
 BFLOAT, HALF = torch.bfloat16, torch.float16
@@ -42,11 +39,6 @@ MEASURED: list[Case] = [  # with a maximum that was measured before
     (6, 2, 8, 1, 64, HALF, "unified"),
     (6, 2, 2, 2, 128, BFLOAT, "paper"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
 
 
 @pytest.fixture(autouse=True)

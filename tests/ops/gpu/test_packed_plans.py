@@ -1,6 +1,5 @@
 """Kernels of packed KV caches without a GPU: plans, what compiles, and what the kernels compute thread by thread."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +16,16 @@ from tenfold.ops.kv import attend
 from tenfold.ops.kv.spec import PackedSpec
 from tests.ops.gpu import elf
 from tests.ops.gpu.emulated import Emulator
+from tests.ops.gpu.emulated_cases import NEEDS_COMPILER
 from tests.ops.gpu.packed_cases import NOTHING, SMS, ChunkStep, Contexts, Shape, Written, distance
 
 NAMES = ("fp8", "int4", "k2v1.5g64", "k2v1.5g128", "k2v2g32", "k4v2g64", "k2v2g64-post", "k2v2g64h2", "k8v8g64")
 HALF = torch.float16
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulated"))
+@pytest.fixture
+def emulator(folder: Path) -> Emulator:
+    return Emulator(folder)
 
 
 DECODES = {
@@ -43,7 +41,7 @@ DECODES = {
 }
 
 
-@needs_compiler
+@NEEDS_COMPILER
 @pytest.mark.parametrize("shape", DECODES.values(), ids=DECODES.keys())
 def test_decode_attention_is_what_its_definition_says(
     monkeypatch: pytest.MonkeyPatch, emulator: Emulator, shape: Shape
@@ -69,7 +67,7 @@ WRITES = {
 }
 
 
-@needs_compiler
+@NEEDS_COMPILER
 @pytest.mark.parametrize(("shape", "norms"), WRITES.values(), ids=WRITES.keys())
 def test_what_is_written_is_what_others_write(
     monkeypatch: pytest.MonkeyPatch, emulator: Emulator, shape: Shape, norms: bool
@@ -97,7 +95,7 @@ CHUNKS = {
 }
 
 
-@needs_compiler
+@NEEDS_COMPILER
 @pytest.mark.parametrize("shape", CHUNKS.values(), ids=CHUNKS.keys())
 def test_chunks_are_stored_read_and_merged_as_in_plain_operations(
     monkeypatch: pytest.MonkeyPatch, emulator: Emulator, shape: Shape

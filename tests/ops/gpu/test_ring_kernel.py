@@ -2,40 +2,26 @@
 out, added up and stored.
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tenfold.ops.gpu import nvrtc, ring
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
+from tests.ops.gpu.emulated_cases import MARKS, TYPES, normal
 from tests.ops.gpu.emulated_ring import Boxes, RingEmulator
 from tests.rounding import excess
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-    pytest.mark.timeout(300),
-]
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+pytestmark = MARKS
 SMS = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
 
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(nvrtc, "load", RingEmulator(folder))
     monkeypatch.setattr(nvrtc, "tensor_map", Boxes)
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 # Tokens of each width of the instruction; rows that fill tiles, eights or neither; tiles whole, in parts, dealt out

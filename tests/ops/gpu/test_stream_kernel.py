@@ -1,11 +1,9 @@
 """Products whose weights go straight into registers, emulated: formats, what is fused, tiles that follow each other."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tenfold.ops import formats
 from tenfold.ops.gpu import nvrtc, stream, stream_packed
@@ -13,27 +11,15 @@ from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 from tests.ops.gpu.emulated_bulk import BulkEmulator
+from tests.ops.gpu.emulated_cases import MARKS, TYPES, normal
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
-    pytest.mark.timeout(300),
-]
-TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+pytestmark = MARKS
 SMS = 3  # so that a block has several tiles
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("emulated")
 
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(nvrtc, "load", BulkEmulator(folder, 1))
-
-
-def normal(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
