@@ -120,14 +120,18 @@ def test_claims_are_those_of_the_rows() -> None:
 def test_a_mix_with_long_prompts_counts_gaps_between_tokens() -> None:
     result = made()
     result.long, result.long_tokens = 0.1, 8192
+    result.arms.append("chunked:512")
     result.rows = [
         row("chunked", 4, 1, 1, beside=300.0, ttft=500.0),
         row("chunked:512", 4, 1, 1, beside=60.0, ttft=900.0),
         row("adaptive", 4, 1, 1, beside=25.0, ttft=1000.0),
     ]
-    *large, gaps, first = claims_phases.of_results([result])
-    assert [(c.id, c.value, c.met) for c in large] == [("P3", 12.0, True), ("P3", 2.0, False)]
-    assert (gaps.id, gaps.value, gaps.met) == ("P3", 2.4, True)
+    result.rows += [row("chunked", 6, 1, 1, beside=100.0), row("adaptive", 6, 1, 1, beside=50.0)]
+    *large, gaps, first = (c for c in claims_phases.of_results([result]) if c.id == "P3")
+    assert [(c.value, c.spread, c.met) for c in large] == [(2.0, (2.0, 12.0), True), (2.0, (1.0, 2.0), False)]
+    assert "worst of 2 rates" in large[0].what
+    assert large[0].note == "4/s: 25 and 300 ms, 6/s: 50 and 100 ms"
+    assert (gaps.value, gaps.met) == (2.4, True)
     assert (first.value, first.met) == (1.111, True)
     assert "chunked:512 over adaptive" in gaps.what
 
