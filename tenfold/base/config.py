@@ -87,7 +87,8 @@ class EngineConfig:
     )
     max_step_tokens: int = setting(
         0,
-        "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU, 8192 + max_batch on a GPU)",
+        "tokens of one step at most, the size of a prefill chunk (0: 512 on CPU; on a GPU max_batch + 2048, or 8192 "
+        "for a model with experts)",
         unit="tokens",
     )
     prefix_cache: bool = setting(True, "reuse the KV pages of prompts that start alike")
@@ -151,3 +152,8 @@ class EngineConfig:
     threads: int = setting(0, "CPU threads (0: the physical cores this process may use)")
     max_queue: int = setting(1024, "requests that may wait; more are refused", unit="requests", group="Queue")
     max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)", unit="tokens")
+    overtake: float = setting(
+        4.0,
+        "prompts are due, and go first, when so many times as many tokens were computed as they have: shorter ones "
+        "overtake longer ones that came little before (0: in the order they came)",
+    )

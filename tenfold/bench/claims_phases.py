@@ -120,7 +120,7 @@ def _gaps(result: Result) -> list[Claim]:
 
         against = "vLLM" if phases.is_peer(rival) else "one of our rivals"
         what = f"p99 time between tokens while long prompts wait for their first, {where}, {rival} over {DEFAULT}"
-        more = {"at_least": 2.0, "spread": (min(gaps), max(gaps)), "note": told("beside", "p99")}
+        more: dict[str, Any] = {"at_least": 2.0, "spread": (min(gaps), max(gaps)), "note": told("beside", "p99")}
         made.append(claim("P3", what, min(gaps), "x", result.command, against=against, **more))
         what = f"p90 TTFT, {where}, {DEFAULT} over {rival}"
         more = {"at_most": 1.3, "spread": (min(firsts), max(firsts)), "note": told("ttft", "p90")}

@@ -103,7 +103,9 @@ class Engine:
         self.pool = PagePool(pages)
         self.prefix = PrefixCache(self.pool) if config.prefix_cache else None
         limits = Limits(
-            config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens, logits_rows(config)
+            *(config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens),
+            max_drawn=logits_rows(config),
+            overtake=config.overtake,
         )
         self.rooms = Rooms(rooms, spec.room_slack) if rooms else None
         self.scheduler = Scheduler(self.pool, config.page_size, limits, self.prefix, self.rooms)

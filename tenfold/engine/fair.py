@@ -1,28 +1,37 @@
 """Waiting sequences, handed out fairly between users.
 
 Virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): each user has a counter of
-weighted tokens served; the next sequence is that of the best priority, then of the user served least, then the first to
-arrive. A user who was idle is lifted to the least counter among active users, so that time away earns no credit, and
-between two users who always have work waiting the difference stays below a bound that does not grow with time.
+weighted tokens served; the next sequence is that of the best priority, then of the user served least, then the first
+that is due. A user who was idle is lifted to the least counter among active users, so that time away earns no credit,
+and between two users who always have work waiting the difference stays below a bound that does not grow with time.
+
+A prompt is due when `overtake` times as many tokens of prompts were computed since it came as it has itself: shorter
+ones that come soon after it go first, later ones do not, and nobody waits for ever. Deadlines in proportion to the work
+keep the worst ratio of time taken to time needed small (Bender, Chakrabarti, Muthukrishnan, "Flow and Stretch Metrics
+for Scheduling Continuous Job Streams", SODA 1998); counted in tokens they need no clock and no estimate.
 """
 
 from heapq import heappop, heappush
+from math import inf
 
-from tenfold.engine.sequence import Rank, Sequence, Status
+from tenfold.engine.sequence import Sequence, Status, Turn
 
 PROMPT_WEIGHT = 1
 ANSWER_WEIGHT = 2  # a decoded token costs about twice a prompt token, as in the paper and in common price lists
 
-Key = tuple[int, float, Rank]
+Key = tuple[int, float, Turn]  # of a priority, of what a user was served
 
 
 class FairQueue:
     """The queue and the counters. `enter` and `leave` frame a sequence's life; `push` and `pop` its waits within it."""
 
-    def __init__(self) -> None:
+    def __init__(self, overtake: float = 0.0) -> None:
+        """overtake: times its length, after which a prompt is due; 0: all go in the order they came."""
+        self.overtake = overtake
         self.tokens = 0  # sum of the lengths of waiting sequences
+        self._computed = 0  # tokens of prompts
         self._size = 0
-        self._heaps: dict[str, list[tuple[Rank, Sequence]]] = {}
+        self._heaps: dict[str, list[tuple[Turn, Sequence]]] = {}
         self._served: dict[str, float] = {}
         self._active: dict[str, int] = {}
         self._floor = 0.0  # least counter among active users, never falling
@@ -36,7 +45,12 @@ class FairQueue:
 
     def key(self, sequence: Sequence) -> Key:
         """Order in which prompts are computed: least first."""
-        return sequence.rank[0], self._served[sequence.request.user], sequence.rank
+        return sequence.rank[0], self._served[sequence.request.user], sequence.turn
+
+    def computed(self, user: str, tokens: int) -> None:
+        """So many tokens of one of the user's prompts."""
+        self._computed += tokens
+        self.charge(user, PROMPT_WEIGHT * tokens)
 
     def charge(self, user: str, weighted: float) -> None:
         self._served[user] += weighted
@@ -60,8 +74,13 @@ class FairQueue:
             if len(self._served) > 2 * len(self._active) + 1024:
                 self._prune()
 
-    def push(self, sequence: Sequence) -> None:
-        heappush(self._heaps.setdefault(sequence.request.user, []), (sequence.rank, sequence))
+    def push(self, sequence: Sequence, cached: int = 0) -> None:
+        """cached: leading tokens that need not be computed. When a sequence is due is settled at its first time."""
+        if sequence.turn[1] == inf:
+            due = self._computed + self.overtake * (len(sequence.tokens) - cached) if self.overtake else 0.0
+            due = due if sequence.parent is None else sequence.parent.turn[1]
+            sequence.turn = (sequence.rank[0], due, sequence.rank)
+        heappush(self._heaps.setdefault(sequence.request.user, []), (sequence.turn, sequence))
         self._size += 1
         self.tokens += len(sequence.tokens)
 

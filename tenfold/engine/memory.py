@@ -32,6 +32,7 @@ CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
 ROOM_SHARE = 0.5  # of the KV cache at most, for rooms of a packed cache
 GPU_BATCH, CPU_BATCH = 256, 64  # requests computed together at most
+PREFILL, EXPERT_PREFILL = 2048, 8192  # tokens of prompts in a step on a GPU: of a dense model, of one with experts
 LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
 Q8_0_BYTES = 34 / 32  # per weight
 MOST_DRAFTS = 16  # of a sequence in one step
@@ -141,12 +142,14 @@ def size(count: int) -> str:
     return f"{count} B"
 
 
-def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised: bool) -> EngineConfig:
+def resolve(
+    config: EngineConfig, device: torch.device, kernels: str, quantised: bool, experts: bool = False
+) -> EngineConfig:
     """Fill what depends on the device and on how weights are stored; sizes that depend on memory stay for
     `plan_memory`.
 
-    kernels: name of the set in use; quantised: whether matrices run as quantised blocks. Raises ValueError with the
-    setting and what is allowed.
+    kernels: name of the set in use; quantised: whether matrices run as quantised blocks; experts: whether the model has
+    any. Raises ValueError with the setting and what is allowed.
     """
     gpu = device.type != "cpu"
     check_sizes(config)
@@ -166,7 +169,7 @@ def resolve(config: EngineConfig, device: torch.device, kernels: str, quantised:
         kv_dtype=kv_dtype,
         max_batch=batch,
         # with room for decodes beside a whole chunk: prompts of a chunk's length would leave a few tokens for one more
-        max_step_tokens=config.max_step_tokens or (_most_prefilled(config) + batch if gpu else 512),
+        max_step_tokens=config.max_step_tokens or (_most_prefilled(config, experts) + batch if gpu else 512),
         lookahead=config.lookahead if config.lookahead >= 0 else int(gpu),
         picture_cache=config.picture_cache or (GPU_PICTURES if gpu else CPU_PICTURES),
     )
@@ -201,9 +204,13 @@ def check_sight(model: ModelConfig, config: EngineConfig) -> None:
         )
 
 
-def _most_prefilled(config: EngineConfig) -> int:
-    """Tokens of prompts in a step, on a GPU."""
-    return schedules.PREFILL_TOKENS if config.schedule == schedules.PHASES else 8192
+def _most_prefilled(config: EngineConfig, experts: bool) -> int:
+    """Tokens of prompts in a step, on a GPU: about as few as are computed as fast as any number, for nobody's token
+    comes sooner than the step ends. Experts see only a share of the tokens, so they want more of them.
+    """
+    if config.schedule == schedules.PHASES:
+        return schedules.PREFILL_TOKENS
+    return EXPERT_PREFILL if experts else PREFILL
 
 
 def check_sizes(config: EngineConfig) -> None:
@@ -222,6 +229,8 @@ def check_sizes(config: EngineConfig) -> None:
     ):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: a whole number from 0 (derive it).")
+    if not 0 <= config.overtake < math.inf:
+        raise ValueError(f"overtake is {config.overtake}; allowed: a number from 0 (prompts in the order they come).")
     if config.max_model_len == 1:
         raise ValueError("max_model_len is 1; allowed: 0 (derive it) or from 2, a token of prompt and one of answer.")
     if not 0 < config.gpu_memory_utilization <= 1:

@@ -66,7 +66,8 @@ class Opened:
         if self.draft_checkpoint is not None:
             size, _ = weight_bytes(self.draft_checkpoint, config.weights, dtype, self.kernels.name)
             self.draft = Draft(self.draft_shape, size)
-        resolved = resolve(config, self.device, self.kernels.name, quantised)
+        experts = self.shape.experts is not None
+        resolved = resolve(config, self.device, self.kernels.name, quantised, experts)
         check_sight(self.shape, resolved)
         self.memory = plan_memory(self.shape, self.weights, resolved, free_memory(self.device), self.draft)
         self.config = fill(resolved, self.memory)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from tenfold.cache.pages import PagePool
 from tenfold.cache.prefix import PrefixCache
 from tenfold.cache.rooms import Rooms
-from tenfold.engine.fair import ANSWER_WEIGHT, PROMPT_WEIGHT, FairQueue
+from tenfold.engine.fair import ANSWER_WEIGHT, FairQueue
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.sequence import Sequence, Status
 
@@ -34,7 +34,7 @@ WATERMARK = 0.01  # share of pages left for the growth of running sequences when
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step.
-    max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows).
+    max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows). overtake: as in `fair`.
     """
 
     max_batch: int
@@ -43,6 +43,7 @@ class Limits:
     max_queue_tokens: int = 0
     max_drawn: int = 0
     watermark: float = WATERMARK
+    overtake: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -71,7 +72,7 @@ class Scheduler:
         self.page_size = page_size
         self.limits = limits
         self.prefix = prefix
-        self.queue = FairQueue()
+        self.queue = FairQueue(limits.overtake)
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.unfinished = 0
@@ -118,14 +119,18 @@ class Scheduler:
         if blocked:
             self._blocked[first] = None
         else:
-            self.queue.push(first)
+            self._wait(first)
 
     def release(self, sequences: list[Sequence]) -> None:
         """Let those of a blocked request run that have not ended."""
         for sequence in sequences:
             if sequence in self._blocked:
                 del self._blocked[sequence]
-                self.queue.push(sequence)
+                self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        cached = self._shared_pages(sequence)[1] if self.limits.overtake else 0
+        self.queue.push(sequence, cached)
 
     def expired(self, now: float) -> list[Sequence]:
         """Unfinished sequences whose deadline has passed, each named once."""
@@ -387,7 +392,7 @@ class Scheduler:
             self.decoding.append(sequence)
             sequence.status = Status.DECODE
         if end > sequence.charged:
-            self.queue.charge(sequence.request.user, PROMPT_WEIGHT * (end - max(start, sequence.charged)))
+            self.queue.computed(sequence.request.user, end - max(start, sequence.charged))
             sequence.charged = end
         if sample:
             sequence.pending += 1

@@ -7,6 +7,7 @@ sequence from one status to the next.
 """
 
 from enum import Enum
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from tenfold.cache.prefix import PageKeys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # which speaks of entries of plans, and these of sequences
     from tenfold.engine.sight import Layout
 
 Rank = tuple[int, float, int, int]
+Turn = tuple[int, float, Rank]
 
 
 class Status(Enum):
@@ -63,6 +65,7 @@ class Sequence:
         "stops",
         "synced",
         "tokens",
+        "turn",
         "verifying",
         "want_prompt_logprobs",
     )
@@ -81,7 +84,8 @@ class Sequence:
         self.request = request
         self.index = index
         self.order = order
-        self.rank: Rank = (request.priority, request.arrival, order, index)  # smaller runs first and is preempted last
+        self.rank: Rank = (request.priority, request.arrival, order, index)  # the largest is preempted first
+        self.turn: Turn = (request.priority, inf, self.rank)  # the smallest is computed first; settled when it waits
         self.tokens = list(request.prompt)  # the prompt, then what was generated
         self.prompt_length = len(self.tokens)
         self.limit = limit

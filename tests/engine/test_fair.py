@@ -2,6 +2,9 @@
 
 import random
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from tenfold.engine.fair import ANSWER_WEIGHT, PROMPT_WEIGHT, FairQueue
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.engine.sequence import Sequence, Status
@@ -29,6 +32,66 @@ def test_within_a_user_the_first_to_arrive_goes_first() -> None:
     late, early = waiting(queue, "a", 2), waiting(queue, "a", 1)
     assert [take(queue), take(queue)] == [early, late]
     assert queue.head() is None
+
+
+def test_a_shorter_prompt_overtakes_until_the_longer_one_is_due() -> None:
+    queue = FairQueue(overtake=2.0)
+    long, short = waiting(queue, "a", 1, tokens=10), waiting(queue, "a", 2, tokens=4)
+    assert take(queue) is short  # due after 8 tokens, the long one after 20
+    queue.computed("a", 11)
+    near, last = waiting(queue, "a", 3, tokens=4), waiting(queue, "a", 4, tokens=5)
+    assert take(queue) is near  # due at 19
+    assert [take(queue), take(queue)] == [long, last]
+
+
+def test_what_is_cached_counts_for_nothing() -> None:
+    queue = FairQueue(overtake=4.0)
+    short = waiting(queue, "a", 1, tokens=5)
+    long = Sequence(Request("b", (1,) * 100, user="a", arrival=2.0), 0, 2, 200, 4, 0, frozenset())
+    queue.enter("a")
+    queue.push(long, cached=96)
+    assert [take(queue), take(queue)] == [long, short]
+
+
+def test_an_answer_more_to_a_prompt_has_its_turn() -> None:
+    queue = FairQueue(overtake=4.0)
+    first = waiting(queue, "a", 1, tokens=50)
+    assert take(queue) is first
+    child = Sequence(first.request, 1, 1, 60, 4, 0, frozenset())
+    child.parent = first
+    queue.computed("a", 50)
+    late = waiting(queue, "a", 2, tokens=60)
+    queue.enter("a")
+    queue.push(child)
+    assert [take(queue), take(queue)] == [child, late]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=2, max_size=30),
+    overtake=st.sampled_from([0.0, 0.5, 1.0, 4.0]),
+    arrivals=st.randoms(use_true_random=False),
+)
+def test_nobody_is_overtaken_for_longer_than_was_said(
+    lengths: list[int], overtake: float, arrivals: random.Random
+) -> None:
+    """Whoever came later and goes first is shorter, and came before `overtake` times the difference was computed."""
+    queue, done, order = FairQueue(overtake), 0, 0
+    came: dict[int, int] = {}  # tokens that were computed when somebody came
+    left: set[int] = set()
+    while left or order < len(lengths):
+        if order < len(lengths) and (not left or arrivals.random() < 0.6):
+            waiting(queue, "a", order, tokens=lengths[order])
+            came[order] = done
+            left.add(order)
+            order += 1
+            continue
+        taken = take(queue)
+        left.remove(taken.order)
+        for other in left:
+            if other < taken.order:
+                assert came[taken.order] - came[other] < overtake * (lengths[other] - lengths[taken.order])
+        done += lengths[taken.order]
+        queue.computed("a", lengths[taken.order])
 
 
 def test_the_user_served_least_goes_first() -> None:

@@ -72,7 +72,9 @@ def test_types_follow_the_kernels(
 
 def test_sizes_follow_the_device_unless_they_are_given() -> None:
     assert (settle().max_batch, settle().max_step_tokens, settle().lookahead) == (64, 512, 0)
-    assert (gpu().max_batch, gpu().max_step_tokens, gpu().lookahead, gpu().dtype) == (256, 8192 + 256, 1, "bfloat16")
+    assert (gpu().max_batch, gpu().max_step_tokens, gpu().lookahead, gpu().dtype) == (256, 2048 + 256, 1, "bfloat16")
+    experts = resolve(EngineConfig(), torch.device("cuda"), "torch", quantised=False, experts=True)
+    assert experts.max_step_tokens == 8192 + 256
     assert settle(max_batch=3, max_step_tokens=5, lookahead=1).max_batch == 3
     assert settle(lookahead=1).lookahead == 1
 
@@ -355,10 +357,10 @@ def test_formats_that_cannot_be_are_refused_with_a_sentence(name: str, says: str
 
 def test_a_format_of_fewer_bits_is_offered_where_it_makes_it_fit() -> None:
     config = gpu(max_model_len=32768, max_batch=1)
-    plan = plan_memory(LLAMA_8B, 15 * GIB, config, 22 * GIB)
+    plan = plan_memory(LLAMA_8B, 15 * GIB, config, 21 * GIB)
     assert not plan.fits
     assert any(change.startswith("kv_cache=fp8") for change in plan.changes)
-    assert plan_memory(LLAMA_8B, 15 * GIB, replace(config, kv_cache="fp8"), 22 * GIB).fits
+    assert plan_memory(LLAMA_8B, 15 * GIB, replace(config, kv_cache="fp8"), 21 * GIB).fits
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])

@@ -394,3 +394,21 @@ def test_no_guess_goes_past_the_end_of_an_answer() -> None:
     assert host.scheduler.reserve({a: 9}) == {a: 1}
     host.step()
     assert host.scheduler.reserve({a: 9}) == {}
+
+
+def test_a_short_prompt_does_not_wait_for_the_rest_of_a_long_one() -> None:
+    host = Host(overtake=4.0)
+    host.add("long", 40)
+    assert shape(host.step()) == [("long", 0, 16)]
+    host.add("short", 4)
+    assert shape(host.step()) == [("short", 0, 4), ("long", 16, 12)]
+    assert shape(host.step()) == [("short", 4, 1), ("long", 28, 12)]
+
+
+def test_what_others_have_computed_makes_a_long_prompt_short() -> None:
+    host = Host(prefix=True, overtake=4.0, max_step_tokens=64)
+    host.add("first", 40, answer=1)
+    host.step()
+    host.add("other", 8, salt="of its own")
+    host.add("again", 42)  # 40 of it are cached
+    assert [name for name, *_ in shape(host.step())] == ["again", "other"]

@@ -39,6 +39,7 @@ class Schedules(RuleBasedStateMachine):
         max_step_tokens=st.integers(1, 20),
         lookahead=st.integers(0, 1),
         prefix_cache=st.booleans(),
+        overtake=st.sampled_from([0.0, 0.5, 4.0]),
         speculate=st.sampled_from(["", "guesses", "a draft model"]),
         apart=st.booleans(),
         kv_cache=st.sampled_from(["auto", "fp8", "k2v2g16w6s1", "k2v2g16w40s0"]),
