@@ -1,6 +1,8 @@
 """Claims P1 to P5, prompts and answers side by side, from raw results of `bench.phases`.
 
 An arm that has two GPUs counts per GPU, and not where latencies are compared. vLLM is told apart from our own rivals.
+Rivals take prompts in the order they come, as the engines do that the paper is held against; where a run has no such
+arm, all of ours whose border does not move are. Those that overtake too have a claim of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,6 @@ ATTAINED = 0.9  # of requests that keep both targets
 OURS = ("adaptive", "staircase", "paper")  # arms whose border moves; others are rivals
 DEFAULT = "adaptive"
 CHUNKED = "chunked"
-GPUS = {DISAGGREGATED: 2}
 
 
 def capacity(result: Result, arm: str, kind: str) -> float:
@@ -32,11 +33,25 @@ def capacity(result: Result, arm: str, kind: str) -> float:
             last = getattr(before, kind)
             best = before.rate + (row.rate - before.rate) * (last - ATTAINED) / (last - share)
         before = row
-    return best / GPUS.get(arm, 1)
+    return best / _gpus(arm)
+
+
+def _gpus(arm: str) -> int:
+    return 2 if arm.removesuffix(phases.ARRIVAL) == DISAGGREGATED else 1
 
 
 def rivals(result: Result) -> list[str]:
-    """Our own arms whose border does not move."""
+    """Our own arms whose border does not move, in the order of arrival where there are such."""
+    ours = _fixed(result)
+    return [arm for arm in ours if arm.endswith(phases.ARRIVAL)] or ours
+
+
+def kin(result: Result) -> list[str]:
+    """Our other arms whose border does not move, which differ from ours by nothing but that."""
+    return [arm for arm in _fixed(result) if arm not in rivals(result)]
+
+
+def _fixed(result: Result) -> list[str]:
     return [arm for arm in result.arms if arm not in OURS and not phases.is_peer(arm)]
 
 
@@ -65,29 +80,26 @@ def _rates(result: Result) -> list[Claim]:
     made = []
     for kind, times in (("tight", phases.TIGHT), ("loose", phases.LOOSE)):
         rates = {arm: capacity(result, arm, kind) for arm in result.arms}
-        rival = max(rivals(result), key=rates.__getitem__)
-        if not rates[rival]:
-            continue
         about = (
             f"requests a second at {ATTAINED:.0%} attainment, {name_of(result)}, {kind} targets ({times:g} times alone)"
         )
-        what = f"{about}, {DEFAULT} over {rival}"
         note = ", ".join(f"{arm}: {rate:.1f}" for arm, rate in rates.items())
-        value = rates[DEFAULT] / rates[rival]
-        against = "the best of our rivals"
-        made.append(claim("P1", what, value, "x", result.command, at_least=1.5, against=against, note=note))
-        for peer in peers(result):
-            if rates[peer]:
-                what = f"{about}, {DEFAULT} over {peer}"
-                value = rates[DEFAULT] / rates[peer]
-                made.append(claim("P1", what, value, "x", result.command, at_least=1.0, against="vLLM", note=note))
+        for group, least, against in (
+            (rivals(result), 1.5, "the best of our rivals"),
+            (kin(result), 1.0, "the best of our arms that overtake too"),
+            *(([peer], 1.0, "vLLM") for peer in peers(result)),
+        ):
+            best = max(group, key=rates.__getitem__, default="")
+            if best and rates[best]:
+                what, value = f"{about}, {DEFAULT} over {best}", rates[DEFAULT] / rates[best]
+                made.append(claim("P1", what, value, "x", result.command, at_least=least, against=against, note=note))
     return made
 
 
 def _latency(result: Result) -> list[Claim]:
     rate = max(row.rate for row in result.rows)
     rows = {row.arm: row for row in result.rows if row.rate == rate}
-    others = [rows[arm] for arm in rivals(result) if arm in rows and arm not in GPUS]
+    others = [rows[arm] for arm in rivals(result) if arm in rows and _gpus(arm) == 1]
     if DEFAULT not in rows or not others:
         return []
     about = f"mean latency to the last token at {rate:g} requests a second, {name_of(result)}"
@@ -106,7 +118,7 @@ def _gaps(result: Result) -> list[Claim]:
     """What long prompts do to the tokens of others, held against chunks and vLLM at the worst of all rates."""
     ours = [row for row in result.rows if row.arm == DEFAULT and row.beside]
     made = []
-    for rival in (arm for arm in result.arms if arm.partition(":")[0] == CHUNKED or phases.is_peer(arm)):
+    for rival in (arm for arm in result.arms if arm.startswith(CHUNKED) or phases.is_peer(arm)):
         pairs = [(row, other) for row in ours if (other := result.row(rival, row.rate)) is not None and other.beside]
         if not pairs:
             continue

@@ -11,10 +11,12 @@ random. All arms run in one engine, over one KV store, one after the other at ev
     N                prompts have N multiprocessors, answers the others
     staircase, paper, adaptive    a controller moves the border
     disaggregated    prompts on another GPU
+    ARM@arrival      the same, but that prompts go in the order they came; others overtake as the engine does by default
     vllm[:N]         vLLM where it can be imported (--peer-path), with N tokens a step, in a process beside this one
 
-Targets are multiples of the time that requests take alone: 7.5 (tight) and 10 (loose), as in the paper. Controllers aim
-at the tight ones unless --ttft and --tpot say otherwise. An arm that was hopeless at a rate is left out of higher ones.
+Targets are multiples of the mean time that such requests take alone: 7.5 (tight) and 10 (loose), as in the paper, where
+each set of requests has its own. Controllers aim at the tight ones unless --ttft and --tpot say otherwise. An arm that
+was hopeless at a rate is left out of higher ones.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from tenfold.base.config import EngineConfig
 from tenfold.bench.command import save, settings
 from tenfold.bench.engines import Answer, Job, Setup
@@ -36,7 +40,7 @@ from tenfold.bench.load import percentile
 from tenfold.bench.phases_sim import Ask
 from tenfold.bench.worker import Worker
 from tenfold.engine.core import Engine
-from tenfold.engine.memory import GIB, GPU_BATCH
+from tenfold.engine.memory import GIB, GPU_BATCH, resolve
 from tenfold.engine.phases import table
 from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
@@ -47,6 +51,7 @@ from tenfold.engine.request import Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
+ARRIVAL = "@arrival"
 PEER = "vllm"
 PEER_TOKENS = 8192  # of a step: what its server takes
 PEER_SHARE = 0.45  # of the GPU's memory
@@ -54,7 +59,7 @@ SHARE = 0.8  # of what is free, for our weights and cache: the streams of a doze
 TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
 HOPELESS = 0.3  # share of requests that keep the loose targets
 FULL = ("chunked", "adaptive")  # arms whose throughput without contention is compared
-ALONE = 16  # requests by which that is measured
+ALONE, ALONE_LONG = 16, 4  # requests by which is measured what they take alone
 FLIPS = 400  # changes of the split that are timed
 MARGIN = 64  # tokens beside the longest request
 
@@ -146,11 +151,12 @@ class Arms:
         self.moved, self.decisions = 0, dict[str, int]()
         self.names = list(names)
         self.limits = engine.scheduler.limits
+        self.usual = min(self.limits.max_step_tokens, usual_tokens(engine))
         self.stairs: Stairs | None = None
         self.lanes: Any = None
         self.total = getattr(engine.kernels, "sms", 1)
-        self.apart = apart(engine) if table.DISAGGREGATED in names else None
-        borders = [name for name in names if self._border(name)]
+        self.apart = apart(engine) if any(table.DISAGGREGATED in name for name in names) else None
+        borders = [border for name in names if (border := self._border(name))]
         if borders and engine.device.type == "cuda":
             self._divide(borders)
         elif borders:
@@ -160,6 +166,7 @@ class Arms:
     @staticmethod
     def _border(name: str) -> str:
         """What `EngineConfig.border` is in an arm of phases; "" in others."""
+        name = name.removesuffix(ARRIVAL)
         return name if name in table.BORDERS or name.isdigit() else ""
 
     def _divide(self, borders: Sequence[str]) -> None:
@@ -173,6 +180,7 @@ class Arms:
 
     def _make(self, name: str) -> tuple[str, int, Phases | None]:
         """Schedule, tokens of a step, phases."""
+        name = name.removesuffix(ARRIVAL)
         kind, _, wanted = name.partition(":")
         if border := self._border(name):
             tokens = min(self.limits.max_step_tokens, table.PREFILL_TOKENS + self.engine.config.max_batch)
@@ -180,10 +188,10 @@ class Arms:
         if kind == table.DISAGGREGATED:
             if self.apart is None:
                 raise ValueError("disaggregated cannot run here; the log says why. Leave it out.")
-            return kind, self.limits.max_step_tokens, self.apart
+            return kind, self.usual, self.apart
         if kind not in (table.CHUNKED, table.PREFILL_FIRST) or (wanted and not wanted.isdigit()):
             raise ValueError(f"{name!r} is no arm; allowed: {ARMS}, chunked:TOKENS, or a number of multiprocessors.")
-        return kind, int(wanted or self.limits.max_step_tokens), None
+        return kind, int(wanted or self.usual), None
 
     def _phases(self, border: str, lanes: Lanes) -> Phases:
         controller = targets = None
@@ -223,14 +231,15 @@ class Arms:
         assert not engine.has_work
         schedule, tokens, phases = self._known[name]
         engine.config = replace(engine.config, schedule=schedule)
-        engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens)
+        overtake = 0.0 if name.endswith(ARRIVAL) else self.limits.overtake
+        engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens, overtake=overtake)
+        engine.scheduler.queue.overtake = overtake
         if engine.device.type == "cuda":
-            import torch
-
             torch.cuda.synchronize()
         engine.phases = phases
         if phases is not None and phases is not self.apart:
-            self.lanes.use(Split(int(name), self.total - int(name)) if name.isdigit() else self._begin())
+            border = self._border(name)
+            self.lanes.use(Split(int(border), self.total - int(border)) if border.isdigit() else self._begin())
         return phases
 
     def _begin(self) -> Split:
@@ -330,9 +339,21 @@ def row_of(
     )
 
 
-def by_itself(engine: Engine, pairs: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Milliseconds to the first token and per token of requests that come one by one."""
+def by_itself(
+    engine: Engine, pairs: Sequence[Sequence[int]], long: float = 0.0, long_tokens: int = 0
+) -> dict[str, float]:
+    """Mean milliseconds to the first token and per token of requests that come one by one, of a mix in which a share
+    has prompts of long_tokens.
+    """
     asks = drawn(pairs, 1.0, 4.0 * ALONE, 1)[:ALONE]
+    usual = _one_by_one(engine, asks)
+    if not long:
+        return usual
+    few = [replace(ask, prompt=long_tokens) for ask in asks[:ALONE_LONG]]
+    return {name: (1 - long) * usual[name] + long * value for name, value in _one_by_one(engine, few).items()}
+
+
+def _one_by_one(engine: Engine, asks: Sequence[Ask]) -> dict[str, float]:
     for _ in range(2):  # a length runs plainly once and is recorded at its second time
         serve(engine, [replace(ask, answer=2) for ask in asks], 1, one_by_one=True)
     answers, _ = serve(engine, asks, 1, one_by_one=True)
@@ -368,7 +389,7 @@ def run(
         say(result.stairs)
     result.flip_us = arms.flip_us()
     arms.use(next(name for name in result.arms if not is_peer(name)))
-    result.alone = by_itself(engine, pairs)
+    result.alone = by_itself(engine, pairs, result.long, result.long_tokens)
     say(f"alone: {result.alone['ttft']:.1f} ms to the first token, {result.alone['tpot']:.2f} ms a token")
     arms.aim(Targets(ttft or TIGHT * result.alone["ttft"] / 1e3, tpot or TIGHT * result.alone["tpot"] / 1e3))
     for name in result.arms:
@@ -396,16 +417,26 @@ def run(
             say(row.line())
         done(result)
     if engine.device.type == "cuda":
-        import torch
-
         free, total = torch.cuda.mem_get_info()
         result.notes.append(f"{free / GIB:.1f} of {total / GIB:.1f} GiB of GPU memory were free at the end")
     return result
 
 
-def load(model: str, device: str, longest: int, changes: Mapping[str, Any]) -> Engine:
+def usual_tokens(engine: Engine) -> int:
+    """Of a step, where nothing else is said."""
+    usual = EngineConfig(max_batch=engine.config.max_batch)
+    return resolve(usual, engine.device, "", False, engine.model.config.experts is not None).max_step_tokens
+
+
+def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms: Sequence[str] = ()) -> Engine:
+    """With room for the largest steps that an arm wants."""
     model = at_least_positions(model, longest) if is_shape(model) else model
     own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
+    named = (arm.removesuffix(ARRIVAL).partition(":")[2] for arm in arms if not is_peer(arm))
+    lane = table.PREFILL_TOKENS + GPU_BATCH
+    most = max((int(tokens) for tokens in named if tokens.isdigit()), default=0)
+    if most > lane or (torch.cuda.is_available() and device != "cpu"):
+        own["max_step_tokens"] = max(most, lane)
     own["gpu_memory_utilization"] = SHARE
     return Engine.load(EngineConfig(model=model, device=device, **(own | dict(changes))), tokens_only=True)
 
@@ -454,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         most = max(most, given.long_tokens + max(answer for _, answer in pairs))
     arms = given.arms.split(",")
     peer = start_peer(given.model, most + MARGIN, arms, given.peer_path)
-    engine = load(given.model, given.device, most + MARGIN, settings(given.set))
+    engine = load(given.model, given.device, most + MARGIN, settings(given.set), arms)
     result = Result(given.model, machine(str(engine.device)), arms=arms)
     result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0
     options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens", "ttft", "tpot")

@@ -7,7 +7,7 @@ each other is a share of the time. Every result is a simulation and is to be cal
 import heapq
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tenfold.engine.phases.controller import Controller, Learner, Observed, Split, Targets, percentile
@@ -36,6 +36,7 @@ class Served:
     first: float = 0.0
     last: float = 0.0
     gaps: list[float] = field(default_factory=list)
+    turn: tuple[float, int] = (0.0, 0)
 
     @property
     def ttft(self) -> float:
@@ -44,6 +45,45 @@ class Served:
     @property
     def tpot(self) -> float:
         return (self.last - self.first) / (self.made - 1) if self.made > 1 else 0.0
+
+
+class Line:
+    """Prompts that wait, in the order in which `engine.fair` has them."""
+
+    def __init__(self, overtake: float) -> None:
+        self.overtake = overtake
+        self.computed = 0.0  # tokens of prompts
+        self._came = 0
+        self._heap: list[tuple[tuple[float, int], Served]] = []
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Served]:
+        return (served for _, served in self._heap)
+
+    def join(self, served: Served) -> None:
+        self._came += 1
+        served.turn = (self.computed + self.overtake * served.ask.prompt if self.overtake else 0.0, self._came)
+        self.back(served)
+
+    def back(self, served: Served) -> None:
+        """Whoever was taken and is not done."""
+        heapq.heappush(self._heap, (served.turn, served))
+
+    def take(self) -> Served:
+        return heapq.heappop(self._heap)[1]
+
+    def share(self, tokens: int) -> list[tuple[Served, float]]:
+        """Those whose prompts fill so many tokens, and the share of each; they are taken."""
+        found = []
+        while self._heap and tokens > 0:
+            served = self.take()
+            own = min(tokens, max(1, round(served.left * served.ask.prompt)))
+            tokens -= own
+            self.computed += own
+            found.append((served, min(served.left, own / served.ask.prompt)))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +139,15 @@ class Gpu:
         controller: Controller,
         batch: int = 256,
         start: Split | None = None,
+        overtake: float = 0.0,
     ) -> None:
-        """start: the split at first; all for prefill where none is named."""
+        """start: the split at first; all for prefill where none is named. overtake: as `EngineConfig` has it."""
         self.stairs, self.total, self.costs, self.controller = stairs, total, costs, controller
         self.batch = batch
         self.split = start or Split(total, 0)
         self.now = 0.0
-        self.waiting: deque[Served] = deque()
+        self.waiting = Line(overtake)
+        self.lane: Served | None = None  # whose prompt is computed in a lane of its own
         self.decoding: list[Served] = []
         self.stepping: list[Served] = []  # in the decode step under way
         self.step_left = 0.0  # share of it
@@ -122,13 +164,15 @@ class Gpu:
         events = [(ask.arrival, i) for i, ask in enumerate(asks)]
         heapq.heapify(events)
         tick = 0.0
-        while (events or self.waiting or self.riding or self.decoding or self.stepping) and self.now < most:
+        while (
+            events or self.waiting or self.lane or self.riding or self.decoding or self.stepping
+        ) and self.now < most:
             until = min(tick, events[0][0] if events else float("inf"), *self._ends())
             self._pass(until - self.now)
             self.now = until
             while events and events[0][0] <= self.now:
                 ask = asks[heapq.heappop(events)[1]]
-                self.waiting.append(Served(ask))
+                self.waiting.join(Served(ask))
                 self.arrived.append((self.now, ask.prompt))
             self._finish()
             if self.now >= tick:
@@ -140,26 +184,22 @@ class Gpu:
 
     def _begin_step(self) -> None:
         self.stepping, self.step_left, self.step_began = self.decoding[: self.batch], 1.0, self.now
-        left = self.chunk
-        while self.waiting and left > 0:
-            served = self.waiting.popleft()
-            tokens = min(left, served.left * served.ask.prompt)
-            left -= max(1, round(tokens))
-            self.riding.append((served, tokens / served.ask.prompt))
+        self.riding = self.waiting.share(self.chunk) if self.lane is None else []
 
     # How fast things go
 
     @property
     def laned(self) -> bool:
         """Whether a prompt is computed in a lane of its own."""
-        return bool(self.waiting and self.split.prefill and not self.chunk)
+        return bool(self.lane and self.split.prefill)
 
     @property
     def both(self) -> bool:
         return self.laned and bool(self.stepping and self.split.decode)
 
     def _prefill_seconds(self) -> float:
-        seconds = self.stairs.prefill_seconds(self.split.prefill, self.waiting[0].ask.prompt)
+        assert self.lane is not None
+        seconds = self.stairs.prefill_seconds(self.split.prefill, self.lane.ask.prompt)
         return seconds * (self.costs.shared if self.both and self._sharing() else 1.0)
 
     def _step_seconds(self) -> float:
@@ -174,13 +214,16 @@ class Gpu:
         """Of prompts in the step under way."""
         return max(1, round(sum(share * served.ask.prompt for served, share in self.riding)))
 
+    def _lane_left(self) -> float:
+        return self.lane.left if self.lane is not None else 0.0
+
     def _sharing(self) -> bool:
         return self.split.prefill + self.split.decode > self.total
 
     def _ends(self) -> list[float]:
         found = []
         if self.laned:
-            found.append(self.now + self.waiting[0].left * self._prefill_seconds())
+            found.append(self.now + self._lane_left() * self._prefill_seconds())
         if (self.stepping or self.riding) and self.split.decode:
             found.append(self.now + self.step_left * self._step_seconds())
         return found or [float("inf")]
@@ -188,13 +231,17 @@ class Gpu:
     def _pass(self, seconds: float) -> None:
         prefill = seconds / self._prefill_seconds() if self.laned else 0.0
         step = seconds / self._step_seconds() if (self.stepping or self.riding) and self.split.decode else 0.0
-        if prefill:
-            self.waiting[0].left -= prefill
+        if self.lane is not None:
+            self.lane.left -= prefill
         self.step_left -= step
 
     def _finish(self) -> None:
-        if self.waiting and self.waiting[0].left <= 1e-9:
-            self._first(self.waiting.popleft())
+        if self.lane is not None and self.lane.left <= 1e-9:
+            self._first(self.lane)
+            self.lane = None
+        if self.lane is None and self.waiting and not self.chunk:
+            self.lane = self.waiting.take()
+            self.waiting.computed += self.lane.ask.prompt
         if (self.stepping or self.riding) and self.step_left <= 1e-9:
             took = self.now - self.step_began
             if isinstance(self.controller, Learner) and self.stepping and (self.riding or self.laned):
@@ -206,7 +253,7 @@ class Gpu:
                 if served.left <= 1e-9:
                     self._first(served)
                 else:
-                    self.waiting.appendleft(served)
+                    self.waiting.back(served)
             for served in self.stepping:
                 self._token(served)
                 self.seen_tpot.append((self.now, took))
@@ -235,11 +282,12 @@ class Gpu:
         for seen in (self.seen_ttft, self.seen_tpot, self.arrived):
             while seen and seen[0][0] < self.now - WINDOW:
                 seen.popleft()
+        waiting = [*self.waiting, *(served for served, _ in self.riding), *([self.lane] if self.lane else [])]
         observed = Observed(
             percentile([v for _, v in self.seen_ttft], 0.9),
             percentile([v for _, v in self.seen_tpot], 0.9),
-            int(sum(s.left * s.ask.prompt for s in (*self.waiting, *(s for s, _ in self.riding)))),
-            self.now - self.waiting[0].ask.arrival if self.waiting else 0.0,
+            int(sum(s.left * s.ask.prompt for s in waiting)),
+            self.now - min((s.ask.arrival for s in waiting), default=self.now),
             len(self.decoding),
             sum(tokens for _, tokens in self.arrived) / WINDOW,
         )
@@ -250,11 +298,13 @@ class Gpu:
             self.changes.append((self.now, split))
 
 
-def chunked(stairs: Stairs, total: int, asks: Sequence[Ask], chunk: int, batch: int = 256) -> Result:
+def chunked(
+    stairs: Stairs, total: int, asks: Sequence[Ask], chunk: int, batch: int = 256, overtake: float = 0.0
+) -> Result:
     """Chunked prefill with mixed batches: every step decodes all and computes up to `chunk` tokens of prompts. A chunk
     as large as any prompt is prefill first.
     """
-    waiting: deque[Served] = deque()
+    waiting = Line(overtake)
     decoding: list[Served] = []
     done: list[Served] = []
     now, place = 0.0, 0
@@ -262,18 +312,16 @@ def chunked(stairs: Stairs, total: int, asks: Sequence[Ask], chunk: int, batch: 
         if not waiting and not decoding:
             now = max(now, asks[place].arrival)
         while place < len(asks) and asks[place].arrival <= now:
-            waiting.append(Served(asks[place]))
+            waiting.join(Served(asks[place]))
             place += 1
-        running, budget, finished = decoding[:batch], chunk - len(decoding[:batch]), []
-        tokens = 0
-        for served in list(waiting):
-            part = min(budget - tokens, round(served.left * served.ask.prompt))
-            if part <= 0:
-                break
-            tokens += part
-            served.left -= part / served.ask.prompt
+        running, finished, tokens = decoding[:batch], [], 0
+        for served, share in waiting.share(chunk - len(running)):
+            tokens += max(1, round(share * served.ask.prompt))
+            served.left -= share
             if served.left <= 1e-9:
-                finished.append(waiting.popleft())
+                finished.append(served)
+            else:
+                waiting.back(served)
         now += stairs.mixed_seconds(tokens, len(running)) if tokens else stairs.decode_seconds(total, len(running))
         for served in [*running, *finished]:
             if served.made:

@@ -180,3 +180,35 @@ def test_an_arm_that_was_hopeless_is_left_out_of_higher_rates() -> None:
     phases.run(engine, result, PAIRS, [20.0, 40.0], 0.2, 0.05, 0, say=lambda line: None, hopeless=2.0)
     assert [(row.arm, row.rate) for row in result.rows] == [("chunked", 20.0), ("shared", 20.0)]
     assert [note.partition(":")[0] for note in result.notes] == ["shared", "chunked"]
+
+
+def test_an_arm_may_take_prompts_in_the_order_they_come() -> None:
+    engine = phases.load(MODEL, "cpu", 100, {"kv_memory": 4 << 20}, ["chunked:64@arrival"])
+    arms = phases.Arms(engine, ["chunked:64@arrival", "chunked", "shared@arrival"])
+    for name, overtake, tokens in (("chunked:64@arrival", 0.0, 64), ("chunked", 4.0, 512)):
+        arms.use(name)
+        assert engine.scheduler.limits.overtake == engine.scheduler.queue.overtake == overtake
+        assert engine.scheduler.limits.max_step_tokens == tokens
+    assert arms.use("shared@arrival") is not None
+    assert engine.scheduler.queue.overtake == 0.0
+
+
+def test_a_mix_has_the_mean_times_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(engine: object, asks: Sequence[phases.Ask]) -> dict[str, float]:
+        return {"ttft": max(ask.prompt for ask in asks), "tpot": 1.0}
+
+    monkeypatch.setattr(phases, "_one_by_one", times)
+    assert phases.by_itself(None, PAIRS, 0.25, 800) == {"ttft": 0.75 * 40 + 0.25 * 800, "tpot": 1.0}  # type: ignore[arg-type]
+    assert phases.by_itself(None, PAIRS)["ttft"] == 40  # type: ignore[arg-type]
+
+
+def test_rivals_take_prompts_as_they_come_where_a_run_has_such() -> None:
+    result = made()
+    result.arms.append("chunked@arrival")
+    result.rows += [row("chunked@arrival", 10, 1.0, 1.0), row("chunked@arrival", 20, 0.5, 0.5, latency=8.0)]
+    assert claims_phases.rivals(result) == ["chunked@arrival"]
+    assert claims_phases.kin(result) == ["chunked", "shared"]
+    found = {(c.id, c.against): c for c in claims_phases.of_results([result]) if "tight" in c.what or c.id == "P2"}
+    assert found["P1", "the best of our rivals"].value == pytest.approx(20 / 12, rel=1e-3)
+    assert found["P1", "the best of our arms that overtake too"].value == pytest.approx(20 / 15, rel=1e-3)
+    assert found["P2", "the best of our rivals"].value == 4.0

@@ -108,7 +108,7 @@ def test_two_lanes_keep_tokens_coming_where_large_chunks_do_not() -> None:
 
 
 # Llama-3-8B's shape on an H200 (bench/results/phases, 2026-11-29): milliseconds of 128 to 2,048 tokens of prompts, and
-# of 1, 8 and 64 answers at contexts of 1,024.
+# of 1, 8, 64 and 256 answers at contexts of 1,024.
 TOKENS = (128, 256, 512, 1024, 2048)
 H200_PREFILL = {
     64: (6.06, 10.1, 18.3, 35.7, 71.7),
@@ -117,18 +117,23 @@ H200_PREFILL = {
     112: (5.42, 7.01, 12.5, 23.5, 46.6),
     132: (5.37, 7.08, 11.0, 21.1, 42.1),
 }
-H200_DECODE = {20: (8.92, 12.2, 28.0), 36: (5.36, 8.98, 17.2), 52: (5.06, 8.57, 14.2), 68: (4.51, 5.29, 10.6)}
-H200_DECODE[TOTAL] = (3.88, 4.58, 7.73)
+H200_DECODE = {
+    20: (8.92, 12.2, 28.0, 92.1),
+    36: (5.36, 8.98, 17.2, 47.6),
+    52: (5.06, 8.57, 14.2, 33.6),
+    68: (4.51, 5.29, 10.6, 26.0),
+    TOTAL: (3.88, 4.58, 7.73, 15.3),
+}
 H200 = Stairs(
     {s: tuple(zip(TOKENS, (t / 1e3 for t in times))) for s, times in H200_PREFILL.items()},
-    {s: tuple(zip((1, 8, 64), (t / 1e3 for t in times))) for s, times in H200_DECODE.items()},
+    {s: tuple(zip((1, 8, 64, 256), (t / 1e3 for t in times))) for s, times in H200_DECODE.items()},
 )
 
 
-def on_an_h200(targets: Targets) -> Gpu:
+def on_an_h200(targets: Targets, overtake: float = 0.0) -> Gpu:
     splits = [Split(s, TOTAL - s) for s in H200_PREFILL if s < TOTAL]
     controller = Adaptive(Staircase(targets, splits, H200), 4096)
-    return Gpu(H200, TOTAL, Costs(), controller, start=Split(TOTAL, TOTAL))
+    return Gpu(H200, TOTAL, Costs(), controller, start=Split(TOTAL, TOTAL), overtake=overtake)
 
 
 @pytest.mark.parametrize("rate", [20, 30, 40])
@@ -150,3 +155,16 @@ def test_long_prompts_among_short_ones_leave_short_gaps() -> None:
         first = [sorted(s.ttft for s in result.served)[int(0.9 * len(asks))] for result in (ours, theirs)]
         assert ours.gap(0.99) * ratio < theirs.gap(0.99)
         assert first[0] < 1.2 * first[1]
+
+
+@pytest.mark.parametrize("rate", [20, 25, 30])
+def test_a_few_long_prompts_cost_others_little_where_shorter_ones_overtake(rate: int) -> None:
+    """One of twenty has 8,192 tokens; targets are 7.5 times the mean of what such requests take alone."""
+    targets = Targets(0.13, 0.028)
+    asks = poisson(rate, 20, [20, 60, 100, 200, 300] * 19 + [8192] * 5, [100, 200, 300], seed=rate)
+    as_they_come, overtaking = (chunked(H200, TOTAL, asks, 1024, overtake=k) for k in (0.0, 4.0))
+    ours = on_an_h200(targets, 4.0).run(asks)
+    assert as_they_come.attained(targets) < 0.85
+    assert min(overtaking.attained(targets), ours.attained(targets)) > 0.9
+    longest, before = (max(s.ttft for s in r.served if s.ask.prompt == 8192) for r in (overtaking, as_they_come))
+    assert longest < 1.5 * before
