@@ -71,21 +71,15 @@ def said(own: Engine, texts: list[tuple[int, ...]]) -> list[list[Logprob]]:
     return [[p for p in ends[str(i)].prompt_logprobs or () if p is not None] for i in range(len(texts))]
 
 
-def farthest(requests: list[Request], found: dict[tuple[str, int], list[int]]) -> float:
-    """Nats by which a token of greedy answers lies below the best, as one stream reads them."""
+def check(requests: list[Request], found: dict[tuple[str, int], list[int]]) -> None:
+    """Every answer has its length, and no token of these greedy answers lies further below the best, as one stream
+    reads them, than rounding explains. Other kernels break ties in another way, so answers need not be equal.
+    """
+    assert {(r.id, 0): r.params.max_tokens for r in requests} == {key: len(tokens) for key, tokens in found.items()}
     texts = [(*request.prompt, *found[request.id, 0]) for request in requests]
-    below = 0.0
     for request, read in zip(requests, said(engine(), texts)):
         for one in read[len(request.prompt) - 1 :]:
-            below = max(below, max(p for _, p in one.top) - one.logprob)
-    return below
-
-
-def agreement(a: dict[tuple[str, int], list[int]], b: dict[tuple[str, int], list[int]]) -> float:
-    """Share of answers that begin alike for as long as rounding can be trusted: their first two tokens."""
-    assert set(a) == set(b)
-    assert all(len(a[k]) == len(b[k]) for k in a)
-    return sum(a[k][:2] == b[k][:2] for k in a) / len(a)
+            assert max(p for _, p in one.top) - one.logprob < ROUNDED
 
 
 def test_the_parts_of_a_split_have_no_multiprocessor_in_common() -> None:
@@ -115,19 +109,15 @@ def test_a_captured_graph_keeps_to_the_part_it_was_captured_on() -> None:
 
 
 @pytest.mark.parametrize("split", ["shared", "64", "96"])
-def test_answers_are_those_without_lanes(split: str) -> None:
-    expected = run(engine(), asks(1))
+def test_answers_are_what_one_stream_says(split: str) -> None:
     own = engine()
     lanes = GreenLanes(own.runner, own.kernels, (64, 96))  # type: ignore[arg-type]
     lanes.use(lanes.shared if split == "shared" else Split(int(split), lanes.total - int(split)))
     own.phases = Phases(own, lanes)
-    found = run(own, asks(1))
-    assert agreement(found, expected) >= 0.9
-    assert farthest(asks(1), found) < ROUNDED
+    check(asks(1), run(own, asks(1)))
 
 
 def test_the_border_moves_at_every_turn_and_no_token_is_lost() -> None:
-    expected = run(engine(), asks(2))
     own = engine()
     lanes = GreenLanes(own.runner, own.kernels, (32, 64, 96, 112))  # type: ignore[arg-type]
     every = [lanes.shared, *lanes.splits, Split(0, lanes.total), Split(lanes.total, 0)]
@@ -142,9 +132,7 @@ def test_the_border_moves_at_every_turn_and_no_token_is_lost() -> None:
         turn(outputs)
 
     phases.turn = moving  # type: ignore[method-assign]
-    found = run(own, asks(2))
-    assert agreement(found, expected) >= 0.9
-    assert farthest(asks(2), found) < ROUNDED
+    check(asks(2), run(own, asks(2)))
     # Parts of prompts bring no token, and are waited for all the same: before others go on from them, in whichever
     # lane, and before anybody reads what was asked of them.
     texts = [request.prompt for request in asks(4) if len(request.prompt) > 40]
@@ -162,5 +150,4 @@ def test_stairs_are_measured_and_fewer_multiprocessors_take_longer() -> None:
     assert stairs.prefill_seconds(32, 2048) > 1.5 * stairs.prefill_seconds(lanes.total, 2048)
     assert stairs.decode_seconds(lanes.total - 112, 8) > stairs.decode_seconds(lanes.total, 8)
     assert set(stairs.decode) == {lanes.total, *(split.decode for split in lanes.splits)}
-    expected = run(engine(), asks(4, 6))
-    assert agreement(run(own, asks(4, 6)), expected) >= 0.8  # nothing was written
+    check(asks(4, 6), run(own, asks(4, 6)))  # nothing was written
