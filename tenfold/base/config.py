@@ -154,6 +154,6 @@ class EngineConfig:
     max_queue_tokens: int = setting(0, "prompt tokens that may wait (0: no limit)", unit="tokens")
     overtake: float = setting(
         4.0,
-        "shorter prompts overtake longer ones that came little before: a prompt is due when so many times its own tokens "
-        "were computed of others, and who is due first goes first (0: in the order they came)",
+        "shorter prompts overtake longer ones that came little before: a prompt is due when so many times its own "
+        "tokens were computed of others, and who is due first goes first (0: in the order they came)",
     )
