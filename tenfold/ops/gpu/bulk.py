@@ -176,8 +176,6 @@ def legal(plan: BulkPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
     if not 1 <= tokens <= (MOST_DIGITS if plan.digits else MOST_TOKENS) or plan.stages < LEAST_STAGES:
         return False
-    if plan.digits and plan.warps < 3:
-        return False
     if cols % plan.unit or (plan.kind != DENSE and plan.warps * plan.chunks % 2):
         return False
     if plan.cluster not in CLUSTERS or cols // plan.unit < plan.cluster:

@@ -39,6 +39,11 @@ def values(w: Matrix) -> Tensor:
         ("digits4:3x2x1x2x1:c4", "int4g128z", 2, 100, 1792, 2),
         ("digits8:4x1x1x2x1:c2", "int8", 4, 40, 768, 9),
         ("digits2:3x2x1x2x1:c4", "int2g128z", 1, 200, 1024, 1),
+        # more columns than threads make digits of at once
+        ("digits4:2x1x1x2x1", "int4g128", 2, 40, 4096, 1),
+        ("digits3:2x1x1x2x1", "int3g128z", 1, 40, 3072, 1),
+        ("digits8:2x1x1x2x1", "int8", 3, 40, 3072, 1),
+        ("digits2:2x1x1x2x1", "int2g128", 4, 40, 2048, 1),
         ("bulk3:4x1x1x3x1:c2", "int3g128z", 9, 100, 1280, 2),
         ("bulk4:2x2x1x2x1:c4", "int4", 3, 100, 1280, 1),
         ("bulk2:2x1x2x2x1:c2", "int2g128", 1, 100, 768, 1),
@@ -75,6 +80,9 @@ def test_products(
     [
         ("digits3:4x1x1x2x1:c2", "int3g128z", 3, "silu"),
         ("digits8:3x2x1x2x1:c4", "int8", 1, None),
+        ("digits4:2x1x1x2x1", "int4g128z", 4, None),
+        ("digits2:2x1x1x2x1", "int2g128z", 1, "silu"),
+        ("digits3:2x1x1x2x1", "int3g128z", 1, None),
         ("bulk4:2x1x1x3x1:c4", "int4g128z", 10, "gelu_tanh"),
         ("bulk:2x2x2x2x1:c2", "dense", 2, "silu"),
     ],

@@ -178,9 +178,10 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
 
     Sums acc;
     clear(acc);
-    touch_norm(norm, s);
+    Norms norms;
+    norms.ask(norm, s);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s);
+    stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s, norms);
     int count = 0;  // of tiles
     for (Turn at = {FIRST_TILE, 0, 0, 0}; at.tile < s.tiles; at.next(steps)) {
         const int chunk = (at.step * WARPS + warp) * CHUNKS;

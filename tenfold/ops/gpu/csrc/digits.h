@@ -9,6 +9,11 @@
 
 #define REGISTERS (BITS == 3 ? 12 : 8)  // of four masked bytes a lane has of a chunk of a row
 #define PARTS (REGISTERS / 4)           // two instructions each
+#define SHARERS (BITS == 2 ? 8 : 16)    // threads that make digits of 128 columns; of 3 bits every fourth has nothing to do
+#define WORDS (BITS == 2 ? 8 : BITS == 3 ? 6 : 4)  // pairs of columns that one of them has
+#define MINE (BITS == 2 || BITS == 3 ? 4 : 2)      // registers that these are in
+#define ROOM_AHEAD ((NORM ? 16 : 32) / (WORDS * NT * TILE))
+#define AHEAD (ROOM_AHEAD > 1 ? ROOM_AHEAD : 1)  // times a thread asks for its columns before it waits for the first
 #define UP (BITS == 8 ? 0 : BITS == 4 ? 4 : BITS == 3 ? 7 : 6)
 #define SUMS 2  // numbers of a digit's 128 columns: what a product counts, and of the highest digit the sum of x
 #define FINEST 20
@@ -24,32 +29,6 @@ __device__ __forceinline__ u32 masked(const Own &own, int r) {
     return own[r / 4] & masks[r % 4];
 #else
     return own[r / 4] & 0x03030303u << r % 4 * 2;
-#endif
-}
-
-// Which of a lane's 32 columns byte b of register r has.
-__device__ __forceinline__ constexpr int column_of(int r, int b) {
-#if BITS == 8
-    return r * 4 + b;
-#elif BITS == 4
-    return r / 2 * 8 + b / 2 + b % 2 * 4 + r % 2 * 2;
-#elif BITS == 3
-    return (r % 4 == 3 ? 30 : (r / 4 * 5 + (r % 4 == 2 ? 2 : r % 4 + b % 2 * 3)) * 2) + b / 2;
-#else
-    return r / 4 * 16 + (b % 2 * 4 + r % 4) * 2 + b / 2;
-#endif
-}
-
-// By which power of two its column is multiplied; below 0: the byte is empty.
-__device__ __forceinline__ constexpr int power_of(int r, int b) {
-#if BITS == 8
-    return 0;
-#elif BITS == 4
-    return r % 2 ? 0 : 4;
-#elif BITS == 3
-    return r % 4 == 0 ? 7 - b % 2 : r % 4 == 1 ? 4 - b % 2 : r % 4 == 2 ? 1 + b % 2 * 8 : b % 2 ? r / 4 : -1;
-#else
-    return 6 - r % 4 * 2;
 #endif
 }
 
@@ -112,102 +91,185 @@ __device__ __forceinline__ void multiply(Sums &acc, const Piece (&pieces)[TALL],
 
 __device__ __forceinline__ size_t staged_bytes(const Shape &s) { return (size_t)s.cols / 128 * REGISTERS * 64 * s.tokens; }
 
-// A part of the digits of the 32 columns of a lane of four, and with the first part what their products count.
-template <int PART> __device__ __forceinline__ void put(uint4 *xs, float *offsets, const float (&v)[32], int chunk, int t, int m, const Shape &s, bool own) {
+// What a thread has of 128 columns: neighbouring ones, and of 3 bits a pair at the end that all parts share.
+struct Columns {
+    int lane, part, first;  // of four lanes, and where its registers begin in a part
+
+    __device__ __forceinline__ explicit Columns(int sharer) {
+#if BITS == 8
+        lane = sharer % 8 / 2, part = sharer / 8, first = sharer % 2 * 2;
+#elif BITS == 4
+        lane = sharer / 4, part = sharer % 4 / 2, first = sharer % 2 * 2;
+#elif BITS == 3
+        lane = sharer / 4, part = sharer % 4, first = 0;
+#else
+        lane = sharer / 2, part = sharer % 2, first = 0;
+#endif
+    }
+    __device__ __forceinline__ bool idle() const { return part == PARTS; }
+    // The first of its columns, and that of pair i of them.
+    __device__ __forceinline__ int column(int sharer, int i) const {
+        return BITS == 3 ? lane * 32 + (i < 5 ? min(part, 2) * 10 + i * 2 : 30) : (sharer * WORDS + i) * 2;
+    }
+    // Whether another part counts pair i too.
+    __device__ __forceinline__ bool counts(int i) const { return BITS != 3 || (i < 5 ? part < 3 : part == 0); }
+};
+
+// Which of its columns byte b of a thread's register r has.
+__device__ __forceinline__ constexpr int column_of(int r, int b) {
+#if BITS == 8
+    return r * 4 + b;
+#elif BITS == 4
+    return b / 2 + b % 2 * 4 + r * 2;
+#elif BITS == 3
+    return (r < 2 ? r * 2 + b % 2 * 6 : r == 2 ? 4 : 10) + b / 2;
+#else
+    return (b % 2 * 4 + r) * 2 + b / 2;
+#endif
+}
+
+// By which power of two its column is multiplied; below 0: the byte is empty.
+__device__ __forceinline__ constexpr int power_of(int r, int b, int part) {
+#if BITS == 8
+    return 0;
+#elif BITS == 4
+    return r % 2 ? 0 : 4;
+#elif BITS == 3
+    return r == 0 ? 7 - b % 2 : r == 1 ? 4 - b % 2 : r == 2 ? 1 + b % 2 * 8 : b % 2 ? part : -1;
+#else
+    return 6 - r * 2;
+#endif
+}
+
+__device__ __forceinline__ void load_columns(u32 (&words)[WORDS], const u16 *x, const Columns &mine, int sharer) {
+#if BITS == 3
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) words[i] = *(const u32 *)(x + mine.column(sharer, i));
+#else
+#pragma unroll
+    for (int i = 0; i < WORDS; i += 4) {
+        const uint4 four = *(const uint4 *)(x + mine.column(sharer, i));
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+    }
+#endif
+}
+
+// Digits of a thread's columns of a token, and what products with the 128 columns count. All threads of a warp come here.
+__device__ __forceinline__ void put(uint4 *xs, float *offsets, const float (&v)[WORDS * 2], const Columns &mine, int sharer, int chunk, int m, const Shape &s, bool own) {
     u32 most = 0;
 #pragma unroll
-    for (int i = 0; i < 32; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);
+    for (int i = 0; i < WORDS * 2; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);
 #pragma unroll
-    for (int d = 1; d < 4; d *= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
+    for (int d = 1; d < SHARERS; d *= 2) most = max(most, __shfl_xor_sync(~0u, most, d));
     const int exponent = (int)max(most >> 23, 30u) - 127;  // below 2^-97 all is zero
     const float scale = __uint_as_float((u32)(127 + FINEST - exponent) << 23);
-    int whole[32], sum = 0;
+    int whole[WORDS * 2], sum = 0;
 #pragma unroll
-    for (int i = 0; i < 32; i++) whole[i] = __float2int_rn(v[i] * scale), sum += whole[i];
-    u32 digits[4][4];  // of a digit, four registers
+    for (int i = 0; i < WORDS * 2; i++) {
+        whole[i] = __float2int_rn(v[i] * scale);
+        if (mine.counts(i / 2)) sum += whole[i];
+    }
+    u32 digits[4][MINE];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
+    for (int r = 0; r < MINE; r++) {
         u32 d[4];
 #pragma unroll
         for (int b = 0; b < 4; b++) {
-            const int power = power_of(PART * 4 + i, b);
-            d[b] = power < 0 ? 0 : ((u32)whole[column_of(PART * 4 + i, b)] << max(power, 0)) + 0x80808080u ^ 0x80808080u;
+            const int power = power_of(r, b, mine.part);
+            d[b] = power < 0 ? 0 : ((u32)whole[column_of(r, b)] << max(power, 0)) + 0x80808080u ^ 0x80808080u;
         }
         const u32 low = __byte_perm(d[0], d[1], 0x5140), lower = __byte_perm(d[2], d[3], 0x5140);
         const u32 high = __byte_perm(d[0], d[1], 0x7362), higher = __byte_perm(d[2], d[3], 0x7362);
-        digits[0][i] = __byte_perm(low, lower, 0x5410), digits[1][i] = __byte_perm(low, lower, 0x7632);
-        digits[2][i] = __byte_perm(high, higher, 0x5410), digits[3][i] = __byte_perm(high, higher, 0x7632);
+        digits[0][r] = __byte_perm(low, lower, 0x5410), digits[1][r] = __byte_perm(low, lower, 0x7632);
+        digits[2][r] = __byte_perm(high, higher, 0x5410), digits[3][r] = __byte_perm(high, higher, 0x7632);
     }
 #pragma unroll
-    for (int k = 0; k < 4 && own; k++) xs[digits_at(s, chunk, PART, m * 4 + k, t)] = make_uint4(digits[k][0], digits[k][1], digits[k][2], digits[k][3]);
-    if (PART == 0) {
-#pragma unroll
-        for (int d = 1; d < 4; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        // Lane t writes what digit t counts. Numbers that are none make the sums none.
-        const float unit = most < 0x7f800000u ? __uint_as_float((u32)(127 - FINEST + exponent) << 23) : __uint_as_float(0x7fffffffu);
-        const float zero = ZEROS ? 1.f : BITS == 8 ? 0.f : 1 << (BITS - 1);
-        const float2 counts = {unit * __uint_as_float((u32)(127 + 8 * t - UP) << 23), t == 3 ? unit * sum * zero : 0.f};
-        if (own) *(float2 *)(offsets + (chunk * NT * 8 + m * 4 + t) * SUMS) = counts;
+    for (int k = 0; k < 4; k++) {
+        u32 *const to = (u32 *)(xs + digits_at(s, chunk, mine.part, m * 4 + k, mine.lane)) + mine.first;
+        if (own && !mine.idle()) {
+            if (MINE == 4) *(uint4 *)to = make_uint4(digits[k][0], digits[k][1], digits[k][MINE - 2], digits[k][MINE - 1]);
+            else *(uint2 *)to = make_uint2(digits[k][0], digits[k][1]);
+        }
     }
+#pragma unroll
+    for (int d = 1; d < SHARERS; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    // One of four threads writes what digit t counts. Numbers that are none make the sums none.
+    const float unit = most < 0x7f800000u ? __uint_as_float((u32)(127 - FINEST + exponent) << 23) : __uint_as_float(0x7fffffffu);
+    const float zero = ZEROS ? 1.f : BITS == 8 ? 0.f : 1 << (BITS - 1);
+    const int t = sharer;
+    if (own && t < 4) *(float2 *)(offsets + (chunk * NT * 8 + m * 4 + t) * SUMS) = make_float2(unit * __uint_as_float((u32)(127 + 8 * t - UP) << 23), t == 3 ? unit * sum * zero : 0.f);
 }
+
+// The norm's weights of a thread's first columns, asked for before the kernel in front has ended.
+struct Norms {
+    float2 first[AHEAD][WORDS];
+
+    __device__ __forceinline__ static void load(float2 (&to)[WORDS], const float *norm, int unit) {
+        const int sharer = unit % SHARERS;
+        const Columns mine(sharer);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) to[i] = *(const float2 *)(norm + unit / SHARERS * 128 + mine.column(sharer, i));
+    }
+    __device__ __forceinline__ void ask(const float *norm, const Shape &s) {
+#if NORM
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) load(first[i], norm + s.first, min((int)threadIdx.x + i * MULTIPLIERS, s.cols / 128 * SHARERS - 1));
+#endif
+    }
+};
 
 // x, times the norm's weight where there is one, as digits in shared memory; scales[token] is what its sums are multiplied
 // by: the inverse root mean square, or where blocks divide the columns the sum of squares of this block's.
-template <int PART> __device__ __forceinline__ void stage_part(uint4 *xs, float *offsets, float *squares, const u16 *x, const float *norm, const Shape &s, int first, int threads) {
-    const int quads = s.cols / 32, warp = threadIdx.x >> 5;
+__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, float *scales, const u16 *x, const float *norm, float eps, const Shape &s, Norms &norms) {
+    const int units = s.cols / 128 * SHARERS, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, sharer = lane % SHARERS;
+    const Columns mine(sharer);
+    float square[NT * TILE];
+#pragma unroll
+    for (int m = 0; m < NT * TILE; m++) square[m] = 0.f;
     x += s.first, norm += s.first;
-    for (int m = 0; m < s.tokens; m++) {
-        float square = 0.f;
-        for (int q = first; q < (quads + 31) / 32 * 32; q += threads) {
-            const int at = min(q, quads - 1), chunk = at >> 2, t = at & 3;  // lanes past the end stay for their warp's sake
-            float v[32];
+    for (int begin = 0; begin < units; begin += AHEAD * MULTIPLIERS) {
+        u32 words[AHEAD][NT * TILE][WORDS];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int col = chunk * 128 + (BITS == 8 ? t * 16 + half * 64 : t * 32 + half * 16);
+        for (int i = 0; i < AHEAD; i++)
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint4 a = *(const uint4 *)(x + (size_t)m * s.stride + col + i * 8);
-                    const u32 *words = &a.x;
+            for (int m = 0; m < NT * TILE; m++)
+                if (m < s.tokens) load_columns(words[i][m], x + (size_t)m * s.stride + min(begin + i * MULTIPLIERS + (int)threadIdx.x, units - 1) / SHARERS * 128, mine, sharer);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        v[half * 16 + i * 8 + j * 2] = to_float(words[j] & 0xffff);
-                        v[half * 16 + i * 8 + j * 2 + 1] = to_float(words[j] >> 16);
-                    }
+        for (int i = 0; i < AHEAD; i++) {
+            const int unit = begin + i * MULTIPLIERS + threadIdx.x;  // those past the end stay for their warp's sake
+            if (unit - lane >= units) continue;
 #if NORM
-                    const float4 w0 = *(const float4 *)(norm + col + i * 8), w1 = *(const float4 *)(norm + col + i * 8 + 4);
-                    float *const f = v + half * 16 + i * 8;
-                    if (PART == 0 && q < quads)
+            if (begin) Norms::load(norms.first[i], norm, min(unit, units - 1));
+#endif
 #pragma unroll
-                        for (int j = 0; j < 8; j++) square += f[j] * f[j];
-                    f[0] *= w0.x, f[1] *= w0.y, f[2] *= w0.z, f[3] *= w0.w, f[4] *= w1.x, f[5] *= w1.y, f[6] *= w1.z, f[7] *= w1.w;
+            for (int m = 0; m < NT * TILE; m++) {
+                if (m >= s.tokens) continue;
+                float v[WORDS * 2];
+#pragma unroll
+                for (int k = 0; k < WORDS; k++) {
+                    v[k * 2] = to_float(words[i][m][k] & 0xffff), v[k * 2 + 1] = to_float(words[i][m][k] >> 16);
+#if NORM
+                    if (unit < units && mine.counts(k)) square[m] += v[k * 2] * v[k * 2] + v[k * 2 + 1] * v[k * 2 + 1];
+                    v[k * 2] *= norms.first[i][k].x, v[k * 2 + 1] *= norms.first[i][k].y;
 #endif
                 }
+                put((uint4 *)xs, offsets, v, mine, sharer, unit / SHARERS, m, s, unit < units);
             }
-            put<PART>(xs, offsets, v, chunk, t, m, s, q < quads);
         }
-#if NORM
-        if (PART == 0) {
-#pragma unroll
-            for (int d = 16; d; d >>= 1) square += __shfl_xor_sync(~0u, square, d);
-            if ((threadIdx.x & 31) == 0) squares[m * WARPS + warp] = square;
-        }
-#endif
     }
-}
-
-__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, float *scales, const u16 *x, const float *norm, float eps, const Shape &s) {
-    // Warps divide the parts of digits among them; the first has the warps that are left over.
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, each = WARPS / PARTS, rest = WARPS - each * (PARTS - 1);
-    uint4 *to = (uint4 *)xs;
-    if (warp < rest) stage_part<0>(to, offsets, squares, x, norm, s, warp * 32 + lane, rest * 32);
-    else if (warp < rest + each) stage_part<1>(to, offsets, squares, x, norm, s, (warp - rest) * 32 + lane, each * 32);
-#if PARTS == 3
-    else stage_part<2>(to, offsets, squares, x, norm, s, (warp - rest - each) * 32 + lane, each * 32);
+#if NORM
+#pragma unroll
+    for (int m = 0; m < NT * TILE; m++) {
+        if (m >= s.tokens) continue;
+#pragma unroll
+        for (int d = 16; d; d >>= 1) square[m] += __shfl_xor_sync(~0u, square[m], d);
+        if (lane == 0) squares[m * WARPS + warp] = square[m];
+    }
 #endif
     meet();
 #if NORM
     for (int m = warp; m < s.tokens; m += WARPS) {
-        float total = lane < rest ? squares[m * WARPS + lane] : 0.f;
+        float total = lane < WARPS ? squares[m * WARPS + lane] : 0.f;
 #pragma unroll
         for (int d = 16; d; d >>= 1) total += __shfl_xor_sync(~0u, total, d);
         if (lane == 0) scales[m] = CLUSTER > 1 ? total : rsqrtf(total / s.stride + eps);  // read when all warps have left their sums

@@ -125,13 +125,6 @@ __device__ __forceinline__ void leave(Sums &acc, float *partial) {
     clear(acc);
 }
 
-// What multiplying threads can do before the kernel in front has ended.
-__device__ __forceinline__ void touch_norm(const float *norm, const Shape &s) {
-#if NORM
-    for (int i = threadIdx.x; i * 32 < s.cols; i += MULTIPLIERS) touch(norm + s.first + i * 32);
-#endif
-}
-
 #define HEIGHT (GATE ? 8 : 16)  // outputs of 16 rows
 #define OUTPUTS (TALL * NT * TILE * HEIGHT)
 

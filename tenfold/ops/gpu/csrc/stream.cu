@@ -99,10 +99,11 @@ stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros,
     Sums acc;
     clear(acc);
     int tile = blockIdx.x, step = 0, turn = 0;
-    touch_norm(norm, s);
+    Norms norms;
+    norms.ask(norm, s);
     if (tile < s.tiles) load_step(even, w, s, tile, 0);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s);
+    stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s, norms);
 
     auto consume = [&](const Piece (&buffer)[CHUNKS][1], int tile, int step) {
         const int chunk = (step * WARPS + (threadIdx.x >> 5)) * CHUNKS;

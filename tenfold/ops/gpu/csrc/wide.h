@@ -212,11 +212,20 @@ __device__ __forceinline__ void put(u16 *xs, float *offsets, int v, int m, uint4
     *(uint4 *)(xs + m * s.pitch + vector_at(v) * 8) = a;
 }
 
+// The norm's weights, asked for before the kernel in front has ended.
+struct Norms {
+    __device__ __forceinline__ void ask(const float *norm, const Shape &s) const {
+#if NORM
+        for (int i = threadIdx.x; i * 32 < s.cols; i += MULTIPLIERS) touch(norm + s.first + i * 32);
+#endif
+    }
+};
+
 // x, times the norm's weight where there is one, into shared memory; scales[token] is what its sums are multiplied by, or
 // where blocks divide the columns the sum of squares of this block's.
 // In bfloat16, whose range is float32's, x * weight is rounded and the inverse root mean square follows after the sum:
 // one pass, and nobody waits for the mean. In float16 that product might overflow, so x is normed first, in two passes.
-__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *sums, float *scales, const u16 *x, const float *norm, float eps, const Shape &s) {
+__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *sums, float *scales, const u16 *x, const float *norm, float eps, const Shape &s, const Norms &) {
     int vectors = s.cols / 8, tid = threadIdx.x;
     const bool every = CLUSTER > 1 && NORM && HALF;  // the mean is wanted first, so each block adds up all squares
     const int begin = every ? -s.first / 8 : 0, end = every ? begin + s.stride / 8 : vectors;
