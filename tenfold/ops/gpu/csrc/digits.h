@@ -220,7 +220,7 @@ struct Norms {
 
 // x, times the norm's weight where there is one, as digits in shared memory; scales[token] is what its sums are multiplied
 // by: the inverse root mean square, or where blocks divide the columns the sum of squares of this block's.
-__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, float *scales, const u16 *x, const float *norm, float eps, const Shape &s, Norms &norms) {
+__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, float *scales, const u16 *x, const float *norm, float eps, const Shape &s, const Norms &norms) {
     const int units = s.cols / 128 * SHARERS, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, sharer = lane % SHARERS;
     const Columns mine(sharer);
     float square[NT * TILE];
@@ -239,7 +239,11 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, f
             const int unit = begin + i * MULTIPLIERS + threadIdx.x;  // those past the end stay for their warp's sake
             if (unit - lane >= units) continue;
 #if NORM
-            if (begin) Norms::load(norms.first[i], norm, min(unit, units - 1));
+            float2 weights[WORDS];
+            if (begin) Norms::load(weights, norm, min(unit, units - 1));
+            else
+#pragma unroll
+                for (int k = 0; k < WORDS; k++) weights[k] = norms.first[i][k];
 #endif
 #pragma unroll
             for (int m = 0; m < NT * TILE; m++) {
@@ -250,7 +254,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, f
                     v[k * 2] = to_float(words[i][m][k] & 0xffff), v[k * 2 + 1] = to_float(words[i][m][k] >> 16);
 #if NORM
                     if (unit < units && mine.counts(k)) square[m] += v[k * 2] * v[k * 2] + v[k * 2 + 1] * v[k * 2 + 1];
-                    v[k * 2] *= norms.first[i][k].x, v[k * 2 + 1] *= norms.first[i][k].y;
+                    v[k * 2] *= weights[k].x, v[k * 2 + 1] *= weights[k].y;
 #endif
                 }
                 put((uint4 *)xs, offsets, v, mine, sharer, unit / SHARERS, m, s, unit < units);
