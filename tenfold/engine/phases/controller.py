@@ -24,10 +24,9 @@ LEAST_CHUNK = 128  # tokens of prompts in a step of decodes
 NEARLY = 0.9  # of the prompt tokens a second of the largest steps in time, that smaller ones should compute
 HASTE = 0.5  # of the target of first tokens, in which those who wait should be served by smaller steps
 STRETCH = 2.0  # times the target, that steps may take while first tokens are late: most steps have no prompts
-EFFORT = 0.2  # by which a split must compute prompts faster than steps with both for the border to move
 # Steps of decodes that a prefill in a lane takes at least: the last of them goes on in its part when that is done.
 LEAST_STEPS = 3.0
-GAIN = 0.05  # by which the worse of both targets must be better served for a border to move
+GAIN = 0.05  # by which a target must be better served for a border to move
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,15 +187,6 @@ class Promise:
         """The worse of both, at most 1 where both are met."""
         return max(1.0, self.waited + self.work, self.step)
 
-    def better(self, other: "Promise", by: float) -> bool:
-        """Whether tokens come in time here and not there; or where that is alike and one of both is late with first
-        tokens, whether prompts are computed faster here by more than a share.
-        """
-        steps = max(1.0, self.step), max(1.0, other.step)
-        if max(steps) > min(steps) * (1 + GAIN):
-            return steps[0] < steps[1]
-        return max(self.miss, other.miss) > 1 and self.work * (1 + by) < other.work
-
 
 @dataclass(slots=True)
 class Staircase:
@@ -250,12 +240,11 @@ class Staircase:
 
 @dataclass(slots=True)
 class Adaptive:
-    """Prompts ride in the steps of decodes, as many tokens at a time as leave these in time, unless that serves the
-    targets less well than a split of the GPU.
+    """Prompts ride in the steps of decodes, as many tokens at a time as leave these in time, unless no such step does
+    and decodes on a part of the GPU do.
 
     A step with both reads the weights once for both, and as long as reading them takes longer than computing, tokens of
-    prompts are nearly free. Where tokens have to come so fast that steps in time hold few of a long prompt, a part of
-    the GPU for prompts alone does more.
+    prompts are nearly free. A split reads them twice: in all measurements it computed less in the same time.
     most: tokens of prompts in a step; guard: of what such steps took longer than expected.
     """
 
@@ -289,22 +278,24 @@ class Adaptive:
             return Decision(self.shared, "nobody decodes", self.most)
         if not seen.queued:
             return Decision(self.shared, "nobody waits for a first token", LEAST_CHUNK)
-        in_time = self.fitting(seen)
-        mixed = self.promise(in_time[-1], seen)
-        divided = [split for split in self.inner.splits if self._worth(split, mixed, seen, now)]
+        divided = self._divided(seen, now)
         if divided:
             found = self.inner.decide(seen, now).split
             found = found if found in divided else min(divided, key=lambda s: self.inner.promise(s, seen).miss)
-            return Decision(found, "steps in time hold too few tokens of prompts: a part of the GPU computes more")
-        chunk = self.chunk(seen, in_time)
+            return Decision(found, "no step with tokens of prompts is in time: a part of the GPU decodes alone")
+        chunk = self.chunk(seen, self.fitting(seen))
         return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
 
-    def _worth(self, split: Split, mixed: Promise, seen: Observed, now: Split) -> bool:
-        """Whether a split is so much better that the border moves, or enough for it to stay, and for some steps."""
-        own, targets = self.inner.promise(split, seen), seen.targets or self.targets
-        if own.work * targets.ttft < LEAST_STEPS * own.step * targets.tpot:
-            return False
-        return own.better(mixed, EFFORT if now == self.shared else GAIN)
+    def _divided(self, seen: Observed, now: Split) -> list[Split]:
+        """Splits that keep tokens in time where the smallest steps with prompts do not, for some steps at least."""
+        late = self.promise(LEAST_CHUNK, seen).step > (1 + GAIN if now == self.shared else 1)
+        targets = seen.targets or self.targets
+        promises = {split: self.inner.promise(split, seen) for split in self.inner.splits} if late else {}
+        return [
+            split
+            for split, own in promises.items()
+            if own.step <= 1 and own.work * targets.ttft >= LEAST_STEPS * own.step * targets.tpot
+        ]
 
     def chunk(self, seen: Observed, in_time: range) -> int:
         """The fewest tokens of prompts that compute prompts nearly as fast as the most that leave a step in time; or in

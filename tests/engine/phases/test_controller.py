@@ -2,11 +2,11 @@
 
 import pytest
 
-from tenfold.engine.phases import controller
 from tenfold.engine.phases.controller import (
     Adaptive,
     Algorithm1,
     Guard,
+    Learner,
     Observed,
     Split,
     Staircase,
@@ -72,9 +72,9 @@ def test_the_staircase_gives_decodes_no_more_than_they_need() -> None:
 
 def test_the_staircase_learns_what_phases_add_to_each_other_and_forgets_it() -> None:
     own = Staircase(TARGETS, SPLITS, STAIRS)
-    assert isinstance(own, controller.Learner)
-    assert isinstance(adaptive(tpot=0.05), controller.Learner)
-    assert not isinstance(algorithm(), controller.Learner)
+    assert isinstance(own, Learner)
+    assert isinstance(adaptive(tpot=0.05), Learner)
+    assert not isinstance(algorithm(), Learner)
     split, before = SPLITS[1], own.promise(SPLITS[1], seen())
     for _ in range(100):
         own.observe(split, 8, 1.5 * own.stairs.decode_seconds(split.decode, 8))
@@ -118,7 +118,7 @@ def test_what_one_phase_adds_to_the_other_is_remembered_on_average_and_fades() -
 
 
 def test_a_split_is_judged_by_what_its_phases_added_to_each_other() -> None:
-    own = adaptive(tpot=0.009, ttft=0.2)
+    own = adaptive(tpot=0.009, ttft=0.2, least=0.012)
     split = own.decide(seen(), WHOLE).split
     assert split in SPLITS
     before = own.inner.promise(split, seen())
@@ -135,10 +135,11 @@ def chunk_of(own: Adaptive, seen: Observed) -> int:
     return own.chunk(seen, own.fitting(seen))
 
 
-def adaptive(tpot: float, ttft: float = 1.0) -> Adaptive:
+def adaptive(tpot: float, ttft: float = 1.0, least: float = 0.006) -> Adaptive:
+    """least: seconds of the smallest step with prompts."""
     fine = Stairs(
         {
-            s: ((128, 0.006 * TOTAL / s), (512, 0.012 * TOTAL / s), (4096, 0.09 * TOTAL / s))
+            s: ((128, least * TOTAL / s), (512, 2 * least * TOTAL / s), (4096, 15 * least * TOTAL / s))
             for s in (32, 64, 96, 116, 132)
         },
         STAIRS.decode,
@@ -182,23 +183,33 @@ def test_where_decodes_alone_are_late_prompts_wait_no_longer_for_that() -> None:
     assert chunk_of(own, seen(requests=64)) > own.fitting(seen(requests=8))[-1]
 
 
-def test_a_part_of_the_gpu_is_taken_where_steps_in_time_would_hold_few_tokens_of_prompts() -> None:
-    own = adaptive(tpot=0.009, ttft=0.2)
+def test_a_part_of_the_gpu_decodes_alone_where_no_step_with_prompts_is_in_time() -> None:
+    own = adaptive(tpot=0.009, ttft=0.2, least=0.012)
     found = own.decide(seen(), WHOLE)
     assert found.split in SPLITS
     assert found.chunk == 0
     assert own.inner.stairs.decode_seconds(found.split.decode, 8) <= 0.009
-    # back only where steps with both do better by more than a little
     assert own.decide(seen(), found.split).split == found.split
     assert own.decide(seen(requests=0), found.split) == own.decide(seen(requests=0), WHOLE)
+    assert adaptive(tpot=0.009, ttft=0.2).decide(seen(), WHOLE).split == WHOLE  # small steps are in time
+    assert adaptive(tpot=0.005, ttft=0.2, least=0.012).decide(seen(), WHOLE).split == WHOLE  # and here no split is
 
 
-def test_no_split_for_what_is_done_within_few_steps_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = adaptive(tpot=0.009, ttft=0.02)
-    assert own.decide(seen(queued=1000), WHOLE).split in SPLITS
-    assert own.decide(seen(queued=500), WHOLE).split == WHOLE
-    monkeypatch.setattr(controller, "LEAST_STEPS", 0.0)
-    assert own.decide(seen(queued=500), WHOLE).split in SPLITS
+def test_the_border_stays_where_steps_are_late_by_little() -> None:
+    own = adaptive(tpot=0.0122, least=0.012)
+    assert 1 < own.promise(128, seen()).step < 1.05
+    assert own.decide(seen(), WHOLE).split == WHOLE
+    assert own.decide(seen(), SPLITS[1]).split in SPLITS
+
+
+def test_no_split_for_what_is_done_within_few_steps_of_decodes() -> None:
+    own = adaptive(tpot=0.009, ttft=0.02, least=0.012)
+    slow, fast = (seen(queued=1000), seen(queued=1))
+    assert own.decide(slow, WHOLE).split in SPLITS
+    for split in SPLITS:
+        times = dict(own.inner.stairs.prefill)
+        object.__setattr__(own.inner.stairs, "prefill", times | {split.prefill: ((1, 0.001), *times[split.prefill])})
+    assert own.decide(fast, WHOLE).split == WHOLE
 
 
 def test_a_phase_without_work_needs_no_split() -> None:
