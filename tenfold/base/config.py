@@ -136,8 +136,8 @@ class EngineConfig:
     border: str = setting(
         "adaptive",
         "schedule=phases, who gets which multiprocessors: adaptive (prompts ride in the steps of answers that keep "
-        "to tpot, or have a part where none does), staircase (as measured), paper (semi-PD's Algorithm 1), shared, or how "
-        "many prompts get",
+        "to tpot, or have a part where none does), staircase (as measured), paper (semi-PD's Algorithm 1), shared, "
+        "or how many prompts get",
     )
     ttft: float = setting(
         0.0,
