@@ -42,17 +42,22 @@ class Check:
 
     def __init__(self, entries: Seq[Entry], device: torch.device) -> None:
         width = max(len(e.drafts) for e in entries) + 1
-        places, expected, start = [], [], 0
-        for entry in entries:
-            count = len(entry.drafts) + 1
-            places.append([start + min(i, count - 1) for i in range(width)])
-            expected.append([*entry.drafts, *[-1] * (width - count)])
-            start += count
-        counts = [len(e.drafts) + 1 for e in entries]
-        self._places = torch.tensor(places, device=device)  # [E, K + 1] the draws of each entry, the last repeated
-        self._expected = torch.tensor(expected, device=device).view(len(entries), width - 1)  # [E, K], -1: no draft
-        self._entry = torch.tensor([e for e, n in enumerate(counts) for _ in range(n)], device=device)
-        self._offset = torch.tensor([i for n in counts for i in range(n)], device=device)
+        places: list[int] = []
+        expected: list[int] = []
+        owners: list[int] = []
+        offsets: list[int] = []
+        for number, entry in enumerate(entries):
+            start, count = len(owners), len(entry.drafts) + 1
+            places += [start + min(i, count - 1) for i in range(width)]
+            expected += [*entry.drafts, *[-1] * (width - count)]
+            owners += [number] * count
+            offsets += range(count)
+        # One copy, which the host does not wait for: the model of this step runs meanwhile.
+        host = torch.tensor([*places, *expected, *owners, *offsets], pin_memory=device.type == "cuda")
+        parts = host.to(device, non_blocking=True).split([len(places), len(expected), len(owners), len(offsets)])
+        self._places = parts[0].view(len(entries), width)  # [E, K + 1] the draws of each entry, the last repeated
+        self._expected = parts[1].view(len(entries), width - 1)  # [E, K], -1: no draft
+        self._entry, self._offset = parts[2:]
 
     def accepted(self, tokens: Tensor) -> Tensor:
         """Of the tokens drawn [D] int64 -> how many drafts of each entry are right, [E] int64."""
