@@ -19,7 +19,7 @@ from tenfold.engine.sequence import Sequence, Status, Turn
 PROMPT_WEIGHT = 1
 ANSWER_WEIGHT = 2  # a decoded token costs about twice a prompt token, as in the paper and in common price lists
 
-Key = tuple[int, float, Turn]  # of a priority, of what a user was served
+Key = tuple[int, float, Turn]  # priority, what the user was served
 
 
 class FairQueue:

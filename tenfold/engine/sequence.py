@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # which speaks of entries of plans, and these of sequences
     from tenfold.engine.sight import Layout
 
 Rank = tuple[int, float, int, int]
-Turn = tuple[int, float, Rank]
+Turn = tuple[int, float, Rank]  # priority, when it is due (fair.py)
 
 
 class Status(Enum):

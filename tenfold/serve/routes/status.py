@@ -80,6 +80,7 @@ SETTINGS = (
     "max_step_tokens",
     "prefix_cache",
     "schedule",
+    "overtake",
     "threads",
 )
 
