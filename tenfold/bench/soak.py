@@ -39,6 +39,7 @@ from tenfold.engine.core import Engine
 from tenfold.engine.grammar import Grammars
 from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
 from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, QueueFull, Request, SamplingParams
+from tenfold.ops.gpu import nvrtc
 from tenfold.ops.gpu.graphs import MADE
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -93,7 +94,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """Seconds since the begin; pages; bytes (allocated, reserved: of the GPU, 0 on a CPU); counts since the begin;
-    graphs: CUDA graphs captured by then.
+    graphs, modules: CUDA graphs captured by then, and compiled sources loaded.
     """
 
     seconds: float
@@ -108,6 +109,7 @@ class Sample:
     waiting: int
     tokens: int
     graphs: int = 0
+    modules: int = 0
 
 
 @dataclass(slots=True)
@@ -393,6 +395,7 @@ class Soak:
             stats.waiting,
             stats.generated_tokens - self.before.generated_tokens,
             MADE.graphs,
+            nvrtc.modules(),
         )
         self.result.samples.append(found)
         if len(self.result.samples) % 10 == 1:
@@ -503,9 +506,9 @@ def growth(samples: Sequence[Sample]) -> dict[str, float]:
     return {name: (getattr(samples[-1], field) - getattr(middle, field)) / MIB for field, name in WHERE.items()}
 
 
-def later(samples: Sequence[Sample]) -> int:
-    """Graphs captured since the middle."""
-    return samples[-1].graphs - samples[len(samples) // 2].graphs
+def later(samples: Sequence[Sample], of: str) -> int:
+    """Graphs captured or modules loaded since the middle."""
+    return getattr(samples[-1], of) - getattr(samples[len(samples) // 2], of)
 
 
 def run(
@@ -581,8 +584,9 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
                 trends = ", ".join(f"{r.slopes[where]:+.1f}" for r in runs if where in r.slopes)
                 note = f"each run's last sample less that of its middle; over that time {trends} MiB/h by least "
                 note += "squares, which a run of minutes bounds only loosely"
-                if more_graphs := [later(r.samples) for r in runs if later(r.samples)]:
-                    note += f"; {', '.join(map(str, more_graphs))} CUDA graphs were captured meanwhile"
+                for of, made in (("graphs", "CUDA graphs were captured"), ("modules", "compiled kernels were loaded")):
+                    if counts := [count for r in runs if (count := later(r.samples, of))]:
+                        note += f"; {', '.join(map(str, counts))} {made} meanwhile"
                 more: dict[str, Any] = {"at_most": MOST_GROWTH, "spread": (min(values), max(values)), "note": note}
                 what = f"growth under soak, {where}, worst of {len(values)} runs, {model}"
                 found.append(claim("F9", what, max(values), "MiB", command, **more))

@@ -282,6 +282,11 @@ def _module(source: str, defines: tuple[tuple[str, int], ...], device: int) -> c
     return module
 
 
+def modules() -> int:
+    """How many compiled sources this process has loaded. Each takes memory of the host and of the device."""
+    return _module.cache_info().currsize
+
+
 def compiled(source: str, arch: str, defines: Sequence[tuple[str, int]] | Mapping[str, int]) -> bytes:
     """Machine code of csrc/`source` for `arch` ("sm_90a"), from the cache where it is there. Raises CompileError."""
     pairs = sorted(dict(defines).items())
