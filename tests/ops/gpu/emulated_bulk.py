@@ -37,10 +37,9 @@ class BulkEmulator(CopyEmulator):
     headers = (*CopyEmulator.headers, Path(__file__).parent / "emulated_bulk.h")
     start = "launch(grid_x, grid_y, grid_z, block_threads, dynamic, CLUSTER);"
 
-    def __init__(self, folder: Path, clusters: int, seed: int = 0, dry: int = 0, pipe: int = 0) -> None:
+    def __init__(self, folder: Path, clusters: int, seed: int = 0) -> None:
         super().__init__(folder, seed)
         self.clusters = clusters
-        self.own = (("DRY", dry), ("PIPE", pipe))
 
     def __call__(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> Emulated:
-        return EmulatedClusters(self.built(source, entry, (*defines, *self.own)), self.clusters)
+        return EmulatedClusters(self.built(source, entry, defines), self.clusters)

@@ -67,8 +67,8 @@ def test_products(
     assert bulk.reads(plan.kind, format)
     w, x = matrix(format, rows, cols, dtype), normal(tokens, cols).to(dtype)
     results = []
-    for seed in range(4):
-        monkeypatch.setattr(nvrtc, "load", BulkEmulator(folder, clusters, seed, dry=seed % 2, pipe=seed // 2))
+    for seed in range(3):
+        monkeypatch.setattr(nvrtc, "load", BulkEmulator(folder, clusters, seed))
         results.append(bulk.run(plan, clusters * plan.cluster, x, w, float32=True))
     assert excess(results[0], x, values(w), dtype) <= 1
     assert all(torch.equal(results[0], other) for other in results)  # whatever arrived first
@@ -91,7 +91,7 @@ def test_what_is_fused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, format: str, tokens: int, act: str | None, dtype: str
 ) -> None:
     plan, kind, rows, cols = bulk.parse(name), TYPES[dtype], 180, 1280
-    monkeypatch.setattr(nvrtc, "load", BulkEmulator(folder, 2, dry=1, pipe=1))
+    monkeypatch.setattr(nvrtc, "load", BulkEmulator(folder, 2))
     w, x = matrix(format, rows, cols, kind), (300 * normal(tokens, cols)).to(kind)
     norm, bias = Norm(normal(cols, seed=1).abs() + 0.5, 1e-5), normal(rows, seed=2)
     residual = normal(tokens, rows // 2 if act else rows, seed=3).to(kind)

@@ -14,12 +14,6 @@
 #include "cluster.h"
 #include "shares.h"
 
-#ifndef DRY
-#define DRY 0
-#endif
-#ifndef PIPE
-#define PIPE 0  // 1: codes of the step after come into registers before a step is multiplied
-#endif
 #define THREADS (MULTIPLIERS + 64)
 #define STEP_COLS (WARPS * CHUNKS * CHUNK_COLS)
 #define BYTES_OF(cols) ((cols) * BITS / 8)
@@ -186,55 +180,33 @@ bulk(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, v
     clear(acc);
     Norms norms;
     norms.ask(norm, s);
-    // Before the kernel in front has ended all is done once on numbers that mean nothing, so that the instructions are
-    // in this multiprocessor's caches when they are wanted. x is not read then, or what is stale might be.
-#pragma unroll 1
-    for (int real = 1 - DRY; real < 2; real++) {
-        Shape now = s;
-        if (!real) now.tokens = 1;
-        if (real) {
-            asm volatile("griddepcontrol.wait;" ::: "memory");
-        }
-        stage(room.xs, room.offsets, room.squares, room.scales, real ? x : codes, norm, eps, now, norms);
-        Piece coming[CHUNKS][TALL];
-        auto fetch = [&](const Turn &at) {
-            const int chunk = (at.step * WARPS + warp) * CHUNKS;
-            if (real) wait_for(full + at.slot * 8, at.parity);
-            if (chunk < chunks)
-#pragma unroll
-                for (int i = 0; i < CHUNKS; i++)
-#pragma unroll
-                    for (int t = 0; t < TALL; t++) load_piece(coming[i][t], stages + at.slot * STAGE_BYTES, t, warp * CHUNKS + i);
-            __syncwarp();  // all lanes know that the stage was full
-            if (real && lane == 0) arrive(empty + at.slot * 8);
-        };
-        int count = 0;  // of tiles
-        Turn at = {FIRST_TILE, 0, 0, 0};
-        if (PIPE && at.tile < s.tiles) fetch(at);
-        while (at.tile < s.tiles) {
-            if (!PIPE) fetch(at);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    stage(room.xs, room.offsets, room.squares, room.scales, x, norm, eps, s, norms);
+    int count = 0;  // of tiles
+    for (Turn at = {FIRST_TILE, 0, 0, 0}; at.tile < s.tiles; at.next(steps)) {
+        const int chunk = (at.step * WARPS + warp) * CHUNKS;
+        wait_for(full + at.slot * 8, at.parity);
+        if (chunk < chunks) {
             Piece pieces[CHUNKS][TALL];
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++)
 #pragma unroll
-                for (int t = 0; t < TALL; t++) pieces[i][t] = coming[i][t];
-            Turn following = at;
-            following.next(steps);
-            if (PIPE && real && following.tile < s.tiles) fetch(following);
-            const int chunk = (at.step * WARPS + warp) * CHUNKS;
-            if (chunk < chunks)
+                for (int t = 0; t < TALL; t++) load_piece(pieces[i][t], stages + at.slot * STAGE_BYTES, t, warp * CHUNKS + i);
+            __syncwarp();
+            if (lane == 0) arrive(empty + at.slot * 8);
 #pragma unroll
-                for (int i = 0; i < CHUNKS; i++) multiply(acc, pieces[i], room.xs, room.offsets, now, (chunk + i) * CHUNK_COLS);
-            if (at.step == steps - 1 || !real) {
-                const int which = count & 1;
-                if (count >= 2) wait_for(taken + which * 8, (count >> 1 & 1) ^ 1);
-                leave(acc, room.partial + which * PARTIAL);
-                __syncwarp();
-                if (real && lane == 0) arrive(left + which * 8);
-                count++;
-            }
-            if (!real) break;
-            at = following;
+            for (int i = 0; i < CHUNKS; i++) multiply(acc, pieces[i], room.xs, room.offsets, s, (chunk + i) * CHUNK_COLS);
+        } else {
+            __syncwarp();  // all lanes know that the stage was full
+            if (lane == 0) arrive(empty + at.slot * 8);
+        }
+        if (at.step == steps - 1) {
+            const int which = count & 1;
+            if (count >= 2) wait_for(taken + which * 8, (count >> 1 & 1) ^ 1);
+            leave(acc, room.partial + which * PARTIAL);
+            __syncwarp();
+            if (lane == 0) arrive(left + which * 8);
+            count++;
         }
     }
     know_cluster();

@@ -107,11 +107,11 @@ struct Columns {
 #endif
     }
     __device__ __forceinline__ bool idle() const { return part == PARTS; }
-    // The first of its columns, and that of pair i of them.
+    // The first of pair i of its columns.
     __device__ __forceinline__ int column(int sharer, int i) const {
         return BITS == 3 ? lane * 32 + (i < 5 ? min(part, 2) * 10 + i * 2 : 30) : (sharer * WORDS + i) * 2;
     }
-    // Whether another part counts pair i too.
+    // Whether pair i is this part's to count, for some have more than one.
     __device__ __forceinline__ bool counts(int i) const { return BITS != 3 || (i < 5 ? part < 3 : part == 0); }
 };
 
@@ -193,16 +193,15 @@ __device__ __forceinline__ void put(uint4 *xs, float *offsets, const float (&v)[
     }
 #pragma unroll
     for (int d = 1; d < SHARERS; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    // One of four threads writes what digit t counts. Numbers that are none make the sums none.
+    // The first four threads write what a digit counts, each of one. Numbers that are none make the sums none.
     const float unit = most < 0x7f800000u ? __uint_as_float((u32)(127 - FINEST + exponent) << 23) : __uint_as_float(0x7fffffffu);
     const float zero = ZEROS ? 1.f : BITS == 8 ? 0.f : 1 << (BITS - 1);
-    const int t = sharer;
-    if (own && t < 4) *(float2 *)(offsets + (chunk * NT * 8 + m * 4 + t) * SUMS) = make_float2(unit * __uint_as_float((u32)(127 + 8 * t - UP) << 23), t == 3 ? unit * sum * zero : 0.f);
+    if (own && sharer < 4) *(float2 *)(offsets + (chunk * NT * 8 + m * 4 + sharer) * SUMS) = make_float2(unit * __uint_as_float((u32)(127 + 8 * sharer - UP) << 23), sharer == 3 ? unit * sum * zero : 0.f);
 }
 
-// The norm's weights of a thread's first columns, asked for before the kernel in front has ended.
+// The norm's weights of a thread's columns; of the first, asked for before the kernel in front has ended.
 struct Norms {
-    float2 first[AHEAD][WORDS];
+    float2 coming[AHEAD][WORDS];
 
     __device__ __forceinline__ static void load(float2 (&to)[WORDS], const float *norm, int unit) {
         const int sharer = unit % SHARERS;
@@ -213,14 +212,14 @@ struct Norms {
     __device__ __forceinline__ void ask(const float *norm, const Shape &s) {
 #if NORM
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) load(first[i], norm + s.first, min((int)threadIdx.x + i * MULTIPLIERS, s.cols / 128 * SHARERS - 1));
+        for (int i = 0; i < AHEAD; i++) load(coming[i], norm + s.first, min((int)threadIdx.x + i * MULTIPLIERS, s.cols / 128 * SHARERS - 1));
 #endif
     }
 };
 
 // x, times the norm's weight where there is one, as digits in shared memory; scales[token] is what its sums are multiplied
 // by: the inverse root mean square, or where blocks divide the columns the sum of squares of this block's.
-__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, float *scales, const u16 *x, const float *norm, float eps, const Shape &s, const Norms &norms) {
+__device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, float *scales, const u16 *x, const float *norm, float eps, const Shape &s, Norms &norms) {
     const int units = s.cols / 128 * SHARERS, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, sharer = lane % SHARERS;
     const Columns mine(sharer);
     float square[NT * TILE];
@@ -239,11 +238,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, f
             const int unit = begin + i * MULTIPLIERS + threadIdx.x;  // those past the end stay for their warp's sake
             if (unit - lane >= units) continue;
 #if NORM
-            float2 weights[WORDS];
-            if (begin) Norms::load(weights, norm, min(unit, units - 1));
-            else
-#pragma unroll
-                for (int k = 0; k < WORDS; k++) weights[k] = norms.first[i][k];
+            if (begin) Norms::load(norms.coming[i], norm, min(unit, units - 1));
 #endif
 #pragma unroll
             for (int m = 0; m < NT * TILE; m++) {
@@ -254,7 +249,7 @@ __device__ __forceinline__ void stage(u16 *xs, float *offsets, float *squares, f
                     v[k * 2] = to_float(words[i][m][k] & 0xffff), v[k * 2 + 1] = to_float(words[i][m][k] >> 16);
 #if NORM
                     if (unit < units && mine.counts(k)) square[m] += v[k * 2] * v[k * 2] + v[k * 2 + 1] * v[k * 2 + 1];
-                    v[k * 2] *= weights[k].x, v[k * 2 + 1] *= weights[k].y;
+                    v[k * 2] *= norms.coming[i][k].x, v[k * 2 + 1] *= norms.coming[i][k].y;
 #endif
                 }
                 put((uint4 *)xs, offsets, v, mine, sharer, unit / SHARERS, m, s, unit < units);
