@@ -233,7 +233,6 @@ class Arms:
         engine.config = replace(engine.config, schedule=schedule)
         overtake = 0.0 if name.endswith(ARRIVAL) else self.limits.overtake
         engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens, overtake=overtake)
-        engine.scheduler.queue.overtake = overtake
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         engine.phases = phases

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from tenfold.engine.fair import due
 from tenfold.engine.phases.controller import Controller, Learner, Observed, Split, Targets, percentile
 from tenfold.engine.phases.latency import Stairs
 
@@ -64,7 +65,7 @@ class Line:
 
     def join(self, served: Served) -> None:
         self._came += 1
-        served.turn = (self.computed + self.overtake * served.ask.prompt if self.overtake else 0.0, self._came)
+        served.turn = (due(self.computed, self.overtake * served.ask.prompt), self._came)
         self.back(served)
 
     def back(self, served: Served) -> None:
@@ -214,16 +215,13 @@ class Gpu:
         """Of prompts in the step under way."""
         return max(1, round(sum(share * served.ask.prompt for served, share in self.riding)))
 
-    def _lane_left(self) -> float:
-        return self.lane.left if self.lane is not None else 0.0
-
     def _sharing(self) -> bool:
         return self.split.prefill + self.split.decode > self.total
 
     def _ends(self) -> list[float]:
         found = []
-        if self.laned:
-            found.append(self.now + self._lane_left() * self._prefill_seconds())
+        if self.lane is not None and self.laned:
+            found.append(self.now + self.lane.left * self._prefill_seconds())
         if (self.stepping or self.riding) and self.split.decode:
             found.append(self.now + self.step_left * self._step_seconds())
         return found or [float("inf")]

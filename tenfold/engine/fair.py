@@ -22,12 +22,17 @@ ANSWER_WEIGHT = 2  # a decoded token costs about twice a prompt token, as in the
 Key = tuple[int, float, Turn]  # priority, what the user was served
 
 
+def due(computed: float, grace: float) -> float:
+    """How many tokens of prompts are computed when one is due that comes after so many. grace: tokens of others until
+    then, in proportion to its own; 0: all are due at once, and go in the order they came.
+    """
+    return computed + grace if grace else 0.0
+
+
 class FairQueue:
     """The queue and the counters. `enter` and `leave` frame a sequence's life; `push` and `pop` its waits within it."""
 
-    def __init__(self, overtake: float = 0.0) -> None:
-        """overtake: times its length, after which a prompt is due; 0: all go in the order they came."""
-        self.overtake = overtake
+    def __init__(self) -> None:
         self.tokens = 0  # sum of the lengths of waiting sequences
         self._computed = 0  # tokens of prompts
         self._size = 0
@@ -74,12 +79,11 @@ class FairQueue:
             if len(self._served) > 2 * len(self._active) + 1024:
                 self._prune()
 
-    def push(self, sequence: Sequence, cached: int = 0) -> None:
-        """cached: leading tokens that need not be computed. When a sequence is due is settled at its first time."""
+    def push(self, sequence: Sequence, grace: float = 0.0) -> None:
+        """grace: as in `due`, which is settled at a sequence's first time."""
         if sequence.turn[1] == inf:
-            due = self._computed + self.overtake * (len(sequence.tokens) - cached) if self.overtake else 0.0
-            due = due if sequence.parent is None else sequence.parent.turn[1]
-            sequence.turn = (sequence.rank[0], due, sequence.rank)
+            when = due(self._computed, grace) if sequence.parent is None else sequence.parent.turn[1]
+            sequence.turn = (sequence.rank[0], when, sequence.rank)
         heappush(self._heaps.setdefault(sequence.request.user, []), (sequence.turn, sequence))
         self._size += 1
         self.tokens += len(sequence.tokens)

@@ -34,7 +34,8 @@ WATERMARK = 0.01  # share of pages left for the growth of running sequences when
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step.
-    max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows). overtake: as in `fair`.
+    max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows). overtake: times its
+    own tokens, after which a prompt is due (`fair`).
     """
 
     max_batch: int
@@ -72,7 +73,7 @@ class Scheduler:
         self.page_size = page_size
         self.limits = limits
         self.prefix = prefix
-        self.queue = FairQueue(limits.overtake)
+        self.queue = FairQueue()
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
         self.unfinished = 0
@@ -129,8 +130,10 @@ class Scheduler:
                 self._wait(sequence)
 
     def _wait(self, sequence: Sequence) -> None:
-        cached = self._shared_pages(sequence)[1] if self.limits.overtake else 0
-        self.queue.push(sequence, cached)
+        """To be computed; what is cached of it need not be."""
+        overtake = self.limits.overtake
+        left = len(sequence.tokens) - self._shared_pages(sequence)[1] if overtake else 0
+        self.queue.push(sequence, overtake * left)
 
     def expired(self, now: float) -> list[Sequence]:
         """Unfinished sequences whose deadline has passed, each named once."""

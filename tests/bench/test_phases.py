@@ -9,6 +9,7 @@ from tenfold.bench import claims_phases, phases, plots, report
 from tenfold.bench.engines import Answer, Job
 from tenfold.bench.phases import Result, Row
 from tenfold.engine.phases import start
+from tenfold.engine.request import Request, SamplingParams
 
 MODEL = "shape:llama-3.2-1b@layers=2"
 PAIRS = [[20, 4], [40, 6], [6, 3]]
@@ -187,10 +188,19 @@ def test_an_arm_may_take_prompts_in_the_order_they_come() -> None:
     arms = phases.Arms(engine, ["chunked:64@arrival", "chunked", "shared@arrival"])
     for name, overtake, tokens in (("chunked:64@arrival", 0.0, 64), ("chunked", 4.0, 512)):
         arms.use(name)
-        assert engine.scheduler.limits.overtake == engine.scheduler.queue.overtake == overtake
+        assert engine.scheduler.limits.overtake == overtake
         assert engine.scheduler.limits.max_step_tokens == tokens
     assert arms.use("shared@arrival") is not None
-    assert engine.scheduler.queue.overtake == 0.0
+    assert engine.scheduler.limits.overtake == 0.0
+    for name, first in (("chunked", "short"), ("chunked:64@arrival", "long")):
+        arms.use(name)
+        for request, length in (("long", 60), ("short", 3)):
+            engine.add(Request(request, tuple(range(length)), SamplingParams(max_tokens=1, temperature=0.0)))
+        head = engine.scheduler.queue.head()
+        assert head is not None
+        assert head.request.id == first
+        while engine.has_work:
+            engine.step()
 
 
 def test_a_mix_has_the_mean_times_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,13 @@ from tenfold.engine.sequence import Sequence, Status
 from tests.engine.fake import make_engine
 
 
-def waiting(queue: FairQueue, user: str, order: int, priority: int = 0, tokens: int = 3) -> Sequence:
+def waiting(
+    queue: FairQueue, user: str, order: int, priority: int = 0, tokens: int = 3, overtake: float = 0.0
+) -> Sequence:
     request = Request(f"{user}{order}", (1,) * tokens, user=user, priority=priority, arrival=float(order))
     sequence = Sequence(request, 0, order, 10, 4, 0, frozenset())
     queue.enter(user)
-    queue.push(sequence)
+    queue.push(sequence, overtake * tokens)
     return sequence
 
 
@@ -35,32 +37,32 @@ def test_within_a_user_the_first_to_arrive_goes_first() -> None:
 
 
 def test_a_shorter_prompt_overtakes_until_the_longer_one_is_due() -> None:
-    queue = FairQueue(overtake=2.0)
-    long, short = waiting(queue, "a", 1, tokens=10), waiting(queue, "a", 2, tokens=4)
+    queue, own = FairQueue(), 2.0
+    long, short = (waiting(queue, "a", i, tokens=n, overtake=own) for i, n in ((1, 10), (2, 4)))
     assert take(queue) is short  # due after 8 tokens, the long one after 20
     queue.computed("a", 11)
-    near, last = waiting(queue, "a", 3, tokens=4), waiting(queue, "a", 4, tokens=5)
+    near, last = (waiting(queue, "a", i, tokens=n, overtake=own) for i, n in ((3, 4), (4, 5)))
     assert take(queue) is near  # due at 19
     assert [take(queue), take(queue)] == [long, last]
 
 
 def test_what_is_cached_counts_for_nothing() -> None:
-    queue = FairQueue(overtake=4.0)
-    short = waiting(queue, "a", 1, tokens=5)
+    queue = FairQueue()
+    short = waiting(queue, "a", 1, tokens=5, overtake=4.0)
     long = Sequence(Request("b", (1,) * 100, user="a", arrival=2.0), 0, 2, 200, 4, 0, frozenset())
     queue.enter("a")
-    queue.push(long, cached=96)
+    queue.push(long, 4.0 * (100 - 96))
     assert [take(queue), take(queue)] == [long, short]
 
 
 def test_an_answer_more_to_a_prompt_has_its_turn() -> None:
-    queue = FairQueue(overtake=4.0)
-    first = waiting(queue, "a", 1, tokens=50)
+    queue = FairQueue()
+    first = waiting(queue, "a", 1, tokens=50, overtake=4.0)
     assert take(queue) is first
     child = Sequence(first.request, 1, 1, 60, 4, 0, frozenset())
     child.parent = first
     queue.computed("a", 50)
-    late = waiting(queue, "a", 2, tokens=60)
+    late = waiting(queue, "a", 2, tokens=60, overtake=4.0)
     queue.enter("a")
     queue.push(child)
     assert [take(queue), take(queue)] == [child, late]
@@ -75,12 +77,12 @@ def test_nobody_is_overtaken_for_longer_than_was_said(
     lengths: list[int], overtake: float, arrivals: random.Random
 ) -> None:
     """Whoever came later and goes first is shorter, and came before `overtake` times the difference was computed."""
-    queue, done, order = FairQueue(overtake), 0, 0
+    queue, done, order = FairQueue(), 0, 0
     came: dict[int, int] = {}  # tokens that were computed when somebody came
     left: set[int] = set()
     while left or order < len(lengths):
         if order < len(lengths) and (not left or arrivals.random() < 0.6):
-            waiting(queue, "a", order, tokens=lengths[order])
+            waiting(queue, "a", order, tokens=lengths[order], overtake=overtake)
             came[order] = done
             left.add(order)
             order += 1

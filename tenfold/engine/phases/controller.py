@@ -288,9 +288,10 @@ class Adaptive:
 
     def _divided(self, seen: Observed, now: Split) -> list[Split]:
         """Splits that keep tokens in time where the smallest steps with prompts do not, for some steps at least."""
-        late = self.promise(LEAST_CHUNK, seen).step > (1 + GAIN if now == self.shared else 1)
+        if self.promise(LEAST_CHUNK, seen).step <= (1 + GAIN if now == self.shared else 1):
+            return []
         targets = seen.targets or self.targets
-        promises = {split: self.inner.promise(split, seen) for split in self.inner.splits} if late else {}
+        promises = {split: self.inner.promise(split, seen) for split in self.inner.splits}
         return [
             split
             for split, own in promises.items()
