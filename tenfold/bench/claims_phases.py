@@ -37,7 +37,7 @@ def capacity(result: Result, arm: str, kind: str) -> float:
 
 
 def _gpus(arm: str) -> int:
-    return 2 if arm.removesuffix(phases.ARRIVAL) == DISAGGREGATED else 1
+    return 2 if phases.bare(arm) == DISAGGREGATED else 1
 
 
 def rivals(result: Result) -> list[str]:
@@ -125,19 +125,24 @@ def _gaps(result: Result) -> list[Claim]:
         where = f"{name_of(result)}, worst of {len(pairs)} rates"
         gaps = [other.beside["p99"] / row.beside["p99"] for row, other in pairs]
         firsts = [row.ttft["p90"] / other.ttft["p90"] for row, other in pairs]
-
-        def told(percentiles: str, at: str, pairs: Sequence[tuple[Row, Row]] = pairs) -> str:
-            each = [(row.rate, *(getattr(one, percentiles)[at] for one in (row, other))) for row, other in pairs]
-            return ", ".join(f"{rate:g}/s: {own:.0f} and {other:.0f} ms" for rate, own, other in each)
-
         against = "vLLM" if phases.is_peer(rival) else "one of our rivals"
         what = f"p99 time between tokens while long prompts wait for their first, {where}, {rival} over {DEFAULT}"
-        more: dict[str, Any] = {"at_least": 2.0, "spread": (min(gaps), max(gaps)), "note": told("beside", "p99")}
+        more: dict[str, Any] = {
+            "at_least": 2.0,
+            "spread": (min(gaps), max(gaps)),
+            "note": _told(pairs, "beside", "p99"),
+        }
         made.append(claim("P3", what, min(gaps), "x", result.command, against=against, **more))
         what = f"p90 TTFT, {where}, {DEFAULT} over {rival}"
-        more = {"at_most": 1.3, "spread": (min(firsts), max(firsts)), "note": told("ttft", "p90")}
+        more = {"at_most": 1.3, "spread": (min(firsts), max(firsts)), "note": _told(pairs, "ttft", "p90")}
         made.append(claim("P3", what, max(firsts), "x", result.command, against=against, **more))
     return made
+
+
+def _told(pairs: Sequence[tuple[Row, Row]], percentiles: str, at: str) -> str:
+    """Of both at every rate."""
+    each = [(row.rate, *(getattr(one, percentiles)[at] for one in (row, other))) for row, other in pairs]
+    return ", ".join(f"{rate:g}/s: {own:.0f} and {other:.0f} ms" for rate, own, other in each)
 
 
 def _flips(result: Result) -> list[Claim]:

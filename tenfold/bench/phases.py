@@ -40,7 +40,7 @@ from tenfold.bench.load import percentile
 from tenfold.bench.phases_sim import Ask
 from tenfold.bench.worker import Worker
 from tenfold.engine.core import Engine
-from tenfold.engine.memory import GIB, GPU_BATCH, resolve
+from tenfold.engine.memory import GIB, GPU_BATCH, usual_step
 from tenfold.engine.phases import table
 from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
@@ -66,6 +66,11 @@ MARGIN = 64  # tokens beside the longest request
 
 class Peer(Protocol):
     def serve(self, jobs: Sequence[Job]) -> list[Answer]: ...
+
+
+def bare(arm: str) -> str:
+    """An arm without the order in which it takes prompts."""
+    return arm.removesuffix(ARRIVAL)
 
 
 def is_peer(arm: str) -> bool:
@@ -151,11 +156,13 @@ class Arms:
         self.moved, self.decisions = 0, dict[str, int]()
         self.names = list(names)
         self.limits = engine.scheduler.limits
-        self.usual = min(self.limits.max_step_tokens, usual_tokens(engine))
+        gpu, experts = engine.device.type != "cpu", engine.model.config.experts is not None
+        usual = usual_step(table.CHUNKED, engine.config.max_batch, gpu, experts)
+        self.usual = min(self.limits.max_step_tokens, usual)  # tokens of a step
         self.stairs: Stairs | None = None
         self.lanes: Any = None
         self.total = getattr(engine.kernels, "sms", 1)
-        self.apart = apart(engine) if any(table.DISAGGREGATED in name for name in names) else None
+        self.apart = apart(engine) if table.DISAGGREGATED in map(bare, names) else None
         borders = [border for name in names if (border := self._border(name))]
         if borders and engine.device.type == "cuda":
             self._divide(borders)
@@ -166,7 +173,7 @@ class Arms:
     @staticmethod
     def _border(name: str) -> str:
         """What `EngineConfig.border` is in an arm of phases; "" in others."""
-        name = name.removesuffix(ARRIVAL)
+        name = bare(name)
         return name if name in table.BORDERS or name.isdigit() else ""
 
     def _divide(self, borders: Sequence[str]) -> None:
@@ -180,8 +187,7 @@ class Arms:
 
     def _make(self, name: str) -> tuple[str, int, Phases | None]:
         """Schedule, tokens of a step, phases."""
-        name = name.removesuffix(ARRIVAL)
-        kind, _, wanted = name.partition(":")
+        kind, _, wanted = bare(name).partition(":")
         if border := self._border(name):
             tokens = min(self.limits.max_step_tokens, table.PREFILL_TOKENS + self.engine.config.max_batch)
             return table.PHASES, tokens, self._phases(border, self.lanes)
@@ -421,17 +427,11 @@ def run(
     return result
 
 
-def usual_tokens(engine: Engine) -> int:
-    """Of a step, where nothing else is said."""
-    usual = EngineConfig(max_batch=engine.config.max_batch)
-    return resolve(usual, engine.device, "", False, engine.model.config.experts is not None).max_step_tokens
-
-
 def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms: Sequence[str] = ()) -> Engine:
     """With room for the largest steps that an arm wants."""
     model = at_least_positions(model, longest) if is_shape(model) else model
     own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
-    named = (arm.removesuffix(ARRIVAL).partition(":")[2] for arm in arms if not is_peer(arm))
+    named = (bare(arm).partition(":")[2] for arm in arms if not is_peer(arm))
     lane = table.PREFILL_TOKENS + GPU_BATCH
     most = max((int(tokens) for tokens in named if tokens.isdigit()), default=0)
     if most > lane or (torch.cuda.is_available() and device != "cpu"):

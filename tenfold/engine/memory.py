@@ -32,6 +32,7 @@ CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
 ROOM_SHARE = 0.5  # of the KV cache at most, for rooms of a packed cache
 GPU_BATCH, CPU_BATCH = 256, 64  # requests computed together at most
+CPU_STEP = 512  # tokens of a step
 PREFILL, EXPERT_PREFILL = 2048, 8192  # tokens of prompts in a step on a GPU: of a dense model, of one with experts
 LEAST_TOKENS = 256  # an engine with a smaller cache is of no use
 Q8_0_BYTES = 34 / 32  # per weight
@@ -168,8 +169,7 @@ def resolve(
         dtype=dtype,
         kv_dtype=kv_dtype,
         max_batch=batch,
-        # with room for decodes beside a whole chunk: prompts of a chunk's length would leave a few tokens for one more
-        max_step_tokens=config.max_step_tokens or (_most_prefilled(config, experts) + batch if gpu else 512),
+        max_step_tokens=config.max_step_tokens or usual_step(config.schedule, batch, gpu, experts),
         lookahead=config.lookahead if config.lookahead >= 0 else int(gpu),
         picture_cache=config.picture_cache or (GPU_PICTURES if gpu else CPU_PICTURES),
     )
@@ -204,13 +204,16 @@ def check_sight(model: ModelConfig, config: EngineConfig) -> None:
         )
 
 
-def _most_prefilled(config: EngineConfig, experts: bool) -> int:
-    """Tokens of prompts in a step, on a GPU: about as few as are computed as fast as any number, for nobody's token
-    comes sooner than the step ends. Experts see only a share of the tokens, so they want more of them.
+def usual_step(schedule: str, batch: int, gpu: bool, experts: bool) -> int:
+    """Tokens of a step where nothing else is said. On a GPU about as few of prompts as are computed as fast as any
+    number, for nobody's token comes sooner than the step ends; experts see only a share of the tokens, so they want
+    more. And room for decodes beside a whole chunk: prompts of its length would leave a few tokens for one more.
     """
-    if config.schedule == schedules.PHASES:
-        return schedules.PREFILL_TOKENS
-    return EXPERT_PREFILL if experts else PREFILL
+    if not gpu:
+        return CPU_STEP
+    if schedule == schedules.PHASES:
+        return schedules.PREFILL_TOKENS + batch
+    return (EXPERT_PREFILL if experts else PREFILL) + batch
 
 
 def check_sizes(config: EngineConfig) -> None:
