@@ -2,7 +2,7 @@
 them before somebody waits for it, and whole steps measured.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,10 +15,12 @@ Size = tuple[int, int, int]  # requests, new tokens of each, tokens of its conte
 CONTEXTS = (128, 1024, 4096, 16384)  # tokens of each that decodes: attention runs in other ways as they grow
 
 
-def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
+def made_up(runner: Runner, requests: int, new: int, length: int, each: Sequence[int] = ()) -> Step:
     """A step of requests with `new` tokens each, at the end of contexts of `length`, in pages of their own for as far
-    as the store has them. Tokens are random, so that experts are picked evenly.
+    as the store has them. Tokens are random, so that experts are picked evenly. each: lengths where contexts differ, up
+    to `length`.
     """
+    lengths = list(each) or [length] * requests
     size, device = runner.kv.spec.page_size, runner.device
     count = requests * new
 
@@ -33,11 +35,11 @@ def made_up(runner: Runner, requests: int, new: int, length: int) -> Step:
     pages = torch.arange(requests * columns, dtype=torch.int32, device=device) % runner.kv.pages
     return Step(
         token_ids=ids.to(device),
-        positions=torch.arange(length - new, length, dtype=torch.int32, device=device).repeat(requests),
+        positions=numbers([at for end in lengths for at in range(end - new, end)]),
         slots=torch.full((count,), -1, dtype=torch.int32, device=device),
         page_table=pages.view(requests, columns),
         query_start=torch.arange(0, count + 1, new, dtype=torch.int32, device=device),
-        kv_lengths=numbers([length] * requests),
+        kv_lengths=numbers(lengths),
         logits_rows=numbers(list(range(new - 1, count, new)), torch.int64),
         max_query=new,
         max_kv=length,

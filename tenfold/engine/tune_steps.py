@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.ops.gpu.native import Gpu
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64)
-# Tokens of each request: three quarters of the longest context that a choice serves (`attending.LONGEST`), every
+# Tokens of the longest request: three quarters of the longest context that a choice serves (`attending.LONGEST`), every
 # third of which is measured and serves its neighbours. After the first, attention alone is chosen for.
 CONTEXTS = (1536, 192, 12288, 49152)
 TRIED = 5  # arms of an operation
@@ -92,10 +92,10 @@ def tune(
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
-    """Load a model, try arms in steps of so many requests with contexts of so many tokens, and save the table: that of
-    its GPU unless another is given. What has times of steps is left as it is, unless forced. Linear operations whose
-    times alone are not known keep their rules: `ops/gpu/tune.py` measures those. Returns how many sizes of steps were
-    measured. Raises what `Engine.load` raises.
+    """Load a model, try arms in steps of so many requests with contexts of up to so many tokens, and save the table:
+    that of its GPU unless another is given. What has times of steps is left as it is, unless forced. Linear operations
+    whose times alone are not known keep their rules: `ops/gpu/tune.py` measures those. Returns how many sizes of steps
+    were measured. Raises what `Engine.load` raises.
     """
     torch.cuda.empty_cache()  # an engine counts what is free
     engine = Engine.load(replace(config, rehearse=False), tokens_only=True)
@@ -126,12 +126,14 @@ def tune(
 
 
 class Steps:
-    """Decode steps of a model, of so many requests with contexts of one length."""
+    """Decode steps of a model, of so many requests with contexts of up to so many tokens (`attending.spread`)."""
 
     def __init__(self, runner: Runner, kernels: "Gpu", requests: int, context: int) -> None:
         self.runner = runner
         self.kernels = kernels
-        self.step = made_up(runner, requests, 1, context)
+        from tenfold.ops.gpu.attending import spread
+
+        self.step = made_up(runner, requests, 1, context, spread(context, requests))
         self.requests = requests
 
     def asked(self) -> Iterator[tuple[Key, str, Sequence[str]]]:

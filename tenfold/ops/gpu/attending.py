@@ -1,9 +1,9 @@
 """Which implementation ("arm") of attention runs on a GPU: the table of choices over our kernels and other projects'.
 
 A `Reading` says what is read: whose heads, how many requests or new tokens, how long a context. Arms of decodes are
-plans of csrc/decode.cu by name ("decode:8x1:s4:cluster"), "triton" (or "triton:two", whose splits meet in a second
-launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS`, plans of
-csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries. A plan's softmax is not part of its name: it was measured with
+plans of csrc/decode.cu by name ("decode:8x1:s4:cluster", "decode:4x3:even"), "triton" (or "triton:two", whose splits
+meet in a second launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS`, plans
+of csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries. A plan's softmax is not part of its name: it was measured with
 "lazy", and what runs is whichever is in use. Where nothing was measured `rule` decides.
 """
 
@@ -37,7 +37,7 @@ SHAPES_NARROW = ((4, 4, 1), (8, 2, 1), (8, 1, 6), (4, 2, 6))
 dimensions need less room."""
 LEAST_BUSY = 3  # of so many multiprocessors one has a block, or a long context is not read fast
 MERGED_IN_CLUSTERS = 4096  # tokens, up to which splits that meet in clusters are worth timing
-PLAN = re.compile(r"decode:(\d+)x(\d+)(?:x([2-8]))?:s(\d+):(cluster|global)")
+PLAN = re.compile(r"decode:(\d+)x(\d+)(?:x([2-8]))?:(?:s([1-9]\d*):(cluster|global)|even)")
 CHUNK_PLAN = "wgmma:"  # how names of plans of chunks begin
 
 Arm = str | DecodePlan | ChunkPlan
@@ -96,9 +96,10 @@ def parse(name: str) -> DecodePlan:
     if found is None:
         raise ValueError(
             f"{name!r} is no plan of decode attention; allowed: decode:WARPSxBLOCKS, x2 to x8 behind it or not, then "
-            ":sSPLITS:cluster or :sSPLITS:global."
+            ":sSPLITS:cluster, :sSPLITS:global or :even."
         )
-    warps, blocks, depth, splits = (int(n or 1) for n in found.groups()[:4])
+    warps, blocks, depth = (int(n or 1) for n in found.groups()[:3])
+    splits = int(found[4] or decode.EVEN)
     return DecodePlan(warps, blocks, splits, "lazy", found[5] == "cluster", depth)
 
 
@@ -137,12 +138,15 @@ def candidates(reading: Reading, sms: int) -> list[str]:
 
 
 def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
-    """Splits that fill the GPU once or twice, or half where registers hold what is under way, or none, in blocks of
-    every shape; clusters, for contexts that are not long.
+    """In blocks of every shape: several contexts shared out by their lengths; splits that fill the GPU once or twice,
+    or half where registers hold what is under way, or none. And clusters, for contexts that are not long.
     """
     spec, longest = reading.spec, reading.longest
     pairs = reading.requests * spec.kv_heads
-    for warps, blocks, depth in SHAPES if spec.head_dim > 64 else SHAPES_NARROW:
+    shapes = SHAPES if spec.head_dim > 64 else SHAPES_NARROW
+    if reading.requests > 1 and longest >= decode.UNEVEN:
+        yield from (DecodePlan(warps, blocks, decode.EVEN, "lazy", False, depth) for warps, blocks, depth in shapes)
+    for warps, blocks, depth in shapes:
         full = sms * blocks // pairs
         for splits in sorted({1, full, 2 * full} if depth > decode.REGISTERS else {1, full // 2, full, 2 * full}):
             busy = pairs * max(1, splits) * LEAST_BUSY >= sms or longest <= MERGED_IN_CLUSTERS
@@ -168,6 +172,8 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
     plan = parse(name)
     if not decode.fits(plan, spec):
         return False
+    if plan.splits == decode.EVEN:
+        return decode.even_fits(plan, spec, reading.requests, sms)
     tiles = -(-min(longest, spec.window + decode.TILE if spec.window else longest) // (decode.TILE * plan.warps))
     if plan.splits > 1 and plan.splits > tiles:
         return False  # a warp would have nothing to read
@@ -225,7 +231,7 @@ def fixed(merge: str, reading: Reading, sms: int) -> str | None:
     plan = parse(first)
     if merge == "global":
         return name_of(replace(plan, cluster=False))
-    splits = 1 << (min(decode.LARGEST_CLUSTER, plan.splits).bit_length() - 1)
+    splits = 1 << (min(decode.LARGEST_CLUSTER, plan.splits or decode.LARGEST_CLUSTER).bit_length() - 1)
     _, (warps, blocks) = decode.sizes(reading.spec)
     wanted = name_of(DecodePlan(warps, blocks, splits, plan.softmax, True) if splits > 1 else plan)
     return wanted if legal(wanted, reading, sms) else first
@@ -279,7 +285,8 @@ class Attending:
         if isinstance(arm, DecodePlan):
             workspace = self._workspace(len(step.kv_lengths), spec.kv_heads)
             new = (qkv, heads, step.positions, step.slots, keys, values)
-            return decode.run(arm, workspace, *new, step.page_table, step.kv_lengths, out=out)
+            shared = decode.share(arm, spec, step.kv_lengths, self.sms, step.memo, keys.data_ptr())
+            return decode.run(arm, workspace, *new, step.page_table, step.kv_lengths, out=out, shared=shared)
         q = rope.write(qkv, heads, step.positions, step.slots, keys, values)
         if isinstance(arm, str) and arm in third_party.LIBRARIES:
             found = third_party.LIBRARIES[arm].run(q, keys, values, step, spec, max_kv)
@@ -329,19 +336,25 @@ def readings(
 
 
 def floor_bytes(reading: Reading) -> int:
-    """Bytes that a reading cannot but move: keys and values in sight, queries and results; contexts are three quarters
-    of the longest, as they are measured.
+    """Bytes that a reading cannot but move: keys and values in sight, queries and results; of contexts as they are
+    measured.
     """
     spec, size = reading.spec, reading.dtype.itemsize
-    context = measured_context(reading)
-    seen = min(context, spec.window) if spec.window else context
+    seen = sum(min(context, spec.window) if spec.window else context for context in measured_contexts(reading))
     rows = reading.tokens or reading.requests
-    kept = reading.requests * seen * 2 * spec.kv_heads
+    kept = seen * 2 * spec.kv_heads
     return size * spec.head_dim * (kept + rows * 2 * (spec.heads + spec.kv_heads))
 
 
-def measured_context(reading: Reading) -> int:
-    """Tokens of each context that a reading is measured with: a captured step serves lengths from half of what its
-    page table has room for.
+def measured_contexts(reading: Reading) -> list[int]:
+    """Tokens of the contexts that a reading is measured with. The longest of decodes is three quarters of what the
+    reading allows: a captured step serves lengths from half of what its page table has room for.
     """
-    return reading.longest if reading.tokens else max(1, reading.longest * 3 // 4)
+    return [reading.longest] if reading.tokens else spread(reading.longest * 3 // 4, reading.requests)
+
+
+def spread(longest: int, requests: int) -> list[int]:
+    """Tokens of each context of a measured step of decodes: those of a served one differ, so evenly from the longest to
+    a small part of it.
+    """
+    return [max(1, longest * (requests - i) // requests) for i in range(requests)]

@@ -1,11 +1,12 @@
 """Attention of decode steps in one launch: csrc/decode.cu (norm, rotary, page write, split-KV attention, merge)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenfold.ops.gpu import hopper, nvrtc
+from tenfold.ops.gpu import even, hopper, nvrtc
 from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Heads
 
 HEAD_DIMS = (64, 128)
@@ -15,18 +16,18 @@ REGISTERS = 2  # tiles of a warp under way that registers hold; of more, all are
 ALIGNMENT = 16  # bytes that may lie before the ring
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
-MOST_EVEN = 8  # splits, where pairs alone would fill the GPU
-ENOUGH = 0.6  # of the blocks there is room for: they read as fast as all of them
-LONG = 2048  # tokens, from which on splitting a context costs less than multiprocessors that idle
+UNEVEN = 1024  # tokens: so long, contexts of one step may be much shorter than the longest
+EVEN = 0  # splits of a plan that shares contexts out by their lengths
 SUMS = 1 << 22  # floats that splits of all pairs may leave
 PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most, the
-    softmax: one of SOFTMAX, and whether splits merge in a cluster. depth: tiles that a warp has under way. Two take the
-    registers of a multiprocessor's other warps, more come through shared memory.
+    """warps of a block, blocks of a multiprocessor the kernel is compiled for, splits of a context at most (EVEN: as
+    many as make parts of all contexts about as long), the softmax: one of SOFTMAX, and whether splits merge in a
+    cluster. depth: tiles that a warp has under way. Two take the registers of a multiprocessor's other warps, more come
+    through shared memory.
     """
 
     warps: int
@@ -37,8 +38,9 @@ class DecodePlan:
     depth: int = 1
 
     def __str__(self) -> str:
-        merge, deep = "cluster" if self.cluster else "global", f"x{self.depth}" * (self.depth > 1)
-        return f"decode:{self.softmax}:{self.warps}x{self.blocks}{deep}:s{self.splits}:{merge}"
+        shape = f"{self.warps}x{self.blocks}" + f"x{self.depth}" * (self.depth > 1)
+        how = f"s{self.splits}:{'cluster' if self.cluster else 'global'}" if self.splits else "even"
+        return f"decode:{self.softmax}:{shape}:{how}"
 
 
 def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
@@ -59,16 +61,19 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     4,096 tokens on an H200 (2026-11-29). max_kv: longest context there may be; shorter ones find their number of splits
     on the device.
 
-    Many pairs fill the GPU by themselves. Fewer need splits: their merge takes about a microsecond in a cluster and
-    three through global memory, but a cluster waits until one part of the GPU has room for all its blocks.
+    Contexts of several requests may differ, and where some may be longer than UNEVEN they are shared out by their
+    lengths. Else many pairs fill the GPU by themselves. Fewer need splits: their merge takes about a microsecond in a
+    cluster and three through global memory, but a cluster waits until one part of the GPU has room for all its blocks.
     """
     pairs = requests * spec.kv_heads
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
     small, large = sizes(spec)
     longest = -(-seen // (TILE * large[0]))
+    shared = DecodePlan(*small, EVEN, softmax, False)
+    few = pairs <= sms // 8 and seen <= SHORT
+    if requests > 1 and seen > UNEVEN and not few and even_fits(shared, spec, requests, sms):
+        return shared
     if pairs > 1.5 * sms:
-        if seen >= LONG:
-            return DecodePlan(*small, even_splits(spec, pairs, seen, small, sms), softmax, False)
         if pairs <= 2 * sms:  # two blocks on every multiprocessor
             return DecodePlan(4, 2, 1, softmax, False)
         if small[1] * sms < pairs <= 4 * sms:  # four rounds, or all at once: larger blocks would leave a few over
@@ -83,19 +88,6 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
         return DecodePlan(warps, blocks, max(1, splits), softmax, False)
     splits = 1 << (min(LARGEST_CLUSTER, sms // 2 // pairs, longest).bit_length() - 1)
     return DecodePlan(*large, splits, softmax, splits > 1)
-
-
-def even_splits(spec: AttentionSpec, pairs: int, seen: int, blocks: tuple[int, int], sms: int) -> int:
-    """Splits of contexts of many pairs: as few as leave little of the GPU idle in the last of the rounds in which
-    blocks run. blocks: warps of each, and how many a multiprocessor has.
-    """
-    room = sms * blocks[1]
-    most = min(MOST_EVEN, seen // (LONG // 2), most_partial(spec.heads // spec.kv_heads, spec.head_dim) // pairs)
-    rounds = {s: -(-pairs * s // room) / (pairs * s / room) for s in range(1, max(1, most) + 1)}
-    if pairs <= room and seen <= 2 * SHORT:  # behind other kernels' blocks a round that is not full costs more
-        rounds[1] = 1.0 if pairs > ENOUGH * room else ENOUGH * room / pairs
-    best = min(rounds.values())
-    return next(s for s, wasted in rounds.items() if wasted <= 1.05 * best)
 
 
 def most_partial(heads: int, head_dim: int) -> int:
@@ -118,8 +110,12 @@ def shared_bytes(plan: DecodePlan, spec: AttentionSpec) -> int:
 
 def ring_bytes(plan: DecodePlan, spec: AttentionSpec) -> int:
     """Dynamic shared memory of a block: tiles under way and their barriers."""
-    stage = 2 * TILE * spec.head_dim * 2
-    return plan.warps * plan.depth * (stage + 8) if plan.depth > REGISTERS else 0
+    return plan.warps * plan.depth * (stage_bytes(spec) + 8) if plan.depth > REGISTERS else 0
+
+
+def stage_bytes(spec: AttentionSpec) -> int:
+    """Of a tile's keys and values."""
+    return 2 * TILE * spec.head_dim * 2
 
 
 def fits(plan: DecodePlan, spec: AttentionSpec) -> bool:
@@ -133,9 +129,16 @@ def padding(plan: DecodePlan, spec: AttentionSpec) -> int:
     come as the kernel before ends, here earlier and there later, and the multiprocessors that are free first must not
     take more than their part.
     """
-    if plan.blocks not in (2, 4) or plan.splits > 1 or plan.depth > REGISTERS:
+    if plan.blocks not in (2, 4) or plan.splits != 1 or plan.depth > REGISTERS:
         return 0
     return max(0, int(hopper.SHARED_SM / (plan.blocks + 0.5)) - hopper.RESERVED - shared_bytes(plan, spec))
+
+
+def even_fits(plan: DecodePlan, spec: AttentionSpec, requests: int, sms: int) -> bool:
+    """Whether a `Workspace` holds the parts that a plan with EVEN splits makes of so many contexts."""
+    parts = even.capacity(requests, spec.kv_heads, sms * plan.blocks) * spec.kv_heads
+    most = most_partial(spec.heads // spec.kv_heads, spec.head_dim)
+    return requests <= even.MOST and parts <= most and most_splits(spec.head_dim, plan.warps) >= even.SPLITS
 
 
 class Workspace:
@@ -151,6 +154,26 @@ class Workspace:
         self.recomputed = torch.zeros(1, dtype=torch.int64, device=device)
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What blocks read of contexts that are shared out by their lengths (`even.share`). fresh: it was launched just
+    now, so nothing may be read of it before that has ended.
+    """
+
+    items: Tensor
+    fresh: bool
+
+
+def share(
+    plan: DecodePlan, spec: AttentionSpec, kv_lengths: Tensor, sms: int, memo: dict[Any, Any], layer: int
+) -> Shared | None:
+    """For a plan with EVEN splits; memo and layer: see `even.share`."""
+    if plan.splits != EVEN:
+        return None
+    about = {"window": spec.window, "least": 2 * plan.warps, "tile_bytes": stage_bytes(spec)}
+    return Shared(*even.share(memo, layer, kv_lengths, spec.kv_heads, sms * plan.blocks, **about))
+
+
 def run(
     plan: DecodePlan,
     workspace: Workspace,
@@ -164,10 +187,11 @@ def run(
     kv_lengths: Tensor,
     lse: Tensor | None = None,
     out: Tensor | None = None,
+    shared: Shared | None = None,
 ) -> Tensor:
     """As `Kernels.attention` for one token a request -> [R, heads * head_dim]. A request of length 0 is idle: its
     result is zeros; a negative slot writes nothing. heads.phi is used by "unified" and "paper"; without it "unified"
-    would be wrong often, so run "lazy".
+    would be wrong often, so run "lazy". shared: what `share` gives.
     """
     requests, spec, phi = qkv.shape[0], heads.spec, heads.phi
     q_norm, k_norm = heads.q_norm, heads.k_norm
@@ -185,25 +209,27 @@ def run(
             ("DEPTH", plan.depth),
             ("SOFTMAX", SOFTMAX.index(softmax)),  # the kernel knows them by this order
             ("CLUSTER", int(plan.cluster)),
+            ("EVEN", int(shared is not None)),
             ("GATE", 0),
         ),
     )
     out = qkv.new_empty(requests, spec.heads * spec.head_dim) if out is None else out
     guard = PAPER_GUARD[qkv.dtype]
     eps = next((n.eps for n in (q_norm, k_norm) if n is not None), 0.0)
+    items = None if shared is None else shared.items
     kernel(
-        (plan.splits, spec.kv_heads, requests),
+        (plan.splits, spec.kv_heads, requests) if items is None else (spec.kv_heads, len(items), 1),
         plan.warps * 32,
         ring_bytes(plan, spec) or padding(plan, spec),
         [
             *(qkv, heads.rope, positions, slots, keys, values, page_table, kv_lengths),
             None if q_norm is None else q_norm.weight,
             None if k_norm is None else k_norm.weight,
-            *(phi, out, lse, workspace.sums, workspace.counters, workspace.recomputed),
+            *(phi, out, lse, workspace.sums, workspace.counters, items, workspace.recomputed),
             *(float(eps), float(spec.scale), float(spec.softcap), -guard, guard),
             *(spec.kv_heads, keys.shape[2], page_table.shape[1], spec.rotary_dim, spec.window),
         ],
-        dependent=True,
+        dependent=shared is None or not shared.fresh,
         cluster=plan.splits if plan.cluster else 1,
     )
     return out

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.attention.tune import paged
-from tenfold.ops.gpu import attending
+from tenfold.ops.gpu import attending, decode
 from tenfold.ops.gpu.attending import Attending, Reading
 from tenfold.ops.gpu.timing import Arm
 from tenfold.ops.gpu.tune import Progress, Timer
 from tenfold.ops.kernels import Contexts, Heads
 
+NO_LAYER = -1  # what is no layer's address
 KEPT = 8 << 30  # bytes of keys and values of the largest reading that is measured
 
 
@@ -64,14 +65,13 @@ class Inputs:
     def __init__(self, reading: Reading, copies: int, device: torch.device) -> None:
         self.reading = reading
         spec, dtype, page = reading.spec, reading.dtype, reading.page_size
-        context = attending.measured_context(reading)
         count = reading.tokens or reading.requests
         self.stores = [
             paged(spec, reading.requests, reading.longest, page, dtype, device, seed) for seed in range(copies)
         ]
         self.qkv = torch.randn(count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype, device=device)
         self.rope = torch.randn(reading.longest, max(2, spec.rotary_dim), device=device)
-        self.lengths = torch.full((reading.requests,), context, dtype=torch.int32, device=device)
+        self.lengths = torch.tensor(attending.measured_contexts(reading), dtype=torch.int32, device=device)
         self.positions = self.lengths - 1
         starts = range(reading.requests + 1)
         if reading.tokens:
@@ -98,6 +98,9 @@ class Inputs:
     def bind(self, name: str, running: Attending, softmax: str) -> Arm:
         arm, heads = attending.bound(name, softmax), self.heads
         contexts = [self.contexts(table) for _, _, table in self.stores]
+        if isinstance(arm, decode.DecodePlan):  # what a step works out once for all layers is not timed
+            for one in contexts:
+                decode.share(arm, self.reading.spec, self.lengths, running.sms, one.memo, NO_LAYER)
 
         def call(i: int) -> Tensor:
             keys, values, _ = self.stores[i]

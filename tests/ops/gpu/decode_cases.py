@@ -7,6 +7,7 @@ from tenfold.ops.kernels import AttentionSpec, Heads, Norm
 from tenfold.ops.oracle import Oracle
 
 SMS = 132
+EVEN_SPLITS = -1
 ADVERSARIAL = [0.0, 8.0, 11.0, -17.0, 1e4, -1e4, float("nan"), float("inf")]
 
 
@@ -29,10 +30,12 @@ def check(
     rotary: int | None = None,
     depth: int = 1,
     shape: tuple[int, int] | None = None,
+    sms: int = SMS,
 ) -> int:
     """Results, log-sum-exp, the pages written and repeated bits; returns how many heads were computed again.
 
-    splits 0: the plan of an H100. shape: warps of a block and blocks of a multiprocessor.
+    splits 0: the plan of an H100; EVEN_SPLITS: shared out by lengths. shape: warps of a block and blocks of a
+    multiprocessor, of which there are `sms`.
     """
     torch.manual_seed(sum(lengths))
     spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5, window, softcap, rotary or head_dim)
@@ -58,7 +61,8 @@ def check(
     plan = decode.plan(spec, requests, max(lengths), SMS, softmax)
     if splits:
         shapes = {1: (4, 3), 2: (8, 1), 3: (4, 2) if heads > 4 * kv_heads else (8, 1), 6: (4, 1)}
-        plan = decode.DecodePlan(*(shape or shapes[depth]), splits, softmax, cluster, depth)
+        parts = decode.EVEN if splits == EVEN_SPLITS else splits
+        plan = decode.DecodePlan(*(shape or shapes[depth]), parts, softmax, cluster, depth)
     own = None if phi is None else torch.full((heads,), phi, device=device)
     workspace = decode.Workspace(device, requests * kv_heads)
     workspace.sums.fill_(float("nan"))  # whatever lies there
@@ -77,7 +81,9 @@ def check(
     for _ in range(2):
         k, v = keys.clone(), values.clone()
         lse = torch.full((requests, heads), float("nan"), device=device)
-        results.append(decode.run(plan, workspace, qkv, layer, positions, slots, k, v, table, kv_lengths, lse))
+        inputs = (qkv, layer, positions, slots, k, v, table, kv_lengths, lse)
+        shared = decode.share(plan, spec, kv_lengths, sms, {}, k.data_ptr())
+        results.append(decode.run(plan, workspace, *inputs, shared=shared))
         # A norm's mean is added up in another order, which may move a rounding of a key.
         far = 2e-2 if norms else 0.0
         torch.testing.assert_close(k, wanted_keys, rtol=far, atol=far, equal_nan=True)

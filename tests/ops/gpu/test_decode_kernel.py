@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tenfold.ops.gpu import decode, nvrtc
-from tests.ops.gpu.decode_cases import ADVERSARIAL, check
+from tests.ops.gpu.decode_cases import ADVERSARIAL, EVEN_SPLITS, check
 from tests.ops.gpu.emulated_cases import MARKS
 from tests.ops.gpu.emulated_decode import DecodeEmulator
 
@@ -110,3 +110,22 @@ def test_a_score_outside_the_guard_counts_in_whatever_split_it_is() -> None:
         counts.add(one)
     assert counts - {0, most}
     assert not checks(by_softmax["unified"], 3)(lengths, phi=4.0 - guard)
+
+
+@pytest.mark.parametrize("sms", [1, 6, 40])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_contexts_that_are_shared_out_evenly(case: Case, sms: int) -> None:
+    """A long one among short and idle ones, in as many parts as there are multiprocessors for."""
+    block = case[1] * TILE
+    run = partial(checks(case, EVEN_SPLITS), sms=sms)
+    run([17, 0, 40 * block + 1, 1, 100, 0, 5 * block])
+    run([0, 1, 0])
+    run([3 * block] * 5)
+    run([700, 33, 0, 32], page=32, window=100, norms=True)
+
+
+@pytest.mark.parametrize("phi", ADVERSARIAL)
+@pytest.mark.parametrize("case", MEASURED, ids=name)
+def test_a_wrong_unified_maximum_of_parts_costs_time_only(case: Case, phi: float) -> None:
+    again = checks(case, EVEN_SPLITS)([600, 0, 17], phi=phi)
+    assert again == 2 * 2 * case[2] or abs(phi) < 100

@@ -5,7 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.ops.gpu import bulk, decode, graphs, hopper, nvrtc, prefill, ring, ring_packed, stream, stream_packed, sums
+from tenfold.ops.gpu import (
+    bulk,
+    decode,
+    even,
+    graphs,
+    hopper,
+    nvrtc,
+    prefill,
+    ring,
+    ring_packed,
+    stream,
+    stream_packed,
+    sums,
+)
 from tenfold.ops.kernels import AttentionSpec
 
 SMS = 132
@@ -152,35 +165,37 @@ def test_splits_find_room_to_merge(
 ) -> None:
     spec = AttentionSpec(*heads, head_dim, head_dim**-0.5, window, 0.0, head_dim)
     plan = decode.plan(spec, requests, max_kv, SMS)
-    assert plan.splits >= 1
-    if plan.cluster:
+    if plan.splits == decode.EVEN:
+        assert decode.even_fits(plan, spec, requests, SMS)
+        assert decode.most_splits(head_dim, plan.warps) >= even.SPLITS
+        parts = even.capacity(requests, spec.kv_heads, SMS * plan.blocks)
+        assert parts >= requests
+        assert parts * spec.kv_heads * partial_floats(spec) <= decode.SUMS
+    elif plan.cluster:
         assert plan.splits in (2, 4, 8)
         assert spec.heads // spec.kv_heads * head_dim % plan.splits == 0
     elif plan.splits > 1:
         assert plan.splits <= decode.most_splits(head_dim, plan.warps)
-        group = spec.heads // spec.kv_heads
-        partial = group * head_dim + -(-2 * group // 4) * 4  # PARTIAL of csrc/decode.cu
-        assert requests * spec.kv_heads * plan.splits * partial <= decode.SUMS
+        assert requests * spec.kv_heads * plan.splits * partial_floats(spec) <= decode.SUMS
 
 
-@pytest.mark.parametrize(
-    ("requests", "kv_heads", "longest", "splits"),
-    [
-        (13, 32, 8192, 6),
-        (16, 32, 8192, 3),
-        (24, 32, 2048, 1),
-        (8, 32, 8192, 3),
-        (32, 8, 4096, 1),
-        (64, 8, 2048, 2),
-        (64, 8, 1024, 1),
-        (4, 32, 32768, 3),
-        (4, 32, 2048, 1),
-        (1, 8, 32768, 49),
-    ],
-)
-def test_rounds_of_many_pairs_are_full(requests: int, kv_heads: int, longest: int, splits: int) -> None:
-    spec = AttentionSpec(32, kv_heads, 128, 128**-0.5, rotary_dim=128)
-    assert decode.plan(spec, requests, longest, SMS).splits == splits
+def partial_floats(spec: AttentionSpec) -> int:
+    """PARTIAL of csrc/decode.cu."""
+    group = spec.heads // spec.kv_heads
+    return group * spec.head_dim + -(-2 * group // 4) * 4
+
+
+def test_contexts_that_may_differ_are_shared_out_by_their_lengths() -> None:
+    spec = AttentionSpec(32, 8, 128, 128**-0.5, rotary_dim=128)
+    shared = [
+        (requests, longest)
+        for requests in (1, 2, 8, 64)
+        for longest in (512, 1024, 2048, 8192)
+        if decode.plan(spec, requests, longest, SMS).splits == decode.EVEN
+    ]
+    assert shared == [(2, 8192), (8, 2048), (8, 8192), (64, 2048), (64, 8192)]
+    assert decode.plan(spec, 2048, 8192, SMS).splits == 1  # more than one block has threads to share out
+    assert decode.plan(spec, 1, 32768, SMS).splits == 49
 
 
 def test_the_kernel_of_decodes_refuses_what_it_cannot_do() -> None:

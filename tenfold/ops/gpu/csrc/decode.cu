@@ -12,7 +12,8 @@
 //
 // Splits of one request and head form a cluster and merge through each other's shared memory, each a share of the
 // features (CLUSTER 1); or they meet in global memory, where the one that arrives last merges all of them (CLUSTER 0:
-// any number of splits). Both add up in order of the splits, so results repeat bit for bit.
+// any number of splits). Both add up in order of the splits, so results repeat bit for bit. EVEN: how many splits a
+// request has depends on its length among the others', and even.cu says which block reads what; they meet in global memory.
 //
 // SOFTMAX 0 online: the running maximum is subtracted. 1 lazy: it is replaced only when it is exceeded by more than
 // 2^8. 2 unified: phi of the head is subtracted whatever the scores are; where the denominator leaves (2^-100, 2^96), in float16 from 1 on,
@@ -20,7 +21,7 @@
 // as a failure (FlashDecoding++, section 3). Scores are in log2 units throughout.
 //
 // Compile-time: HALF, D head dimension (64 or 128), GROUP query heads of a KV head (1 to 8), WARPS, BLOCKS, DEPTH, SOFTMAX,
-// CLUSTER.
+// CLUSTER, EVEN.
 
 #include "fragments.h"
 #include "hopper.h"
@@ -382,10 +383,10 @@ __device__ __forceinline__ void join(State &state, Shared &sh) {
 }
 
 #if !CLUSTER
-// Add up what `active` splits left at `all`, as `join` does for warps. All latencies overlap: the first partial sums are
+// Add up what `active` splits left at `all`, `stride` floats from one to the next, as `join` does for warps. All latencies overlap: the first partial sums are
 // under way while maxima and denominators come, which lie in memory of the other warps' sums (plan() bounds the number
 // of splits accordingly), and where there are more threads than features each group of them takes some of the splits.
-__device__ __forceinline__ void merge(const float *all, int active, Shared &sh) {
+__device__ __forceinline__ void merge(const float *all, size_t stride, int active, Shared &sh) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = QUADS <= THREADS ? threadIdx.x / QUADS : 0;
     float *weights = &sh.out[1][0][0], *sums = weights + active * GROUP;
     int quad = QUADS <= THREADS ? threadIdx.x % QUADS : threadIdx.x;
@@ -394,12 +395,12 @@ __device__ __forceinline__ void merge(const float *all, int active, Shared &sh) 
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             const int k = from + i * PARTS;
-            values[i] = k < active ? __ldcg((const float4 *)(all + (size_t)k * PARTIAL) + quad) : make_float4(0.f, 0.f, 0.f, 0.f);
+            values[i] = k < active ? __ldcg((const float4 *)(all + k * stride) + quad) : make_float4(0.f, 0.f, 0.f, 0.f);
         }
     };
     if (part < PARTS) load(part);
     for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
-        const float *own = all + (size_t)(e / GROUP) * PARTIAL + GROUP * D;
+        const float *own = all + (e / GROUP) * stride + GROUP * D;
         weights[e] = __ldcg(own + e % GROUP), sums[e] = __ldcg(own + GROUP + e % GROUP);
     }
     __syncthreads();
@@ -451,9 +452,15 @@ __device__ __forceinline__ void merge(const float *all, int active, Shared &sh) 
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-decode(const u16 *qkv, const float *rope, const int *positions, const int *slots, u16 *keys, u16 *values, const int *tables, const int *lengths, const float *q_norm, const float *k_norm, const float *phis, u16 *result, float *lse, float *workspace, int *counters, unsigned long long *recomputed, float eps, float scale, float softcap, float low, float high, int kv_heads, int page_size, int columns, int rotary, int window) {
+decode(const u16 *qkv, const float *rope, const int *positions, const int *slots, u16 *keys, u16 *values, const int *tables, const int *lengths, const float *q_norm, const float *k_norm, const float *phis, u16 *result, float *lse, float *workspace, int *counters, const uint4 *items, unsigned long long *recomputed, float eps, float scale, float softcap, float low, float high, int kv_heads, int page_size, int columns, int rotary, int window) {
     __shared__ __align__(16) Shared sh;
+#if EVEN
+    const uint4 item = items[blockIdx.y];
+    const int head = blockIdx.x, request = (int)item.x;
+    if (request < 0) return;
+#else
     const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, request = blockIdx.z;
+#endif
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     Args a;
     // Nothing of this depends on the kernel before. Loads whose results nobody needs yet go first, so that they overlap.
@@ -461,8 +468,12 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     a.keys = keys, a.values = values, a.table = tables + (size_t)request * columns, a.length = lengths[request];
     a.window = window, a.page_size = page_size, a.kv_heads = kv_heads, a.head = head, a.scale = scale, a.softcap = softcap;
     const int start = window ? max(0, a.length - window) / TILE : 0, end = (a.length + TILE - 1) / TILE;
+#if EVEN
+    const int first = (int)item.y, last = (int)item.z;
+#else
     const int each = max(LEAST, (end - start + splits - 1) / splits), active = max(1, (end - start + each - 1) / each);
     const int first = start + split * each, last = min(end, first + each);
+#endif
 
     asm volatile("griddepcontrol.launch_dependents;");
     Tiles tiles;
@@ -497,10 +508,14 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     // What earlier steps wrote; the new token is not read yet.
     begin(tiles, a, first + warp, last, sh);
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#if !EVEN
     if (split >= active && !CLUSTER) return;
+#endif
     const int heads = kv_heads * GROUP, total = heads + 2 * kv_heads;
     if (a.length == 0) {  // the whole cluster leaves
+#if !EVEN
         if (split > 0) return;
+#endif
         for (int e = threadIdx.x; e < GROUP * D; e += THREADS) result[((size_t)request * heads + head * GROUP) * D + e] = 0;
         if (lse)
             for (int h = threadIdx.x; h < GROUP; h += THREADS) lse[(size_t)request * heads + head * GROUP + h] = -INFINITE;
@@ -621,10 +636,21 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     }
 #else
     const int share = 1;
+#if EVEN
+    const u32 part = __ldcg(&items[blockIdx.y].w);  // read late: registers are scarce before
+    const int split = part & 0xffff, active = part >> 16;
+#endif
     // Merge the splits: whoever arrives last.
     const size_t pair = (size_t)request * kv_heads + head;
     if (active > 1) {
-        float *mine = workspace + (pair * splits + split) * PARTIAL;
+#if EVEN
+        const size_t stride = (size_t)kv_heads * PARTIAL;
+        float *all = workspace + ((size_t)(blockIdx.y - split) * kv_heads + head) * PARTIAL;
+#else
+        const size_t stride = PARTIAL;
+        float *all = workspace + pair * splits * PARTIAL;
+#endif
+        float *mine = all + split * stride;
         for (int e = threadIdx.x; e < QUADS; e += THREADS) __stcg((float4 *)mine + e, ((const float4 *)&sh.out[0][0][0])[e]);
         for (int e = threadIdx.x; e < 2 * GROUP; e += THREADS) __stcg(mine + GROUP * D + e, sh.raw[0][e]);
         __threadfence();
@@ -639,7 +665,7 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         if (!sh.flag) return;
         bad = sh.flag > 1;
         __threadfence();
-        merge(workspace + pair * splits * PARTIAL, active, sh);
+        merge(all, stride, active, sh);
     }
 #endif
 #if SOFTMAX >= 2
