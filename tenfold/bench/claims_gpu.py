@@ -2,8 +2,9 @@
 of single kernels as the tuner measures them.
 
 A kernel time is an object {"op", "shape", "batch", "arm", "microseconds", "bytes"}: op "linear" (where it is missing),
-"attention" (a decode; with "context") or "prefill" (attention of a whole prompt); "ours" says whether the arm is this
-project's, and where it is missing, arms whose names begin with one of LIBRARIES are not.
+"attention" (a decode; with "context"), "uneven" (contexts of up to that) or "prefill" (attention of a whole prompt);
+"ours" says whether the arm is this project's, and where it is missing, arms whose names begin with one of LIBRARIES are
+not.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -199,6 +200,7 @@ def of_kernels(rows: Sequence[Timing], copy_gbs: float, machine: Mapping[str, st
     by_op = grouped(({"op": "linear"} | dict(row) for row in rows), "op")
     found = [*_linears(by_op.get(("linear",), []), copy_gbs, command)]
     found += _attention(by_op.get(("attention",), []), copy_gbs, command)
+    found += _uneven(by_op.get(("uneven",), []), copy_gbs, command)
     found += _prefill_kernels(by_op.get(("prefill",), []), command)
     found += _three_bits(by_op.get(("packed",), []), copy_gbs, command)
     return [signed(made, machine) for made in found]
@@ -244,6 +246,22 @@ def _attention(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Cl
         note = f"arm {best['arm']}, {float(best['microseconds']):.1f} us, {rate(best):.0f} GB/s"
         against = f"copies at {copy_gbs:.0f} GB/s"
         found.append(claim("F5", what, share, "%", command, at_least=85, against=against, note=note))
+    return found
+
+
+def _uneven(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Claim]:
+    """Contexts that differ in length: shared out by it against the best number of splits that is the same for all."""
+    found = []
+    for (shape, batch, context), group in sorted(grouped(rows, "shape", "batch", "context").items()):
+        even = fastest(group, lambda row: row["arm"].endswith(":even"))
+        same = fastest(group, lambda row: row["arm"].startswith("decode:") and not row["arm"].endswith(":even"))
+        if not (even and same):
+            continue
+        ratio = float(same["microseconds"]) / float(even["microseconds"])
+        what = f"decode attention, {shape}, {batch} contexts of up to {context} tokens, by length over splits for all"
+        note = f"{even['arm']} {float(even['microseconds']):.1f} us, {100 * rate(even) / copy_gbs:.0f} % of a copy; "
+        note += f"{same['arm']} {float(same['microseconds']):.1f} us"
+        found.append(claim("F5", what, ratio, "x", command, at_least=1.0, against=str(same["arm"]), note=note))
     return found
 
 

@@ -2,7 +2,8 @@
 
 linear: every linear operation of the models, all fast arms and the library's, at several numbers of tokens. packed:
 products with packed weights of `--shapes` beside the library's in bfloat16. attention: decode at long context, the
-kernel that an engine runs and Triton's. prefill: attention of a prompt, ours and PyTorch's.
+kernel that an engine runs and Triton's. uneven: decodes whose contexts differ in length. prefill: attention of a
+prompt, ours and PyTorch's.
 """
 
 import argparse
@@ -22,14 +23,15 @@ from tenfold.engine.linears import traced
 from tenfold.models.table import model_config
 from tenfold.ops.attention import tune as attention
 from tenfold.ops.choose import Table
-from tenfold.ops.gpu import arms, attending, decode, tune
+from tenfold.ops.gpu import arms, attending, decode, tune, tune_attention
 from tenfold.ops.gpu.timing import GpuTimer
 from tenfold.ops.kernels import AttentionSpec, Heads
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
-PARTS = ("linear", "attention", "prefill")  # unless told otherwise
+PARTS = ("linear", "attention", "uneven", "prefill")  # unless told otherwise
 SHAPES = "3584x3584,10752x3584,18944x3584,3584x18944"  # rows x cols: linear operations of a model of 7B (MBQ, 5.3)
+MIXES = ((300,) * 30 + (8400, 8700), (200,) * 7 + (16000,), tuple(range(100, 6500, 100)))  # tokens of contexts
 FAMILIES = ("stream", "ring", "flat", "gemv", "cublas")
 Row = dict[str, Any]
 
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "attention" in parts:
             for batch in (1, 8):
                 result["rows"] += decodes(spec, batch, given.context, timer)
+        if "uneven" in parts:
+            for mix in MIXES:
+                result["rows"] += uneven(spec, mix, timer, given.out)
         if "prefill" in parts:
             ours = attention.chunk_candidates(spec, ("lazy", "online", "unified"))
             plans: list[attention.PrefillPlan | attention.ChunkPlan] = [*ours, *attention.prefill_candidates(spec)[:4]]
@@ -152,7 +157,7 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
     with the usual one, and Triton's best plan.
     """
     device, dtype = timer.device, torch.bfloat16
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    sms = sms_of(device)
     nbytes = 2 * batch * context * spec.kv_heads * spec.head_dim * dtype.itemsize
     copies = timer.copies(nbytes)
     stores = [attention.paged(spec, batch, context, page, dtype, device, seed) for seed in range(copies)]
@@ -164,9 +169,13 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
     heads = Heads(spec, rope, phi=torch.full((spec.heads,), 2.0, device=device))
 
     def ours(plan: decode.DecodePlan) -> Any:
+        found = decode.share(plan, spec, lengths, sms, {}, 0)
+        shared = found and replace(found, fresh=False)  # once a step for all layers
+
         def call(i: int) -> Tensor:
             keys, values, table = stores[i]
-            return decode.run(plan, workspace, qkv, heads, lengths - 1, slots, keys, values, table, lengths)
+            inputs = (qkv, heads, lengths - 1, slots, keys, values, table, lengths)
+            return decode.run(plan, workspace, *inputs, shared=shared)
 
         return call
 
@@ -177,6 +186,21 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
     others = attention.measure_decode(spec, batch, context, attention.decode_candidates(spec, batch, context, sms)[:6])
     best = {"triton " + t.name: t.microseconds for t in others[:1]}
     return [row("attention", spec, batch, arm, took, nbytes, context) for arm, took in (times | best).items()]
+
+
+def uneven(spec: AttentionSpec, contexts: Sequence[int], timer: GpuTimer, out: Path) -> list[Row]:
+    """Attention of one decode step over contexts of these lengths, by every arm that can do it."""
+    running = attending.Attending(timer.device, sms_of(timer.device), Table("kernels", "1", out.with_suffix(".table")))
+    reading = attending.Reading(spec, len(contexts), max(contexts), 16)
+    times = tune_attention.measure(reading, running, timer, contexts=contexts)
+    nbytes = 2 * sum(contexts) * spec.kv_heads * spec.head_dim * reading.dtype.itemsize
+    best = min(times, key=times.__getitem__)
+    print(f"{len(contexts)} contexts of {min(contexts)} to {max(contexts)}: {times[best]:.1f} us, {best}", flush=True)
+    return [row("uneven", spec, len(contexts), arm, took, nbytes, max(contexts)) for arm, took in times.items()]
+
+
+def sms_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 if __name__ == "__main__":

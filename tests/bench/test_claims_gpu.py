@@ -128,6 +128,15 @@ def test_attention_counts_our_arm_at_32k_only() -> None:
     assert (eight.value, eight.met) == (pytest.approx(66.67, rel=1e-3), False)
 
 
+def test_uneven_contexts_against_splits_that_are_the_same_for_all() -> None:
+    names = ("decode:4x3:even", "decode:8x1:even", "decode:4x3:s4:global", "decode:8x1:s8:cluster", "triton")
+    rows = [kernel("uneven", arm, us, 60e6, batch=32, context=8700) for arm, us in zip(names, (25.0, 20, 40, 50, 10))]
+    (found,) = claims_gpu.of_kernels(rows, 4000.0, MACHINE, "tenfold tune")
+    assert (found.id, found.value, found.met, found.against) == ("F5", 2.0, True, "decode:4x3:s4:global")
+    assert "decode:8x1:even 20.0 us, 75 % of a copy" in found.note
+    assert claims_gpu.of_kernels(rows[2:], 4000.0, MACHINE, "tenfold tune") == []
+
+
 def test_attention_of_a_prefill_against_the_fastest_library() -> None:
     rows = [kernel("prefill", arm, us, context=8192) for arm, us in (("ours", 900.0), ("cudnn", 990.0), ("sdpa", 1500))]
     (found,) = claims_gpu.of_kernels(rows, 3000.0, MACHINE, "tenfold tune")

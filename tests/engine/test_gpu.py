@@ -87,3 +87,39 @@ def test_prompts_longer_than_a_step(dtype: str, wanted: int | None) -> None:
         found.append([p.logprob for o in outputs for p in o.prompt_logprobs or () if p is not None])
     assert len(found[0]) == (399 if wanted == 0 else 0)
     assert found[0] == pytest.approx(found[1], abs=0.1)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_long_context_beside_short_ones(graphs: bool) -> None:
+    """Steps whose contexts are shared out by their lengths, which grow from one replay of a graph to the next: every
+    token is as likely as the best when the request is computed alone.
+    """
+    attending = pytest.importorskip("tenfold.ops.gpu.attending")
+    config = EngineConfig(
+        model="shape:llama-3.2-1b@layers=2",
+        device="cuda",
+        dtype="bfloat16",
+        kernels="native",
+        graphs=graphs,
+        max_batch=16,
+        max_model_len=4096,
+        kv_memory=256 << 20,
+        prefix_cache=False,
+    )
+    engine = Engine.load(config, tokens_only=True)
+    lengths = [3000, 1500, *range(20, 120, 10)]
+    prompts = [tuple((7 * i + 11 * j) % 1000 + 10 for j in range(length)) for i, length in enumerate(lengths)]
+    for i, prompt in enumerate(prompts):
+        engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)))
+    together = fake.answers(fake.drain(engine))
+    asked = engine.kernels.attending.asked()  # type: ignore[attr-defined]
+    assert any(attending.rule(reading, 132).endswith(":even") for reading in asked)  # else this tests nothing
+    for i, prompt in enumerate(prompts):
+        answer = tuple(together[str(i), 0])
+        assert len(answer) == 40
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        engine.add(Request(f"judge {i}", prompt + answer, params))
+        logs = [p for o in fake.drain(engine) for p in o.prompt_logprobs or ()]
+        for token, log in zip(answer, logs[-len(answer) :]):
+            assert log is not None
+            assert log.logprob > max(p for _, p in log.top) - 0.15, (i, token)

@@ -40,14 +40,20 @@ def tune(
 
 
 def measure(
-    reading: Reading, running: Attending, timer: Timer, names: Sequence[str] = (), softmax: str = "lazy"
+    reading: Reading,
+    running: Attending,
+    timer: Timer,
+    names: Sequence[str] = (),
+    softmax: str = "lazy",
+    contexts: Sequence[int] = (),
 ) -> dict[str, float]:
     """Microseconds of arms, all that are legal unless some are named; what the rule's computes is the reference.
+    contexts: tokens of each decode, where they are not `attending.measured_contexts`.
 
     Raises ValueError where none can run.
     """
     first = attending.rule(reading, running.sms)
-    inputs = Inputs(reading, timer.copies(reading.nbytes), running.device)
+    inputs = Inputs(reading, timer.copies(reading.nbytes), running.device, contexts)
     names = names or attending.candidates(reading, running.sms)
     arms = {name: inputs.bind(name, running, softmax) for name in names}
     times = timer.measure(arms, len(inputs.stores), inputs.bind(first, running, softmax))
@@ -62,7 +68,7 @@ def measure(
 class Inputs:
     """Random queries, and `copies` sets of keys and values, for one reading."""
 
-    def __init__(self, reading: Reading, copies: int, device: torch.device) -> None:
+    def __init__(self, reading: Reading, copies: int, device: torch.device, contexts: Sequence[int] = ()) -> None:
         self.reading = reading
         spec, dtype, page = reading.spec, reading.dtype, reading.page_size
         count = reading.tokens or reading.requests
@@ -71,7 +77,8 @@ class Inputs:
         ]
         self.qkv = torch.randn(count, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, dtype=dtype, device=device)
         self.rope = torch.randn(reading.longest, max(2, spec.rotary_dim), device=device)
-        self.lengths = torch.tensor(attending.measured_contexts(reading), dtype=torch.int32, device=device)
+        lengths = list(contexts) or attending.measured_contexts(reading)
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
         self.positions = self.lengths - 1
         starts = range(reading.requests + 1)
         if reading.tokens:

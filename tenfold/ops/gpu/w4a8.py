@@ -23,7 +23,7 @@ THREADS = 2 * ROWS + 128
 STEP = 128  # columns of a stage
 STEADY = 48  # tokens whose product takes about as long as what a tile costs beside products
 LEAST = 65  # tokens from which on the rule takes it
-MOST = 1024  # tokens up to which; for more a float8 copy of the weights is the smaller part of the product (H200)
+MOST = 4096  # tokens up to which; for more a float8 copy of the weights is the smaller part of the product (H200)
 MOST_STAGES = 8
 
 

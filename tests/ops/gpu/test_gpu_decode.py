@@ -60,6 +60,24 @@ def test_tiles_through_shared_memory(dtype: torch.dtype, splits: int, depth: int
     check(32, 8, 128, [3000, 700], splits=splits, softmax="unified", phi=2.0, dtype=dtype, depth=depth)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 6])
+@pytest.mark.parametrize("softmax", ["online", "lazy"])
+def test_contexts_that_are_shared_out_evenly(softmax: str, depth: int) -> None:
+    even = partial(check, splits=decode_cases.EVEN_SPLITS, depth=depth, softmax=softmax)
+    for heads, kv_heads in ((32, 8), (28, 4), (8, 8), (64, 8)):
+        even(heads, kv_heads, 128, [300] * 30 + [8400, 0, 8700])
+    even(32, 8, 128, [1, 0, 17, 20_000], dtype=torch.float16)
+    even(9, 3, 64, [5000, 33, 0, 16], page=32)
+    even(16, 2, 128, [3000, 700, 50], window=100, norms=True)
+    even(32, 8, 128, list(range(1, 2600, 13)), page=64)
+    even(4, 4, 128, [2000] * 48, softcap=20.0)
+
+
+@pytest.mark.parametrize("sms", [1, 20, 96])
+def test_contexts_that_are_shared_out_to_a_part_of_the_gpu(sms: int) -> None:
+    check(32, 8, 128, [300] * 30 + [8400, 0, 8700], splits=decode_cases.EVEN_SPLITS, sms=sms)
+
+
 @pytest.mark.parametrize("phi", decode_cases.ADVERSARIAL)
 @pytest.mark.parametrize("softmax", ["unified", "paper"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -71,6 +89,9 @@ def test_a_wrong_unified_maximum_costs_time_only(softmax: str, phi: float, dtype
         again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=2, depth=depth)
         if not abs(phi) < 100:
             assert again == 2 * 2 * 32
+    again = check(*(32, 8, 128, [1000, 17]), softmax=softmax, phi=phi, dtype=dtype, splits=decode_cases.EVEN_SPLITS)
+    if not abs(phi) < 100:
+        assert again == 2 * 2 * 32
     again = check(32, 8, 128, [1000, 17], softmax=softmax, phi=phi, dtype=dtype, splits=4, cluster=True)
     if not abs(phi) < 100:
         assert again == 2 * 2 * 32  # two runs of two requests
