@@ -18,7 +18,7 @@ from tenfold.ops.attention import attend as attend_module
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention import third_party
 from tenfold.ops.choose import Choice, Key, Table
-from tenfold.ops.gpu import decode, graphs, prefill, rope
+from tenfold.ops.gpu import decode, even, graphs, prefill, rope
 from tenfold.ops.gpu.decode import DecodePlan
 from tenfold.ops.gpu.prefill import ChunkPlan
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads
@@ -144,7 +144,7 @@ def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
     spec, longest = reading.spec, reading.longest
     pairs = reading.requests * spec.kv_heads
     shapes = SHAPES if spec.head_dim > 64 else SHAPES_NARROW
-    if reading.requests > 1 and longest >= decode.UNEVEN:
+    if reading.requests > 1 and longest >= even.LONGER:
         yield from (DecodePlan(warps, blocks, decode.EVEN, "lazy", False, depth) for warps, blocks, depth in shapes)
     for warps, blocks, depth in shapes:
         full = sms * blocks // pairs

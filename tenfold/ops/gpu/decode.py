@@ -16,7 +16,7 @@ REGISTERS = 2  # tiles of a warp under way that registers hold; of more, all are
 ALIGNMENT = 16  # bytes that may lie before the ring
 LARGEST_CLUSTER = 8  # blocks: what every GPU with clusters can do, and 16 were slower
 SHORT = 2048  # tokens
-UNEVEN = 1024  # tokens: so long, contexts of one step may be much shorter than the longest
+ENOUGH = 0.6  # of the blocks there is room for: they read as fast as all of them (H200, 2026-11-29)
 EVEN = 0  # splits of a plan that shares contexts out by their lengths
 SUMS = 1 << 22  # floats that splits of all pairs may leave
 PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
@@ -61,9 +61,10 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     4,096 tokens on an H200 (2026-11-29). max_kv: longest context there may be; shorter ones find their number of splits
     on the device.
 
-    Contexts of several requests may differ, and where some may be longer than UNEVEN they are shared out by their
-    lengths. Else many pairs fill the GPU by themselves. Fewer need splits: their merge takes about a microsecond in a
-    cluster and three through global memory, but a cluster waits until one part of the GPU has room for all its blocks.
+    Contexts of several requests may differ, and where some may be longer than `even.LONGER` they are shared out by
+    their lengths. Else many pairs fill the GPU by themselves. Fewer need splits: their merge takes about a microsecond
+    in a cluster and three through global memory, but a cluster waits until one part of the GPU has room for all its
+    blocks.
     """
     pairs = requests * spec.kv_heads
     seen = min(max_kv, spec.window + TILE) if spec.window else max_kv
@@ -71,7 +72,7 @@ def plan(spec: AttentionSpec, requests: int, max_kv: int, sms: int, softmax: str
     longest = -(-seen // (TILE * large[0]))
     shared = DecodePlan(*small, EVEN, softmax, False)
     few = pairs <= sms // 8 and seen <= SHORT
-    if requests > 1 and seen > UNEVEN and not few and even_fits(shared, spec, requests, sms):
+    if requests > 1 and seen > even.LONGER and not few and even_fits(shared, spec, requests, sms):
         return shared
     if pairs > 1.5 * sms:
         if pairs <= 2 * sms:  # two blocks on every multiprocessor
@@ -134,11 +135,16 @@ def padding(plan: DecodePlan, spec: AttentionSpec) -> int:
     return max(0, int(hopper.SHARED_SM / (plan.blocks + 0.5)) - hopper.RESERVED - shared_bytes(plan, spec))
 
 
+def kind(plan: DecodePlan, spec: AttentionSpec, sms: int) -> even.Kind:
+    """What a plan with EVEN splits wants of contexts."""
+    sizes = (spec.kv_heads, sms * plan.blocks, 2 * plan.warps, stage_bytes(spec))
+    return even.Kind(*sizes, window=spec.window, enough=ENOUGH)
+
+
 def even_fits(plan: DecodePlan, spec: AttentionSpec, requests: int, sms: int) -> bool:
     """Whether a `Workspace` holds the parts that a plan with EVEN splits makes of so many contexts."""
-    parts = even.capacity(requests, spec.kv_heads, sms * plan.blocks) * spec.kv_heads
-    most = most_partial(spec.heads // spec.kv_heads, spec.head_dim)
-    return requests <= even.MOST and parts <= most and most_splits(spec.head_dim, plan.warps) >= even.SPLITS
+    parts = most_partial(spec.heads // spec.kv_heads, spec.head_dim)
+    return kind(plan, spec, sms).fits(requests, parts, most_splits(spec.head_dim, plan.warps))
 
 
 class Workspace:
@@ -154,24 +160,11 @@ class Workspace:
         self.recomputed = torch.zeros(1, dtype=torch.int64, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What blocks read of contexts that are shared out by their lengths (`even.share`). fresh: it was launched just
-    now, so nothing may be read of it before that has ended.
-    """
-
-    items: Tensor
-    fresh: bool
-
-
 def share(
     plan: DecodePlan, spec: AttentionSpec, kv_lengths: Tensor, sms: int, memo: dict[Any, Any], layer: int
-) -> Shared | None:
-    """For a plan with EVEN splits; memo and layer: see `even.share`."""
-    if plan.splits != EVEN:
-        return None
-    about = {"window": spec.window, "least": 2 * plan.warps, "tile_bytes": stage_bytes(spec)}
-    return Shared(*even.share(memo, layer, kv_lengths, spec.kv_heads, sms * plan.blocks, **about))
+) -> even.Shared | None:
+    """`even.share` for a plan with EVEN splits."""
+    return even.share(kind(plan, spec, sms), kv_lengths, memo, layer) if plan.splits == EVEN else None
 
 
 def run(
@@ -187,7 +180,7 @@ def run(
     kv_lengths: Tensor,
     lse: Tensor | None = None,
     out: Tensor | None = None,
-    shared: Shared | None = None,
+    shared: even.Shared | None = None,
 ) -> Tensor:
     """As `Kernels.attention` for one token a request -> [R, heads * head_dim]. A request of length 0 is idle: its
     result is zeros; a negative slot writes nothing. heads.phi is used by "unified" and "paper"; without it "unified"

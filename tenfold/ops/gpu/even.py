@@ -1,10 +1,11 @@
-"""Decodes whose contexts differ in length: which block of csrc/decode.cu reads what part of which, by csrc/even.cu.
+"""Decodes whose contexts differ in length: which block of an attention kernel reads what part of which (csrc/even.cu).
 
 A number of parts that is the same for all is right where contexts are about as long as each other. Among short ones a
 long one then keeps few multiprocessors busy while the others are done, in every layer. Lengths are on the device, so
-that is where they are shared out, once a step for all layers that see as much of their contexts.
+that is where they are shared out, once a step for all layers of a kind.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tenfold.ops.gpu import nvrtc
 
+LONGER = 1024  # tokens: where a context may be longer, others of the step may be much shorter
 MOST = 1024  # requests: one a thread
 SPLITS = 64  # parts of a context, at most
 WARPS = 32
@@ -19,46 +21,64 @@ MORE = 3  # rounds of blocks for parts: one that has none is gone in a moment, b
 MERGE = 10e6  # bytes that a GPU reads while the parts of a context are merged
 
 
-def capacity(requests: int, kv_heads: int, room: int) -> int:
-    """Parts that a launch has blocks for, of each KV head: as many as leave little of the last round of blocks idle.
-    room: blocks that run at the same time.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What parts are for. pairs: blocks that read a part, of different heads; room: blocks that run at the same time;
+    least: tiles of 16 tokens of a part; tile_bytes: what a block reads of one; window: of a layer, 0 for none; enough:
+    the share of `room` blocks that together are as fast as all.
     """
-    return requests + MORE * max(1, room // kv_heads)
+
+    pairs: int
+    room: int
+    least: int
+    tile_bytes: int
+    window: int = 0
+    enough: float = 1.0
+
+    def capacity(self, requests: int) -> int:
+        """Parts that a launch has blocks for: as many as leave little of the last round of blocks idle."""
+        return requests + MORE * max(1, self.room // self.pairs)
+
+    def fits(self, requests: int, parts: int, splits: int) -> bool:
+        """Whether so many contexts can be shared out. parts: of all pairs, that there is memory for; splits: of one
+        context, that a block can merge.
+        """
+        return requests <= MOST and self.capacity(requests) * self.pairs <= parts and splits >= SPLITS
 
 
-def share(
-    memo: dict[Any, Any],
-    layer: int,
-    lengths: Tensor,
-    kv_heads: int,
-    room: int,
-    *,
-    window: int,
-    least: int,
-    tile_bytes: int,
-) -> tuple[Tensor, bool]:
-    """The parts [`capacity`, 4] int32 of a step's contexts (`csrc/even.cu`), and whether they were launched just now.
-    They are kept in `memo` for layers of the kind; `layer` tells them apart: one that is seen again begins another
-    forward of the same step. lengths [R] int32; least: tiles of a part; tile_bytes: what a block reads of a tile.
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """items [`Kind.capacity`, 4] int32: what each block reads, as csrc/even.cu has it. fresh: it was launched just now,
+    so nothing may be read of it before that has ended.
+    """
+
+    items: Tensor
+    fresh: bool = True
+
+
+def share(kind: Kind, lengths: Tensor, memo: dict[Any, Any], layer: int) -> Shared:
+    """The parts of a step's contexts, lengths [R] int32. They are kept in `memo` for layers of the kind; `layer` tells
+    these apart: one that is seen again begins another forward of the same step.
 
     Raises ValueError for more than `MOST` requests.
     """
-    kind = "even", kv_heads, room, window, least
-    known = memo.get(kind)
-    if known is not None and known[0] != layer:
-        return known[1], False
-    items = run(lengths, kv_heads, room, window=window, least=least, tile_bytes=tile_bytes)
-    memo[kind] = layer, items
-    return items, True
+    first, known = memo.get(kind, (layer, None))
+    if known is None or first == layer:
+        made = Shared(run(kind, lengths))
+        memo[kind] = layer, replace(made, fresh=False)
+        return made
+    found: Shared = known
+    return found
 
 
-def run(lengths: Tensor, kv_heads: int, room: int, *, window: int, least: int, tile_bytes: int) -> Tensor:
-    """What `share` gives, launched."""
+def run(kind: Kind, lengths: Tensor) -> Tensor:
+    """The items that `share` gives, launched."""
     requests = len(lengths)
     if not 0 < requests <= MOST:
         raise ValueError(f"{requests} requests cannot be shared out evenly; allowed: 1 to {MOST}.")
-    items = torch.empty(capacity(requests, kv_heads, room), 4, dtype=torch.int32, device=lengths.device)
+    items = torch.empty(kind.capacity(requests), 4, dtype=torch.int32, device=lengths.device)
     kernel = nvrtc.load("even.cu", "even", (("HALF", 0), ("WARPS", WARPS), ("GATE", 0)))
-    sizes = (requests, len(items), kv_heads, room, window, least)
-    kernel((1, 1, 1), WARPS * 32, 0, [lengths, items, *sizes, MERGE / (room * tile_bytes)])
+    sizes = (requests, len(items), kind.pairs, kind.room, kind.window, kind.least)
+    merge = MERGE / (kind.room * kind.tile_bytes)
+    kernel((1, 1, 1), WARPS * 32, 0, [lengths, items, *sizes, float(kind.enough), merge])
     return items

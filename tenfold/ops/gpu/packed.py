@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from tenfold.ops.gpu import graphs, hopper, nvrtc
-from tenfold.ops.gpu.decode import HEAD_DIMS, MOST_GROUP, Workspace, most_partial
+from tenfold.ops.gpu import even, graphs, hopper, nvrtc
+from tenfold.ops.gpu.decode import EVEN, HEAD_DIMS, MOST_GROUP, Workspace, most_partial
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels
 from tenfold.ops.kv.attend import Layout, Means, Moves
 from tenfold.ops.kv.layer import PackedLayer, Side, ring_pages
@@ -35,7 +35,7 @@ STAGES = 2  # of a ring: more were slower (H100, 2026-11-28)
 @dataclass(frozen=True, slots=True)
 class PackedPlan:
     """heads: query heads of a block; tokens of a tile; stages of a warp's ring of tiles; warps of a block, blocks of a
-    multiprocessor the kernel is compiled for; splits of a context at most.
+    multiprocessor the kernel is compiled for; splits of a context at most (EVEN: as in `decode.DecodePlan`).
     """
 
     heads: int
@@ -46,7 +46,8 @@ class PackedPlan:
     splits: int
 
     def __str__(self) -> str:
-        return f"packed:{self.heads}:{self.tokens}x{self.stages}:{self.warps}x{self.blocks}:s{self.splits}"
+        how = f"s{self.splits}" if self.splits else "even"
+        return f"packed:{self.heads}:{self.tokens}x{self.stages}:{self.warps}x{self.blocks}:{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,9 @@ def prepare(layer: PackedLayer, spec: AttentionSpec) -> Prepared:
 
 
 def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int) -> PackedPlan:
-    """max_kv: the longest context there may be. Splits so that the last round of blocks is as full as can be."""
+    """max_kv: the longest context there may be. Splits so that the last round of blocks is as full as can be; contexts
+    of several requests are shared out by their lengths where some may be long.
+    """
     heads = min(spec.heads // spec.kv_heads, COLUMNS // shape.groups)
     parts = -(-spec.heads // spec.kv_heads // heads)
     tokens = 64 if shape.token_bytes <= FEW_BYTES else 32
@@ -232,6 +235,9 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
         for w, b in ((6, 2), (8, 1), (4, 1))
         if hopper.fits(shared_bytes(shape, heads, tokens, STAGES, w), b) or w == 4
     )
+    shared = PackedPlan(heads, tokens, STAGES, warps, blocks, EVEN)
+    if requests > 1 and max_kv > even.LONGER and even_fits(shared, spec, shape, requests, sms):
+        return shared
     pairs = requests * spec.kv_heads * parts
     units = -(-max_kv // tokens) + (shape.spec.window // 16 + 2 if shape.exact else 0)
     most = max(
@@ -244,6 +250,23 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
         ),
     )
     return PackedPlan(heads, tokens, STAGES, warps, blocks, splits(pairs, most, sms * blocks))
+
+
+def kind(plan: PackedPlan, spec: AttentionSpec, shape: Shape, sms: int) -> even.Kind:
+    """As `decode.kind`; arithmetic takes these kernels about as long as reading, so all blocks count."""
+    least = 2 * plan.warps * plan.tokens // 16
+    return even.Kind(pairs_of(plan, spec), sms * plan.blocks, least, 16 * shape.token_bytes)
+
+
+def even_fits(plan: PackedPlan, spec: AttentionSpec, shape: Shape, requests: int, sms: int) -> bool:
+    """As `decode.even_fits`."""
+    merged = most_splits(shape, plan.heads, plan.tokens, plan.stages, plan.warps)
+    return kind(plan, spec, shape, sms).fits(requests, most_partial(plan.heads, spec.head_dim), merged)
+
+
+def pairs_of(plan: PackedPlan, spec: AttentionSpec) -> int:
+    """Blocks that read a part of a context: one for each KV head and `heads` of its query heads."""
+    return spec.kv_heads * -(-spec.heads // spec.kv_heads // plan.heads)
 
 
 def splits(pairs: int, most: int, room: int) -> int:
@@ -332,19 +355,21 @@ def run(
     rooms: Tensor | None = None,
     turned: Turns | None = None,
     lse: Tensor | None = None,
+    shared: even.Shared | None = None,
 ) -> Tensor:
     """Attention of queries [R, heads * head_dim], rotated, one a request and all of it written before. A request of
-    length 0 gets zeros. turned: of keys that are stored before rotary embedding.
+    length 0 gets zeros. turned: of keys that are stored before rotary embedding. shared: by `even.share`, where the
+    plan's splits are EVEN.
     """
     shape = prepared.shape
     kernel = nvrtc.load("packed_decode.cu", "packed_decode", defines(plan, shape, queries.dtype, spec.softcap > 0))
     out = torch.empty_like(queries)
-    group = spec.heads // spec.kv_heads
-    parts = -(-group // plan.heads)
+    group, pairs = spec.heads // spec.kv_heads, pairs_of(plan, spec)
+    items = None if shared is None else shared.items
     key_groups, _, key_units, key_shifts = prepared.keys
     value_groups, _, value_units, value_shifts = prepared.values
     kernel(
-        (plan.splits, spec.kv_heads * parts, len(queries)),
+        (plan.splits, pairs, len(queries)) if items is None else (pairs, len(items), 1),
         plan.warps * 32,
         dynamic_bytes(shape, plan.tokens, plan.stages, plan.warps),
         [
@@ -352,11 +377,11 @@ def run(
             *((None, None) if turned is None else (turned.table, turned.bases)),
             *(*_stored(layer), layer.exact_keys, layer.exact_values, page_table, kv_lengths, rooms),
             *(key_groups, key_units, key_shifts, value_groups, value_units, value_shifts),
-            *(out, lse, workspace.sums, workspace.counters, float(spec.scale), float(spec.softcap)),
-            *(spec.kv_heads, group, parts, layer.spec.span, layer.page_size, page_table.shape[1]),
+            *(out, lse, workspace.sums, workspace.counters, items, float(spec.scale), float(spec.softcap)),
+            *(spec.kv_heads, group, pairs // spec.kv_heads, layer.spec.span, layer.page_size, page_table.shape[1]),
             *(layer.spec.window, layer.spec.sinks, ring_pages(layer.spec, layer.page_size)),
         ],
-        dependent=True,
+        dependent=shared is None or not shared.fresh,
     )
     return out
 
@@ -409,6 +434,7 @@ def defines(plan: PackedPlan, shape: Shape, dtype: torch.dtype, cap: bool) -> tu
         ("BLOCKS", plan.blocks),
         ("SHIFT", int(shape.shift)),
         ("CAP", int(cap)),
+        ("EVEN", int(plan.splits == EVEN)),
         *shape.defines,
     )
 
@@ -467,12 +493,16 @@ class Packing:
     def __call__(self, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts) -> Tensor:
         """As `Kernels.attention_packed`, for steps that are served."""
         spec, prepared = heads.spec, self._layer(layer, heads.spec)
+        chosen = self._plan(spec, prepared.shape, len(qkv), step.page_table.shape[1] * layer.page_size)
+        shared = None
+        if chosen.splits == EVEN:
+            about = kind(chosen, spec, prepared.shape, self.sms)
+            shared = even.share(about, step.kv_lengths, step.memo, layer.keys.codes.data_ptr())
         queries = write(prepared, layer, qkv, heads, step.positions, step.slots, rooms=step.rooms)
         turned = self._rotations(heads.rope, layer.keys.bits) if prepared.shape.pre else None
-        chosen = self._plan(spec, prepared.shape, len(qkv), step.page_table.shape[1] * layer.page_size)
-        workspace = self._sums(len(qkv), spec.kv_heads * -(-spec.heads // spec.kv_heads // chosen.heads))
+        workspace = self._sums(len(qkv), pairs_of(chosen, spec))
         read = (queries, step.page_table, step.kv_lengths, spec, step.rooms, turned)
-        return run(chosen, workspace, prepared, layer, *read)
+        return run(chosen, workspace, prepared, layer, *read, shared=shared)
 
     def chunks(self, qkv: Tensor, spec: AttentionSpec, layer: PackedLayer) -> Means:
         """How steps with chunks store and read tokens."""

@@ -1,6 +1,7 @@
 """Contexts shared out evenly, emulated: every tile is some block's, and blocks have about as much to do."""
 
 import heapq
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def parts(lengths: list[int], kv_heads: int = 8, room: int = ROOM, window: int = 0) -> list[tuple[int, int, int]]:
     """Request, first tile and number of tiles of each part, after what all of them must be was looked at."""
-    given = torch.tensor(lengths, dtype=torch.int32)
-    items = even.run(given, kv_heads, room, window=window, least=LEAST, tile_bytes=8192).tolist()
-    assert len(items) == even.capacity(len(lengths), kv_heads, room)
+    kind = even.Kind(kv_heads, room, LEAST, 8192, window, ENOUGH)
+    items = even.run(kind, torch.tensor(lengths, dtype=torch.int32)).tolist()
+    assert len(items) == kind.capacity(len(lengths))
     used = [i for i, item in enumerate(items) if item[0] >= 0]
     assert used == list(range(len(used)))  # idle blocks come last
     seen: dict[int, list[int]] = {}
@@ -101,23 +102,23 @@ def test_short_contexts_are_left_whole() -> None:
 
 def test_many_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="1025 requests cannot be shared out evenly; allowed: 1 to 1024"):
-        even.run(torch.ones(1025, dtype=torch.int32), 8, ROOM, window=0, least=LEAST, tile_bytes=8192)
+        even.run(even.Kind(8, ROOM, LEAST, 8192), torch.ones(1025, dtype=torch.int32))
 
 
 def test_a_step_shares_out_once_and_a_repeated_forward_again() -> None:
     memo: dict[object, object] = {}
     lengths = torch.tensor([40, 3000], dtype=torch.int32)
-    about = {"window": 0, "least": LEAST, "tile_bytes": 8192}
-    first, fresh = even.share(memo, 1, lengths, 8, ROOM, **about)
-    assert fresh
+    kind = even.Kind(8, ROOM, LEAST, 8192)
+    first = even.share(kind, lengths, memo, 1)
+    assert first.fresh
     for layer in (2, 3):
-        items, fresh = even.share(memo, layer, lengths, 8, ROOM, **about)
-        assert items is first
-        assert not fresh
-    windowed, fresh = even.share(memo, 4, lengths, 8, ROOM, **about | {"window": 100})
-    assert fresh
-    assert not torch.equal(windowed, first)
+        again = even.share(kind, lengths, memo, layer)
+        assert again.items is first.items
+        assert not again.fresh
+    windowed = even.share(replace(kind, window=100), lengths, memo, 4)
+    assert windowed.fresh
+    assert not torch.equal(windowed.items, first.items)
     lengths += 2000  # a captured step is run again, with other lengths
-    again, fresh = even.share(memo, 1, lengths, 8, ROOM, **about)
-    assert fresh
-    assert not torch.equal(again, first)
+    later = even.share(kind, lengths, memo, 1)
+    assert later.fresh
+    assert not torch.equal(later.items, first.items)

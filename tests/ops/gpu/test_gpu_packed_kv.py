@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenfold.ops.gpu import packed
-from tenfold.ops.gpu.decode import Workspace
+from tenfold.ops.gpu.decode import EVEN, Workspace
 from tenfold.ops.kernels import Contexts as Step
 from tenfold.ops.kernels import Heads
 from tenfold.ops.kv import attend
@@ -70,6 +70,13 @@ def test_plans(splits: int, tokens: int, stages: int, warps: int, blocks: int) -
     sizes = {"tokens": tokens, "stages": stages, "warps": warps, "blocks": blocks}
     for name in ("k2v1.5g64", "int4"):
         check(Shape(name, **GQA, lengths=(5000, 10)), splits=splits, **sizes)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("heads", [MHA, GQA], ids=["own", "shared"])
+def test_contexts_that_are_shared_out_evenly(name: str, heads: dict[str, int]) -> None:
+    check(Shape(name, **heads, lengths=(6000, 0, 1, 300, 40, 2000, *range(10, 400, 30))), splits=EVEN)
+    check(Shape(name, **heads, lengths=(700,) * 20, dtype=HALF), splits=EVEN)
 
 
 @pytest.mark.parametrize(("name", "norms"), [*((name, False) for name in FORMATS), ("k2v1.5g64", True)])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tenfold.cache.format import parse
-from tenfold.ops.gpu import hopper, nvrtc, packed
-from tenfold.ops.gpu.decode import SUMS
+from tenfold.ops.gpu import even, hopper, nvrtc, packed
+from tenfold.ops.gpu.decode import EVEN, SUMS
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.ops.kv import attend
 from tenfold.ops.kv.spec import PackedSpec
@@ -56,6 +56,19 @@ def test_decode_attention_is_what_its_definition_says(
     assert (sums.double() - expected_sums)[live].abs().max() < 5e-3
     for r, length in enumerate(shape.lengths):
         assert length or (not out[r].any() and (sums[r] == -torch.inf).all())
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("shape", DECODES.values(), ids=DECODES.keys())
+def test_contexts_that_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch, emulator: Emulator, shape: Shape) -> None:
+    monkeypatch.setattr(nvrtc, "load", emulator)
+    contexts = Contexts(replace(shape, lengths=(600, 1, 0, 36)))
+    prepared = contexts.prepared()
+    expected, expected_sums = contexts.expected()
+    out, sums = contexts.run(prepared, contexts.plan(prepared, warps=2, splits=EVEN))
+    assert distance(out, expected) < (4e-3 if shape.dtype == torch.bfloat16 else 2.5e-3)
+    assert (sums.double() - expected_sums)[[0, 1, 3]].abs().max() < 5e-3
+    assert not out[2].any()
 
 
 WRITES = {
@@ -135,9 +148,14 @@ def test_plans_fit(name: str, group: int, head_dim: int, requests: int, longest:
     shared = packed.shared_bytes(shape, plan.heads, plan.tokens, plan.stages, plan.warps)
     assert hopper.fits(shared, plan.blocks)
     pairs = requests * kv_heads * -(-group // plan.heads)
-    assert plan.splits == 1 or pairs * plan.splits * (plan.heads * (head_dim + 2) + 3) <= SUMS
     dynamic = packed.dynamic_bytes(shape, plan.tokens, plan.stages, plan.warps)
-    assert 8 * plan.splits * plan.heads <= dynamic
+    parts, most = pairs * plan.splits, plan.splits
+    if plan.splits == EVEN:
+        own = packed.kind(plan, spec, shape, SMS)
+        parts, most = own.pairs * own.capacity(requests), even.SPLITS
+        assert own.pairs == pairs // requests
+    assert parts == pairs or parts * (plan.heads * (head_dim + 2) + 3) <= SUMS
+    assert 8 * most * plan.heads <= dynamic
     assert plan.stages * packed.stage_bytes(shape, plan.tokens) >= 32 * head_dim  # where sums of a warp lie at its end
 
 

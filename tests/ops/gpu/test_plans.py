@@ -168,7 +168,7 @@ def test_splits_find_room_to_merge(
     if plan.splits == decode.EVEN:
         assert decode.even_fits(plan, spec, requests, SMS)
         assert decode.most_splits(head_dim, plan.warps) >= even.SPLITS
-        parts = even.capacity(requests, spec.kv_heads, SMS * plan.blocks)
+        parts = decode.kind(plan, spec, SMS).capacity(requests)
         assert parts >= requests
         assert parts * spec.kv_heads * partial_floats(spec) <= decode.SUMS
     elif plan.cluster:

@@ -1,7 +1,8 @@
 // Contexts of a decode step in parts of about one size, whatever their lengths: what each block of decode.cu reads.
 //
 // One block. Its warps weigh two numbers of parts each for the longest context, and so a size of parts for all: how many
-// tiles one after the other there are in the end, if `room` blocks run at a time and whoever is done takes the next part.
+// tiles one after the other there are in the end, if `room` blocks run at a time and whoever is done takes the next part,
+// and `enough` of them (a share of `room`) are together as fast as all.
 // Contexts then have as many parts of that size as they need, and parts come in order of their size, the largest first,
 // which leaves the smallest to fill the gaps in the end.
 //
@@ -12,7 +13,6 @@
 #define THREADS (WARPS * 32)
 #define TILE 16
 #define LEVELS 8
-#define ENOUGH .6f  // of `room` blocks read as fast as all of them
 #define EACH_PART .1f  // tiles that one more part of the longest context costs when they are merged
 
 __device__ __forceinline__ int over(int a, int b) { return (a + b - 1) / b; }
@@ -29,9 +29,9 @@ __device__ __forceinline__ Cut cut(int tiles, int most) {
 }
 
 // How long so many rounds of blocks last, the last of which may be short of blocks.
-__device__ __forceinline__ float lasting(float rounds) {
+__device__ __forceinline__ float lasting(float rounds, float enough) {
     const float last = rounds - floorf(rounds);
-    return last > 0.f ? floorf(rounds) + fmaxf(last, ENOUGH) : rounds;
+    return last > 0.f ? floorf(rounds) + fmaxf(last, enough) : rounds;
 }
 
 __device__ __forceinline__ float largest(float v) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ float largest(float v) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-even(const int *lengths, uint4 *items, int requests, int capacity, int kv_heads, int room, int window, int least, float merge) {
+even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, int room, int window, int least, float enough, float merge) {
     __shared__ int tiles[THREADS], begin[THREADS], parts[THREADS], each[THREADS], size[2 * WARPS];
     __shared__ float cost[2 * WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, own = threadIdx.x;
@@ -57,7 +57,7 @@ even(const int *lengths, uint4 *items, int requests, int capacity, int kv_heads,
     int longest = 0, all = 0;
     for (int r = lane; r < requests; r += 32) longest = max(longest, tiles[r]), all += tiles[r];
     longest = (int)largest((float)longest), all = __reduce_add_sync(~0u, all);
-    const float load = (float)all * kv_heads / room;
+    const float load = (float)all * pairs / room;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const int at = i * WARPS + warp, most = max(least, over(longest, at + 1));
@@ -72,16 +72,16 @@ even(const int *lengths, uint4 *items, int requests, int capacity, int kv_heads,
         }
         blocks = __reduce_add_sync(~0u, blocks), in_large = __reduce_add_sync(~0u, in_large);
         // In the end some blocks are busy, with parts of about the mean size, half done.
-        const float each_round = (float)kv_heads / room, rounds = blocks * each_round;
-        float took = load + .5f * load / rounds * (lasting(rounds) - rounds);
+        const float each_round = (float)pairs / room, rounds = blocks * each_round;
+        float took = load + .5f * load / rounds * (lasting(rounds, enough) - rounds);
 #pragma unroll
         for (int l = 1; l < LEVELS; l++) {
             const float many = __reduce_add_sync(~0u, above[l]) * each_round;
-            took = fmaxf(took, lasting(many) * l / LEVELS * most);
+            took = fmaxf(took, lasting(many, enough) * l / LEVELS * most);
             if (l != LEVELS / 2 || many >= 1.f) continue;
             // Large parts take as many rounds of blocks; then small ones are done, and large ones go on alone.
             const float small = (all - in_large) * each_round / (1.f - many), rest = min(most, longest) - small;
-            if (rest > 0.f) took = fmaxf(took, small + rest * fmaxf(many, ENOUGH));
+            if (rest > 0.f) took = fmaxf(took, small + rest * fmaxf(many, enough));
         }
         if (most < longest) took += merge + EACH_PART * at;
         if (lane == 0) size[at] = most, cost[at] = blocks <= capacity ? took : 3e38f;

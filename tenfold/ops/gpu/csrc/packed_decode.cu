@@ -24,11 +24,12 @@
 // head 23, 16 and 13 instructions for k2v1.5g64, k2v1.5g128-post and k2v2g64-post. While an H100 reads the 66, 62 and 72
 // bytes of these, a multiprocessor issues about 20, 18 and 22.
 //
-// Splits meet in global memory, where the one that comes last merges all in their order. Scores are in log2 units.
+// Splits meet in global memory, where the one that comes last merges all in their order. EVEN: how many a request has
+// depends on its length among the others', as even.cu says. Scores are in log2 units.
 //
 // Compile-time: packed.h; HALF type of queries, results and exact tokens; HEADS; TOKENS (16, 32 or 64), STAGES of the
 // ring, WARPS, BLOCKS; PRE; EXACT: there are exact tokens; TURN: channels that the Hadamard matrix turns together, or 0;
-// SHIFT: keys have something taken off; CAP: scores have a soft cap.
+// SHIFT: keys have something taken off; CAP: scores have a soft cap; EVEN.
 
 #include "fragments.h"
 #include "packed.h"
@@ -659,10 +660,16 @@ __device__ __forceinline__ void prepare(Shared &sh, const Args &a, const u16 *qu
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *key_codes, const u8 *key_numbers, const u8 *value_codes, const u8 *value_numbers, const u16 *exact_keys, const u16 *exact_values, const int *tables, const int *lengths, const int *rooms, const u8 *key_groups, const float *key_units, const float *key_shifts, const u8 *value_groups, const float *value_units, const float *value_shifts, u16 *result, float *lse, float *workspace, int *counters, float scale, float softcap, int kv_heads, int group, int parts, int span, int page_size, int columns, int window, int sinks, int ring) {
+packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *key_codes, const u8 *key_numbers, const u8 *value_codes, const u8 *value_numbers, const u16 *exact_keys, const u16 *exact_values, const int *tables, const int *lengths, const int *rooms, const u8 *key_groups, const float *key_units, const float *key_shifts, const u8 *value_groups, const float *value_units, const float *value_shifts, u16 *result, float *lse, float *workspace, int *counters, const uint4 *items, float scale, float softcap, int kv_heads, int group, int parts, int span, int page_size, int columns, int window, int sinks, int ring) {
     extern __shared__ __align__(16) u8 memory[];
     __shared__ __align__(16) Shared sh;
+#if EVEN
+    const uint4 item = items[blockIdx.y];
+    const int head = blockIdx.x / parts, part = blockIdx.x % parts, request = (int)item.x, split = item.w & 0xffff, active = item.w >> 16;
+    if (request < 0) return;
+#else
     const int split = blockIdx.x, splits = gridDim.x, head = blockIdx.y / parts, part = blockIdx.y % parts, request = blockIdx.z;
+#endif
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, q = lane & 3;
     Args a;
     a.key_codes = key_codes, a.key_numbers = key_numbers, a.value_codes = value_codes, a.value_numbers = value_numbers, a.bases = bases;
@@ -674,7 +681,9 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
     const int begin = EXACT ? min(sinks, a.length) : 0, end = EXACT ? max(begin, a.length - window) : a.length;
     const int sink_units = (begin + 15) / 16, exact_units = sink_units + (end < a.length ? (a.length + 15) / 16 - end / 16 : 0);
     const int skipped = begin / TOKENS, tiles = end > begin ? (end + TOKENS - 1) / TOKENS - skipped : 0, last_piece = (end - 1) / 16;
+#if !EVEN
     const int active = min(splits, max(1, (2 * exact_units + tiles + LEAST - 1) / LEAST));  // an exact unit is as many bytes as two tiles
+#endif
     auto part_of = [&](int count, int n) { return (int)((long long)count * n / active); };
     const int exact_first = part_of(exact_units, split), exact_last = part_of(exact_units, split + 1);
     const int tile_first = part_of(tiles, split), tile_last = part_of(tiles, split + 1);
@@ -931,8 +940,14 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
 
     // Of all splits: whoever arrives last.
     if (active > 1) {
-        const size_t pair = (size_t)request * gridDim.y + blockIdx.y;
-        float *all = workspace + pair * splits * PARTIAL, *own = all + (size_t)split * PARTIAL;
+#if EVEN
+        const size_t pair = (size_t)request * gridDim.x + blockIdx.x, stride = (size_t)gridDim.x * PARTIAL;
+        float *all = workspace + ((size_t)(blockIdx.y - split) * gridDim.x + blockIdx.x) * PARTIAL;
+#else
+        const size_t pair = (size_t)request * gridDim.y + blockIdx.y, stride = PARTIAL;
+        float *all = workspace + pair * splits * PARTIAL;
+#endif
+        float *own = all + split * stride;
         for (int e = threadIdx.x; e < HEADS * D / 4; e += THREADS) __stcg((float4 *)own + e, ((const float4 *)&sh.out[0][0][0])[e]);
         for (int h = threadIdx.x; h < HEADS; h += THREADS) __stcg(own + HEADS * D + h, sh.base[0][h]), __stcg(own + HEADS * D + HEADS + h, sh.total[0][h]);
         __threadfence();
@@ -946,7 +961,7 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
         __threadfence();
         float *weights = (float *)memory, *totals = weights + active * HEADS;
         for (int e = threadIdx.x; e < active * HEADS; e += THREADS) {
-            const float *from = all + (size_t)(e / HEADS) * PARTIAL + HEADS * D + e % HEADS;
+            const float *from = all + (e / HEADS) * stride + HEADS * D + e % HEADS;
             weights[e] = __ldcg(from), totals[e] = __ldcg(from + HEADS);
         }
         __syncthreads();
@@ -969,7 +984,7 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
             for (int k = 0; k < active; k += 8) {
                 float4 v[8];
 #pragma unroll
-                for (int i = 0; i < 8; i++) v[i] = k + i < active ? __ldcg((const float4 *)(all + (size_t)(k + i) * PARTIAL) + e) : make_float4(0.f, 0.f, 0.f, 0.f);
+                for (int i = 0; i < 8; i++) v[i] = k + i < active ? __ldcg((const float4 *)(all + (k + i) * stride) + e) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
                 for (int i = 0; i < 8; i++) {
                     const float factor = k + i < active ? weights[(k + i) * HEADS + e * 4 / D] : 0.f;
