@@ -66,6 +66,15 @@ CASES = (
     Case("weights", "int8 over bfloat16", (), of("weights", "int8"), ((1, 1024), (8, 1024))),
     Case("weights", "fp8 over bfloat16", (), of("weights", "fp8"), ((1, 1024), (64, 512))),
 )
+GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
+
+
+def cases_of(groups: Sequence[str]) -> list[Case]:
+    """The cases of these groups; none: all. Raises ValueError for a group that there is not."""
+    unknown = [group for group in groups if group not in GROUPS]
+    if unknown:
+        raise ValueError(f"There is no group of arms {unknown[0]!r}; allowed: {', '.join(GROUPS)}.")
+    return [case for case in CASES if not groups or case.group in groups]
 
 
 def obstacle(case: Case) -> str:

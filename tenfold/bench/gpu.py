@@ -41,9 +41,15 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """Results with settings lie beside those without."""
+        """Results with settings, or of some groups of arms, lie beside those without."""
         parts = [self.part, self.model.removeprefix("shape:"), *(f"{k}-{v}" for k, v in self.options["set"].items())]
+        parts += self.groups if self.part == "arms" else []
         return Path(self.out) / f"{re.sub('[/@,=]', '-', '-'.join(parts))}.json"
+
+    @property
+    def groups(self) -> list[str]:
+        """Of arms; none: all."""
+        return [group for group in self.options["groups"].split(",") if group]
 
     def numbers(self, name: str) -> list[int]:
         return [int(n) for n in str(self.options[name]).split(",") if n]
@@ -117,6 +123,7 @@ def ablations(job: Job) -> None:
         options["device"],
         options["rounds"],
         options["tokens"],
+        cases=arms.cases_of(job.groups),
         common=options["set"],
         deadline=deadline(job),
         say=say,
@@ -249,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=256, help="of the throughput parts")
     parser.add_argument("--prompts", default="128-1024", help="their lengths: N, A-B or lognormal:MEDIAN:SIGMA")
     parser.add_argument("--answers", default="64-512")
+    parser.add_argument("--groups", default="", help=f"of {', '.join(arms.GROUPS)}: which arms; all unless told")
     parser.add_argument("--rates", default="2,4,8,16", help="requests a second of the serving part")
     parser.add_argument("--max-batch", type=int, default=256, help="requests computed together in those parts")
     parser.add_argument("--device", default="cuda")
@@ -280,6 +288,7 @@ def run_all(given: argparse.Namespace, command: str) -> int:
     options = {k: v for k, v in vars(given).items() if k not in ("job", "out", "models", "parts", "limit", "total")}
     options["set"] = settings(given.set)
     options["command"] = command
+    arms.cases_of(Job("arms", "", "", 0.0, options).groups)  # fails at once
     end_at, failed = time.monotonic() + given.total, 0
     for name, seconds in parts_of(given.parts, given.limit):
         for model in filter(None, given.models.split(",")):

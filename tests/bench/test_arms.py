@@ -20,6 +20,13 @@ def test_cases_differ_between_off_and_on_and_have_names_of_their_own() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+def test_groups_of_arms_and_none_that_there_is_not() -> None:
+    assert arms.cases_of([]) == list(CASES)
+    assert {case.group for case in arms.cases_of(["gemm", "merge"])} == {"gemm", "merge"}
+    with pytest.raises(ValueError, match="no group of arms 'linear'; allowed: kernels, launches"):
+        arms.cases_of(["gemm", "linear"])
+
+
 def test_a_setting_that_does_not_exist_is_said() -> None:
     assert "no setting wings" in arms.obstacle(Case("x", "wings", of("wings", 0), of("wings", 1)))
     assert "not among" in arms.obstacle(Case("x", "k", of("kernels", "torch"), of("kernels", "magic")))

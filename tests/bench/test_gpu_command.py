@@ -27,3 +27,9 @@ def test_runs_with_settings_lie_beside_those_without(tmp_path: Path, capfd: pyte
         assert result.command == " ".join(["python -m tenfold.bench.gpu", *words])
         assert result.machine["commit"] == "c"
     assert f"== {stems[-1]}: copy" in capfd.readouterr().out
+
+
+def test_groups_of_arms_lie_beside_all_of_them() -> None:
+    for groups, stem in (("", "arms-tiny"), ("gemm,merge", "arms-tiny-gemm-merge")):
+        job = gpu.Job("arms", "shape:tiny", "folder", 1.0, {"set": {}, "groups": groups})
+        assert job.path.stem == stem
