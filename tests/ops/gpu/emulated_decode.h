@@ -1,4 +1,5 @@
-// What decode.cu uses beyond emulated_copies.h, and its grid: blocks in any order, some of them at the same time.
+// What decode.cu uses beyond emulated_copies.h, and its grid: blocks in any order, some of them at the same time, or
+// clusters of the blocks beside each other in any order.
 
 #include <algorithm>
 #include <numeric>
@@ -18,10 +19,30 @@ static void fence() {
 #define __stcg store_some_time
 #define __threadfence fence
 
+#if CLUSTER
+static void cluster_barrier() {
+    const unsigned round = cluster_round;
+    if (++cluster_arrived == (int)lanes.size()) cluster_arrived = 0, cluster_round++;
+    else wait([=] { return cluster_round != round; });
+    know[current] = true;
+}
+static float remote(const float *p, int rank) {
+    if (!know[current]) fail("another block may not be there yet");
+    if (rank < 0 || rank >= (int)blocks.size() || !blocks[rank].running) fail("a block that is not there is read");
+    const size_t at = (unsigned char *)p - aligned(own_block.own);
+    if (at + 4 > own_block.own.size()) fail("past the end of shared memory");
+    return *(float *)(aligned(blocks[rank].own) + at);
+}
+#endif
+
 static void launch_in_any_order(int x, int y, int z, int threads, int shared) {
     random_state = ~seed;
-    order.resize(x * y * z);
-    std::iota(order.begin(), order.end(), 0);
-    for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[drawn() % i]);
-    launch(x, y, z, threads, shared, 1 + drawn() % MOST_TOGETHER);
+    const int each = CLUSTER ? x : 1;
+    std::vector<int> first(x * y * z / each);
+    std::iota(first.begin(), first.end(), 0);
+    for (size_t i = first.size(); i > 1; i--) std::swap(first[i - 1], first[drawn() % i]);
+    order.clear();
+    for (int one : first)
+        for (int i = 0; i < each; i++) order.push_back(one * each + i);
+    launch(x, y, z, threads, shared, CLUSTER ? x : 1 + drawn() % MOST_TOGETHER);
 }

@@ -70,6 +70,18 @@ def test_lengths(case: Case, splits: int) -> None:
         run([KNOWN * block, KNOWN * block + 1, (2 * KNOWN + 2) * block + 1])
 
 
+@pytest.mark.parametrize("splits", [2, 4, 8])
+@pytest.mark.parametrize("case", [*CASES[:4], *MEASURED[:2]], ids=name)
+def test_splits_that_meet_in_a_cluster(case: Case, splits: int) -> None:
+    """Some have nothing to read, some wait for the others long."""
+    run = partial(checks(case, splits), cluster=True, phi=2.0 if case in MEASURED else None)
+    block = case[1] * TILE
+    run([1, 0, 17, splits * block, splits * block + 1, 5 * block - 1])
+    run([700, 33, 0, 32], page=32, window=100, norms=True)
+    if case in MEASURED:
+        assert checks(case, splits)([300, 0, 17], cluster=True, phi=1e4) == 2 * 2 * case[2]
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_rules(case: Case, splits: int) -> None:

@@ -42,6 +42,8 @@
 #define QUADS (GROUP * D / 4)
 #define PARTS (THREADS / QUADS > 1 ? THREADS / QUADS : 1)  // of the splits, when they are merged
 #define AHEAD 25  // partial sums a merging thread has on their way
+#define MOST_CLUSTER 8                            // splits that meet in a cluster
+#define SHARE ((GROUP * D / 2 + THREADS - 1) / THREADS)  // features of a thread there, at most: of two splits
 
 struct Args {
     const u16 *keys, *values;
@@ -589,13 +591,20 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
     join<SOFTMAX>(state, sh);
 
 #if CLUSTER
-    // Merge the splits: this block the features e with e % share == split, from the shared memory of all.
+    // Merge the splits: this block its share of the features, from the shared memory of all.
     const int share = splits;
     if (splits > 1) {
         if (threadIdx.x == 0) sh.flag = bad;
         cluster_barrier();
         float *tops = &sh.out[1][0][0], *sums = tops + active * GROUP;
-        float own[(GROUP * D / 2 + THREADS - 1) / THREADS];  // at most: half of the features
+        const int mine = GROUP * D / splits;
+        float parts[SHARE][MOST_CLUSTER];  // under way while maxima and denominators come
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            const int at = threadIdx.x + i * THREADS, e = split * mine + at;
+#pragma unroll
+            for (int k = 0; k < MOST_CLUSTER; k++) parts[i][k] = at < mine && k < active ? remote(&sh.out[0][e / D][e % D], k) : 0.f;
+        }
         bad = 0;
         for (int e = threadIdx.x; e < active * GROUP; e += THREADS) {
             tops[e] = remote(&sh.raw[0][e % GROUP], e / GROUP), sums[e] = remote(&sh.raw[0][GROUP + e % GROUP], e / GROUP);
@@ -603,36 +612,41 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         }
         if (SOFTMAX == 3) bad = __syncthreads_or(bad);
         else __syncthreads();
-        const int mine = GROUP * D / splits;
+        float own[SHARE], total[SHARE], top[SHARE];
 #pragma unroll
-        for (int i = 0; i < (GROUP * D / 2 + THREADS - 1) / THREADS; i++) {
-            const int at = threadIdx.x + i * THREADS, e = split * mine + at, h = e / D;
-            own[i] = 0.f;
-            if (at >= mine) continue;
-            float top = tops[h];
+        for (int i = 0; i < SHARE; i++) {
+            const int e = split * mine + threadIdx.x + i * THREADS, h = min(e / D, GROUP - 1);
+            top[i] = tops[h], own[i] = total[i] = 0.f;
             if (SOFTMAX < 2)
-                for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + h]);
-#pragma unroll 4
-            for (int k = 0; k < active; k++) {
-                float factor = SOFTMAX >= 2 ? 1.f : tops[k * GROUP + h] == -INFINITE ? 0.f : exp2f(tops[k * GROUP + h] - top);
-                own[i] += factor * remote(&sh.out[0][h][e % D], k);
+                for (int k = 1; k < active; k++) top[i] = fmaxf(top[i], tops[k * GROUP + h]);
+#pragma unroll
+            for (int k = 0; k < MOST_CLUSTER; k++) {
+                if (k == active) break;
+                const float one = tops[k * GROUP + h], factor = SOFTMAX >= 2 ? 1.f : one == -INFINITE ? 0.f : exp2f(one - top[i]);
+                own[i] += factor * parts[i][k], total[i] += factor * sums[k * GROUP + h];
             }
+#if SOFTMAX < 2
+            if (threadIdx.x + i * THREADS >= mine) continue;
+            result[((size_t)request * heads + head * GROUP) * D + e] = (u16)(pack(own[i] / total[i], 0.f) & 0xffff);
+            if (lse && e % D == 0) lse[(size_t)request * heads + head * GROUP + h] = (top[i] + log2f(total[i])) / LOG2E;
+#endif
         }
         cluster_barrier();  // all have read what they need of each other
+#if SOFTMAX < 2
+        return;
+#else
 #pragma unroll
-        for (int i = 0; i < (GROUP * D / 2 + THREADS - 1) / THREADS; i++) {
+        for (int i = 0; i < SHARE; i++) {
             const int at = threadIdx.x + i * THREADS, e = split * mine + at;
             if (at < mine) sh.out[0][e / D][e % D] = own[i];
         }
         for (int g = threadIdx.x; g < GROUP; g += THREADS) {
-            float top = tops[g], sum = 0.f;
-            if (SOFTMAX < 2)
-                for (int k = 1; k < active; k++) top = fmaxf(top, tops[k * GROUP + g]);
-            for (int k = 0; k < active; k++)
-                sum += (SOFTMAX >= 2 ? 1.f : tops[k * GROUP + g] == -INFINITE ? 0.f : exp2f(tops[k * GROUP + g] - top)) * sums[k * GROUP + g];
-            sh.raw[0][g] = top, sh.raw[0][GROUP + g] = sum;
+            float sum = 0.f;
+            for (int k = 0; k < active; k++) sum += sums[k * GROUP + g];
+            sh.raw[0][g] = tops[g], sh.raw[0][GROUP + g] = sum;
         }
         __syncthreads();
+#endif
     }
 #else
     const int share = 1;
