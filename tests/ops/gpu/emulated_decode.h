@@ -5,6 +5,9 @@
 #include <numeric>
 
 #define MOST_TOGETHER 3
+#ifndef CLUSTER
+#define CLUSTER 0
+#endif
 
 // Others see a store some time, and before its thread leaves a fence.
 static std::map<int, int> unseen;  // of each thread
