@@ -186,6 +186,7 @@ def run(
     result is zeros; a negative slot writes nothing. heads.phi is used by "unified" and "paper"; without it "unified"
     would be wrong often, so run "lazy". shared: what `share` gives.
     """
+    assert (plan.splits == EVEN) == (shared is not None)
     requests, spec, phi = qkv.shape[0], heads.spec, heads.phi
     q_norm, k_norm = heads.q_norm, heads.k_norm
     group = spec.heads // spec.kv_heads

@@ -361,6 +361,7 @@ def run(
     length 0 gets zeros. turned: of keys that are stored before rotary embedding. shared: by `even.share`, where the
     plan's splits are EVEN.
     """
+    assert (plan.splits == EVEN) == (shared is not None)
     shape = prepared.shape
     kernel = nvrtc.load("packed_decode.cu", "packed_decode", defines(plan, shape, queries.dtype, spec.softcap > 0))
     out = torch.empty_like(queries)
