@@ -112,15 +112,18 @@ def _vllm(results: Sequence[Result], command: str) -> list[Claim]:
     if not points:
         return []
     name, peer = shape_name(results[0].model), "vLLM"
-    ratios = {p: speedup(results, "vllm", *p)[0].median for p in points}
+    compared = {p: speedup(results, "vllm", *p) for p in points}
+    ratios = {p: figure.median for p, (figure, *_) in compared.items()}
+    uneven = {p for p, (_, ours, _) in compared.items() if ours.lengths}
     found = []
-    for large, where in ((False, ""), (True, f", batches above {MOST_GRID}")):
-        own = {p: r for p, r in ratios.items() if (p[0] > MOST_GRID) == large}
+    for where in ("", f", batches above {MOST_GRID}", ", contexts that differ"):
+        differ, large = where.endswith("differ"), bool(where)
+        own = {p: r for p, r in ratios.items() if (p in uneven) == differ and (differ or (p[0] > MOST_GRID) == large)}
         if not own:
             continue
         worst = min(own, key=own.__getitem__)
         each = ", ".join(f"{b} x {c}: {r:.2f}" for (b, c), r in own.items())
-        turn = medians(*speedup(results, "vllm", *worst)[1:])
+        turn = medians(*compared[worst][1:])
         if not large:
             spread = min(own.values()), max(own.values())
             average = f"decode, {name}, geometric mean of {len(own)} points, against vLLM"

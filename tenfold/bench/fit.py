@@ -14,29 +14,46 @@ PAGE = 64  # tokens; more than any page, so that what is rounded up still fits
 
 @dataclass(frozen=True, slots=True, order=True)
 class Point:
-    """`batch` prompts of `context` tokens. tokens: of each answer; 1 is a prefill alone."""
+    """`batch` prompts of `context` tokens. tokens: of each answer; 1 is a prefill alone. lengths: tokens of each prompt
+    where they differ, up to `context`.
+    """
 
     batch: int
     context: int
     tokens: int = 1
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Tokens of each prompt."""
+        return self.lengths or (self.context,) * self.batch
 
     @property
     def cached(self) -> int:
         """Tokens of KV cache when the answers are done."""
-        return int(WATERMARK * self.batch * (-(-(self.context + self.tokens) // PAGE) * PAGE + PAGE))
+        return int(WATERMARK * sum(-(-(length + self.tokens) // PAGE) * PAGE + PAGE for length in self.prompts))
 
     def __str__(self) -> str:
-        return f"{self.batch} x {self.context}"
+        return f"{self.batch} x {'up to ' * bool(self.lengths)}{self.context}"
 
 
 def points_of(text: str, tokens: int = 1) -> list[Point]:
-    """`8x1024,1x32768`, with so many tokens of each answer. Raises ValueError."""
+    """`8x1024,1x32768`, or prompts that differ, `2x8192+30x256`, with so many tokens of each answer. Raises
+    ValueError.
+    """
     found = []
     for part in filter(None, text.split(",")):
-        batch, cross, context = part.partition("x")
-        if not cross or not batch.isdigit() or not context.isdigit() or int(batch) < 1 or int(context) < 2:
-            raise ValueError(f"{part!r} is no point; write sequences and context, such as 8x1024.")
-        found.append(Point(int(batch), int(context), tokens))
+        lengths: list[int] = []
+        for group in part.split("+"):
+            batch, cross, context = group.partition("x")
+            if not cross or not batch.isdigit() or not context.isdigit() or int(batch) < 1 or int(context) < 2:
+                raise ValueError(
+                    f"{part!r} is no point; write sequences and context, such as 8x1024, or of several lengths "
+                    "2x8192+30x256."
+                )
+            lengths += [int(context)] * int(batch)
+        differ = tuple(lengths) if len(set(lengths)) > 1 else ()
+        found.append(Point(len(lengths), max(lengths), tokens, differ))
     return found
 
 

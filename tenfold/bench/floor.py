@@ -35,10 +35,10 @@ class Sizes:
     experts: int = 0
     routed: float = 1.0
 
-    def decode_bytes(self, batch: int, context: int) -> int:
-        """What one step for `batch` contexts of `context` tokens must read."""
+    def decode_bytes(self, batch: int, context: float) -> int:
+        """What one step for `batch` contexts of `context` tokens on average must read."""
         idle = round(self.experts * (1 - self.routed) ** batch)
-        return self.streamed - idle + batch * context * self.kv_token
+        return self.streamed - idle + round(batch * context) * self.kv_token
 
     def prefill_flops(self, batch: int, context: int) -> int:
         """Multiplications and additions of prompts of `context` tokens: matrices, and causal attention (half of all
@@ -93,7 +93,7 @@ def picture_tokens(raw: Mapping[str, Any]) -> list[int]:
     return [id for id in found if type(id) is int]
 
 
-def floor_ms(sizes: Sizes, batch: int, context: int, copy_gbs: float) -> float:
+def floor_ms(sizes: Sizes, batch: int, context: float, copy_gbs: float) -> float:
     """Milliseconds of a decode step at the copy bandwidth `copy_gbs` (GB/s, read + write)."""
     return 1e3 * sizes.decode_bytes(batch, context) / (copy_gbs * GB)
 

@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", default="1,2,4,8")
     parser.add_argument("--context", default="128,1024,8192,32768")
     parser.add_argument("--prefill", default="1024,8192,32768")
-    parser.add_argument("--points", default="", help="further decodes outside the grid, as 32x512,64x512")
+    parser.add_argument("--points", default="", help="further decodes outside the grid, as 32x512,2x8192+30x256")
     parser.add_argument("--tokens", type=int, default=single.TOKENS, help="of a long run")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=20.0, help="seconds of a point before its last round")

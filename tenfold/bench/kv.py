@@ -337,6 +337,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     given = parser.parse_args(arguments)
+    points = points_of(given.points)
+    if any(point.lengths for point in points):
+        parser.error("contexts of a point are filled to one length here; write points such as 8x1024.")
     name = given.model.removeprefix("shape:").replace("/", "-").replace("@", "-").replace("=", "")
     command = f"python -m tenfold.bench.kv --model {given.model} --formats {given.formats} --points {given.points}"
 
@@ -350,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             given.model,
             given.device,
             given.formats.split(","),
-            points_of(given.points),
+            points,
             given.rounds,
             given.tokens,
             settings(given.set),

@@ -47,10 +47,10 @@ def engines_in(results: Sequence[Result]) -> list[str]:
 
 def tpot(results: Sequence[Result], path: Path, over: str = "context") -> Path:
     """TPOT of every engine and the floor, over the context with a panel for each batch size, or over the batch with a
-    panel for each context. results: of one model.
+    panel for each context. results: of one model; contexts that differ are on no axis.
     """
     plt = pyplot()
-    rows = [row for result in results for row in result.rows if row.tpot is not None]
+    rows = [row for result in results for row in result.rows if row.tpot is not None and not row.lengths]
     if not rows:
         raise ValueError("There is no decode in these results to draw.")
     apart = "batch" if over == "context" else "context"

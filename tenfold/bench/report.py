@@ -99,7 +99,9 @@ def grid_table(results: Sequence[Result]) -> str:
         floor = floors[0] if floors else None
         decodes = [_first(results, name, batch, context, True) for name in engines]
         prefills = [_first(results, name, batch, context, False) for name in engines]
-        cells = [str(context), str(batch), "" if floor is None else f"{floor:.2f}"]
+        rows = [row for row in decodes if row is not None]
+        reach = f"up to {context}" if any(row.lengths for row in rows) else str(context)
+        cells = [reach, str(batch), "" if floor is None else f"{floor:.2f}"]
         cells += [_tpot(row, floor) for row in decodes]
         cells += ["" if row is None else f"{row.prefill:.1f}" for row in prefills]
         lines.append(_cells(cells))

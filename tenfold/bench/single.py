@@ -38,7 +38,7 @@ COMPILED_CONTEXT = 1024
 @dataclass(slots=True)
 class Row:
     """What one engine took at one point: seconds of whole runs, a sample a round. first: seconds to the first token in
-    the long runs, where the engine tells. beside: engines that took turns with it.
+    the long runs, where the engine tells. beside: engines that took turns with it. lengths: of prompts that differ.
     """
 
     engine: str
@@ -49,6 +49,11 @@ class Row:
     short: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def point(self) -> Point:
+        return Point(self.batch, self.context, self.tokens, tuple(self.lengths))
 
     @property
     def tpot_samples(self) -> list[float]:
@@ -195,7 +200,7 @@ def obstacle(name: str, engine: Engine, point: Point) -> str:
     """Why an engine cannot be measured at a point, "" where it can."""
     if name == "hf-compiled" and (point.context > COMPILED_CONTEXT or point.tokens == 1):
         return f"it compiles anew for every shape; measured up to context {COMPILED_CONTEXT} only"
-    if engine.capacity is not None and point.batch * (point.context + point.tokens) > engine.capacity:
+    if engine.capacity is not None and sum(point.prompts) + point.batch * point.tokens > engine.capacity:
         return f"its KV cache holds {engine.capacity} tokens"
     return ""
 
@@ -209,12 +214,12 @@ def warmed(
     except Exception as error:
         result.skip(name, point, brief(error), say)
         return None
-    return Row(name, point.batch, point.context, point.tokens)
+    return Row(name, point.batch, point.context, point.tokens, lengths=list(point.lengths))
 
 
 def sample(engine: Engine, row: Row, seed: int, vocabulary: int) -> None:
     """One long and one short run."""
-    point = Point(row.batch, row.context, row.tokens)
+    point = row.point
     if row.tokens > 1:
         timing = engine.generate(prompts_of(point, seed, vocabulary), row.tokens)
         row.long.append(timing.total)
@@ -226,7 +231,7 @@ def sample(engine: Engine, row: Row, seed: int, vocabulary: int) -> None:
 def prompts_of(point: Point, seed: int, vocabulary: int) -> list[list[int]]:
     """Random token ids, other ones for each seed."""
     rng = random.Random(f"{seed} {point.batch} {point.context}")
-    return [rng.choices(range(vocabulary), k=point.context) for _ in range(point.batch)]
+    return [rng.choices(range(vocabulary), k=length) for length in point.prompts]
 
 
 def brief(error: Exception) -> str:
@@ -236,7 +241,7 @@ def brief(error: Exception) -> str:
 
 
 def line(row: Row, result: Result) -> str:
-    parts = [f"{row.batch} x {row.context:<6} {row.engine:12}"]
+    parts = [f"{row.point!s:<11} {row.engine:12}"]
     if row.tpot is not None:
         low, high = min(row.tpot_samples), max(row.tpot_samples)
         parts.append(f"TPOT {row.tpot:8.3f} ms ({low:.3f} to {high:.3f})")
@@ -301,7 +306,9 @@ def run(
     result.copy_gbs = copy_bandwidth(plan.device)
     result.matmul_tflops = matmul_ceiling(plan.device, 8192 if plan.device != "cpu" else 1024)
     decodes = [p for p in plan.points if p.tokens > 1]
-    result.floors = [(p.batch, p.context, floor_ms(sizes, p.batch, p.context, result.copy_gbs)) for p in decodes]
+    result.floors = [
+        (p.batch, p.context, floor_ms(sizes, p.batch, sum(p.prompts) / p.batch, result.copy_gbs)) for p in decodes
+    ]
     say(f"{plan.model}: copies at {result.copy_gbs:.0f} GB/s, matrix products at {result.matmul_tflops:.1f} TFLOP/s")
     gpu = plan.device.startswith("cuda")
     if gpu:

@@ -58,6 +58,17 @@ def test_batches_outside_the_grid_are_told_apart() -> None:
     assert "64 x 512: 0.95" in large.note
 
 
+def test_contexts_that_differ_are_told_apart_from_those_that_do_not() -> None:
+    ours = result(row("tenfold", 1, 128, 5.0), row("tenfold", 32, 8400, 5.0))
+    theirs = result(row("vllm", 1, 128, 6.0), row("vllm", 32, 8400, 5.5))
+    for one in (*ours.rows, *theirs.rows):
+        one.lengths = [8400] * 2 + [300] * 30 if one.batch == 32 else []
+    found = {c.what: c.value for c in claims_gpu.of_single([ours, theirs]) if c.id == "F2"}
+    assert found["decode, llama-2-7b, worst of 1 points, contexts that differ, against vLLM"] == pytest.approx(1.1)
+    assert found["decode, llama-2-7b, worst of 1 points, against vLLM"] == pytest.approx(1.2)
+    assert len(found) == 3
+
+
 def test_vllm_counts_on_average_and_at_its_worst_point() -> None:
     ours = result(row("tenfold", 1, 128, 5.0), row("tenfold", 8, 128, 8.0), row("tenfold", 8, 32768, 9.0))
     theirs = result(row("vllm", 1, 128, 6.0), row("vllm", 8, 128, 7.6), row("vllm", 1, 8192, 9.0))

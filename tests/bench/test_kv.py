@@ -33,9 +33,11 @@ def test_formats_decode_at_every_point_in_turn(tmp_path: Path) -> None:
 
 def test_points_are_read_or_refused() -> None:
     assert kv.points_of("8x1024,1x32768") == [Point(8, 1024), Point(1, 32768)]
-    for wrong in ("8", "8x", "0x5", "8x1", "axb"):
+    for wrong in ("8", "8x", "0x5", "8x1", "axb", "8x1024+", "8x1024+2"):
         with pytest.raises(ValueError, match="is no point"):
             kv.points_of(wrong)
+    with pytest.raises(SystemExit):
+        kv.main(["--model", "shape:tiny", "--points", "1x64+1x32"])
 
 
 def made() -> Result:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tenfold.bench import gpu, single
+from tenfold.bench import gpu, report, single
 from tenfold.bench.command import settings
 from tenfold.bench.engines import Prompts, Setup, Timing
-from tenfold.bench.fit import RESERVE, Point, need, sessions
+from tenfold.bench.fit import RESERVE, Point, need, points_of, sessions
 from tenfold.bench.floor import Sizes, floor_ms, model_sizes
 
 SIZES = Sizes(weights=14 << 30, streamed=13 << 30, kv_token=1 << 19, flops_token=0)
@@ -64,6 +64,22 @@ def test_engines_take_turns_and_no_prompt_comes_twice() -> None:
     assert [row.beside for row in result.rows] == [["b"], ["a"]]
     assert a.prompts == b.prompts
     assert len({tuple(p) for p in a.prompts}) == len(a.prompts)
+
+
+def test_prompts_of_several_lengths_are_one_point() -> None:
+    (point,) = points_of("2x40+3x8", 3)
+    assert point == Point(5, 40, 3, (40, 40, 8, 8, 8))
+    assert points_of("2x8+1x8", 3) == [Point(3, 8, 3)]
+    engine = Fake(1)
+    result, lines = measured([point], a=engine)
+    (row,) = result.rows
+    assert (row.batch, row.context, row.lengths) == (5, 40, [40, 40, 8, 8, 8])
+    assert {len(prompt) for prompt in engine.prompts} == {40, 8}
+    assert "5 x up to 40" in lines[-1]
+    assert single.loaded(result.plain()).rows == [row]
+    small, _ = measured([point], a=Fake(1, capacity=118))
+    assert small.skipped
+    assert "| up to 40 | 5 |" in report.grid_table([result])
 
 
 def test_what_does_not_fit_is_skipped_with_a_line_and_the_rest_goes_on() -> None:
