@@ -38,7 +38,7 @@ class Timer(Protocol):
 
 def copy_key(sms: int) -> Key:
     """Where a table keeps the times of a copy of COPY bytes, the measure of every floor, and of reading them."""
-    return Key("copy", 1, COPY, "uint8", 1, sms)
+    return Key("copy", 1, COPY, "int64", 1, sms)
 
 
 def tune(

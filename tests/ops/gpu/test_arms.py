@@ -316,7 +316,7 @@ def test_tables_of_other_gpus_and_other_kernels_are_ignored(table: Table, caplog
 
 def recorded(path: Path) -> Table:
     """A table as a file holds it: GEMV wins at 1, flat products at 2 to 8, the library from 16 on."""
-    rows = [{"op": "copy", "rows": 1, "cols": 1 << 30, "format": "uint8", "batch": 1, "budget": SMS}]
+    rows = [{"op": "copy", "rows": 1, "cols": 1 << 30, "format": "int64", "batch": 1, "budget": SMS}]
     rows[0]["microseconds"] = {"copy": 2e-3 * (1 << 30) / 3000.0}
     for batch in arms.BATCHES[:-1]:
         times = {"cublas": 25.0, "flat:64x128x4:s2": 18.0 + batch / 2}
