@@ -113,18 +113,16 @@ def _vllm(results: Sequence[Result], command: str) -> list[Claim]:
         return []
     name, peer = shape_name(results[0].model), "vLLM"
     compared = {p: speedup(results, "vllm", *p) for p in points}
-    ratios = {p: figure.median for p, (figure, *_) in compared.items()}
-    uneven = {p for p, (_, ours, _) in compared.items() if ours.lengths}
+    groups: dict[str, dict[tuple[int, int], float]] = {}  # of the grid, then what lies outside of it
+    for point, (figure, ours, _) in compared.items():
+        outside = f", batches above {MOST_GRID}" if point[0] > MOST_GRID else ""
+        groups.setdefault(", contexts that differ" if ours.lengths else outside, {})[point] = figure.median
     found = []
-    for where in ("", f", batches above {MOST_GRID}", ", contexts that differ"):
-        differ, large = where.endswith("differ"), bool(where)
-        own = {p: r for p, r in ratios.items() if (p in uneven) == differ and (differ or (p[0] > MOST_GRID) == large)}
-        if not own:
-            continue
+    for where, own in sorted(groups.items()):
         worst = min(own, key=own.__getitem__)
         each = ", ".join(f"{b} x {c}: {r:.2f}" for (b, c), r in own.items())
         turn = medians(*compared[worst][1:])
-        if not large:
+        if not where:
             spread = min(own.values()), max(own.values())
             average = f"decode, {name}, geometric mean of {len(own)} points, against vLLM"
             mean = geometric_mean(list(own.values()))
@@ -132,7 +130,7 @@ def _vllm(results: Sequence[Result], command: str) -> list[Claim]:
                 claim("F2", average, mean, "x", command, at_least=1.15, against=peer, spread=spread, note=each)
             )
         lowest = f"decode, {name}, worst of {len(own)} points{where}, against vLLM"
-        note = f"{each}; {turn}" if large else turn
+        note = f"{each}; {turn}" if where else turn
         found.append(claim("F2", lowest, own[worst], "x", command, at_least=1.0, against=peer, note=note))
     return found
 

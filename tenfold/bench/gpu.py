@@ -43,13 +43,8 @@ class Job:
     def path(self) -> Path:
         """Results with settings, or of some groups of arms, lie beside those without."""
         parts = [self.part, self.model.removeprefix("shape:"), *(f"{k}-{v}" for k, v in self.options["set"].items())]
-        parts += self.groups if self.part == "arms" else []
+        parts += self.options["groups"] if self.part == "arms" else []
         return Path(self.out) / f"{re.sub('[/@,=]', '-', '-'.join(parts))}.json"
-
-    @property
-    def groups(self) -> list[str]:
-        """Of arms; none: all."""
-        return [group for group in self.options["groups"].split(",") if group]
 
     def numbers(self, name: str) -> list[int]:
         return [int(n) for n in str(self.options[name]).split(",") if n]
@@ -123,7 +118,7 @@ def ablations(job: Job) -> None:
         options["device"],
         options["rounds"],
         options["tokens"],
-        cases=arms.cases_of(job.groups),
+        cases=arms.cases_of(options["groups"]),
         common=options["set"],
         deadline=deadline(job),
         say=say,
@@ -288,7 +283,8 @@ def run_all(given: argparse.Namespace, command: str) -> int:
     options = {k: v for k, v in vars(given).items() if k not in ("job", "out", "models", "parts", "limit", "total")}
     options["set"] = settings(given.set)
     options["command"] = command
-    arms.cases_of(Job("arms", "", "", 0.0, options).groups)  # fails at once
+    options["groups"] = [group for group in given.groups.split(",") if group]
+    arms.cases_of(options["groups"])  # fails at once
     end_at, failed = time.monotonic() + given.total, 0
     for name, seconds in parts_of(given.parts, given.limit):
         for model in filter(None, given.models.split(",")):

@@ -157,7 +157,7 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
     with the usual one, and Triton's best plan.
     """
     device, dtype = timer.device, torch.bfloat16
-    sms = sms_of(device)
+    sms = timer.sms
     nbytes = 2 * batch * context * spec.kv_heads * spec.head_dim * dtype.itemsize
     copies = timer.copies(nbytes)
     stores = [attention.paged(spec, batch, context, page, dtype, device, seed) for seed in range(copies)]
@@ -190,17 +190,13 @@ def decodes(spec: AttentionSpec, batch: int, context: int, timer: GpuTimer, page
 
 def uneven(spec: AttentionSpec, contexts: Sequence[int], timer: GpuTimer, out: Path) -> list[Row]:
     """Attention of one decode step over contexts of these lengths, by every arm that can do it."""
-    running = attending.Attending(timer.device, sms_of(timer.device), Table("kernels", "1", out.with_suffix(".table")))
+    running = attending.Attending(timer.device, timer.sms, Table("kernels", "1", out.with_suffix(".table")))
     reading = attending.Reading(spec, len(contexts), max(contexts), 16)
     times = tune_attention.measure(reading, running, timer, contexts=contexts)
     nbytes = 2 * sum(contexts) * spec.kv_heads * spec.head_dim * reading.dtype.itemsize
     best = min(times, key=times.__getitem__)
     print(f"{len(contexts)} contexts of {min(contexts)} to {max(contexts)}: {times[best]:.1f} us, {best}", flush=True)
     return [row("uneven", spec, len(contexts), arm, took, nbytes, max(contexts)) for arm, took in times.items()]
-
-
-def sms_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def measure(work: Any, own: Any, skew: float) -> list[dict[str, Any]]:
     from tenfold.ops.gpu.timing import GpuTimer
 
     device = torch.device("cuda")
-    timer, sms = GpuTimer(device), torch.cuda.get_device_properties(device).multi_processor_count
-    running = expert_arms.ExpertArms(Table("none", ""), sms)
+    timer = GpuTimer(device)
+    running = expert_arms.ExpertArms(Table("none", ""), timer.sms)
     case = tune_experts.make(work, own, running, timer, skew)
     plans = {str(plan): plan for plan in expert_arms.candidates(work)}
     rivals = library_arms(case) if work.dense else {}

@@ -30,6 +30,6 @@ def test_runs_with_settings_lie_beside_those_without(tmp_path: Path, capfd: pyte
 
 
 def test_groups_of_arms_lie_beside_all_of_them() -> None:
-    for groups, stem in (("", "arms-tiny"), ("gemm,merge", "arms-tiny-gemm-merge")):
+    for groups, stem in (([], "arms-tiny"), (["gemm", "merge"], "arms-tiny-gemm-merge")):
         job = gpu.Job("arms", "shape:tiny", "folder", 1.0, {"set": {}, "groups": groups})
         assert job.path.stem == stem

@@ -15,8 +15,8 @@ from tenfold.ops.gpu import nvrtc
 
 LONGER = 1024  # tokens: where a context may be longer, others of the step may be much shorter
 MOST = 1024  # requests: one a thread
-SPLITS = 64  # parts of a context, at most
 WARPS = 32
+SPLITS = 2 * WARPS  # parts of a context, at most: every warp weighs two numbers of them
 MORE = 3  # rounds of blocks for parts: one that has none is gone in a moment, but many are not
 MERGE = 10e6  # bytes that a GPU reads while the parts of a context are merged
 

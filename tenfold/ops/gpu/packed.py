@@ -7,6 +7,7 @@ it is, so steps can be captured. Steps with longer chunks run `kv.attend`.
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -358,8 +359,7 @@ def run(
     shared: even.Shared | None = None,
 ) -> Tensor:
     """Attention of queries [R, heads * head_dim], rotated, one a request and all of it written before. A request of
-    length 0 gets zeros. turned: of keys that are stored before rotary embedding. shared: by `even.share`, where the
-    plan's splits are EVEN.
+    length 0 gets zeros. turned: of keys that are stored before rotary embedding. shared: what `share` gives.
     """
     assert (plan.splits == EVEN) == (shared is not None)
     shape = prepared.shape
@@ -385,6 +385,19 @@ def run(
         dependent=shared is None or not shared.fresh,
     )
     return out
+
+
+def share(
+    plan: PackedPlan,
+    spec: AttentionSpec,
+    shape: Shape,
+    kv_lengths: Tensor,
+    sms: int,
+    memo: dict[Any, Any],
+    layer: int,
+) -> even.Shared | None:
+    """As `decode.share`."""
+    return even.share(kind(plan, spec, shape, sms), kv_lengths, memo, layer) if plan.splits == EVEN else None
 
 
 def read(
@@ -495,10 +508,8 @@ class Packing:
         """As `Kernels.attention_packed`, for steps that are served."""
         spec, prepared = heads.spec, self._layer(layer, heads.spec)
         chosen = self._plan(spec, prepared.shape, len(qkv), step.page_table.shape[1] * layer.page_size)
-        shared = None
-        if chosen.splits == EVEN:
-            about = kind(chosen, spec, prepared.shape, self.sms)
-            shared = even.share(about, step.kv_lengths, step.memo, layer.keys.codes.data_ptr())
+        about = (spec, prepared.shape, step.kv_lengths, self.sms, step.memo)
+        shared = share(chosen, *about, layer.keys.codes.data_ptr())
         queries = write(prepared, layer, qkv, heads, step.positions, step.slots, rooms=step.rooms)
         turned = self._rotations(heads.rope, layer.keys.bits) if prepared.shape.pre else None
         workspace = self._sums(len(qkv), pairs_of(chosen, spec))

@@ -32,8 +32,9 @@ class GpuTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        self.rotated = max(LEAST_ROTATION, 3 * cache)
+        has = torch.cuda.get_device_properties(device)
+        self.sms = has.multi_processor_count
+        self.rotated = max(LEAST_ROTATION, 3 * getattr(has, "L2_cache_size", 0))
         self.stream = torch.cuda.Stream(device)  # of every capture, so that libraries keep one workspace
 
     def copies(self, nbytes: int) -> int:

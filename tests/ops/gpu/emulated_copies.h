@@ -104,18 +104,20 @@ static void send(u32 to, float v, u32 barrier) {
     some_time([=] { memcpy(at_address(to, 4), &v, 4), count_bytes(barrier, 4); });
 }
 
-#if CLUSTER > 1
-static void enter_cluster() {
+static void arrive_at_cluster() {
     if (in_cluster[current]) fail("a thread that arrives at the cluster's barrier twice");
     in_cluster[current] = cluster_round + 1;
     if (++cluster_arrived == (int)lanes.size()) cluster_arrived = 0, cluster_round++;
 }
-static void know_cluster() {
+static void wait_for_cluster() {
     const unsigned wanted = in_cluster[current];
     if (!wanted) fail("a thread that waits at the cluster's barrier without having arrived");
     wait([=] { return cluster_round >= wanted; });
     in_cluster[current] = 0, know[current] = true;
 }
+#if CLUSTER > 1
+static void enter_cluster() { arrive_at_cluster(); }
+static void know_cluster() { wait_for_cluster(); }
 #endif
 
 static std::vector<int> met;

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tenfold.cache.format import parse
-from tenfold.ops.gpu import even, packed
-from tenfold.ops.gpu.decode import EVEN, Workspace
+from tenfold.ops.gpu import packed
+from tenfold.ops.gpu.decode import Workspace
 from tenfold.ops.kernels import AttentionSpec, Heads, Kernels, Norm
 from tenfold.ops.kernels import Contexts as Step
 from tenfold.ops.kv import attend
@@ -196,9 +196,7 @@ class Contexts:
             workspace = Workspace(self.device, len(self.lengths) * shape.heads)
         lse = torch.full((len(self.lengths), shape.heads), float("nan"), device=self.device)
         turned = packed.turns(self.rope, self.layer.keys.bits) if prepared.shape.pre else None
-        shared = None
-        if plan.splits == EVEN:
-            shared = even.share(packed.kind(plan, shape.spec, prepared.shape, SMS), self.lengths, {}, 0)
+        shared = packed.share(plan, shape.spec, prepared.shape, self.lengths, SMS, {}, 0)
         read = (self.queries, self.table, self.lengths, shape.spec, self.rooms, turned, lse, shared)
         out = packed.run(plan, workspace, prepared, self.layer, *read)
         assert not workspace.counters.any()

@@ -34,15 +34,9 @@ __device__ __forceinline__ float lasting(float rounds, float enough) {
     return last > 0.f ? floorf(rounds) + fmaxf(last, enough) : rounds;
 }
 
-__device__ __forceinline__ float largest(float v) {
-#pragma unroll
-    for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
-    return v;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, int room, int window, int least, float enough, float merge) {
-    __shared__ int tiles[THREADS], begin[THREADS], parts[THREADS], each[THREADS], size[2 * WARPS];
+    __shared__ int tiles[THREADS], begin[THREADS], parts[THREADS], each[THREADS];
     __shared__ float cost[2 * WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, own = threadIdx.x;
     for (int i = own; i < capacity; i += THREADS) items[i] = make_uint4(~0u, 0, 0, 1 << 16);
@@ -56,11 +50,12 @@ even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, in
     __syncthreads();
     int longest = 0, all = 0;
     for (int r = lane; r < requests; r += 32) longest = max(longest, tiles[r]), all += tiles[r];
-    longest = (int)largest((float)longest), all = __reduce_add_sync(~0u, all);
+    longest = (int)__reduce_max_sync(~0u, (unsigned)longest), all = __reduce_add_sync(~0u, all);
     const float load = (float)all * pairs / room;
+    auto most_of = [&](int at) { return max(least, over(longest, at + 1)); };  // tiles of a part
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int at = i * WARPS + warp, most = max(least, over(longest, at + 1));
+        const int at = i * WARPS + warp, most = most_of(at);
         int blocks = 0, in_large = 0, above[LEVELS] = {};  // parts larger than 1 / LEVELS of `most`, 2 / LEVELS, ...
         for (int r = lane; r < requests; r += 32) {
             const Cut c = cut(tiles[r], most);
@@ -84,14 +79,14 @@ even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, in
             if (rest > 0.f) took = fmaxf(took, small + rest * fmaxf(many, enough));
         }
         if (most < longest) took += merge + EACH_PART * at;
-        if (lane == 0) size[at] = most, cost[at] = blocks <= capacity ? took : 3e38f;
+        if (lane == 0) cost[at] = blocks <= capacity ? took : 3e38f;
     }
     __syncthreads();
     int best = 0;
     for (int i = 1; i < 2 * WARPS; i++)
         if (cost[i] < cost[best]) best = i;
     if (own < requests) {
-        const Cut c = cut(count, size[best]);
+        const Cut c = cut(count, most_of(best));
         parts[own] = c.parts, each[own] = c.each;
     }
     __syncthreads();
