@@ -95,6 +95,19 @@ def test_no_multiprocessor_waits_long_for_the_others(lengths: list[int], kv_head
     assert took(found, kv_heads, ROOM) <= max(1.2 * needed, needed + LEAST)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "times"), [([300] * 31 + [8_400, 8_700], 1.8), ([200] * 7 + [16_000], 4.0)], ids=["33", "8"]
+)
+def test_a_number_of_parts_that_is_the_same_for_all_takes_longer(lengths: list[int], times: float) -> None:
+    """Six, which fill the rounds of 33 requests, and of the longest alone few of the blocks there are."""
+    same = []
+    for request, length in enumerate(lengths):
+        tiles = -(-length // TILE)
+        each = max(LEAST, -(-tiles // 6))
+        same += [(request, first, min(each, tiles - first)) for first in range(0, tiles, each)]
+    assert took(same, 8, ROOM) > times * took(parts(lengths), 8, ROOM)
+
+
 def test_short_contexts_are_left_whole() -> None:
     assert len(parts([100] * 40)) == 40
     assert len(parts([LEAST * TILE] * 3)) == 3
