@@ -713,9 +713,10 @@ def quantize_kernel(x, codes, scales, cols, limit, COLS: tl.constexpr):
 def unpack_on_device(packed: Packed, format: Format, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """The values of a packed weight, [rows, cols] in `dtype`, as `Format.unpack` in one pass."""
     out = torch.empty(rows, cols, dtype=dtype, device=packed.codes.device)
-    height, width = 16, max(128, min(256, format.group or 256))
+    # Of a block: near the best for 3, 4 and 8 bits and rows of 4,096 and 14,336 numbers (H200, 2026-11-30).
+    height, width = 4, 1024
     if format.group and width % format.group and format.group % width:
-        width = math.gcd(256, format.group)
+        width = math.gcd(width, format.group)
     unpack_kernel[(tiles(rows, height), tiles(cols, width))](
         *(packed.codes.view(torch.int32), packed.scales),
         out if packed.zeros is None else packed.zeros,

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tenfold.ops.gpu import even, nvrtc
+from tenfold.ops.gpu.decode import ENOUGH
 from tests.ops.gpu.emulated_cases import MARKS
 from tests.ops.gpu.emulated_decode import DecodeEmulator
 
 pytestmark = MARKS
 TILE = 16
 LEAST = 8  # tiles of a part
-ENOUGH = 0.6  # of the blocks there is room for
 ROOM = 396  # blocks of four warps on the 132 multiprocessors of an H100
 LENGTHS = st.one_of(st.integers(0, 600), st.integers(0, 70_000))
 
