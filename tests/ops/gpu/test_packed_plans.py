@@ -68,6 +68,9 @@ def test_contexts_that_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch, em
     out, sums = contexts.run(prepared, contexts.plan(prepared, warps=2, splits=EVEN))
     assert distance(out, expected) < (4e-3 if shape.dtype == torch.bfloat16 else 2.5e-3)
     assert (sums.double() - expected_sums)[[0, 1, 3]].abs().max() < 5e-3
+    same, same_sums = contexts.run(prepared, contexts.plan(prepared, warps=2, splits=2))
+    assert distance(out, same) < 2.5e-3
+    torch.testing.assert_close(sums, same_sums, rtol=0.0, atol=1e-5)
     assert not out[2].any()
 
 
