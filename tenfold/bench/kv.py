@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from tenfold.ops.kv.layer import PackedLayer
 from tenfold.serve.cli.terminal import columns
 
 FORMATS = "dense,fp8,int4,skvq"
-GRAPH_CALLS = 4
+GRAPH_CALLS = 8
 WARM_UP = 4  # tokens, of which the first are computed before a graph of the step is captured
 
 
@@ -140,11 +141,17 @@ class Bench(OneModel):
         return engine
 
     def layer_us(self, format: str, point: Point) -> tuple[int, float]:
-        """Bytes that attention of one layer reads, and its microseconds. Raises RuntimeError where it does not fit."""
+        """Bytes that attention of one layer reads, and its microseconds, the mean of as many layers as there is room
+        for: what a model prepares once a step is prepared once for them. Raises RuntimeError where none fits.
+        """
+        self.release()
         opened, shape, device = self.opened, self.opened.shape, self.opened.device
         config = replace(opened.config, kv_cache=format)
         spec = replace(kv_spec(shape, config), layers=1, local=frozenset())
         each = -(-point.context // config.page_size)
+        nbytes = point.batch * (each * spec.bytes_per_page + spec.bytes_per_room)
+        layers = 1 if device.type == "cpu" else max(1, min(GRAPH_CALLS, int(free_memory(device) // (2 * nbytes))))
+        spec = replace(spec, layers=layers)
         store = KVStore(spec, point.batch * each, device, point.batch)
         stock(store)
         dtype = DTYPES[config.dtype]
@@ -160,16 +167,17 @@ class Bench(OneModel):
         starts = torch.arange(point.batch + 1, dtype=torch.int32, device=device)
         rooms = torch.arange(point.batch, dtype=torch.int32, device=device)
         step = Contexts(last, slots, table, starts, lengths, 1, point.context, point.batch, rooms=rooms)
-        layer = store.layers[0]
 
-        def call() -> object:
+        def call(layer: PackedLayer | tuple[torch.Tensor, torch.Tensor]) -> object:
             if isinstance(layer, PackedLayer):
                 return opened.kernels.attention_packed(qkv, heads, layer, step)
-            return opened.kernels.attention(qkv, heads, *layer, step)
+            keys, values = layer
+            return opened.kernels.attention(qkv, heads, keys, values, step)
 
         with torch.inference_mode():
-            took = 1e6 * best_seconds(call, "cpu", 5) if device.type == "cpu" else graph_us([call] * GRAPH_CALLS)
-        return point.batch * point.context * spec.bytes_per_token, took
+            calls = [partial(call, store.layers[i % layers]) for i in range(GRAPH_CALLS)]
+            took = 1e6 * best_seconds(calls[0], "cpu", 5) if device.type == "cpu" else graph_us(calls)
+        return point.batch * point.context * spec.bytes_per_token // layers, took
 
 
 def pages_for(batch: int, context: int, page_size: int) -> int:

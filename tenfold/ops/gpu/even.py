@@ -25,7 +25,8 @@ MERGE = 10e6  # bytes that a GPU reads while the parts of a context are merged
 class Kind:
     """What parts are for. pairs: blocks that read a part, of different heads; room: blocks that run at the same time;
     least: tiles of 16 tokens of a part; tile_bytes: what a block reads of one; window: of a layer, 0 for none; enough:
-    the share of `room` blocks that together are as fast as all.
+    the share of `room` blocks that together are as fast as all; beside: tiles that a block could read while it does
+    everything else.
     """
 
     pairs: int
@@ -34,6 +35,7 @@ class Kind:
     tile_bytes: int
     window: int = 0
     enough: float = 1.0
+    beside: float = 0.0
 
     def capacity(self, requests: int) -> int:
         """Parts that a launch has blocks for: as many as leave little of the last round of blocks idle."""
@@ -80,5 +82,5 @@ def run(kind: Kind, lengths: Tensor) -> Tensor:
     kernel = nvrtc.load("even.cu", "even", (("HALF", 0), ("WARPS", WARPS), ("GATE", 0)))
     sizes = (requests, len(items), kind.pairs, kind.room, kind.window, kind.least)
     merge = MERGE / (kind.room * kind.tile_bytes)
-    kernel((1, 1, 1), WARPS * 32, 0, [lengths, items, *sizes, float(kind.enough), merge])
+    kernel((1, 1, 1), WARPS * 32, 0, [lengths, items, *sizes, float(kind.enough), merge, float(kind.beside)])
     return items

@@ -18,7 +18,8 @@ from tenfold.ops.route import Routing
 
 WIDTHS = (8, 16, 32, 64, 128, 192, 256)
 WIDEST = {64: 256, 128: 256, 192: 192, 256: 128}  # picks for which registers suffice, by the rows of a tile
-WARPS = 32  # of the block that routes
+WARPS = 8  # of a block that routes
+MOST_ROUTERS = 8  # blocks
 LARGE = {64: ((128, 6),), 128: ((128, 6), (256, 4)), 192: ((128, 5), (192, 4)), 256: ((128, 4),)}
 """Heights and stages of tiles so wide, one block of a multiprocessor."""
 MOST_PICKS = 4096
@@ -137,10 +138,9 @@ def routes(tokens: int, routing: Routing) -> bool:
 
 
 def route_bytes(tokens: int, routing: Routing) -> int:
-    """Shared memory of the block that routes."""
-    pieces = -(-tokens * routing.top // 32)
-    each = 12 + 4 * WARPS * (routing.groups > 1) + 2 * pieces
-    return each * routing.experts + 64 * pieces
+    """Shared memory of a block that routes."""
+    each = 3 + WARPS * (routing.groups > 1) + -(-tokens // 32)
+    return 4 * (each * routing.experts + (WARPS + tokens) * routing.top + WARPS)
 
 
 def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = None) -> tuple[Tensor, Sorted]:
@@ -150,6 +150,7 @@ def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = 
     """
     tokens, top = len(logits), routing.top
     picks = tokens * top
+    blocks = next(n for n in (1, 2, 4, MOST_ROUTERS) if n * WARPS >= tokens or n == MOST_ROUTERS)
     weights = logits.new_empty(tokens, top)
     order, count = (torch.empty(n, dtype=torch.int32, device=logits.device) for n in (picks, 1))
     tiles = torch.empty(most_tiles(picks, routing.experts, width), 4, dtype=torch.int32, device=logits.device)
@@ -163,11 +164,13 @@ def routed(logits: Tensor, routing: Routing, width: int, turns: Tensor | None = 
         "BEST": routing.best,
         "WIDTH": width,
         "WARPS": WARPS,
+        "CLUSTER": int(blocks > 1),
     }
     shared = route_bytes(tokens, routing)
     arguments: list[nvrtc.Argument] = [logits, routing.bias, turns, weights, order, tiles, count]
     arguments += [float(routing.scale), tokens]
-    nvrtc.load("route.cu", "route", tuple(macros.items()))((1, 1, 1), WARPS * 32, shared, arguments, dependent=True)
+    kernel = nvrtc.load("route.cu", "route", tuple(macros.items()))
+    kernel((blocks, 1, 1), WARPS * 32, shared, arguments, dependent=True, cluster=blocks)
     return weights, Sorted(order, tiles, count)
 
 

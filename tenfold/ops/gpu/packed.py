@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.gpu import even, graphs, hopper, nvrtc
-from tenfold.ops.gpu.decode import EVEN, HEAD_DIMS, MOST_GROUP, Workspace, most_partial
+from tenfold.ops.gpu.decode import ENOUGH, EVEN, HEAD_DIMS, MOST_GROUP, Workspace, most_partial
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels
 from tenfold.ops.kv.attend import Layout, Means, Moves
 from tenfold.ops.kv.layer import PackedLayer, Side, ring_pages
@@ -31,6 +31,7 @@ MOST_BLOCKS = 8  # of a launch, for each multiprocessor: every one prepares quer
 WRITERS = 4  # warps of a block that writes
 READERS = 8  # and of one that reads old tokens back
 STAGES = 2  # of a ring: more were slower (H100, 2026-11-28)
+BESIDE = 32  # tiles of 16 tokens, of a block: 5 us (H200, 2026-11-30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +232,10 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
     heads = min(spec.heads // spec.kv_heads, COLUMNS // shape.groups)
     parts = -(-spec.heads // spec.kv_heads // heads)
     tokens = 64 if shape.token_bytes <= FEW_BYTES else 32
+    many = () if shape.exact else ((8, 2),)  # exact tokens want more registers than so many warps leave
     warps, blocks = next(
         (w, b)
-        for w, b in ((6, 2), (8, 1), (4, 1))
+        for w, b in (*many, (6, 2), (8, 1), (4, 1))
         if hopper.fits(shared_bytes(shape, heads, tokens, STAGES, w), b) or w == 4
     )
     shared = PackedPlan(heads, tokens, STAGES, warps, blocks, EVEN)
@@ -254,9 +256,10 @@ def plan(spec: AttentionSpec, shape: Shape, requests: int, max_kv: int, sms: int
 
 
 def kind(plan: PackedPlan, spec: AttentionSpec, shape: Shape, sms: int) -> even.Kind:
-    """As `decode.kind`; arithmetic takes these kernels about as long as reading, so all blocks count."""
+    """As `decode.kind`."""
     least = 2 * plan.warps * plan.tokens // 16
-    return even.Kind(pairs_of(plan, spec), sms * plan.blocks, least, 16 * shape.token_bytes)
+    sizes = (pairs_of(plan, spec), sms * plan.blocks, least, 16 * shape.token_bytes)
+    return even.Kind(*sizes, enough=ENOUGH, beside=BESIDE)
 
 
 def even_fits(plan: PackedPlan, spec: AttentionSpec, shape: Shape, requests: int, sms: int) -> bool:

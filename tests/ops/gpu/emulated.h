@@ -222,6 +222,7 @@ static int __syncthreads_or(int v) {
     return any;
 }
 static void __threadfence() {}
+static u32 atomicOr(u32 *p, u32 v) { u32 old = *p; *p |= v; return old; }
 template <class T> static T atomicAdd(T *p, T v) { T old = *p; *p += v; return old; }
 template <class T> static T __ldcg(const T *p) { return *p; }
 template <class T> static void __stcg(T *p, T v) { *p = v; }

@@ -166,6 +166,9 @@ static void store(void *out, size_t at, float y) {
     ((u16 *)out)[at] = (u16)(pack(y, 0.f) & 0xffff);
 #endif
 }
+#ifndef GATE
+#define GATE 0
+#endif
 static float activate(float v) {
     return GATE == 1 ? v / (1.f + expf(-v)) : 0.5f * v * (1.f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
 }

@@ -9,15 +9,16 @@
 #define CLUSTER 0
 #endif
 
-// Others see a store some time, and before its thread leaves a fence.
-static std::map<int, int> unseen;  // of each thread
+// Others see a store some time, and before any thread of its block leaves a fence: one that fences for all of them has
+// had a barrier behind their stores.
+static std::map<int, int> unseen;  // of each block
 template <class T> static void store_some_time(T *to, T v) {
-    const int thread = current;
-    unseen[thread]++, some_time([=] { *to = v, unseen[thread]--; });
+    const int block = current / block_threads;
+    unseen[block]++, some_time([=] { *to = v, unseen[block]--; });
 }
 static void fence() {
-    const int thread = current;
-    wait([=] { return !unseen[thread]; });
+    const int block = current / block_threads;
+    wait([=] { return !unseen[block]; });
 }
 #define __stcg store_some_time
 #define __threadfence fence
@@ -27,9 +28,13 @@ static void cluster_barrier() { arrive_at_cluster(), wait_for_cluster(); }
 static float remote(const float *p, int rank) {
     if (!know[current]) fail("another block may not be there yet");
     if (rank < 0 || rank >= (int)blocks.size() || !blocks[rank].running) fail("a block that is not there is read");
-    const size_t at = (unsigned char *)p - aligned(own_block.own);
-    if (at + 4 > own_block.own.size()) fail("past the end of shared memory");
-    return *(float *)(aligned(blocks[rank].own) + at);
+    auto inside = [&](std::vector<unsigned char> Block::*kind) {  // dynamic memory, or what stands beside it
+        auto &own = own_block.*kind;
+        return (unsigned char *)p >= own.data() && (unsigned char *)p + 4 <= own.data() + own.size();
+    };
+    const auto kind = inside(&Block::memory) ? &Block::memory : &Block::own;
+    if (!inside(kind)) fail("past the end of shared memory");
+    return *(float *)(aligned(blocks[rank].*kind) + ((unsigned char *)p - aligned(own_block.*kind)));
 }
 #endif
 

@@ -113,6 +113,15 @@ def test_short_contexts_are_left_whole() -> None:
     assert len(parts([LEAST * TILE] * 3)) == 3
 
 
+def test_parts_that_cost_more_than_they_hold_are_fewer() -> None:
+    lengths = torch.full((24,), 8192, dtype=torch.int32)
+    counts = []
+    for beside in (0.0, 32.0):
+        items = even.run(even.Kind(8, 264, 24, 2304, enough=ENOUGH, beside=beside), lengths)
+        counts.append(int((items[:, 0] >= 0).sum()))
+    assert counts == [96, 24]
+
+
 def test_many_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="1025 requests cannot be shared out evenly; allowed: 1 to 1024"):
         even.run(even.Kind(8, ROOM, LEAST, 8192), torch.ones(1025, dtype=torch.int32))

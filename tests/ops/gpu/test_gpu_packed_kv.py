@@ -78,14 +78,14 @@ def test_plans(splits: int, tokens: int, stages: int, warps: int, blocks: int) -
 @pytest.mark.parametrize("heads", [MHA, GQA], ids=["own", "shared"])
 def test_contexts_that_are_shared_out_evenly(name: str, heads: dict[str, int]) -> None:
     """As by their definition, and as in parts of a fixed number. Keys of 2 bits in groups of 128 that are rotated after
-    they are read are further off in long contexts, with any parts: sums by 0.014 (H200, 2026-11-30), emulated by 0.011.
+    they are read are further off, with any parts: sums by 0.016 (H200, 2026-11-30), emulated by 0.011.
     """
     mixed = Shape(name, **heads, lengths=(6000, 0, 1, 300, 40, 2000, *range(10, 400, 30)))
     within = 2e-2 if name in ("k2v2g128", "k2v1.5g128") else 1e-2
-    (out, sums), (same, same_sums) = check(mixed, within, splits=EVEN), check(mixed, within, splits=2)
-    assert distance(out, same) < 3e-3
-    torch.testing.assert_close(sums, same_sums, rtol=0.0, atol=1e-4)
-    check(Shape(name, **heads, lengths=(700,) * 20, dtype=HALF), splits=EVEN)
+    for shape in (mixed, Shape(name, **heads, lengths=(700,) * 20, dtype=HALF)):
+        (out, sums), (same, same_sums) = check(shape, within, splits=EVEN), check(shape, within, splits=2)
+        assert distance(out, same) < 3e-3
+        torch.testing.assert_close(sums, same_sums, rtol=0.0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "norms"), [*((name, False) for name in FORMATS), ("k2v1.5g64", True)])

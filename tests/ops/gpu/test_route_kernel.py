@@ -8,7 +8,7 @@ import torch
 
 from tenfold.ops.gpu import nvrtc
 from tenfold.ops.route import Routing, route
-from tests.ops.gpu.emulated import Emulator
+from tests.ops.gpu.emulated_decode import DecodeEmulator
 
 experts = pytest.importorskip("tenfold.ops.gpu.experts")
 grouped = pytest.importorskip("tenfold.ops.gemm.grouped")
@@ -35,10 +35,12 @@ RULES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     if not ON_GPU:
-        monkeypatch.setattr(nvrtc, "load", Emulator(tmp_path_factory.getbasetemp()))
+        monkeypatch.setattr(nvrtc, "load", DecodeEmulator(tmp_path_factory.getbasetemp()))
 
 
-@pytest.mark.parametrize(("tokens", "width", "turned"), [(1, 8, False), (37, 16, True), (70, 8, False), (70, 8, True)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "turned"), [(1, 8, False), (12, 8, True), (37, 16, True), (70, 8, False), (70, 8, True)]
+)
 @pytest.mark.parametrize("name", RULES)
 def test_picks_weights_and_tiles(name: str, tokens: int, width: int, turned: bool) -> None:
     draw = torch.Generator().manual_seed(tokens)

@@ -32,7 +32,7 @@ TILES = {"SPAN": 1, "X_BOXES": 2, "LIMIT": 17408, "ROOM": 17408, "ROWS": 128, "D
 WHOLES = {f"K{i}": name + 7 + 14 * (name % 3) for i, name in enumerate((1, 2, 3, 4))}  # int2, int3, int4, int8
 DIGITS = TILES | WHOLES | {"KINDS": 4, "ACTS8S": 0, "DIGITS": 1, "WITH_BYTES": 1, "PAIRS": 3, "THIRDS": 2}
 SPREAD = {"TOP": 8, "WITH_BYTES": 1, "WITH_PAIRS": 1, "WITH_THIRDS": 1}
-ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 32}
+ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 8, "CLUSTER": 1}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
     ("smid.cu", {}),
@@ -101,7 +101,7 @@ SOURCES = [
     ("spread.cu", SPREAD | {"HALF": 0}),
     ("spread.cu", SPREAD | {"HALF": 1, "TOP": 0, "WITH_BYTES": 0}),
     ("spread.cu", SPREAD | {"HALF": 1, "TOP": 0, "WITH_PAIRS": 0, "WITH_THIRDS": 0}),
-    ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1}),
+    ("route.cu", ROUTE | {"EXPERTS": 60, "SIGMOID": 0, "GROUPS": 1, "KEPT": 1, "BEST": 1, "CLUSTER": 0}),
     ("route.cu", ROUTE | {"EXPERTS": 256, "SIGMOID": 1, "GROUPS": 8, "KEPT": 4, "BEST": 2}),
     ("picks.cu", {"HALF": 1, "TOP": 8}),
     ("argmax.cu", {}),

@@ -22,9 +22,9 @@ __device__ __forceinline__ bool meet(float (&d)[N / 2], const Deal &deal, int ti
     float4 *own = slot(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < N / 8; i++) own[i * CONSUMERS + threadIdx.x] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
-    __threadfence();
     CONSUMER_BARRIER();
     if (threadIdx.x == 0) {
+        __threadfence();  // for all: a fence counts for what a barrier ordered before it
         *last = atomicAdd(counters + tile, 1) == to - from;
         if (*last) counters[tile] = 0;
         __threadfence();

@@ -24,6 +24,9 @@
 // CLUSTER, EVEN.
 
 #include "fragments.h"
+#if CLUSTER
+#include "remote.h"
+#endif
 #include "hopper.h"
 
 #define RING (DEPTH > 2)
@@ -206,21 +209,6 @@ __device__ __forceinline__ bool weigh(State &state, float (&s)[2][2], float low,
         }
     return outside;
 }
-
-#if CLUSTER
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// A number of shared memory as block `rank` of the cluster has it.
-__device__ __forceinline__ float remote(const float *p, int rank) {
-    u32 here = (u32)__cvta_generic_to_shared(p), there;
-    float v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(there) : "memory");
-    return v;
-}
-#endif
 
 struct Shared {
     u16 q[8][PITCH], k[PITCH], v[PITCH];
@@ -667,18 +655,18 @@ decode(const u16 *qkv, const float *rope, const int *positions, const int *slots
         float *mine = all + split * stride;
         for (int e = threadIdx.x; e < QUADS; e += THREADS) __stcg((float4 *)mine + e, ((const float4 *)&sh.out[0][0][0])[e]);
         for (int e = threadIdx.x; e < 2 * GROUP; e += THREADS) __stcg(mine + GROUP * D + e, sh.raw[0][e]);
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
+            __threadfence();  // for all: a fence counts for what a barrier ordered before it
             // The upper half of a counter says whether any split found a score outside its guard.
             int before = atomicAdd(counters + pair, 1 + (bad ? 1 << 16 : 0)) + (bad ? 1 << 16 : 0);
             sh.flag = (before & 0xffff) == active - 1 ? 1 + (before >> 16) : 0;
             if (sh.flag) counters[pair] = 0;
+            __threadfence();
         }
         __syncthreads();
         if (!sh.flag) return;
         bad = sh.flag > 1;
-        __threadfence();
         merge(all, stride, active, sh);
     }
 #endif

@@ -2,7 +2,7 @@
 //
 // One block. Its warps weigh two numbers of parts each for the longest context, and so a size of parts for all: how many
 // tiles one after the other there are in the end, if `room` blocks run at a time and whoever is done takes the next part,
-// and `enough` of them (a share of `room`) are together as fast as all.
+// and `enough` of them (a share of `room`) are together as fast as all. A part takes as long as its tiles and `beside` more.
 // Contexts then have as many parts of that size as they need, and parts come in order of their size, the largest first,
 // which leaves the smallest to fill the gaps in the end.
 //
@@ -35,7 +35,7 @@ __device__ __forceinline__ float lasting(float rounds, float enough) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, int room, int window, int least, float enough, float merge) {
+even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, int room, int window, int least, float enough, float merge, float beside) {
     __shared__ int tiles[THREADS], begin[THREADS], parts[THREADS], each[THREADS];
     __shared__ float cost[2 * WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, own = threadIdx.x;
@@ -51,7 +51,6 @@ even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, in
     int longest = 0, all = 0;
     for (int r = lane; r < requests; r += 32) longest = max(longest, tiles[r]), all += tiles[r];
     longest = (int)__reduce_max_sync(~0u, (unsigned)longest), all = __reduce_add_sync(~0u, all);
-    const float load = (float)all * pairs / room;
     auto most_of = [&](int at) { return max(least, over(longest, at + 1)); };  // tiles of a part
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -67,15 +66,16 @@ even(const int *lengths, uint4 *items, int requests, int capacity, int pairs, in
         }
         blocks = __reduce_add_sync(~0u, blocks), in_large = __reduce_add_sync(~0u, in_large);
         // In the end some blocks are busy, with parts of about the mean size, half done.
-        const float each_round = (float)pairs / room, rounds = blocks * each_round;
+        const float each_round = (float)pairs / room, rounds = blocks * each_round, load = all * each_round + beside * rounds;
         float took = load + .5f * load / rounds * (lasting(rounds, enough) - rounds);
 #pragma unroll
         for (int l = 1; l < LEVELS; l++) {
             const float many = __reduce_add_sync(~0u, above[l]) * each_round;
-            took = fmaxf(took, lasting(many, enough) * l / LEVELS * most);
+            took = fmaxf(took, lasting(many, enough) * (beside + (float)l / LEVELS * most));
             if (l != LEVELS / 2 || many >= 1.f) continue;
             // Large parts take as many rounds of blocks; then small ones are done, and large ones go on alone.
-            const float small = (all - in_large) * each_round / (1.f - many), rest = min(most, longest) - small;
+            const float fewer = all - in_large + beside * (blocks - many / each_round);
+            const float small = fewer * each_round / (1.f - many), rest = beside + min(most, longest) - small;
             if (rest > 0.f) took = fmaxf(took, small + rest * fmaxf(many, enough));
         }
         if (most < longest) took += merge + EACH_PART * at;

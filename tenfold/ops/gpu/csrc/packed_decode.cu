@@ -950,15 +950,15 @@ packed_decode(const u16 *queries, const u8 *turns, const u8 *bases, const u8 *ke
         float *own = all + split * stride;
         for (int e = threadIdx.x; e < HEADS * D / 4; e += THREADS) __stcg((float4 *)own + e, ((const float4 *)&sh.out[0][0][0])[e]);
         for (int h = threadIdx.x; h < HEADS; h += THREADS) __stcg(own + HEADS * D + h, sh.base[0][h]), __stcg(own + HEADS * D + HEADS + h, sh.total[0][h]);
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
+            __threadfence();  // for all: a fence counts for what a barrier ordered before it
             sh.flag = atomicAdd(counters + pair, 1) == active - 1;
             if (sh.flag) counters[pair] = 0;
+            __threadfence();
         }
         __syncthreads();
         if (!sh.flag) return;
-        __threadfence();
         float *weights = (float *)memory, *totals = weights + active * HEADS;
         for (int e = threadIdx.x; e < active * HEADS; e += THREADS) {
             const float *from = all + (e / HEADS) * stride + HEADS * D + e % HEADS;
