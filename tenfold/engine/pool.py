@@ -1,4 +1,5 @@
-"""`Pool`: requests for an encoder, which needs one forward and no cache, in batches of texts that are about as long.
+"""`Pool`: requests for an encoder, which needs one forward and no cache, in batches of texts that are about as long, or
+one by one where each is computed by itself.
 
 Invariant: every entry gets exactly one end, result, error or cancellation; one that was cancelled before its batch
 began costs nothing, and one that fails does not take the others of its batch along.
@@ -6,7 +7,7 @@ began costs nothing, and one that fails does not take the others of its batch al
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tenfold.engine.opened import pick_device
 from tenfold.engine.request import QueueFull
 from tenfold.models.sentiment.folder import Classifier, open_folder, place
 from tenfold.models.sentiment.prepare import Item
-from tenfold.models.sentiment.served import Probabilities, Served, bucket_of
+from tenfold.models.sentiment.served import Probabilities, Served, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,12 @@ class PoolConfig:
 
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "auto (float32 on CPU, bfloat16 on a GPU), float32, bfloat16 or float16")
-    batch: int = setting(64, "posts computed together at most")
+    batch: int = setting(64, "posts computed together at most, where they are")
+    exact: str = setting(
+        "auto",
+        "whether a post's probabilities are the same bits alone and beside any others: auto (on a CPU), on, off",
+        choices=("auto", "on", "off"),
+    )
     queue: int = setting(1024, "posts that may wait; more are refused")
     threads: int = setting(0, "CPU threads (0: as PyTorch has them)")
 
@@ -40,6 +46,13 @@ class PoolConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: from {least}.")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}; allowed: auto, float32, bfloat16, float16.")
+        if self.exact not in ("auto", "on", "off"):
+            raise ValueError(f"exact is {self.exact!r}; allowed: auto, on, off.")
+
+    @property
+    def is_exact(self) -> bool | None:
+        """None: as the device has it."""
+        return None if self.exact == "auto" else self.exact == "on"
 
     def type_on(self, device: torch.device) -> torch.dtype:
         named = ("bfloat16" if device.type == "cuda" else "float32") if self.dtype == "auto" else self.dtype
@@ -83,7 +96,7 @@ class Pool:
         self.config = config or PoolConfig()
         self.config.check()
         self.classifier = classifier
-        self._served = Served(classifier)
+        self._served = Served(classifier, self.config.is_exact, self.config.batch)
         self.device, self.dtype = self._served.device, self._served.dtype
         self.stats = PoolStats()
         self._waiting: list[Entry] = []
@@ -149,7 +162,7 @@ class Pool:
             if self._closed:
                 return None
             live = self._live()
-            batch = chosen(live, self.config.batch)
+            batch = chosen(live, 1 if self._served.alone else self.config.batch, self._served.fits)
             taken = set(map(id, batch))
             self._keep([entry for entry in live if id(entry) not in taken])
         started = [entry for entry in batch if entry.future.set_running_or_notify_cancel()]
@@ -211,15 +224,14 @@ def open_pool(named: str, config: PoolConfig) -> Pool:
     return Pool(open_folder(place(named), device, config.type_on(device)), config)
 
 
-def chosen(waiting: Sequence[Entry], most: int) -> list[Entry]:
-    """The batch after which nobody waits for ever: the one that waits longest, and of those that fit beside it, no
-    longer than its bucket, the longest, so that little is padded.
+def chosen(waiting: Sequence[Entry], most: int, beside: Callable[[Item, Item], bool] = fits) -> list[Entry]:
+    """The batch after which nobody waits for ever: the one that waits longest, and of those that fit beside it the
+    longest, so that little is padded.
     """
-    if not waiting:
-        return []
+    if not waiting or most == 1:
+        return [*waiting[:1]]
     first, *rest = waiting
-    limit = bucket_of(first.length)
-    fitting = sorted((entry for entry in rest if entry.length <= limit), key=lambda entry: -entry.length)
+    fitting = sorted((entry for entry in rest if beside(first.item, entry.item)), key=lambda entry: -entry.length)
     return [first, *fitting[: most - 1]]
 
 

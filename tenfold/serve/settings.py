@@ -76,7 +76,14 @@ class ServeConfig:
         group="Classifiers",
     )
     classifier_device: str = setting("auto", "where they run: auto, cpu, cuda or cuda:N")
-    classifier_batch: int = setting(64, "posts computed together at most (1: none, and every bit the same each time)")
+    classifier_batch: int = setting(64, "posts computed together at most, where --classifier-exact lets them be")
+    classifier_exact: str = setting(
+        "auto",
+        "whether a post's probabilities are the same bits alone and beside any others: on (a CPU computes posts one by "
+        "one, a GPU full batches of --classifier-batch, some posts of them empty), off (the same to within rounding), "
+        "auto (on a CPU)",
+        choices=("auto", "on", "off"),
+    )
     classifier_queue: int = setting(1024, "posts that may wait; more are refused")
     classifier_threads: int = setting(1, "CPU threads of each (0: as PyTorch has them)")
     request_timeout: float = setting(

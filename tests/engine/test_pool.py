@@ -1,5 +1,6 @@
 """The pool of posts: which are computed together, and that each has one end."""
 
+import random
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from tenfold.base.pictures import PictureError
 from tenfold.engine.loop import EngineDead
 from tenfold.engine.pool import Entry, Pool, PoolConfig, chosen, open_pool
 from tenfold.engine.request import QueueFull
+from tenfold.models.sentiment.config import ImageShape
 from tenfold.models.sentiment.prepare import Item
 from tests.models.sentiment import small
 
@@ -33,10 +35,12 @@ class Slow:
         return self.model(posts)
 
 
-@pytest.fixture
-def slow():
+@pytest.fixture(params=["off"])
+def slow(request):
+    """The parameter is whether it is exact."""
     made = small.classifier()
-    pool = Pool(type(made)(Slow(made.model), made.reader, made.temperature), PoolConfig(batch=4, queue=8))
+    config = PoolConfig(batch=4, exact=request.param, queue=8)
+    pool = Pool(type(made)(Slow(made.model), made.reader, made.temperature), config)
     yield pool, pool.classifier.model, made
     pool.classifier.model.go.set()
     pool.close(10)
@@ -62,22 +66,70 @@ def test_who_is_computed_together(lengths, most, expected):
     assert [entry.length for entry in chosen(entries(*lengths), most)] == expected
 
 
-def test_batches_tell_what_single_posts_are_told():
+def test_whom_a_device_computes_together():
+    waiting = entries(5, 5, 6, 5)
+    assert chosen(waiting, 4, lambda first, other: len(first.ids) == len(other.ids)) == [waiting[i] for i in (0, 1, 3)]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"bilstm": 1, "cross": 1}, {"bilstm": 0, "cross": 2, "image": ImageShape("vit", 24, 8, 32, 2, 4, 64)}],
+    ids=["small", "cross", "vit"],
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_posts_are_told_the_same_bits_whoever_else_asks(parts, seed):
+    """Threads that ask for one to seven posts at a time, and for each post alone."""
+    draw = random.Random(seed)
+    made, pictures = small.classifier(**parts), torch.randint(0, 256, (9, 3, 24, 24), dtype=torch.uint8)
+    words = small.WORDS[4:]
+    items = [
+        made.reader.read(" ".join(draw.choices(words, k=draw.choice((1, 7, 20, 62)))), draw.choice([None, *pictures]))
+        for _ in range(25)
+    ]
+    pool = Pool(made, PoolConfig(batch=8))
+    try:
+        alone = [pool.submit(item).future.result(10) for item in items]
+
+        def ask(places):
+            return [entry.future.result(30) for entry in pool.submit_all([items[i] for i in places])]
+
+        asked = [draw.choices(range(len(items)), k=draw.randint(1, 7)) for _ in range(40)]
+        with ThreadPoolExecutor(6) as threads:
+            for places, told in zip(asked, threads.map(ask, asked)):
+                assert told == [alone[i] for i in places]
+    finally:
+        pool.close()
+
+
+def test_batches_that_need_not_be_exact_tell_nearly_what_single_posts_are_told():
     made = small.classifier()
     picture = torch.randint(0, 256, (3, 30, 30), dtype=torch.uint8)
     items = [made.reader.read(text, picture) for text in ("a", "a good day", "bad !", "the rain is very bad .")]
     items += [made.reader.read("not good"), made.reader.read("", picture)]
-    together, alone = Pool(made, PoolConfig(batch=64)), Pool(made, PoolConfig(batch=1))
+    together, alone = Pool(made, PoolConfig(exact="off")), Pool(made, PoolConfig(exact="on"))
     try:
         first, second = together.submit_all(items), alone.submit_all(items)
         for a, b in zip(first, second):
             assert a.future.result(10) == pytest.approx(b.future.result(10), abs=1e-6)
-        again = alone.submit_all(items[::-1])[::-1]
-        assert [e.future.result(10) for e in again] == [e.future.result(10) for e in second]  # to the bit
-        assert alone.stats.batches == 2 * len(items)
+        assert (alone.stats.batches, alone.stats.padding) == (len(items), 0)
+        assert together.stats.batches < len(items)
     finally:
         together.close()
         alone.close()
+
+
+@pytest.mark.parametrize("slow", ["auto", "on"], indirect=True)
+def test_on_a_cpu_what_waits_is_computed_one_by_one_in_its_order(slow):
+    pool, model, made = slow
+    texts = ("a", "a day", "a good day is very good", "bad", "not a good day")
+    first = pool.submit(made.reader.read(texts[0]))
+    model.begun.wait(10)
+    rest = pool.submit_all([made.reader.read(text) for text in texts[1:]])
+    model.go.set()
+    began = [(entry.future.result(10), entry.began)[1] for entry in (first, *rest)]
+    assert began == sorted(began)
+    assert model.sizes == [1] * 5
+    assert (pool.stats.posts, pool.stats.batches) == (5, 5)
 
 
 def test_what_waits_is_batched(slow):
@@ -207,7 +259,7 @@ def test_many_threads_get_their_own_answers(tmp_path):
         alone = {text: feel.classify(text)[0].probabilities for text in set(texts)}
         with ThreadPoolExecutor(8) as threads:
             for text, (found,) in zip(texts, threads.map(feel.classify, texts)):
-                assert found.probabilities == pytest.approx(alone[text], abs=1e-6)
+                assert found.probabilities == alone[text]
 
 
 def test_posts_from_python(tmp_path):
@@ -217,7 +269,7 @@ def test_posts_from_python(tmp_path):
         found = feel.classify([Post("a day", picture), Post("a day", tmp_path / "p.png"), "a day", Post("", picture)])
         alone = feel.classify(Post("a day", str(tmp_path / "p.png")))[0]
         assert found[0] == found[1]
-        assert found[0].probabilities == pytest.approx(alone.probabilities, abs=1e-6)
+        assert found[0] == alone
         assert found[0] != found[2]
         for each in found:
             assert each.label == max(each.probabilities, key=each.probabilities.__getitem__)
@@ -240,7 +292,12 @@ def test_a_language_model_classifies_beside_itself(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "word"),
-    [({"batch": 0}, "batch is 0"), ({"queue": 0}, "queue"), ({"dtype": "int8"}, "dtype is 'int8'")],
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"queue": 0}, "queue"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"exact": "yes"}, "exact is 'yes'; allowed: auto, on, off"),
+    ],
 )
 def test_settings_that_make_no_sense(tmp_path, settings, word):
     with pytest.raises(ValueError, match=word):

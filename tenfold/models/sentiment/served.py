@@ -2,8 +2,12 @@
 shapes whose tensors stay where they are, and each shape is a CUDA graph: a post is hundreds of small kernels, whose
 launches take longer than they do.
 
-Invariant: whatever a room held before and however much of it is empty, a post gets the same probabilities, but for
-rounding.
+Libraries pick a kernel, and with it the order of sums, by the shape they are given. So what is exact is computed in a
+shape that the post alone decides: on a CPU by itself, without padding; on a GPU in rooms that all have as many places
+and are as long as its own bucket, which is exact as far as a kernel does the same in each row.
+
+Invariant: whatever else there is, whatever a room held before and however much of it is empty, a post gets the same
+probabilities; where they are not exact, but for rounding.
 """
 
 from collections import OrderedDict
@@ -28,6 +32,11 @@ Probabilities = list[float]
 def bucket_of(length: int) -> int:
     """The most tokens that a text may have beside one of this length."""
     return next((size for size in BUCKETS if length <= size), length)
+
+
+def fits(first: Item, other: Item) -> bool:
+    """Whether a post may be computed beside one that is due, so that little is padded."""
+    return len(other.ids) <= bucket_of(len(first.ids))
 
 
 class Graph(Protocol):
@@ -69,11 +78,24 @@ class Room:
 
 
 class Rooms:
-    """Posts through rooms of a model on a device. A room is run plainly the first time, and captured the second."""
+    """Posts through rooms of a model on a device. A room is run plainly the first time, and captured the second. size:
+    posts of every room, 0 for as many as are needed, rounded up to a power of two.
+    """
 
-    def __init__(self, classifier: Classifier, device: torch.device, capture: Capture) -> None:
-        self.classifier, self.device, self.capture = classifier, device, capture
+    def __init__(self, classifier: Classifier, device: torch.device, capture: Capture, size: int = 0) -> None:
+        self.classifier, self.device, self.capture, self.size = classifier, device, capture, size
         self._known: OrderedDict[tuple[int, int, bool], Room] = OrderedDict()
+
+    def alike(self, first: Item, other: Item) -> bool:
+        """Whether either alone would be in a room of the same shape."""
+        return self._key([first]) == self._key([other])
+
+    def groups(self, items: Sequence[Item]) -> list[list[int]]:
+        """Places of posts that share a room of the shape that each of them would be in alone. Rooms have a size."""
+        found: dict[tuple[int, int, bool], list[int]] = {}
+        for i, item in enumerate(items):
+            found.setdefault(self._key([item]), []).append(i)
+        return [own[start : start + self.size] for own in found.values() for start in range(0, len(own), self.size)]
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
         """[posts, labels] float32 on the device, until the next call."""
@@ -92,10 +114,14 @@ class Rooms:
     def _compute(self, posts: Posts) -> Tensor:
         return self.classifier.probabilities(self.classifier.model(posts).logits)
 
-    def _room(self, items: Sequence[Item]) -> Room:
-        count = 1 << (len(items) - 1).bit_length()
+    def _key(self, items: Sequence[Item]) -> tuple[int, int, bool]:
+        """Posts, tokens, and whether there are pictures."""
+        count = self.size or 1 << (len(items) - 1).bit_length()
         length = min(bucket_of(max(len(item.ids) for item in items)), self.classifier.config.max_tokens)
-        key = (count, length, any(item.picture is not None for item in items))
+        return count, length, any(item.picture is not None for item in items)
+
+    def _room(self, items: Sequence[Item]) -> Room:
+        key = self._key(items)
         if key not in self._known:
             self._known[key] = self._made(*key)
             if len(self._known) > MOST_ROOMS:
@@ -117,12 +143,17 @@ class Rooms:
 
 
 class Served:
-    """`served(items)` are the probabilities of each post. classifier: ready to be asked; it is changed in place."""
+    """`served(items)` are the probabilities of each post. classifier: ready to be asked; it is changed in place. exact:
+    whether they are the same to the bit whatever other items there are, None: on a CPU. most: posts of a room, where
+    it is exact.
+    """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, exact: bool | None = None, most: int = 64) -> None:
         self.classifier = classifier
         parameter = next(classifier.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.exact = self.device.type == "cpu" if exact is None else exact
+        self.fits = fits
         if isinstance(classifier.model, nn.Module):
             fold_norms(classifier.model)
         self._rooms: Rooms | None = None
@@ -132,20 +163,36 @@ class Served:
 
             if isinstance(lstm := classifier.model.bilstm, BiLstm):
                 classifier.model.bilstm = UnpackedLstm(lstm)  # type: ignore[assignment]
-            self._rooms = Rooms(classifier, self.device, Capturer().capture)
+            self._rooms = Rooms(classifier, self.device, Capturer().capture, most if self.exact else 0)
+            if self.exact:
+                self.fits = self._rooms.alike
             self._stream = torch.cuda.Stream(self.device)
             side = classifier.config.image.size
             self([Item([0], torch.zeros(3, side, side, dtype=torch.uint8))])  # compiles what is missing
 
+    @property
+    def alone(self) -> bool:
+        """Whether each post is computed by itself."""
+        return self.exact and self._rooms is None
+
     def __call__(self, items: Sequence[Item]) -> list[Probabilities]:
+        found: list[Probabilities] = [[]] * len(items)
         with torch.inference_mode(), self._beside():
-            if self._rooms is not None:
-                told = self._rooms(items)
-            else:
-                logits = self.classifier.model(self.classifier.reader.batch(items)).logits
-                told = self.classifier.probabilities(logits)
-            found: list[Probabilities] = told.tolist()
+            for places in self._together(items):
+                for place, told in zip(places, self._compute([items[i] for i in places]).tolist()):
+                    found[place] = told
         return found
+
+    def _together(self, items: Sequence[Item]) -> list[list[int]]:
+        """Places of posts that are computed at once."""
+        if not self.exact:
+            return [[*range(len(items))]]
+        return [[i] for i in range(len(items))] if self._rooms is None else self._rooms.groups(items)
+
+    def _compute(self, items: Sequence[Item]) -> Tensor:
+        if self._rooms is not None:
+            return self._rooms(items)
+        return self.classifier.probabilities(self.classifier.model(self.classifier.reader.batch(items)).logits)
 
     def _beside(self) -> AbstractContextManager[Any]:
         """A stream of its own, so that a language model in this process is not waited for."""

@@ -97,6 +97,9 @@ class BiLstm(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """lengths [B] int64, on the CPU, from 1. Padding comes out as zeros."""
+        if bool((lengths == x.shape[1]).all()):
+            whole: Tensor = self.lstm(x)[0]  # nothing to pack, and packing takes longer than a few steps
+            return whole
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
         return out

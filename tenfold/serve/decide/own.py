@@ -172,6 +172,7 @@ def open_own(name: str, path: str, settings: ServeConfig) -> Own:
     config = PoolConfig(
         device=settings.classifier_device,
         batch=settings.classifier_batch,
+        exact=settings.classifier_exact,
         queue=settings.classifier_queue,
         threads=settings.classifier_threads,
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -41,12 +42,12 @@ def tokenizer(words: list[str] = WORDS) -> Tokenizer:
     return made
 
 
-def config(width: int = 32, **parts: object) -> SentimentConfig:
+def config(width: int = 32, image: ImageShape = IMAGE, **parts: object) -> SentimentConfig:
     text = TextShape(len(WORDS), width, 2, 2, 2 * width, positions=64)
-    return SentimentConfig(LABELS, text, IMAGE, replace(Parts(), **parts), max_tokens=64)  # type: ignore[arg-type]
+    return SentimentConfig(LABELS, text, image, replace(Parts(), **parts), max_tokens=64)  # type: ignore[arg-type]
 
 
-def classifier(seed: int = 0, **parts: object) -> Classifier:
+def classifier(seed: int = 0, **parts: Any) -> Classifier:
     torch.manual_seed(seed)
     shape = config(**parts)
     model = SentimentModel(shape).eval().requires_grad_(False)
@@ -56,6 +57,6 @@ def classifier(seed: int = 0, **parts: object) -> Classifier:
     return Classifier(model, Reader(shape, tokenizer()), temperature=1.5, card={"data": "none"})
 
 
-def folder(path: Path, **parts: object) -> Path:
+def folder(path: Path, **parts: Any) -> Path:
     save(path, classifier(**parts))
     return path

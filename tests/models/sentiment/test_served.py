@@ -1,9 +1,15 @@
-"""Classifiers as they are served: folded norms, rooms, and the LSTM without packing."""
+"""Classifiers as they are served: the same bits alone and beside others, folded norms, rooms, and the LSTM without
+packing.
+"""
+
+import random
 
 import pytest
 import torch
 from torch import nn
 
+from tenfold.models.sentiment.config import ImageShape
+from tenfold.models.sentiment.folder import Classifier, open_folder, place
 from tenfold.models.sentiment.image import ResNet
 from tenfold.models.sentiment.prepare import Item
 from tenfold.models.sentiment.served import BUCKETS, MOST_ROOMS, Rooms, Served, bucket_of, fold_norms
@@ -36,13 +42,13 @@ class Capturer:
         return Graph(), results
 
 
-def posts(count, seed=0, pictures=True):
+def posts(count, seed=0, pictures=True, size=24, longest=64):
     draw = torch.Generator().manual_seed(seed)
 
     def picture():
-        return torch.randint(0, 256, (3, 24, 24), generator=draw, dtype=torch.uint8)
+        return torch.randint(0, 256, (3, size, size), generator=draw, dtype=torch.uint8)
 
-    lengths = torch.randint(1, 65, (count,), generator=draw).tolist()
+    lengths = torch.randint(1, longest + 1, (count,), generator=draw).tolist()
     return [
         Item(
             torch.randint(4, len(small.WORDS), (n,), generator=draw).tolist(),
@@ -50,6 +56,90 @@ def posts(count, seed=0, pictures=True):
         )
         for i, n in enumerate(lengths)
     ]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """CPU threads of an operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+ARCHITECTURES = {
+    "packaged": None,
+    "small": {},
+    "one layer": {"bilstm": 1, "width": 48},
+    "cross, ViT": {"bilstm": 0, "cross": 2, "image": ImageShape("vit", 24, 8, 32, 2, 4, 64)},
+    "picture": {"bilstm": 1, "layout": "picture", "cnn": False, "cbam": "channel"},
+    "text": {"modalities": "text"},
+    "large stem": {"bilstm": 0, "image": ImageShape("resnet18", 32)},
+}
+
+
+def architecture(name) -> Classifier:
+    parts = ARCHITECTURES[name]
+    return open_folder(place("default")) if parts is None else small.classifier(**parts)
+
+
+def assert_same_bits(served, items, seed):
+    """Batches of any posts, any number of them and in any order, tell each what it is told alone."""
+    alone = [served([item])[0] for item in items]
+    assert len(set(map(tuple, alone))) > len(items) // 2
+    draw = random.Random(seed)
+    for count in (1, 2, 3, 8, len(items), 33):
+        places = draw.choices(range(len(items)), k=count) if count > 8 else draw.sample(range(len(items)), count)
+        assert served([items[i] for i in places]) == [alone[i] for i in places]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_post_is_told_the_same_bits_whatever_is_beside_it(name, threads):
+    made = architecture(name)
+    assert_same_bits(Served(made), posts(17, seed=threads, size=made.config.image.size), seed=threads)
+
+
+def test_what_need_not_be_exact_is_one_batch():
+    made, sizes = small.classifier(), []
+    exact, together = Served(made), Served(made, exact=False)
+    made.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0].ids)))
+    items = posts(9)
+    found, expected = together(items), exact(items)
+    assert sizes == [9, *[1] * 9]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-6, rtol=0)
+    assert (exact.alone, together.alone) == (True, False)
+    assert exact([]) == []
+
+
+def test_posts_of_an_exact_room_would_be_in_its_like_alone():
+    made = small.classifier()
+    served, rooms = Served(made), Rooms(made, torch.device("cpu"), Capturer().capture, size=4)
+    items = posts(23)
+    groups = rooms.groups(items)
+    assert sorted(i for places in groups for i in places) == [*range(23)]
+    kinds = [(bucket_of(len(item.ids)), item.picture is not None) for item in items]
+    with torch.inference_mode():
+        for places in groups:
+            own = [items[i] for i in places]
+            assert len(own) <= 4
+            assert {(4, *kinds[i]) for i in places} == {rooms._key(own)}
+            torch.testing.assert_close(rooms(own), torch.tensor(served(own)), atol=1e-6, rtol=0)
+    assert all(
+        rooms.alike(items[i], items[k]) == (kinds[i] == kinds[k]) for i in range(len(items)) for k in range(len(items))
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(kind, marks=ON_GPU) for kind in (torch.float32, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("name", ["packaged", "one layer", "cross, ViT", "large stem"])
+def test_full_rooms_of_a_gpu_tell_the_same_bits(name, dtype):
+    made = architecture(name)
+    made.model.to("cuda", dtype)
+    served = Served(made, exact=True, most=16)
+    items = posts(17, size=made.config.image.size, longest=min(64, made.config.max_tokens))
+    for seed in range(3):
+        assert_same_bits(served, items, seed)
 
 
 def test_buckets():
