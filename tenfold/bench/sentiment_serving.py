@@ -266,18 +266,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", help="language model that generates beside it; empty: none")
     parser.add_argument("--rate", type=float, default=10.0, help="classifications a second beside it")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU, for the classifier")
+    parser.add_argument("--exact", default="auto", choices=("auto", "on", "off"), help="as --classifier-exact")
 
 
 def measure(given: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Raises ValueError for a size that is unknown."""
     device = device_of(given.device)
-    config = PoolConfig(device, threads=given.threads if device == "cpu" else 0)
+    config = PoolConfig(device, threads=given.threads if device == "cpu" else 0, exact=given.exact)
     classifier = made(given.size, device, config.type_on(torch.device(device)))
     batches = [int(n) for n in given.batches.split(",")]
     pool = Pool(classifier, config)
     result: dict[str, Any] = {
         "suite": "sentiment-serving",
-        "size": given.size,
+        "size": given.size if given.exact == "auto" else f"{given.size} exact {given.exact}",
         "machine": machine(device),
         "rows": [],
     }
