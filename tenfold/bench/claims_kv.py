@@ -25,7 +25,7 @@ def of_speed(results: Sequence[Result]) -> list[Claim]:
 
 
 def name_of(result: Result) -> str:
-    return result.model.removeprefix("shape:").partition("@")[0]
+    return result.name.removeprefix("shape:")
 
 
 def _million(result: Result, rows: Sequence[Row]) -> list[Claim]:

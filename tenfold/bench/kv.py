@@ -67,7 +67,7 @@ class Row:
 @dataclass(slots=True)
 class Result:
     """formats: of each its name, bytes a token, bytes of a room and how many tokens fit beside the weights, where one
-    sequence runs.
+    sequence runs; changes: fields of EngineConfig, as NAME=VALUE.
     """
 
     model: str
@@ -80,6 +80,12 @@ class Result:
     formats: dict[str, dict[str, Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the model, and how it differs."""
+        return ", ".join((self.model.partition("@")[0], *(change.replace("=", " ") for change in self.changes)))
 
     def plain(self) -> dict[str, Any]:
         return {"suite": "kv"} | asdict(self)
@@ -349,10 +355,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(point.lengths for point in points):
         parser.error("contexts of a point are filled to one length here; write points such as 8x1024.")
     name = given.model.removeprefix("shape:").replace("/", "-").replace("@", "-").replace("=", "")
+    name = "-".join((name, *(change.replace("=", "-") for change in given.set)))
     command = f"python -m tenfold.bench.kv --model {given.model} --formats {given.formats} --points {given.points}"
+    command += "".join(f" --set {change}" for change in given.set)
 
     def keep(result: Result) -> None:
-        result.command = command
+        result.command, result.changes = command, given.set
         if given.out:
             save(given.out / f"kv-{name}.json", result.plain(), given.commit)
 

@@ -3,7 +3,8 @@
     python -m tenfold.bench.profile --model shape:llama-3-8b --batch 1 --context 1024 [--set weights=int4] [--prefill]
 
 Kernels that begin before the one in front has ended wait inside their own time, so the sum is more than a step takes:
-what that takes by the clock, without the profiler, stands behind it.
+what that takes by the clock, without the profiler, stands behind it. What a kernel adds to a step is from the end of
+the one in front to its own.
 """
 
 import argparse
@@ -22,19 +23,23 @@ SHOWN = 20
 
 @dataclass(slots=True)
 class Kernel:
-    """launches and microseconds, of all steps together or of one."""
+    """launches, microseconds, and those that it adds, of all steps together or of one."""
 
     launches: float = 0.0
     microseconds: float = 0.0
+    adds: float = 0.0
 
 
-def added_up(events: Iterable[tuple[str, float]]) -> dict[str, Kernel]:
-    """By the name of the kernel."""
+def added_up(events: Iterable[tuple[str, float, float]]) -> dict[str, Kernel]:
+    """By the name of the kernel. events: name, begin and end in microseconds, in any order."""
     found: dict[str, Kernel] = {}
-    for name, took in events:
+    before: float | None = None
+    for name, begin, end in sorted(events, key=lambda event: event[2]):
         kernel = found.setdefault(name, Kernel())
         kernel.launches += 1
-        kernel.microseconds += took
+        kernel.microseconds += end - begin
+        kernel.adds += end - (begin if before is None else before)
+        before = end
     return found
 
 
@@ -45,6 +50,7 @@ def a_step(long: Mapping[str, Kernel], short: Mapping[str, Kernel], steps: int) 
         name: Kernel(
             (kernel.launches - short.get(name, none).launches) / steps,
             (kernel.microseconds - short.get(name, none).microseconds) / steps,
+            (kernel.adds - short.get(name, none).adds) / steps,
         )
         for name, kernel in long.items()
     }
@@ -56,7 +62,8 @@ def lines(kernels: Mapping[str, Kernel], clock: float) -> list[str]:
     rows = sorted(kernels.items(), key=lambda pair: -pair[1].microseconds)[:SHOWN]
     return [f"{total:10.1f} us in all, {clock:.1f} us by the clock"] + [
         f"{kernel.microseconds:10.1f} us  {kernel.launches:7.1f} x "
-        f"{kernel.microseconds / max(kernel.launches, 1e-9):9.2f}  {name[:90]}"
+        f"{kernel.microseconds / max(kernel.launches, 1e-9):9.2f}  "
+        f"adds {kernel.adds / max(kernel.launches, 1e-9):7.2f}  {name[:90]}"
         for name, kernel in rows
         if kernel.launches > 0
     ]
@@ -70,7 +77,11 @@ def recorded(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> d
         engine.generate(prompts, tokens)
         torch.cuda.synchronize()
     events: Any = seen.events()
-    return added_up((event.name, event.device_time) for event in events if event.device_type.name == "CUDA")
+    return added_up(
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type.name == "CUDA"
+    )
 
 
 def taken(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int) -> float:

@@ -331,10 +331,7 @@ def tables(folder: Path) -> str:
     parts += [f"### Arms, {data['model']}\n\n{arms_table(arms.loaded(data))}" for data in found.get("arms", ())]
     for result in map(launches.loaded, found.get("launches", ())):
         parts += [f"### Launches and bytes, {result.model.partition('@')[0]}\n\n{launches_table(result)}"]
-    parts += [
-        f"### KV formats, {data['model'].partition('@')[0]}\n\n{kv_table(kv.loaded(data))}"
-        for data in found.get("kv", ())
-    ]
+    parts += [f"### KV formats, {result.name}\n\n{kv_table(result)}" for result in map(kv.loaded, found.get("kv", ()))]
     parts += [
         f"### Quality of KV formats, {data['model']}\n\n{kv_quality_table(data)}"
         for data in found.get("kv-quality", ())
@@ -364,7 +361,7 @@ def charts(folder: Path) -> list[Path]:
             made.append(plots.tpot(results, folder / f"tpot-batch-{name}.png", over="batch"))
     for result in map(kv.loaded, found.get("kv", ())):
         if any(row.steps for row in result.rows):
-            name = result.model.removeprefix("shape:").partition("@")[0].replace("/", "-")
+            name = result.name.removeprefix("shape:").replace(", ", "-").replace("/", "-").replace(" ", "-")
             made.append(plots.kv(result, folder / f"kv-{name}.png"))
     for served in map(phases.loaded, found.get("phases", ())):
         if served.rows:
