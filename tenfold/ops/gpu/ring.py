@@ -35,6 +35,7 @@ SIZES = (
     (5, 1, 128),
     (4, 1, 256),
 )
+FEW_INPUTS = ((4, 2), (5, 2))  # stages, and those of tokens, where the next kernel's block is to fit beside
 SHARED_SIZES = ((5, 1, 256), (4, 1, 256), (4, 1, 128))  # of plans whose blocks share tiles in clusters
 CLUSTERS = (8, 4, 2)
 STORED = 8  # rows that a thread stores together
@@ -45,7 +46,7 @@ MOST_SMS = 256  # multiprocessors, more than any GPU has
 class RingPlan:
     """stages of the ring, blocks of a multiprocessor, rows of a tile (of HEIGHTS), and how work is dealt out: splits 1:
     whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS. cluster: blocks that
-    have a tile together and add up in shared memory; then splits is 1.
+    have a tile together and add up in shared memory; then splits is 1. inputs: stages of tokens, 0 for as many as of w.
     """
 
     stages: int
@@ -54,6 +55,7 @@ class RingPlan:
     splits: int = 1
     kind: str = "ring"
     cluster: int = 1
+    inputs: int = 0
 
     @property
     def step_cols(self) -> int:
@@ -61,17 +63,22 @@ class RingPlan:
 
     def __str__(self) -> str:
         dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
-        dealt += f":c{self.cluster}" * (self.cluster > 1)
+        dealt += f":c{self.cluster}" * (self.cluster > 1) + f":x{self.inputs}" * (self.inputs > 0)
         return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}"
 
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    whole, _, cluster = name.partition(":c")
+    more = re.fullmatch(r"(.*?)(?::c(2|4|8))?(?::x([1-9]))?", name)
+    assert more is not None
+    whole, cluster, inputs = more.groups()
     found = parts(whole, KINDS, HEIGHTS)
-    if found is None or cluster not in ("", *map(str, CLUSTERS)) or (cluster and found[3] != 1):
-        raise ValueError(f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :even, :sN or :cN.")
-    return RingPlan(*found, int(cluster or 1))
+    if found is None or (cluster and found[3] != 1) or (inputs and (cluster or int(inputs) >= found[0])):
+        raise ValueError(
+            f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :cN, or :even or :sN, then :xN with "
+            "N below S."
+        )
+    return RingPlan(*found, int(cluster or 1), int(inputs or 0))
 
 
 def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str] | None:
@@ -96,12 +103,12 @@ def width(tokens: int) -> int:
 
 def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
-    n = width(tokens)
-    stage = boxes(plan.height) * BOX_BYTES * (plan.height + n)
+    n, row = width(tokens), boxes(plan.height) * BOX_BYTES
+    ring = plan.stages * (row * plan.height + 16) + (plan.inputs or plan.stages) * row * n
     if plan.cluster > 1:  # sums take the place of stages
-        return 1024 + plan.stages * (stage + 16)
-    stored = n // 2 if plan.height == HEIGHTS[-1] and n == MOST_TOKENS else n  # tokens at a time
-    return 1024 + plan.stages * (stage + 16) + stored * (plan.height + 4) * 4 + 16
+        return 1024 + ring
+    stored = n // 2 if n == MOST_TOKENS and (plan.height == HEIGHTS[-1] or plan.inputs) else n  # tokens at a time
+    return 1024 + ring + stored * (plan.height + 4) * 4 + 16
 
 
 def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:
@@ -122,7 +129,8 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
         return False
     if plan.height // 2 < STORED * plan.cluster:
         return False
-    return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
+    together = plan.blocks if not plan.inputs else 2 * plan.blocks  # with few stages of tokens it is for what comes next
+    return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), together)
 
 
 def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
@@ -135,10 +143,13 @@ def can_meet(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
 
 def candidates(tokens: int, rows: int, cols: int, sms: int, kind: str = "ring") -> Iterator[RingPlan]:
     """Plans worth timing."""
-    for stages, blocks, height in SIZES:
+    sizes = [(*size, 0) for size in SIZES]
+    if tokens > 16:
+        sizes += [(stages, 1, HEIGHTS[0], inputs) for stages, inputs in FEW_INPUTS]
+    for stages, blocks, height, inputs in sizes:
         tiles, room = -(-rows // height), sms * blocks
         for splits in (1, 0, room // tiles) if tiles < room else (1,):
-            plan = RingPlan(stages, blocks, height, splits, kind)
+            plan = RingPlan(stages, blocks, height, splits, kind, inputs=inputs)
             if legal(plan, tokens, rows, cols):
                 yield plan
     for stages, blocks, height in SHARED_SIZES:
@@ -235,6 +246,7 @@ def launch(
             ("HALF", nvrtc.HALF[x.dtype]),
             ("N", width(tokens)),
             ("STAGES", plan.stages),
+            ("X_STAGES", plan.inputs or plan.stages),
             ("BLOCKS", plan.blocks),
             ("GATE", gate),
             ("ROWS", plan.height),

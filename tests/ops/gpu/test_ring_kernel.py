@@ -32,7 +32,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         *(("ring:4x1x64", 3, 136, 200), ("ring:2x1x64", 1, 70, 136), ("ring:3x1x64:even", 13, 200, 640)),
         *(("ring:3x1x64:s2", 33, 72, 512), ("ring:2x1x128", 20, 264, 256), ("ring:2x1x128:c2", 5, 200, 512)),
         *(("ring:3x1x128:s3", 9, 130, 640), ("ring:2x1x128:c4", 64, 136, 520), ("ring:2x1x256", 40, 300, 128)),
-        ("ring:3x1x256:c2", 17, 260, 256),
+        *(("ring:3x1x256:c2", 17, 260, 256), ("ring:4x1x64:x2", 40, 136, 712), ("ring:4x1x64:s2:x1", 50, 72, 1000)),
+        *(("ring:5x1x64:even:x2", 20, 200, 640), ("ring:4x1x64:x3", 18, 70, 136)),
     ],
 )
 def test_products(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int, rows: int, cols: int) -> None:
@@ -56,7 +57,7 @@ def test_products(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, toke
     ("name", "tokens", "half", "act"),
     [
         *(("ring:3x1x64", 2, 100, "silu"), ("ring:2x1x128:c4", 13, 96, "gelu_tanh"), ("ring:3x1x64:s2", 3, 33, "silu")),
-        *(("ring:2x1x256", 36, 136, "silu"), ("ring:2x1x128", 5, 75, None), ("ring:3x1x64:even", 9, 40, None)),
+        *(("ring:4x1x64:x2", 36, 72, "silu"), ("ring:2x1x256", 36, 136, "silu"), ("ring:2x1x128", 5, 75, None), ("ring:3x1x64:even", 9, 40, None)),
     ],
 )
 def test_what_is_fused(name: str, tokens: int, half: int, act: str | None, dtype: str) -> None:
@@ -79,6 +80,7 @@ def test_what_is_fused(name: str, tokens: int, half: int, act: str | None, dtype
     [
         *(("ring-fp8:3x1x64", 3, 70, None), ("ring-fp8:2x1x128:c2", 9, 136, "silu")),
         *(("ring-fp8:2x1x64:even", 33, 72, "silu"), ("ring-fp8:2x1x256", 17, 264, None)),
+        *(("ring-fp8:4x1x64:x2", 64, 72, "silu"), ("ring-fp8:5x1x64:s2:x2", 20, 70, None)),
     ],
 )
 def test_float8_by_float8(name: str, tokens: int, half: int, act: str | None, grouped: bool) -> None:

@@ -21,7 +21,7 @@ FOUR = {"BITS": 4, "SCALES": 1, "ZEROS": 1, "GROUP": 128}
 NIBBLES = FOUR | {"E4M3": 0, "ZEROS": 0, "GROUP": 1 << 30, "ROWS": 128}
 EIGHT = {"BITS": 8, "E4M3": 0, "SCALES": 2, "ZEROS": 0, "GROUP": 128}
 DECODE = {"HALF": 0, "GATE": 0, "D": 64, "GROUP": 3, "WARPS": 4, "BLOCKS": 3, "DEPTH": 1}
-RING = {"BITS": 16, "STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0, "CLUSTER": 1}
+RING = {"BITS": 16, "STAGES": 4, "X_STAGES": 4, "BLOCKS": 1, "GATE": 1, "ROWS": 64, "SPLIT": 0, "CLUSTER": 1}
 PREFILL = {"HALF": 0, "D": 128, "PAGE": 16, "BOX": 16, "TILE": 128, "WGS": 2, "STAGES": 2, "WINDOW": 0, "CAP": 0}
 EXPERTS = {"FLOAT32": 0, "STAGES": 4, "BLOCKS": 1, "CLUSTER": 1}
 KINDS = {
@@ -57,7 +57,8 @@ SOURCES = [
     ("ring.cu", RING | {"N": 8, "HALF": 0}),
     ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 128, "SPLIT": 1}),
     ("ring.cu", RING | {"N": 64, "HALF": 0, "ROWS": 256, "SPLIT": 1, "STAGES": 4}),
-    ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 256, "CLUSTER": 8, "STAGES": 5, "GATE": 0}),
+    ("ring.cu", RING | {"N": 64, "HALF": 1, "ROWS": 256, "CLUSTER": 8, "STAGES": 5, "X_STAGES": 5, "GATE": 0}),
+    ("ring.cu", RING | {"N": 64, "HALF": 0, "SPLIT": 1, "X_STAGES": 2}),
     ("ring.cu", RING | {"BITS": 8, "N": 16, "HALF": 0, "ROWS": 128, "CLUSTER": 2, "GROUPED": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 64, "HALF": 0, "ROWS": 256, "STAGES": 4, "GROUPED": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),

@@ -11,7 +11,10 @@
 // blocks of a cluster have a tile, each a part of the columns, and then add up and store a part of the rows each, from each
 // other's shared memory: for few rows and many tokens, where sums in global memory are most of the way.
 //
-// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · BLOCKS of a
+// Weights are far, tokens are in the L2 cache: they may have fewer stages (X_STAGES), so that with many of them too the next
+// kernel's block fits beside this one.
+//
+// Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · X_STAGES · BLOCKS of a
 // multiprocessor · ROWS 64, 128 or 256 · SPLIT · CLUSTER, then no SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale
 // for each token, and for each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
 // columns meet in float32.
@@ -27,9 +30,10 @@
 #define STEP_COLS (BOXES * BOX_COLS)
 #define W_BOX (ROWS * 128)  // bytes
 #define X_BOX (N * 128)
-#define STAGE_BYTES (BOXES * (W_BOX + X_BOX))
+#define W_STAGE (BOXES * W_BOX)
+#define X_STAGE (BOXES * X_BOX)
 #define PITCH (ROWS + 4)  // floats between tokens of the finished tile
-#define TURN (ROWS == 256 && N == 64 && CLUSTER == 1 ? N / 2 : N)  // tokens of it that are stored at a time
+#define TURN ((ROWS == 256 || X_STAGES < STAGES) && N == 64 && CLUSTER == 1 ? N / 2 : N)  // tokens of it that are stored at a time
 
 #include "deal.h"
 
@@ -108,12 +112,12 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
 #if CLUSTER > 1
     float *tile = (float *)memory;  // where stages were
-    u64 *barriers = (u64 *)(memory + STAGES * STAGE_BYTES);
+    u64 *barriers = (u64 *)(memory + STAGES * W_STAGE + X_STAGES * X_STAGE);
 #else
-    float *tile = (float *)(memory + STAGES * STAGE_BYTES);
+    float *tile = (float *)(memory + STAGES * W_STAGE + X_STAGES * X_STAGE);
     u64 *barriers = (u64 *)(tile + TURN * PITCH);
 #endif
-    const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory);
+    const u32 full = shared_address(barriers), empty = full + STAGES * 8, stage0 = shared_address(memory), inputs0 = stage0 + STAGES * W_STAGE;
 #if GATE
     const int height = ROWS / 2, outputs = rows / 2;
 #else
@@ -147,11 +151,10 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
             u64 once, kept;
             asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
             asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(kept));
-            int count = 0;
             auto weights = [&](int at) {
                 int step = step_of(at), row = tile_of(at) * height;
-                u32 to = stage0 + at % STAGES * STAGE_BYTES, barrier = full + at % STAGES * 8;
-                expect(barrier, STAGE_BYTES);
+                u32 to = stage0 + at % STAGES * W_STAGE, barrier = full + at % STAGES * 8;
+                expect(barrier, W_STAGE + X_STAGE);
 #pragma unroll
                 for (int b = 0; b < BOXES; b++) {
                     fetch(to + b * W_BOX, &w_map, step * STEP_COLS + b * BOX_COLS, row, barrier, once);
@@ -161,17 +164,17 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 }
             };
             auto inputs = [&](int at) {
-                u32 to = stage0 + at % STAGES * STAGE_BYTES + BOXES * W_BOX, barrier = full + at % STAGES * 8;
+                u32 to = inputs0 + at % X_STAGES * X_STAGE, barrier = full + at % STAGES * 8;
 #pragma unroll
                 for (int b = 0; b < BOXES; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
             };
-            for (; count < mine && count < STAGES; count++) weights(count);
+            for (int at = 0; at < min(mine, STAGES); at++) weights(at);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
-            for (int at = 0; at < count; at++) inputs(at);
-            for (; count < mine; count++) {
-                wait_for(empty + count % STAGES * 8, (count / STAGES - 1) & 1);
-                weights(count);
-                inputs(count);
+            for (int at = 0; at < min(mine, X_STAGES); at++) inputs(at);
+            for (int done = 0; done + X_STAGES < mine; done++) {  // steps, each of which leaves room for two others
+                wait_for(empty + done % STAGES * 8, done / STAGES & 1);
+                if (done + STAGES < mine) weights(done + STAGES);
+                inputs(done + X_STAGES);
             }
         }
         __syncwarp();
@@ -187,8 +190,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
 #pragma unroll
         for (int i = 0; i < N / 2; i++) d[i] = 0.f;
         for (int step = step_of(count); step < steps && count < mine; step++, count++) {
-            const u32 stage = stage0 + count % STAGES * STAGE_BYTES;
-            const u32 tokens_at = stage + BOXES * W_BOX;
+            const u32 stage = stage0 + count % STAGES * W_STAGE, tokens_at = inputs0 + count % X_STAGES * X_STAGE;
             wait_for(full + count % STAGES * 8, count / STAGES & 1);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #if BITS == 16
