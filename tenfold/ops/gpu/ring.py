@@ -6,7 +6,7 @@ by float8: tokens are rounded to e4m3 with a scale each before (`quantize.py`).
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,26 +69,27 @@ class RingPlan:
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    more = re.fullmatch(r"(.*?)(?::c(2|4|8))?(?::x([1-9]))?", name)
-    assert more is not None
-    whole, cluster, inputs = more.groups()
+    whole, _, cluster = name.partition(":c")
     found = parts(whole, KINDS, HEIGHTS)
-    if found is None or (cluster and found[3] != 1) or (inputs and (cluster or int(inputs) >= found[0])):
+    if found is None or cluster not in ("", *map(str, CLUSTERS)) or (cluster and (found.splits != 1 or found.inputs)):
         raise ValueError(
-            f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :cN, or :even or :sN, then :xN with "
-            "N below S."
+            f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :cN, or :even or :sN, then :xN "
+            "with N below S."
         )
-    return RingPlan(*found, int(cluster or 1), int(inputs or 0))
+    return replace(found, cluster=int(cluster or 1))
 
 
-def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> tuple[int, int, int, int, str] | None:
-    """The fields of a plan from what `str` makes of it; None for another name."""
+def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> RingPlan | None:
+    """The plan, without a cluster, of which `str` makes this name; None for another name."""
     sizes = rf"(\d+)x(\d+)x({'|'.join(map(str, heights))})"
-    found = re.fullmatch(rf"({'|'.join(kinds)}):{sizes}(?::(even)|:s(\d+))?", name)
+    found = re.fullmatch(rf"({'|'.join(kinds)}):{sizes}(?::(even)|:s(\d+))?(?::x(\d+))?", name)
     if not found:
         return None
-    kind, stages, blocks, height, even, splits = found.groups()
-    return int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind
+    kind, stages, blocks, height, even, splits, inputs = found.groups()
+    plan = RingPlan(int(stages), int(blocks), int(height), 0 if even else int(splits or 1), kind)
+    if inputs is None:
+        return plan
+    return replace(plan, inputs=int(inputs)) if 0 < int(inputs) < plan.stages else None
 
 
 def boxes(height: int) -> int:
@@ -129,7 +130,7 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
         return False
     if plan.height // 2 < STORED * plan.cluster:
         return False
-    together = plan.blocks if not plan.inputs else 2 * plan.blocks  # with few stages of tokens it is for what comes next
+    together = 2 * plan.blocks if plan.inputs else plan.blocks  # few stages of tokens are for the next kernel
     return can_meet(plan, tokens, rows, cols) and hopper.fits(shared_bytes(plan, tokens, cols), together)
 
 

@@ -51,9 +51,9 @@ class PackedPlan(RingPlan):
 def parse(name: str) -> PackedPlan:
     """The plan `str(plan)` names. Raises ValueError."""
     found = parts(name, CODES, (64, 128, 192, 256))
-    if found is None:
+    if found is None or found.inputs:
         raise ValueError(f"{name!r} is no ring plan for codes; allowed: ring4:SxBxR or ring8:SxBxR, then :even or :sN.")
-    return PackedPlan(*found)
+    return PackedPlan(found.stages, found.blocks, found.height, found.splits, found.kind)
 
 
 def kind_of(format: str) -> str:

@@ -57,7 +57,8 @@ def test_products(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, toke
     ("name", "tokens", "half", "act"),
     [
         *(("ring:3x1x64", 2, 100, "silu"), ("ring:2x1x128:c4", 13, 96, "gelu_tanh"), ("ring:3x1x64:s2", 3, 33, "silu")),
-        *(("ring:4x1x64:x2", 36, 72, "silu"), ("ring:2x1x256", 36, 136, "silu"), ("ring:2x1x128", 5, 75, None), ("ring:3x1x64:even", 9, 40, None)),
+        *(("ring:2x1x256", 36, 136, "silu"), ("ring:2x1x128", 5, 75, None), ("ring:3x1x64:even", 9, 40, None)),
+        ("ring:4x1x64:x2", 36, 72, "silu"),
     ],
 )
 def test_what_is_fused(name: str, tokens: int, half: int, act: str | None, dtype: str) -> None:
