@@ -23,6 +23,7 @@ from tenfold.engine.sight import Sight
 from tenfold.engine.speculate.verify import Check, accepted, draws
 from tenfold.models.table import Model
 from tenfold.ops import sample as ops
+from tenfold.ops.host import sent
 
 
 @dataclass(slots=True)
@@ -98,9 +99,8 @@ class Runner:
         for sequence in sequences:
             self.sampler.admit(sequence)
         if sequences:
-            rows = torch.tensor([s.row for s in sequences], dtype=torch.int64, device=self.device)
-            latest = torch.tensor([s.tokens[-1] for s in sequences], dtype=torch.int64, device=self.device)
-            self.rows.keep(rows, latest)
+            rows, latest = [s.row for s in sequences], [s.tokens[-1] for s in sequences]
+            self.rows.keep(sent(rows, self.device), sent(latest, self.device))
 
     def prepare(self, plan: StepPlan) -> None:
         """What a plan needs before its entries run: rows of new sequences, and page copies. Done once a plan."""
@@ -113,7 +113,7 @@ class Runner:
             for sequence in plan.admitted:
                 self.sampler.admit(sequence)
             if plan.copies:
-                pairs = torch.tensor(plan.copies, dtype=torch.int64, device=self.device)
+                pairs = sent(plan.copies, self.device)
                 self.kv.copy_pages(pairs[:, 0], pairs[:, 1])
 
     def forward(self, entries: tuple[Entry, ...], decodes: int) -> "Forward":
@@ -214,7 +214,7 @@ class Runner:
                 start += entry.sample
                 continue
             following = sequence.tokens[entry.start + 1 : min(entry.start + entry.length + 1, sequence.prompt_length)]
-            ids = torch.tensor(following, dtype=torch.int64, device=self.device)
+            ids = sent(following, self.device, torch.int64)
             best = sequence.request.params.prompt_logprobs or 0
             found.append((entry, ops.log_probabilities(logits[start : start + len(following)], ids, best), following))
             start += entry.length

@@ -20,6 +20,7 @@ from tenfold.engine.request import Logprob, SamplingParams
 from tenfold.engine.sequence import Sequence
 from tenfold.engine.speculate.verify import Check
 from tenfold.ops import sample as ops
+from tenfold.ops.host import sent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +63,7 @@ class SamplePlan:
     held: tuple[tuple[int, int, Tensor], ...]  # place, min_tokens, token ids not allowed before
     masked: tuple[int, ...]  # places whose answers follow a grammar
     logprobs: tuple[int, ...]  # places
+    rows: Tensor | None  # the same on the device, where there are any
     best: int  # how many best tokens the most curious of those wants
     asked: Tensor | None  # [len(logprobs), A] token ids whose log-probabilities are wanted, padded with 0
 
@@ -105,7 +107,7 @@ class Sampler:
             self._seen = torch.zeros(self.max_batch, self.vocab_size, dtype=torch.bool, device=self.device)
         answer = sequence.tokens[sequence.prompt_length :]
         counts = np.bincount(np.array(answer, dtype=np.int64), minlength=self.vocab_size)
-        self._counts[sequence.row] = torch.from_numpy(counts).to(self.device, torch.float32)
+        self._counts[sequence.row] = sent(counts, self.device, torch.float32)
         self._seen[sequence.row] = False
         self._seen[sequence.row, self._tensor(sequence.tokens)] = True
 
@@ -129,6 +131,7 @@ class Sampler:
             ),
             masked=tuple(i for i, p in enumerate(params) if p.grammar is not None),
             logprobs=wanted,
+            rows=self._tensor(list(wanted)) if wanted else None,
             best=max((params[i].logprobs or 0 for i in wanted), default=0),
             asked=self._asked([params[i].logprob_token_ids for i in wanted]),
         )
@@ -152,7 +155,7 @@ class Sampler:
         if plan.plain:
             tokens = ops.argmax(logits)
             return Sampled(tokens, tokens if check is None else check.last(tokens, check.accepted(tokens)))
-        raw = logits[list(plan.logprobs)] if plan.logprobs else None
+        raw = None if plan.rows is None else logits[plan.rows]
         few = self._few(plan, entries, mask)
         free = self._free(plan, entries, mask, few)
         if plan.edits:
@@ -162,7 +165,7 @@ class Sampler:
             tokens[group.index] = self._draw(logits, group, entries, few)
         if free:
             self._correct(logits, tokens, plan, entries, free)
-        logs = None if raw is None else ops.log_probabilities(raw, tokens[list(plan.logprobs)], plan.best)
+        logs = None if raw is None else ops.log_probabilities(raw, tokens[plan.rows], plan.best)
         asked = None if raw is None or plan.asked is None else ops.asked_probabilities(raw, plan.asked)
         right = None if check is None else check.accepted(tokens)
         kept = None if check is None or right is None else check.kept(right)
@@ -252,7 +255,7 @@ class Sampler:
     ) -> Tensor:
         drawn = [entries[i] for i in group.places]
         counts = [-1 - _position(e) if again else _position(e) for e in drawn]
-        u = torch.from_numpy(ops.uniforms([e.sequence.seed for e in drawn], counts)).to(self.device)
+        u = sent(ops.uniforms([e.sequence.seed for e in drawn], counts), self.device)
         place = group.places[0]
         rows = logits[place : place + 1] if len(drawn) == 1 else logits[group.index]
         ids = few.get(place) if len(drawn) == 1 else None
@@ -317,7 +320,7 @@ class Sampler:
         )
 
     def _tensor(self, values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return sent(values, self.device, dtype)
 
     def _column(self, values: list, dtype: torch.dtype) -> Tensor:
         return self._tensor(values, dtype)[:, None]
@@ -330,8 +333,8 @@ def penalised(params: SamplingParams) -> bool:
 def _with_drafts(table: Tensor, drafts: Seq[tuple[int, Seq[int]]]) -> Tensor:
     """In place: rows of counts, or of what was seen, with the drafts that each of some rows takes for granted."""
     if drafts:
-        rows = torch.tensor([i for i, own in drafts for _ in own], device=table.device)
-        tokens = torch.tensor([t for _, own in drafts for t in own], device=table.device)
+        rows = sent([i for i, own in drafts for _ in own], table.device)
+        tokens = sent([t for _, own in drafts for t in own], table.device)
         if table.dtype == torch.bool:
             table[rows, tokens] = True
         else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.gpu import argmax as gpu
+from tenfold.ops.host import sent
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -73,10 +74,10 @@ def allow_only(logits: Tensor, places: list[int], bits: Sequence[np.ndarray]) ->
         return
     if not places:
         return
-    words = torch.from_numpy(np.stack(bits).view(np.int32))
-    words = words.pin_memory().to(logits.device, non_blocking=True) if logits.is_cuda else words
+    words = sent(np.stack(bits).view(np.int32), logits.device)
     allowed = (words[:, :, None] >> torch.arange(32, device=logits.device, dtype=torch.int32)) & 1
-    logits[places] = logits[places].masked_fill(allowed.flatten(1)[:, :vocab] == 0, -torch.inf)
+    index = sent(places, logits.device)
+    logits[index] = logits[index].masked_fill(allowed.flatten(1)[:, :vocab] == 0, -torch.inf)
 
 
 def allow_few(logits: Tensor, place: int, ids: np.ndarray) -> None:

@@ -8,7 +8,10 @@ import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
+from tenfold.engine.plan import Entry
 from tenfold.engine.request import Grammar, Request, SamplingParams
+from tenfold.engine.sampler import Sampled, Sampler
+from tenfold.engine.sequence import Sequence
 from tenfold.engine.text import Text
 from tenfold.models.table import build_model
 from tenfold.ops.table import make_kernels
@@ -123,3 +126,32 @@ def test_a_long_context_beside_short_ones(graphs: bool) -> None:
         for token, log in zip(answer, logs[-len(answer) :]):
             assert log is not None
             assert log.logprob > max(p for _, p in log.top) - 0.15, (i, token)
+
+
+@pytest.mark.parametrize("params", KINDS[:6], ids=range(6))
+def test_sampling_waits_for_nothing(params: SamplingParams) -> None:
+    """Neither what a batch needs nor a step of it makes the host wait for the device."""
+    device, vocab = torch.device("cuda"), 1000
+    sampler = Sampler(4, vocab, device)
+    sequences = [
+        Sequence(Request(str(row), (5, 6, 7), params), 0, row, 30, 8, row, frozenset(params.stop_token_ids))
+        for row in range(4)
+    ]
+    for row, sequence in enumerate(sequences):
+        sequence.row = row
+    entries = [Entry(row, sequence, 2, 1, True) for row, sequence in enumerate(sequences)]
+    logits = torch.randn(4, vocab, device=device)
+
+    def step() -> Sampled:
+        for sequence in sequences:
+            sampler.admit(sequence)
+        plan = sampler.plan(sequences)
+        return sampler.run(logits.clone(), plan, entries)
+
+    step()  # what is compiled is compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert drawn.tokens.shape == (4,)

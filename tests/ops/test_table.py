@@ -1,5 +1,6 @@
 """Which kernels are picked, and that the choice says why."""
 
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -75,3 +76,45 @@ def test_torch_keeps_off_the_cores_of_compiled_kernels() -> None:
 def test_refusal(name: str, dtype: torch.dtype, threads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_kernels(name, CPU, dtype, threads)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """As if PyTorch saw a GPU; what it can is in the list."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    able = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: able[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    return able
+
+
+@pytest.mark.parametrize("able", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_a_gpu_that_is_no_hopper_runs_on_torch(gpu: list[tuple[int, int]], able: tuple[int, int]) -> None:
+    gpu[0] = able
+    device = torch.device("cuda")
+    told = rf"made for compute capability 9\.0 \(Hopper\), and a GPU has {able[0]}\.{able[1]}\."
+    with pytest.raises(ValueError, match=rf"kernels=native cannot be used: .*{told} Use kernels=auto"):
+        make_kernels("native", device, torch.bfloat16)
+    kernels = make_kernels("auto", device, torch.bfloat16)
+    assert kernels.name == "torch"
+    assert re.search(told, kernels.reason)
+
+
+def test_what_cuda_needs_and_lacks_is_said(gpu: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tenfold.ops.gpu import nvrtc
+
+    class Broken:
+        @staticmethod
+        def nvrtcVersion() -> None:
+            raise RuntimeError("Failed to dlopen libnvrtc")
+
+    device = torch.device("cuda")
+    monkeypatch.setattr(nvrtc, "_driver", lambda: None)
+    with monkeypatch.context() as there:
+        there.setattr(nvrtc, "_nvrtc", Broken)
+        assert "finds no libnvrtc of its CUDA version (Failed" in make_kernels("auto", device, torch.bfloat16).reason
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(nvrtc.shutil, "which", lambda _: None)
+    monkeypatch.setattr(nvrtc, "_nvrtc", lambda: types.SimpleNamespace(nvrtcVersion=lambda: (0, 13, 0)))
+    with pytest.raises(ValueError, match="neither gcc nor clang, nor does CC name one"):
+        make_kernels("native", device, torch.bfloat16)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.engine.plan import Entry
+from tenfold.ops.host import sent
 
 
 def draws(entries: Seq[Entry]) -> tuple[Entry, ...]:
@@ -53,8 +54,8 @@ class Check:
             owners += [number] * count
             offsets += range(count)
         # One copy, which the host does not wait for: the model of this step runs meanwhile.
-        host = torch.tensor([*places, *expected, *owners, *offsets], pin_memory=device.type == "cuda")
-        parts = host.to(device, non_blocking=True).split([len(places), len(expected), len(owners), len(offsets)])
+        told = sent([*places, *expected, *owners, *offsets], device)
+        parts = told.split([len(places), len(expected), len(owners), len(offsets)])
         self._places = parts[0].view(len(entries), width)  # [E, K + 1] the draws of each entry, the last repeated
         self._expected = parts[1].view(len(entries), width - 1)  # [E, K], -1: no draft
         self._entry, self._offset = parts[2:]

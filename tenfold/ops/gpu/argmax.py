@@ -16,7 +16,7 @@ BLOCKS = 264  # of all rows together: two a multiprocessor of an H100
 @cache
 def available(device: int) -> bool:
     """Whether the kernel can run on a CUDA device."""
-    if torch.cuda.get_device_capability(device) < nvrtc.LEAST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) != nvrtc.CAPABILITY:
         return False
     try:
         nvrtc.check_available()

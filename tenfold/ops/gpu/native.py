@@ -47,17 +47,17 @@ class Gpu(Oracle):
         super().__init__(device, dtype)
         self.options = options
         capability = torch.cuda.get_device_capability(self.device)
-        least = nvrtc.LEAST_CAPABILITY
-        if capability < least:
+        if capability != nvrtc.CAPABILITY:
             raise ValueError(
-                f"the GPU kernels need compute capability {least[0]}.{least[1]} (Hopper) or "
-                f"newer, and {torch.cuda.get_device_name(self.device)} has {capability[0]}.{capability[1]}."
+                f"the GPU kernels are made for compute capability {'.'.join(map(str, nvrtc.CAPABILITY))} (Hopper), and "
+                f"{torch.cuda.get_device_name(self.device)} has {'.'.join(map(str, capability))}."
             )
         if dtype not in nvrtc.HALF:
             raise ValueError(
                 f"the GPU kernels compute in bfloat16 or float16 and the compute type is {str(dtype).split('.')[-1]}."
             )
         nvrtc.check_available()
+        nvrtc.check_compiler()
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         table = arms.table(torch.cuda.get_device_name(self.device))
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)

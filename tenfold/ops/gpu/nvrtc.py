@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import struct
 import tempfile
 import threading
@@ -21,7 +22,7 @@ from torch import Tensor
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("--std=c++17", "-default-device", "--use_fast_math", "--extra-device-vectorization")
-LEAST_CAPABILITY = (9, 0)  # Hopper: programmatic dependent launch
+CAPABILITY = (9, 0)  # Hopper: wgmma and its like are of no other
 HALF = {torch.bfloat16: 0, torch.float16: 1}  # types our sources compute in, by their macro of this name
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}  # by the macro GATE
 LARGEST_STATIC = 48 << 10  # bytes of shared memory, static and dynamic, a kernel may use without asking
@@ -347,8 +348,24 @@ def _store(path: Path, image: bytes) -> None:
 
 def check_available() -> None:
     """Raises CompileError where CUDA C++ cannot be compiled or loaded."""
-    _nvrtc()
+    try:
+        _nvrtc().nvrtcVersion()
+    except RuntimeError as error:
+        own = f"=={torch.version.cuda.partition('.')[0]}.*" if torch.version.cuda else ""
+        raise CompileError(
+            f"cuda-bindings finds no libnvrtc of its CUDA version ({error}). Install those of PyTorch's: pip install "
+            f"'cuda-bindings{own}'"
+        ) from error
     _driver()
+
+
+def check_compiler() -> None:
+    """Raises CompileError where Triton, which makes a launcher in C for each kernel, would find no compiler."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise CompileError(
+            "Triton's kernels need a C compiler and there is neither gcc nor clang, nor does CC name one. Install gcc, "
+            "or set CC."
+        )
 
 
 def _nvrtc() -> Any:

@@ -76,7 +76,7 @@ def legal(spec: AttentionSpec, dtype: torch.dtype, page_size: int) -> bool:
 
 def runs_on(device: torch.device) -> bool:
     """Whether the device has the instructions: those of compute capability 9.0 alone."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == nvrtc.LEAST_CAPABILITY
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == nvrtc.CAPABILITY
 
 
 def rule(spec: AttentionSpec, softmax: str = "lazy", max_query: int = LONG_CHUNK) -> ChunkPlan:

@@ -20,7 +20,7 @@ from tenfold.ops.cpu import lib
 from tenfold.ops.table import make_kernels
 from tenfold.weights.find import resolve
 
-GPU_REMEDY = "a Hopper GPU or newer, and: pip install triton cuda-bindings"
+GPU_REMEDY = "a Hopper GPU, gcc, and: pip install triton cuda-bindings"
 MARKS = {"on": "+", "off": "-", "info": " "}
 
 
