@@ -101,8 +101,8 @@ class EngineConfig:
     )
     softmax: str = setting(
         "auto",
-        "GPU attention: online, lazy, unified or paper; auto takes unified where `tenfold calibrate softmax` measured "
-        "the model, else lazy",
+        "GPU attention: online, lazy, unified or paper; auto takes unified for prompts where "
+        "`tenfold calibrate softmax` measured the model, else lazy",
         choices=("auto", "online", "lazy", "unified", "paper"),
     )
     gemm: str = setting(

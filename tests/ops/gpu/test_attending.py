@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -390,3 +390,19 @@ def test_the_floor_counts_what_a_query_sees() -> None:
     own = 2 * 128 * 2 * (32 + 8)
     assert attending.floor_bytes(READING) == 6144 * token + own
     assert attending.floor_bytes(replace(READING, spec=replace(SPEC, window=100))) == 100 * token + own
+
+
+@pytest.mark.parametrize(
+    ("fixed", "known", "decodes", "taken"),
+    [
+        *(("auto", False, False, "lazy"), ("auto", True, False, "unified"), ("auto", True, True, "lazy")),
+        *(("unified", True, True, "unified"), ("online", True, False, "online"), ("paper", True, True, "paper")),
+    ],
+)
+def test_a_unified_maximum_is_for_chunks_unless_it_was_asked_for(
+    fixed: str, known: bool, decodes: bool, taken: str
+) -> None:
+    native = pytest.importorskip("tenfold.ops.gpu.native")
+    gpu = SimpleNamespace(options=Options(softmax=fixed), _unified=False)
+    assert native.Gpu._softmax(gpu, torch.zeros(8) if known else None, decodes) == taken
+    assert gpu._unified == (taken in ("unified", "paper"))
