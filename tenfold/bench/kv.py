@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.bench.case import Figure
+from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.command import save, settings
 from tenfold.bench.fit import Point, points_of
 from tenfold.bench.floor import GB, best_seconds, copy_bandwidth, model_sizes
@@ -90,10 +90,16 @@ class Result:
     def plain(self) -> dict[str, Any]:
         return {"suite": "kv"} | asdict(self)
 
-    def gain(self, row: Row) -> float | None:
-        """A step's time with a cache as computed, over the row's."""
+    def gains(self, row: Row) -> Figure | None:
+        """A step's time with a cache as computed, over the row's, round by round."""
         base = self.row("dense", row.batch, row.context)
-        return base.median / row.median if base is not None and row.steps else None
+        rounds = 0 if base is None else min(len(base.steps), len(row.steps))
+        return paired_ratio(base.steps[:rounds], row.steps[:rounds]) if base is not None and rounds else None
+
+    def gain(self, row: Row) -> float | None:
+        """The median of `gains`."""
+        found = self.gains(row)
+        return None if found is None else found.median
 
     def layer_gain(self, row: Row) -> float | None:
         """The same of one layer's attention."""
@@ -125,7 +131,7 @@ class Bench(OneModel):
         """Bytes of a token and of a room, and the tokens that fit beside one room."""
         config, plan = self.planned(format, 1, LEAST_TOKENS)
         spec = kv_spec(self.opened.shape, config)
-        left = int(plan.free * share_of(config)) - plan.weights + plan.workspace + spec.bytes_per_room
+        left = int(plan.free * share_of(config)) - plan.weights - plan.workspace - spec.bytes_per_room
         bits = spec.bytes_per_token * 8 / (2 * spec.layers * spec.kv_heads * spec.head_dim)
         return {
             "bytes_per_token": spec.bytes_per_token,

@@ -27,7 +27,7 @@ from tenfold.engine import inspect
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Held, Mask, Masks, ahead
-from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for
+from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for, unfused
 from tenfold.engine.opened import Opened
 from tenfold.engine.phases import table as schedules
 from tenfold.engine.phases.loop import Phases
@@ -158,6 +158,8 @@ class Engine:
         logger.info("memory for %s:\n%s", config.model, plan)
         if (cache := kv_spec(opened.shape, config)).packed is not None:
             logger.info("KV cache of %s: %s", config.model, cache)
+            if opened.kernels.name == "gpu" and (slow := unfused(opened.shape, config)):
+                logger.warning("KV cache of %s: %s", config.model, slow)
         with timeline.phase("tokenizer"):
             text = None if tokens_only else Text(opened.checkpoint)
             if text is not None:

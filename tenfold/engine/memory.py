@@ -21,12 +21,16 @@ from tenfold.models.decoder import SEEN_TOKENS
 from tenfold.ops.blocks import DENSE, storage_bytes
 from tenfold.ops.cpu.repack import cpu_storage, has_fractions
 from tenfold.ops.formats import format_of, is_format
+from tenfold.ops.gpu.packed import refusal
+from tenfold.ops.kernels import AttentionSpec
+from tenfold.ops.kv.attend import OLD_TOKENS
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import TABLE, TARGETS, UNPACKED, head_copy, loaded_storage
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GPU_PICTURES, CPU_PICTURES = GIB, GIB // 4
+FUSED = ("fp8", "int4", "k2v2g64", "k4v2g64", "k2v2g32")  # formats to offer for one that no fused kernel reads
 CPU_KV_SHARE = 0.25  # of free memory
 CPU_KV_LIMIT = 2 * GIB  # unless max_model_len or kv_memory asks for more
 KEPT_ROOMS = 4  # sequences that run for one room that is kept for those who go on from its end
@@ -260,6 +264,37 @@ def kv_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
     return KVSpec(*sizes, DTYPES[config.kv_dtype], config.page_size, packed, local, model.latent is not None)
 
 
+def unfused(model: ModelConfig, config: EngineConfig) -> str:
+    """Why decode steps on a GPU do not read a packed cache as it is stored, what that costs and what to take instead;
+    empty where they do. config: resolved.
+    """
+
+    def refused(name: str) -> str:
+        cache = kv_spec(model, replace(config, kv_cache=name))
+        if cache.packed is None or not cache.packing:
+            return ""
+        spec = AttentionSpec(model.heads, model.kv_heads, model.head_dim, 1.0, rotary_dim=model.rope.rotary_dim)
+        if cache.room_pages and cache.dtype != DTYPES[config.dtype]:
+            return f"kv_dtype {config.kv_dtype} beside dtype {config.dtype}; allowed: the same"
+        return refusal(spec, cache.packed, DTYPES[config.dtype], config.page_size)
+
+    why = refused(config.kv_cache)
+    if not why:
+        return ""
+    fused = [name for name in FUSED if _parses(name, model) and not refused(name)]
+    return (
+        f"no fused kernel reads {why}. Every decode step unpacks whole contexts first and is slower than with a cache "
+        f"as computed; what is won is memory. Take {' or '.join(fused or AS_COMPUTED[:1])} for speed."
+    )
+
+
+def _parses(name: str, model: ModelConfig) -> bool:
+    try:
+        return parse(name, model.kv_heads, model.head_dim) is not None
+    except ValueError:
+        return False
+
+
 def draft_spec(model: ModelConfig, config: EngineConfig) -> KVSpec:
     """Of a draft model, whose small cache is never packed."""
     return kv_spec(model, replace(config, kv_cache="dense"))
@@ -352,8 +387,8 @@ def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Activations of one step and what sampling takes, in each lane, and of looking at a picture: an estimate from
-    above.
+    """Activations of one step, scratch of a packed cache and what sampling takes, in each lane, and of looking at a
+    picture: an estimate from above.
     """
     inner = model.intermediate_size
     if model.experts is not None:
@@ -361,7 +396,23 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
     width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * inner
     activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
     logits = logits_rows(config) * model.vocab_size * (3 * 4 + 8)
-    return schedules.pairs_of(config) * (activations + logits + (64 << 20)) + _looking(model, config)
+    lane = activations + logits + _unpacking(model, config) + (64 << 20)
+    return schedules.pairs_of(config) * lane + _looking(model, config)
+
+
+def _unpacking(model: ModelConfig, config: EngineConfig) -> int:
+    """Scratch of a step with chunks over a packed cache (`kv.attend`): old tokens of a band, new ones behind those of
+    their windows, a page more for each request; results of bands in float32.
+    """
+    packed = None if config.kv_cache in AS_COMPUTED else kv_spec(model, config).packed
+    if packed is None:
+        return 0
+    longest = min(config.max_model_len or model.max_positions, model.max_positions)
+    requests, new = logits_rows(config), config.max_step_tokens
+    old = min(OLD_TOKENS, requests * longest) + new + requests * config.page_size
+    recent = new + requests * (min(packed.window, longest) + config.page_size)
+    each = 2 * model.kv_size * max(DTYPES[config.dtype].itemsize, DTYPES[config.kv_dtype].itemsize)
+    return (old + recent) * each + 4 * new * model.q_size * 4
 
 
 def _looking(model: ModelConfig, config: EngineConfig) -> int:

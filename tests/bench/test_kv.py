@@ -62,7 +62,8 @@ def test_claims_of_speed_are_those_of_the_rows() -> None:
     assert found["K1", "tokens"].value == pytest.approx(1 << 20, rel=1e-3)
     assert found["K1", "tokens"].met
     gains = [c for c in claims_kv.of_speed([made()]) if c.id == "K2"]
-    assert [(round(c.value or 0, 2), c.met) for c in gains] == [(5.0, True), (7.89, True)]  # not 15: there weights rule
+    assert [(round(c.value or 0, 2), c.met) for c in gains] == [(5.0, True), (8.0, True)]  # not 15: there weights rule
+    assert [c.spread for c in gains] == [None, (7.0, 9.0)]  # round by round
     assert (found["K3", "%"].value, found["K3", "%"].met) == (75.0, True)
 
 
@@ -76,28 +77,57 @@ def test_what_16_bits_cannot_hold_counts_against_the_largest_batch_they_can() ->
     ]
     (last,) = [c for c in claims_kv.of_speed([result]) if "tokens a second" in c.what]
     assert last.value == pytest.approx(32 / 20 / (8 / 71), rel=1e-2)
+    assert last.spread == pytest.approx((32 / 20 / (8 / 70), 32 / 20 / (8 / 72)), rel=1e-2)
     assert "32 x 8192, where 16-bit KV does not fit, against it at 8 x 8192" in last.what
 
 
+def test_the_default_format_has_claims_of_its_own() -> None:
+    result = made()
+    result.rows += [
+        Row("skvq", 8, 8192, 0, [35.0, 36.0], layer_us=1000.0, layer_read=1),
+        Row("dense", 32, 8192, 0, skipped="too large"),
+        *(Row("k2v2g64", 32, 8192, 0, [20.0]), Row("skvq", 32, 8192, 0, [80.0])),
+    ]
+    found = [c for c in claims_kv.of_speed([result]) if c.id == "K2"]
+    own = [(c.value, c.met) for c in found if "skvq, " in c.what]
+    assert own == [(2.0, False), (2.0, False), (pytest.approx(32 / 80 / (8 / 71), rel=1e-3), True)]
+    assert len(found) == 6
+
+
+def test_what_fits_leaves_room_for_weights_workspace_and_a_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv, "free_memory", lambda device: 4 << 30)
+    bench = kv.Bench(MODEL, "cpu", 64, {"kv_memory": 12 << 20, "max_step_tokens": 64})
+    own = bench.capacity("k2v2g32w8s2")
+    _, plan = bench.planned("k2v2g32w8s2", 1, kv.LEAST_TOKENS)
+    assert plan.weights + plan.workspace + own["bytes_per_room"] + own["tokens"] * own["bytes_per_token"] <= plan.free
+
+
 def test_claims_of_quality_compare_at_equal_bits() -> None:
-    def row(name: str, bits: float, perplexity: float) -> dict[str, object]:
+    def row(name: str, bits: float, perplexity: float, found: int = 1) -> dict[str, object]:
         return {
             "format": name,
             "bits": bits,
             "perplexity": perplexity,
-            "found": 1,
+            "found": found,
             "asked": 4,
             "kl": 0.1,
             "bits_here": 3,
         }
 
     rows = [
-        *(row("exact", 16, 20.0), row("int4 g64", 4.5, 21.0), row("KIVI 2 bit g64", 2.5, 30.0)),
+        *(row("exact", 16, 20.0), row("int4 g64", 4.5, 21.0), row("KIVI 2 bit g64", 2.5, 30.0, 3)),
         *(row("KIVI 2 bit g32", 3.0, 24.0), row("round to nearest 2 bit g64", 2.25, 90.0)),
-        *(row("SKVQ k2v2g32", 2.5, 25.0), row("SKVQ k2v2g64", 2.25, 28.0), row("SKVQ k2v2g64, no clip", 2.25, 50.0)),
+        *(row("SKVQ k2v2g32", 2.5, 25.0), row("SKVQ k2v2g64", 2.25, 28.0, 3), row("SKVQ k2v2g64, no clip", 2.25, 50.0)),
+        row("SKVQ k2v1.5g64", 2.06, 29.0),
     ]
     data = {"rows": rows, "model": "m", "command": "c", "machine": {"hardware": "CPU"}}
-    one, two = claims_kv.of_quality(data)
+    one, few, two, many, three, _ = claims_kv.of_quality(data)
+    assert (few.value, few.unit, few.target, few.met) == (1, "codes", ">= 3 codes", False)
+    assert "KIVI 2 bit g64 at 2.5 bits finds 3, 16 bits 1; held against: KIVI 2 bit g64" in few.note
+    assert (many.value, many.met) == (3, True)
+    assert three.met
+    assert "none of KIVI's style has so few bits, they take 2.5 or more" in three.note
+    assert "none of KIVI's style" not in one.note + two.note
     assert (round(one.value or 0, 3), one.met) == (1.2, True)  # three bits are more
     assert (round(two.value or 0, 3), two.met) == (1.071, True)
     assert "+25.0%" in one.note

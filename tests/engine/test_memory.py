@@ -22,9 +22,13 @@ from tenfold.engine.memory import (
     plan_memory,
     resolve,
     size,
+    unfused,
     weight_bytes,
+    workspace_bytes,
 )
 from tenfold.models.table import model_config
+from tenfold.ops.kernels import Contexts
+from tenfold.ops.kv.attend import OLD_TOKENS, Layout
 from tenfold.ops.matrix import RawTensor
 
 CPU = torch.device("cpu")
@@ -324,6 +328,51 @@ def test_packed_tokens_take_their_bytes_and_running_sequences_their_rooms() -> N
     assert "8 run at a time" in str(plan)
     alone = plan_memory(SMALL, GIB // 8, replace(config, prefix_cache=False), 8 * GIB)
     assert alone.rooms == 8
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4", "k2v1.5g64", "k2v2g32w8s2"])
+@pytest.mark.parametrize("requests", [1, 7, 256])
+def test_scratch_of_chunks_over_a_packed_cache_is_counted(name: str, requests: int) -> None:
+    """No step takes more, however long contexts are."""
+    config = gpu(kv_cache=name, max_batch=requests, max_step_tokens=512)
+    packed = kv_spec(LLAMA_8B, config).packed
+    assert packed is not None
+    counted = workspace_bytes(LLAMA_8B, config) - workspace_bytes(LLAMA_8B, replace(config, kv_cache="dense"))
+    lengths, new = torch.full((requests,), 100_000 // requests, dtype=torch.int32), 512 // requests
+    starts = torch.arange(requests + 1, dtype=torch.int32) * new
+    table = torch.zeros(requests, 100_000 // 16 + 1, dtype=torch.int32)
+    slots = torch.zeros(requests * new, dtype=torch.int32)
+    step = Contexts(slots, slots, table, starts, lengths, new, int(lengths.max()))
+    layout = Layout(packed, 16, step)
+    assert len(layout.old) > 1
+    pages = layout.recent.count + max(band.scratch.count for band in layout.old)
+    assert pages * 16 * 2 * LLAMA_8B.kv_size * 2 <= counted < 3 * 2 * LLAMA_8B.kv_size * 2 * OLD_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "changes", "says", "instead"),
+    [
+        ("k3v4g64", {}, {}, "keys of 3 bits; allowed: 2, 4, 8", "Take fp8 or int4 or k2v2g64"),
+        ("k2v3g64", {}, {}, "values of 3 bits; allowed: 1.5, 2, 4, 8", "Take fp8 or int4 or k2v2g64"),
+        ("k1.5v1.5g64", {}, {}, "keys of 1.5 bits", "Take fp8"),
+        ("k2v2g32", {"head_dim": 96, "heads": 32}, {}, "heads of 96 channels; allowed: 64, 128", "Take auto"),
+        ("k2v2g64h2", {"head_dim": 256, "heads": 16}, {}, "heads of 256 channels", "Take auto"),
+        ("k2v2g64", {}, {"page_size": 24}, "pages of 24 tokens; allowed: multiples of 16", "Take auto"),
+        ("k2v2g64", {}, {"kv_dtype": "float16"}, "kv_dtype float16 beside dtype bfloat16", "Take fp8 or int4"),
+    ],
+)
+def test_formats_without_a_fused_kernel_are_named(
+    name: str, shape: dict[str, Any], changes: dict[str, Any], says: str, instead: str
+) -> None:
+    told = unfused(replace(LLAMA_8B, **shape), replace(gpu(kv_cache=name), **changes))
+    assert says in told
+    assert "slower than with a cache as computed" in told
+    assert instead in told
+
+
+@pytest.mark.parametrize("name", ["auto", "fp8", "int4", "skvq", "k2v2g128", "k4v2g64"])
+def test_formats_with_a_fused_kernel_need_no_word(name: str) -> None:
+    assert unfused(LLAMA_8B, gpu(kv_cache=name)) == ""
 
 
 def test_rooms_take_no_more_than_half_of_the_cache() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tenfold.ops.gpu import even, graphs, hopper, nvrtc
 from tenfold.ops.gpu.decode import ENOUGH, EVEN, HEAD_DIMS, MOST_GROUP, Workspace, most_partial
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels
-from tenfold.ops.kv.attend import Layout, Means, Moves
+from tenfold.ops.kv.attend import Band, Layout, Means, Moves
 from tenfold.ops.kv.layer import PackedLayer, Side, ring_pages
 from tenfold.ops.kv.packing import FLOAT8_BITS, packed_bytes
 from tenfold.ops.kv.spec import PARAMETERS, PackedSpec, parameters_of
@@ -103,20 +103,31 @@ class Shape:
 
 def legal(spec: AttentionSpec, packed: PackedSpec, dtype: torch.dtype, page_size: int) -> bool:
     """Whether the kernels can run decode steps of these layers."""
+    return not refusal(spec, packed, dtype, page_size)
+
+
+@cache
+def refusal(spec: AttentionSpec, packed: PackedSpec, dtype: torch.dtype, page_size: int) -> str:
+    """What of these layers the kernels do not take, and what they do; empty where they can run decode steps."""
     width, pre = packed.span * spec.head_dim, packed.rotary == "pre" and spec.rotary_dim
-    return (
-        dtype in nvrtc.HALF
-        and spec.head_dim in HEAD_DIMS
-        and not spec.window
-        and page_size % 16 == 0
-        and packed.key_bits in KEY_BITS
-        and packed.value_bits in VALUE_BITS
-        and width <= WIDEST_SPAN
-        and width % packed.group == 0
-        and width // packed.group in (1, 2, 4, 8)
-        and (not pre or spec.rotary_dim == spec.head_dim)
-        and (not packed.turned or (packed.group <= spec.head_dim and not packed.window and not packed.sinks))
+    key_bits, value_bits, head_dims = (", ".join(map("{:g}".format, x)) for x in (KEY_BITS, VALUE_BITS, HEAD_DIMS))
+    plain = packed.group <= spec.head_dim and not packed.window and not packed.sinks
+    rules = (
+        (dtype in nvrtc.HALF, f"{dtype}; allowed: bfloat16, float16"),
+        (spec.head_dim in HEAD_DIMS, f"heads of {spec.head_dim} channels; allowed: {head_dims}"),
+        (not spec.window, "a sliding window"),
+        (page_size % 16 == 0, f"pages of {page_size} tokens; allowed: multiples of 16"),
+        (packed.key_bits in KEY_BITS, f"keys of {packed.key_bits:g} bits; allowed: {key_bits}"),
+        (packed.value_bits in VALUE_BITS, f"values of {packed.value_bits:g} bits; allowed: {value_bits}"),
+        (width <= WIDEST_SPAN, f"groups over {width} channels; allowed: up to {WIDEST_SPAN}"),
+        (
+            width % packed.group == 0 and width // packed.group in (1, 2, 4, 8),
+            f"groups of {packed.group} of {width} channels; allowed: 1, 2, 4 or 8 groups",
+        ),
+        (not pre or spec.rotary_dim == spec.head_dim, "keys before a rotation of part of a head; allowed: -post"),
+        (not packed.turned or plain, "turned groups beside exact tokens, or wider than a head; allowed: w0s0"),
     )
+    return next((what for holds, what in rules if not holds), "")
 
 
 # Where codes lie among the lanes of a product, and the tables that follow from it
@@ -479,8 +490,8 @@ class Chunks(Means):
         step = layout.step
         write(self.prepared, layer, qkv, heads, step.positions, step.slots, room_slots=layout.room_slots)
 
-    def load(self, heads: Heads, layer: PackedLayer, layout: Layout, keys: Tensor, values: Tensor) -> None:
-        read(self.prepared, layer, heads.rope, layout.stored, layout.old_positions, keys, values)
+    def load(self, heads: Heads, layer: PackedLayer, band: Band, keys: Tensor, values: Tensor) -> None:
+        read(self.prepared, layer, heads.rope, band.stored, band.positions, keys, values)
 
     def merge(self, out: Tensor, sums: Tensor, older: Tensor, older_sums: Tensor, rows: Tensor) -> Tensor:
         return merge(out, sums, older, older_sums, rows)

@@ -4,9 +4,11 @@ faster can run.
 A query at position t sees the last `window` tokens as they were computed, itself among them, the sinks likewise, and
 all others as they are stored. So a result never depends on how a prompt was cut into chunks. Two attentions over
 scratch pages are merged by their log-sum-exp: a sliding window over what is exact, and over all that is older a causal
-one whose queries stand `window` tokens back.
+one whose queries stand `window` tokens back. What is older is unpacked in bands of at most OLD_TOKENS tokens, however
+long contexts are: a band is a sliding window, too, whose queries stand still farther back.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +21,8 @@ from tenfold.ops.kv.layer import PackedLayer, ring_pages, room_page, room_pages
 from tenfold.ops.kv.spec import PackedSpec
 from tenfold.ops.oracle import rotate
 
+OLD_TOKENS = 32768  # of all contexts of a step, in scratch pages at once; beside them as many as are new in the step
+
 
 def attention(
     kernels: Kernels, qkv: Tensor, heads: Heads, layer: PackedLayer, step: Contexts, means: "Means | None" = None
@@ -29,23 +33,45 @@ def attention(
     if layout is None:
         layout = step.memo["packed"] = Layout(layer.spec, layer.page_size, step)
     dtype = qkv.dtype if layer.exact_keys is None else layer.exact_keys.dtype
-    keys, values = layout.recent.pages(spec, dtype)
+    keys, values = layout.pages("recent", layout.recent.count, spec, dtype)
     q = kernels.rope_write(qkv, heads, step.positions, layout.own.int(), keys, values)
     if step.shared:  # guesses of one sequence see each other
         means.store(kernels, qkv, heads, layer, layout, keys, values)
     fetch(layer, layout.before, keys, values)
     if not step.shared:  # a long chunk takes the places of what it reads back to
         means.store(kernels, qkv, heads, layer, layout, keys, values)
-    if layout.old is None:
+    if not layout.old:
         return layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))[0]
-    old_keys, old_values = layout.old.pages(spec, qkv.dtype)
-    means.load(heads, layer, layout, old_keys, old_values)
-    fetch(layer, layout.sinks, old_keys, old_values)
-    older, older_sums = layout.old.attend(kernels, q, old_keys, old_values, spec)
+    older, older_sums = attend_old(kernels, q, heads, layer, layout, means)
     if not window:
         return older
     out, sums = layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))
-    return means.merge(out, sums, older, older_sums, layout.old.rows)
+    return means.merge(out, sums, older, older_sums, layout.old[0].scratch.rows)
+
+
+def attend_old(
+    kernels: Kernels, q: Tensor, heads: Heads, layer: PackedLayer, layout: "Layout", means: "Means"
+) -> tuple[Tensor, Tensor]:
+    """q [T, heads * D] -> of the rows that have anything old, over all of it, [rows, heads * D], and log-sum-exp
+    [rows, heads] float32. Several bands meet in float32.
+    """
+    spec, bands = heads.spec, layout.old
+    keys, values = layout.pages("old", max(band.scratch.count for band in bands), spec, q.dtype)
+
+    def of(band: Band) -> tuple[Tensor, Tensor]:
+        means.load(heads, layer, band, keys, values)
+        fetch(layer, band.sinks, keys, values)
+        return band.scratch.attend(kernels, q, keys, values, replace(spec, window=band.width))
+
+    out, sums = of(bands[0])
+    if len(bands) == 1:
+        return out, sums
+    out = out.float()
+    for band in bands[1:]:
+        mixed, both = mix(out[band.within], sums[band.within], *of(band))
+        out.index_copy_(0, band.within, mixed)
+        sums.index_copy_(0, band.within, both)
+    return out.to(q.dtype), sums
 
 
 class Means:
@@ -77,13 +103,13 @@ class Means:
             put(layer.exact_keys, layout.kept.target, take(keys, source))
             put(layer.exact_values, layout.kept.target, take(values, source))
 
-    def load(self, heads: Heads, layer: PackedLayer, layout: "Layout", keys: Tensor, values: Tensor) -> None:
+    def load(self, heads: Heads, layer: PackedLayer, band: "Band", keys: Tensor, values: Tensor) -> None:
         """What is old, as stored, to the scratch, keys rotated."""
-        spec, stored = heads.spec, layout.stored
+        spec, stored = heads.spec, band.stored
         shape = (-1, spec.kv_heads, spec.head_dim)
         read = layer.keys.read(stored.source).view(shape)
         if layer.spec.rotary == "pre" and spec.rotary_dim:
-            cos, sin = heads.rope[layout.old_positions][:, None].chunk(2, dim=-1)
+            cos, sin = heads.rope[band.positions][:, None].chunk(2, dim=-1)
             read = rotate(read, cos, sin)
         put(keys, stored.target, read)
         put(values, stored.target, layer.values.read(stored.source).view(shape))
@@ -92,11 +118,16 @@ class Means:
         """out [T, heads * D] and log-sum-exp [T, heads] of all tokens, and of some rows over what is older -> over
         both. May overwrite `out`.
         """
-        heads = sums.shape[1]
-        both = torch.logaddexp(sums[rows], older_sums)
-        parts = ((out[rows], sums[rows]), (older, older_sums))
-        mixed = sum((s - both).exp()[..., None] * x.unflatten(1, (heads, -1)).float() for x, s in parts)
-        return out.index_copy(0, rows, torch.as_tensor(mixed).flatten(1).to(out.dtype))
+        mixed, _ = mix(out[rows], sums[rows], older, older_sums)
+        return out.index_copy(0, rows, mixed.to(out.dtype))
+
+
+def mix(out: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Two attentions of the same queries, [N, heads * D] and log-sum-exp [N, heads] each -> over both, in float32."""
+    both = torch.logaddexp(sums, other_sums)
+    first, second = ((s - both).exp()[..., None] for s in (sums, other_sums))
+    shape = (sums.shape[1], -1)
+    return (first * out.unflatten(1, shape) + second * other.unflatten(1, shape)).flatten(1), both
 
 
 def fetch(layer: PackedLayer, moves: "Moves", keys: Tensor, values: Tensor) -> None:
@@ -158,11 +189,6 @@ class Scratch:
     def slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
         return self.first[request] * self.page_size + position
 
-    def pages(self, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values, zeros: kernels may read beyond a context, and mask it after."""
-        shape = (self.count, spec.kv_heads, self.page_size, spec.head_dim)
-        return torch.zeros(shape, dtype=dtype, device=self.device), torch.zeros(shape, dtype=dtype, device=self.device)
-
     def attend(
         self, kernels: Kernels, q: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec
     ) -> tuple[Tensor, Tensor]:
@@ -177,6 +203,35 @@ def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of things in groups of so many: the group of each, and its place there."""
     group = np.repeat(np.arange(len(counts)), counts)
     return group, np.arange(len(group)) - (np.cumsum(counts) - counts)[group]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Band:
+    """Old tokens that are attended to together: of each query the last `width` (0: all) of those that no earlier band
+    had. stored: from pages to the scratch, tokens at positions [N]; sinks: from rooms to the scratch; within: places of
+    the scratch's rows among those of the first band.
+    """
+
+    scratch: Scratch
+    stored: Moves
+    positions: Tensor
+    sinks: Moves
+    within: Tensor
+    width: int
+
+
+def cut(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
+    """Cut contexts into bands from their ends: how many tokens behind an end each begins, and its width, the same for
+    all contexts: as wide as `most` tokens of them all allow, at least 1.
+    """
+    done, left = 0, np.sort(lengths[lengths > 0])
+    while len(left):
+        whole = np.cumsum(left) - left  # of the contexts that are shorter
+        shares = (most - whole) // np.arange(len(left), 0, -1)
+        longer = np.flatnonzero(left > shares)
+        width = max(1, int(shares[longer[0]])) if len(longer) else int(left[-1])
+        yield done, width
+        done, left = done + width, left[left > width] - width
 
 
 class Layout:
@@ -195,7 +250,22 @@ class Layout:
         counts = np.diff(starts).astype(np.int64)
         begins = np.maximum(0, lengths - counts)
         self._new(counts, begins, lengths)
-        self._older(counts, starts[1:], np.maximum(0, lengths - spec.window))
+        past = np.where(counts > 0, np.maximum(0, lengths - spec.window), 0)
+        self.old: list[Band] = []
+        for done, width in cut(past, OLD_TOKENS):
+            self.old.append(self._band(counts, starts[1:], past - done, width))
+        self._scratch: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def pages(self, name: str, count: int, spec: AttentionSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of a scratch, the same for every layer; zeros at first: kernels may read beyond a context,
+        and mask it after.
+        """
+        place = name, count, spec.kv_heads, spec.head_dim, dtype
+        if place not in self._scratch:
+            shape = (count, spec.kv_heads, self.page_size, spec.head_dim)
+            keys, values = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+            self._scratch[place] = keys, values
+        return self._scratch[place]
 
     def _new(self, counts: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> None:
         back = np.minimum(begins, max(0, self.spec.window - 1))
@@ -214,19 +284,26 @@ class Layout:
         written = self._tensor(np.flatnonzero(real))
         self.written = Moves(written, self.step.slots[written].long())
 
-    def _older(self, counts: np.ndarray, ends: np.ndarray, past: np.ndarray) -> None:
-        asking = np.minimum(counts, past)
-        request, position = spread(past)
+    def _band(self, counts: np.ndarray, ends: np.ndarray, left: np.ndarray, width: int) -> Band:
+        """left [R]: the old tokens of each context that no earlier band had. Those at the end of the band are not seen
+        by all queries, so it reads as many more at its beginning.
+        """
+        left = np.maximum(0, left)
+        asking = np.minimum(counts, left)
+        held = np.minimum(left, np.maximum(0, width + asking - 1))
         queries, place = spread(asking)
         rows = (ends - asking)[queries] + place
-        old = Scratch(past, asking, rows, self.page_size, self.device)
-        self.old = old if len(rows) else None
-        self.old_positions = self._tensor(position)
-        target = self._tensor(old.slots(request, position))
-        pages = self.step.page_table[self._tensor(request), self.old_positions // self.page_size].long()
-        self.stored = Moves(pages * self.page_size + self.old_positions % self.page_size, target)
+        scratch = Scratch(held, asking, rows, self.page_size, self.device)
+        first = scratch.rows if not self.old else self.old[0].scratch.rows
+        request, index = spread(held)
+        position = (left - held)[request] + index
+        positions, target = self._tensor(position), self._tensor(scratch.slots(request, index))
+        pages = self.step.page_table[self._tensor(request), positions // self.page_size].long()
+        stored = Moves(pages * self.page_size + positions % self.page_size, target)
         sinks = np.flatnonzero(position < self.spec.sinks)
-        self.sinks = Moves(self._rooms(request[sinks], position[sinks]), target[self._tensor(sinks)])
+        exact = Moves(self._rooms(request[sinks], position[sinks]), target[self._tensor(sinks)])
+        within = torch.searchsorted(first, scratch.rows)
+        return Band(scratch, stored, positions, exact, within, width if width < left.max() else 0)
 
     @cached_property
     def room_slots(self) -> Tensor:

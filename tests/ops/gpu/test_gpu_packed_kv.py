@@ -114,6 +114,18 @@ def test_chunks(name: str, heads: dict[str, int]) -> None:
     assert not {what: share for what, share in two.differences(one).items() if share > 1e-3}
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("heads", [MHA, GQA], ids=["own", "shared"])
+def test_chunks_over_several_bands(name: str, heads: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of old tokens, as over one, but for results of 16 bits that meet."""
+    shape = Shape(name, **heads, lengths=(1500, 40, 1, 700), shift=name.startswith("k2v1.5"))
+    one, several = ChunkStep(shape, "cuda"), ChunkStep(shape, "cuda")
+    expected = one.run(attend.Means())
+    means = packed.Packing(one.contexts.device, SMS).chunks(several.qkv, shape.spec, several.contexts.layer)
+    monkeypatch.setattr(attend, "OLD_TOKENS", 300)
+    assert distance(several.run(means), expected) < 5e-3
+
+
 @pytest.mark.parametrize("name", ["k2v1.5g64", "int4", "fp8"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_step_is_that_of_attention_made_of_other_kernels(name: str, shared: bool) -> None:

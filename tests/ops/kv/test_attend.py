@@ -1,8 +1,9 @@
 """Attention over packed pages, against its definition on whole sequences, however prompts are cut into steps."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from tenfold.cache.skvq.attend import Seen, attend, left_window
 from tenfold.cache.skvq.calibrate import Sample
 from tenfold.cache.store import KVSpec, KVStore
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Norm
+from tenfold.ops.kv import attend as packed_attend
 from tenfold.ops.kv.layer import PackedLayer
 from tenfold.ops.kv.quantize import Grouping, hadamard, rounded
 from tenfold.ops.kv.spec import PackedSpec
@@ -116,6 +118,66 @@ def test_however_a_sequence_is_cut_it_sees_what_its_definition_says(name: str, c
         for r, (got, chunk) in enumerate(zip(out, chunks)):
             torch.testing.assert_close(got, expected[r][begin[r] : begin[r] + len(chunk)], rtol=2e-4, atol=2e-4)
             begin[r] += len(chunk)
+
+
+@pytest.mark.parametrize("most", [1, 3, 20, 64])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("name", FORMATS)
+def test_old_tokens_in_bands_are_old_tokens_at_once(
+    name: str, softcap: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of ragged lengths with long and short chunks, some longer than a band; sums in another order."""
+    monkeypatch.setattr(packed_attend, "OLD_TOKENS", most)
+    cache = Cache(name, 4, softcap)
+    width = (HEADS + 2 * KV_HEADS) * DIM
+    whole = [random(n, width, seed=20 + n) for n in (120, 61, 9, 90)]
+    expected = [cache.expected(x) for x in whole]
+    begin = [0, 0, 0, 0]
+    for ends in ((70, 1, 5, 20), (71, 31, 6, 21), (101, 60, 8, 89), (120, 61, 9, 90)):
+        out = cache.run([x[b:e] for x, b, e in zip(whole, begin, ends)], begin)
+        for got, x, b, e in zip(out.split([e - b for b, e in zip(begin, ends)]), expected, begin, ends):
+            torch.testing.assert_close(got, x[b:e], rtol=2e-4, atol=2e-4)
+        begin = list(ends)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 128), st.integers(1, 40)), min_size=1, max_size=6),
+    most=st.integers(1, 200),
+)
+def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch, lengths: list[tuple[int, int]], most: int) -> None:
+    """By old tokens at once, new tokens and a page each, whatever contexts there are; and one serves all layers."""
+    monkeypatch.setattr(packed_attend, "OLD_TOKENS", most)
+    cache = Cache("k2v1.5g16w8s2", len(lengths))
+    counts = [min(n, max(1, length)) for length, n in lengths]
+    context = torch.tensor([max(1, length) for length, _ in lengths], dtype=torch.int32)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    zeros = torch.zeros(sum(counts), dtype=torch.int32)
+    sizes = (max(counts), int(context.max()))
+    step = Contexts(zeros, zeros, cache.table, starts, context, *sizes, rooms=cache.rooms)
+    layout = packed_attend.Layout(cache.packed, PAGE, step)
+    for band in layout.old:
+        assert band.scratch.count * PAGE <= max(most, len(lengths)) + sum(counts) + PAGE * len(lengths)
+        assert len(band.positions) == len(band.stored.source) == len(band.stored.target)
+    if layout.old:
+        one, two = (layout.pages("old", 9, cache.spec, torch.float32) for _ in range(2))
+        assert one[0] is two[0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "bands"),
+    [
+        ([], 8, []),
+        ([0, 0], 8, []),
+        ([5], 8, [(0, 5)]),
+        ([20], 8, [(0, 8), (8, 8), (16, 4)]),
+        ([2, 20], 8, [(0, 6), (6, 8), (14, 6)]),
+        ([4, 4], 8, [(0, 4)]),
+        ([3, 3, 3], 2, [(0, 1), (1, 1), (2, 1)]),
+    ],
+)
+def test_bands_are_as_wide_as_they_may_be(lengths: list[int], most: int, bands: list[tuple[int, int]]) -> None:
+    assert list(packed_attend.cut(np.array(lengths, dtype=np.int64), most)) == bands
 
 
 def test_soft_caps_hold_across_both_parts() -> None:
