@@ -75,12 +75,16 @@ def claim(
 
 
 def load(path: Path = CLAIMS) -> list[Claim]:
+    """The claims of a file, none where there is no file. Raises ValueError for one that holds something else."""
     if not path.exists():
         return []
-    return [
-        Claim(**{**row, "spread": tuple(row["spread"]) if row.get("spread") else None})
-        for row in json.loads(path.read_text())
-    ]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [Claim(**{**row, "spread": tuple(row["spread"]) if row.get("spread") else None}) for row in rows]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no list of claims ({error}); take it from the repository again (git checkout)."
+        ) from error
 
 
 def record(claims: Iterable[Claim], path: Path = CLAIMS) -> None:

@@ -7,6 +7,7 @@ A kernel time is an object {"op", "shape", "batch", "arm", "microseconds", "byte
 not.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -25,7 +26,8 @@ from tenfold.bench import (
 )
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import Claim, claim, signed
-from tenfold.bench.report import by_model, results_in
+from tenfold.bench.files import Suites, made_of
+from tenfold.bench.report import by_model
 from tenfold.bench.single import Result, Row, loaded
 
 LIBRARIES = ("cublas", "library", "torch", "sdpa", "cudnn", "flash", "flashinfer", "hf", "vllm")
@@ -33,6 +35,8 @@ TPOT_LIMITS, TPOT_ON = {"llama-2-7b": 5.2, "llama-3-8b": 5.6}, "H100"  # ms at b
 CONTEXT = 1024
 LONG = 32768
 PREFILL = 8192
+PAGE = 16  # tokens of a page in `bench.kernels`
+SMS = {"H100 80GB HBM3": 132, "H200": 132}  # multiprocessors of what kernels were timed on
 MOST_GRID = 8  # requests of the grid that F2 asks for; larger batches are told apart
 
 Timing = Mapping[str, Any]
@@ -199,16 +203,49 @@ def fastest(rows: Iterable[Timing], wanted: Callable[[Timing], bool] = lambda ro
 def of_kernels(rows: Sequence[Timing], copy_gbs: float, machine: Mapping[str, str], command: str) -> list[Claim]:
     """F4, F5, the kernel half of F6, and V1. copy_gbs: copy bandwidth measured in the same run."""
     by_op = grouped(({"op": "linear"} | dict(row) for row in rows), "op")
-    found = [*_linears(by_op.get(("linear",), []), copy_gbs, command)]
-    found += _attention(by_op.get(("attention",), []), copy_gbs, command)
+    sms = next((count for name, count in SMS.items() if name in machine["hardware"]), 0)
+    found = [*_linears(by_op.get(("linear",), []), copy_gbs, command, sms)]
+    found += _attention(by_op.get(("attention",), []), copy_gbs, command, sms)
     found += _uneven(by_op.get(("uneven",), []), copy_gbs, command)
     found += _prefill_kernels(by_op.get(("prefill",), []), command)
     found += _three_bits(by_op.get(("packed",), []), copy_gbs, command)
     return [signed(made, machine) for made in found]
 
 
-def _linears(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Claim]:
+def ruled(group: Iterable[Timing], sms: int) -> tuple[str, Timing | None]:
+    """The arm that an engine runs where `tenfold tune` measured nothing, "" where that cannot be told, and its row. Of
+    attention that is the lazy softmax, without statistics of the model.
+    """
+    group = list(group)
+    try:
+        arm = rule_of(group[0], sms) if sms else ""
+    except ImportError:  # the rules need Triton
+        arm = ""
+    lazy = arm.replace("decode:", "decode:lazy:", 1)
+    return arm, fastest(group, lambda row: row["arm"] in (arm, lazy))
+
+
+def rule_of(row: Timing, sms: int) -> str:
+    """The arm of the rule for a shape as `bench.kernels` names it, "" for any other."""
+    from tenfold.ops.gpu import arms as linears
+    from tenfold.ops.gpu import attending
+    from tenfold.ops.kernels import AttentionSpec
+
+    if found := re.fullmatch(r"(\d+)/(\d+) heads of (\d+)", row["shape"]):
+        heads, kv_heads, head_dim = map(int, found.groups())
+        spec = AttentionSpec(heads, kv_heads, head_dim, head_dim**-0.5)
+        return attending.rule(attending.Reading(spec, row["batch"], row["context"], PAGE), sms)
+    if found := re.fullmatch(r"linear(\S*) (\d+) x (\d+)", row["shape"]):
+        parts = found[1].split("+")
+        act = next((act for act in linears.ACTS if act in parts), None)
+        use = linears.Use("norm" in parts, act, "residual" in parts, "float32" in parts)
+        return linears.rule(linears.Work(int(found[2]), int(found[3]), "dense", use, row["batch"]), sms)
+    return ""
+
+
+def _linears(rows: Sequence[Timing], copy_gbs: float, command: str, sms: int) -> list[Claim]:
     points = {key: group for key, group in grouped(rows, "shape", "batch").items() if key[1] <= 64}
+    rules = {key: row for key, group in points.items() if (row := ruled(group, sms)[1])}
     shares = {key: 100 * rate(best) / copy_gbs for key, group in points.items() if (best := fastest(group))}
     if not shares:
         return []
@@ -216,27 +253,41 @@ def _linears(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Clai
     below = [f"{shape} at {batch} ({share:.0f} %)" for (shape, batch), share in sorted(shares.items()) if share < 90]
     note = f"lowest at {worst[0]}, batch {worst[1]}; mean {sum(shares.values()) / len(shares):.0f} %"
     note += "; below 90 %: " + ", ".join(below[:8]) + (f" and {len(below) - 8} more" if len(below) > 8 else "")
+    if rules:
+        least = min(rules.values(), key=rate)
+        note += f"; by the rule, where nothing was measured, from {100 * rate(least) / copy_gbs:.0f} % "
+        note += f"({least['shape']} at {least['batch']}, {least['arm']}; timed at {len(rules)} of {len(points)})"
     what = f"weight traffic of decode linears, worst of {len(shares)} shapes and batches 1 to 64, share of a copy"
     spread, against = (min(shares.values()), max(shares.values())), f"copies at {copy_gbs:.0f} GB/s"
     found = [claim("F4", what, shares[worst], "%", command, at_least=90, against=against, spread=spread, note=note)]
-    ratios = {}
+    ratios: dict[tuple[Any, ...], float] = {}
+    alone, ruling = dict(ratios), dict(ratios)
     for key, group in points.items():
         library = fastest(group, lambda row: str(row["arm"]).startswith("cublas"))
-        best = fastest(group)
+        best, own = fastest(group), fastest(group, is_ours)
         if library and best:
-            ratios[key] = float(library["microseconds"]) / float(best["microseconds"])
+            took = float(library["microseconds"])
+            ratios[key] = took / float(best["microseconds"])
+            alone |= {key: took / float(own["microseconds"])} if own else {}
+            ruling |= {key: took / float(rules[key]["microseconds"])} if key in rules else {}
     if ratios:
-        slowest, own = min(ratios, key=ratios.__getitem__), sum(r > 1 for r in ratios.values())
+        slowest, wins = min(ratios, key=ratios.__getitem__), sum(r > 1 for r in ratios.values())
         what = f"decode linears against cuBLAS, worst of {len(ratios)} shapes and batches 1 to 64"
-        note = f"at {slowest[0]}, batch {slowest[1]}; another arm wins at {own} of {len(ratios)}, where cuBLAS is the "
-        note += f"fastest it is what runs; geometric mean {geometric_mean(list(ratios.values())):.2f}x"
+        note = f"at {slowest[0]}, batch {slowest[1]}; another arm wins at {wins} of {len(ratios)}; geometric mean "
+        note += f"{geometric_mean(list(ratios.values())):.2f}x; cuBLAS is one of the arms, so less than 1 cannot be"
+        if alone:
+            note += f": our own alone reach {min(alone.values()):.3g}x at least"
+        if ruling:
+            at = min(ruling, key=ruling.__getitem__)
+            note += f"; by the rule from {ruling[at]:.2f}x ({at[0]} at {at[1]}, {rules[at]['arm']}; timed at "
+            note += f"{len(ruling)} of {len(ratios)})"
         spread = min(ratios.values()), max(ratios.values())
         value = ratios[slowest]
         found.append(claim("F4", what, value, "x", command, at_least=1.0, against="cuBLAS", spread=spread, note=note))
     return found
 
 
-def _attention(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Claim]:
+def _attention(rows: Sequence[Timing], copy_gbs: float, command: str, sms: int) -> list[Claim]:
     found = []
     for (shape, batch, context), group in sorted(grouped(rows, "shape", "batch", "context").items()):
         best = fastest(group, is_ours)
@@ -244,7 +295,13 @@ def _attention(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Cl
             continue
         share = 100 * rate(best) / copy_gbs
         what = f"decode attention, {shape}, batch {batch}, context {context}, share of a copy"
-        note = f"arm {best['arm']}, {float(best['microseconds']):.1f} us, {rate(best):.0f} GB/s"
+        note = f"the fastest arm, {best['arm']}, {float(best['microseconds']):.1f} us, {rate(best):.0f} GB/s"
+        arm, timed = ruled(group, sms)
+        if timed is not None:
+            note += f"; by the rule {timed['arm']} {float(timed['microseconds']):.1f} us, "
+            note += f"{100 * rate(timed) / copy_gbs:.0f} %"
+        elif arm:
+            note += f"; the rule's, {arm}, was not timed"
         against = f"copies at {copy_gbs:.0f} GB/s"
         found.append(claim("F5", what, share, "%", command, at_least=85, against=against, note=note))
     return found
@@ -267,9 +324,10 @@ def _uneven(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Claim
 
 
 def _prefill_kernels(rows: Sequence[Timing], command: str) -> list[Claim]:
+    """Our fastest arm, for PyTorch's attention is none of the engine's arms: it reads no pages."""
     found = []
     for (shape, batch, context), group in sorted(grouped(rows, "shape", "batch", "context").items()):
-        ours, library = fastest(group), fastest(group, lambda row: not is_ours(row))
+        ours, library = fastest(group, is_ours), fastest(group, lambda row: not is_ours(row))
         if not (ours and library) or context != PREFILL:
             continue
         ratio = float(library["microseconds"]) / float(ours["microseconds"])
@@ -277,9 +335,7 @@ def _prefill_kernels(rows: Sequence[Timing], command: str) -> list[Claim]:
         note = f"arm {ours['arm']} {float(ours['microseconds']):.0f} us, "
         note += f"{library['arm']} {float(library['microseconds']):.0f} us"
         plain = fastest(group, lambda row: is_ours(row) and "unified" not in row["arm"] and "paper" not in row["arm"])
-        if not is_ours(ours):
-            note += "; the library's arm is what runs"
-        elif plain and plain is not ours:
+        if plain and plain is not ours:
             note += f"; without statistics for a unified maximum {float(plain['microseconds']):.0f} us ({plain['arm']})"
         found.append(claim("F6", what, ratio, "x", command, at_least=1.0, against=str(library["arm"]), note=note))
     return found
@@ -331,9 +387,15 @@ def of_arms(result: arms.Result) -> list[Claim]:
 
 def of_folder(folder: Path) -> list[Claim]:
     """Every claim that the raw results of a folder bear out; kernel times are files of suite "kernels" with `rows`,
-    `copy_gbs` and `machine`. Runs with weights of fewer bits are no answer to what is claimed of a model as it is.
+    `copy_gbs` and `machine`. Raises ValueError for a folder without results and for a file that is not complete.
     """
-    found = results_in(folder)
+    return made_of(folder, of_suites)
+
+
+def of_suites(found: Suites) -> list[Claim]:
+    """Every claim of raw results by suite. Runs with weights of fewer bits are no answer to what is claimed of a model
+    as it is.
+    """
     made: list[Claim] = []
     singles = sorted((loaded(data) for data in found.get("single", ())), key=lambda result: result.weights)
     plain = [result for result in singles if result.rows and not result.weights]

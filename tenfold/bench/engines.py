@@ -6,9 +6,10 @@ at its best; what an engine cannot tell apart (its first token from the rest) it
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
+from tenfold.base.config import EngineConfig
 from tenfold.base.table import entry
 
 Prompts = Sequence[Sequence[int]]
@@ -128,13 +129,48 @@ def one_length(prompts: Prompts, tokens: int | Sequence[int], engine: str) -> in
     return tokens
 
 
+ALLOWED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+NAMED = ("model", "device")  # by options of their own
+
+
+def engine_config(settings: Mapping[str, Any], **own: Any) -> EngineConfig:
+    """own, where settings say nothing else. settings: fields of EngineConfig, as `--set` has them. Raises ValueError
+    for a name or a value that none can have.
+    """
+    return EngineConfig(**(own | checked(settings)))
+
+
+def checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as EngineConfig holds them. Raises ValueError as `engine_config`."""
+    known = {f.name: f for f in fields(EngineConfig) if f.name not in NAMED}
+    for name in settings.keys() - known.keys():
+        raise ValueError(f"{name!r} is no setting of the engine; allowed: {', '.join(sorted(known))}.")
+    return {name: held(known[name], value) for name, value in settings.items()}
+
+
+def held(field: Any, value: Any) -> Any:
+    """A value as a field holds it."""
+    kind, choices = field.type, field.metadata["choices"]
+    if kind is str and type(value) in (int, float):
+        value = str(value)  # such as of border=96
+    if choices and value not in choices:
+        raise ValueError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}.")
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{field.name} is {value!r}; allowed: {ALLOWED[kind]}, such as {example(field)}.")
+    return value
+
+
+def example(field: Any) -> str:
+    """A setting as `--set` takes it."""
+    return f"{field.name}={str(field.default).lower() if field.type is bool else field.default}"
+
+
 class Tenfold:
     """The whole engine: scheduler, paged cache, sampler and detokeniser, as a server would run it. A model of random
     weights has no tokenizer and so no detokeniser.
     """
 
     def __init__(self, setup: Setup) -> None:
-        from tenfold.base.config import EngineConfig
         from tenfold.bench.floor import model_sizes  # PyTorch comes with these
         from tenfold.engine.core import Engine as Core
         from tenfold.weights.shapes import is_shape
@@ -149,7 +185,7 @@ class Tenfold:
         }
         if setup.kv_tokens:
             sizes["kv_memory"] = setup.kv_tokens * model_sizes(setup.model, setup.device, setup.settings).kv_token
-        self.core = Core.load(EngineConfig(**(sizes | dict(setup.settings))), tokens_only=is_shape(setup.model))
+        self.core = Core.load(engine_config(setup.settings, **sizes), tokens_only=is_shape(setup.model))
         self.capacity: int | None = self.core.pool.total * self.core.config.page_size
         self.count = 0
 
@@ -189,7 +225,19 @@ ENGINES = {
 }
 
 
+class NotInstalled(RuntimeError):
+    """A peer whose packages are not there."""
+
+
 def make_engine(name: str, setup: Setup) -> Engine:
-    """Build an engine by name. Raises ValueError for an unknown name, ImportError for a peer not installed."""
-    engine: Engine = entry(ENGINES, name, "engine")(setup)
+    """Build an engine by name. Raises ValueError for an unknown name, NotInstalled for a peer that is not."""
+    try:
+        engine: Engine = entry(ENGINES, name, "engine")(setup)
+    except ModuleNotFoundError as error:
+        if name == "tenfold":
+            raise
+        raise NotInstalled(
+            f"{name} is not installed here ({error}); install it, name the folder of its packages with --peer-path "
+            "(vllm, llama.cpp), or leave it out of --against."
+        ) from error
     return engine

@@ -1,7 +1,16 @@
-"""Other quantisations of a GGUF file, made with llama.cpp's own quantiser, so that both engines read the same bytes."""
+"""Files that the benchmark reads and makes: raw results of a folder, by suite; and other quantisations of a GGUF file,
+made with llama.cpp's own quantiser, so that both engines read the same bytes.
+"""
 
 import ctypes
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
+Suites = dict[str, list[dict[str, Any]]]
+INCOMPLETE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)  # what reading half a result raises
 
 # llama.cpp's file types (enum llama_ftype of its public header).
 FILE_TYPES = {
@@ -17,6 +26,63 @@ FILE_TYPES = {
     "Q5_K_M": 17,
     "Q6_K": 18,
 }
+
+
+def results_in(folder: Path) -> Suites:
+    """The raw results of a folder by suite, other files left alone. Raises ValueError for a file that is no JSON."""
+    return by_suite(data for _, data in _read(folder))
+
+
+def made_of(folder: Path, make: Callable[[Suites], Made]) -> Made:
+    """What `make` makes of the raw results of a folder. Raises ValueError where there are none, and with the name of a
+    file that is not complete.
+    """
+    files = _read(folder)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no raw results; allowed: a folder with JSON files as `tenfold bench ... --out FOLDER` "
+            "writes them."
+        )
+    try:
+        return make(by_suite(data for _, data in files))
+    except INCOMPLETE as error:
+        for path, data in files:
+            _check(path, data, make)
+        raise ValueError(f"The results of {folder} do not go together: {_reason(error)}.") from error
+
+
+def by_suite(results: Iterable[dict[str, Any]]) -> Suites:
+    found: Suites = {}
+    for data in results:
+        found.setdefault(data["suite"], []).append(data)
+    return found
+
+
+def _read(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON ({error}); measure it again, or remove it.") from error
+        if isinstance(data, dict) and isinstance(data.get("suite"), str):
+            found.append((path, data))
+    return found
+
+
+def _check(path: Path, data: dict[str, Any], make: Callable[[Suites], Any]) -> None:
+    """Raises ValueError where a result by itself cannot be read."""
+    try:
+        make(by_suite([data]))
+    except INCOMPLETE as error:
+        raise ValueError(
+            f"{path} is no complete result of suite {data['suite']!r} ({_reason(error)}); measure it again, or remove "
+            "it."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
 
 
 def requantize(source: Path, kind: str, folder: Path) -> Path:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tenfold.bench.engines import engine_config
+
 GB = 1e9
 PICTURE_TOKENS = ("image_token_id", "image_token_index", "img_context_token_id")  # in configs
 
@@ -49,15 +51,16 @@ class Sizes:
 
 
 def model_sizes(model: str, device: str = "cpu", settings: Mapping[str, Any] | None = None) -> Sizes:
-    """Sizes of a model as the engine holds it on a device. settings: fields of EngineConfig. Reads headers only."""
-    from tenfold.base.config import EngineConfig
+    """Sizes of a model as the engine holds it on a device. settings: fields of EngineConfig. Reads headers only. Raises
+    ValueError for settings that there are not.
+    """
     from tenfold.engine.memory import DTYPES, weight_bytes
     from tenfold.models.table import model_config
     from tenfold.weights.find import resolve
     from tenfold.weights.load import SIGHT, head_copy
     from tenfold.weights.open import open_checkpoint
 
-    config = EngineConfig(model, **dict(settings or {}))
+    config = engine_config(settings or {}, model=model)
     default = "float32" if device.startswith("cpu") else "bfloat16"
     dtype = DTYPES[default if config.dtype == "auto" else config.dtype]
     kv_dtype = dtype if config.kv_dtype == "auto" else DTYPES[config.kv_dtype]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tenfold.bench.engines import Engine, Setup, make_engine
+from tenfold.bench.engines import Engine, NotInstalled, Setup, make_engine
 from tenfold.bench.fit import Point, Session, sessions
 from tenfold.bench.floor import Sizes, copy_bandwidth, floor_ms, matmul_ceiling, model_sizes
 from tenfold.bench.hardware import machine
@@ -332,23 +332,28 @@ def _on_gpu(plan: Plan, sizes: Sizes, result: Result, say: Say, done: Callable[[
     for name, point in missing:
         result.skip(name, point, f"it needs more than the {free / 1e9:.0f} GB that are free", say)
     for part in parts:
-        with _in_process(plan, part, say) as engines:
-            _measure(plan, engines, part.points, result, say, done)
+        with _in_process(plan, part, result, say) as engines:
+            if engines:
+                _measure(plan, engines, part.points, result, say, done)
     for name in (n for n in plan.engines if n in ALONE):
         result.notes.append(f"{name} ran in a process of its own with {plan.rounds} rounds, after the others")
         _side_by_side(plan, Session((name,), plan.points), result, say, done)
 
 
 @contextmanager
-def _in_process(plan: Plan, part: Session, say: Say) -> Iterator[dict[str, Engine]]:
-    """The engines of a session in this process; their memory is free afterwards."""
+def _in_process(plan: Plan, part: Session, result: Result, say: Say) -> Iterator[dict[str, Engine]]:
+    """The engines of a session in this process, without those not installed; their memory is free afterwards."""
     import torch
 
     engines: dict[str, Engine] = {}
     try:
         for name in part.engines:
             say(f"loading {name} for {len(part.points)} points, {part.cached} tokens of KV cache")
-            engines[name] = make_engine(name, _setup(plan, name, part))
+            try:
+                engines[name] = make_engine(name, _setup(plan, name, part))
+            except NotInstalled as error:
+                for point in part.points:
+                    result.skip(name, point, str(error), say)
         yield engines
     finally:
         engines.clear()
@@ -369,8 +374,9 @@ def _side_by_side(plan: Plan, part: Session, result: Result, say: Say, done: Cal
             except RuntimeError as error:
                 for note in getattr(error, "__notes__", ()):
                     say(note)  # a peer's message may do no more than point to its log
+                why = str(error) if isinstance(error, NotInstalled) else brief(error)
                 for point in part.points:
-                    result.skip(name, point, brief(error), say)
+                    result.skip(name, point, why, say)
         if workers:
             _measure(plan, workers, part.points, result, say, done)
     finally:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tenfold.bench.engines import Answer, Job, Prompts, Setup, Timing, make_engine
+from tenfold.bench.engines import Answer, Job, NotInstalled, Prompts, Setup, Timing, make_engine
 
 LOG_BYTES = 4000  # of a log's end, shown where an engine fails
 
@@ -45,7 +45,9 @@ def serve(name: str, setup: Setup) -> None:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What is replied to the parent, which finds the traceback in the log."""
+    """What is replied to the parent, which finds the traceback in the log. What is not installed needs none."""
+    if isinstance(error, NotInstalled):
+        return {"missing": str(error)}
     traceback.print_exception(error)
     return {"error": f"{type(error).__name__}: {error}"}
 
@@ -53,7 +55,8 @@ def failure(error: Exception) -> dict[str, Any]:
 class Worker:
     """The parent's side of a worker process; an `Engine`. packages: a folder where it finds packages before others.
 
-    What fails there is a RuntimeError here, with the other side's type and message, and the end of its log as a note.
+    What fails there is a RuntimeError here, with the other side's type and message, and the end of its log as a note;
+    what is not installed there is NotInstalled here.
     """
 
     def __init__(self, name: str, setup: Setup, packages: str = "") -> None:
@@ -81,6 +84,8 @@ class Worker:
         if not line:
             raise RuntimeError(f"{self.name} stopped: {self._printed()}")
         reply: dict[str, Any] = json.loads(line)
+        if "missing" in reply:
+            raise NotInstalled(reply["missing"])
         if "error" in reply:
             error = RuntimeError(f"{self.name}: {reply['error']}")
             error.add_note(self._printed())

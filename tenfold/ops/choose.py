@@ -7,7 +7,7 @@ operation decides. The table can only change speed: arms of one operation give t
 documentation by how much they differ.
 
 One JSON file a device, in `folder()`. A file that is broken, of another device or of another version of the kernels is
-ignored with one line in the log, and replaced by the next measurement.
+ignored with one warning in the log, and replaced by the next measurement.
 """
 
 import copy
@@ -83,14 +83,19 @@ def folder() -> Path:
 
 
 class Table:
-    """The measured times of one device and one version of its kernels."""
+    """The measured times of one device and one version of its kernels. ignored: why what the file holds is not used and
+    what to do, "" where it is used or there is none.
+    """
 
     def __init__(self, device: str, version: str, path: Path | None = None) -> None:
         """Reads the device's file. device: any text that names the hardware; version: changes when the kernels do."""
         self.device = device
         self.version = version
         self.path = path or folder() / (re.sub(r"[^A-Za-z0-9.]+", "-", device).strip("-")[:120] + ".json")
+        self.ignored = ""
         self._times, self._steps = self._read()
+        if self.ignored:
+            logger.warning("choices: %s", self.ignored)
 
     def __len__(self) -> int:
         return len(self._times)
@@ -148,6 +153,7 @@ class Table:
         except OSError:
             Path(temporary).unlink(missing_ok=True)
             raise
+        self.ignored = ""
 
     def _read(self) -> tuple[Times, Times]:
         try:
@@ -158,7 +164,7 @@ class Table:
         except FileNotFoundError:
             return {}, {}
         except (OSError, ValueError, RecursionError) as error:
-            logger.info("choices: %s is ignored, %s; measure again with `tenfold tune`", self.path, error)
+            self.ignored = f"{self.path} is ignored, {error}; measure again with `tenfold tune MODEL`"
             return {}, {}
 
 

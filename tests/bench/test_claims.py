@@ -32,6 +32,14 @@ def test_record_replaces_the_same_claim_and_keeps_others(tmp_path: Path) -> None
     assert [(c.id, c.value) for c in load(path)] == [("A1", 2.0), ("A2", 1.0)]
 
 
+@pytest.mark.parametrize("content", ["{", "[3]", '[{"id": "F1"}]', "3", '{"id": 1}', "[" * 100_000])
+def test_a_broken_record_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "claims.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"claims\.json holds no list of claims"):
+        load(path)
+
+
 def test_pairs_divide_round_by_round() -> None:
     assert paired_ratio([10, 30], [5, 10]) == Figure((2.0, 3.0))
     with pytest.raises(ValueError, match="do not pair"):

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from tenfold.bench import cpu
-from tenfold.bench.engines import ENGINES, Job, Setup, make_engine
+from tenfold.bench.engines import ENGINES, Job, NotInstalled, Setup, engine_config, make_engine
+from tenfold.bench.floor import model_sizes
 from tenfold.bench.peers.vllm import VLLM
 from tenfold.bench.single import brief
 from tenfold.bench.worker import Worker
@@ -116,6 +117,46 @@ def test_unknown_engine_names_the_known_ones():
     with pytest.raises(ValueError, match=r"llama\.cpp"):
         make_engine("vllm?", Setup("default"))
     assert set(ENGINES) == {"tenfold", "llama.cpp", "hf", "hf-generate", "hf-compiled", "vllm"}
+
+
+def test_a_peer_that_is_not_installed_is_a_sentence_without_a_trace(monkeypatch):
+    for name in ("vllm", "llama_cpp"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for peer in ("vllm", "llama.cpp"):
+        with pytest.raises(NotInstalled, match=f"{peer} is not installed here .*--peer-path"):
+            make_engine(peer, Setup("shape:tiny", device="cuda"))
+
+
+def test_a_worker_says_what_is_not_installed(tmp_path):
+    (tmp_path / "vllm.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(NotInstalled, match=r"vllm is not installed here .*nothing_of_this_name") as found:
+        Worker("vllm", Setup("shape:tiny"), str(tmp_path))
+    assert not hasattr(found.value, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"foo": 1}, r"'foo' is no setting of the engine; allowed: .*max_batch"),
+        ({"max_batch": "foo"}, "max_batch is 'foo'; allowed: a whole number, such as max_batch=0"),
+        ({"max_batch": 1.5}, "allowed: a whole number"),
+        ({"max_batch": True}, "allowed: a whole number"),
+        ({"prefix_cache": 0}, "allowed: true or false, such as prefix_cache=true"),
+        ({"dtype": "float7"}, "dtype is 'float7'; allowed: auto, float32"),
+        ({"speculate": None}, "allowed: a text"),
+        ({"model": "another"}, "'model' is no setting"),
+    ],
+)
+def test_settings_that_there_are_not(settings, said):
+    with pytest.raises(ValueError, match=said):
+        engine_config(settings, model="m")
+    with pytest.raises(ValueError, match=said):
+        model_sizes("shape:tiny", settings=settings)
+
+
+def test_settings_come_before_our_own():
+    found = engine_config({"max_batch": 3, "border": 96, "tpot": 1, "graphs": False}, model="m", max_batch=8)
+    assert (found.model, found.max_batch, found.border, found.tpot, found.graphs) == ("m", 3, "96", 1, False)
 
 
 def test_worker_answers_and_says_why_it_stopped(tiny, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tenfold.bench import claims_gpu, kernels
+from tenfold.bench.files import results_in
 from tenfold.ops.choose import Table
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
@@ -62,5 +63,5 @@ def test_the_command_writes_every_part(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     small = ["--models", "shape:llama-3.2-1b@vocab=1024", "--batches", "1", "--context", "1024", "--prompt", "256"]
     assert kernels.main(["--out", str(out), *small]) == 0
-    (data,) = claims_gpu.results_in(tmp_path)["kernels"]
+    (data,) = results_in(tmp_path)["kernels"]
     assert {row["op"] for row in data["rows"]} == {"linear", "attention", "prefill"}

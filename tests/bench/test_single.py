@@ -8,7 +8,7 @@ import pytest
 
 from tenfold.bench import gpu, report, single
 from tenfold.bench.command import settings
-from tenfold.bench.engines import Prompts, Setup, Timing
+from tenfold.bench.engines import NotInstalled, Prompts, Setup, Timing
 from tenfold.bench.fit import RESERVE, Point, need, points_of, sessions
 from tenfold.bench.floor import Sizes, floor_ms, model_sizes
 
@@ -235,6 +235,36 @@ def test_on_a_gpu_engines_share_it_where_they_fit_and_others_follow(monkeypatch:
     assert missing >= {("tenfold", 8, 32768), ("hf-generate", 8, 32768), ("vllm", 1, 1024)}
     assert any("process of its own" in note for note in result.notes)
     assert any("33 tokens" in note for note in result.notes)
+
+
+def test_peers_that_are_not_installed_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process and in one of its own: a line each, and the others are measured."""
+
+    def make(name: str, setup: Setup) -> Fake:
+        if name != "tenfold":
+            raise NotInstalled(f"{name} is not installed here.")
+        return Fake(0.004)
+
+    def missing(name: str, *_: object) -> None:
+        make(name, Setup("shape:tiny"))
+
+    monkeypatch.setattr(single, "make_engine", make)
+    monkeypatch.setattr(single, "Worker", missing)
+    monkeypatch.setattr(single, "machine", lambda device: {"hardware": device})
+    monkeypatch.setattr(single, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(single, "matmul_ceiling", lambda device, size: 790.0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (78 << 30, 80 << 30))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    points = tuple(single.grid([1], [128], [], 129))
+    lines: list[str] = []
+    result = single.run(
+        single.Plan("shape:llama-2-7b", ("tenfold", "hf-generate", "vllm"), points, 1, "cuda"), lines.append
+    )
+    assert [row.engine for row in result.rows] == ["tenfold"]
+    assert [(skip.engine, skip.why) for skip in result.skipped] == [
+        (name, f"{name} is not installed here.") for name in ("hf-generate", "vllm")
+    ]
+    assert sum("not installed" in line for line in lines) == 2
 
 
 def test_an_unknown_peer_names_the_known_ones() -> None:

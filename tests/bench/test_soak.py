@@ -144,6 +144,7 @@ def test_runs_of_one_model_are_told_together() -> None:
     runs = [result(samples=[sample(0.0, allocated=9), sample(1.0)]), result(growth={"process": 40.0}), result()]
     minutes, *rest = soak.claims_of(runs)
     assert (minutes.value, minutes.met, minutes.hardware) == (30.0, True, "H")
+    assert soak.claims_of([result()] * 4)[0].target == ">= 30 min"  # not what the runs happen to have
     assert "3 runs of 10.0, 10.0, 10.0 min, each an engine of its own" in minutes.note
     growth = {claim.what: claim for claim in rest}
     assert not growth["growth under soak, process, worst of 3 runs, llama-3-8b"].met
@@ -165,6 +166,7 @@ def test_a_run_that_failed_counts_for_nothing() -> None:
     assert (minutes.value, minutes.met) == (20.0, False)
     assert "1 faults: hung" in minutes.note
     assert not soak.claims_of([result(pages_held=1)] * 4)[0].met
+    assert not soak.claims_of([*[result()] * 4, result(pages_held=1)])[0].met
 
 
 def test_a_short_soak_meets_nothing() -> None:

@@ -13,7 +13,7 @@ from tenfold.engine import calibrate as module
 from tenfold.engine.calibrate import calibrate
 from tenfold.ops.attention.unified_max import STEP
 from tenfold.ops.oracle import Oracle
-from tenfold.serve.cli.calibrate import softmax
+from tenfold.serve.cli.calibrate import LEAST_TOKENS, softmax
 from tenfold.weights.softmax import SoftmaxStatistics
 
 TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 12
@@ -115,14 +115,38 @@ def test_what_another_run_left_is_not_taken_over(tiny: Any, text: Path, monkeypa
 def test_the_command_writes_and_reports(tiny: Any, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (text.parent / "model").symlink_to(tiny("llama"))
     model = text.parent / "model"
-    softmax(config(model), text, 20, 4, False)
+    text.write_text(TEXT * 6)
+    softmax(config(model), text, 20, 50, False)
     said = capsys.readouterr().out
     assert "bfloat16, a phi for each head" in said
     assert "serves 3 of 3 layers" in said
     assert said.splitlines()[-1] == f"saved in {model / 'softmax.json'}"
-    softmax(config(model), text, 20, 4, True)
-    assert json.loads(capsys.readouterr().out)["tokens"] == 80
+    softmax(config(model), text, 20, 50, True)
+    assert json.loads(capsys.readouterr().out)["tokens"] == LEAST_TOKENS
     (model / "softmax.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "windows", "said"),
+    [
+        (b"word", 50, "gave 4 tokens at most; allowed: from 1000"),
+        (b"the land is wide " * 60, 500, "The text gave .* tokens at most"),
+        (bytes(range(256)) * 20, 50, "is no text: .*UTF-8"),
+        (b"\0" * 4000, 50, "is no text"),
+        (6 * TEXT.encode(), 4, "raise --window or --windows"),
+    ],
+)
+def test_too_little_text_leaves_what_was_saved(tiny: Any, text: Path, content: bytes, windows: int, said: str) -> None:
+    (text.parent / "model").symlink_to(tiny("llama"))
+    kept = text.parent / "model" / "softmax.json"
+    kept.write_text("kept")
+    text.write_bytes(content)
+    try:
+        with pytest.raises(ValueError, match=said):
+            softmax(config(kept.parent), text, 20, windows, False)
+        assert kept.read_text() == "kept"
+    finally:
+        kept.unlink()
 
 
 def test_short_and_empty_texts(tiny: Any, text: Path) -> None:

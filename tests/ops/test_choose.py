@@ -63,9 +63,10 @@ def saved(path):
 
 def test_files_of_another_device_or_version_are_ignored(path, caplog):
     saved(path)
-    with caplog.at_level(logging.INFO, "tenfold"):
-        assert len(Table("other", "v", path)) == 0
-        assert len(Table("cpu", "w", path)) == 0
+    assert len(Table("other", "v", path)) == 0
+    assert len(Table("cpu", "w", path)) == 0
+    assert {r.levelno for r in caplog.records} == {logging.WARNING}
+    assert all("tenfold tune MODEL" in r.message for r in caplog.records)
     assert [("another device" in r.message, "other kernels" in r.message) for r in caplog.records] == [
         (True, False),
         (False, True),
@@ -91,9 +92,12 @@ def test_malformed_rows_void_the_file_with_one_line(path, caplog, change):
     content = saved(path)
     change(content)
     path.write_text(json.dumps(content))
-    with caplog.at_level(logging.INFO, "tenfold"):
-        assert len(Table("cpu", "v", path)) == 0
-    assert len(caplog.records) == 1
+    table = Table("cpu", "v", path)
+    assert len(table) == 0
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert table.ignored in caplog.text
+    table.save()  # reads the file again, which is no second warning
+    assert (table.ignored, len(caplog.records)) == ("", 1)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"[" * 100000, b"\x00", b'"\xed\xa0\x80"'])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tenfold.engine.memory import DoesNotFit
 from tenfold.ops.choose import Table
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.serve.cli import choices
@@ -58,10 +59,20 @@ def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(opened, "device", torch.device("cuda"))
     monkeypatch.setattr(choices, "Opened", lambda config: opened)
     monkeypatch.setattr(choices, "make_kernels", lambda *given: kernels)
+    table.ignored = f"{table.path} is ignored, it was measured with other kernels; measure again"
     choices.explain(opened.config)
     text = capsys.readouterr().out
+    assert text.splitlines()[-1] == f"Nothing above comes from measurements: {table.ignored}."
     assert "linear+norm+silu     256 x 64" in text
     assert "stream:" in text
     assert "attention 4/2 heads of 16 " in text
     assert "triton" in text  # heads of 16 are too small for our own kernel
     assert "prefill attention 4/2 heads of 16 " in text
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_made(monkeypatch):
+    monkeypatch.setattr("tenfold.engine.opened.free_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(choices, "refuse_others", lambda kernels, name: None)
+    monkeypatch.setattr(choices, "build_model", lambda *given: pytest.fail("weights were read"))
+    with pytest.raises(DoesNotFit, match="does not fit into memory: weights"):
+        choices.explain(choices.EngineConfig("shape:tiny", device="cpu"))

@@ -5,28 +5,58 @@ from pathlib import Path
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.engine.calibrate import calibrate
+from tenfold.engine.calibrate import LARGEST_TEXT, calibrate
 from tenfold.ops.attention.unified_max import window
 from tenfold.serve.cli.terminal import Bar, columns, loading
 from tenfold.weights.softmax import RARE, SoftmaxStatistics, save
 
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST_TOKENS = round(1 / RARE)  # fewer hold none of a head's rarest rows, which phi is chosen by
+MOST_FOREIGN = 0.05  # share of characters of a text that may be no UTF-8
+WANTED = "some thousand words of the usual kind, as UTF-8"
 
 
 def softmax(config: EngineConfig, text: Path, size: int, count: int, as_json: bool) -> None:
-    """Measure, save, print."""
+    """Measure, save, print. Raises ValueError, and leaves what was saved before, for what is no text or too short."""
+    check_text(text)
     bar = Bar("measuring")
     try:
         with loading(quiet=False) as progress:
             found, opened = calibrate(config, text, size, count, bar.update, progress)
     finally:
         bar.stop()
+    check_length(found.tokens, size * count)
     path = save(found, opened.checkpoint)
     if as_json:
         print(path.read_text(encoding="utf-8"))
         return
     print(describe(found))
     print(f"saved in {path}")
+
+
+def check_text(text: Path) -> None:
+    """Raises ValueError for a file that is no text, or has too few bytes for the tokens it must give."""
+    with text.open("rb") as file:
+        content = file.read(LARGEST_TEXT)
+    characters = content.decode("utf-8", errors="replace")
+    foreign = characters.count("\ufffd") + characters.count("\0")
+    if foreign > MOST_FOREIGN * len(characters):
+        raise ValueError(
+            f"{text} is no text: {foreign / len(characters):.0%} of its characters are not UTF-8; give {WANTED}."
+        )
+    check_length(len(content))
+
+
+def check_length(tokens: int, asked: int = LEAST_TOKENS) -> None:
+    """tokens: that a text gives, or at most can give; asked: for how many there were windows. Raises ValueError."""
+    if tokens >= LEAST_TOKENS:
+        return
+    few = "the windows" if asked < LEAST_TOKENS else "the text"
+    instead = "raise --window or --windows" if asked < LEAST_TOKENS else f"give {WANTED}"
+    raise ValueError(
+        f"{few[:1].upper()}{few[1:]} gave {tokens} tokens at most; allowed: from {LEAST_TOKENS}, for fewer do not tell "
+        f"how large scores get. Nothing was saved; {instead}."
+    )
 
 
 def describe(found: SoftmaxStatistics) -> str:

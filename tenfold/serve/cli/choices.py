@@ -12,6 +12,8 @@ from tenfold.engine.opened import Opened
 from tenfold.engine.phases import stored
 from tenfold.engine.phases import table as phases
 from tenfold.engine.phases.controller import Observed, Split
+from tenfold.engine.phases.latency import Stairs
+from tenfold.engine.phases.start import unable
 from tenfold.models.table import build_model, model_config
 from tenfold.ops.choose import Choice, Table
 from tenfold.ops.cpu import arms
@@ -50,8 +52,17 @@ def explain(config: EngineConfig) -> None:
         show_experts(trace.experts, kernels.arms)
         show_attention(gpu_readings(opened, trace), kernels.attending)
         show_phases(opened, kernels)
+        show_ignored(kernels.arms.table)
     else:
         show(arms.explain(matrices(opened)))
+        show_phases(opened, opened.kernels)
+        show_ignored(arms.table())
+
+
+def show_ignored(table: Table) -> None:
+    """A line where there are measurements that are not used."""
+    if table.ignored:
+        print(f"\nNothing above comes from measurements: {table.ignored}.")
 
 
 def tune(config: EngineConfig) -> None:
@@ -112,46 +123,61 @@ def gpu_kernels(opened: Opened) -> Any:
 
 def show_phases(opened: Opened, kernels: Any) -> None:
     """With schedule=phases, times of prefill and decode on parts of the GPU, as an engine measured them, and the split
-    that a load would get under the targets.
+    that a load would get under the targets; or why there are no phases here.
     """
     if opened.config.schedule != phases.PHASES:
         return
     opened.choose()
+    if reason := unable(opened):
+        print(f"\n{phases.fallback(phases.PHASES, reason)}.")
+        return
     lines = phase_lines(kernels.arms.table, opened.shape, opened.config, kernels.sms)
+    title = f"schedule=phases, border {opened.config.border}"
     if lines:
-        print("\nschedule=phases, milliseconds on so many multiprocessors:")
+        print(f"\n{title}, milliseconds on so many multiprocessors:")
         print(columns(lines))
     else:
-        print("\nschedule=phases: nothing was measured yet; an engine measures it when it starts.")
+        print(f"\n{title}: nothing was measured yet; an engine measures it when it starts.")
 
 
 def phase_lines(table: Table, shape: Any, config: EngineConfig, total: int) -> list[tuple[str, ...]]:
-    """A row for each split; empty where nothing was measured."""
-    sizes = phases.splits_of(phases.ADAPTIVE, total)
+    """A row for each split that the border may have, and what for; empty where nothing was measured."""
+    sizes = phases.splits_of(config.border, total)
     tokens, requests = stored.sizes_of(config.max_model_len, config.max_batch)
     parts = [total, *sizes], [total, *(total - size for size in sizes)]
     stairs = stored.recall(table, shape, config, *parts, tokens, requests)
     if stairs is None:
         return []
     splits = [Split(size, total - size) for size in sizes]
-    targets, border = phases.targets_of(config, stairs, total), config.border
-    measured = border if border in (phases.ADAPTIVE, phases.STAIRCASE) else phases.STAIRCASE
-    controller = phases.make_controller(measured, targets, splits, stairs)
-    assert controller is not None
-    waits = {n: Observed(None, None, tokens[-1], 0.0, n, 0.0) for n in requests}
-    decisions = {n: controller.decide(seen, Split(total, total)) for n, seen in waits.items()}
+    uses = phase_uses(config, splits or [Split(total, total)], stairs, total, tokens[-1], requests)
     heads = [f"prefill {n}" for n in tokens] + [f"decode {n}" for n in requests]
     rows = [("prompts + answers", *heads, "for")]
     for split in [Split(total, total), *splits]:
         times = [stairs.prefill_seconds(split.prefill, n) for n in tokens]
         times += [stairs.decode_seconds(split.decode, n) for n in requests]
-        loads = [
-            f"{n} answers" + (f" in steps with {made.chunk} tokens of prompts" if made.chunk else "")
-            for n, made in decisions.items()
-            if made.split == split
-        ]
-        rows.append((str(split), *(f"{1e3 * seconds:.2f}" for seconds in times), ", ".join(loads)))
+        rows.append((str(split), *(f"{1e3 * seconds:.2f}" for seconds in times), ", ".join(uses.get(split, []))))
     return rows
+
+
+def phase_uses(
+    config: EngineConfig, splits: list[Split], stairs: Stairs, total: int, tokens: int, requests: list[int]
+) -> dict[Split, list[str]]:
+    """What each split would be used for: what the controller of the border decides beside so many answers while so many
+    tokens of prompts wait. One that goes by what requests saw is told what was measured on the split that it has at the
+    start. A border that stays has one split, for all.
+    """
+    targets = phases.targets_of(config, stairs, total)
+    first = phases.first_of(config.border, splits) or Split(total, total)
+    uses: dict[Split, list[str]] = {first: ["the start"] if config.border == phases.PAPER else []}
+    for n in requests:
+        controller = phases.make_controller(config.border, targets, splits, stairs)
+        if controller is None:
+            return {first: ["all"]}
+        times = stairs.prefill_seconds(first.prefill, tokens), stairs.decode_seconds(first.decode, n)
+        made = controller.decide(Observed(*times, tokens, 0.0, n, 0.0), first)
+        riding = f" in steps with {made.chunk} tokens of prompts" if made.chunk else ""
+        uses.setdefault(made.split, []).append(f"{n} answers{riding}")
+    return uses
 
 
 def gpu_dtype(config: EngineConfig) -> Any:
@@ -184,9 +210,12 @@ def refuse_others(kernels: Any, name: str) -> None:
 
 
 def matrices(opened: Opened) -> list[Matrix]:
-    """All matrices of a model, as the compiled kernels hold them. Raises ValueError where they are not used."""
+    """All matrices of a model, as the compiled kernels hold them. Raises ValueError where they are not used, or where
+    the model does not fit into memory.
+    """
     opened.choose()
     refuse_others(opened.kernels, "native")
+    opened.memory.require()
     weights = Collecting(
         opened.checkpoint, opened.kernels, opened.device, DTYPES[opened.config.dtype], opened.config.weights
     )
