@@ -242,6 +242,8 @@ class Arms:
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         engine.phases = phases
+        if phases is not None:
+            phases.begin()
         if phases is not None and phases is not self.apart:
             border = self._border(name)
             self.lanes.use(Split(int(border), self.total - int(border)) if border.isdigit() else self._begin())

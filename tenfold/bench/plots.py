@@ -8,6 +8,7 @@ from typing import Any
 from tenfold.bench import kv as kv_bench
 from tenfold.bench import phases as phases_bench
 from tenfold.bench.single import Result
+from tenfold.engine.phases.table import MOVING
 
 # Colours that people with the common colour blindnesses tell apart (Okabe and Ito 2008), and another marker for each.
 STYLES = {
@@ -171,11 +172,33 @@ def mxmoe(data: Mapping[str, Any], path: Path) -> Path:
     return saved(figure, path, plt)
 
 
-def saved(figure: Any, path: Path, plt: Any) -> Path:
+def saved(figure: Any, path: Path, plt: Any, dpi: int = 130) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
     return path
+
+
+MARKERS = "os^DvPX*<>ph"
+
+
+def arm_styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A style of its own for each arm: lines of those whose border moves are solid, of those that take prompts in the
+    order they come dotted.
+    """
+    colours = [colour for colour, _ in STYLES.values()]
+
+    def dashes(arm: str) -> str:
+        return "-" if arm in MOVING else ":" if arm.endswith(phases_bench.ARRIVAL) else "--"
+
+    return {
+        arm: {
+            "color": colours[(i + i // len(MARKERS)) % len(colours)],  # by twelves, for the markers are that many
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": dashes(arm),
+        }
+        for i, arm in enumerate(arms)
+    }
 
 
 def phases(result: phases_bench.Result, path: Path) -> Path:
@@ -185,17 +208,17 @@ def phases(result: phases_bench.Result, path: Path) -> Path:
         raise ValueError("There is no rate in this result to draw.")
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), sharex=True, sharey=True, layout="constrained")
     for axis, kind in zip(axes, ("tight", "loose")):
-        for arm, (colour, marker) in zip(result.arms, cycle(STYLES.values())):
+        for arm, style in arm_styles(result.arms).items():
             points = sorted((row.rate, 100 * getattr(row, kind)) for row in result.rows if row.arm == arm)
-            dashes = "-" if arm in ("adaptive", "staircase", "paper") else "--"
             if points:
-                axis.plot(*zip(*points), color=colour, marker=marker, linestyle=dashes, label=arm)
+                axis.plot(*zip(*points), **style, label=arm)
         axis.axhline(90, color=FLOOR, linewidth=0.8)
         axis.set(xlabel="requests a second", ylabel="% of requests within both targets", title=f"{kind} targets")
         axis.grid(True, color="#dddddd", linewidth=0.7)
-    axes[1].legend(frameon=False, fontsize=9)
+    handles, names = axes[1].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(title(result.model, result.machine))
-    return saved(figure, path, plt)
+    return saved(figure, path, plt, dpi=100)
 
 
 def kv(result: kv_bench.Result, path: Path) -> Path:

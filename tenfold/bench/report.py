@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -303,11 +303,17 @@ def lines_table(data: Mapping[str, Any]) -> str:
 def results_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The raw results of a folder by suite; other files are left alone."""
     found: dict[str, list[dict[str, Any]]] = {}
+    for _, data in each_in(folder):
+        found.setdefault(data["suite"], []).append(data)
+    return found
+
+
+def each_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The raw results of a folder, with the name of each."""
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())
         if isinstance(data, dict) and isinstance(data.get("suite"), str):
-            found.setdefault(data["suite"], []).append(data)
-    return found
+            yield path.stem, data
 
 
 def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -363,9 +369,9 @@ def charts(folder: Path) -> list[Path]:
         if any(row.steps for row in result.rows):
             name = result.name.removeprefix("shape:").replace(", ", "-").replace("/", "-").replace(" ", "-")
             made.append(plots.kv(result, folder / f"kv-{name}.png"))
-    for served in map(phases.loaded, found.get("phases", ())):
-        if served.rows:
-            made.append(plots.phases(served, folder / f"attainment{'-long' if served.long else ''}.png"))
+    for name, data in each_in(folder):
+        if data["suite"] == "phases" and data["rows"]:
+            made.append(plots.phases(phases.loaded(data), folder / f"attainment-{name}.png"))
     for data in found.get("mxmoe", ()):
         made.append(plots.mxmoe(data, folder / f"bits-{data['model']}.png"))
     if found.get("serving"):

@@ -37,6 +37,7 @@ class Stats:
     pictures: int = 0  # that were looked at; those that were known still are not counted
     prefill_sms: int = 0  # multiprocessors that prompts have now, where phases run side by side
     decode_sms: int = 0  # and answers
+    prompt_chunk: int = 0  # tokens of prompts that a step of answers takes along at most; 0: prompts have a lane
     border_changes: int = 0
     border_why: str = ""  # they have as many, for people
 

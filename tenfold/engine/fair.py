@@ -11,7 +11,7 @@ keep the worst ratio of time taken to time needed small (Bender, Chakrabarti, Mu
 for Scheduling Continuous Job Streams", SODA 1998); counted in tokens they need no clock and no estimate.
 """
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
 
 from tenfold.engine.sequence import Sequence, Status, Turn
@@ -29,6 +29,33 @@ def due(computed: float, grace: float) -> float:
     return computed + grace if grace else 0.0
 
 
+class Least:
+    """The least number of sequences that wait for a first token. An entry of one that does so no longer stays until it
+    is the least, or until most are such: a number costs the logarithm of how many wait, not a look at each.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, int, Sequence]] = []
+
+    def push(self, number: float, sequence: Sequence) -> None:
+        heappush(self._heap, (number, sequence.order, sequence.index, sequence))
+
+    def tidy(self, most: int) -> None:
+        """Forget who waits no longer where there are more than `most` entries."""
+        if len(self._heap) > most:
+            self._heap = [entry for entry in self._heap if self._counts(entry[3])]
+            heapify(self._heap)
+
+    def least(self) -> float | None:
+        while self._heap and not self._counts(self._heap[0][3]):
+            heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    @staticmethod
+    def _counts(sequence: Sequence) -> bool:
+        return sequence.status is Status.WAITING and not sequence.generated
+
+
 class FairQueue:
     """The queue and the counters. `enter` and `leave` frame a sequence's life; `push` and `pop` its waits within it."""
 
@@ -40,6 +67,8 @@ class FairQueue:
         self._served: dict[str, float] = {}
         self._active: dict[str, int] = {}
         self._floor = 0.0  # least counter among active users, never falling
+        # Of those who have no token yet: all, and seconds to the first that they have of their own, and who has none.
+        self._arrivals, self._own, self._others = Least(), Least(), Least()
 
     def __len__(self) -> int:
         return self._size
@@ -87,6 +116,23 @@ class FairQueue:
         heappush(self._heaps.setdefault(sequence.request.user, []), (sequence.turn, sequence))
         self._size += 1
         self.tokens += len(sequence.tokens)
+        if not sequence.generated:
+            self._arrivals.push(sequence.request.arrival, sequence)
+            (self._own if sequence.request.ttft else self._others).push(sequence.request.ttft, sequence)
+        for numbers in (self._arrivals, self._own, self._others):
+            numbers.tidy(2 * self._size + 64)
+
+    @property
+    def oldest(self) -> float | None:
+        """When the first of those arrived who have no token yet; None where nobody waits for one."""
+        return self._arrivals.least()
+
+    def strictest(self, usual: float) -> float | None:
+        """The least seconds to a first token that one of them aims at: `usual` where it has none of its own."""
+        own = self._own.least()
+        if self._others.least() is None:
+            return own
+        return usual if own is None else min(own, usual)
 
     def remove(self, sequence: Sequence) -> None:
         """Take a waiting sequence out. Inside a heap it stays as a stale entry, known by its status, which the

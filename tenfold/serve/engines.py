@@ -132,12 +132,19 @@ def _border(stats: Mapping[str, Any]) -> Iterator[Metric]:
         "Multiprocessors that a phase has, where phases run side by side.",
         labels=("model", "phase"),
     )
+    chunk = GaugeMetricFamily(
+        "tenfold_phase_chunk_tokens",
+        "Tokens of prompts that a step of answers takes along at most; 0: prompts have a lane of their own.",
+        labels=("model",),
+    )
     changes = CounterMetricFamily("tenfold_border_changes", "Times the border between phases moved.", labels=("model",))
     for name, found in stats.items():
         for phase in PHASES:
             sms.add_metric((name, phase), getattr(found, f"{phase}_sms"))
+        chunk.add_metric((name,), found.prompt_chunk)
         changes.add_metric((name,), found.border_changes)
     yield sms
+    yield chunk
     yield changes
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 SPAN = 300  # seconds that are kept
 MOST = 2048  # times kept of one kind; under more traffic the window is shorter
-LEVELS = ("running", "waiting", "prefill_sms", "decode_sms")  # numbers of the engine's `Stats` that are kept
+# Numbers of the engine's `Stats` that are kept.
+LEVELS = ("running", "waiting", "prefill_sms", "decode_sms", "prompt_chunk")
 
 
 class Series:

@@ -1,5 +1,6 @@
 """The benchmark of schedules: every arm in one engine, what is counted, what is claimed."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,10 @@ def test_all_arms_answer_the_same_requests_in_turn(tmp_path: Path) -> None:
     assert phases.loaded(result.plain()) == result
     assert "prefill-first" in report.phases_table(result)
     assert plots.phases(result, tmp_path / "a.png").stat().st_size > 10_000
+    for name in ("phases", "phases-two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result.plain()))
+    drawn = report.charts(tmp_path)
+    assert [path.name for path in drawn] == ["attainment-phases-two.png", "attainment-phases.png"]
     assert not engine.has_work
     assert engine.pool.used == 0
 
@@ -222,3 +227,10 @@ def test_rivals_take_prompts_as_they_come_where_a_run_has_such() -> None:
     assert found["P1", "the best of our rivals"].value == pytest.approx(20 / 12, rel=1e-3)
     assert found["P1", "the best of our arms that overtake too"].value == pytest.approx(20 / 15, rel=1e-3)
     assert found["P2", "the best of our rivals"].value == 4.0
+
+
+def test_each_arm_is_drawn_in_a_style_of_its_own() -> None:
+    arms = [*phases.ARMS.split(","), *(arm + phases.ARRIVAL for arm in phases.ARMS.split(",")), "vllm"]
+    styles = plots.arm_styles(arms)
+    assert len({(style["color"], style["marker"]) for style in styles.values()}) == len(arms)
+    assert (styles["adaptive"]["linestyle"], styles["chunked@arrival"]["linestyle"]) == ("-", ":")

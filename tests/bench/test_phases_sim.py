@@ -1,11 +1,14 @@
 """Controllers in a simulation: convergence, no oscillation, bursts, idle phases, loads beyond reach."""
 
+import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from tenfold.bench.phases_sim import Ask, Costs, Gpu, chunked, poisson
-from tenfold.engine.phases.controller import Adaptive, Algorithm1, Controller, Split, Staircase, Targets
+from tenfold.bench.phases_sim import Ask, Costs, Gpu, Result, chunked, poisson
+from tenfold.engine.phases.controller import Adaptive, Algorithm1, Controller, Observed, Split, Staircase, Targets
 from tenfold.engine.phases.latency import Paper, Stairs
 
 TOTAL = 132
@@ -131,9 +134,101 @@ H200 = Stairs(
 
 
 def on_an_h200(targets: Targets, overtake: float = 0.0) -> Gpu:
-    splits = [Split(s, TOTAL - s) for s in H200_PREFILL if s < TOTAL]
-    controller = Adaptive(Staircase(targets, splits, H200), 4096)
+    controller = h200_controller("adaptive", targets)
     return Gpu(H200, TOTAL, Costs(), controller, start=Split(TOTAL, TOTAL), overtake=overtake)
+
+
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "phases" / "phases.json"
+
+
+def test_the_table_of_an_h200_is_the_recorded_one() -> None:
+    """A result tells of each number of multiprocessors the largest prefill and decode that were measured."""
+    prefill, decode = json.loads(RECORDED.read_text())["stairs"].split("; ")
+    for said, measured in ((prefill, H200.prefill), (decode, H200.decode)):
+        found = {int(sms): float(ms) for sms, ms in re.findall(r"(\d+): ([\d.]+)", said.partition(": ")[2])}
+        assert found == pytest.approx({sms: 1e3 * points[-1][1] for sms, points in measured.items()}, rel=0.03)
+
+
+NAMES = ("algorithm 1", "staircase", "adaptive")
+H200_SPLITS = [Split(s, TOTAL - s) for s in H200_PREFILL if s < TOTAL]
+
+
+def h200_controller(name: str, targets: Targets) -> Controller:
+    if name == "algorithm 1":
+        whole = H200.prefill_seconds(TOTAL, 1024), H200.decode_seconds(TOTAL, 1)
+        return Algorithm1(targets, H200_SPLITS, Paper.seeded(TOTAL, *whole), whole[0] / 1024, every=160)
+    staircase = Staircase(targets, H200_SPLITS, H200)
+    return staircase if name == "staircase" else Adaptive(staircase, 4096)
+
+
+def h200_run(name: str, targets: Targets, asks: list[Ask]) -> Result:
+    start = Split(TOTAL, TOTAL) if name == "adaptive" else H200_SPLITS[len(H200_SPLITS) // 2]
+    return Gpu(H200, TOTAL, Costs(), h200_controller(name, targets), start=start).run(asks)
+
+
+def swings(result: Result) -> int:
+    """Moves from one split to another while both phases have work: all for one of them, when the other has none, is
+    no split.
+    """
+    return sum(all(0 < s.prefill < TOTAL for s in pair) for pair in pairwise(split for _, split in result.splits))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_both_targets_are_out_of_reach_all_are_served_and_the_border_settles(name: str) -> None:
+    unmet = Targets(0.001, 0.001)
+    asks = poisson(12, 20, [100, 300, 2000], [50, 150], seed=11)
+    result = h200_run(name, unmet, asks)
+    assert len(result.served) == len(asks)
+    assert result.attained(unmet) == 0
+    assert swings(result) <= {"algorithm 1": 0, "staircase": len(asks) // 5, "adaptive": 0}[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_both_targets_fail_controllers_say_what_they_are(name: str) -> None:
+    """Algorithm 1 leaves the border; a staircase takes the split whose worse miss is least."""
+    own = h200_controller(name, Targets(0.01, 0.001))
+    now = H200_SPLITS[1]
+    seen = Observed(ttft=2.0, tpot=0.05, queued=8192, waited=1.0, requests=64, rate=20_000.0)
+    found = own.decide(seen, now)
+    if isinstance(own, Algorithm1):
+        assert (found.split, found.why) == (now, "both targets fail, nothing changes")
+    elif isinstance(own, Staircase):
+        misses = {split: own.promise(split, seen).miss for split in H200_SPLITS}
+        assert misses[found.split] <= 1.05 * min(misses.values())
+    else:
+        assert found.split == Split(TOTAL, TOTAL)
+        assert found.chunk > 128  # tokens come too late as they are: prompts wait no longer for that
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_phases_without_work_are_left_alone(name: str) -> None:
+    """Alone in a phase, idle in between: answers run at full speed where the controller gives the GPU away, and the
+    border does not move while there is nothing.
+    """
+    asks = [Ask(10.0 * i, 1024, 60) for i in range(3)]
+    result = h200_run(name, Targets(1.0, 0.05), asks)
+    assert [s.made for s in result.served] == [60, 60, 60]
+    assert result.attained(Targets(1.0, 0.05)) == 1
+    moves = [at for at, _ in result.splits]
+    assert not [at for at in moves if at % 10 > 2]  # nothing is left to do then
+    if name == "algorithm 1":
+        assert not moves
+    else:
+        first, alone = H200.prefill_seconds(TOTAL, 1024), H200.decode_seconds(TOTAL, 1)
+        for served in result.served[1:]:
+            assert served.ttft == pytest.approx(first, rel=0.5)
+            assert served.tpot == pytest.approx(alone, rel=0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_burst_ends_and_the_border_comes_to_rest(name: str) -> None:
+    targets = Targets(1.0, 0.05)
+    asks = [*poisson(5, 20, [100, 300], [100, 200], seed=12), *(Ask(5.0, 2048, 50) for _ in range(10))]
+    asks = sorted(asks, key=lambda ask: ask.arrival)
+    result = h200_run(name, targets, asks)
+    assert len(result.served) == len(asks)
+    late = [s for s in result.served if s.ask.arrival > 10]
+    assert sum(s.ttft <= targets.ttft and s.tpot <= targets.tpot for s in late) >= 0.9 * len(late)
 
 
 @pytest.mark.parametrize("rate", [20, 30, 40])

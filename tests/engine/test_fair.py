@@ -234,3 +234,32 @@ def test_work_repeated_after_preemption_costs_nothing() -> None:
         engine.step()
     assert engine.stats().preemptions > 0
     assert engine.scheduler.queue.served("a") - before == 5 * PROMPT_WEIGHT + 9 * ANSWER_WEIGHT
+
+
+def test_the_oldest_and_the_strictest_are_of_the_whole_queue() -> None:
+    queue = FairQueue()
+    assert (queue.oldest, queue.strictest(1.0)) == (None, None)
+    first, second, third = (waiting(queue, "a", order) for order in (5, 3, 9))
+    assert (queue.oldest, queue.strictest(1.0)) == (3.0, 1.0)
+    strict = Sequence(Request("s", (1,), user="a", arrival=7.0, ttft=0.5), 0, 7, 10, 4, 0, frozenset())
+    loose = Sequence(Request("l", (1,), user="a", arrival=8.0, ttft=5.0), 0, 8, 10, 4, 0, frozenset())
+    for sequence in (strict, loose):
+        queue.enter("a")
+        queue.push(sequence)
+    assert queue.strictest(1.0) == 0.5
+    assert [take(queue) for _ in range(3)] == [second, first, strict]
+    assert (queue.oldest, queue.strictest(1.0)) == (8.0, 1.0)
+    assert [take(queue) for _ in range(2)] == [loose, third]
+    assert (queue.oldest, queue.strictest(1.0)) == (None, None)
+    second.tokens.append(1)
+    second.status = Status.WAITING
+    queue.push(second)  # preempted: it has its first token
+    assert queue.oldest is None
+
+
+def test_what_waits_no_longer_is_forgotten_though_nobody_asks() -> None:
+    queue = FairQueue()
+    for order in range(2000):
+        waiting(queue, "a", order)
+        take(queue)
+    assert all(len(numbers._heap) <= 64 for numbers in (queue._arrivals, queue._own, queue._others))

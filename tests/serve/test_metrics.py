@@ -161,11 +161,12 @@ def test_engine_numbers(script):
     assert value(found, "tenfold_engine_state", model="tiny", state="restarting") == 1
     assert value(found, "tenfold_engine_state", model="tiny", state="ready") == 0
     assert not [name for name, _ in found if name.startswith("tenfold_phase")]
-    llm.border = {"prefill_sms": 96, "decode_sms": 36, "border_changes": 2}
+    llm.border = {"prefill_sms": 96, "decode_sms": 36, "border_changes": 2, "prompt_chunk": 640}
     found = script.samples()
     assert value(found, "tenfold_phase_sms", model="tiny", phase="prefill") == 96
     assert value(found, "tenfold_phase_sms", model="tiny", phase="decode") == 36
     assert value(found, "tenfold_border_changes_total", model="tiny") == 2
+    assert value(found, "tenfold_phase_chunk_tokens", model="tiny") == 640
 
 
 def test_an_engine_without_numbers_has_a_state(script):

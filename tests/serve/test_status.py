@@ -66,10 +66,15 @@ def test_charts_and_bars(page, paged):
 def test_the_border_between_phases_is_charted_and_explained(page, paged):
     assert "Multiprocessors" not in [chart["title"] for chart in page.get("/status").json()["models"][0]["charts"]]
     paged.border = {"prefill_sms": 96, "decode_sms": 36, "border_changes": 2, "border_why": "tokens came too slowly"}
-    chart = page.get("/status").json()["models"][0]["charts"][-1]
+    chart, chunk = page.get("/status").json()["models"][0]["charts"][-2:]
     assert chart["title"] == "Multiprocessors"
     assert chart["note"] == "tokens came too slowly; the border moved 2 times"
     assert {line["name"]: line["values"][-1] for line in chart["lines"]} == {"prompts": 96, "answers": 36}
+    assert (chunk["title"], chunk["note"]) == ("Prompts in a step of answers", "prompts have a lane of their own")
+    paged.border = {"prefill_sms": 132, "decode_sms": 132, "prompt_chunk": 768}
+    chunk = page.get("/status").json()["models"][0]["charts"][-1]
+    assert chunk["note"] == "up to 768 tokens now"
+    assert [line["values"][-1] for line in chunk["lines"]] == [768]
 
 
 def test_levels_fall_when_nothing_runs_any_more(page, paged):

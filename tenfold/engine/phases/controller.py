@@ -8,6 +8,7 @@ here tries are counted. And where both targets fail, its first branch takes that
 says that nothing changes: here nothing does.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,8 +40,8 @@ class Targets:
 
     def __post_init__(self) -> None:
         for name in ("ttft", "tpot"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: seconds above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: a finite number of seconds above 0.")
         if not 0 < self.served < 1:
             raise ValueError(f"served is {self.served}; allowed: a share above 0 and below 1.")
 
@@ -59,9 +60,9 @@ class Split:
 @dataclass(frozen=True, slots=True)
 class Observed:
     """What a decision is made of. ttft, tpot: seconds that the targets' share of requests in the last window kept to,
-    None where there were none; queued: prompt tokens not computed yet, waited: seconds that the oldest of their
-    requests waits; requests: that decode; rate: prompt tokens a second that arrive; targets: of the requests there are,
-    None where these are the engine's.
+    None where there were none; queued: prompt tokens not computed yet, waited: seconds that the oldest of those waits
+    who have no token yet; requests: that decode; rate: prompt tokens a second that arrive and are not cached; targets:
+    the strictest ttft of those who wait and tpot of those who decode, None where these are the engine's.
     """
 
     ttft: float | None

@@ -68,12 +68,20 @@ class Phases:
         self.tick = tick
         self.underway: Underway | None = None
         self.chunk = 0  # tokens of prompts that steps of decodes take along; 0: prompts have a lane
-        self.watch = Watch(engine.clock)
+        self.begin()
         self.why = ""  # the border is where it is
         self.changes = 0
         self.decisions: Counter[str] = Counter()  # by border and chunk
         self._decide_at = 0.0
         self._idle = True  # nobody waited for a first token at the last decision
+
+    def begin(self) -> None:
+        """Nothing of what was seen before counts."""
+        self.watch = Watch(self.engine.clock, self._arrived)
+
+    def _arrived(self) -> int:
+        """Tokens of all prompts that came so far, less those that were found in the prefix cache."""
+        return self.engine._prompts - self.engine.scheduler.prefix_hit_tokens
 
     def stats(self) -> dict[str, Any]:
         """Fields of `Stats`."""
@@ -81,6 +89,7 @@ class Phases:
         return {
             "prefill_sms": now.prefill,
             "decode_sms": now.decode,
+            "prompt_chunk": self.chunk,
             "border_changes": self.changes,
             "border_why": self.why,
         }
@@ -182,10 +191,9 @@ class Phases:
         left = sum(e.length for e in self.underway.plan.entries) if self.underway is not None else 0
         if self.underway is not None and self.underway.slices.done:
             left -= left * self.underway.slices.done // self.engine.model.config.layers
-        waiting = [s.request.arrival for s in scheduler.prefilling]
-        head = scheduler.queue.head()
-        if head is not None:
-            waiting.append(head.request.arrival)
+        waiting = [s.request.arrival for s in scheduler.prefilling if not s.generated]
+        if scheduler.queue.oldest is not None:
+            waiting.append(scheduler.queue.oldest)
         return Observed(
             *self.watch.percentiles(share),
             queued=left + scheduler.backlog,
@@ -196,12 +204,13 @@ class Phases:
         )
 
     def _wanted(self) -> Targets | None:
-        """The strictest targets of the requests there are, where any has its own."""
+        """The strictest ttft of those who wait for a first token and tpot of those who decode; None: the engine's."""
         if self.targets is None:
             return None
         scheduler, own = self.engine.scheduler, self.targets
-        head = scheduler.queue.head()
-        firsts = [s.request.ttft or own.ttft for s in (*scheduler.prefilling, *((head,) if head is not None else ()))]
+        firsts = [s.request.ttft or own.ttft for s in scheduler.prefilling if not s.generated]
+        if (queued := scheduler.queue.strictest(own.ttft)) is not None:
+            firsts.append(queued)
         others = [s.request.tpot or own.tpot for s in scheduler.decoding]
         ttft, tpot = min(firsts, default=own.ttft), min(others, default=own.tpot)
         return None if (ttft, tpot) == (own.ttft, own.tpot) else replace(own, ttft=ttft, tpot=tpot)
@@ -217,10 +226,12 @@ class Phases:
 
 
 class Watch:
-    """What requests saw of late: seconds to first tokens, seconds of decode steps, prompt tokens computed."""
+    """What requests saw of late: seconds to first tokens, seconds of decode steps; and prompt tokens that came."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float], arrived: Callable[[], int]) -> None:
+        """arrived: tokens of all prompts that came so far."""
+        self.clock, self.arrived = clock, arrived
+        self._counted = arrived()
         self._firsts: deque[tuple[float, float]] = deque()
         self._steps: deque[tuple[float, float]] = deque()
         self._prompts: deque[tuple[float, int]] = deque()
@@ -242,7 +253,6 @@ class Watch:
     def prefilled(self, plan: StepPlan) -> None:
         """A plan was read in which prompts were computed, after its decodes."""
         now = self.clock()
-        self._prompts.append((now, plan.tokens - plan.decodes))
         for entry in plan.entries[plan.decodes :]:
             if entry.sample:
                 self._firsts.append((now, max(0.0, now - entry.sequence.request.arrival)))
@@ -253,9 +263,14 @@ class Watch:
         return percentile([s for _, s in self._firsts], share), percentile([s for _, s in self._steps], share)
 
     def rate(self) -> float:
-        """Prompt tokens computed a second."""
+        """Prompt tokens a second that came; to be asked at every decision, for what came since the last counts as come
+        now.
+        """
         self._forget()
-        return sum(tokens for _, tokens in self._prompts) / WINDOW
+        before, self._counted = self._counted, self.arrived()
+        if self._counted != before:
+            self._prompts.append((self.clock(), self._counted - before))
+        return max(0.0, sum(tokens for _, tokens in self._prompts) / WINDOW)
 
     def _forget(self) -> None:
         oldest = self.clock() - WINDOW

@@ -16,6 +16,7 @@ from tenfold.engine.rehearsal import chunks, decodes, rehearse
 
 if TYPE_CHECKING:
     from tenfold.engine.core import Engine
+    from tenfold.engine.opened import Opened
     from tenfold.engine.phases.lanes import GreenLanes
 
 
@@ -42,8 +43,9 @@ def start(engine: Engine) -> Phases | None:
     rehearse_lanes(engine, lanes)
     targets = table.targets_of(engine.config, stairs, lanes.total)
     controller = table.make_controller(border, targets, lanes.splits, stairs)
-    if border in (table.STAIRCASE, table.PAPER) or border.isdigit():
-        lanes.use(lanes.splits[len(lanes.splits) // 2])
+    first = table.first_of(border, lanes.splits)
+    if first is not None:
+        lanes.use(first)
     logger.info("phases, border %s: %s", border, said(stairs))
     logger.info("targets: %.0f ms to the first token, %.1f ms a token after it", 1e3 * targets.ttft, 1e3 * targets.tpot)
     return Phases(engine, lanes, controller, targets=targets, stairs=stairs)
@@ -98,7 +100,7 @@ def apart(engine: Engine, device: torch.device | None = None) -> Phases | None:
     return Phases(engine, TwoDevices(engine.runner, engine.replica(device), device))
 
 
-def unable(engine: Engine) -> str:
+def unable(engine: Engine | Opened) -> str:
     """Why phases cannot run side by side; "" where they can."""
     if engine.device.type != "cuda":
         return "there is no GPU here whose multiprocessors could be shared out"

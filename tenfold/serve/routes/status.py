@@ -59,12 +59,13 @@ CHARTS: tuple[tuple[str, str, tuple[tuple[str, Any], ...]], ...] = (
     ("Prompts", "tokens/s", (("prompt", lambda recent, now: recent.prompt.last(now)),)),
     ("Requests in the engine", "", (("running", partial(_level, "running")), ("waiting", partial(_level, "waiting")))),
 )
-# The same where prompts and answers run side by side.
+# The same where prompts and answers run side by side: who has what, and what of prompts steps of answers take along.
 BORDER = (
     "Multiprocessors",
     "",
     (("prompts", partial(_level, "prefill_sms")), ("answers", partial(_level, "decode_sms"))),
 )
+CHUNK = ("Prompts in a step of answers", "tokens", (("at most", partial(_level, "prompt_chunk")),))
 # Bars: title, unit, and of each part the name and the field of Stats.
 BARS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("KV cache", "pages", (("used", "pages_used"), ("cached", "pages_cached"), ("free", "pages_free"))),
@@ -135,6 +136,8 @@ def _charts(recent: Recent, now: float, stats: Any) -> list[dict[str, Any]]:
     notes = {}
     if stats is not None and has_lanes(stats):
         notes[BORDER[0]] = f"{stats.border_why}; the border moved {stats.border_changes} times"
+        chunk = f"up to {stats.prompt_chunk} tokens now" if stats.prompt_chunk else "prompts have a lane of their own"
+        notes[CHUNK[0]] = chunk
     return [
         {
             "title": title,
@@ -142,7 +145,7 @@ def _charts(recent: Recent, now: float, stats: Any) -> list[dict[str, Any]]:
             "lines": [{"name": name, "values": last(recent, now)} for name, last in lines],
             "note": notes.get(title, ""),
         }
-        for title, unit, lines in (*CHARTS, *((BORDER,) if notes else ()))
+        for title, unit, lines in (*CHARTS, *((BORDER, CHUNK) if notes else ()))
     ]
 
 

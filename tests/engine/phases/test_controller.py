@@ -233,7 +233,7 @@ def test_steps_that_took_longer_hold_fewer_tokens_for_a_while() -> None:
     assert chunk_of(own, late) == before
 
 
-@pytest.mark.parametrize("wrong", [{"ttft": 0.0}, {"tpot": -1.0}, {"served": 1.0}])
+@pytest.mark.parametrize("wrong", [{"ttft": 0.0}, {"tpot": -1.0}, {"tpot": float("inf")}, {"served": 1.0}])
 def test_targets_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="allowed"):
         Targets(**({"ttft": 1.0, "tpot": 1.0} | wrong))

@@ -33,6 +33,10 @@ SPLITS = [Split(64, 68), Split(96, 36)]
         ({"schedule": "phased"}, ["schedule is 'phased'", "chunked, prefill-first, phases, disaggregated"]),
         ({"border": "half"}, ["border is 'half'", "adaptive, staircase, paper, shared", "a multiple of 8"]),
         ({"border": "4"}, ["border is '4'"]),
+        ({"border": "97"}, ["border is '97'", "a multiple of 8 such as 96"]),
+        ({"border": "\u00b2"}, ["border is", "a multiple of 8"]),
+        ({"ttft": float("1e400")}, ["ttft is inf", "a finite number of seconds", "0 (derive it)"]),
+        ({"tpot": float("inf"), "schedule": "phases"}, ["tpot is inf"]),
         ({"ttft": -1.0}, ["ttft is -1.0", "or 0 (derive it)"]),
         ({"tpot": float("nan")}, ["tpot is nan"]),
         ({"schedule": "phases", "speculate": "ngram"}, ["do not go together", "schedule=chunked"]),
@@ -45,6 +49,25 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], words:
     with pytest.raises(ValueError, match=r"allowed|together|set") as raised:
         check_sizes(replace(EngineConfig(), **changes))
     assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"schedule": "phases", "ttft": 0.5, "tpot": 0.03}, []),
+        ({"ttft": 0.5}, ["ttft", "schedule=chunked"]),
+        ({"ttft": 0.5, "tpot": 0.03, "schedule": "prefill-first"}, ["ttft and tpot", "schedule=prefill-first"]),
+        ({"tpot": 0.03, "schedule": "phases", "border": "96"}, ["tpot", "border=96"]),
+    ],
+)
+def test_targets_that_nothing_aims_at_are_told(
+    changes: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    check_sizes(replace(EngineConfig(), **changes))
+    assert len(caplog.records) == bool(told)
+    for word in told:
+        assert word in caplog.text
 
 
 def test_a_border_is_held_against_the_gpu() -> None:
@@ -154,8 +177,32 @@ def test_the_strictest_request_sets_the_targets_and_the_border_is_told() -> None
     assert Targets(0.2, 0.1) in wanted  # while b waits for its first token
     assert wanted[-1] == Targets(1.0, 0.03)
     stats = engine.stats()
-    assert (stats.prefill_sms, stats.decode_sms, stats.border_changes) == (64, 68, 1)
+    assert (stats.prefill_sms, stats.decode_sms, stats.border_changes, stats.prompt_chunk) == (64, 68, 1, 0)
     assert stats.border_why == "the test wants it"
+    fake.drain(engine)
+
+
+def test_targets_and_waits_are_of_the_whole_queue() -> None:
+    """Not of its head: whoever is behind it may be stricter, or have come before."""
+    engine = fake.make_engine(max_batch=2, max_step_tokens=64, max_model_len=96)
+    recorder, now = Recording(), engine.clock()
+    engine.phases = Phases(engine, OneStream(engine.runner), recorder, slice=1, targets=recorder.targets, tick=0.0)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    for name in ("a", "b"):
+        engine.add(Request(name, (1, 2, 3), greedy, arrival=now))
+    engine.step()
+    engine.add(Request("head", (4, 5), greedy, arrival=now - 1.0, priority=-1))
+    engine.add(Request("old", (4, 5), greedy, arrival=now - 3.0, ttft=5.0))
+    engine.add(Request("strict", (4, 5), greedy, arrival=now - 2.0, ttft=0.2))
+    engine.step()
+    assert engine.scheduler.waiting == 3
+    assert recorder.seen[-1].waited == 3.0
+    assert recorder.seen[-1].targets == Targets(0.2, 0.1)
+    engine.abort("strict")
+    engine.abort("old")
+    engine.step()
+    assert recorder.seen[-1].waited == 1.0
+    assert recorder.seen[-1].targets is None
     fake.drain(engine)
 
 
@@ -210,3 +257,39 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     ]  # 36 SMs decode in 10.6 ms, beside a prefill in 12.1
     _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
     assert whole[-1] == "1 answers in steps with 128 tokens of prompts, 8 answers in steps with 128 tokens of prompts"
+
+
+@pytest.mark.parametrize(
+    ("border", "rows"),
+    [
+        ("96", ["96+36 all"]),
+        ("shared", ["132+132 all"]),
+        ("paper", ["64+68 ", "80+52 8 answers", "96+36 the start, 1 answers", "112+20 "]),
+    ],
+)
+def test_each_border_explains_its_own_splits(tmp_path: Path, border: str, rows: list[str]) -> None:
+    shape: Any = SimpleNamespace(layers=2, heads=8, kv_heads=2, vocab_size=97, hidden_size=64, intermediate_size=256)
+    config = EngineConfig(dtype="bfloat16", max_model_len=4096, max_batch=16, border=border, ttft=1.0, tpot=0.0112)
+    sizes, splits = stored.sizes_of(4096, 16), table.splits_of(border, 132)
+    prefills = {sms: tuple((n, n / sms / 1e3) for n in sizes[0]) for sms in (132, *splits)}
+    decodes = {
+        sms: tuple((n, 0.005 + 0.2 / sms + n / 1e4) for n in sizes[1]) for sms in (132, *(132 - s for s in splits))
+    }
+    known = Table("some GPU", "1", tmp_path / "choices.json")
+    stored.keep(known, shape, config, Stairs(prefills, decodes))
+    lines = choices.phase_lines(known, shape, config, 132)[1:]
+    assert lines[0][0] == "132+132"
+    assert [f"{row[0]} {row[-1]}" for row in lines[1 if splits else 0 :]] == rows
+
+
+def test_explain_says_that_a_cpu_has_no_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    opened: Any = SimpleNamespace(
+        config=EngineConfig(schedule="phases"), device=SimpleNamespace(type="cpu"), choose=lambda: None
+    )
+    choices.show_phases(opened, SimpleNamespace(name="native"))
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert "no GPU here" in line
+    assert "prompts run in chunks" in line
+    opened.config = EngineConfig()
+    choices.show_phases(opened, SimpleNamespace(name="native"))
+    assert not capsys.readouterr().out
