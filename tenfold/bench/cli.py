@@ -520,6 +520,34 @@ def vlm_command(context: typer.Context) -> None:
     vlm.main(list(context.args))
 
 
+@app.command("moe", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def moe_command(context: typer.Context) -> None:
+    """Experts of a layer on a GPU: grouped products of every format against bfloat16 and the libraries' (M1 to M3)."""
+    from tenfold.bench import moe
+
+    moe.main(list(context.args))
+
+
+@app.command(
+    "mxmoe", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def mxmoe_command(context: typer.Context) -> None:
+    """What few bits cost experts: perplexity and divergence of uniform and mixed ones, as table and picture (M4)."""
+    from tenfold.bench import mxmoe
+
+    mxmoe.main(list(context.args))
+
+
+@app.command(
+    "phases", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def phases_command(context: typer.Context) -> None:
+    """Schedules of prompts and answers on one GPU, in turn at rates of arrival: who keeps both targets (P1 to P5)."""
+    from tenfold.bench import phases
+
+    phases.main(list(context.args))
+
+
 @app.command("claims")
 def claims_command(
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder with raw results.")],

@@ -1,17 +1,20 @@
-"""Times of a layer's experts on a GPU, in bfloat16 and packed, ours and the libraries': `python -m tenfold.bench.moe`.
+"""Times of a layer's experts on a GPU, in bfloat16 and packed, ours and the libraries': `tenfold bench moe`, or
+`python -m tenfold.bench.moe` where the packages of the command line are not installed.
 
 For each shape, number of tokens and format: both products of sorted picks by every plan of ours ("products"), and the
 whole operation (route, sort, gather, products, sum) by the fastest of them. Rivals in bfloat16 are PyTorch's grouped
 product and a loop of cuBLAS products over the experts, which are given sorted tokens and do no sorting, and in the
 loop's case know the counts on the host. Scores are random; `--skew` draws experts as unevenly as Zipf's law of that
 exponent. What must be read (experts that have tokens, once) and computed is held against copy bandwidth and the matrix
-ceiling, which is twice as high where activations have 8 bits.
+ceiling, which is twice as high where activations have 8 bits. At the end the fastest products of every format stand
+side by side.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +160,34 @@ def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: of every model and number of tokens the fastest products of each format, and how much faster they are
+    than the fastest in bfloat16, a library's or ours.
+    """
+    fastest: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        if not row["whole"]:
+            own = fastest.setdefault((row["model"], row["tokens"]), {})
+            name = row["format"] if row["ours"] else row["arm"]
+            own[name] = min(row["microseconds"], own.get(name, inf))
+    names = list(dict.fromkeys(name for own in fastest.values() for name in own))
+    rivals = {DENSE, *(row["arm"] for row in rows if not row["ours"])}
+    lines = ["| experts of | tokens | " + " | ".join(names) + " |", "|---|---" + "|---" * len(names) + "|"]
+    for (model, tokens), own in sorted(fastest.items()):
+        exact = min((own[name] for name in rivals if name in own), default=None)
+        cells = [
+            f"{own[name]:.1f} us" + (f" ({exact / own[name]:.2f}x)" if exact and name not in rivals else "")
+            if name in own
+            else ""
+            for name in names
+        ]
+        lines.append(f"| {model.removeprefix('shape:')} | {tokens} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tenfold.bench.moe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="tenfold bench moe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--models", default=MODELS, help="a comma between two")
     parser.add_argument("--tokens", default=TOKENS)
@@ -168,6 +196,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file of the result")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "There is no GPU here, and experts are timed on one; run this where nvidia-smi shows one, or see what few "
+            "bits cost in quality with tenfold bench mxmoe, on any machine."
+        )
     copy_gbs, tflops = copy_bandwidth("cuda"), matmul_ceiling("cuda")
     command = f"python -m tenfold.bench.moe --models {given.models} --tokens {given.tokens} --formats '{given.formats}'"
     result: dict[str, Any] = {
@@ -187,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(line(row), flush=True)
                 if given.out:
                     save(given.out, result, given.commit)
+    print(table(result["rows"]))
 
 
 def of_format(

@@ -1,11 +1,11 @@
-"""What experts of few bits cost in quality, mixed and uniform: `python -m tenfold.bench.mxmoe --model MODEL ...`.
+"""What experts of few bits cost in quality, mixed and uniform: `tenfold bench mxmoe --model MODEL ...`.
 
 Weights of experts are rounded and put back in place of the exact ones, so any bits can be judged on any device; all
 else of the model stays exact. Uniform rows have one scheme everywhere; mixed ones are what the allocator makes of as
 many bits, of blocks (`block`) and of whole experts (`expert`), within each layer or over the model. Losses are measured
 on one text; perplexity, and how far the next tokens' distributions are from the exact model's, on another.
 
-    python -m tenfold.bench.mxmoe --model moe --calibrate a.txt --text b.txt --bits 2.25,3.25 --out mxmoe.json
+    tenfold bench mxmoe --model moe --calibrate a.txt --text b.txt --bits 2.25,3.25 --out mxmoe.json --picture bits.png
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tenfold.bench import plots, report
 from tenfold.bench.command import save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
@@ -88,7 +89,7 @@ def rows(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tenfold.bench.mxmoe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="tenfold bench mxmoe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--calibrate", type=Path, required=True, help="text that losses are measured on")
@@ -101,9 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=64, help="that losses are measured on")
     parser.add_argument("--judged", type=int, default=64, help="windows that are judged")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="file of the result")
+    parser.add_argument("--picture", type=Path, help="PNG of quality over bits; needs matplotlib")
     parser.add_argument("--commit", default="")
     given = parser.parse_args(arguments)
+    if given.picture:
+        plots.pyplot()  # it says what is missing before anything is measured
     source = open_checkpoint(resolve(given.model))
     subject = Subject(Rotated(source) if given.rotate else source, given.device)
     schemes = [parse(name) for name in given.schemes.split(",")]
@@ -136,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["rows"] = rows(subject, found, bits, wanted, judged, print, slope)
     if given.out:
         save(given.out, result, given.commit)
+    print(report.mxmoe_table(result))
+    if given.picture:
+        print(f"wrote {plots.mxmoe(result, given.picture)}")
 
 
 if __name__ == "__main__":

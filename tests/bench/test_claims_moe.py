@@ -43,10 +43,22 @@ def test_mixed_formats_are_held_against_the_fastest_in_sixteen_bits() -> None:
     mean = found["M2", "time of W8A8 experts over that of mixed 5 bits, mean of 1"]
     assert mean.value == pytest.approx(50)
     assert "w8a8 1.50, w4a16 0.80" in mean.note
+    narrow = found["M2", "time of W4A16 experts over that of mixed 5 bits, mean of 1"]
+    assert (narrow.value, narrow.met) == (pytest.approx(-20), False)
+    assert not any("W4A16 experts over that of mixed 4 bits" in what for _, what in found)
     worst = found["M3", "speed of bfloat16 experts over the better library's, worst of 2"]
     assert (worst.value, worst.met) == (0.8, False)
     assert found["M3", "speed of bfloat16 experts over a loop of cuBLAS products, worst of 1"].value == 4.0
     assert found["M3", "bytes of bfloat16 experts, share of a copy, worst of 1"].value == 80.0
+
+
+def test_uniform_experts_of_four_bits_are_held_against_the_mix_of_as_many() -> None:
+    rows = [row("mixed 4 bits", 64, 2.0), row("w4a16", 64, 1.5), row("mixed 4 bits", 8, 2.0), row("w4a16", 8, 3.0)]
+    data = {"rows": rows, "command": "a command", "machine": MACHINE, "copy_gbs": 3000.0}
+    mean, best = claims_moe.of_kernels(data)
+    assert (mean.id, mean.what) == ("M2", "time of W4A16 experts over that of mixed 4 bits, mean of 2")
+    assert (mean.value, mean.spread) == (pytest.approx(6.07, abs=0.01), (-25, 50))
+    assert (mean.met, best.value, best.met) == (False, 50, True)
 
 
 def result(took: float, engine: str = "tenfold", hardware: str = "NVIDIA H100", **settings: Any) -> Result:

@@ -71,3 +71,23 @@ def test_the_best_of_ours_and_every_rival_are_told() -> None:
         ("loop", False),
         ("a", True),
     ]
+
+
+def test_formats_stand_side_by_side() -> None:
+    def row(format: str, arm: str, took: float, ours: bool = True, whole: bool = False) -> dict[str, object]:
+        about = {"model": "shape:mixtral-8x7b", "tokens": 8, "format": format, "arm": arm}
+        return about | {"microseconds": took, "ours": ours, "whole": whole}
+
+    rows = [row("bfloat16", "a", 9.0), row("bfloat16", "b", 8.0), row("bfloat16", "torch grouped", 6.0, False)]
+    rows += [row("bfloat16", "b", 1.0, whole=True), row("w8a8", "c", 4.0)]
+    assert moe.table(rows).splitlines() == [
+        "| experts of | tokens | bfloat16 | torch grouped | w8a8 |",
+        "|---|---|---|---|---|",
+        "| mixtral-8x7b | 8 | 8.0 us | 6.0 us | 4.0 us (1.50x) |",
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(ValueError, match="There is no GPU here, and experts are timed on one"):
+        moe.main([])

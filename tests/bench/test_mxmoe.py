@@ -9,7 +9,10 @@ import torch
 
 pytest.importorskip("scipy")
 
+from typer.testing import CliRunner
+
 from tenfold.bench import claims_moe, mxmoe, report
+from tenfold.bench.cli import app
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import End, Rounded, Subject, blocks_of, name_of
 from tenfold.quantize.rotate import Rotated
@@ -130,6 +133,25 @@ def test_claims_table_and_picture(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(data))
     assert "### Bits of experts, m" in report.tables(tmp_path)
     assert [path.stat().st_size > 10_000 for path in report.charts(tmp_path)] == [True]
+
+
+def test_the_command_prints_the_table_and_draws(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text, out, picture = tmp_path / "text.txt", tmp_path / "mxmoe.json", tmp_path / "bits.png"
+    text.write_text("The quick brown fox jumps over the lazy dog, and nobody knows why. " * 40)
+    words = ["mxmoe", "--model", str(tiny("qwen2-moe-even")), "--calibrate", str(text), "--text", str(text)]
+    words += ["--schemes", "w2g32z,w4g32z", "--bits", "4.5", "--method", "rtn", "--length", "64", "--windows", "4"]
+    done = CliRunner().invoke(app, [*words, "--judged", "2", "--out", str(out), "--picture", str(picture)])
+    assert done.exit_code == 0, done.output
+    assert report.mxmoe_table(json.loads(out.read_text())) in done.output
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["moe", "mxmoe", "phases"])
+def test_each_is_a_command_of_the_bench(name: str) -> None:
+    done = CliRunner().invoke(app, [name, "--help"])
+    assert done.exit_code == 0
+    assert f"{name} [-h]" in done.output
 
 
 def test_rounded_blocks_are_put_in_place_and_taken_back(subject: Subject) -> None:

@@ -50,6 +50,58 @@ def test_no_allocation_is_better(seed: int, r: float) -> None:
     assert again == found
 
 
+def hull(plans: list[Plan]) -> list[tuple[float, float]]:
+    """(loss, time) of the lower left corners of the convex hull, from the least loss to the least time."""
+    found: list[tuple[float, float]] = []
+    for loss, time in sorted({(plan.loss, plan.time) for plan in plans}):
+        if found and time >= found[-1][1]:
+            continue
+        while len(found) > 1:
+            (a, b), (c, d) = found[-2:]
+            if (c - a) * (time - b) - (d - b) * (loss - a) > 1e-12:
+                break
+            found.pop()
+        found.append((loss, time))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_front_is_every_corner_of_the_hull(seed: int) -> None:
+    blocks = random_blocks(seed, 6, scopes=1 + seed % 2)
+    budget = budgets(blocks, 4.0 + 2 * (seed % 3))
+    corners = hull(every(blocks, budget))
+    solver = Allocator(blocks, BITS)
+    chosen = solver.solve(budget, 0.7)
+    front = solver.front(budget, chosen, most=100)
+    assert [(plan.loss, plan.time) for plan in front] == [pytest.approx(corner, rel=1e-6) for corner in corners]
+    assert len(corners) > 2
+    assert chosen in front
+    assert all(plan.bytes[scope] <= budget[scope] * (1 + 1e-9) for plan in front for scope in budget)
+    for r in (1.0, 0.9, 0.4, 0.0):
+        assert min(plan.goal(r) for plan in front) == pytest.approx(solver.solve(budget, r).goal(r), abs=1e-6)
+
+
+def test_a_long_front_is_told_in_few_corners() -> None:
+    blocks = random_blocks(1, 60)
+    solver, budget = Allocator(blocks, BITS), budgets(blocks, 5.0)
+    whole, chosen = solver.front(budget, most=1000), solver.solve(budget, 0.9)
+    front = solver.front(budget, chosen, most=8)
+    assert len(front) == 8 < len(whole)
+    assert chosen in front
+    assert (front[0].loss, front[-1].time) == (whole[0].loss, whole[-1].time)
+    places = [min(range(len(whole)), key=lambda i: abs(whole[i].loss - plan.loss)) for plan in front]
+    assert places == sorted(set(places))
+    for plan, i in zip(front, places):
+        assert (plan.loss, plan.time) == pytest.approx((whole[i].loss, whole[i].time), rel=1e-6)
+    assert solver.front(budget, chosen, most=8) == front
+
+
+def test_a_front_of_one_corner() -> None:
+    blocks = random_blocks(7, 5)
+    solver, budget = Allocator(blocks, BITS), budgets(blocks, BITS["w2"])
+    assert [set(plan.schemes.values()) for plan in solver.front(budget, solver.solve(budget))] == [{"w2"}]
+
+
 def test_accuracy_falls_and_speed_grows_with_r() -> None:
     blocks = random_blocks(1, 40)
     solver, budget = Allocator(blocks, BITS), budgets(blocks, 5.0)
@@ -92,6 +144,9 @@ def test_what_cannot_be_is_said() -> None:
     blocks = random_blocks(5, 4)
     with pytest.raises(BudgetError, match=r"smallest schemes take \d+"):
         Allocator(blocks, BITS).solve(budgets(blocks, 2.0))
+    for budget in (math.nan, math.inf):
+        with pytest.raises(BudgetError, match=rf"The budget is {budget} bytes"):
+            Allocator(blocks, BITS).solve({"": budget})
     with pytest.raises(ValueError, match=r"r is 1\.5; allowed: 0"):
         Allocator(blocks, BITS).solve(budgets(blocks, 4.0), 1.5)
     with pytest.raises(ValueError, match="has no scheme of w2"):

@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tenfold.quantize import rotate
 from tenfold.quantize.capture import TextTooShort
 from tenfold.quantize.mxmoe import run
 from tenfold.quantize.mxmoe.allocate import BudgetError
+from tenfold.quantize.mxmoe.front import Corner, draw, relative
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.run import Wish, quantize
 from tenfold.quantize.mxmoe.sensitivity import PARTS
@@ -454,6 +456,16 @@ def test_what_cannot_be_is_said(tiny: Made, text: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=message):
             quantize(source, text, out, wish)
+    for budget, message in (
+        (math.nan, r"is nan bits a weight; allowed: a number above 0"),
+        (math.inf, r"is inf bits a weight; allowed: a number above 0"),
+        (-1.0, r"is -1.0 bits a weight; allowed"),
+        (0.0, r"is 0 bits a weight and 0 bytes; give one of both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Wish(budget)
+    with pytest.raises(ValueError, match="is 4 bits a weight and 9 bytes; give one of both"):
+        Wish(4.0, bytes=9)
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     with pytest.raises(TextTooShort, match=r"short\.txt has fewer than 64 tokens, one window"):
@@ -476,6 +488,56 @@ def test_what_cannot_be_is_said(tiny: Made, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is there already"):
         quantize(source, text, out, WISH)
     assert (out / "mine").exists()
+
+
+def test_a_budget_of_bytes_is_one_of_bits(tiny: Made, text: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(model(tiny))
+    weights = sum(m.rows * m.cols for m in Subject(source).blocks.values())
+    asked = int(weights * WISH.bits / 8)
+    made = quantize(source, text, tmp_path / "out", replace(WISH, bits=0.0, bytes=asked))
+    own = open_checkpoint(tmp_path / "out")
+    experts = (own.tensor(n) for n in own.names() if ".experts." in n)
+    assert sum(t.numel() * t.element_size() for raw in experts for t in (raw.data, *raw.extras)) <= asked
+    assert made.schemes == quantize(source, text, tmp_path / "again", WISH).schemes
+    small = int(weights * 3 / 8)
+    with pytest.raises(
+        BudgetError, match=rf"^{small} bytes were asked for and the smallest schemes take (\d+),"
+    ) as told:
+        quantize(source, text, tmp_path / "b", replace(WISH, bits=0.0, bytes=small))
+    least = int(str(told.value).split(" take ")[1].split(",")[0])
+    quantize(source, text, tmp_path / "b", replace(WISH, bits=0.0, bytes=least))
+
+
+@pytest.mark.parametrize("r", [1.0, 0.5, 0.0])
+def test_the_recipe_has_the_front(r: float, tiny: Made, text: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(model(tiny))
+    made = quantize(source, text, tmp_path / "out", replace(WISH, r=r))
+    assert [corner.chosen for corner in made.front].count(True) == 1
+    assert made.front[0].chosen or r < 1
+    assert made.front[-1].chosen == (r == 0)
+    own = next(corner for corner in made.front if corner.chosen)
+    assert own.bits == pytest.approx(made.bits)
+    for before, after in pairwise(made.front):
+        assert (before.loss < after.loss, before.time > after.time) == (True, True)
+    assert all(corner.bits <= WISH.bits and corner.bytes > 0 for corner in made.front)
+    content = json.loads((tmp_path / "out" / FILE).read_text())
+    assert content["front"][0] == asdict(made.front[0])
+    assert load(tmp_path / "out" / FILE, made.model) == made
+    content.pop("front")  # as recipes were before
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    assert load(tmp_path / "old.json", made.model) == replace(made, front=())
+    for front in ([{"bits": 1}], [{**asdict(own), "loss": "x"}], 3):
+        (tmp_path / "bad.json").write_text(json.dumps(content | {"front": front}))
+        with pytest.raises(ValueError, match="is no recipe"):
+            load(tmp_path / "bad.json", made.model)
+
+
+def test_a_front_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = [Corner(4.25, 900, 1.0, 3.0, True), Corner(3.25, 700, 2.0, 1.5)]
+    assert relative(found) == [1.0, 0.5]
+    for front in (found, [replace(found[0], loss=0.0), found[1]]):
+        assert draw(front, "measured", "a model", tmp_path / "front.png").stat().st_size > 10_000
 
 
 def test_foreign_recipes_and_quantised_models_are_refused(tiny: Made, text: Path, tmp_path: Path) -> None:

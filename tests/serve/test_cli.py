@@ -345,6 +345,27 @@ def test_quantize_wishes_what_its_options_say(ran, tmp_path):
     assert asked == Wish(3.25, "", "rtn", "layer", 0.5, tie="expert", sensitivity="layer")
 
 
+def test_quantize_takes_one_budget(ran, tmp_path):
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.json"
+    text.write_text("words")
+    recipe.write_text("{}")
+    always = ("quantize", "folder", "--text", str(text), "--out", str(tmp_path / "out"))
+    assert wish_of(ran(*always, "--bytes", "3.5GiB")) == Wish(0.0, bytes=7 << 29)
+    assert wish_of(ran(*always, "--bytes", "12345")) == Wish(0.0, bytes=12345)
+    assert wish_of(ran(*always, "--recipe", str(recipe))) == Wish(4.25)
+    with pytest.raises(typer.BadParameter, match="'nan' is not a size"):
+        ran(*always, "--bytes", "nan")
+    for words, message in (
+        (("--bits", "4", "--bytes", "1G"), "--bits 4 and --bytes 1073741824 are two budgets; give one of both"),
+        (("--bits", "nan"), "The budget is nan bits a weight"),
+        (("--bytes", "0"), "give one of both, above 0"),
+        (("--recipe", str(recipe), "--bits", "2.25"), "--recipe has a budget of its own.*leave out --bits to follow"),
+        (("--recipe", str(recipe), "--bytes", "1G"), "--recipe has a budget of its own.*leave out --bytes to follow"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wish_of(ran(*always, *words))
+
+
 def test_quantize_wishes_for_models_that_see(ran, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("{}")
@@ -383,10 +404,33 @@ def test_quantize_refuses_what_says_nothing_of_experts(ran, tmp_path):
     for words, message in (
         (("--rounding", "gptq"), "rounding is 'gptq', which awq of a model with experts does not go with"),
         (("--norm", "mae", "--exact"), "--norm, --propagate say nothing of a model with experts; leave them out"),
+        (("--bits", "3"), "--bits and --bytes are budgets of --method mxmoe; awq gives all experts --scheme w4g128z"),
     ):
-        _, asked, _, options = ran(*always, *words)[1]
+        _, asked, mixed, options = ran(*always, *words)[1]
         with pytest.raises(ValueError, match=message):
-            uniform_wish("awq", asked, options)
+            uniform_wish("awq", asked, options, mixed)
+
+
+@pytest.mark.parametrize("matplotlib", [True, False])
+def test_quantize_shows_the_front(ran, tiny, tmp_path, capsys, monkeypatch, matplotlib):
+    """As a table with the chosen point, and as a picture where that can be drawn."""
+    pytest.importorskip("scipy")
+    if matplotlib:
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr("tenfold.serve.cli.quantize.drawable", lambda: matplotlib)
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog, and nobody knows why. " * 60)
+    always = ("quantize", str(tiny("qwen2-moe-even")), "--text", str(text), "--out", str(out), "--window", "64")
+    quantize(*ran(*always, "--device", "cpu", "--bits", "5.5", "--schemes", "w2g32z,w4g32z,w8g32z")[1])
+    front = json.loads((out / "recipe.json").read_text())["front"]
+    printed = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(printed) if line.split() == ["bits", "size", "loss", "bits", "read"])
+    rows = [line.split() for line in printed[head + 1 : head + 1 + len(front)]]
+    assert [row[0] for row in rows] == [f"{corner['bits']:.3f}" for corner in front]
+    assert [row[-1] == "chosen" for row in rows] == [corner["chosen"] for corner in front]
+    assert (out / "front.png").exists() == matplotlib
+    wanted = f"The front as a picture: {out / 'front.png'}" if matplotlib else "needs matplotlib; install it with: pip"
+    assert any(wanted in line for line in printed)
 
 
 def wish_of(call):

@@ -6,17 +6,21 @@ The logarithm of the goal is concave in (L, T), so over all allocations it is le
 and a corner is what a weighted sum `a L + b T` is least at. Corners are found by solving such sums, each a linear
 program in whole numbers (SciPy's HiGHS), between two corners at a time, and a pair is left alone when not even the best
 of both of its ends could beat what is known. So the result is exact for any r, up to the solver's tolerance, without
-the piecewise linear logarithms of the published code.
+the piecewise linear logarithms of the published code. The corners themselves, between which no r chooses anything else,
+are the front.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, log
+from itertools import pairwise
+from math import inf, isfinite, log, prod
 
 import numpy as np
 
 GAP = 1e-9  # of the solver, relative
 ALIKE = 1e-9  # relative difference of two sums that count as equal
+ROUNDED = 1e-12  # likewise of two sums of bytes
+CORNERS = 20  # of a front at most: with 12,000 blocks each takes the solver seconds
 
 
 class BudgetError(ValueError):
@@ -86,29 +90,63 @@ class Allocator:
         """
         if not 0 <= r <= 1:
             raise ValueError(f"r is {r}; allowed: 0 (speed alone) to 1 (accuracy alone).")
-        for scope, least in self.least().items():
-            if budget.get(scope, 0.0) < least:
-                raise BudgetError(
-                    f"The budget {'of ' + scope + ' ' if scope else ''}is {budget.get(scope, 0.0):.0f} bytes and the "
-                    f"smallest schemes take {least:.0f}; allow that much, or add a scheme of fewer bits."
-                )
+        self._check(budget)
         if r in (0, 1):
             return self._weighted(budget, *((1.0, 0.0) if r else (0.0, 1.0)))
-        ends = self._weighted(budget, 1.0, 0.0), self._weighted(budget, 0.0, 1.0)
+        ends = self._ends(budget)
         best = min(ends, key=lambda plan: plan.goal(r))
         pairs = [ends]
         while pairs:
             first, last = pairs.pop()  # less loss, less time
             if first.loss >= last.loss or first.time <= last.time or _goal(first.loss, last.time, r) >= best.goal(r):
                 continue
-            a, b = first.time - last.time, last.loss - first.loss
-            middle = self._weighted(budget, a, b)
-            along = a * first.loss + b * first.time
-            if a * middle.loss + b * middle.time >= along * (1 - ALIKE):
-                continue  # nothing lies beyond the line between both
-            best = min(best, middle, key=lambda plan: plan.goal(r))
-            pairs += [(first, middle), (middle, last)]
+            middle = self._between(budget, first, last)
+            if middle is not None:
+                best = min(best, middle, key=lambda plan: plan.goal(r))
+                pairs += [(first, middle), (middle, last)]
         return best
+
+    def front(self, budget: Mapping[str, float], chosen: Plan | None = None, most: int = CORNERS) -> list[Plan]:
+        """Corners of the hull of (loss, time) within the bytes of each scope, from the least loss to the least time:
+        all of them where they are no more than `most`, else both ends and, of the rest, those in the widest gaps.
+        chosen: what `solve` found under the same budget, which is always among them. Raises BudgetError.
+        """
+        self._check(budget)
+        corners: list[Plan] = []
+        first, last = self._ends(budget)
+        for plan in (first, last) if chosen is None else (chosen, first, last):
+            if not any(_alike(plan, other) for other in corners):
+                corners.append(plan)
+        corners.sort(key=lambda plan: (plan.loss, -plan.time))
+        gaps = list(pairwise(corners))
+        while gaps and len(corners) < most:
+            first, last = widest = max(gaps, key=lambda gap: _gap(*gap))
+            gaps.remove(widest)
+            middle = self._between(budget, first, last)
+            if middle is not None:
+                corners.insert(corners.index(last), middle)
+                gaps += [(first, middle), (middle, last)]
+        return corners
+
+    def _check(self, budget: Mapping[str, float]) -> None:
+        for scope, least in self.least().items():
+            own = budget.get(scope, 0.0)
+            if not (isfinite(own) and own >= least * (1 - ROUNDED)):
+                raise BudgetError(
+                    f"The budget {'of ' + scope + ' ' if scope else ''}is {own:.0f} bytes and the smallest schemes "
+                    f"take {least:.0f}; allow that much, or add a scheme of fewer bits."
+                )
+
+    def _ends(self, budget: Mapping[str, float]) -> tuple[Plan, Plan]:
+        """Those of the least loss, and of the least time."""
+        return self._weighted(budget, 1.0, 0.0), self._weighted(budget, 0.0, 1.0)
+
+    def _between(self, budget: Mapping[str, float], first: Plan, last: Plan) -> Plan | None:
+        """A corner beyond the line from one to another; None where nothing lies there."""
+        a, b = first.time - last.time, last.loss - first.loss
+        middle = self._weighted(budget, a, b)
+        along = a * first.loss + b * first.time
+        return None if a * middle.loss + b * middle.time >= along * (1 - ALIKE) else middle
 
     def _bytes(self, block: int, scheme: str) -> float:
         return self.blocks[block].weights * self.bits[scheme] / 8
@@ -163,6 +201,17 @@ class Allocator:
 def _goal(loss: float, time: float, r: float) -> float:
     parts = [(r, loss), (1 - r, time)]
     return sum(share * (log(value) if value > 0 else -inf) for share, value in parts if share)
+
+
+def _alike(one: Plan, other: Plan) -> bool:
+    pairs = (one.loss, other.loss), (one.time, other.time)
+    return all(abs(a - b) <= ALIKE * max(a, b) for a, b in pairs)
+
+
+def _gap(first: Plan, last: Plan) -> float:
+    """How far apart two corners are, in the logarithms that the goal counts."""
+    ratios = (last.loss, first.loss), (first.time, last.time)
+    return prod(log(more / less) if less > 0 else inf for more, less in ratios)
 
 
 def joined(blocks: Sequence[Block], by: Mapping[str, str]) -> list[Block]:

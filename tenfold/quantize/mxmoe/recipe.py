@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tenfold.quantize.mxmoe.front import Corner, read
+
 FILE = "recipe.json"
 SCHEMA = 2
 LARGEST = 1 << 28  # bytes
@@ -21,7 +23,7 @@ class Recipe:
     each scheme that a block could get costs, picks the tokens that went to each expert of a layer, and slope what a
     loss of each layer costs at the model's end, empty where all count alike: together the reason why. cost: where the
     times of schemes are from, empty where accuracy alone counted. strengths: of the scales that each layer's gates and
-    ups have in common, where there are some.
+    ups have in common, where there are some. front: the corners among which the schemes were chosen.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Recipe:
     slope: Mapping[str, float] = field(default_factory=dict)
     cost: str = ""
     strengths: Mapping[str, float] = field(default_factory=dict)
+    front: tuple[Corner, ...] = ()
 
     def content(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -71,7 +74,7 @@ def load(path: Path, model: str) -> Recipe:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("schema") != SCHEMA:
             raise KeyError("schema")
-        found = Recipe(**raw)
+        found = Recipe(**raw | {"front": read(raw.get("front", ()))})
         found.schemes.items(), found.losses.items(), found.picks.items(), found.slope.items()
         found.strengths.items()
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from tenfold.ops.formats import Format, Packed
 from tenfold.quantize.awq import behind_norm, of_strength, scaled
 from tenfold.quantize.capture import TextTooShort, watched
-from tenfold.quantize.mxmoe.allocate import BudgetError, Plan
+from tenfold.quantize.mxmoe.allocate import ROUNDED, BudgetError, Plan
 from tenfold.quantize.mxmoe.cost import per_weight
+from tenfold.quantize.mxmoe.front import corners
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import (
@@ -34,8 +36,9 @@ from tenfold.quantize.mxmoe.subject import (
     Rounded,
     Subject,
     average,
+    blocks_of,
     middle,
-    mixed,
+    mixed_front,
     moments_of,
     name_of,
     rounded,
@@ -58,12 +61,12 @@ SENSITIVITIES = ("layer", "end")
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """bits: of a weight of experts, scales and zeros included; schemes: names that blocks may get, empty for those of
-    the layout; scope: whether each layer keeps to that many bits or the model as a whole; tie: what has one scheme; r:
-    how much accuracy counts against speed, 0 to 1, and tokens: of the steps whose speed that is; length, windows: of
-    the text's sequences, in tokens, and their number; layout: of the files that are written; rotate: turn the residual
-    stream first; sensitivity: losses as each layer's output changes, or weighed by what that costs at the model's end;
-    empty for the end where layers share bits.
+    """bits: of a weight of experts, scales and zeros included; bytes: of all experts, and then bits are 0; schemes:
+    names that blocks may get, empty for those of the layout; scope: whether each layer keeps to that many bits or the
+    model as a whole; tie: what has one scheme; r: how much accuracy counts against speed, 0 to 1, and tokens: of the
+    steps whose speed that is; length, windows: of the text's sequences, in tokens, and their number; layout: of the
+    files that are written; rotate: turn the residual stream first; sensitivity: losses as each layer's output changes,
+    or weighed by what that costs at the model's end; empty for the end where layers share bits.
     """
 
     bits: float
@@ -78,8 +81,18 @@ class Wish:
     rotate: bool = False
     sensitivity: str = ""
     tokens: int = 64
+    bytes: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.bits < inf or self.bytes < 0:
+            raise ValueError(
+                f"The budget is {self.bytes or self.bits} {'bytes' if self.bytes else 'bits a weight'}; allowed: a "
+                "number above 0, such as 4.25 bits."
+            )
+        if bool(self.bits) == bool(self.bytes):
+            raise ValueError(
+                f"The budget is {self.bits:g} bits a weight and {self.bytes} bytes; give one of both, above 0."
+            )
         known = {"rounding": METHODS, "scope": SCOPES, "tie": TIES, "layout": SCHEMES}
         for name, allowed in (known | {"sensitivity": ("", *SENSITIVITIES)}).items():
             if getattr(self, name) not in allowed:
@@ -143,13 +156,15 @@ def quantize(
     digest, tokens = hashlib.sha256(content).hexdigest(), sum(map(len, windows))
     if recipe is None:
         bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
-        check_budget(subject, allowed, wish.bits)
+        wish = replace(wish, bits=bits_within(subject, allowed, wish), bytes=0)
         found, slope = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
         costs, cost = None, ""
         if wish.r < 1:
             costs, cost = per_weight(subject.model.config, wish.parsed(), wish.tokens, device)
-        plan = mixed(found, bits, wish.bits, wish.scope, wish.tie, norm=False, r=wish.r, slope=slope, costs=costs)
-        made = replace(recipe_of(found, plan, model, digest, tokens, wish, slope), cost=cost)
+        blocks = blocks_of(found, bits, wish.scope, norm=False, slope=slope, costs=costs)
+        plan, *front = mixed_front(blocks, bits, wish.bits, wish.tie, wish.r)
+        made = recipe_of(found, plan, model, digest, tokens, wish, slope)
+        made = replace(made, cost=cost, front=corners(front, plan, sum(found.sizes.values())))
     else:
         made = followed(recipe, subject, wish, model, digest, tokens)
     with Folder(out) as folder:
@@ -203,16 +218,21 @@ def allowed_schemes(subject: Subject, schemes: Sequence[Scheme]) -> dict[str, li
     return found
 
 
-def check_budget(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> None:
-    """Before anything is measured. Raises BudgetError."""
+def bits_within(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], wish: Wish) -> float:
+    """Of a weight, under the wish's budget; before anything is measured. Raises BudgetError."""
     sizes = {part: sum(m.rows * m.cols for k, m in subject.blocks.items() if k[2] == part) for part in PARTS}
     cols = {key[2]: matrix.cols for key, matrix in subject.blocks.items()}
-    least = sum(sizes[p] * min(s.stored_bits(cols[p]) for s in allowed[p]) for p in PARTS) / sum(sizes.values())
-    if bits < least:
+    weights = sum(sizes.values())
+    least = sum(sizes[p] * min(s.stored_bits(cols[p]) for s in allowed[p]) for p in PARTS) / weights
+    bits = 8 * wish.bytes / weights if wish.bytes else wish.bits
+    if not bits >= least * (1 - ROUNDED):
+        asked = f"{wish.bytes} bytes" if wish.bytes else f"{bits:g} bits a weight"
+        smallest = str(ceil(least * weights / 8)) if wish.bytes else f"{least:.3f}"
         raise BudgetError(
-            f"{bits:g} bits a weight were asked for and the smallest schemes take {least:.3f}, scales and zeros "
+            f"{asked} were asked for and the smallest schemes take {smallest}, scales and zeros "
             "included; allow that much, or add a scheme of fewer bits."
         )
+    return bits
 
 
 def measured(

@@ -304,7 +304,7 @@ def blocks_of(
     picked as often as here.
     """
     made = []
-    for key, size in found.sizes.items():
+    for key, size in sorted(found.sizes.items()):  # in one order, whether an earlier run measured some or none
         layer, expert, _ = key
         own = {
             name: found.losses[key, name] * (slope[layer] if slope else 1.0)
@@ -335,12 +335,29 @@ def mixed(
     slope: Mapping[int, float] | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> Plan:
-    """tie: what has one scheme, each "block", "expert" or "layer"."""
-    blocks = blocks_of(found, bits, scope, norm, slope, costs)
+    """The best plan at so many bits; the rest as of `blocks_of` and `mixed_front`."""
+    solver, names = _tied(blocks_of(found, bits, scope, norm, slope, costs), bits, tie)
+    return _untied(solver.solve(budgets(solver.blocks, budget), r), names)
+
+
+def mixed_front(blocks: Sequence[Block], bits: Mapping[str, float], budget: float, tie: str, r: float) -> list[Plan]:
+    """The best plan at so many bits, and behind it the front, of which it is one point. tie: what has one scheme, each
+    "block", "expert" or "layer".
+    """
+    solver, names = _tied(blocks, bits, tie)
+    own = budgets(solver.blocks, budget)
+    plan = solver.solve(own, r)
+    return [_untied(each, names) for each in (plan, *solver.front(own, plan))]
+
+
+def _tied(blocks: Sequence[Block], bits: Mapping[str, float], tie: str) -> tuple[Allocator, dict[str, str]]:
+    """An allocator of what has one scheme each, and in which of them each block is."""
     names = {block.name: ".".join(block.name.split(".")[: TIES[tie]]) for block in blocks}
-    tied = joined(blocks, names)
-    plan = Allocator(tied, bits).solve(budgets(tied, budget), r)
-    return Plan({name: plan.schemes[names[name]] for name in names}, plan.loss, plan.time, plan.bytes)
+    return Allocator(joined(blocks, names), bits), names
+
+
+def _untied(plan: Plan, names: Mapping[str, str]) -> Plan:
+    return Plan({name: plan.schemes[whole] for name, whole in names.items()}, plan.loss, plan.time, plan.bytes)
 
 
 def chosen(found: Rounded, schemes: Mapping[str, str]) -> dict[Key, Tensor]:

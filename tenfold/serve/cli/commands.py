@@ -352,7 +352,7 @@ def calibrate_kv_command(
     "quantize",
     epilog=examples(
         "tenfold quantize ./qwen3-30b-a3b --text wiki.txt --bits 4.25 --out ./qwen3-mixed",
-        "tenfold quantize ./mixtral --text wiki.txt --bits 3.25 --scope layer --out ./mixtral-3",
+        "tenfold quantize ./mixtral --text wiki.txt --bytes 20GiB --scope layer --out ./mixtral-3",
         "tenfold quantize ./qwen2-vl-7b --method mbq --data pairs.jsonl --scheme w3g128z --out ./qwen2-vl-3",
         "tenfold quantize ./qwen2-vl-7b --data pairs.jsonl --compare w3g128z,w4a8",
     ),
@@ -378,7 +378,13 @@ def quantize_command(
     recipe: Annotated[
         Path | None, Option("--recipe", exists=True, dir_okay=False, help="Follow this recipe.json, measure nothing.")
     ] = None,
-    bits: Annotated[float, Option("--bits", help="Of a weight of experts, scales and zeros included.")] = 4.25,
+    bits: Annotated[
+        float | None, Option("--bits", help="Of a weight of experts, scales and zeros included; unset: 4.25.")
+    ] = None,
+    most_bytes: Annotated[
+        int | None,
+        Option("--bytes", parser=parse_size, metavar="SIZE", help="Of all experts instead of --bits, e.g. 3.5GiB."),
+    ] = None,
     schemes: Annotated[
         str,
         Option(
@@ -433,7 +439,7 @@ def quantize_command(
     """
     from tenfold.serve.cli.quantize import Asked
 
-    mixed = (bits, schemes, scope, r, tie, rotate, sensitivity, tokens)
+    mixed = (bits, most_bytes, schemes, scope, r, tie, rotate, sensitivity, tokens)
     scaled = (scheme, norm, weigh, propagate, floor, alpha, tower)
     files = (text, data, out, recipe, held_out)
     asked = Asked(method, rounding, layout, *files, window, windows, samples, compare, as_json)

@@ -16,10 +16,12 @@ from tenfold.quantize.mbq.data import Sample, mix_of, read_pairs
 from tenfold.quantize.mbq.recipe import Recipe as Scaled
 from tenfold.quantize.mbq.search import METHODS
 from tenfold.quantize.mbq.subject import Subject
+from tenfold.quantize.mxmoe.front import FILE as PICTURE
+from tenfold.quantize.mxmoe.front import Corner, draw, drawable, relative
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe
 from tenfold.quantize.mxmoe.run import Wish, quantize
 from tenfold.quantize.schemes import parse
-from tenfold.serve.cli.terminal import Bar, columns
+from tenfold.serve.cli.terminal import Bar, columns, size
 from tenfold.serve.pairs import Reader, of_text
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.find import resolve
@@ -29,6 +31,7 @@ COSTLY = 5  # blocks that are explained
 HELD_OUT = 5  # every so many pairs, where none are given to judge on
 AUTO, EXPERTS = "auto", "mxmoe"
 UNIFORM = ("awq", "rtn")  # methods that are roundings of experts, too
+BITS = 4.25  # of a weight of experts, where no budget is given
 DENSE_BITS = 16.0  # of a weight: a budget that keeps no scheme away
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -83,7 +86,7 @@ def run(config: EngineConfig, asked: Asked, mixed: Sequence[Any], scaled: Sequen
         if method == EXPERTS:
             said = mixed_bits(checkpoint, device, asked, mixed_wish(asked, mixed), bars)
         elif method in UNIFORM and model_config(checkpoint.config).experts is not None:
-            said = mixed_bits(checkpoint, device, asked, uniform_wish(method, asked, scaled), bars)
+            said = mixed_bits(checkpoint, device, asked, uniform_wish(method, asked, scaled, mixed), bars)
         else:
             said = scaled_channels(checkpoint, device, method, asked, scaled, bars)
     finally:
@@ -111,21 +114,47 @@ def mixed_bits(checkpoint: Checkpoint, device: str, asked: Asked, wish: Wish, ba
     if asked.text is None:
         raise ValueError("--text is missing; experts are measured on a text, such as an encyclopedia's.")
     assert asked.out is not None
-    return describe(quantize(checkpoint, asked.text, asked.out, wish, asked.recipe, device, bars))
+    made = quantize(checkpoint, asked.text, asked.out, wish, asked.recipe, device, bars)
+    return "\n".join([describe(made), *drawn(made, asked.out)])
+
+
+def drawn(made: Recipe, out: Path) -> list[str]:
+    """The front as a picture beside the recipe, and a line that says where, or why there is none."""
+    if len(made.front) < 2:
+        return []
+    if not drawable():
+        return ["The front as a picture needs matplotlib; install it with: pip install 'tenfold[bench]'"]
+    return [f"The front as a picture: {draw(made.front, made.cost, out.name, out / PICTURE)}"]
 
 
 def mixed_wish(asked: Asked, options: Sequence[Any]) -> Wish:
     """Raises ValueError."""
-    bits, schemes, *rest = options
-    scope, r, tie, rotate, sensitivity, tokens = rest
+    bits, most_bytes, *rest = options
+    budget = [f"--{name}" for name, value in (("bits", bits), ("bytes", most_bytes)) if value is not None]
+    if asked.recipe is not None and budget:
+        raise ValueError(
+            f"--recipe has a budget of its own, which {budget[0]} says nothing of; leave out {budget[0]} to follow "
+            f"{asked.recipe}, or --recipe to measure and choose anew."
+        )
+    if len(budget) == 2:
+        raise ValueError(f"--bits {bits:g} and --bytes {most_bytes} are two budgets; give one of both.")
+    if most_bytes is not None:
+        bits = 0.0
+    schemes, scope, r, tie, rotate, sensitivity, tokens = rest
     rounding = "gptq" if asked.rounding == AUTO else asked.rounding
     shape = asked.window, asked.windows, tie, asked.layout, rotate, sensitivity, tokens
-    return Wish(bits, schemes, rounding, scope, r, *shape)
+    return Wish(BITS if bits is None else bits, schemes, rounding, scope, r, *shape, most_bytes or 0)
 
 
-def uniform_wish(method: str, asked: Asked, options: Sequence[Any]) -> Wish:
+def uniform_wish(method: str, asked: Asked, options: Sequence[Any], mixed: Sequence[Any]) -> Wish:
     """All experts in one scheme, by a method that has a rounding's name. Raises ValueError for what is of no use."""
     scheme, norm, weigh, propagate, floor, _, tower = options
+    bits, most_bytes, *_ = mixed
+    if bits is not None or most_bytes is not None:
+        raise ValueError(
+            f"--bits and --bytes are budgets of --method mxmoe; {method} gives all experts --scheme {scheme}. Leave "
+            "them out, or take that method."
+        )
     if asked.rounding not in (AUTO, method):
         raise ValueError(
             f"rounding is {asked.rounding!r}, which {method} of a model with experts does not go with; leave it out, "
@@ -229,4 +258,16 @@ def describe(made: Recipe) -> str:
     if idle:
         rows.append(("experts never picked", f"{idle}; rounded by what others of their layer saw. More text may help"))
     worst = sorted(made.schemes, key=lambda block: -made.loss(block))[:COSTLY]
-    return "\n".join([columns(rows), "The blocks that lose most:", *(f"  {made.why(block)}" for block in worst)])
+    costly = ["The blocks that lose most:", *(f"  {made.why(block)}" for block in worst)]
+    return "\n".join([columns(rows), *front_table(made.front, made.cost), *costly])
+
+
+def front_table(front: Sequence[Corner], cost: str) -> list[str]:
+    """Lines; none where there was nothing to choose from. cost: where times are from, empty for bits that are read."""
+    if len(front) < 2:
+        return []
+    rows = [("bits", "size", "loss", "time" if cost else "bits read", "")]
+    for corner, time in zip(front, relative(front)):
+        numbers = f"{corner.bits:.3f}", size(corner.bytes), f"{corner.loss:.4g}", f"{time:.3f}x"
+        rows.append((*numbers, "chosen" if corner.chosen else ""))
+    return ["The front within the budget, no point of which any other beats:", columns(rows)]
