@@ -1,6 +1,7 @@
 """`tenfold bench`: measure, record as claims, and renew the tables made from them."""
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict
@@ -49,10 +50,22 @@ def whole(numbers: str) -> list[int]:
     return found
 
 
+def rates_of(rates: str) -> list[float]:
+    """Requests a second. Raises typer.BadParameter."""
+    try:
+        found = [float(rate) for rate in peers(rates)]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= rate < math.inf for rate in found):
+        raise typer.BadParameter(f"{rates!r} is no list of rates from 0 (all at once), such as 1,2,4.")
+    return found
+
+
 def chosen_settings(pairs: list[str] | None) -> dict[str, Any]:
     from tenfold.bench.command import settings
+    from tenfold.bench.engines import checked
 
-    return settings(pairs or [])
+    return checked(settings(pairs or []))
 
 
 def file_name(model: str) -> str:
@@ -166,6 +179,9 @@ def single_command(
     command += (f" --against {against}" if against else "") + f" --rounds {rounds}"
     result = single.run(plan, typer.echo, command=command)
     written(out, keep, f"single-{file_name(model)}", result.plain())
+    if not result.rows:
+        typer.echo("error: nothing was measured; the lines above say why.", err=True)
+        raise typer.Exit(1)
     if keep and where != "cpu":
         record(claims_gpu.of_single([result]))
 
@@ -490,7 +506,7 @@ def serving_command(
 
     header()
     work, promised = Work(requests, parse(prompts), parse(answers)), load.Objective(ttft, tpot)
-    speeds = [float(rate) for rate in peers(rates)]
+    speeds = rates_of(rates)
     where = single.device_of(device)
     if url:
         runs = load.against_server(load.Server(url, model, key), work, speeds, vocabulary, promised, typer.echo)
@@ -498,6 +514,9 @@ def serving_command(
         runs = load.in_process(model, where, chosen_settings(settings), work, speeds, promised, typer.echo)
     data = load.plain(runs, machine(where), model, work, promised)
     written(out, keep, f"serving-{file_name(model)}", data)
+    if all(run.failed == run.requests for run in runs):
+        typer.echo("error: no request was answered.", err=True)
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -561,6 +580,9 @@ def claims_command(
         said = "not measured" if made.value is None else f"{number(made.value)} {made.unit}"
         typer.echo(f"{made.id} {made.what}: {said} ({made.target}: {'met' if made.met else 'not met'})")
         typer.echo(f"   {made.note}")
+    if not found:
+        typer.echo(f"error: the results of {folder} bear on no claim; docs/bench.md says which do.", err=True)
+        raise typer.Exit(1)
     if keep:
         record(found)
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from tenfold.bench.engines import Answer
+from tenfold.bench.engines import Answer, engine_config
 from tenfold.bench.throughput import Work
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -171,15 +171,25 @@ class Server:
     """A running server's /v1/completions, each request on a connection of its own. url: without /v1."""
 
     def __init__(self, url: str, model: str = "default", key: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname if parts.scheme == "http" else None, parts.port or 80
+        except ValueError:  # no address, or no port
+            host, port = None, 0
+        if not host:
             raise ValueError(f"url is {url!r}; allowed: http://HOST:PORT of a running server, without /v1.")
-        self.host, self.port, self.model, self.key = parts.hostname, parts.port or 80, model, key
+        self.host, self.port, self.model, self.key = host, port, model, key
 
     async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0}
         body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
+        try:
+            reader, writer = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
+        except OSError as error:
+            raise ConnectionError(
+                f"No server answers at http://{self.host}:{self.port} ({error.strerror or error}); start one with "
+                "`tenfold serve`, or name another with --url."
+            ) from error
         try:
             writer.write(self._request(json.dumps(body).encode()))
             await writer.drain()
@@ -238,7 +248,6 @@ def in_process(
     say: Callable[[str], None] = print,
 ) -> list[Run]:
     """Load the engine here and measure it; a shape gets the contexts it needs. settings: fields of EngineConfig."""
-    from tenfold.base.config import EngineConfig
     from tenfold.engine.core import Engine
     from tenfold.engine.llm import AsyncLLM
 
@@ -246,7 +255,7 @@ def in_process(
         model = at_least_positions(model, work.longest)
     own: dict[str, Any] = {"model": model, "device": device, "max_model_len": work.longest, "prefix_cache": False}
     own["max_queue"] = work.count
-    engine = Engine.load(EngineConfig(**(own | dict(settings))), tokens_only=is_shape(model))
+    engine = Engine.load(engine_config(settings, **own), tokens_only=is_shape(model))
 
     async def run() -> list[Run]:
         llm = AsyncLLM(engine=engine)

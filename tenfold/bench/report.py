@@ -9,6 +9,7 @@ from typing import Any
 from tenfold.bench import arms, kv, launches, phases, plots, sentiment, sentiment_serving, single, vlm
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load, number
+from tenfold.bench.files import Suites, made_of
 from tenfold.bench.hardware import ROOT
 from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
@@ -57,7 +58,7 @@ def fill_results(text: str, root: Path = RESULTS) -> str:
 
     def block(match: re.Match[str]) -> str:
         folder = root / match["folder"]
-        body = tables(folder).strip() if folder.is_dir() else ""
+        body = tables(folder).strip() if any(folder.glob("*.json")) else ""
         return f"{match['open']}\n{body or 'Not measured yet.'}\n<!-- /results -->"
 
     pattern = r"(?P<open><!-- results:(?P<folder>[\w-]+) -->).*?<!-- /results -->"
@@ -328,8 +329,14 @@ def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def tables(folder: Path) -> str:
-    """Markdown of every result in a folder."""
-    found = results_in(folder)
+    """Markdown of every result in a folder. Raises ValueError for one without results, and for a file that is not
+    complete.
+    """
+    return made_of(folder, tables_of)
+
+
+def tables_of(found: Suites) -> str:
+    """Markdown of results by suite."""
     parts = []
     for model, results in by_model([single.loaded(data) for data in found.get("single", ())]).items():
         if measured := [result for result in results if result.rows]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from tenfold.base.config import EngineConfig
+from tenfold.base.log import logger
 from tenfold.cache.format import calibrated
 from tenfold.cache.store import Groupings
 from tenfold.engine.memory import (
@@ -69,6 +70,12 @@ class Opened:
         experts = self.shape.experts is not None
         resolved = resolve(config, self.device, self.kernels.name, quantised, experts)
         check_sight(self.shape, resolved)
+        if resolved.max_model_len > self.shape.max_positions:
+            logger.warning(
+                "max_model_len is %d; this model allows up to %d tokens, which is what it gets",
+                resolved.max_model_len,
+                self.shape.max_positions,
+            )
         self.memory = plan_memory(self.shape, self.weights, resolved, free_memory(self.device), self.draft)
         self.config = fill(resolved, self.memory)
 

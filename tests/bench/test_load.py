@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import random
+import socket
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import typer
 
-from tenfold.bench import load, throughput
+from tenfold.bench import cli, load, throughput
 from tenfold.bench.engines import Answer, Timing
 from tenfold.bench.lengths import Lengths, parse
 from tenfold.bench.load import Objective
@@ -172,9 +174,26 @@ def test_a_server_over_a_socket(status: bytes, events: Sequence[bytes], wanted: 
         assert json.loads(asked[0])["prompt"] == [5, 6]
 
 
-def test_a_url_that_cannot_be_one() -> None:
-    with pytest.raises(ValueError, match="http://HOST:PORT"):
-        load.Server("localhost:8000")
+@pytest.mark.parametrize("url", ["https://host:1", "host:1", "http://", "http://host:x", "http://[::1"])
+def test_a_url_that_cannot_be_one(url: str) -> None:
+    with pytest.raises(ValueError, match="without /v1"):
+        load.Server(url)
+
+
+def test_a_server_that_is_not_there_is_a_sentence() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = load.Server(f"http://127.0.0.1:{port}")
+    with pytest.raises(ConnectionError, match=f"No server answers at http://127.0.0.1:{port} .*tenfold serve"):
+        load.against_server(server, Work(1, parse("4"), parse("4")), [0.0], 100, load.Objective())
+
+
+@pytest.mark.parametrize("rates", ["junk", "-1", "", "nan", "inf", "1,x"])
+def test_rates_that_there_are_not(rates: str) -> None:
+    with pytest.raises(typer.BadParameter, match="such as 1,2,4"):
+        cli.rates_of(rates)
+    assert cli.rates_of("0, 2.5") == [0.0, 2.5]
 
 
 def test_lengths_are_plain_data() -> None:

@@ -1,5 +1,6 @@
 """The plan of memory: what is counted, what is derived, and that each advice of a refusal works."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tenfold.engine.memory import (
     weight_bytes,
     workspace_bytes,
 )
+from tenfold.engine.opened import Opened
 from tenfold.models.table import model_config
 from tenfold.ops.kernels import Contexts
 from tenfold.ops.kv.attend import OLD_TOKENS, Layout
@@ -428,3 +430,14 @@ def test_heads_that_no_group_fits_are_refused_with_a_sentence(name: str) -> None
     odd = replace(SMALL, head_dim=40)
     with pytest.raises(ValueError, match=f"kv_cache is '{name}', which has no groups for heads of 40 channels"):
         plan_memory(odd, GIB // 8, settle(kv_cache=name), 8 * GIB)
+
+
+def test_a_context_that_the_model_does_not_allow_is_told(
+    tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = Opened(EngineConfig(model=str(tiny("llama")), device="cpu", max_model_len=99_999_999))
+    with caplog.at_level("WARNING", logger="tenfold"):
+        opened.choose()
+    most = opened.shape.max_positions
+    assert f"max_model_len is 99999999; this model allows up to {most} tokens, which is what it gets" in caplog.text
+    assert opened.config.max_model_len == most
