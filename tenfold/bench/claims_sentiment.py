@@ -75,6 +75,8 @@ def _calibrated(rows: Sequence[Mapping[str, Any]], name: str, command: str) -> I
         brier = statistics.mean(row["scores"]["brier"] for row in own)
         posts = own[0]["scores"]["posts"]
         note = f"before scaling {statistics.mean(before):.4f}; Brier {brier:.3f}; {posts} posts, {len(own)} seeds"
+        if chance := [row["expected_ece"] for row in own if "expected_ece" in row]:
+            note += f"; a perfectly calibrated one: {statistics.mean(chance):.4f}"
         around, what = (min(found), max(found)), f"calibration error after scaling, {name}"
         yield claim("C4", what, statistics.mean(found), "", command, at_most=OFF, spread=around, note=note)
 

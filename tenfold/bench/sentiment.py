@@ -5,7 +5,8 @@
 
 ablation: every variant of VARIANTS on every set with several seeds, encoders beginning where the packaged classifier's
 do, which has seen no post for judging of any set. Scores are of the test split, after the temperature that dev asks
-for; variants are compared seed by seed. serving: `bench.sentiment_serving`.
+for; variants are compared seed by seed. expected_ece of a row: the calibration error of a perfectly calibrated
+classifier of the same confidences. serving: `bench.sentiment_serving`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tenfold.bench.single import device_of
 from tenfold.classify.data import table
 from tenfold.classify.data.posts import DataSet
 from tenfold.classify.recipe import Recipe
-from tenfold.classify.scores import fit_temperature
+from tenfold.classify.scores import expected_ece, fit_temperature
 from tenfold.classify.train import Trainer
 from tenfold.models.sentiment.config import Parts
 from tenfold.models.sentiment.folder import DEFAULT, open_folder, place
@@ -80,6 +81,7 @@ def one(job: Job, recipe: Recipe, device: str) -> Row:
     run = trainer.train()
     temperature = fit_temperature(*trainer.logits("dev"))
     scores, raw = trainer.judge("test", temperature), trainer.judge("test")
+    sure = (trainer.logits("test")[0].double() / temperature).softmax(-1).amax(-1)
     return {
         "data": data.partition("=")[0],
         "variant": variant,
@@ -88,6 +90,7 @@ def one(job: Job, recipe: Recipe, device: str) -> Row:
         "epochs": run.epoch,
         "temperature": temperature,
         "scores": scores.as_json(),
+        "expected_ece": expected_ece(sure),
         "uncalibrated": {"ece": raw.ece, "brier": raw.brier},
     }
 
@@ -115,7 +118,8 @@ def line(row: Row) -> str:
     """For people."""
     scores = row["scores"]
     told = f"{row['data']:20} {row['variant']:24} seed {row['seed']}: accuracy {scores['accuracy']:.4f}"
-    return f"{told}, F1 {scores['f1_macro']:.4f}, ECE {scores['ece']:.4f}"
+    told += f", F1 {scores['f1_macro']:.4f}, ECE {scores['ece']:.4f}"
+    return f"{told} (by chance {row['expected_ece']:.4f})"
 
 
 def by_variant(rows: Sequence[Mapping[str, Any]], data: str) -> dict[str, list[Mapping[str, Any]]]:

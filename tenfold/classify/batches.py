@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,13 +32,20 @@ class Shelf:
         """Raises ValueError with what is wrong with a post."""
         if number in self._items:
             return self._items[number]
-        post = self.posts[number]
-        made = self.reader.read(post.text, post.pixels())
+        made = self._read(self.posts[number])
         size = 0 if made.picture is None else made.picture.numel()
         if size <= self._room:
             self._room -= size
             self._items[number] = made
         return made
+
+    def _read(self, post: Post) -> Item:
+        try:
+            return self.reader.read(post.text, post.pixels())
+        except ValueError as error:
+            if not isinstance(post.picture, Path):
+                raise
+            raise ValueError(f"The post of {post.picture}: {error}") from None
 
     def batch(self, numbers: Sequence[int]) -> tuple[Posts, Tensor]:
         """Posts and their labels."""

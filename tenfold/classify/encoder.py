@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.models.sentiment.folder import CONFIG, TOKENIZER, WEIGHTS, place, read_tensors
+from tenfold.classify.pickled import refuse
+from tenfold.models.sentiment.folder import CONFIG, DEFAULT, TOKENIZER, WEIGHTS, place, read_object, read_tensors
+from tenfold.models.sentiment.prepare import check_size, open_tokenizer
 from tenfold.models.sentiment.text import TextShape, from_bert
 
 NEW = "new"
 FRESH = TextShape(4096, 128, 2, 4, 512, positions=256)  # where nothing is begun with
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SOURCE_PREFIX = "text."  # of a classifier's tensors
+VOCABULARY, SPELLING = "vocab.txt", "tokenizer_config.json"  # of a BERT without a tokenizer.json
+PICKLED = "pytorch_model.bin"  # weights of an older one
+ALLOWED = "allowed: 'new', 'default', or a folder of a classifier or of a Hugging Face BERT (model_type bert)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,18 @@ def begin(source: str, size: Size, texts: Iterable[str]) -> Beginning:
     """
     if source == NEW:
         return fresh(size, texts)
-    path = Path(source).expanduser()
-    told = _config(path) if (path / CONFIG).is_file() else {}
-    if told.get("model_type") == "bert":
+    path = place(DEFAULT) if source == DEFAULT else Path(source).expanduser()
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{source!r} is no text encoder: there is no {path / CONFIG}; {ALLOWED}.")
+    told = read_object(path / CONFIG)
+    kind = told.get("model_type")
+    if kind == "bert":
         return of_bert(path, told, size)
+    if kind != "tenfold_sentiment":
+        raise ValueError(f"{source!r} has the model_type {kind!r}; {ALLOWED}.")
     if size != Size():
         raise ValueError("tokens, width and layers are for a new text encoder or a BERT; leave them out.")
-    return of_classifier(place(source))
+    return of_classifier(path)
 
 
 def fresh(size: Size, texts: Iterable[str]) -> Beginning:
@@ -68,16 +78,18 @@ def fresh(size: Size, texts: Iterable[str]) -> Beginning:
 def of_classifier(path: Path) -> Beginning:
     from tenfold.models.sentiment.config import SentimentConfig
 
-    config = SentimentConfig.from_json(_config(path))
+    config = SentimentConfig.from_json(read_object(path / CONFIG))
     tensors = read_tensors(path / WEIGHTS)
     state = {n.removeprefix(SOURCE_PREFIX): t.float() for n, t in tensors.items() if n.startswith(SOURCE_PREFIX)}
-    return Beginning(config.text, _tokenizer(path), state, "classifier")
+    return Beginning(config.text, open_tokenizer(path / TOKENIZER, config.text.vocab), state, "classifier")
 
 
 def of_bert(path: Path, told: Mapping[str, Any], size: Size) -> Beginning:
     shape = TextShape.of_bert(told)
+    if not (path / WEIGHTS).is_file() and (path / PICKLED).is_file():
+        refuse(path / PICKLED, path / WEIGHTS)
     state = from_bert(read_tensors(path / WEIGHTS))
-    tokenizer = _tokenizer(path)
+    tokenizer = tokenizer_of(path, shape.vocab)
     made = f"bert of {shape.layers} layers, {shape.width} wide"
     if size.tokens is not None and size.tokens < shape.vocab:
         tokenizer, kept = fewer(tokenizer, size.tokens)
@@ -102,7 +114,7 @@ def fewer(tokenizer: Any, count: int) -> tuple[Any, Tensor]:
     kept = set(must) | set(rest[: max(0, count - len(must))])
     pieces = [*SPECIAL, *(p for p, _ in by_number if p in kept and p not in SPECIAL)]
     numbers = torch.tensor([told["model"]["vocab"][piece] for piece in pieces])
-    return word_pieces(pieces), numbers
+    return word_pieces(pieces, (told["normalizer"] or {}).get("lowercase", True)), numbers
 
 
 def narrower(shape: TextShape, state: Mapping[str, Tensor], width: int) -> tuple[TextShape, dict[str, Tensor]]:
@@ -141,12 +153,38 @@ def words_of(texts: Iterable[str], count: int) -> list[str]:
     return [*must, *words[: max(0, count - len(must))]]
 
 
-def word_pieces(vocabulary: list[str]) -> Any:
-    """An uncased WordPiece tokenizer with BERT's ends."""
+def tokenizer_of(path: Path, tokens: int) -> Any:
+    """That of a BERT's folder: tokenizer.json, else vocab.txt, a word piece a line, spelled as tokenizer_config.json
+    says. tokens: that the encoder knows. Raises ValueError.
+    """
+    if (path / TOKENIZER).is_file():
+        return open_tokenizer(path / TOKENIZER, tokens)
+    pieces = path / VOCABULARY
+    if not pieces.is_file():
+        raise ValueError(f"{path} has neither {TOKENIZER} nor {VOCABULARY}; put there the one that belongs to it.")
+    told = read_object(path / SPELLING) if (path / SPELLING).is_file() else {}
+    made = word_pieces(_lines(pieces), lowercase=told.get("do_lower_case") is not False)
+    check_size(pieces, made, tokens)
+    return made
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a vocab.txt. Raises ValueError."""
+    try:
+        found = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # no other character ends a line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from None
+    if lacking := [piece for piece in SPECIAL if piece not in found]:
+        raise ValueError(f"{path} is no vocabulary of a BERT: it lacks {', '.join(lacking)}.")
+    return found
+
+
+def word_pieces(vocabulary: list[str], lowercase: bool = True) -> Any:
+    """A WordPiece tokenizer with BERT's ends. lowercase: and without accents."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [(end, vocabulary.index(end)) for end in ("[SEP]", "[CLS]")]
     made.post_processor = processors.BertProcessing(*ends)
@@ -155,17 +193,6 @@ def word_pieces(vocabulary: list[str]) -> Any:
 
 def _is_beyond(name: str, layers: int) -> bool:
     return name.startswith("blocks.") and int(name.split(".")[1]) >= layers
-
-
-def _tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(path / TOKENIZER))
-
-
-def _config(path: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    return told
 
 
 def _or(given: int | None, otherwise: int) -> int:

@@ -74,6 +74,18 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
     return float(gaps.abs().sum() / len(labels))
 
 
+def expected_ece(sure: Tensor, bins: int = BINS, draws: int = 2000, seed: int = 0) -> float:
+    """The `ece` that chance alone gives: its mean over `draws`, in each of which every guess is right with just the
+    probability that it says. sure [N]: that probability. Few posts in a bin are rarely right as often as they should
+    be, so it is far from 0 where N is small.
+    """
+    sure = sure.double()
+    place = ((sure * bins).ceil().long().clamp(1, bins) - 1).expand(draws, -1)
+    chance = torch.rand(draws, len(sure), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    gaps = torch.zeros(draws, bins, dtype=torch.float64).scatter_add_(1, place, (chance < sure).double() - sure)
+    return float(gaps.abs().sum(1).mean() / len(sure))
+
+
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature of least negative log-likelihood, within TEMPERATURES. As a function of 1 / T it is convex, so
     the search closes in on its only minimum.

@@ -20,10 +20,11 @@ from tenfold.classify.batches import Shelf, varied
 from tenfold.classify.checkpoint import Checkpoint
 from tenfold.classify.data.posts import DataSet
 from tenfold.classify.encoder import Beginning, begin
+from tenfold.classify.pickled import is_pickled, refuse
 from tenfold.classify.recipe import Recipe
 from tenfold.classify.scores import Scores, fit_temperature, score
 from tenfold.models.sentiment.config import SentimentConfig
-from tenfold.models.sentiment.folder import WEIGHTS, Classifier, place, read_tensors
+from tenfold.models.sentiment.folder import DEFAULT, WEIGHTS, Classifier, place, read_tensors
 from tenfold.models.sentiment.image import from_image_weights
 from tenfold.models.sentiment.model import Posts, SentimentModel
 from tenfold.models.sentiment.prepare import Reader
@@ -249,13 +250,30 @@ def _fill_image(model: SentimentModel, source: str) -> None:
     """source: a file of weights, after which the encoder is frozen; or a classifier, whose encoder goes on learning."""
     path, shape = Path(source).expanduser(), model.config.image
     if path.is_file():
-        _fill(model.image.encoder, from_image_weights(shape.kind, read_tensors(path)), source)
+        if is_pickled(path):
+            refuse(path, path.with_suffix(".safetensors"))
+        state = from_image_weights(shape.kind, read_tensors(path))
+        _fill(model.image.encoder, state, source)
+        _check_whole(model.image.encoder, state, f"{path} as weights of a {shape.kind}")
         model.image.encoder.requires_grad_(False)
         return
+    if source != DEFAULT and not path.is_dir():
+        raise ValueError(
+            f"There is no {path} to begin the picture encoder with; allowed: 'default', a classifier's folder, or a "
+            "safetensors file."
+        )
     folder = place(source)
     tensors = read_tensors(folder / WEIGHTS)
     own = {name.removeprefix("image."): t.float() for name, t in tensors.items() if name.startswith("image.")}
     _fill(model.image, own, str(folder / WEIGHTS))
+    _check_whole(model.image, own, f"{folder} as a classifier")
+
+
+def _check_whole(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError where weights are missing."""
+    names = (name for name in module.state_dict() if not name.endswith("num_batches_tracked"))
+    if missing := [name for name in names if name not in state]:
+        raise ValueError(f"{what} lacks {len(missing)} tensors, {missing[0]} for one; is it of another kind?")
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

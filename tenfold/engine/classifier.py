@@ -1,6 +1,6 @@
 """`Classifier`: what a post of text and picture feels like, from Python. `LLM.classify` delegates to it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,10 @@ class Classifier:
         return self.pool.classifier.config.labels
 
     def classify(self, posts: str | Post | Sequence[str | Post]) -> list[Feeling]:
-        """One post or many; a Feeling for each, in their order. Raises ValueError for one that holds nothing,
-        PictureError, and QueueFull where posts of other threads fill the queue.
+        """One post or many; a Feeling for each, in their order. Raises ValueError for one that holds nothing or is
+        none, PictureError, and QueueFull where posts of other threads fill the queue.
         """
-        given = [posts] if isinstance(posts, str | Post) else list(posts)
-        items = [self.read(post if isinstance(post, Post) else Post(post)) for post in given]
+        items = [self.read(post) for post in posts_of(posts)]
         found: list[Feeling] = []
         for start in range(0, len(items), self.pool.config.queue):
             entries = self.pool.submit_all(items[start : start + self.pool.config.queue])
@@ -75,6 +74,19 @@ class Classifier:
     def close(self, patience: float | None = None) -> None:
         """Idempotent."""
         self.pool.close(patience)
+
+
+def posts_of(given: Any) -> list[Post]:
+    """Raises ValueError for what is neither a post nor many."""
+    if isinstance(given, str | Post):
+        given = [given]
+    elif isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"posts are a {type(given).__name__}; allowed: a str, a Post, or a sequence of them.")
+    made = [Post(post) if isinstance(post, str) else post for post in given]
+    for i, post in enumerate(made):
+        if not isinstance(post, Post):
+            raise ValueError(f"posts[{i}] is a {type(post).__name__}; allowed: a str or a Post.")
+    return made
 
 
 def pixels(picture: Picture, limits: PictureLimits = LIMITS) -> Tensor:

@@ -92,7 +92,8 @@ class Service:
         found = {name: served.card() for name, served in self.models.items()}
         for name, own in self.classifiers.items():
             created, longest = getattr(own, "created", 0), getattr(own, "max_tokens", None)
-            found[name] = ModelCard(id=name, created=created, max_model_len=longest)
+            reads = [*getattr(own, "modalities", ("text",))]
+            found[name] = ModelCard(id=name, created=created, max_model_len=longest, input_modalities=reads)
         return found
 
 

@@ -77,6 +77,15 @@ def test_gains_are_seed_by_seed():
     assert all(each.hardware == "a machine" for each in found.values())
 
 
+def test_calibration_is_told_beside_that_of_chance():
+    data = result({FULL: [0.8] * 5})
+    assert "calibrated one" not in claims(data)["calibration error after scaling, incongruity"].note
+    for each in data["rows"]:
+        each["expected_ece"] = 0.07
+    note = claims(data)["calibration error after scaling, incongruity"].note
+    assert note.endswith("; a perfectly calibrated one: 0.0700")
+
+
 def test_what_is_missed_is_told():
     found = claims(result({PLAIN: [0.80] * 5, FULL: [0.79] * 5, "image only": [0.6] * 5}))
     assert not found["accuracy with BiLSTM, CNN and CBAM over without, incongruity"].met
@@ -133,6 +142,7 @@ def test_it_runs(tmp_path, workers, capsys):
     sentiment.main([*line, *more, "--out", str(out), "--commit", "abc"])
     data = json.loads(out.read_text())
     assert [each["variant"] for each in data["rows"]] == [PLAIN, FULL]
+    assert all(0 < each["expected_ece"] < 1 for each in data["rows"])
     assert data["machine"]["commit"] == "abc"
     assert data["command"].startswith("python -m tenfold.bench.sentiment ablation --data incongruity-tiny")
     assert "--out" not in data["command"]

@@ -85,6 +85,37 @@ def test_mvsa_with_splits_of_its_own(tmp_path):
         mvsa.read("mvsa-multiple", tmp_path)
 
 
+def test_splits_may_be_lists_of_ids(tmp_path):
+    make_mvsa(tmp_path, ["positive,positive", "negative,negative"] * 3)
+    for name, ids in zip(SPLITS, (["0", 1, 2, "3"], [4], ["5"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(ids))
+    assert [post.text[5] for post in mvsa.read("mvsa-single", tmp_path).train] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"5", "holds a int"),
+        (b'{"id": 4}', "holds a dict"),
+        (b"null", "NoneType"),
+        (b'[{"name": "4"}]', "row 0: .* has no id"),
+        (b"[null]", "has no id"),
+        (b"[true]", "has no id"),
+        (b"[[4]]", "has no id"),
+        (b"[4", "no JSON"),
+        (b"\xff", "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+    ],
+)
+def test_splits_that_are_none(tmp_path, content, word):
+    make_mvsa(tmp_path, ["positive,positive", "negative,negative"] * 3)
+    for name in SPLITS:
+        (tmp_path / f"{name}.json").write_text('["0", "1"]')
+    (tmp_path / "dev.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"dev\.json.*{word}"):
+        mvsa.read("mvsa-single", tmp_path)
+
+
 def test_mvsa_without_a_picture_is_told(tmp_path):
     make_mvsa(tmp_path, ["positive,positive"])
     (tmp_path / "data" / "0.jpg").unlink()
@@ -290,6 +321,25 @@ def test_packages_that_are_not_there(tmp_path, name):
 def test_unknown_data_is_told():
     with pytest.raises(ValueError, match="data is 'imdb'; allowed: incongruity"):
         table.read("imdb")
+
+
+@pytest.mark.parametrize("name", ["mvsa-single", "mvsa-multiple", "hfm"])
+@pytest.mark.parametrize("end", ["", "="])
+def test_sets_that_need_a_folder(name, end):
+    with pytest.raises(ValueError, match=rf"give {name}=FOLDER, whose layout is in docs/sentiment\.md"):
+        table.read(name + end)
+
+
+@pytest.mark.parametrize("name", ["mvsa-single", "mvsa-multiple", "hfm"])
+def test_folders_of_another_layout(tmp_path, name):
+    with pytest.raises(ValueError, match=r"docs/sentiment\.md has the layout"):
+        table.read(f"{name}={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["incongruity", "incongruity-tiny", "incongruity-joint", "incongruity-large"])
+def test_sets_that_read_no_folder(name):
+    with pytest.raises(ValueError, match=f"{name} is made up and reads no folder"):
+        table.read(f"{name}=/x")
 
 
 def test_ratings_and_splits():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenfold.classify import loss, plots
-from tenfold.classify.scores import confusion, ece, f1_each, fit_temperature, score
+from tenfold.classify.scores import confusion, ece, expected_ece, f1_each, fit_temperature, score
 
 
 def test_confusion_and_f1():
@@ -34,6 +34,24 @@ def test_calibration_error_of_bins():
     labels = torch.tensor([0, 1] * 5 + [0] * 10)
     assert ece(probabilities, labels) == pytest.approx((0.25 + 0.05) / 2)
     assert ece(torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == 0
+
+
+def test_calibration_error_by_chance():
+    """A guess at 0.8 is off by 0.2 or by 0.8; two in a bin by 0.2, 0.3 or 0.8; and many by nothing."""
+    assert expected_ece(torch.tensor([0.8]), draws=20_000) == pytest.approx(0.8 * 0.2 + 0.2 * 0.8, abs=0.01)
+    two = 0.64 * 0.2 + 0.32 * 0.3 + 0.04 * 0.8
+    assert expected_ece(torch.tensor([0.8, 0.8]), draws=20_000) == pytest.approx(two, abs=0.01)
+    assert expected_ece(torch.full((50_000,), 0.8), draws=10) < 0.005
+    assert expected_ece(torch.ones(5)) == 0
+
+
+def test_calibration_error_by_chance_is_that_of_drawn_labels():
+    torch.manual_seed(0)
+    probabilities = (torch.randn(60, 3, dtype=torch.float64) * 2).softmax(-1)
+    drawn = [ece(probabilities, torch.multinomial(probabilities, 1)[:, 0]) for _ in range(2000)]
+    told = expected_ece(probabilities.amax(-1))
+    assert told == pytest.approx(sum(drawn) / len(drawn), abs=0.003)  # three standard errors of both
+    assert told == expected_ece(probabilities.amax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

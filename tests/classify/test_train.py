@@ -1,7 +1,11 @@
 """Training: it learns, goes on after an interruption as if there had been none, and keeps what encoders know."""
 
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from tenfold.classify.checkpoint import Checkpoint
 from tenfold.classify.data import table
 from tenfold.classify.data.posts import DataSet, Post
 from tenfold.classify.encoder import SPECIAL, Size, begin, fewer, words_of
+from tenfold.classify.pickled import CONVERT
 from tenfold.classify.recipe import Recipe
 from tenfold.classify.train import Run, Trainer, initial, train
 from tenfold.models.sentiment.config import ImageShape, Parts
@@ -233,13 +238,104 @@ def test_shuffled_posts_are_all_there_with_others_as_long():
         ({"precision": "int8"}, "precision is 'int8'"),
         ({"parts": Parts(cbam="x")}, "cbam is 'x'"),
         ({"image": ImageShape("alexnet")}, "image encoder is 'alexnet'"),
-        ({"text": "nowhere", "size": Size()}, "no classifier"),
-        ({"text": "nowhere"}, "leave them out"),
+        ({"text": "/nope", "size": Size()}, r"no /nope/config\.json; allowed: 'new', 'default', .* BERT"),
+        ({"text": "default"}, "leave them out"),
+        ({"image_weights": "nope.safetensors"}, r"There is no nope\.safetensors"),
     ],
 )
 def test_recipes_that_make_no_classifier(change, word):
     with pytest.raises(ValueError, match=word):
         Trainer(replace(SMALL, **change), plain_set())
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", None])
+def test_other_text_encoders_are_told_that_a_bert_is_read(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=rf"model_type {kind!r}; allowed: .*BERT \(model_type bert\)"):
+        begin(str(tmp_path), Size(), ())
+    (tmp_path / "config.json").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        begin(str(tmp_path), Size(), ())
+
+
+PIECES = [*SPECIAL, "a", "good", "Good", "day", "##s", "e", "é", "!"]
+
+
+@pytest.mark.parametrize("cased", [False, True])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_bert_with_a_vocabulary_only(tmp_path, cased, end):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = make_bert(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_bytes("".join(piece + end for piece in PIECES).encode())
+    if cased:
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    ours = begin(str(folder), Size(), ()).tokenizer
+    vocabulary = {piece: i for i, piece in enumerate(PIECES)}
+    theirs = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=not cased)
+    for text in ("A Good days!", "é good", "", "好 good"):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
+    small_one = begin(str(folder), Size(tokens=12), ()).tokenizer
+    assert ("Good" in small_one.encode("Good").tokens) == cased
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, r"neither tokenizer\.json nor vocab\.txt"),
+        (b"a\nb\n", r"vocab\.txt .* lacks \[PAD\]"),
+        (b"\xff", r"vocab\.txt is not UTF-8"),
+        ("\n".join([*PIECES, *map(str, range(99))]).encode(), "has 112 tokens, the text encoder 16"),
+    ],
+)
+def test_vocabularies_that_are_none(tmp_path, content, word):
+    folder, _ = make_bert(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "vocab.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=word):
+        begin(str(folder), Size(), ())
+
+
+def test_files_of_pytorch_are_told_how_they_are_converted(tmp_path):
+    """With the line of the message, which the document shows too."""
+    encoder = small.classifier().model.image.encoder
+    path = tmp_path / "the weights.pth"
+    torch.save(encoder.state_dict(), path)
+    with pytest.raises(ValueError, match=r"which is not read.*\.safetensors") as told:
+        Trainer(replace(SMALL, image_weights=str(path)), plain_set())
+    line = str(told.value).splitlines()[-1]
+    assert CONVERT in line
+    assert CONVERT in (Path(__file__).parents[2] / "docs" / "sentiment.md").read_text(encoding="utf-8")
+    _, *words = shlex.split(line)
+    subprocess.run([sys.executable, *words], check=True)
+    made = Trainer(replace(SMALL, image_weights=words[-1]), plain_set()).model.image.encoder.state_dict()
+    assert all(torch.equal(t, made[name]) for name, t in encoder.state_dict().items())
+    torch.save({}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match="which is not read"):
+        Trainer(replace(SMALL, image_weights=str(path)), plain_set())
+    folder, _ = make_bert(tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a file of torch\.save"):
+        begin(str(folder), Size(), ())
+
+
+def test_weights_of_another_kind_are_told(tmp_path):
+    """Nothing of them would have a place, and a picture encoder that knows nothing would be frozen."""
+    (tmp_path / "w.safetensors").write_bytes(serialize({"blocks.0.query.weight": torch.zeros(2, 2)}))
+    with pytest.raises(ValueError, match=r"w\.safetensors as weights of a small lacks .* conv1\.weight"):
+        Trainer(replace(SMALL, image_weights=str(tmp_path / "w.safetensors")), plain_set())
+    folder, _ = make_bert(tmp_path)
+    with pytest.raises(ValueError, match="as a classifier lacks"):
+        Trainer(replace(SMALL, image_weights=str(folder)), plain_set())
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    (tmp_path / "7.jpg").write_bytes(b"\xff\xd8\xff broken")
+    shelf = Shelf([Post("a good day", tmp_path / "7.jpg", 1)], small.classifier().reader)
+    with pytest.raises(ValueError, match=r"7\.jpg: The picture begins like a JPEG"):
+        shelf.item(0)
 
 
 def test_initial_weights_must_fit(tmp_path):

@@ -53,7 +53,9 @@ def decide(client, content, question=QUESTION, model="mood"):
 
 
 def test_models_and_classifiers_are_listed(client):
-    assert [card.id for card in client.models.list().data] == ["llama", "mood", "feel"]
+    cards = client.models.list().data
+    assert [card.id for card in cards] == ["llama", "mood", "feel"]
+    assert [card.input_modalities for card in cards] == [["text"], ["text", "image"], ["text", "image"]]
 
 
 def test_texts_and_pictures_are_decided(client):
@@ -130,7 +132,10 @@ def test_the_command_says_the_same(tenfold, server, classifier, tmp_path):
         (["classify"], "nothing to classify"),
         (["classify", "x", "--image", "none.png"], "none.png"),
         (["classify", "x", "--classifier", "nowhere"], "no classifier"),
+        (["classify", "a \udcff day"], "half of a surrogate pair"),
         (["train", "sentiment", "out", "--data", "imdb"], "allowed: incongruity"),
+        (["train", "sentiment", "out", "--data", "mvsa-single"], "mvsa-single=FOLDER"),
+        (["train", "sentiment", "out", "--data", "incongruity", "--text", "/nope"], "BERT"),
         (["train", "sentiment", "out", "--data", "incongruity", "--cbam", "some"], "cbam is 'some'"),
         (["serve", "--classifier", "nowhere"], "nowhere"),
         (["serve", "--classifier", "a=x,a=y"], "Two models are called 'a'"),

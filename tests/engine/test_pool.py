@@ -281,6 +281,21 @@ def test_posts_from_python(tmp_path):
             feel.classify(Post("a", tmp_path / "none.png"))
 
 
+def test_what_is_no_post_is_told(tmp_path):
+    with Classifier(str(small.folder(tmp_path)), device="cpu") as feel:
+        for wrong in (5, None, b"a day", {"a": "day"}, 1.5):
+            with pytest.raises(ValueError, match=f"posts are a {type(wrong).__name__}; allowed: a str, a Post, or a"):
+                feel.classify(wrong)
+        with pytest.raises(ValueError, match=r"posts\[1\] is a int; allowed: a str or a Post"):
+            feel.classify(["a day", 5])
+        with pytest.raises(ValueError, match="text is a NoneType; allowed: str"):
+            feel.classify(Post(None))
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            feel.classify("\ud800")
+        with pytest.raises(PictureError, match="neither bytes nor a path"):
+            feel.classify(Post("a day", 5))
+
+
 def test_a_language_model_classifies_beside_itself(tiny, tmp_path):
     folder = str(small.folder(tmp_path))
     with LLM(str(tiny("llama")), device="cpu", kernels="torch") as llm:

@@ -41,7 +41,7 @@ def read(folder: Path) -> DataSet:
 def _split(folder: Path, split: str) -> tuple[Post, ...]:
     path = folder / "text" / FILES[split]
     if not path.is_file():
-        raise ValueError(f"{folder} is no HFM: there is no {path}.")
+        raise ValueError(f"{folder} is no HFM: there is no {path}; docs/sentiment.md has the layout.")
     posts = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip():

@@ -48,12 +48,14 @@ def label_of(row: str) -> tuple[str, int | None]:
 
 
 def read(name: str, folder: Path, seed: int = 0) -> DataSet:
-    """name: in ITEMS. Splits are those of `train.json`, `dev.json` and `test.json` (lists of objects with an `id`)
-    where the folder has them, else eight, one and one of ten by chance. Raises ValueError.
+    """name: in ITEMS. Splits are those of `train.json`, `dev.json` and `test.json` (lists of objects with an `id`,
+    or of ids) where the folder has them, else eight, one and one of ten by chance. Raises ValueError.
     """
     table = folder / "labelResultAll.txt"
     if not table.is_file():
-        raise ValueError(f"{folder} is no {name}: there is no labelResultAll.txt in it.")
+        raise ValueError(
+            f"{folder} is no {name}: there is no labelResultAll.txt in it; docs/sentiment.md has the layout."
+        )
     found: dict[str, Post] = {}
     for row in table.read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
         if not row.strip():
@@ -81,10 +83,30 @@ def _has_splits(folder: Path) -> bool:
 def _given(folder: Path, found: dict[str, Post]) -> tuple[tuple[Post, ...], ...]:
     parts = []
     for split in SPLITS:
-        rows = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-        ids = [str(row["id"]) for row in rows]
+        path = folder / f"{split}.json"
+        ids = ids_of(path)
         missing = [id for id in ids if id not in found]
         if missing:
-            raise ValueError(f"{split}.json names the post {missing[0]!r}, which {folder} does not have.")
+            raise ValueError(
+                f"{path} names the post {missing[0]!r}, which has no row in labelResultAll.txt, or labels that "
+                "contradict each other; leave it out."
+            )
         parts.append(tuple(found[id] for id in ids))
     return tuple(parts)
+
+
+def ids_of(path: Path) -> list[str]:
+    """Of a split's file. Raises ValueError."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}.") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; allowed: a list of objects with an id, or of ids.")
+    ids = [row.get("id") if isinstance(row, dict) else row for row in rows]
+    for i, id in enumerate(ids):
+        if isinstance(id, bool) or not isinstance(id, str | int):
+            raise ValueError(
+                f"{path}, row {i}: {str(rows[i])[:80]!r} has no id; allowed: an object with an id, or an id."
+            )
+    return [str(id) for id in ids]

@@ -70,7 +70,7 @@ def save(path: Path, made: Classifier, dtype: torch.dtype = torch.float32) -> No
 
 def open_folder(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Classifier:
     """Raises ValueError for files that are missing, damaged, or do not fit each other."""
-    told = _object(path / CONFIG)
+    told = read_object(path / CONFIG)
     config = SentimentConfig.from_json(told)
     temperature = told.get("temperature", 1.0)
     low, high = TEMPERATURES
@@ -79,7 +79,7 @@ def open_folder(path: Path, device: torch.device | str = "cpu", dtype: torch.dty
     model = SentimentModel(config)
     load_into(model, read_tensors(path / WEIGHTS), str(path / WEIGHTS))
     placed(model, device, dtype)
-    card = _object(path / CARD) if (path / CARD).exists() else {}
+    card = read_object(path / CARD) if (path / CARD).exists() else {}
     return Classifier(model, Reader.open(config, path / TOKENIZER), float(temperature), card)
 
 
@@ -112,7 +112,8 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
     module.load_state_dict(dict(tensors), strict=False)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file. Raises ValueError for one that is missing, damaged, or holds something else."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

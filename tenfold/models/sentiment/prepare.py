@@ -38,24 +38,12 @@ class Reader:
     @classmethod
     def open(cls, config: SentimentConfig, path: Path) -> "Reader":
         """path: of a tokenizer.json. Raises ValueError for one that does not fit the model."""
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{path} is not a tokenizer: {error}.") from None
-        if tokenizer.get_vocab_size() > config.text.vocab:
-            raise ValueError(
-                f"{path} has {tokenizer.get_vocab_size()} tokens, the text encoder {config.text.vocab}; allowed: no "
-                "more than the encoder."
-            )
-        return cls(config, tokenizer)
+        return cls(config, open_tokenizer(path, config.text.vocab))
 
     def read(self, text: str, picture: Tensor | None = None) -> Item:
         """picture [3, H, W] uint8. Raises ValueError for a post with nothing in it, or nothing this model looks at."""
         modalities = self.config.parts.modalities
-        if len(text) > LONGEST:
-            raise ValueError(f"text has {len(text)} characters; allowed: up to {LONGEST}.")
+        check_text(text)
         if not text.strip() and (picture is None or modalities == "text"):
             raise ValueError("text is empty; give a text" + (" or a picture." if modalities != "text" else "."))
         if picture is None and modalities == "image":
@@ -73,6 +61,44 @@ class Reader:
         pictures = torch.stack([*seen.values()]) if seen else torch.zeros(0, 3, size, size, dtype=torch.uint8)
         lengths = torch.tensor([len(item.ids) for item in items])
         return Posts(ids, lengths, pictures, torch.tensor([*seen], dtype=torch.int64))
+
+
+def open_tokenizer(path: Path, tokens: int) -> Any:
+    """A `tokenizers.Tokenizer` from a tokenizer.json. tokens: that the text encoder knows. Raises ValueError for a file
+    that holds none, or more.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is not a tokenizer: {error}.") from None
+    check_size(path, tokenizer, tokens)
+    return tokenizer
+
+
+def check_size(path: Path, tokenizer: Any, tokens: int) -> None:
+    """Raises ValueError for a tokenizer, read from path, with more tokens than the text encoder."""
+    if tokenizer.get_vocab_size() > tokens:
+        raise ValueError(
+            f"{path} has {tokenizer.get_vocab_size()} tokens, the text encoder {tokens}; allowed: no more than the "
+            "encoder."
+        )
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for one that is too long, and for what is no text."""
+    if not isinstance(text, str):
+        raise ValueError(f"text is a {type(text).__name__}; allowed: str.")
+    if len(text) > LONGEST:
+        raise ValueError(f"text has {len(text)} characters; allowed: up to {LONGEST}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text has half of a surrogate pair ({text[error.start]!a}) at character {error.start}, which a byte that "
+            "is not UTF-8 becomes too; give UTF-8, or a str with characters beyond U+FFFF whole."
+        ) from None
 
 
 def fit(picture: Tensor, size: int) -> Tensor:

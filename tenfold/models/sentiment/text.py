@@ -1,4 +1,4 @@
-"""The text side: an encoder of the BERT family, then a bidirectional LSTM over its last hidden states.
+"""The text side: a BERT, then a bidirectional LSTM over its last hidden states.
 
 BERT is that of Devlin et al. 2018 (arXiv 1810.04805), without the pooler. The LSTM sees packed sequences, so padding
 is no input to it, backwards either.

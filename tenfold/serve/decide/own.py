@@ -46,6 +46,12 @@ class Own:
         return self.pool.classifier.config.max_tokens
 
     @property
+    def modalities(self) -> Sequence[str]:
+        """What it looks at, as /v1/models tells it."""
+        looks = self.pool.classifier.config.parts.modalities
+        return ("text", "image") if looks == "both" else (looks,)
+
+    @property
     def alive(self) -> bool:
         return self.pool.alive
 

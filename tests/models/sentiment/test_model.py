@@ -82,6 +82,18 @@ def test_what_a_model_cannot_read_is_told():
         both.read("a", torch.zeros(3, 65, 1, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize(("text", "place"), [("\ud800", 0), ("a good \udcff day", 7)])
+def test_half_of_a_surrogate_pair_is_told(text, place):
+    with pytest.raises(ValueError, match=rf"half of a surrogate pair .* at character {place}"):
+        small.classifier().reader.read(text)
+
+
+@pytest.mark.parametrize("text", [5, None, b"a day"])
+def test_what_is_no_text_is_told(text):
+    with pytest.raises(ValueError, match=f"text is a {type(text).__name__}; allowed: str"):
+        small.classifier().reader.read(text)
+
+
 def test_long_texts_keep_both_ends():
     ids = small.classifier().reader.read("good " * 500).ids
     assert len(ids) == 64

@@ -224,6 +224,15 @@ def test_it_is_listed_and_does_not_chat(serve):
     client, _ = serve()
     assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["tiny", "mood"]
     assert client.get("/v1/models/mood").json()["max_model_len"] == 64
+    assert client.get("/v1/models/tiny").json()["input_modalities"] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("modalities", "told"), [("both", ["text", "image"]), ("text", ["text"]), ("image", ["image"])]
+)
+def test_models_tell_what_they_look_at(serve, modalities, told):
+    client, _ = serve(small.classifier(modalities=modalities))
+    assert client.get("/v1/models/mood").json()["input_modalities"] == told
     error = client.chat(model="mood").json()["error"]
     assert "classifier" in error["message"]
     assert error["code"] == "model_not_found"
