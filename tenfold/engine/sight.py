@@ -16,6 +16,7 @@ from tenfold.engine.plan import Entry
 from tenfold.models.picture import Picture
 from tenfold.models.tower import Tower
 from tenfold.nn.step import Seen
+from tenfold.ops.host import sent
 
 
 class Layout:
@@ -125,9 +126,9 @@ class Sight:
             return None
         self._forget()
         return Seen(
-            torch.from_numpy(np.concatenate(rows)).to(self.device),
+            sent(np.concatenate(rows), self.device),
             torch.cat(features),
-            torch.from_numpy(np.concatenate(places).astype(np.int64)).to(self.device) if places else None,
+            sent(np.concatenate(places), self.device, torch.int64) if places else None,
         )
 
     def features(self, picture: Picture) -> Tensor:

@@ -200,6 +200,14 @@ def test_a_run_from_a_name_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.machine["hardware"]
 
 
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "machine", lambda device: {"hardware": device})
+    monkeypatch.setattr(single, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(single, "matmul_ceiling", lambda device, size: 790.0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (78 << 30, 80 << 30))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+
+
 def test_on_a_gpu_engines_share_it_where_they_fit_and_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[tuple[str, int, int]] = []
 
@@ -215,11 +223,7 @@ def test_on_a_gpu_engines_share_it_where_they_fit_and_others_follow(monkeypatch:
 
     monkeypatch.setattr(single, "make_engine", make)
     monkeypatch.setattr(single, "Worker", Missing)
-    monkeypatch.setattr(single, "machine", lambda device: {"hardware": device})
-    monkeypatch.setattr(single, "copy_bandwidth", lambda device: 3000.0)
-    monkeypatch.setattr(single, "matmul_ceiling", lambda device, size: 790.0)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (78 << 30, 80 << 30))
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    pretend_gpu(monkeypatch)
     points = tuple(single.grid([1, 8], [1024, 8192, 32768], [], 129))
     plan = single.Plan("shape:llama-2-7b", ("tenfold", "hf-generate", "vllm"), points, 1, "cuda")
     lines: list[str] = []
@@ -250,11 +254,7 @@ def test_peers_that_are_not_installed_are_skipped(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(single, "make_engine", make)
     monkeypatch.setattr(single, "Worker", missing)
-    monkeypatch.setattr(single, "machine", lambda device: {"hardware": device})
-    monkeypatch.setattr(single, "copy_bandwidth", lambda device: 3000.0)
-    monkeypatch.setattr(single, "matmul_ceiling", lambda device, size: 790.0)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (78 << 30, 80 << 30))
-    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    pretend_gpu(monkeypatch)
     points = tuple(single.grid([1], [128], [], 129))
     lines: list[str] = []
     result = single.run(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tenfold.ops.host import sent
 from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels
 from tenfold.ops.kv.layer import PackedLayer, ring_pages, room_page, room_pages
 from tenfold.ops.kv.spec import PackedSpec
@@ -184,7 +185,7 @@ class Scratch:
         self._longest = int(counts.max(initial=0)), int(lengths.max(initial=1))
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.from_numpy(array).to(self.device, dtype)
+        return sent(array, self.device, dtype)
 
     def slots(self, request: np.ndarray, position: np.ndarray) -> np.ndarray:
         return self.first[request] * self.page_size + position
@@ -321,4 +322,4 @@ class Layout:
         return (first + room_page(self.spec, size, at)) * size + at % size
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+        return sent(array, self.device, torch.int64)
