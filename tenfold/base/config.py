@@ -95,6 +95,9 @@ class EngineConfig:
     lookahead: int = setting(
         -1, "steps launched before the tokens of the one before are read: 0 or 1 (-1: 0 on CPU, 1 on a GPU)"
     )
+    late_planning: bool = setting(
+        True, "GPU: plan a step just before the one under way ends, so that what comes meanwhile is in it"
+    )
     graphs: bool = setting(True, "GPU: launch steps of decodes and short prompts as CUDA graphs")
     rehearse: bool = setting(
         True, "GPU: compile kernels for steps of every size at the start, not when one first comes and others wait"

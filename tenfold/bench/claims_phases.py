@@ -43,7 +43,7 @@ def _gpus(arm: str) -> int:
 def rivals(result: Result) -> list[str]:
     """Our own arms whose border does not move, in the order of arrival where there are such."""
     ours = _fixed(result)
-    return [arm for arm in ours if arm.endswith(phases.ARRIVAL)] or ours
+    return [arm for arm in ours if phases.ARRIVAL in arm] or ours
 
 
 def kin(result: Result) -> list[str]:

@@ -12,6 +12,7 @@ random. All arms run in one engine, over one KV store, one after the other at ev
     staircase, paper, adaptive    a controller moves the border
     disaggregated    prompts on another GPU
     ARM@arrival      the same, but that prompts go in the order they came; others overtake as the engine does by default
+    ARM@early        the same, but that a step is planned as soon as the one before it begins (--no-late-planning)
     vllm[:N]         vLLM where it can be imported (--peer-path), with N tokens a step, in a process beside this one
 
 Targets are multiples of the mean time that such requests take alone: 7.5 (tight) and 10 (loose), as in the paper, where
@@ -51,7 +52,7 @@ from tenfold.engine.request import Request, SamplingParams
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
-ARRIVAL = "@arrival"
+ARRIVAL, EARLY = "@arrival", "@early"
 PEER = "vllm"
 PEER_TOKENS = 8192  # of a step: what its server takes
 PEER_SHARE = 0.45  # of the GPU's memory
@@ -69,8 +70,8 @@ class Peer(Protocol):
 
 
 def bare(arm: str) -> str:
-    """An arm without the order in which it takes prompts."""
-    return arm.removesuffix(ARRIVAL)
+    """An arm without the order in which it takes prompts, and without when it plans steps."""
+    return arm.partition("@")[0]
 
 
 def is_peer(arm: str) -> bool:
@@ -155,7 +156,7 @@ class Arms:
         self.peer = peer
         self.moved, self.decisions = 0, dict[str, int]()
         self.names = list(names)
-        self.limits = engine.scheduler.limits
+        self.limits, self.pace = engine.scheduler.limits, engine.pace
         gpu, experts = engine.device.type != "cpu", engine.model.config.experts is not None
         usual = usual_step(table.CHUNKED, engine.config.max_batch, gpu, experts)
         self.usual = min(self.limits.max_step_tokens, usual)  # tokens of a step
@@ -237,7 +238,8 @@ class Arms:
         assert not engine.has_work
         schedule, tokens, phases = self._known[name]
         engine.config = replace(engine.config, schedule=schedule)
-        overtake = 0.0 if name.endswith(ARRIVAL) else self.limits.overtake
+        overtake = 0.0 if ARRIVAL in name else self.limits.overtake
+        engine.pace = None if EARLY in name else self.pace
         engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens, overtake=overtake)
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
@@ -289,6 +291,7 @@ def serve(engine: Engine, asks: Sequence[Ask], seed: int, one_by_one: bool = Fal
     answers = [Answer(ask.arrival) for ask in asks]
     begin, coming, done = engine.clock(), 0, 0
     while done < len(asks):
+        engine.rest()
         now = engine.clock() - begin
         while coming < len(asks) and (done == coming if one_by_one else asks[coming].arrival <= now):
             ask = asks[coming]
@@ -434,7 +437,7 @@ def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms
     model = at_least_positions(model, longest) if is_shape(model) else model
     own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
     named = (bare(arm).partition(":")[2] for arm in arms if not is_peer(arm))
-    lane = table.PREFILL_TOKENS + GPU_BATCH
+    lane = table.PREFILL_TOKENS + int(changes.get("max_batch", GPU_BATCH))
     most = max((int(tokens) for tokens in named if tokens.isdigit()), default=0)
     if most > lane or (torch.cuda.is_available() and device != "cpu"):
         own["max_step_tokens"] = max(most, lane)
@@ -442,14 +445,14 @@ def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms
     return Engine.load(EngineConfig(model=model, device=device, **(own | dict(changes))), tokens_only=True)
 
 
-def start_peer(model: str, longest: int, arms: Sequence[str], packages: str) -> Worker | None:
+def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, batch: int = GPU_BATCH) -> Worker | None:
     """vLLM, where it is one of the arms, as its server is set up by default; as many requests at a time as ours."""
     name = next((arm for arm in arms if is_peer(arm)), None)
     if name is None:
         return None
     own = {
         "gpu_memory_utilization": PEER_SHARE,
-        "max_num_seqs": GPU_BATCH,
+        "max_num_seqs": batch,
         "max_num_batched_tokens": int(name.partition(":")[2] or PEER_TOKENS),
     }
     model = at_least_positions(model, longest) if is_shape(model) else model
@@ -485,8 +488,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.long:
         most = max(most, given.long_tokens + max(answer for _, answer in pairs))
     arms = given.arms.split(",")
-    peer = start_peer(given.model, most + MARGIN, arms, given.peer_path)
-    engine = load(given.model, given.device, most + MARGIN, settings(given.set), arms)
+    changes = settings(given.set)
+    batch = int(changes.get("max_batch", GPU_BATCH))
+    peer = start_peer(given.model, most + MARGIN, arms, given.peer_path, batch)
+    engine = load(given.model, given.device, most + MARGIN, changes, arms)
     result = Result(given.model, machine(str(engine.device)), arms=arms)
     result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0
     options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens", "ttft", "tpot")

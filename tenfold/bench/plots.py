@@ -189,7 +189,7 @@ def arm_styles(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
     colours = [colour for colour, _ in STYLES.values()]
 
     def dashes(arm: str) -> str:
-        return "-" if arm in MOVING else ":" if arm.endswith(phases_bench.ARRIVAL) else "--"
+        return "-" if arm in MOVING else ":" if phases_bench.ARRIVAL in arm else "--"
 
     return {
         arm: {

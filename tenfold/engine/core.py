@@ -29,6 +29,7 @@ from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Held, Mask, Masks, ahead
 from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for, unfused
 from tenfold.engine.opened import Opened
+from tenfold.engine.pace import Pace
 from tenfold.engine.phases import table as schedules
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.phases.start import start as start_phases
@@ -125,11 +126,12 @@ class Engine:
         self._order = 0
         self._pictures = 0  # bytes of pixels of requests under way
         self.phases: Phases | None = None  # where prefills and decodes run side by side
+        self.pace = Pace() if config.late_planning and config.lookahead > 0 else None
         self._reset_counts()
 
     def _reset_counts(self) -> None:
         self._steps = self._errors = self._computed = self._generated = self._prompts = 0
-        self._seconds = self._last_seconds = 0.0
+        self._seconds = self._last_seconds = self._rested = 0.0
         if self.speculator is not None:
             self.speculator.drafted = self.speculator.accepted = 0
 
@@ -393,11 +395,22 @@ class Engine:
 
     # Steps
 
+    def rest(self) -> None:
+        """To be called before what came is given to `add`, by who has requests come while others run: waits where the
+        next step can be planned later without a device that waits.
+        """
+        if self.pace is None or not self._inflight or self.speculator is not None:
+            return
+        if self.phases is None or self.phases.riding:
+            begin = time.perf_counter()
+            self.pace.rest(self._inflight[-1][1].ready)
+            self._rested = time.perf_counter() - begin
+
     def step(self) -> list[Output]:
         """Launch the next step, and return what the oldest one not yet read brought (with lookahead 1, the one
         before).
         """
-        begin = time.perf_counter()
+        begin, self._rested = time.perf_counter() - self._rested, 0.0
         for sequence in self.scheduler.expired(self.clock()):
             self._ready.append(self._end(sequence, FinishReason.ABORT, "Its deadline has passed."))
         if self._compiling:
@@ -413,8 +426,7 @@ class Engine:
         if plan.admitted:
             self._start(plan.admitted)
         if plan.entries:
-            launched = self._launch(plan, outputs)
-            self._inflight.append((plan, launched))
+            self._queued(plan, self._launch(plan, outputs))
         elif not self._inflight and self.scheduler.unfinished:
             self._stand_still(outputs)
         lookahead = 0 if plan.drafts else self.config.lookahead
@@ -494,6 +506,12 @@ class Engine:
             logger.warning("%s failed: %s", plan, error, exc_info=error)
             return self._isolate(plan, error, outputs, runner)
 
+    def _queued(self, plan: StepPlan, launched: "Pending | Isolated") -> None:
+        """A step is in flight."""
+        self._inflight.append((plan, launched))
+        if self.pace is not None:
+            self.pace.launched()
+
     def _unprepared(self, plan: StepPlan, error: Exception) -> "Isolated":
         logger.exception("%s could not be prepared", plan)
         return failed(plan, error)
@@ -528,14 +546,18 @@ class Engine:
 
     def _collect(self, outputs: list[Output]) -> None:
         """Read the oldest step in flight."""
-        self._read(*self._inflight.popleft(), outputs)
+        plan, pending = self._inflight.popleft()
+        tokens = tokens_of(plan, pending)
+        if self.pace is not None:
+            self.pace.read(bool(self._inflight))
+        self._retire(plan, tokens, outputs)
 
     def _read(self, plan: StepPlan, pending: "Pending | Isolated", outputs: list[Output]) -> None:
-        """Read a step: its sequences go on, or end."""
-        try:
-            tokens = pending.result()
-        except Exception as error:
-            tokens = failed(plan, error).result()
+        """Read a step that is none of those in flight."""
+        self._retire(plan, tokens_of(plan, pending), outputs)
+
+    def _retire(self, plan: StepPlan, tokens: Tokens, outputs: list[Output]) -> None:
+        """A step brought this: its sequences go on, or end."""
         self.scheduler.retire_step()
         for place, entry in enumerate(plan.entries):
             self._computed += entry.length
@@ -712,6 +734,14 @@ class Isolated:
             except Exception as error:
                 tokens.errors[place] = f"{type(error).__name__}: {error}"
         return tokens
+
+
+def tokens_of(plan: StepPlan, pending: Pending | Isolated) -> Tokens:
+    """What a step brought, once the device is done with it."""
+    try:
+        return pending.result()
+    except Exception as error:
+        return failed(plan, error).result()
 
 
 def failed(plan: StepPlan, error: Exception) -> Isolated:

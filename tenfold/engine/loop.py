@@ -319,6 +319,8 @@ class EngineLoop:
                 if outputs or getattr(self._stats, "steps", 0) != getattr(before, "steps", 0):
                     self.turns += 1
                     self._since = time.monotonic()
+                if hasattr(engine, "rest"):
+                    engine.rest()
 
     def _wait_for_work(self, engine: Engine) -> bool:
         """Returns at once while there is work; False when the loop is to end."""

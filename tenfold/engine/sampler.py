@@ -242,7 +242,7 @@ class Sampler:
             logits[place, ids] += values
         for place, least, ids in plan.held:
             if _position(entries[place]) < least:
-                logits[place, ids] = -torch.inf
+                logits[place].index_fill_(0, ids, -torch.inf)
         if mask is not None:
             for place, allowed in few.items():
                 ops.allow_few(logits, place, allowed)

@@ -128,6 +128,36 @@ def test_a_long_context_beside_short_ones(graphs: bool) -> None:
             assert log.logprob > max(p for _, p in log.top) - 0.15, (i, token)
 
 
+def test_steps_that_are_planned_late_are_the_same() -> None:
+    """Planning waits while a step runs, and answers do not change."""
+    config = EngineConfig(
+        model="shape:llama-3.2-1b",
+        device="cuda",
+        dtype="bfloat16",
+        kernels="native",
+        max_batch=8,
+        max_model_len=2048,
+        kv_memory=256 << 20,
+        prefix_cache=False,
+    )
+    engine = Engine.load(config, tokens_only=True)
+    assert engine.pace is not None
+    found, rested = [], 0.0
+    for late in (False, False, True):  # the first captures graphs
+        for i in range(8):
+            prompt = tuple((7 * i + 11 * j) % 1000 + 10 for j in range(500))
+            engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)))
+        outputs = []
+        while engine.has_work:
+            if late:
+                engine.rest()
+                rested += engine._rested
+            outputs += engine.step()
+        found.append(fake.answers(outputs))
+    assert found[1] == found[2]
+    assert rested > 0
+
+
 @pytest.mark.parametrize("params", KINDS[:6], ids=range(6))
 def test_sampling_waits_for_nothing(params: SamplingParams) -> None:
     """Neither what a batch needs nor a step of it makes the host wait for the device."""

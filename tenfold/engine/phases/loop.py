@@ -94,18 +94,23 @@ class Phases:
             "border_why": self.why,
         }
 
+    @property
+    def riding(self) -> bool:
+        """Whether prompts are computed in steps of decodes, and in no lane of their own."""
+        return self.chunk > 0 and self.underway is None
+
     def turn(self, outputs: list[Output]) -> None:
         engine = self.engine
         if self.controller is not None:
             self._decide(self.controller)
-        riding = self.chunk > 0 and self.underway is None
+        riding = self.riding
         waits = self.underway is None and not engine._inflight
         plan = engine.scheduler.plan(most=self.chunk) if riding else engine.scheduler.plan_decodes()
         if plan.admitted:
             engine._start(plan.admitted)
         if plan.entries:
             with self.lanes.decode() as runner:
-                engine._inflight.append((plan, engine._launch(plan, outputs, runner)))
+                engine._queued(plan, engine._launch(plan, outputs, runner))
         if self.underway is None and not riding:
             self._begin()
         if self.underway is not None:
