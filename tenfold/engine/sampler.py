@@ -109,7 +109,7 @@ class Sampler:
         counts = np.bincount(np.array(answer, dtype=np.int64), minlength=self.vocab_size)
         self._counts[sequence.row] = sent(counts, self.device, torch.float32)
         self._seen[sequence.row] = False
-        self._seen[sequence.row, self._tensor(sequence.tokens)] = True
+        self._seen[sequence.row].index_fill_(0, self._tensor(sequence.tokens), True)
 
     def plan(self, sequences: Seq[Sequence]) -> SamplePlan:
         """The needs of a batch, in its order."""
@@ -181,7 +181,7 @@ class Sampler:
         if kept is not None:
             rows, drawn = rows[kept[p.index]], drawn[kept[p.index]]
         self._counts.index_put_((rows, drawn), torch.ones_like(drawn, dtype=torch.float32), accumulate=True)
-        self._seen[rows, drawn] = True
+        self._seen.index_put_((rows, drawn), torch.ones_like(drawn, dtype=torch.bool))
 
     def _few(self, plan: SamplePlan, entries: Seq[Entry], mask: Mask | None) -> dict[int, np.ndarray]:
         """On a CPU, the tokens allowed at the places where these are few: work on them alone is a tenth."""
@@ -335,10 +335,8 @@ def _with_drafts(table: Tensor, drafts: Seq[tuple[int, Seq[int]]]) -> Tensor:
     if drafts:
         rows = sent([i for i, own in drafts for _ in own], table.device)
         tokens = sent([t for _, own in drafts for t in own], table.device)
-        if table.dtype == torch.bool:
-            table[rows, tokens] = True
-        else:
-            table.index_put_((rows, tokens), torch.ones_like(tokens, dtype=table.dtype), accumulate=True)
+        ones = torch.ones_like(tokens, dtype=table.dtype)
+        table.index_put_((rows, tokens), ones, accumulate=table.dtype != torch.bool)
     return table
 
 
