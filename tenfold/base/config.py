@@ -104,8 +104,8 @@ class EngineConfig:
     )
     softmax: str = setting(
         "auto",
-        "GPU attention: online, lazy, unified or paper; auto takes unified for prompts where "
-        "`tenfold calibrate softmax` measured the model, else lazy",
+        "GPU attention: online, lazy, unified or paper; auto takes what `tenfold tune` measured, else unified for "
+        "prompts where `tenfold calibrate softmax` measured the model, else lazy",
         choices=("auto", "online", "lazy", "unified", "paper"),
     )
     gemm: str = setting(

@@ -29,13 +29,13 @@ from tenfold.engine.core import Engine
 from tenfold.engine.memory import DTYPES
 from tenfold.nn.step import Step
 from tenfold.ops.formats import format_of
-from tenfold.ops.kernels import AttentionSpec
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 if TYPE_CHECKING:  # Triton comes with it, which tables of results do not need
     from tenfold.ops.gpu.arms import Work
+    from tenfold.ops.gpu.attending import Layer
     from tenfold.ops.gpu.expert_arms import ExpertsWork
 
 KERNEL, COPY, FILL = 0, 1, 2  # CUgraphNodeType
@@ -121,18 +121,19 @@ def named(launches: dict[str, int]) -> str:
 # Bytes
 
 
-def moved(call: "Work | ExpertsWork | AttentionSpec", batch: int, context: int, dtype: torch.dtype) -> Moved:
+def moved(call: "Work | ExpertsWork | Layer", batch: int, context: int, dtype: torch.dtype) -> Moved:
     """Bytes of one operation for `batch` tokens, each with `context` tokens in the cache, itself among them."""
     size = dtype.itemsize
-    if isinstance(call, AttentionSpec):
-        seen = min(context, call.window) if call.window else context
-        token = 2 * call.kv_heads * call.head_dim * size
-        # qkv in, heads out; old keys and values in, the new ones out
-        activations = batch * size * call.head_dim * (2 * call.heads + 2 * call.kv_heads)
-        name = f"attention {call.heads}/{call.kv_heads} heads of {call.head_dim}"
-        return Moved(name, 0, batch * seen * token, activations)
-    from tenfold.ops.gpu import expert_arms
+    from tenfold.ops.gpu import attending, expert_arms
 
+    if isinstance(call, attending.Layer):
+        spec = call.spec
+        seen = min(context, spec.window) if spec.window else context
+        token = 2 * spec.kv_heads * spec.head_dim * size
+        # qkv in, heads out; old keys and values in, the new ones out
+        activations = batch * size * spec.head_dim * (2 * spec.heads + 2 * spec.kv_heads)
+        name = f"attention {spec.heads}/{spec.kv_heads} heads of {spec.head_dim}"
+        return Moved(name, 0, batch * seen * token, activations)
     if isinstance(call, expert_arms.ExpertsWork):
         weights, activations = map(round, expert_arms.moved(replace(call, tokens=batch)))
         return Moved(f"{call.count} experts of {call.inner}, {call.top} a token", weights, 0, activations)

@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "experts" in parts:
         experts = ExpertArms(table, running.sms)
         tune_experts.tune(layers, experts, GpuTimer(device), device, force=given.force, progress=progress)
-    specs = list(dict.fromkeys(spec for model in models for spec in model.attentions))
-    reads = readings(specs, PAGE, dtype, given.longest, tune_attention.KEPT)
+    attentions = list(dict.fromkeys(layer for model in models for layer in model.attentions))
+    reads = readings(attentions, PAGE, dtype, given.longest, tune_attention.KEPT)
     if "attention" in parts:
         tune_attention.tune(reads, reader, GpuTimer(device), given.force, progress)
     if "steps" in parts:

@@ -18,13 +18,14 @@ from tenfold.nn.step import Step
 from tenfold.ops import tiles
 from tenfold.ops.formats import is_format
 from tenfold.ops.gpu.arms import HEAD, ROUTER, Use, Work
+from tenfold.ops.gpu.attending import Layer
 from tenfold.ops.gpu.expert_arms import DENSE, ExpertsWork
-from tenfold.ops.kernels import AttentionSpec, Contexts, Heads, Kernels, Norm, Replay, Separate, run
+from tenfold.ops.kernels import Contexts, Heads, Kernels, Norm, Replay, Separate, run
 from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights, loaded_storage
 
-Call = Work | ExpertsWork | AttentionSpec
+Call = Work | ExpertsWork | Layer
 
 
 class Tracing(Separate):
@@ -83,7 +84,7 @@ class Tracing(Separate):
         return torch.zeros(len(x), w.rows)
 
     def attention(self, qkv: Tensor, heads: Heads, keys: Tensor, values: Tensor, step: Contexts) -> Tensor:
-        self.calls.append(heads.spec)
+        self.calls.append(Layer(heads.spec, heads.phi is not None))
         return torch.zeros(len(qkv), heads.spec.heads * heads.spec.head_dim)
 
 
@@ -138,9 +139,9 @@ class Trace:
         return [call for call in dict.fromkeys(self.calls) if isinstance(call, ExpertsWork)]
 
     @property
-    def attentions(self) -> list[AttentionSpec]:
+    def attentions(self) -> list[Layer]:
         """Every different attention."""
-        return [call for call in dict.fromkeys(self.calls) if isinstance(call, AttentionSpec)]
+        return [call for call in dict.fromkeys(self.calls) if isinstance(call, Layer)]
 
 
 def traced(checkpoint: Checkpoint, dtype: torch.dtype, mode: str = "auto") -> Trace:

@@ -146,10 +146,13 @@ class Steps:
         for work in kernels.arms.seen:
             one = replace(work, tokens=self.requests)
             yield arms.key(one, sms), arms.rule(one, sms), ()
-        for reading in kernels.attending.asked():
-            stands = attending.at(reading)
-            if stands is not None:
-                yield attending.key(stands, sms), attending.rule(stands, sms), attending.candidates(stands, sms)
+        stand = map(attending.at, kernels.attending.asked())
+        readings = [one for one in dict.fromkeys(stand) if one is not None]
+        for reading in attending.alike(readings):
+            yield attending.key(reading, sms), attending.rule(reading, sms), attending.candidates(reading, sms)
+        for reading in readings:
+            legal = attending.softmaxes(reading)
+            yield attending.softmax_key(reading, sms), legal[0], legal
         for experts in kernels.expert_arms.seen:
             own = replace(experts, tokens=self.requests)
             others = [str(plan) for plan in expert_arms.candidates(own)]

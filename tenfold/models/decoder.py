@@ -100,7 +100,7 @@ class Source:
     def _phi(self, spec: AttentionSpec, q_norm: Norm | None, k_norm: Norm | None) -> Tensor | None:
         """What was measured, else what norms of the heads or a soft cap prove to serve any text."""
         phi = self.phi
-        if phi is None and self.weights.device.type != "cpu":
+        if phi is None:
             norms = [None if n is None else n.weight for n in (q_norm, k_norm)]
             phi = proven_phi(score_bound(spec, *norms), spec.heads, self.weights.dtype)
         return None if phi is None else phi.to(self.weights.device)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SOFTMAX = ("online", "lazy", "unified", "paper")
 """How attention keeps its exponentials in range: a running maximum; one that moves only when it must; one that was
 measured before, checked by the sum; the same, checked by every score (FlashDecoding++)."""
+UNIFIED = SOFTMAX[2:]  # those that want a maximum to be known
 
 GEMM = ("library", "flat", "flat-1", "flat-2")
 """What runs linear operations on dense weights: cuBLAS; the flat GEMM of FlashDecoding++ up to 64 tokens; that without

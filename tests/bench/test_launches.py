@@ -16,6 +16,7 @@ from tenfold.weights.open import open_checkpoint
 
 arms = pytest.importorskip("tenfold.ops.gpu.arms")
 traced = pytest.importorskip("tenfold.engine.linears").traced
+Layer = pytest.importorskip("tenfold.ops.gpu.attending").Layer
 Use, Work = arms.Use, arms.Work
 SPEC = AttentionSpec(8, 2, 64, 0.1)
 TORCH = {"kernels": "torch"}
@@ -31,10 +32,10 @@ def test_bytes_of_operations() -> None:
     assert residual.activations == 2 * (50 + 200)
     packed = launches.moved(Work(128, 128, "int4g128", Use(), 1), 1, 9, half)
     assert 128 * 128 // 2 < packed.weights < 128 * 128
-    attention = launches.moved(SPEC, 4, 1000, half)
+    attention = launches.moved(Layer(SPEC), 4, 1000, half)
     assert attention.kv == 4 * 1000 * 2 * 2 * 64 * 2
     assert attention.activations == 4 * 2 * (8 + 2 * 2 + 8) * 64
-    assert launches.moved(AttentionSpec(8, 2, 64, 0.1, window=100), 4, 1000, half).kv == attention.kv // 10
+    assert launches.moved(Layer(AttentionSpec(8, 2, 64, 0.1, window=100)), 4, 1000, half).kv == attention.kv // 10
 
 
 def test_what_a_forward_asks_for_comes_in_its_order() -> None:
@@ -42,8 +43,14 @@ def test_what_a_forward_asks_for_comes_in_its_order() -> None:
     block = [(128, 64), SPEC, (64, 64), (256, 64), (64, 128)]
     assert len(calls) == 2 * len(block) + 1
     for call, kind in zip(calls, [*block, *block, (512, 64)]):
-        assert isinstance(call, AttentionSpec) == (kind is SPEC)
-        assert isinstance(call, AttentionSpec) or (call.rows, call.cols) == kind
+        assert isinstance(call, Layer) == (kind is SPEC)
+        assert isinstance(call, Layer) or (call.rows, call.cols) == kind
+
+
+@pytest.mark.parametrize(("model", "known"), [("shape:tiny", False), ("shape:qwen3-8b@layers=1", True)])
+def test_a_maximum_that_norms_of_the_heads_prove_is_known(model: str, known: bool) -> None:
+    (layer,) = traced(open_checkpoint(resolve(model)), torch.bfloat16).attentions
+    assert layer.unified == known
 
 
 def test_a_block_is_the_difference_of_two_models(tmp_path: Path) -> None:

@@ -31,18 +31,24 @@ def test_the_table_and_charts_of_a_gpu(tmp_path, capsys):
 
 def test_the_table_of_attention(tmp_path, capsys):
     table, spec = Table("gpu", "1", tmp_path / "t.json"), AttentionSpec(32, 8, 128, 0.1)
-    every = attending.readings([spec], 16, torch.bfloat16, 8192)
+    every = attending.readings([attending.Layer(spec)], 16, torch.bfloat16, 8192)
     at = attending.Reading(spec, 8, 4096, 16)
     table.record(attending.key(at, 132), {attending.rule(at, 132): 40.0, "decode:4x3:s3:global": 20.0})
     table.record(tuning.copy_key(132), {"copy": 1000.0})
+    table.record(attending.softmax_key(at, 132), {"lazy": 21.0, "online": 19.0})
     choices.show_attention(every, attending.Attending("cpu", 132, table))
-    head, row, *chunks = capsys.readouterr().out.splitlines()[1:]
+    head, row, *rest = capsys.readouterr().out.splitlines()[1:]
     assert head.split()[:4] == ["ATTENTION", "TOKENS", "CONTEXT", "PAGE"]
     assert row.split()[:9] == ["attention", "32/8", "heads", "of", "128", "8", "4096", "16", "132"]
     assert "decode:4x3:s3:global" in row
     assert f"{attending.rule(at, 132)} takes 40.0 us" in row
     assert "132%" in row  # 54 MiB in 20 us are more than a copy of 1 GiB in 1000 us can be
-    assert len(chunks) == 5
+    chunks, (softmax, *others) = rest[:5], rest[5:]
+    assert all(line.startswith("prefill attention") for line in chunks)
+    assert softmax.startswith("softmax of attention 32/8 heads of 128")
+    assert "online" in softmax
+    assert "lazy takes 21.0 us" in softmax
+    assert len(others) == 5
 
 
 def test_kernels_without_choices_are_refused():

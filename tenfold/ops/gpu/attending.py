@@ -3,13 +3,15 @@
 A `Reading` says what is read: whose heads, how many requests or new tokens, how long a context. Arms of decodes are
 plans of csrc/decode.cu by name ("decode:8x1:s4:cluster", "decode:4x3:even"), "triton" (or "triton:two", whose splits
 meet in a second launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS`, plans
-of csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries. A plan's softmax is not part of its name: it was measured with
-"lazy", and what runs is whichever is in use. Where nothing was measured `rule` decides.
+of csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries. The softmax in a kernel of ours is a choice of its own, among
+`softmaxes`; arms are measured with "lazy", then each softmax in the arm that runs. Where nothing was measured `rule`
+and `softmax_rule` decide.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.gpu import decode, even, graphs, prefill, rope
 from tenfold.ops.gpu.decode import DecodePlan
 from tenfold.ops.gpu.prefill import ChunkPlan
-from tenfold.ops.kernels import AttentionSpec, Contexts, Heads
+from tenfold.ops.kernels import SOFTMAX, UNIFIED, AttentionSpec, Contexts, Heads
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -43,10 +45,17 @@ CHUNK_PLAN = "wgmma:"  # how names of plans of chunks begin
 Arm = str | DecodePlan | ChunkPlan
 
 
+class Layer(NamedTuple):
+    """A kind of attention. unified: whether a unified maximum of its scores is known."""
+
+    spec: AttentionSpec
+    unified: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One attention: `requests` decodes of contexts up to `longest` tokens, or where tokens is not 0 chunks of at most
-    that many new tokens.
+    that many new tokens. unified: whether a unified maximum of the scores is known.
     """
 
     spec: AttentionSpec
@@ -55,6 +64,7 @@ class Reading:
     page_size: int
     dtype: torch.dtype = torch.bfloat16
     tokens: int = 0
+    unified: bool = False
 
     @property
     def op(self) -> str:
@@ -186,6 +196,31 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
     )
 
 
+def softmax_key(reading: Reading, sms: int) -> Key:
+    """Where the table keeps what was measured of a reading with each softmax."""
+    known = ", maximum known" if reading.unified else ""
+    return replace(key(reading, sms), op=f"softmax of {reading.op}{known}")
+
+
+def softmax_rule(reading: Reading) -> str:
+    """The softmax where nothing was measured: the unified maximum takes 3 to 8 % off attention of chunks, and adds 8 to
+    15 % to that of decodes (H200, 2026-11-30).
+    """
+    return "unified" if reading.unified and reading.tokens else "lazy"
+
+
+def softmaxes(reading: Reading) -> list[str]:
+    """Those that can do a reading in the kernels of ours, the rule's first."""
+    known = prefill.ARMS if reading.tokens else SOFTMAX
+    legal = [name for name in known if reading.unified or name not in UNIFIED]
+    return list(dict.fromkeys([softmax_rule(reading), *legal]))
+
+
+def takes_softmax(arm: str) -> bool:
+    """Whether an arm is a kernel of ours."""
+    return arm not in third_party.LIBRARIES
+
+
 def near(reading: Reading) -> Iterator[Reading]:
     """The measured readings whose choice is as good as any for this one: its own, that of contexts twice as long, and
     of half.
@@ -195,6 +230,12 @@ def near(reading: Reading) -> Iterator[Reading]:
         for longest in (2 * reading.longest, reading.longest // 2):
             if longest in LONGEST:
                 yield replace(reading, longest=longest)
+
+
+def nearest(reading: Reading, table: Table, place: Callable[[Reading, int], Key], sms: int) -> Reading | None:
+    """The first of `near` of which the table has times at `place`."""
+    keys = ((one, place(one, sms)) for one in near(reading))
+    return next((one for one, key in keys if table.steps(key) or table.times(key)), None)
 
 
 def choice(reading: Reading, table: Table, sms: int, merge: str = "auto") -> Choice:
@@ -209,14 +250,24 @@ def choice(reading: Reading, table: Table, sms: int, merge: str = "auto") -> Cho
     first = rule(reading, sms)
     if stands is None:
         return Choice(place, first, "rule")
-    known = (one for one in near(stands) if table.steps(key(one, sms)) or table.times(key(one, sms)))
-    one = next(known, stands)
+    one = nearest(stands, table, key, sms) or stands
     found = table.pick(key(one, sms), rule(one, sms))
     if found.source == "rule" or not legal(found.arm, reading, sms):
         return Choice(place, first, "rule")
     if one != stands and found.arm == rule(one, sms):
         return Choice(place, first, "rule")
     return replace(found, key=place)
+
+
+def softmax_choice(reading: Reading, table: Table, sms: int, softmax: str = "auto") -> Choice:
+    """Which softmax runs, likewise. softmax: what a user fixed, of `kernels.SOFTMAX`."""
+    stands, legal = at(reading), softmaxes(reading)
+    place = softmax_key(stands or reading, sms)
+    if softmax != "auto":
+        return Choice(place, softmax, "fixed", table.times(place).get(softmax))
+    one = nearest(stands, table, softmax_key, sms) if stands else None
+    found = Choice(place, legal[0], "rule") if one is None else table.pick(softmax_key(one, sms), legal[0])
+    return replace(found, key=place) if found.arm in legal else Choice(place, legal[0], "rule")
 
 
 def fixed(merge: str, reading: Reading, sms: int) -> str | None:
@@ -238,35 +289,38 @@ def fixed(merge: str, reading: Reading, sms: int) -> str | None:
 
 
 class Attending:
-    """Attention of one device, each reading by the arm that was measured to be the fastest, unless a user fixed how
-    splits meet (merge, of `kernels.MERGE`).
+    """Attention of one device, each reading by the arm and with the softmax that were measured to be the fastest,
+    unless a user fixed how splits meet (merge, of `kernels.MERGE`) or the softmax (of `kernels.SOFTMAX`).
     """
 
-    def __init__(self, device: torch.device, sms: int, table: Table, merge: str = "auto") -> None:
+    def __init__(
+        self, device: torch.device, sms: int, table: Table, merge: str = "auto", softmax: str = "auto"
+    ) -> None:
         self.device = device
         self.sms = sms
         self.table = table
         self.merge = merge
+        self.softmax = softmax
         self.splits = split_kv.Workspace(device)
         self.decoding: decode.Workspace | None = None
-        self.seen: dict[AttentionSpec, None] = {}
-        self._known: dict[tuple[Reading, str], Arm] = {}
+        self.seen: dict[Layer, None] = {}
+        self._known: dict[Reading, tuple[Arm, str]] = {}
 
-    def pick(self, reading: Reading, softmax: str) -> Arm:
-        """The plan of a kernel of our own, or the name of another arm."""
+    def pick(self, reading: Reading) -> tuple[Arm, str]:
+        """The plan of a kernel of our own, or the name of another arm; and the softmax in it."""
         if reading.tokens:
             reading = at(reading) or replace(reading, requests=1, longest=1, tokens=MANY)  # few kinds to remember
-        found = self._known.get((reading, softmax))
+        found = self._known.get(reading)
         if found is None:
-            self.seen[reading.spec] = None
-            found = self._known[reading, softmax] = bound(
-                choice(reading, self.table, self.sms, self.merge).arm, softmax
-            )
+            self.seen[Layer(reading.spec, reading.unified)] = None
+            softmax = softmax_choice(reading, self.table, self.sms, self.softmax).arm
+            arm = bound(choice(reading, self.table, self.sms, self.merge).arm, softmax)
+            found = self._known[reading] = arm, softmax
         return found
 
     def asked(self) -> list[Reading]:
         """Readings that were picked for."""
-        return list(dict.fromkeys(reading for reading, _ in self._known))
+        return list(self._known)
 
     def run(
         self,
@@ -311,9 +365,12 @@ class Attending:
         return known
 
     def explain(self, page_size: int, dtype: torch.dtype, longest: int) -> list[Choice]:
-        """What runs each attention that was asked for, at every measured number of requests and length."""
+        """What runs each attention that was asked for, at every measured number of requests and length, and with which
+        softmax.
+        """
         every = readings(list(self.seen), page_size, dtype, longest)
-        return [choice(reading, self.table, self.sms, self.merge) for reading in every]
+        arms = [choice(reading, self.table, self.sms, self.merge) for reading in alike(every)]
+        return arms + [softmax_choice(reading, self.table, self.sms, self.softmax) for reading in every]
 
 
 def bound(name: str, softmax: str) -> Arm:
@@ -324,15 +381,20 @@ def bound(name: str, softmax: str) -> Arm:
 
 
 def readings(
-    specs: list[AttentionSpec], page_size: int, dtype: torch.dtype, most_tokens: int, most_bytes: int = 0
+    layers: Sequence[Layer], page_size: int, dtype: torch.dtype, most_tokens: int, most_bytes: int = 0
 ) -> list[Reading]:
     """What is measured of a model: every number of requests and every context up to most_tokens; most_bytes: of the
     keys and values of one reading (0: no limit).
     """
     longest = [n for n in LONGEST if n <= max(LONGEST[0], most_tokens)]
-    every = [Reading(spec, r, n, page_size, dtype) for spec in specs for r in REQUESTS for n in longest]
-    every += [Reading(spec, 1, t, page_size, dtype, t) for spec in specs for t in TOKENS if t <= most_tokens]
+    sizes = [(r, n, 0) for r in REQUESTS for n in longest] + [(1, t, t) for t in TOKENS if t <= most_tokens]
+    every = [Reading(spec, r, n, page_size, dtype, t, known) for spec, known in layers for r, n, t in sizes]
     return [reading for reading in every if not most_bytes or reading.nbytes <= most_bytes]
+
+
+def alike(readings: Iterable[Reading]) -> list[Reading]:
+    """Those that differ in their arms: which softmax can run makes no difference."""
+    return list(dict.fromkeys(replace(reading, unified=False) for reading in readings))
 
 
 def floor_bytes(reading: Reading) -> int:

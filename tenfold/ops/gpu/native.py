@@ -22,7 +22,7 @@ from tenfold.ops.gpu import norm as norms
 from tenfold.ops.gpu.attending import TRITON, Attending, Reading
 from tenfold.ops.gpu.packed import Packing
 from tenfold.ops.gpu.pieces import Pieces, Recording
-from tenfold.ops.kernels import FREE, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
+from tenfold.ops.kernels import FREE, UNIFIED, AttentionSpec, Contexts, Heads, Norm, Options, Replay, run
 from tenfold.ops.kv import attend as unpacking
 from tenfold.ops.kv.layer import PackedLayer
 from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
@@ -61,7 +61,7 @@ class Gpu(Oracle):
         self.sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         table = arms.table(torch.cuda.get_device_name(self.device))
         self.arms = arms.Arms(self.device, dtype, self.sms, table, options.gemm)
-        self.attending = Attending(self.device, self.sms, table, options.merge)
+        self.attending = Attending(self.device, self.sms, table, options.merge, options.softmax)
         self.expert_arms = expert_arms.ExpertArms(table, self.sms)
         self.packing = Packing(self.device, self.sms)
         self._unified = False  # whether any layer runs with a unified maximum
@@ -75,7 +75,7 @@ class Gpu(Oracle):
         other, table = copy.copy(self), self.arms.table if table is None else table
         other.sms = sms
         other.arms = arms.Arms(self.device, self.dtype, sms, table, self.options.gemm)
-        other.attending = Attending(self.device, sms, table, self.options.merge)
+        other.attending = Attending(self.device, sms, table, self.options.merge, self.options.softmax)
         other.expert_arms = expert_arms.ExpertArms(table, sms)
         other.packing = Packing(self.device, sms)
         return other
@@ -185,13 +185,14 @@ class Gpu(Oracle):
         alone = step.max_query == 1 and requests == len(qkv) and not step.shared  # else all is written, then read
         if step.max_query == 1:
             max_kv = step.page_table.shape[1] * page_size  # a captured step serves contexts up to its page table
-        softmax = self._softmax(heads.phi, alone)
-        place = heads.spec, softmax  # layers of a kind run alike, and all of a store have one type
-        arm = step.memo.get(place)
-        if arm is None:
-            reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv))
-            arm = self.attending.pick(reading, softmax) if keys.dtype == qkv.dtype else TRITON
-            step.memo[place] = arm
+        known = heads.phi is not None
+        place = heads.spec, known  # layers of a kind run alike, and all of a store have one type
+        if place not in step.memo:
+            reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv), known)
+            arm, softmax = self.attending.pick(reading)
+            self._unified |= known and softmax in UNIFIED
+            step.memo[place] = arm if keys.dtype == qkv.dtype else TRITON, softmax
+        arm, softmax = step.memo[place]
         return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax, out)
 
     def _attention_plain(
@@ -251,16 +252,6 @@ class Gpu(Oracle):
             for place, counter in zip(self._counts.split(1), counters):
                 place.copy_(counter, non_blocking=True)
         return int(self._counts.sum())
-
-    def _softmax(self, phi: Tensor | None, decodes: bool) -> str:
-        """The arm in use, unless one was fixed: the unified maximum for chunks where it is known, whose attention takes
-        3 to 8 % less time so. That of decodes takes 8 to 15 % more (H200, 2026-11-30).
-        """
-        chosen = self.options.softmax
-        if chosen == "auto":
-            chosen = "lazy" if phi is None or decodes else "unified"
-        self._unified |= phi is not None and chosen in ("unified", "paper")
-        return chosen
 
 
 def _width(heads: Heads) -> int:

@@ -2,11 +2,11 @@
 on which kind of kernel wins (FlashDecoding++, 2.3).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tenfold.ops import formats
-from tenfold.ops.choose import Choice, Table
+from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.gpu import arms, attending, expert_arms
 from tenfold.ops.gpu.arms import OWN, Work
 from tenfold.ops.gpu.attending import Reading
@@ -81,19 +81,38 @@ def explain(
     return found
 
 
-def attention(readings: Iterable[Reading], table: Table, sms: int, merge: str = "auto") -> list[Read]:
-    """Every reading that was measured; of a kind of which none was, those of TYPICAL. merge: what a user fixed."""
+def attention(
+    readings: Sequence[Reading], table: Table, sms: int, merge: str = "auto", softmax: str = "auto"
+) -> list[Read]:
+    """Every reading that was measured, and its softmax where the arm is ours; of a kind of which none was, those of
+    TYPICAL. merge, softmax: what a user fixed.
+    """
     rate = bandwidth(table, sms)
+
+    def read(reading: Reading, choice: Choice) -> Read:
+        floor = None if rate is None or reading.tokens else attending.floor_bytes(reading) / rate / 1e3
+        return Read(choice, floor, reading)
+
+    found = []
+    for reading in shown(attending.alike(readings), table, attending.key, sms):
+        found.append(read(reading, attending.choice(reading, table, sms, merge)))
+    for reading in shown(readings, table, attending.softmax_key, sms):
+        if attending.takes_softmax(attending.choice(reading, table, sms, merge).arm):
+            found.append(read(reading, attending.softmax_choice(reading, table, sms, softmax)))
+    return found
+
+
+def shown(
+    readings: Iterable[Reading], table: Table, place: Callable[[Reading, int], Key], sms: int
+) -> Iterator[Reading]:
+    """Those of which the table has times at `place`; of a kind of which it has none, those of TYPICAL."""
     kinds: dict[str, list[Reading]] = {}
     for reading in readings:
-        kinds.setdefault(reading.op, []).append(reading)
-    found = []
+        kinds.setdefault(place(reading, sms).op, []).append(reading)
     for every in kinds.values():
-        keys = [attending.key(r, sms) for r in every]
-        measured = [r for r, key in zip(every, keys) if table.times(key) or table.steps(key)]
-        found += measured or [r for r in every if r.tokens or (r.requests, r.longest) in TYPICAL]
-    floors = [None if rate is None or r.tokens else attending.floor_bytes(r) / rate / 1e3 for r in found]
-    return [Read(attending.choice(r, table, sms, merge), floor, r) for r, floor in zip(found, floors)]
+        keys = [place(reading, sms) for reading in every]
+        measured = [reading for reading, key in zip(every, keys) if table.times(key) or table.steps(key)]
+        yield from measured or [r for r in every if r.tokens or (r.requests, r.longest) in TYPICAL]
 
 
 def experts(works: Iterable[ExpertsWork], table: Table, sms: int) -> list[Routed]:

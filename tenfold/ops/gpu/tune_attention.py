@@ -1,10 +1,11 @@
-"""Measure the arms of attention on a GPU and write them into the table of choices, as `tune` does for linear ones.
+"""Measure the arms of attention on a GPU, and each softmax in the arm that runs, and write them into the table of
+choices, as `tune` does for linear ones.
 
 Keys and values are random and rotate through more sets than the L2 cache holds. Arms that do not fuse what stands
 before attention (norms of heads, rotary embedding, the write into pages) are timed with the launch that does it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from tenfold.ops.kernels import Contexts, Heads
 
 NO_LAYER = -1  # what is no layer's address
 KEPT = 8 << 30  # bytes of keys and values of the largest reading that is measured
+PHI = -1.0  # a unified maximum that serves the scores of random queries and keys, also where sums are narrow (float16)
 
 
 def tune(
@@ -27,16 +29,24 @@ def tune(
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Time every legal arm of each reading and save the table of `running`. Returns how many were measured."""
+    """Time every legal arm of each reading, then every softmax, and save the table of `running`. Returns how many rows
+    were measured.
+    """
     table, sms = running.table, running.sms
-    todo = [r for r in readings if force or not table.times(attending.key(r, sms))]
-    for done, reading in enumerate(todo):
+    arms = [(reading, attending.key(reading, sms)) for reading in attending.alike(readings)]
+    every = arms + [(reading, attending.softmax_key(reading, sms)) for reading in readings]
+    todo = [(reading, key) for reading, key in every if force or not table.times(key)]
+    measured = 0
+    for done, (reading, key) in enumerate(todo):
         if progress:
             what = f"{reading.tokens} tokens" if reading.tokens else f"{reading.requests} x {reading.longest} tokens"
-            progress(done, len(todo), f"{reading.op}, {what}")
-        table.record(attending.key(reading, sms), measure(reading, running, timer))
-        table.save()
-    return len(todo)
+            progress(done, len(todo), f"{key.op}, {what}")
+        alone = key == attending.key(reading, sms)
+        if times := (measure if alone else measure_softmax)(reading, running, timer):
+            table.record(key, times)
+            table.save()
+            measured += 1
+    return measured
 
 
 def measure(
@@ -56,8 +66,25 @@ def measure(
     inputs = Inputs(reading, timer.copies(reading.nbytes), running.device, contexts)
     names = names or attending.candidates(reading, running.sms)
     arms = {name: inputs.bind(name, running, softmax) for name in names}
-    times = timer.measure(arms, len(inputs.stores), inputs.bind(first, running, softmax))
+    return timed(arms, inputs.bind(first, running, softmax), inputs, timer)
+
+
+def measure_softmax(reading: Reading, running: Attending, timer: Timer) -> dict[str, float]:
+    """Microseconds of each softmax that is legal, in the arm that runs the reading; none where that is not ours. Raises
+    ValueError where none can run.
+    """
+    arm = attending.choice(reading, running.table, running.sms, running.merge).arm
+    if not attending.takes_softmax(arm):
+        return {}
+    inputs = Inputs(reading, timer.copies(reading.nbytes), running.device)
+    arms = {name: inputs.bind(arm, running, name) for name in attending.softmaxes(reading)}
+    return timed(arms, arms["lazy"], inputs, timer)
+
+
+def timed(arms: Mapping[str, Arm], reference: Arm, inputs: "Inputs", timer: Timer) -> dict[str, float]:
+    times = timer.measure(arms, len(inputs.stores), reference)
     if not times:
+        reading = inputs.reading
         raise ValueError(
             f"None of {len(arms)} arms could run {reading.op} for {reading.requests} x {reading.longest} tokens; the "
             "log says why. Other processes on this GPU may hold its memory."
@@ -89,7 +116,9 @@ class Inputs:
 
     @property
     def heads(self) -> Heads:
-        return Heads(self.reading.spec, self.rope)
+        spec = self.reading.spec
+        phi = torch.full((spec.heads,), PHI, device=self.rope.device) if self.reading.unified else None
+        return Heads(spec, self.rope, phi=phi)
 
     def contexts(self, table: Tensor) -> Contexts:
         """Of the pages in a table."""

@@ -251,10 +251,10 @@ def show_experts(works: "list[ExpertsWork]", running: "Arms") -> None:
 
 
 def show_attention(readings: "list[Reading]", running: "Attending") -> None:
-    """A table of every attention that was measured, and of a few where nothing was."""
+    """A table of every attention that was measured, and its softmax, and of a few where nothing was."""
     from tenfold.ops.gpu import report
 
-    lines = report.attention(readings, running.table, running.sms, running.merge)
+    lines = report.attention(readings, running.table, running.sms, running.merge, running.softmax)
     head = ("ATTENTION", "TOKENS", "CONTEXT", "PAGE", "SMS", "RUNS", "TIME", "FLOOR", "SHARE", "BECAUSE")
     print("\n" + columns([head, *map(attention_row, lines)]))
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -250,24 +250,22 @@ def test_kernels_of_a_gpu_run_what_was_picked(table: Table, monkeypatch: pytest.
     step = replace(found.contexts(pages), max_kv=48)  # of decodes, the page table has room for more than that
     result = gpu.attention(found.qkv, found.heads, keys, values, step)
     torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
-    ((reading, softmax),) = picked
+    ((reading,),) = picked
     assert reading == found.reading
-    assert softmax == "lazy"
 
 
 def test_plans_are_remembered_and_carry_the_softmax_in_use(table: Table) -> None:
-    one = attending.Attending(CPU, SMS, table)
     for softmax in ("lazy", "unified"):
-        plan = one.pick(READING, softmax)
-        assert plan == decode.plan(SPEC, 1, 8192, SMS, softmax)
-        assert one.pick(READING, softmax) is plan
+        one = attending.Attending(CPU, SMS, table, softmax=softmax)
+        found = one.pick(READING)
+        assert found == (decode.plan(SPEC, 1, 8192, SMS, softmax), softmax)
+        assert one.pick(READING) is found
     for tokens in range(9000, 9400):
-        one.pick(replace(READING, tokens=tokens), "lazy")
-    assert len(one._known) == 3
-    assert {choice.key.op for choice in one.explain(16, torch.bfloat16, 8192)} == {
-        "attention 32/8 heads of 128",
-        "prefill attention 32/8 heads of 128",
-    }
+        one.pick(replace(READING, tokens=tokens))
+    assert len(one._known) == 2
+    attention = ("attention 32/8 heads of 128", "prefill attention 32/8 heads of 128")
+    ops = {choice.key.op for choice in one.explain(16, torch.bfloat16, 8192)}
+    assert ops == {*attention, *(f"softmax of {op}" for op in attention)}
 
 
 # Other projects' kernels, which are not installed here: modules that say what they were given
@@ -361,16 +359,40 @@ class FakeTimer:
 
 def test_tuning_goes_on_where_it_was(table: Table) -> None:
     running, timer = attending.Attending(CPU, SMS, table), FakeTimer()
-    every = attending.readings([SMALL], 16, torch.float32, 300)
+    every = attending.readings([attending.Layer(SMALL)], 16, torch.float32, 300)
     assert {(r.requests, r.longest) for r in every if not r.tokens} == {(n, 256) for n in attending.REQUESTS}
     assert [r.tokens for r in every if r.tokens] == [64, 256]
     said: list[str] = []
-    assert tuning.tune(every[:2], running, timer, progress=lambda done, total, what: said.append(what)) == 2
-    assert said == ["attention 4/2 heads of 16, 1 x 256 tokens", "attention 4/2 heads of 16, 2 x 256 tokens"]
-    assert timer.asked == [["triton"]] * 2
+    assert tuning.tune(every[:2], running, timer, progress=lambda done, total, what: said.append(what)) == 4
+    each = ["attention 4/2 heads of 16, 1 x 256 tokens", "attention 4/2 heads of 16, 2 x 256 tokens"]
+    assert said == [*each, *(f"softmax of {one}" for one in each)]
+    assert timer.asked == [["triton"]] * 2 + [["lazy", "online"]] * 2
     again = attending.Attending(CPU, SMS, Table(table.device, "1", table.path))
-    assert tuning.tune(every[:3], again, timer) == 1
-    assert tuning.tune(every[:3], again, timer, force=True) == 3
+    assert tuning.tune(every[:3], again, timer) == 2
+    assert tuning.tune(every[:3], again, timer, force=True) == 6
+
+
+def test_a_softmax_is_measured_in_the_arm_that_runs(table: Table, fake: Any) -> None:
+    fake("flashinfer.decode", "trtllm_batch_decode_with_kv_cache")
+    known = Reading(SMALL, 2, 256, 16, torch.float32, unified=True)
+    layers = [known, replace(known, unified=False)]
+    running, timer = attending.Attending(CPU, SMS, table), FakeTimer()
+    assert tuning.tune(layers, running, timer) == 3  # both are read alike
+    assert timer.asked[1:] == [["lazy", "online", "unified", "paper"], ["lazy", "online"]]
+    reading = replace(known, dtype=torch.float16)
+    table.record(attending.key(reading, SMS), {"triton": 9.0, "flashinfer": 5.0})
+    assert tuning.measure_softmax(reading, running, timer) == {}
+    assert len(timer.asked) == 3
+
+
+@pytest.mark.parametrize("tokens", [0, 48])
+def test_each_softmax_computes_attention(table: Table, tokens: int) -> None:
+    reading = Reading(SMALL, 1 if tokens else 2, 48, 16, torch.float32, tokens, unified=True)
+    found, running = tuning.Inputs(reading, 1, CPU), attending.Attending(CPU, SMS, table)
+    for name in attending.softmaxes(reading):
+        result = found.bind("tiles" if tokens else "triton", running, name)(0)
+        torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
+    assert running.splits.recomputed.item() < found.reading.spec.heads * len(result)  # the maximum serves most rows
 
 
 def test_nothing_that_runs_is_an_error(table: Table) -> None:
@@ -379,7 +401,7 @@ def test_nothing_that_runs_is_an_error(table: Table) -> None:
 
 
 def test_readings_that_would_take_too_much_memory_are_left_out() -> None:
-    every = attending.readings([SPEC], 16, torch.bfloat16, 1 << 20, 1 << 30)
+    every = attending.readings([attending.Layer(SPEC)], 16, torch.bfloat16, 1 << 20, 1 << 30)
     assert max(r.nbytes for r in every) == 1 << 30
     assert Reading(SPEC, 2, 131072, 16) in every
     assert Reading(SPEC, 4, 131072, 16) not in every
@@ -392,17 +414,67 @@ def test_the_floor_counts_what_a_query_sees() -> None:
     assert attending.floor_bytes(replace(READING, spec=replace(SPEC, window=100))) == 100 * token + own
 
 
+# Softmax
+
+
+CHUNK = replace(READING, requests=1, longest=1024, tokens=1024)
+
+
 @pytest.mark.parametrize(
-    ("fixed", "known", "decodes", "taken"),
+    ("fixed", "known", "reading", "taken"),
     [
-        *(("auto", False, False, "lazy"), ("auto", True, False, "unified"), ("auto", True, True, "lazy")),
-        *(("unified", True, True, "unified"), ("online", True, False, "online"), ("paper", True, True, "paper")),
+        *(("auto", False, CHUNK, "lazy"), ("auto", True, CHUNK, "unified"), ("auto", True, READING, "lazy")),
+        *(("unified", True, READING, "unified"), ("online", True, CHUNK, "online"), ("paper", True, READING, "paper")),
     ],
 )
 def test_a_unified_maximum_is_for_chunks_unless_it_was_asked_for(
-    fixed: str, known: bool, decodes: bool, taken: str
+    table: Table, fixed: str, known: bool, reading: Any, taken: str
 ) -> None:
+    found = attending.softmax_choice(replace(reading, unified=known), table, SMS, fixed)
+    assert (found.arm, found.source) == (taken, "rule" if fixed == "auto" else "fixed")
+
+
+def test_a_softmax_that_was_measured_to_be_faster_runs(table: Table) -> None:
+    known = replace(READING, unified=True)
+    table.record(attending.softmax_key(known, SMS), {"lazy": 30.0, "online": 32.0, "unified": 20.0, "paper": 25.0})
+    found = attending.softmax_choice(known, table, SMS)
+    assert (found.arm, found.source, found.microseconds, found.runner_up) == ("unified", "measured", 20.0, "paper")
+    arm, softmax = attending.Attending(CPU, SMS, table).pick(known)
+    assert (arm, softmax) == (decode.plan(SPEC, 1, 8192, SMS, "unified"), "unified")
+    assert attending.softmax_choice(replace(known, longest=5000), table, SMS).arm == "unified"
+    assert attending.softmax_choice(known, table, SMS, "online").source == "fixed"
+    for other in ({"unified": False}, {"requests": 2}, {"tokens": 64}, {"dtype": torch.float16}, {"longest": 2000}):
+        assert attending.softmax_choice(replace(known, **other), table, SMS).source == "rule"
+    table.record_steps(attending.softmax_key(known, SMS), {"lazy": 3000.0, "unified": 3100.0})
+    assert attending.softmax_choice(known, table, SMS).source == "step"
+    assert attending.Attending(CPU, SMS, table).pick(known)[1] == "lazy"
+
+
+def test_a_softmax_that_nothing_is_known_for_never_comes_from_a_table(table: Table) -> None:
+    table.record(attending.softmax_key(READING, SMS), {"lazy": 30.0, "unified": 1.0})
+    found = attending.softmax_choice(READING, table, SMS)
+    assert (found.arm, found.source) == ("lazy", "rule")
+
+
+@given(st.booleans(), st.booleans())
+def test_softmaxes_are_legal_and_begin_with_the_rule(chunk: bool, known: bool) -> None:
+    reading = replace(CHUNK if chunk else READING, unified=known)
+    found = attending.softmaxes(reading)
+    assert found[0] == attending.softmax_rule(reading)
+    assert len(found) == len(set(found))
+    assert ("unified" in found) == known
+    assert ("paper" in found) == (known and not chunk)  # the paper's guard is not in the kernel of chunks
+
+
+def test_kernels_run_with_what_is_known_of_a_layer(table: Table) -> None:
     native = pytest.importorskip("tenfold.ops.gpu.native")
-    gpu = SimpleNamespace(options=Options(softmax=fixed), _unified=False)
-    assert native.Gpu._softmax(gpu, torch.zeros(8) if known else None, decodes) == taken
-    assert gpu._unified == (taken in ("unified", "paper"))
+    gpu = native.Gpu.__new__(native.Gpu)
+    Oracle.__init__(gpu, CPU, torch.float32)
+    gpu.options, gpu._unified, gpu.attending = Options(), False, attending.Attending(CPU, SMS, table)
+    for known in (False, True):
+        found = tuning.Inputs(Reading(SMALL, 1, 48, 16, torch.float32, 48, known), 1, CPU)
+        keys, values, pages = found.stores[0]
+        step = found.contexts(pages)
+        gpu.attention(found.qkv, found.heads, keys, values, step)
+        assert [softmax for _, softmax in step.memo.values()] == ["unified" if known else "lazy"]
+        assert gpu._unified == known

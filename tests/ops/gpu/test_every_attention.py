@@ -64,3 +64,15 @@ def check(tmp_path: Path, reading: Any) -> None:
     assert sorted(tuning.measure(reading, running, timer, names)) == sorted(names)
     if running.decoding is not None:
         assert not running.decoding.counters.any()
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(("requests", "longest", "tokens"), [(3, 2048, 0), (1, 257, 257)])
+def test_every_softmax(
+    tmp_path: Path, heads: tuple[int, int, int, int], requests: int, longest: int, tokens: int
+) -> None:
+    reading = attending.Reading(spec_of(*heads), requests, longest, 16, torch.bfloat16, tokens, unified=True)
+    running = made(tmp_path)
+    timer = timing.GpuTimer(running.device)
+    timer.rotated = 2 << 20
+    assert sorted(tuning.measure_softmax(reading, running, timer)) == sorted(attending.softmaxes(reading))
