@@ -17,6 +17,7 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.base.log import logger
 from tenfold.engine.core import Engine
+from tenfold.engine.phases.table import CHUNKED
 from tenfold.engine.rehearsal import made_up
 from tenfold.engine.runner import Runner
 from tenfold.ops.choose import STEP_NOISE, Key, Table, best
@@ -98,14 +99,13 @@ def tune(
     were measured. Raises what `Engine.load` raises.
     """
     torch.cuda.empty_cache()  # an engine counts what is free
-    engine = Engine.load(replace(config, rehearse=False), tokens_only=True)
+    engine = Engine.load(replace(config, rehearse=False, schedule=CHUNKED), tokens_only=True)
     if not engine.kv.spec.packing:
         engine.kv.fill(0.0)  # what is no number would send all tokens to the same experts
     given: Any = engine.kernels
     kernels: Gpu = given.on(given.sms, table)
     table, done = kernels.arms.table, 0
-    lengths = dict.fromkeys(min(context, engine.max_model_len) for context in contexts)
-    sizes = [(count, context) for count in requests for context in lengths if count * context <= engine.kv.tokens]
+    sizes = sizes_of(engine.max_model_len, engine.kv.tokens, requests, contexts)
     known: set[Key] = set()
     for at, (count, context) in enumerate(sizes):
         steps = Steps(engine.runner, kernels, count, context)
@@ -123,6 +123,14 @@ def tune(
         table.save()
         done += 1
     return done
+
+
+def sizes_of(
+    longest: int, held: float, requests: Sequence[int] = REQUESTS, contexts: Sequence[int] = CONTEXTS
+) -> list[tuple[int, int]]:
+    """The steps that `tune` measures, requests and tokens of each. longest: tokens of a request; held: of the cache."""
+    lengths = dict.fromkeys(min(context, longest) for context in contexts)
+    return [(count, context) for count in requests for context in lengths if count * context <= held]
 
 
 class Steps:

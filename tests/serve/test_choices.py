@@ -12,6 +12,7 @@ from tenfold.serve.cli import choices
 
 arms = pytest.importorskip("tenfold.ops.gpu.arms")
 attending = pytest.importorskip("tenfold.ops.gpu.attending")
+expert_arms = pytest.importorskip("tenfold.ops.gpu.expert_arms")
 tuning = pytest.importorskip("tenfold.ops.gpu.tune")
 
 
@@ -51,20 +52,97 @@ def test_the_table_of_attention(tmp_path, capsys):
     assert len(others) == 5
 
 
+def measuring(count, *said, total=None):
+    """A part that is expected to measure `count` things and measures those it says."""
+
+    def run(progress):
+        for done, what in enumerate(said):
+            progress(done, total or len(said), what)
+
+    return choices.Part(count, run)
+
+
+def test_one_count_goes_over_everything_that_is_measured(capsys):
+    choices.measure_parts([measuring(2, "a", "b"), measuring(0), measuring(9, "c", total=3), measuring(1, "d")])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["1/12  a", "2/12  b", "3/6  c", "6/6  d"]  # what is not measured after all counts as done
+
+
+def test_a_terminal_shows_one_bar_with_what_is_measured_and_what_is_left(capsys, monkeypatch):
+    from tenfold.serve.cli import terminal
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(terminal, "PATIENCE", -1.0)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def broken(progress):
+        progress(0, 2, "linear [128 x 64]")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        choices.measure_parts([measuring(1, "attention"), choices.Part(2, broken)])
+    text = capsys.readouterr().err
+    assert "measuring" in text
+    assert "1/3" in text
+    assert "linear [128 x 64]" in text
+    assert "-:--:--" in text  # time left, of which nothing is known yet
+    assert text.endswith("\x1b[2K")  # an interruption leaves no bar
+
+
+def test_tuning_a_gpu_measures_every_part_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    """Device and timer are made up."""
+    monkeypatch.setattr(choices.tune_steps, "tune", lambda config, progress: progress(0, 1, "steps"))
+    kernels, opened = made_up(tmp_path, monkeypatch, max_model_len=256)
+    choices.tune(opened.config)
+    said = capsys.readouterr().err.splitlines()
+    total = int(said[0].partition("  ")[0].partition("/")[2])
+    assert len(said) == len(kernels.arms.table) + 1  # a row each but the copy, steps, and where it was saved
+    assert total > len(said)  # steps of other sizes were expected
+    assert any("softmax of attention 4/2 heads of 16" in line for line in said)
+    choices.tune(opened.config)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
 def test_kernels_without_choices_are_refused():
     with pytest.raises(ValueError, match="one way"):
         choices.refuse_others(SimpleNamespace(name="torch", reason="there is no GPU"), "gpu")
 
 
-def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
-    """The device is made up; what runs is what a Hopper GPU without a table would run."""
-    table = Table("gpu", "1", tmp_path / "t")
-    linear = SimpleNamespace(table=table, sms=132, gemm="auto")
-    kernels = SimpleNamespace(name="gpu", reason="", arms=linear, attending=attending.Attending("cpu", 132, table))
-    opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu"))
+class FakeTimer:
+    """Runs nothing; the first arm is the fastest."""
+
+    def __init__(self, device):
+        pass
+
+    def copies(self, nbytes):
+        return 1
+
+    def memory_microseconds(self):
+        return {"copy": 700.0}
+
+    def measure(self, arms, copies, reference=None, farthest=0.0):
+        return {name: 1.0 + i for i, name in enumerate(arms)}
+
+
+def made_up(tmp_path, monkeypatch, **settings):
+    """Kernels and a model as on a Hopper GPU without a table."""
+    table, device = Table("gpu", "1", tmp_path / "t"), torch.device("cpu")
+    kernels = SimpleNamespace(name="gpu", reason="", device=device, arms=arms.Arms(device, torch.bfloat16, 132, table))
+    kernels.expert_arms = expert_arms.ExpertArms(table, 132)
+    kernels.attending = attending.Attending(device, 132, table)
+    opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu", **settings))
     monkeypatch.setattr(opened, "device", torch.device("cuda"))
     monkeypatch.setattr(choices, "Opened", lambda config: opened)
     monkeypatch.setattr(choices, "make_kernels", lambda *given: kernels)
+    monkeypatch.setattr("tenfold.ops.gpu.timing.GpuTimer", FakeTimer)
+    return kernels, opened
+
+
+def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
+    """What runs is what a Hopper GPU without a table would run."""
+    kernels, opened = made_up(tmp_path, monkeypatch)
+    table = kernels.arms.table
     table.ignored = f"{table.path} is ignored, it was measured with other kernels; measure again"
     choices.explain(opened.config)
     text = capsys.readouterr().out

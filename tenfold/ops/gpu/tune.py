@@ -6,6 +6,7 @@ holds is not measured again, so a run that was stopped goes on where it was.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -60,24 +61,25 @@ def tune(
     if force or not table.times(copy_key(sms)):
         table.record(copy_key(sms), timer.memory_microseconds())
         table.save()
-    todo = [
-        (work, [batch for batch in batches if force or not table.times(arms.key(replace(work, tokens=batch), sms))])
-        for work in distinct(works)
-    ]
-    total, done = sum(len(missing) for _, missing in todo), 0
-    for work, missing in todo:
-        if not missing:
-            continue
+    todo, done = missing(works, running, batches, force), 0
+    for work, each in groupby(todo, lambda one: replace(one, tokens=1)):
         matrices = weights(work, timer, running.context.device)
-        for batch in missing:
-            one = replace(work, tokens=batch)
+        for one in each:
             if progress:
-                progress(done, total, f"{one.use} {one.rows} x {one.cols} {one.stored}, batch {batch}")
+                progress(done, len(todo), f"{one.use} {one.rows} x {one.cols} {one.stored}, batch {one.tokens}")
             table.record(arms.key(one, sms), measure(one, matrices, running, timer, wanted(one, sms, families)))
             table.save()
             done += 1
         del matrices
-    return total
+    return len(todo)
+
+
+def missing(
+    works: Iterable[Work], running: Arms, batches: Sequence[int] = arms.BATCHES, force: bool = False
+) -> list[Work]:
+    """What `tune` measures: each different work at each batch size that the table has no times of."""
+    every = [replace(work, tokens=batch) for work in distinct(works) for batch in batches]
+    return [one for one in every if force or not running.table.times(arms.key(one, running.sms))]
 
 
 def distinct(works: Iterable[Work]) -> list[Work]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.attention.tune import paged
+from tenfold.ops.choose import Key
 from tenfold.ops.gpu import attending, decode
 from tenfold.ops.gpu.attending import Attending, Reading
 from tenfold.ops.gpu.timing import Arm
@@ -33,10 +34,7 @@ def tune(
     were measured.
     """
     table, sms = running.table, running.sms
-    arms = [(reading, attending.key(reading, sms)) for reading in attending.alike(readings)]
-    every = arms + [(reading, attending.softmax_key(reading, sms)) for reading in readings]
-    todo = [(reading, key) for reading, key in every if force or not table.times(key)]
-    measured = 0
+    todo, measured = missing(readings, running, force), 0
     for done, (reading, key) in enumerate(todo):
         if progress:
             what = f"{reading.tokens} tokens" if reading.tokens else f"{reading.requests} x {reading.longest} tokens"
@@ -47,6 +45,16 @@ def tune(
             table.save()
             measured += 1
     return measured
+
+
+def missing(readings: Sequence[Reading], running: Attending, force: bool = False) -> list[tuple[Reading, Key]]:
+    """What `tune` measures: each different reading, then its softmax, that the table has no times of, and where those
+    go.
+    """
+    sms = running.sms
+    every = [(reading, attending.key(reading, sms)) for reading in attending.alike(readings)]
+    every += [(reading, attending.softmax_key(reading, sms)) for reading in readings]
+    return [(reading, key) for reading, key in every if force or not running.table.times(key)]
 
 
 def measure(

@@ -7,6 +7,7 @@ sum.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,24 +41,25 @@ def tune(
     measured.
     """
     table, sms = running.table, running.sms
-
-    def missing(work: ExpertsWork) -> list[ExpertsWork]:
-        each = [replace(work, tokens=n) for n in tokens]
-        return [one for one in each if force or not table.times(expert_arms.key(one, sms))]
-
-    todo = [(work, missing(work)) for work in expert_arms.distinct(works)]
-    total, done = sum(len(each) for _, each in todo), 0
-    for work, each in todo:
-        own = random_experts(work, device) if each else None
+    todo, done = missing(works, running, tokens, force), 0
+    for work, each in groupby(todo, lambda one: replace(one, tokens=1)):
+        own = random_experts(work, device)
         for one in each:
             if progress:
-                progress(done, total, f"{expert_arms.key(one, sms).op} {work.stored}, {one.tokens} tokens")
-            assert own is not None
+                progress(done, len(todo), f"{expert_arms.key(one, sms).op} {work.stored}, {one.tokens} tokens")
             table.record(expert_arms.key(one, sms), measure(one, running, timer, own))
             table.save()
             done += 1
         del own
-    return total
+    return len(todo)
+
+
+def missing(
+    works: Sequence[ExpertsWork], running: ExpertArms, tokens: Sequence[int] = TOKENS, force: bool = False
+) -> list[ExpertsWork]:
+    """What `tune` measures: each different work at each number of tokens that the table has no times of."""
+    every = [replace(work, tokens=n) for work in expert_arms.distinct(works) for n in tokens]
+    return [one for one in every if force or not running.table.times(expert_arms.key(one, running.sms))]
 
 
 def measure(work: ExpertsWork, running: ExpertArms, timer: Timer, own: Experts) -> dict[str, float]:

@@ -2,7 +2,11 @@
 this device, and measuring it.
 """
 
+import math
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tenfold.base.config import EngineConfig
@@ -21,7 +25,7 @@ from tenfold.ops.cpu.tune import tune_linear
 from tenfold.ops.kernels import Options
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.table import make_kernels
-from tenfold.serve.cli.terminal import columns
+from tenfold.serve.cli.terminal import Bar, columns
 from tenfold.weights.load import Weights
 
 if TYPE_CHECKING:  # Triton is there on GPU machines only
@@ -68,48 +72,78 @@ def show_ignored(table: Table) -> None:
 def tune(config: EngineConfig) -> None:
     """Measure, save, print. The machine should be idle. On a GPU what was measured before is kept."""
     opened = Opened(config)
-    with_progress = Progress()
     if opened.device.type == "cuda":
-        tune_gpu(opened, with_progress)
+        tune_gpu(opened)
         return
     found = matrices(opened)
-    chosen = tune_linear(found, progress=with_progress)
-    with_progress.end()
+    chosen: list[Choice] = []
+    measure_parts([Part(0, lambda progress: chosen.extend(tune_linear(found, progress=progress)))])
     show(chosen)
     print(f"saved in {arms.table().path}", file=sys.stderr)
 
 
-def tune_gpu(opened: Opened, progress: "Progress") -> None:
-    from tenfold.ops.gpu import tune_attention, tune_experts
+def tune_gpu(opened: Opened) -> None:
     from tenfold.ops.gpu.timing import GpuTimer
-    from tenfold.ops.gpu.tune import tune as tune_works
+    from tenfold.ops.gpu.tune_attention import KEPT
 
-    kernels, timer, trace = gpu_kernels(opened), GpuTimer(opened.device), gpu_trace(opened)
-    works, layers, readings = trace.works, trace.experts, gpu_readings(opened, trace, tune_attention.KEPT)
-    tune_works(works, kernels.arms, timer, progress=progress)
-    tune_experts.tune(layers, kernels.expert_arms, timer, opened.device, progress=progress)
-    tune_attention.tune(readings, kernels.attending, timer, progress=progress)
-    tune_steps.tune(opened.config, progress=progress)
-    progress.end()
-    show_gpu(works, kernels.arms)
-    show_experts(layers, kernels.arms)
+    kernels, trace, config = gpu_kernels(opened), gpu_trace(opened), opened.config
+    readings = gpu_readings(opened, trace, KEPT)
+    steps = tune_steps.sizes_of(longest_of(opened), math.inf)
+    parts = gpu_parts(kernels, GpuTimer(opened.device), trace, readings)
+    measure_parts([*parts, Part(len(steps), lambda progress: tune_steps.tune(config, progress=progress))])
+    show_gpu(trace.works, kernels.arms)
+    show_experts(trace.experts, kernels.arms)
     show_attention(readings, kernels.attending)
     print(f"saved in {kernels.arms.table.path}", file=sys.stderr)
 
 
-class Progress:
-    """One line on stderr that is written over, or a line a step where stderr is no terminal."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One kind of what is measured. count: measurements, as far as is known beforehand; run: makes them, and calls what
+    it is given before each.
+    """
 
-    def __init__(self) -> None:
-        self.is_terminal = sys.stderr.isatty()
+    count: int
+    run: Callable[[Callable[[int, int, str], None]], object]
 
-    def __call__(self, done: int, total: int, what: str) -> None:
-        end = "\x1b[K\r" if self.is_terminal else "\n"
-        print(f"{done + 1}/{total}  {what}", end=end, file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        if self.is_terminal:
-            print(end="\x1b[K", file=sys.stderr)
+def gpu_parts(kernels: Any, timer: Any, trace: "Trace", readings: "list[Reading]") -> list[Part]:
+    """Linear operations, experts and attention, each alone."""
+    from tenfold.ops.gpu import tune, tune_attention, tune_experts
+
+    works, layers, device = trace.works, trace.experts, kernels.device
+    linear, experts, attending = kernels.arms, kernels.expert_arms, kernels.attending
+    return [
+        Part(len(tune.missing(works, linear)), lambda say: tune.tune(works, linear, timer, progress=say)),
+        Part(
+            len(tune_experts.missing(layers, experts)),
+            lambda say: tune_experts.tune(layers, experts, timer, device, progress=say),
+        ),
+        Part(
+            len(tune_attention.missing(readings, attending)),
+            lambda say: tune_attention.tune(readings, attending, timer, progress=say),
+        ),
+    ]
+
+
+def measure_parts(parts: Sequence[Part]) -> None:
+    """One after the other, under one progress bar; where stderr is no terminal, a line each measurement."""
+    counts = [part.count for part in parts]
+    bar, is_terminal = Bar("measuring", counted=True), sys.stderr.isatty()
+
+    def progress(at: int, done: int, total: int, what: str) -> None:
+        counts[at] = total
+        done, total = sum(counts[:at]) + done, sum(counts)
+        if is_terminal:
+            bar.update(done, total, what)
+        else:
+            print(f"{done + 1}/{total}  {what}", file=sys.stderr, flush=True)
+
+    try:
+        for at, part in enumerate(parts):
+            part.run(partial(progress, at))
+    finally:
+        bar.stop()
 
 
 def gpu_kernels(opened: Opened) -> Any:
@@ -195,9 +229,13 @@ def gpu_readings(opened: Opened, trace: "Trace", most_bytes: int = 0) -> "list[R
     """The attentions of a model for every measured number of requests and length that it may have."""
     from tenfold.ops.gpu.attending import readings
 
-    config, dtype = opened.config, gpu_dtype(opened.config)
-    longest = config.max_model_len or model_config(opened.checkpoint.config).max_positions
-    return readings(trace.attentions, config.page_size, dtype, longest, most_bytes)
+    dtype = gpu_dtype(opened.config)
+    return readings(trace.attentions, opened.config.page_size, dtype, longest_of(opened), most_bytes)
+
+
+def longest_of(opened: Opened) -> int:
+    """Tokens that a request of a model may have."""
+    return opened.config.max_model_len or model_config(opened.checkpoint.config).max_positions
 
 
 def refuse_others(kernels: Any, name: str) -> None:

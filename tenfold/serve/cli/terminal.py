@@ -61,27 +61,40 @@ def loading(quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 class Bar:
-    """A progress bar on a terminal's error stream that appears late or never."""
+    """A progress bar on a terminal's error stream that appears late or never. counted: its steps are few enough to say
+    how many of how many are done, and not only which share.
+    """
 
-    def __init__(self, what: str = "loading") -> None:
+    def __init__(self, what: str = "loading", counted: bool = False) -> None:
         self.what = what
+        self.counted = counted
         self.start = time.monotonic()
         self.progress: Any = None
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int, what: str = "") -> None:
+        """what: is under way now, beside what the bar is of."""
         if self.progress is None and time.monotonic() - self.start > PATIENCE and sys.stderr.isatty():
             self._show(total)
         if self.progress is not None:
-            self.progress.update(self.task, completed=done, total=total)
+            self.progress.update(self.task, completed=done, total=total, now=what)
 
     def _show(self, total: int) -> None:
         # Here and not at the top: a model that loads quickly never needs it.
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
-        columns = TextColumn(self.what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        done = MofNCompleteColumn() if self.counted else TaskProgressColumn()
+        now = TextColumn("{task.fields[now]}", markup=False)
+        columns = TextColumn(self.what), BarColumn(), done, TimeRemainingColumn(), now
         self.progress = Progress(*columns, console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task(self.what, total=total)
+        self.task = self.progress.add_task(self.what, total=total, now="")
         self.progress.start()
 
     def stop(self) -> None:
