@@ -21,12 +21,14 @@ from tenfold.bench.hardware import machine
 from tenfold.engine import tune_steps
 from tenfold.engine.linears import traced
 from tenfold.engine.memory import DTYPES
+from tenfold.engine.phases.table import splits_of
 from tenfold.ops.choose import Table
 from tenfold.ops.gemm import flat
-from tenfold.ops.gpu import arms, report, tune, tune_attention, tune_experts
+from tenfold.ops.gpu import arms, green, report, tune, tune_attention, tune_experts
 from tenfold.ops.gpu.attending import Attending, readings
 from tenfold.ops.gpu.expert_arms import ExpertArms
 from tenfold.ops.gpu.timing import GpuTimer
+from tenfold.serve.cli.choices import lane_loads
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
 
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--contexts", default=",".join(map(str, tune_steps.CONTEXTS)), help="tokens of each request, for steps"
     )
+    parser.add_argument("--border", default="", help="also on the parts of the GPU of schedule=phases with this border")
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
     parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
     given = parser.parse_args(arguments)
@@ -63,23 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def progress(done: int, total: int, what: str) -> None:
         print(f"{done + 1}/{total}  {time.monotonic() - begin:.0f} s  {what}", file=sys.stderr, flush=True)
 
-    parts, reader = given.parts.split(","), Attending(device, running.sms, table)
-    if "linear" in parts:
-        tune.tune(works, running, GpuTimer(device), batches, families, given.force, progress)
+    parts = given.parts.split(",")
     layers = [layer for model in models for layer in model.experts]
-    if "experts" in parts:
-        experts = ExpertArms(table, running.sms)
-        tune_experts.tune(layers, experts, GpuTimer(device), device, force=given.force, progress=progress)
     attentions = list(dict.fromkeys(layer for model in models for layer in model.attentions))
     reads = readings(attentions, PAGE, dtype, given.longest, tune_attention.KEPT)
-    if "attention" in parts:
-        tune_attention.tune(reads, reader, GpuTimer(device), given.force, progress)
+    sizes = splits_of(given.border, running.sms) if given.border else ()
+    pairs = [green.split(device, size) for size in sizes]
+    for lane, own, read in [(None, works, reads), *lane_loads(pairs, works, reads)]:
+        sms, timer = lane.sms if lane else running.sms, GpuTimer(device, lane)
+        if "linear" in parts:
+            tune.tune(own, arms.Arms(device, dtype, sms, table), timer, batches, families, given.force, progress)
+        if "experts" in parts:
+            tune_experts.tune(layers, ExpertArms(table, sms), timer, device, force=given.force, progress=progress)
+        if "attention" in parts:
+            tune_attention.tune(read, Attending(device, sms, table), timer, given.force, progress)
     if "steps" in parts:
         wanted = [batch for batch in batches if batch in tune_steps.REQUESTS]
         contexts = [int(context) for context in given.contexts.split(",")]
         for model in given.model.split(","):
-            own = EngineConfig(model=model, device="cuda", dtype=given.dtype, weights=given.weights)
-            tune_steps.tune(own, table, wanted, contexts, given.force, progress)
+            config = EngineConfig(model=model, device="cuda", dtype=given.dtype, weights=given.weights)
+            tune_steps.tune(config, table, wanted, contexts, given.force, progress, [decode for _, decode in pairs])
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):

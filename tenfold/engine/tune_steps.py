@@ -9,6 +9,7 @@ operation are tried in steps of the model, one operation after the other, and th
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from tenfold.engine.phases.table import CHUNKED
 from tenfold.engine.rehearsal import made_up
 from tenfold.engine.runner import Runner
 from tenfold.ops.choose import STEP_NOISE, Key, Table, best
+from tenfold.ops.gpu import green
+from tenfold.ops.gpu.green import Part
 from tenfold.ops.gpu.timing import sample
 
 if TYPE_CHECKING:  # Triton is there on GPU machines only
@@ -92,32 +95,37 @@ def tune(
     contexts: Sequence[int] = CONTEXTS,
     force: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
+    parts: Sequence[Part] = (),
 ) -> int:
     """Load a model, try arms in steps of so many requests with contexts of up to so many tokens, and save the table:
     that of its GPU unless another is given. What has times of steps is left as it is, unless forced. Linear operations
-    whose times alone are not known keep their rules: `ops/gpu/tune.py` measures those. Returns how many sizes of steps
-    were measured. Raises what `Engine.load` raises.
+    whose times alone are not known keep their rules: `ops/gpu/tune.py` measures those. parts: of the GPU's
+    multiprocessors, on which steps are measured after those on all. Returns how many sizes of steps were measured.
+    Raises what `Engine.load` raises.
     """
     torch.cuda.empty_cache()  # an engine counts what is free
     engine = Engine.load(replace(config, rehearse=False, schedule=CHUNKED), tokens_only=True)
     if not engine.kv.spec.packing:
         engine.kv.fill(0.0)  # what is no number would send all tokens to the same experts
-    given: Any = engine.kernels
-    kernels: Gpu = given.on(given.sms, table)
-    table, done = kernels.arms.table, 0
+    kernels: Any = engine.kernels
+    table, done = kernels.arms.table if table is None else table, 0
     sizes = sizes_of(engine.max_model_len, engine.kv.tokens, requests, contexts)
+    todo = [(part, count, context) for part in (None, *parts) for count, context in sizes]
     known: set[Key] = set()
-    for at, (count, context) in enumerate(sizes):
-        steps = Steps(engine.runner, kernels, count, context)
-        asked = [place(key, rule, table.times(key), others) for key, rule, others in steps.asked()]
-        places = [one for one in asked if len(one.names) > 1 and one.key not in known]
-        known.update(one.key for one in places)
-        if not force and all(table.steps(one.key) for one in places):
-            continue
-        if progress:
-            progress(at, len(sizes), f"steps of {count} requests of {context} tokens, {len(places)} operations")
-        places.sort(key=lambda one: -table.times(one.key).get(one.alone, 0.0))
-        found = descend(places, steps.measure)
+    for at, (part, count, context) in enumerate(todo):
+        with green.on(part) if part else nullcontext():
+            sms = part.sms if part else kernels.sms
+            steps = Steps(engine.runner, kernels.on(sms, table), count, context)
+            asked = [place(key, rule, table.times(key), others) for key, rule, others in steps.asked()]
+            places = [one for one in asked if len(one.names) > 1 and one.key not in known]
+            known.update(one.key for one in places)
+            if not force and all(table.steps(one.key) for one in places):
+                continue
+            if progress:
+                what = f"steps of {count} requests of {context} tokens on {sms} SMs, {len(places)} operations"
+                progress(at, len(todo), what)
+            places.sort(key=lambda one: -table.times(one.key).get(one.alone, 0.0))
+            found = descend(places, steps.measure)
         for key, times in found.items():
             table.record_steps(key, {name: round(took, 2) for name, took in times.items()})
         table.save()

@@ -82,7 +82,7 @@ def test_steps_of_a_gpu_with_each_arm(tmp_path: Path):
     from tenfold.base.config import EngineConfig
     from tenfold.engine import tune_steps
     from tenfold.engine.linears import traced
-    from tenfold.ops.gpu import attending, tune
+    from tenfold.ops.gpu import attending, green, tune
     from tenfold.ops.gpu.timing import GpuTimer
     from tenfold.ops.kernels import AttentionSpec
     from tenfold.weights.find import resolve
@@ -103,4 +103,9 @@ def test_steps_of_a_gpu_with_each_arm(tmp_path: Path):
     attention = again.steps(attending.key(reading, running.sms))
     assert len(attention) > 4
     assert max(attention.values()) > 1.03 * min(attention.values())  # one block for a KV head, or many
+    assert again.steps(attending.softmax_key(reading, running.sms)).keys() == {"lazy", "online"}
     assert tune_steps.tune(config, again, [1]) == 0
+    _, lane = green.split(device, 96)
+    assert tune_steps.tune(config, again, [1], [1536], parts=[lane]) == 1
+    own = again.steps(attending.key(reading, lane.sms))
+    assert min(own.values()) > 1.1 * min(attention.values())  # 36 multiprocessors are slower than 132

@@ -13,6 +13,7 @@ from tenfold.serve.cli import choices
 arms = pytest.importorskip("tenfold.ops.gpu.arms")
 attending = pytest.importorskip("tenfold.ops.gpu.attending")
 expert_arms = pytest.importorskip("tenfold.ops.gpu.expert_arms")
+green = pytest.importorskip("tenfold.ops.gpu.green")
 tuning = pytest.importorskip("tenfold.ops.gpu.tune")
 
 
@@ -92,7 +93,7 @@ def test_a_terminal_shows_one_bar_with_what_is_measured_and_what_is_left(capsys,
 
 def test_tuning_a_gpu_measures_every_part_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     """Device and timer are made up."""
-    monkeypatch.setattr(choices.tune_steps, "tune", lambda config, progress: progress(0, 1, "steps"))
+    monkeypatch.setattr(choices.tune_steps, "tune", lambda config, progress, parts: progress(0, 1, "steps"))
     kernels, opened = made_up(tmp_path, monkeypatch, max_model_len=256)
     choices.tune(opened.config)
     said = capsys.readouterr().err.splitlines()
@@ -104,6 +105,37 @@ def test_tuning_a_gpu_measures_every_part_and_goes_on_where_it_was(tmp_path, cap
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_the_parts_of_a_gpu_that_lanes_may_have_are_tuned_too(tmp_path, capsys, monkeypatch):
+    """Device, timer and parts are made up."""
+    lanes = []
+    monkeypatch.setattr(choices.tune_steps, "tune", lambda config, progress, parts: lanes.extend(parts))
+    monkeypatch.setattr(green, "unavailable", lambda: "")
+    monkeypatch.setattr(green, "split", lambda device, n: [green.Part(sms, None) for sms in (n, 132 - n)])
+    kernels, opened = made_up(tmp_path, monkeypatch, max_model_len=256, schedule="phases", border="96")
+    table, trace = kernels.arms.table, choices.gpu_trace(opened)
+    readings = choices.gpu_readings(opened, trace)
+    choices.tune(opened.config)
+    assert [lane.sms for lane in lanes] == [36]  # steps of answers; prompts are no steps of these
+    text = capsys.readouterr().out
+    assert "On 36 of 132 multiprocessors, a lane of answers:" in text
+    assert "On 96 of 132 multiprocessors, a lane of prompts:" in text
+    measured = {sms: {r.tokens for r in readings if table.times(attending.key(r, sms))} for sms in (132, 96, 36)}
+    assert measured == {132: {0, 64, 256}, 96: {64, 256}, 36: {0}}
+    assert [bool(table.times(arms.key(trace.works[0], sms))) for sms in (132, 96, 36)] == [True, False, True]
+    monkeypatch.setattr(choices, "show_phases", lambda opened, kernels: None)  # asks a real GPU for its memory
+    choices.explain(opened.config)
+    assert "On 36 of 132 multiprocessors, a lane of answers:" in capsys.readouterr().out
+
+
+def test_a_gpu_that_cannot_be_divided_is_tuned_as_a_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(choices.tune_steps, "tune", lambda config, progress, parts: None)
+    monkeypatch.setattr(green, "unavailable", lambda: "the driver is too old")
+    kernels, opened = made_up(tmp_path, monkeypatch, max_model_len=256, schedule="phases")
+    choices.tune(opened.config)
+    assert "schedule is phases, but the driver is too old" in capsys.readouterr().err
+    assert kernels.arms.table.times(arms.key(choices.gpu_trace(opened).works[0], 132))
+
+
 def test_kernels_without_choices_are_refused():
     with pytest.raises(ValueError, match="one way"):
         choices.refuse_others(SimpleNamespace(name="torch", reason="there is no GPU"), "gpu")
@@ -112,7 +144,7 @@ def test_kernels_without_choices_are_refused():
 class FakeTimer:
     """Runs nothing; the first arm is the fastest."""
 
-    def __init__(self, device):
+    def __init__(self, device, part=None):
         pass
 
     def copies(self, nbytes):
@@ -128,9 +160,14 @@ class FakeTimer:
 def made_up(tmp_path, monkeypatch, **settings):
     """Kernels and a model as on a Hopper GPU without a table."""
     table, device = Table("gpu", "1", tmp_path / "t"), torch.device("cpu")
-    kernels = SimpleNamespace(name="gpu", reason="", device=device, arms=arms.Arms(device, torch.bfloat16, 132, table))
-    kernels.expert_arms = expert_arms.ExpertArms(table, 132)
-    kernels.attending = attending.Attending(device, 132, table)
+
+    def on(sms):
+        linear, experts = arms.Arms(device, torch.bfloat16, sms, table), expert_arms.ExpertArms(table, sms)
+        attention = attending.Attending(device, sms, table)
+        own = {"arms": linear, "expert_arms": experts, "attending": attention}
+        return SimpleNamespace(name="gpu", reason="", device=device, sms=sms, on=on, **own)
+
+    kernels = on(132)
     opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu", **settings))
     monkeypatch.setattr(opened, "device", torch.device("cuda"))
     monkeypatch.setattr(choices, "Opened", lambda config: opened)

@@ -8,13 +8,15 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tenfold.base.log import logger
+from tenfold.ops.gpu import green
+from tenfold.ops.gpu.green import Part
 
 LEAST_ROTATION = 150 << 20  # bytes: three times the L2 cache of an H100
 COPY = 1 << 30  # bytes of the buffer that `memory_microseconds` copies
@@ -28,14 +30,18 @@ Arm = Callable[[int], Tensor]
 
 
 class GpuTimer:
-    """Times on one device. Others with the same methods stand in for it where there is none."""
+    """Times on one device, or on a part of its multiprocessors. Others with the same methods stand in for it where
+    there is none.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, part: Part | None = None) -> None:
         self.device = device
+        self.part = part
         has = torch.cuda.get_device_properties(device)
-        self.sms = has.multi_processor_count
+        self.sms = part.sms if part else has.multi_processor_count
         self.rotated = max(LEAST_ROTATION, 3 * getattr(has, "L2_cache_size", 0))
-        self.stream = torch.cuda.Stream(device)  # of every capture, so that libraries keep one workspace
+        # of every capture, so that libraries keep one workspace
+        self.stream = part.stream if part else torch.cuda.Stream(device)
 
     def copies(self, nbytes: int) -> int:
         """How many weights of so many bytes it takes to get past the L2 cache."""
@@ -51,15 +57,19 @@ class GpuTimer:
         expected = None if reference is None else reference(0)
         pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()  # what calls read was made on another stream
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self._on_part():
             graphs = {name: capture(name, arm, copies, pool, expected, farthest) for name, arm in arms.items()}
         kept = {name: graph for name, graph in graphs.items() if graph is not None}
-        repeats = {name: max(1, round(SAMPLE / max(1.0, sample(graph.replay, 1)))) for name, graph in kept.items()}
         samples: dict[str, list[float]] = {name: [] for name in kept}
-        for _ in range(ROUNDS):
-            for name, graph in kept.items():
-                samples[name].append(sample(graph.replay, repeats[name]) / repeats[name] / copies)
+        with self._on_part():
+            repeats = {name: max(1, round(SAMPLE / max(1.0, sample(graph.replay, 1)))) for name, graph in kept.items()}
+            for _ in range(ROUNDS):
+                for name, graph in kept.items():
+                    samples[name].append(sample(graph.replay, repeats[name]) / repeats[name] / copies)
         return {name: round(statistics.median(taken), 3) for name, taken in samples.items()}
+
+    def _on_part(self) -> AbstractContextManager[None]:
+        return green.on(self.part) if self.part else nullcontext()
 
     def memory_microseconds(self) -> dict[str, float]:
         """Of a copy of COPY bytes inside the device's memory ("copy"), and of adding them up ("read"). The copy changes

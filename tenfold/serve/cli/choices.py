@@ -4,10 +4,10 @@ this device, and measuring it.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine import tune_steps
@@ -33,7 +33,10 @@ if TYPE_CHECKING:  # Triton is there on GPU machines only
     from tenfold.ops.gpu.arms import Arms, Work
     from tenfold.ops.gpu.attending import Attending, Reading
     from tenfold.ops.gpu.expert_arms import ExpertsWork
+    from tenfold.ops.gpu.green import Part as Lane
     from tenfold.ops.gpu.report import Line, Read, Routed
+
+T = TypeVar("T")
 
 
 class Collecting(Weights):
@@ -52,9 +55,9 @@ def explain(config: EngineConfig) -> None:
     opened = Opened(config)
     if opened.device.type == "cuda":
         kernels, trace = gpu_kernels(opened), gpu_trace(opened)
-        show_gpu(trace.works, kernels.arms)
-        show_experts(trace.experts, kernels.arms)
-        show_attention(gpu_readings(opened, trace), kernels.attending)
+        readings = gpu_readings(opened, trace)
+        show_all(kernels, trace, readings)
+        show_lanes(opened, kernels, trace, readings)
         show_phases(opened, kernels)
         show_ignored(kernels.arms.table)
     else:
@@ -70,7 +73,9 @@ def show_ignored(table: Table) -> None:
 
 
 def tune(config: EngineConfig) -> None:
-    """Measure, save, print. The machine should be idle. On a GPU what was measured before is kept."""
+    """Measure, save, print. The machine should be idle. On a GPU what was measured before is kept, and with
+    schedule=phases the parts of it that lanes may have are measured too.
+    """
     opened = Opened(config)
     if opened.device.type == "cuda":
         tune_gpu(opened)
@@ -88,13 +93,46 @@ def tune_gpu(opened: Opened) -> None:
 
     kernels, trace, config = gpu_kernels(opened), gpu_trace(opened), opened.config
     readings = gpu_readings(opened, trace, KEPT)
-    steps = tune_steps.sizes_of(longest_of(opened), math.inf)
-    parts = gpu_parts(kernels, GpuTimer(opened.device), trace, readings)
-    measure_parts([*parts, Part(len(steps), lambda progress: tune_steps.tune(config, progress=progress))])
-    show_gpu(trace.works, kernels.arms)
-    show_experts(trace.experts, kernels.arms)
-    show_attention(readings, kernels.attending)
+    pairs = lane_parts(opened, kernels)
+    decodes = [decode for _, decode in pairs]
+    parts = gpu_parts(kernels, GpuTimer(opened.device), trace.works, trace.experts, readings)
+    for lane, works, own in lane_loads(pairs, trace.works, readings):
+        parts += gpu_parts(kernels.on(lane.sms), GpuTimer(opened.device, lane), works, trace.experts, own)
+    steps = len(tune_steps.sizes_of(longest_of(opened), math.inf)) * (1 + len(decodes))
+    measure_parts([*parts, Part(steps, lambda say: tune_steps.tune(config, progress=say, parts=decodes))])
+    show_all(kernels, trace, readings)
+    show_lanes(opened, kernels, trace, readings)
     print(f"saved in {kernels.arms.table.path}", file=sys.stderr)
+
+
+def lane_sizes(opened: Opened, total: int) -> list[tuple[int, int]]:
+    """Multiprocessors of prompts and of answers in every split that phases may have; none with another schedule."""
+    if opened.config.schedule != phases.PHASES:
+        return []
+    return [(size, total - size) for size in phases.splits_of(opened.config.border, total)]
+
+
+def lane_parts(opened: Opened, kernels: Any) -> "list[tuple[Lane, Lane]]":
+    """The same as parts of the GPU; none, and a line that says why, where it cannot be divided."""
+    from tenfold.ops.gpu import green
+
+    sizes = lane_sizes(opened, kernels.sms)
+    reason = green.unavailable() if sizes else ""
+    if reason:
+        print(f"{phases.fallback(phases.PHASES, reason)}.", file=sys.stderr)
+        return []
+    return [green.split(opened.device, size) for size, _ in sizes]
+
+
+def lane_loads(
+    pairs: Sequence[tuple[T, T]], works: "list[Work]", readings: "list[Reading]"
+) -> "Iterator[tuple[T, list[Work], list[Reading]]]":
+    """Each lane of pairs, prompts' and answers', with the linear operations and attentions that are tuned for it: few
+    tokens and old contexts are for lanes of answers, chunks for those of prompts.
+    """
+    for prefill, decode in pairs:
+        yield decode, works, [reading for reading in readings if not reading.tokens]
+        yield prefill, [], [reading for reading in readings if reading.tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +145,13 @@ class Part:
     run: Callable[[Callable[[int, int, str], None]], object]
 
 
-def gpu_parts(kernels: Any, timer: Any, trace: "Trace", readings: "list[Reading]") -> list[Part]:
+def gpu_parts(
+    kernels: Any, timer: Any, works: "list[Work]", layers: "list[ExpertsWork]", readings: "list[Reading]"
+) -> list[Part]:
     """Linear operations, experts and attention, each alone."""
     from tenfold.ops.gpu import tune, tune_attention, tune_experts
 
-    works, layers, device = trace.works, trace.experts, kernels.device
+    device = kernels.device
     linear, experts, attending = kernels.arms, kernels.expert_arms, kernels.attending
     return [
         Part(len(tune.missing(works, linear)), lambda say: tune.tune(works, linear, timer, progress=say)),
@@ -260,6 +300,28 @@ def matrices(opened: Opened) -> list[Matrix]:
     weights.matrices = []
     build_model(opened.checkpoint.config, weights, opened.memory.max_model_len)
     return weights.matrices
+
+
+def show_all(kernels: Any, trace: "Trace", readings: "list[Reading]") -> None:
+    show_gpu(trace.works, kernels.arms)
+    show_experts(trace.experts, kernels.arms)
+    show_attention(readings, kernels.attending)
+
+
+def show_lanes(opened: Opened, kernels: Any, trace: "Trace", readings: "list[Reading]") -> None:
+    """What runs on each part of the GPU that lanes may have, as far as it was measured there."""
+    from tenfold.ops.gpu.tune import copy_key
+
+    for sms, works, own in lane_loads(lane_sizes(opened, kernels.sms), trace.works, readings):
+        lane = kernels.on(sms)
+        if not lane.arms.table.times(copy_key(sms)):
+            continue
+        print(f"\nOn {sms} of {kernels.sms} multiprocessors, a lane of {'answers' if works else 'prompts'}:")
+        if works:
+            print()
+            show_gpu(works, lane.arms)
+        show_experts(trace.experts, lane.arms)
+        show_attention(own, lane.attending)
 
 
 def show_gpu(works: "list[Work]", running: "Arms") -> None:

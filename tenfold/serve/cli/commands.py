@@ -301,6 +301,7 @@ def explain_command(settled: Settled) -> None:
     "tune",
     epilog=examples(
         "tenfold tune ./model.gguf --threads 4",
+        "tenfold tune ./model --schedule phases",
     ),
 )
 @settings(EngineConfig, models=ARGUMENT)

@@ -14,6 +14,7 @@ from tenfold.engine.phases.loop import Phases
 from tenfold.engine.phases.measure import measure
 from tenfold.engine.request import Logprob, Request, SamplingParams
 from tenfold.ops.gpu import green, nvrtc
+from tenfold.ops.gpu.timing import GpuTimer
 from tests.engine import fake
 
 pytestmark = [
@@ -160,3 +161,10 @@ def test_stairs_are_measured_and_fewer_multiprocessors_take_longer() -> None:
     assert stairs.decode_seconds(lanes.total - 112, 8) > stairs.decode_seconds(lanes.total, 8)
     assert set(stairs.decode) == {lanes.total, *(split.decode for split in lanes.splits)}
     check(asks(4, 6), run(own, asks(4, 6)))  # nothing was written
+
+
+def test_a_timer_of_a_part_times_on_its_multiprocessors_alone() -> None:
+    device = torch.device("cuda")
+    _, few = green.split(device, 112)
+    whole, part = (GpuTimer(device, lane).memory_microseconds()["copy"] for lane in (None, few))
+    assert part > 1.5 * whole  # 20 multiprocessors cannot keep this memory busy
