@@ -1,11 +1,13 @@
 """The ablation table: every arm and switch of the engine off and on, end to end, two engines taking turns.
 
 A case is a row of CASES: what it is called, the settings of the engine without it and with it, and the points where it
-is measured. A row whose settings this version does not have is skipped with a sentence.
+is measured. A row whose settings this version does not have is skipped with a sentence. What "auto" in a name was, the
+measured table or the rule, is found out when it ran.
 """
 
 import gc
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -22,6 +24,10 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 
 Settings = tuple[tuple[str, Any], ...]
 CALIBRATED = 1024  # tokens of a window
+BY = {"table": "measured table", "rule": "rule"}
+AUTO_IS_RULE = "auto is the rule"  # how a note of a result ends
+CALLED_AUTO = "^measured (table|or rule,) over"  # how names of results begin that said before what "auto" would be
+SETTINGS = {"gemm": "linear", "merge": "attention", "softmax": "softmax of attention"}  # and what they fix in decodes
 DECODES = ((1, 1024), (8, 1024))
 LONG = ((1, 8192), (8, 8192))
 
@@ -56,12 +62,12 @@ CASES = (
         of("merge", "cluster"),
         (*DECODES, *LONG),
     ),
-    Case("merge", "measured or rule, over a second launch", of("merge", "launch"), of("merge", "auto"), LONG),
+    Case("merge", "auto over a second launch", of("merge", "launch"), of("merge", "auto"), LONG),
     Case("gemm", "flat GEMM over cuBLAS", of("gemm", "library"), of("gemm", "flat")),
     Case("gemm", "two stages over one", of("gemm", "flat-1"), of("gemm", "flat-2")),
     Case("gemm", "n stages over two", of("gemm", "flat-2"), of("gemm", "flat")),
-    Case("dispatch", "measured table over cuBLAS always", of("gemm", "library"), of("gemm", "auto")),
-    Case("dispatch", "measured table over the flat GEMM always", of("gemm", "flat"), of("gemm", "auto")),
+    Case("dispatch", "auto over cuBLAS always", of("gemm", "library"), of("gemm", "auto")),
+    Case("dispatch", "auto over the flat GEMM always", of("gemm", "flat"), of("gemm", "auto")),
     Case("weights", "int4 over bfloat16", (), of("weights", "int4"), ((1, 1024), (8, 1024))),
     Case("weights", "int8 over bfloat16", (), of("weights", "int8"), ((1, 1024), (8, 1024))),
     Case("weights", "fp8 over bfloat16", (), of("weights", "fp8"), ((1, 1024), (64, 512))),
@@ -90,7 +96,9 @@ def obstacle(case: Case) -> str:
 
 @dataclass(slots=True)
 class Row:
-    """A case at a point: milliseconds per output token, a sample a round."""
+    """A case at a point: milliseconds per output token, a sample a round. by: what decided the arms that its settings
+    left open, "table" where any was measured, else "rule"; "" where that was not recorded.
+    """
 
     group: str
     name: str
@@ -100,6 +108,12 @@ class Row:
     context: int
     off_ms: list[float]
     on_ms: list[float]
+    by: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, with what ran in place of "auto"."""
+        return re.sub("^auto(?= over)", BY.get(self.by, "auto"), self.name)
 
     @property
     def gain(self) -> Figure:
@@ -118,7 +132,7 @@ class Result:
 
     def lines(self) -> list[str]:
         rows = [
-            f"{r.group:9} {r.name:42} {r.batch} x {r.context:<5} off {Figure(tuple(r.off_ms)).median:7.3f} ms, "
+            f"{r.group:9} {r.title:42} {r.batch} x {r.context:<5} off {Figure(tuple(r.off_ms)).median:7.3f} ms, "
             f"on {Figure(tuple(r.on_ms)).median:7.3f} ms, {r.gain.median:.2f}x"
             for r in self.rows
         ]
@@ -129,10 +143,12 @@ class Result:
 
 
 def loaded(data: Mapping[str, Any]) -> Result:
-    """The result that `plain` made."""
-    rows = [Row(**row) for row in data["rows"]]
+    """The result that `plain` made; one that did not record what "auto" was has said so at most for all its rows."""
+    notes = data.get("notes", [])
+    by = "rule" if any(note.endswith(AUTO_IS_RULE) for note in notes) else ""
+    rows = [Row(**{"by": by} | row | {"name": re.sub(CALLED_AUTO, "auto over", row["name"])}) for row in data["rows"]]
     skipped = [(name, why) for name, why in data["skipped"]]
-    return Result(data["model"], data["machine"], data["command"], rows, skipped, data.get("notes", []))
+    return Result(data["model"], data["machine"], data["command"], rows, skipped, notes)
 
 
 def run(
@@ -180,7 +196,7 @@ def run(
             say(f"{case.name}: skipped, {single.brief(error)}")
             pool.clear()
             continue
-        rows = list(_rows(case, points, found))
+        rows = list(_rows(case, points, found, pair["on"]))
         result.rows += rows
         result.skipped += [(f"{case.name}, {s.engine}, {s.batch} x {s.context}", s.why) for s in found.skipped]
         for text in Result(model, {}, "", rows).lines():
@@ -221,7 +237,18 @@ def table_note(device: str) -> list[str]:
     except ImportError:  # without Triton there is nothing to choose from
         return []
     held = len(table(torch.cuda.get_device_name(device)))
-    return [f"the table of choices held {held} measurements" + ("" if held else ": auto is the rule")]
+    return [f"the table of choices held {held} measurements" + ("" if held else f": {AUTO_IS_RULE}")]
+
+
+def decided_by(engine: Any, case: Case, batch: int) -> str:
+    """`Row.by` of the engine of `Case.on`, in steps of so many requests."""
+    from tenfold.engine.inspect import choices
+
+    left = [name for name, value in case.on if value == "auto" and name in SETTINGS]
+    own = [choice for choice in choices(engine.core) if choice["batch"] == batch]
+    names = [name for name in SETTINGS if name in left or not left]
+    sources = {c["source"] for c in own if any(str(c["operation"]).startswith(SETTINGS[name]) for name in names)}
+    return "table" if sources & {"measured", "step"} else "rule"
 
 
 def pairs_room(model: str, device: str) -> float:
@@ -239,12 +266,13 @@ def points_of(case: Case, tokens: int) -> tuple[Point, ...]:
     return tuple(Point(batch, context, tokens) for batch, context in case.points)
 
 
-def _rows(case: Case, points: Sequence[Point], found: single.Result) -> Iterator[Row]:
+def _rows(case: Case, points: Sequence[Point], found: single.Result, engine: Engine) -> Iterator[Row]:
     for point in points:
         off, on = (found.row(name, point.batch, point.context) for name in ("off", "on"))
         if off and on:
             samples = off.tpot_samples, on.tpot_samples
-            yield Row(case.group, case.name, dict(case.off), dict(case.on), point.batch, point.context, *samples)
+            by = decided_by(engine, case, point.batch)
+            yield Row(case.group, case.name, dict(case.off), dict(case.on), point.batch, point.context, *samples, by)
 
 
 class Pool:

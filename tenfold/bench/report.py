@@ -142,7 +142,7 @@ def arms_table(result: arms.Result) -> str:
         low, high = row.gain.spread
         settings = [", ".join(f"{k}={v}" for k, v in given.items()) or "default" for given in (row.off, row.on)]
         numbers = [str(row.batch), str(row.context), f"{off:.3f}", f"{on:.3f}", f"{row.gain.median:.2f}x"]
-        lines.append(_cells([f"{row.group}: {row.name}", *settings, *numbers, f"{low:.2f} to {high:.2f}"]))
+        lines.append(_cells([f"{row.group}: {row.title}", *settings, *numbers, f"{low:.2f} to {high:.2f}"]))
     machine = result.machine
     lines += ["", f"TPOT, medians of interleaved rounds. {result.model} on {machine.get('hardware', '')}, commit "]
     lines[-1] += f"{machine.get('commit', '')}, {machine.get('date', '')}."

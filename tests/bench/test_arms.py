@@ -3,12 +3,13 @@
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tenfold.base.config import EngineConfig
-from tenfold.bench import arms
+from tenfold.bench import arms, report
 from tenfold.bench.arms import CASES, Case, of
 from tenfold.bench.engines import Engine, Setup
 from tenfold.weights.open import open_checkpoint
@@ -110,3 +111,41 @@ def test_engines_that_the_next_case_can_use_are_kept(monkeypatch: pytest.MonkeyP
         {"threads": 1, "lookahead": 1},
         {"threads": 1, "graphs": False},
     ]
+
+
+@pytest.mark.parametrize(("by", "title"), [("table", "measured table"), ("rule", "rule"), ("", "auto")])
+def test_a_row_is_named_after_what_ran(by: str, title: str) -> None:
+    def row(name: str) -> arms.Row:
+        return arms.Row("dispatch", name, {"gemm": "flat"}, {"gemm": "auto"}, 1, 8, [2.0], [1.0], by)
+
+    rows = [row("auto over cuBLAS always"), row("automatic over manual")]
+    assert [r.title for r in rows] == [f"{title} over cuBLAS always", "automatic over manual"]
+    result = arms.Result("m", {"hardware": "H"}, "c", rows)
+    assert f"{title} over cuBLAS always" in result.lines()[0]
+    assert f"| dispatch: {title} over cuBLAS always | gemm=flat | gemm=auto |" in report.arms_table(result)
+    assert arms.loaded(json.loads(json.dumps(result.plain()))) == result
+
+
+def test_results_that_said_beforehand_what_auto_would_be_are_named_after_their_note() -> None:
+    old = {"group": "dispatch", "off": {}, "on": {}, "batch": 1, "context": 8, "off_ms": [2.0], "on_ms": [1.0]}
+    rows = [
+        old | {"name": name} for name in ("measured table over cuBLAS", "measured or rule, over a launch", "graphs")
+    ]
+    data = {"model": "m", "machine": {}, "command": "c", "rows": rows, "skipped": []}
+    for notes, by in ((["the table of choices held 0 measurements: auto is the rule"], "rule"), ([], "auto")):
+        titles = [row.title for row in arms.loaded(data | {"notes": notes}).rows]
+        assert titles == [f"{by} over cuBLAS", f"{by} over a launch", "graphs"]
+
+
+def test_a_case_was_decided_by_the_table_where_it_measured_what_the_case_left_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [("linear+norm", 1, "rule"), ("linear+norm", 8, "step"), ("attention 4/2 heads of 16", 1, "measured")]
+    rows += [("prefill attention 4/2 heads of 16", 64, "measured"), ("all", None, "only")]
+    found = [{"operation": op, "batch": batch, "source": source} for op, batch, source in rows]
+    monkeypatch.setattr("tenfold.engine.inspect.choices", lambda core: found)
+    engine = SimpleNamespace(core=None)
+    for name, batch, by in (("gemm", 1, "rule"), ("gemm", 8, "table"), ("merge", 1, "table"), ("merge", 8, "rule")):
+        assert arms.decided_by(engine, Case("x", "auto over y", of(name, "library"), of(name, "auto")), batch) == by
+    graphs = Case("x", "graphs", of("graphs", False), of("graphs", True))
+    assert [arms.decided_by(engine, graphs, batch) for batch in (1, 8, 64)] == ["table", "table", "rule"]
