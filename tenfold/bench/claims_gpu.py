@@ -324,7 +324,7 @@ def _uneven(rows: Sequence[Timing], copy_gbs: float, command: str) -> list[Claim
 
 
 def _prefill_kernels(rows: Sequence[Timing], command: str) -> list[Claim]:
-    """Our fastest arm, for PyTorch's attention is none of the engine's arms: it reads no pages."""
+    """Our fastest arm alone: PyTorch's attention is an arm of the engine only behind a copy of pages."""
     found = []
     for (shape, batch, context), group in sorted(grouped(rows, "shape", "batch", "context").items()):
         ours, library = fastest(group, is_ours), fastest(group, lambda row: not is_ours(row))

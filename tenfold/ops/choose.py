@@ -16,7 +16,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,12 @@ class Table:
         other._steps = {**self._steps, **{key: {arm: 1.0} for key, arm in chosen.items()}}
         return other
 
-    def pick(self, key: Key, rule: str) -> Choice:
+    def pick(self, key: Key, rule: str, without: Collection[str] = ()) -> Choice:
         """The arm with which steps were fastest, else the one that was fastest alone; or `rule` where nothing was
-        measured or nothing is faster by more than noise.
+        measured or nothing is faster by more than noise. without: arms that are out of the question now.
         """
-        times, steps = self.times(key), self.steps(key)
+        every = self.times(key), self.steps(key)
+        times, steps = ({arm: took for arm, took in each.items() if arm not in without} for each in every)
         if not times and not steps:
             return Choice(key, rule, "rule")
         arm, second = best(steps or times, rule, STEP_NOISE if steps else NOISE)

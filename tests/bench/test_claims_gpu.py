@@ -155,7 +155,7 @@ def test_attention_of_a_prefill_against_the_fastest_library() -> None:
     assert (found.id, found.value, found.against) == ("F6", 1.1, "cudnn")
     slower = [kernel("prefill", "x", 1e3, context=8192), *rows[1:]]
     (other,) = claims_gpu.of_kernels(slower, 1.0, MACHINE, "c")
-    assert (other.value, other.met) == (0.99, False)  # the library's is none of the engine's arms
+    assert (other.value, other.met) == (0.99, False)  # the library's is not ours
 
 
 def test_notes_say_what_the_rules_reach() -> None:

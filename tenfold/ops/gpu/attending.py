@@ -3,7 +3,8 @@
 A `Reading` says what is read: whose heads, how many requests or new tokens, how long a context. Arms of decodes are
 plans of csrc/decode.cu by name ("decode:8x1:s4:cluster", "decode:4x3:even"), "triton" (or "triton:two", whose splits
 meet in a second launch) and the libraries of `ops/attention/third_party.py`; arms of chunks are `attend.CHUNKS`, plans
-of csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries. The softmax in a kernel of ours is a choice of its own, among
+of csrc/prefill.cu ("wgmma:3x128x2:apart") and libraries, PyTorch's own ("sdpa") for chunks that are all of a context,
+whose lengths the host knows. The softmax in a kernel of ours is a choice of its own, among
 `softmaxes`; arms are measured with "lazy", then each softmax in the arm that runs. Where nothing was measured `rule`
 and `softmax_rule` decide.
 """
@@ -32,7 +33,8 @@ than the last the rule."""
 TOKENS = (64, 256, 1024, 4096, 8192)  # new tokens of the longest chunk, likewise
 MANY = TOKENS[-1] + 1
 TRITON, TRITON_TWO = "triton", "triton:two"
-CHUNKS = tuple(name for name in attend_module.CHUNKS if name != "sdpa")  # which needs lengths on the host
+SDPA = "sdpa"
+CHUNKS = tuple(name for name in attend_module.CHUNKS if name != SDPA)
 SHAPES = ((4, 3, 1), (8, 1, 1), (8, 1, 3), (4, 2, 3), (4, 1, 3), (8, 1, 2))
 SHAPES_NARROW = ((4, 4, 1), (8, 2, 1), (8, 1, 6), (4, 2, 6))
 """Warps of a block, blocks of a multiprocessor, tiles of a warp under way, that are worth timing; heads of up to 64
@@ -55,7 +57,8 @@ class Layer(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One attention: `requests` decodes of contexts up to `longest` tokens, or where tokens is not 0 chunks of at most
-    that many new tokens. unified: whether a unified maximum of the scores is known.
+    that many new tokens. unified: whether a unified maximum of the scores is known. whole: whether there is one chunk,
+    which is all of its context.
     """
 
     spec: AttentionSpec
@@ -65,6 +68,7 @@ class Reading:
     dtype: torch.dtype = torch.bfloat16
     tokens: int = 0
     unified: bool = False
+    whole: bool = False
 
     @property
     def op(self) -> str:
@@ -142,9 +146,15 @@ def candidates(reading: Reading, sms: int) -> list[str]:
     """The arms worth timing, the rule's first."""
     others = third_party.legal(reading.spec, reading.dtype, reading.page_size, bool(reading.tokens))
     if reading.tokens:
-        return [*CHUNKS, *chunk_plans(reading), *others]
+        return [*CHUNKS, *chunk_plans(reading), *others, *([SDPA] if takes_sdpa(reading) else [])]
     plans = map(name_of, own_plans(reading, sms))
     return list(dict.fromkeys([rule(reading, sms), *(n for n in plans if legal(n, reading, sms)), TRITON, *others]))
+
+
+def takes_sdpa(reading: Reading) -> bool:
+    """Whether PyTorch's attention can do a reading and has a fast way to."""
+    plain = not reading.spec.window and not reading.spec.softcap
+    return reading.whole and plain and reading.dtype in (torch.bfloat16, torch.float16)
 
 
 def own_plans(reading: Reading, sms: int) -> Iterator[DecodePlan]:
@@ -173,7 +183,7 @@ def legal(name: str, reading: Reading, sms: int) -> bool:
     if name in third_party.LIBRARIES:
         return name in third_party.legal(reading.spec, reading.dtype, reading.page_size, chunks)
     if chunks:
-        return name in CHUNKS or name in chunk_plans(reading)
+        return name in CHUNKS or name in chunk_plans(reading) or (name == SDPA and takes_sdpa(reading))
     if name in (TRITON, TRITON_TWO):
         return True
     spec, longest = reading.spec, reading.longest
@@ -218,7 +228,7 @@ def softmaxes(reading: Reading) -> list[str]:
 
 def takes_softmax(arm: str) -> bool:
     """Whether an arm is a kernel of ours."""
-    return arm not in third_party.LIBRARIES
+    return arm not in third_party.LIBRARIES and arm != SDPA
 
 
 def near(reading: Reading) -> Iterator[Reading]:
@@ -251,7 +261,7 @@ def choice(reading: Reading, table: Table, sms: int, merge: str = "auto") -> Cho
     if stands is None:
         return Choice(place, first, "rule")
     one = nearest(stands, table, key, sms) or stands
-    found = table.pick(key(one, sms), rule(one, sms))
+    found = table.pick(key(one, sms), rule(one, sms), () if takes_sdpa(reading) else (SDPA,))
     if found.source == "rule" or not legal(found.arm, reading, sms):
         return Choice(place, first, "rule")
     if one != stands and found.arm == rule(one, sms):
@@ -347,14 +357,22 @@ class Attending:
             return found if out is None else out.copy_(found)
         if isinstance(arm, ChunkPlan):
             how = attend_module.Arms(softmax, plan=arm)
-        elif arm in CHUNKS:
+        elif arm in attend_module.CHUNKS:
             how = attend_module.Arms(softmax, chunks=arm)
         else:
             how = attend_module.Arms(softmax, "two" if arm == TRITON_TWO else "last")
         contexts = (step.page_table, step.query_start, step.kv_lengths)
         read = (q, keys, values, *contexts, spec, step.max_query, max_kv)
+        lengths = [(len(q), len(q))] if arm == SDPA else None
         return attend_module.attend(
-            *read, workspace=self.splits, sms=self.sms, arms=how, phi=phi, decodes=step.decodes, out=out
+            *read,
+            workspace=self.splits,
+            sms=self.sms,
+            arms=how,
+            phi=phi,
+            decodes=step.decodes,
+            lengths=lengths,
+            out=out,
         )
 
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
@@ -388,7 +406,7 @@ def readings(
     """
     longest = [n for n in LONGEST if n <= max(LONGEST[0], most_tokens)]
     sizes = [(r, n, 0) for r in REQUESTS for n in longest] + [(1, t, t) for t in TOKENS if t <= most_tokens]
-    every = [Reading(spec, r, n, page_size, dtype, t, known) for spec, known in layers for r, n, t in sizes]
+    every = [Reading(spec, r, n, page_size, dtype, t, known, t > 0) for spec, known in layers for r, n, t in sizes]
     return [reading for reading in every if not most_bytes or reading.nbytes <= most_bytes]
 
 

@@ -188,7 +188,9 @@ class Gpu(Oracle):
         known = heads.phi is not None
         place = heads.spec, known  # layers of a kind run alike, and all of a store have one type
         if place not in step.memo:
-            reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, 0 if alone else len(qkv), known)
+            tokens = 0 if alone else len(qkv)
+            whole = requests == 1 and tokens == step.max_query == step.max_kv
+            reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, tokens, known, whole)
             arm, softmax = self.attending.pick(reading)
             self._unified |= known and softmax in UNIFIED
             step.memo[place] = arm if keys.dtype == qkv.dtype else TRITON, softmax

@@ -84,8 +84,8 @@ def explain(
 def attention(
     readings: Sequence[Reading], table: Table, sms: int, merge: str = "auto", softmax: str = "auto"
 ) -> list[Read]:
-    """Every reading that was measured, and its softmax where the arm is ours; of a kind of which none was, those of
-    TYPICAL. merge, softmax: what a user fixed.
+    """Every reading that was measured, that of chunks behind a context too where those run another arm, and its softmax
+    where the arm is ours; of a kind of which none was, those of TYPICAL. merge, softmax: what a user fixed.
     """
     rate = bandwidth(table, sms)
 
@@ -96,8 +96,12 @@ def attention(
     found = []
     for reading in shown(attending.alike(readings), table, attending.key, sms):
         found.append(read(reading, attending.choice(reading, table, sms, merge)))
+        if found[-1].choice.arm == attending.SDPA:
+            behind = replace(reading, whole=False)
+            found.append(read(behind, attending.choice(behind, table, sms, merge)))
     for reading in shown(readings, table, attending.softmax_key, sms):
-        if attending.takes_softmax(attending.choice(reading, table, sms, merge).arm):
+        behind = replace(reading, whole=False)
+        if attending.takes_softmax(attending.choice(behind, table, sms, merge).arm):
             found.append(read(reading, attending.softmax_choice(reading, table, sms, softmax)))
     return found
 

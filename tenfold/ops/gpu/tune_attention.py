@@ -6,6 +6,7 @@ before attention (norms of heads, rotary embedding, the write into pages) are ti
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def measure_softmax(reading: Reading, running: Attending, timer: Timer) -> dict[
     """Microseconds of each softmax that is legal, in the arm that runs the reading; none where that is not ours. Raises
     ValueError where none can run.
     """
-    arm = attending.choice(reading, running.table, running.sms, running.merge).arm
+    arm = attending.choice(replace(reading, whole=False), running.table, running.sms, running.merge).arm
     if not attending.takes_softmax(arm):
         return {}
     inputs = Inputs(reading, timer.copies(reading.nbytes), running.device)

@@ -361,7 +361,9 @@ def show_attention(readings: "list[Reading]", running: "Attending") -> None:
 
 def attention_row(line: "Read") -> tuple[str, ...]:
     key, choice = line.choice.key, line.choice
-    sizes = (str(line.reading.tokens or line.reading.requests), str(line.reading.longest), str(line.reading.page_size))
+    read = line.reading
+    more = "+" if read.tokens and not read.whole else ""  # behind a context that was there before
+    sizes = (str(read.tokens or read.requests), f"{read.longest}{more}", str(read.page_size))
     took, floor = microseconds(choice.microseconds), microseconds(line.floor)
     share = "" if line.share is None else f"{line.share:.0%}"
     return (key.op, *sizes, str(key.budget), choice.arm, took, floor, share, because(choice))

@@ -23,6 +23,7 @@ from tenfold.ops.kernels import MERGE, AttentionSpec, Options
 from tenfold.ops.oracle import Oracle
 
 attending = pytest.importorskip("tenfold.ops.gpu.attending")
+report = pytest.importorskip("tenfold.ops.gpu.report")
 tuning = pytest.importorskip("tenfold.ops.gpu.tune_attention")
 attend = pytest.importorskip("tenfold.ops.attention.attend")
 third_party = pytest.importorskip("tenfold.ops.attention.third_party")
@@ -245,7 +246,8 @@ def test_kernels_of_a_gpu_run_what_was_picked(table: Table, monkeypatch: pytest.
         return original(*given)
 
     monkeypatch.setattr(gpu.attending, "pick", pick)
-    found = tuning.Inputs(Reading(SMALL, 1 if tokens else 2, 48 if tokens else 64, 16, torch.float32, tokens), 1, CPU)
+    sizes = (1, 48) if tokens else (2, 64)
+    found = tuning.Inputs(Reading(SMALL, *sizes, 16, torch.float32, tokens, whole=tokens > 0), 1, CPU)
     keys, values, pages = found.stores[0]
     step = replace(found.contexts(pages), max_kv=48)  # of decodes, the page table has room for more than that
     result = gpu.attention(found.qkv, found.heads, keys, values, step)
@@ -266,6 +268,62 @@ def test_plans_are_remembered_and_carry_the_softmax_in_use(table: Table) -> None
     attention = ("attention 32/8 heads of 128", "prefill attention 32/8 heads of 128")
     ops = {choice.key.op for choice in one.explain(16, torch.bfloat16, 8192)}
     assert ops == {*attention, *(f"softmax of {op}" for op in attention)}
+
+
+# PyTorch's attention
+
+
+WHOLE = Reading(SPEC, 1, 1024, 16, tokens=1024, whole=True)
+
+
+def test_pytorchs_attention_is_an_arm_of_whole_prompts_only(table: Table) -> None:
+    assert attending.candidates(WHOLE, SMS)[-1] == "sdpa"
+    for other in (
+        {"whole": False},
+        {"dtype": torch.float32},
+        {"spec": replace(SPEC, window=100)},
+        {"spec": replace(SPEC, softcap=9.0)},
+    ):
+        reading = replace(WHOLE, **other)  # type: ignore[arg-type]
+        assert "sdpa" not in attending.candidates(reading, SMS)
+        assert not attending.legal("sdpa", reading, SMS)
+    assert "sdpa" not in attending.candidates(READING, SMS)
+    assert attending.choice(WHOLE, table, SMS).arm != "sdpa"  # never by rule
+
+
+def test_where_pytorchs_attention_is_fastest_chunks_behind_a_context_take_the_next(table: Table) -> None:
+    first = attending.rule(WHOLE, SMS)
+    table.record(attending.key(WHOLE, SMS), {first: 9.0, "sdpa": 5.0, "tiles": 7.0})
+    found = attending.choice(WHOLE, table, SMS)
+    assert (found.arm, found.source, found.runner_up) == ("sdpa", "measured", "tiles")
+    behind = attending.choice(replace(WHOLE, whole=False), table, SMS)
+    assert (behind.arm, behind.source, behind.runner_up) == ("tiles", "measured", first)
+    running, timer = attending.Attending(CPU, SMS, table), FakeTimer()
+    assert running.pick(WHOLE)[0] == "sdpa"
+    assert running.pick(replace(WHOLE, longest=3000, whole=False))[0] == "tiles"
+    assert list(tuning.measure_softmax(WHOLE, running, timer)) == ["lazy", "online"]  # of chunks in "tiles"
+    rows = report.attention([WHOLE], table, SMS)
+    assert [(row.reading.whole, row.choice.arm) for row in rows] == [(True, "sdpa"), (False, "tiles"), (True, "lazy")]
+
+
+@pytest.mark.parametrize(("old", "whole"), [(0, True), (5, False)])
+def test_kernels_know_a_prompt_that_is_all_of_its_context(table: Table, old: int, whole: bool) -> None:
+    native = pytest.importorskip("tenfold.ops.gpu.native")
+    gpu = native.Gpu.__new__(native.Gpu)
+    Oracle.__init__(gpu, CPU, torch.float16)
+    gpu.options, gpu._unified, gpu.attending = Options(), False, attending.Attending(CPU, SMS, table)
+    found = tuning.Inputs(Reading(SMALL, 1, 48, 16, torch.float16, 48, whole=True), 1, CPU)
+    table.record(attending.key(attending.at(found.reading), SMS), {"tiles": 9.0, "sdpa": 1.0})
+    keys, values, pages = found.stores[0]
+    step, new = found.contexts(pages), 48 - old
+    step = replace(step, **{name: getattr(step, name)[old:] for name in ("positions", "slots")}, max_query=new)
+    step = replace(step, query_start=torch.tensor([0, new], dtype=torch.int32))
+    result = gpu.attention(found.qkv[old:], found.heads, keys, values, step)
+    (reading,) = gpu.attending.asked()
+    assert reading.whole == whole
+    assert [arm for arm, _ in step.memo.values()] == ["sdpa" if whole else "tiles"]
+    expected = Oracle("cpu", torch.float16).attention(found.qkv[old:], found.heads, keys, values, step)
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
 
 
 # Other projects' kernels, which are not installed here: modules that say what they were given

@@ -46,7 +46,7 @@ def test_decodes(
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("tokens", [64, 257])
 def test_chunks(tmp_path: Path, heads: tuple[int, int, int, int], tokens: int) -> None:
-    check(tmp_path, attending.Reading(spec_of(*heads), 1, tokens, 16, torch.bfloat16, tokens))
+    check(tmp_path, attending.Reading(spec_of(*heads), 1, tokens, 16, torch.bfloat16, tokens, whole=True))
 
 
 def check(tmp_path: Path, reading: Any) -> None:
