@@ -82,7 +82,7 @@ def measure_softmax(reading: Reading, running: Attending, timer: Timer) -> dict[
     """Microseconds of each softmax that is legal, in the arm that runs the reading; none where that is not ours. Raises
     ValueError where none can run.
     """
-    arm = attending.choice(replace(reading, whole=False), running.table, running.sms, running.merge).arm
+    arm = attending.choice(replace(reading, whole=False), running.table, running.sms).arm
     if not attending.takes_softmax(arm):
         return {}
     inputs = Inputs(reading, timer.copies(reading.nbytes), running.device)
