@@ -104,8 +104,8 @@ def tune(
     Raises what `Engine.load` raises.
     """
     torch.cuda.empty_cache()  # an engine counts what is free
-    open_ = replace(config, softmax="auto", gemm="auto", merge="auto")  # or all arms would be the one that a user fixed
-    engine = Engine.load(replace(open_, rehearse=False, schedule=CHUNKED), tokens_only=True)
+    free = replace(config, softmax="auto", gemm="auto", merge="auto")  # or all arms would be the one that a user fixed
+    engine = Engine.load(replace(free, rehearse=False, schedule=CHUNKED), tokens_only=True)
     if not engine.kv.spec.packing:
         engine.kv.fill(0.0)  # what is no number would send all tokens to the same experts
     kernels: Any = engine.kernels

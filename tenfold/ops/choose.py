@@ -16,7 +16,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class Table:
 
     def __len__(self) -> int:
         return len(self._times)
+
+    def __iter__(self) -> Iterator[Key]:
+        """The keys of which there are times alone."""
+        return iter(tuple(self._times))
 
     def times(self, key: Key) -> Mapping[str, float]:
         """Microseconds of each measured arm; empty where nothing was measured."""

@@ -9,6 +9,7 @@ from tenfold.ops.choose import Key, Table
 
 PREFILLS = (128, 256, 512, 1024, 2048)  # tokens
 DECODES = (1, 8, 64, 256)  # requests
+PHASES = ("prefill", "decode")
 LANE = "lane"
 
 
@@ -20,8 +21,12 @@ def sizes_of(max_len: int, max_batch: int) -> tuple[list[int], list[int]]:
 def key(shape: ModelConfig, config: EngineConfig, phase: str, size: int, sms: int) -> Key:
     """size: tokens of a prefill, or requests of a decode."""
     stored = f"{config.dtype}, weights {config.weights}, KV {config.kv_cache}"
-    op = f"{phase} of {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab_size}"
-    return Key(op, shape.hidden_size, shape.intermediate_size, stored, size, sms)
+    return Key(op(shape, phase), shape.hidden_size, shape.intermediate_size, stored, size, sms)
+
+
+def op(shape: ModelConfig, phase: str) -> str:
+    """The operation of a key."""
+    return f"{phase} of {shape.layers} layers, {shape.heads}/{shape.kv_heads} heads, vocabulary {shape.vocab_size}"
 
 
 def recall(
@@ -42,15 +47,25 @@ def recall(
             found[sms] = tuple((n, seconds) for n, seconds in times if seconds)
         return found
 
-    made = side("prefill", prefills, tokens), side("decode", decodes, requests)
+    made = side(PHASES[0], prefills, tokens), side(PHASES[1], decodes, requests)
     whole = all(len(times) == len(sizes) for part, sizes in zip(made, (tokens, requests)) for times in part.values())
     return Stairs(*made) if whole else None
 
 
 def keep(table: Table, shape: ModelConfig, config: EngineConfig, stairs: Stairs) -> None:
     """Write them down. Raises OSError."""
-    for phase in ("prefill", "decode"):
+    for phase in PHASES:
         for sms, points in getattr(stairs, phase).items():
             for size, seconds in points:
                 table.record(key(shape, config, phase, size, sms), {LANE: 1e6 * seconds})
     table.save()
+
+
+def forget(table: Table, shape: ModelConfig) -> None:
+    """Leave it to the next engine to measure: what runs in steps was chosen anew. Raises OSError."""
+    ops = [op(shape, phase) for phase in PHASES]
+    old = [key for key in table if key.op in ops and table.times(key)]
+    for key in old:
+        table.record(key, {})
+    if old:
+        table.save()

@@ -100,6 +100,7 @@ def tune_gpu(opened: Opened) -> None:
         parts += gpu_parts(kernels.on(lane.sms), GpuTimer(opened.device, lane), works, trace.experts, own)
     steps = len(tune_steps.sizes_of(longest_of(opened), math.inf)) * (1 + len(decodes))
     measure_parts([*parts, Part(steps, lambda say: tune_steps.tune(config, progress=say, parts=decodes))])
+    stored.forget(kernels.arms.table, model_config(opened.checkpoint.config))
     show_all(kernels, trace, readings)
     show_lanes(opened, kernels, trace, readings)
     print(f"saved in {kernels.arms.table.path}", file=sys.stderr)

@@ -15,7 +15,7 @@ from tenfold.engine.phases.lanes import OneStream
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import Request, SamplingParams
-from tenfold.ops.choose import Table
+from tenfold.ops.choose import Key, Table
 from tenfold.serve.cli import choices
 from tests.engine import fake
 from tests.engine.test_invariance import Case, answer, case
@@ -257,6 +257,24 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     ]  # 36 SMs decode in 10.6 ms, beside a prefill in 12.1
     _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
     assert whole[-1] == "1 answers in steps with 128 tokens of prompts, 8 answers in steps with 128 tokens of prompts"
+
+
+def test_stairs_that_were_forgotten_are_measured_again(tmp_path: Path) -> None:
+    shape: Any = SimpleNamespace(layers=2, heads=8, kv_heads=2, vocab_size=97, hidden_size=64, intermediate_size=256)
+    other: Any = SimpleNamespace(**vars(shape) | {"layers": 3})
+    config = EngineConfig(dtype="bfloat16", max_model_len=4096, max_batch=16)
+    asked = ([64, 132], [68, 132], [256, 2048], [1, 8])
+    known, linear = Table("some GPU", "1", tmp_path / "choices.json"), Key("linear", 64, 64, "bfloat16", 1, 132)
+    known.record(linear, {"cublas": 1.0})
+    for model in (shape, other):
+        stored.keep(known, model, config, STAIRS)
+    stored.forget(known, shape)
+    for table_of in (known, Table("some GPU", "1", tmp_path / "choices.json")):
+        assert stored.recall(table_of, shape, config, *asked) is None
+        assert stored.recall(table_of, other, config, *asked) == STAIRS
+        assert table_of.times(linear) == {"cublas": 1.0}
+    stored.keep(known, shape, config, STAIRS)
+    assert stored.recall(Table("some GPU", "1", tmp_path / "choices.json"), shape, config, *asked) == STAIRS
 
 
 @pytest.mark.parametrize(
