@@ -156,7 +156,9 @@ def single_command(
         str, typer.Option(help="Prompt lengths of the decodes, comma-separated.")
     ] = "128,1024,8192,32768",
     prefill: Annotated[str, typer.Option(help="Prompt lengths of prefills, batch 1.")] = "1024,8192,32768",
-    against: Annotated[str, typer.Option(help="Peers: hf, hf-loop, hf-compiled, vllm, llama.cpp.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Peers: hf (both hf-generate and hf-compiled), hf-loop, vllm, llama.cpp.")
+    ] = "",
     rounds: Rounds = 3,
     tokens: Tokens = 129,
     device: Device = "auto",
@@ -171,7 +173,7 @@ def single_command(
 
     header()
     where = single.device_of(device)
-    engines = ["tenfold", *(single.engine_of(name) for name in peers(against))]
+    engines = single.engines_of(peers(against))
     points = single.grid(whole(batch), whole(context), whole(prefill), tokens)
     tuning = {"tenfold": chosen_settings(settings)}
     plan = single.Plan(model, tuple(engines), tuple(points), rounds, where, threads, tuning, peer_path)

@@ -226,7 +226,7 @@ ENGINES = {
 
 
 class NotInstalled(RuntimeError):
-    """A peer whose packages are not there."""
+    """A peer whose packages, or whose tools, are not there."""
 
 
 def make_engine(name: str, setup: Setup) -> Engine:

@@ -26,8 +26,15 @@ TOKENS = 129
 WARM_UP = 9  # tokens of a first run at a point, which is not counted
 Say = Callable[[str], None]
 
-# What `--against` takes, and the engine it means: of transformers what a user gets from `generate`.
-PEERS = {"hf": "hf-generate", "hf-loop": "hf", "hf-compiled": "hf-compiled", "vllm": "vllm", "llama.cpp": "llama.cpp"}
+# What `--against` takes, and the engines it means: of transformers what a user gets from `generate`, and its best.
+PEERS = {
+    "hf": ("hf-generate", "hf-compiled"),
+    "hf-generate": ("hf-generate",),
+    "hf-loop": ("hf",),
+    "hf-compiled": ("hf-compiled",),
+    "vllm": ("vllm",),
+    "llama.cpp": ("llama.cpp",),
+}
 ALONE = ("vllm", "llama.cpp")  # cannot share a GPU with others
 # Eager steps of transformers are bound by launches and take the same time each: fewer of them say as much.
 FEWER_TOKENS = {"hf-generate": 33, "hf": 33}
@@ -256,11 +263,12 @@ def line(row: Row, result: Result) -> str:
 # From a model's name to a result
 
 
-def engine_of(peer: str) -> str:
-    """The engine a peer's name means. Raises ValueError."""
-    if peer not in PEERS:
-        raise ValueError(f"against is {peer!r}; allowed: {', '.join(PEERS)}.")
-    return PEERS[peer]
+def engines_of(peers: Sequence[str]) -> list[str]:
+    """Ours and those that peers' names mean, each once. Raises ValueError."""
+    for peer in peers:
+        if peer not in PEERS:
+            raise ValueError(f"against is {peer!r}; allowed: {', '.join(PEERS)}.")
+    return list(dict.fromkeys(["tenfold", *(engine for peer in peers for engine in PEERS[peer])]))
 
 
 def device_of(name: str) -> str:
@@ -272,7 +280,7 @@ def device_of(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. engines: "tenfold" and values of PEERS. tuning: by engine, fields of EngineConfig for ours,
+    """What to measure. engines: of `engines_of`. tuning: by engine, fields of EngineConfig for ours,
     arguments of the constructor for peers. peer_path: folders where a peer's packages lie, for its process alone.
     """
 
@@ -342,7 +350,7 @@ def _on_gpu(plan: Plan, sizes: Sizes, result: Result, say: Say, done: Callable[[
 
 @contextmanager
 def _in_process(plan: Plan, part: Session, result: Result, say: Say) -> Iterator[dict[str, Engine]]:
-    """The engines of a session in this process, without those not installed; their memory is free afterwards."""
+    """The engines of a session in this process, without those that do not start; their memory is free afterwards."""
     import torch
 
     engines: dict[str, Engine] = {}
@@ -351,9 +359,8 @@ def _in_process(plan: Plan, part: Session, result: Result, say: Say) -> Iterator
             say(f"loading {name} for {len(part.points)} points, {part.cached} tokens of KV cache")
             try:
                 engines[name] = make_engine(name, _setup(plan, name, part))
-            except NotInstalled as error:
-                for point in part.points:
-                    result.skip(name, point, str(error), say)
+            except RuntimeError as error:
+                _without(name, part, error, result, say)
         yield engines
     finally:
         engines.clear()
@@ -372,16 +379,22 @@ def _side_by_side(plan: Plan, part: Session, result: Result, say: Say, done: Cal
             try:
                 workers[name] = Worker(name, _setup(plan, name, part), plan.peer_path if name in ALONE else "")
             except RuntimeError as error:
-                for note in getattr(error, "__notes__", ()):
-                    say(note)  # a peer's message may do no more than point to its log
-                why = str(error) if isinstance(error, NotInstalled) else brief(error)
-                for point in part.points:
-                    result.skip(name, point, why, say)
+                _without(name, part, error, result, say)
         if workers:
             _measure(plan, workers, part.points, result, say, done)
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def _without(name: str, part: Session, error: RuntimeError, result: Result, say: Say) -> None:
+    """Skip an engine that did not start at every point of a session, and say why once."""
+    for note in getattr(error, "__notes__", ()):
+        say(note)  # a peer's message may do no more than point to its log
+    why = str(error) if isinstance(error, NotInstalled) else brief(error)
+    say(f"{name}: skipped, {why}")
+    for point in part.points:
+        result.skip(name, point, why, lambda text: None)
 
 
 def _setup(plan: Plan, name: str, part: Session) -> Setup:

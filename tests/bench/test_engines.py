@@ -127,6 +127,15 @@ def test_a_peer_that_is_not_installed_is_a_sentence_without_a_trace(monkeypatch)
             make_engine(peer, Setup("shape:tiny", device="cuda"))
 
 
+@pytest.mark.parametrize(("device", "program"), [("cpu", r"g\+\+"), ("cuda", "gcc or clang")])
+def test_without_a_compiler_the_compiled_peer_says_what_it_lacks(monkeypatch, tmp_path, device, program):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NotInstalled, match=f"torch.compile calls {program}, .*hf-generate alone"):
+        make_engine("hf-compiled", Setup("shape:tiny", device=device))
+
+
 def test_a_worker_says_what_is_not_installed(tmp_path):
     (tmp_path / "vllm.py").write_text("import nothing_of_this_name\n")
     with pytest.raises(NotInstalled, match=r"vllm is not installed here .*nothing_of_this_name") as found:

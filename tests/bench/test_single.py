@@ -255,21 +255,40 @@ def test_peers_that_are_not_installed_are_skipped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(single, "make_engine", make)
     monkeypatch.setattr(single, "Worker", missing)
     pretend_gpu(monkeypatch)
-    points = tuple(single.grid([1], [128], [], 129))
+    points = tuple(single.grid([1, 2], [128], [], 129))
     lines: list[str] = []
     result = single.run(
         single.Plan("shape:llama-2-7b", ("tenfold", "hf-generate", "vllm"), points, 1, "cuda"), lines.append
     )
-    assert [row.engine for row in result.rows] == ["tenfold"]
-    assert [(skip.engine, skip.why) for skip in result.skipped] == [
-        (name, f"{name} is not installed here.") for name in ("hf-generate", "vllm")
+    assert [row.engine for row in result.rows] == ["tenfold"] * 2
+    assert [(skip.engine, skip.batch, skip.why) for skip in result.skipped] == [
+        (name, batch, f"{name} is not installed here.") for name in ("hf-generate", "vllm") for batch in (1, 2)
     ]
     assert sum("not installed" in line for line in lines) == 2
 
 
-def test_an_unknown_peer_names_the_known_ones() -> None:
+def test_names_of_peers_mean_engines() -> None:
+    assert single.engines_of([]) == ["tenfold"]
+    assert single.engines_of(["hf", "hf-compiled", "vllm"]) == ["tenfold", "hf-generate", "hf-compiled", "vllm"]
+    assert single.engines_of(["hf-generate", "hf-loop"]) == ["tenfold", "hf-generate", "hf"]
     with pytest.raises(ValueError, match="hf-compiled"):
-        single.engine_of("tensorrt")
+        single.engines_of(["tensorrt"])
+
+
+def test_both_forms_of_transformers_take_turns_with_ours_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "make_engine", lambda name, setup: Fake(0.004))
+    pretend_gpu(monkeypatch)
+    points = (Point(1, 1024, 129), Point(1, 8192, 129))
+    plan = single.Plan("shape:llama-2-7b", tuple(single.engines_of(["hf"])), points, 1, "cuda")
+    result = single.run(plan, lambda _: None)
+    assert [(row.engine, row.context, row.beside) for row in result.rows] == [
+        ("tenfold", 1024, ["hf-generate", "hf-compiled"]),
+        ("hf-generate", 1024, ["tenfold", "hf-compiled"]),
+        ("hf-compiled", 1024, ["tenfold", "hf-generate"]),
+        ("tenfold", 8192, ["hf-generate"]),
+        ("hf-generate", 8192, ["tenfold"]),
+    ]
+    assert [(skip.engine, skip.context) for skip in result.skipped] == [("hf-compiled", 8192)]
 
 
 # The driver for a GPU machine

@@ -5,6 +5,9 @@ float32 on a CPU, bfloat16 on a GPU. One model in memory serves all forms that l
 """
 
 import inspect
+import os
+import shlex
+import shutil
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from tenfold.bench.engines import Prompts, Setup, Stopwatch, Timing, one_length
+from tenfold.bench.engines import NotInstalled, Prompts, Setup, Stopwatch, Timing, one_length
 from tenfold.ops.blocks import dequantize
 from tenfold.ops.matrix import Deferred
 from tenfold.weights.find import resolve
@@ -117,6 +120,12 @@ class Compiled:
     """
 
     def __init__(self, setup: Setup) -> None:
+        """Raises NotInstalled where torch.compile finds no compiler."""
+        if not setup.settings and not any(map(shutil.which, compilers(setup.device))):
+            raise NotInstalled(
+                f"torch.compile calls {' or '.join(compilers(setup.device))}, and there is none; install it, or take "
+                "hf-generate alone."
+            )
         self.model = shared_model(setup)
         self.device = setup.device
         self.capacity: int | None = None
@@ -168,6 +177,12 @@ class Compiled:
             found = torch.cat(steps, dim=1).tolist()
             watch.mark()
         return watch.timing(found)
+
+
+def compilers(device: str) -> list[str]:
+    """Programs of which torch.compile needs one: C++ for kernels of a CPU, C for what launches a GPU's."""
+    kind, usual = ("CXX", ["g++"]) if device == "cpu" else ("CC", ["gcc", "clang"])
+    return shlex.split(os.environ.get(kind, ""))[:1] or usual
 
 
 def cache_argument(model: Any) -> str:
