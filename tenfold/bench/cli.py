@@ -472,7 +472,7 @@ def throughput_command(
 
     header()
     work = Work(requests, parse(prompts), parse(answers))
-    engines = throughput.engines_of(["tenfold", *peers(against)])
+    engines = ["tenfold", *throughput.peers_of(peers(against))]
     tuning = {"tenfold": chosen_settings(settings)}
     where = single.device_of(device)
     found = throughput.run(
@@ -486,6 +486,7 @@ def throughput_command(
 @app.command("serving")
 def serving_command(
     model: Model = "default",
+    against: Annotated[str, typer.Option(help="vllm, or nothing: it takes turns with an engine in this process.")] = "",
     url: Annotated[str, typer.Option(help="A running server, without /v1; empty: an engine in this process.")] = "",
     key: Annotated[str, typer.Option(envvar="TENFOLD_API_KEY", help="The server's API key.")] = "",
     rates: Annotated[str, typer.Option(help="Requests a second, comma-separated; 0: all at once.")] = "1,2,4,8",
@@ -497,23 +498,27 @@ def serving_command(
     device: Device = "auto",
     vocabulary: Annotated[int, typer.Option(min=4, help="Prompts have ids below this; 0 to 3 are left out.")] = 32_000,
     settings: Settings = None,
+    peer_path: PeerPath = "",
     out: Out = None,
     keep: Record = False,
 ) -> None:
     """Serving under load: random arrivals at given rates; TTFT, TPOT and ITL percentiles, goodput."""
-    from tenfold.bench import load, single
+    from tenfold.bench import load, single, throughput
     from tenfold.bench.hardware import machine
     from tenfold.bench.lengths import parse
     from tenfold.bench.throughput import Work
 
     header()
     work, promised = Work(requests, parse(prompts), parse(answers)), load.Objective(ttft, tpot)
-    speeds = rates_of(rates)
+    speeds, rivals = rates_of(rates), throughput.peers_of(peers(against))
     where = single.device_of(device)
+    if url and rivals:
+        raise ValueError("--against takes turns with an engine in this process; leave out --url, or --against.")
     if url:
         runs = load.against_server(load.Server(url, model, key), work, speeds, vocabulary, promised, typer.echo)
     else:
-        runs = load.in_process(model, where, chosen_settings(settings), work, speeds, promised, typer.echo)
+        own = chosen_settings(settings)
+        runs = load.in_process(model, where, own, work, speeds, promised, typer.echo, rivals, peer_path)
     data = load.plain(runs, machine(where), model, work, promised)
     written(out, keep, f"serving-{file_name(model)}", data)
     if all(run.failed == run.requests for run in runs):

@@ -103,6 +103,14 @@ class Engine(Protocol):
         ...
 
 
+class Peer(Protocol):
+    """An engine elsewhere that takes requests at their moments."""
+
+    def serve(self, jobs: Sequence[Job]) -> list[Answer]:
+        """What became of each."""
+        ...
+
+
 class Stopwatch:
     """Marks its start, the first token and the end."""
 

@@ -149,15 +149,21 @@ def offline(engine: str) -> Callable[[Job], None]:
     return part
 
 
-def under_load(job: Job) -> None:
-    """Random arrivals at an engine in this process. Needs the packages of the server's engine loop."""
-    options = job.options
-    work = Work(options["requests"], parse(options["prompts"]), parse(options["answers"]))
-    rates = [float(rate) for rate in options["rates"].split(",")]
-    promised = load.Objective()
-    runs = load.in_process(job.model, options["device"], options["set"], work, rates, promised, say)
-    data = load.plain(runs, machine(options["device"]), job.model, work, promised)
-    save(job.path, data, job.options["commit"])
+def under_load(*peers: str) -> Callable[[Job], None]:
+    """Random arrivals at an engine in this process, and at peers in turn with it. Needs the packages of the server's
+    engine loop.
+    """
+
+    def part(job: Job) -> None:
+        options = job.options
+        work = Work(options["requests"], parse(options["prompts"]), parse(options["answers"]))
+        rates = [float(rate) for rate in options["rates"].split(",")]
+        given, promised = (job.model, options["device"], options["set"], work, rates), load.Objective()
+        runs = load.in_process(*given, promised, say, peers, options["peer_path"])
+        data = load.plain(runs, machine(options["device"]), job.model, work, promised)
+        save(job.path, data, job.options["commit"])
+
+    return part
 
 
 def tuned(job: Job) -> None:
@@ -188,7 +194,8 @@ PARTS: dict[str, Callable[[Job], None]] = {
     "arms": ablations,
     "throughput": offline("tenfold"),
     "throughput-vllm": offline("vllm"),
-    "serving": under_load,
+    "serving": under_load(),
+    "serving-vllm": under_load("vllm"),
 }
 
 

@@ -1,5 +1,6 @@
 """Serving under load: requests arrive at random moments (Poisson) at a given rate, against a running server or an
-engine in this process; how long they wait for their first token and between tokens, and how many are served well.
+engine in this process, and a peer in turn with it; how long they wait for their first token and between tokens, and how
+many are served well.
 
 TTFT: from the request's planned arrival to its first token, so that a client that falls behind counts against the
 server. TPOT: (last token - first token) / (tokens - 1). ITL: gaps between the pieces of a stream. Goodput: requests a
@@ -17,11 +18,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from tenfold.bench.engines import Answer, engine_config
+from tenfold.bench.engines import Answer, Job, Peer, engine_config
+from tenfold.bench.peers import vllm
 from tenfold.bench.throughput import Work
 from tenfold.weights.shapes import at_least_positions, is_shape
 
 PERCENTILES = (50, 90, 99)
+OURS = "tenfold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Client(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Figures of one rate: requests a second, percentiles in ms by name, rates of what was served."""
+    """Figures of one engine at one rate: requests a second, percentiles in ms by name, rates of what was served."""
 
     rate: float
     requests: int
@@ -51,6 +54,7 @@ class Run:
     output_tokens: int
     percentiles: dict[str, dict[str, float]]
     good: int
+    engine: str = OURS
 
     @property
     def goodput(self) -> float:
@@ -59,7 +63,7 @@ class Run:
     def line(self) -> str:
         ttft, tpot = self.percentiles["ttft"], self.percentiles["tpot"]
         return (
-            f"{self.rate:7.2f} requests/s  TTFT p50 {ttft['p50']:8.1f} p99 {ttft['p99']:8.1f} ms  "
+            f"{self.rate:7.2f} requests/s  {self.engine:7}  TTFT p50 {ttft['p50']:8.1f} p99 {ttft['p99']:8.1f} ms  "
             f"TPOT p50 {tpot['p50']:7.2f} p99 {tpot['p99']:7.2f} ms  "
             f"{self.output_tokens / self.seconds:8.0f} tokens/s  goodput {self.goodput:.2f}/s"
             + (f"  {self.failed} failed" if self.failed else "")
@@ -73,13 +77,14 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(len(values) * share / 100) - 1)]
 
 
-def summary(rate: float, answers: Sequence[Answer], seconds: float, objective: Objective) -> Run:
+def summary(rate: float, answers: Sequence[Answer], seconds: float, objective: Objective, engine: str = OURS) -> Run:
     fine = [a for a in answers if not a.error and a.times]
     tpots = [t for a in fine if (t := a.tpot) is not None]
     values = {"ttft": [a.ttft for a in fine], "tpot": tpots, "itl": [gap for a in fine for gap in a.gaps]}
     figures = {name: {f"p{p}": percentile(found, p) for p in PERCENTILES} for name, found in values.items()}
     good = sum(a.ttft <= objective.ttft and (a.tpot or 0.0) <= objective.tpot for a in fine)
-    return Run(rate, len(answers), len(answers) - len(fine), seconds, sum(a.tokens for a in fine), figures, good)
+    tokens = sum(a.tokens for a in fine)
+    return Run(rate, len(answers), len(answers) - len(fine), seconds, tokens, figures, good, engine)
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[float]:
@@ -98,35 +103,48 @@ async def measure(
     vocabulary: int,
     objective: Objective,
     say: Callable[[str], None],
+    peers: Mapping[str, Peer] | None = None,
 ) -> list[Run]:
-    """One run of all requests at each rate, after one request that is not counted."""
+    """One run of all requests at each rate, after one request that is not counted; by the client and by each peer, in
+    an order that turns around every rate.
+    """
+    peers = peers or {}
     async for _ in client.stream([1, 2, 3], 2):
         pass
+    for peer in peers.values():
+        await asyncio.to_thread(peer.serve, [Job(0.0, [1, 2, 3], 2)])
     runs = []
     for number, rate in enumerate(rates):
-        prompts, lengths = work.requests(number, vocabulary)
         due = arrivals(work.count, rate, number)
-        begin = time.perf_counter()
-        answers = await asyncio.gather(
-            *(_one(client, prompt, tokens, at, begin) for prompt, tokens, at in zip(prompts, lengths, due))
-        )
-        runs.append(summary(rate, answers, time.perf_counter() - begin, objective))
-        say(runs[-1].line())
+        jobs = [Job(*each) for each in zip(due, *work.requests(number, vocabulary))]
+        for name in [OURS, *peers][:: 1 if number % 2 == 0 else -1]:
+            begin = time.perf_counter()
+            answers = await (asyncio.to_thread(peers[name].serve, jobs) if name in peers else _served(client, jobs))
+            for job, answer in zip(jobs, answers):
+                if not answer.error and answer.tokens != job.tokens:
+                    answer.error = f"{answer.tokens} tokens came and {job.tokens} were asked for"
+            spent = time.perf_counter() - begin  # with what it takes to send jobs to another process
+            seconds = max((answer.times[-1] for answer in answers if answer.times), default=spent)
+            runs.append(summary(rate, answers, seconds, objective, name))
+            say(runs[-1].line())
     return runs
 
 
-async def _one(client: Client, prompt: Sequence[int], tokens: int, due: float, begin: float) -> Answer:
-    await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
-    answer = Answer(due)
+async def _served(client: Client, jobs: Sequence[Job]) -> list[Answer]:
+    begin = time.perf_counter()
+    return await asyncio.gather(*(_one(client, job, begin) for job in jobs))
+
+
+async def _one(client: Client, job: Job, begin: float) -> Answer:
+    await asyncio.sleep(max(0.0, begin + job.due - time.perf_counter()))
+    answer = Answer(job.due)
     try:
-        async with aclosing(client.stream(prompt, tokens)) as pieces:  # type: ignore[type-var]
+        async with aclosing(client.stream(job.prompt, job.tokens)) as pieces:  # type: ignore[type-var]
             async for count in pieces:
                 answer.times.append(time.perf_counter() - begin)
                 answer.sizes.append(count)
     except (OSError, RuntimeError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
-    if not answer.error and answer.tokens != tokens:
-        answer.error = f"{answer.tokens} tokens came and {tokens} were asked for"
     return answer
 
 
@@ -246,8 +264,13 @@ def in_process(
     rates: Sequence[float],
     objective: Objective,
     say: Callable[[str], None] = print,
+    against: Sequence[str] = (),
+    peer_path: str = "",
 ) -> list[Run]:
-    """Load the engine here and measure it; a shape gets the contexts it needs. settings: fields of EngineConfig."""
+    """Load the engine here and measure it; a shape gets the contexts it needs. settings: fields of EngineConfig.
+    against: "vllm", in a process beside this one, where either has about half the GPU; peer_path: folder of its
+    packages. Raises NotInstalled where it is not, before anything is measured.
+    """
     from tenfold.engine.core import Engine
     from tenfold.engine.llm import AsyncLLM
 
@@ -255,13 +278,20 @@ def in_process(
         model = at_least_positions(model, work.longest)
     own: dict[str, Any] = {"model": model, "device": device, "max_model_len": work.longest, "prefix_cache": False}
     own["max_queue"] = work.count
-    engine = Engine.load(engine_config(settings, **own), tokens_only=is_shape(model))
+    if against:
+        own["gpu_memory_utilization"] = vllm.BESIDE / (1 - vllm.BESIDE)  # of what is free when they have theirs
+    config = engine_config(settings, **own)
+    peers = {name: vllm.beside_ours(model, work.longest, peer_path) for name in against}
 
     async def run() -> list[Run]:
-        llm = AsyncLLM(engine=engine)
+        llm = AsyncLLM(engine=Engine.load(config, tokens_only=is_shape(model)))
         try:
-            return await measure(InProcess(llm), work, rates, llm.vocab_size, objective, say)
+            return await measure(InProcess(llm), work, rates, llm.vocab_size, objective, say, peers)
         finally:
             llm.close()
 
-    return asyncio.run(run())
+    try:
+        return asyncio.run(run())
+    finally:
+        for peer in peers.values():
+            peer.close()

@@ -29,15 +29,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.command import save, settings
-from tenfold.bench.engines import Answer, Job, Setup
+from tenfold.bench.engines import Answer, Job, Peer
 from tenfold.bench.hardware import machine
 from tenfold.bench.load import percentile
+from tenfold.bench.peers.vllm import STEP_TOKENS, beside_ours
 from tenfold.bench.phases_sim import Ask
 from tenfold.bench.worker import Worker
 from tenfold.engine.core import Engine
@@ -54,8 +55,6 @@ from tenfold.weights.shapes import at_least_positions, is_shape
 ARMS = "chunked,chunked:1024,prefill-first,shared,96,staircase,paper,adaptive"
 ARRIVAL, EARLY = "@arrival", "@early"
 PEER = "vllm"
-PEER_TOKENS = 8192  # of a step: what its server takes
-PEER_SHARE = 0.45  # of the GPU's memory
 SHARE = 0.8  # of what is free, for our weights and cache: the streams of a dozen lanes each keep memory of their own
 TIGHT, LOOSE = 7.5, 10.0  # times what a request takes alone
 HOPELESS = 0.3  # share of requests that keep the loose targets
@@ -63,10 +62,6 @@ FULL = ("chunked", "adaptive")  # arms whose throughput without contention is co
 ALONE, ALONE_LONG = 16, 4  # requests by which is measured what they take alone
 FLIPS = 400  # changes of the split that are timed
 MARGIN = 64  # tokens beside the longest request
-
-
-class Peer(Protocol):
-    def serve(self, jobs: Sequence[Job]) -> list[Answer]: ...
 
 
 def bare(arm: str) -> str:
@@ -446,17 +441,11 @@ def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms
 
 
 def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, batch: int = GPU_BATCH) -> Worker | None:
-    """vLLM, where it is one of the arms, as its server is set up by default; as many requests at a time as ours."""
+    """vLLM, where it is one of the arms."""
     name = next((arm for arm in arms if is_peer(arm)), None)
     if name is None:
         return None
-    own = {
-        "gpu_memory_utilization": PEER_SHARE,
-        "max_num_seqs": batch,
-        "max_num_batched_tokens": int(name.partition(":")[2] or PEER_TOKENS),
-    }
-    model = at_least_positions(model, longest) if is_shape(model) else model
-    return Worker(PEER, Setup(model, context=longest, device="cuda", settings=own), packages)
+    return beside_ours(model, longest, packages, int(name.partition(":")[2] or STEP_TOKENS), batch)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -121,10 +121,12 @@ def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.0), layout="constrained")
+    series: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for number, result in enumerate(results):
-        runs = sorted(result["runs"], key=lambda run: run["rate"])
-        style = {"color": list(STYLES.values())[number % len(STYLES)][0], "marker": "o", "markersize": 4}
-        name = result.get("name", "tenfold")
+        for run in sorted(result["runs"], key=lambda run: run["rate"]):
+            series.setdefault((number, run.get("engine", "tenfold")), []).append(run)
+    for ((_, engine), runs), (colour, marker) in zip(series.items(), cycle(STYLES.values())):
+        style, name = {"color": colour, "marker": marker, "markersize": 4}, NAMES.get(engine, engine)
         rates = [run["rate"] for run in runs]
         for axis, measure in zip(axes, ("ttft", "tpot")):
             for which, line in (("p50", "-"), ("p99", ":")):

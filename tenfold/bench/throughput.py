@@ -92,12 +92,12 @@ def measure(
         say(f"round {i + 1} of {rounds}: " + ", ".join(f"{n} {s[-1]:.1f} s" for n, s in result.seconds.items()))
 
 
-def engines_of(names: Sequence[str]) -> list[str]:
-    """Raises ValueError for a peer that runs batches in lockstep and so has no throughput of its own."""
+def peers_of(names: Sequence[str]) -> list[str]:
+    """Each once. Raises ValueError for a peer that runs batches in lockstep, so that none can come or go."""
     for name in names:
-        if name not in ("tenfold", "vllm"):
+        if name != "vllm":
             raise ValueError(f"against is {name!r}; allowed: vllm. Others cannot take requests of different lengths.")
-    return list(names)
+    return list(dict.fromkeys(names))
 
 
 def run(

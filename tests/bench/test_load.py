@@ -12,9 +12,10 @@ import pytest
 import typer
 
 from tenfold.bench import cli, load, throughput
-from tenfold.bench.engines import Answer, Timing
+from tenfold.bench.engines import Answer, Job, NotInstalled, Setup, Timing
 from tenfold.bench.lengths import Lengths, parse
 from tenfold.bench.load import Objective
+from tenfold.bench.peers import vllm
 from tenfold.bench.throughput import Work
 
 WORK = Work(6, parse("3-9"), parse("2-4"))
@@ -67,7 +68,7 @@ def test_throughput_of_our_engine_from_a_name() -> None:
     result = throughput.run("shape:tiny@layers=1", ["tenfold"], WORK, 1, "cpu", 4, threads=1, say=lambda _: None)
     assert result.output_rate("tenfold") > 0
     with pytest.raises(ValueError, match="different lengths"):
-        throughput.engines_of(["hf"])
+        throughput.peers_of(["hf"])
 
 
 def answer(due: float, *pieces: tuple[float, int], error: str = "") -> Answer:
@@ -120,6 +121,86 @@ def test_a_request_that_fails_is_counted_and_stops_nothing() -> None:
     runs = asyncio.run(load.measure(Flaky(), WORK, [0, 1000.0], 50, Objective(), lambda _: None))
     odd = [sum(len(p) in (5, 7, 9) for p in WORK.requests(i, 50)[0]) for i in range(2)]
     assert [run.failed for run in runs] == odd
+
+
+class Elsewhere:
+    """Stands in for vLLM in a process of its own: an answer's tokens come together, a second after the request."""
+
+    def __init__(self, *_: object, short: int = 0) -> None:
+        self.short, self.runs, self.closed = short, list[list[Job]](), False
+
+    def serve(self, jobs: Sequence[Job]) -> list[Answer]:
+        self.runs.append(list(jobs))
+        return [Answer(job.due, [job.due + 1.0], [job.tokens - self.short]) for job in jobs]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_peer_takes_turns_at_every_rate_with_the_same_requests() -> None:
+    asked: list[tuple[list[int], int]] = []
+
+    class Ours:
+        async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
+            asked.append((list(prompt), tokens))
+            yield tokens
+
+    peer, lines = Elsewhere(), list[str]()
+    rates = [500.0, 1000.0]
+    runs = asyncio.run(load.measure(Ours(), WORK, rates, 50, Objective(), lines.append, {"vllm": peer}))
+    assert [(run.engine, run.rate) for run in runs] == [
+        *(("tenfold", 500.0), ("vllm", 500.0)),
+        *(("vllm", 1000.0), ("tenfold", 1000.0)),
+    ]
+    warm_up, *served = peer.runs
+    assert len(warm_up) == 1
+    for number, (rate, jobs) in enumerate(zip(rates, served)):
+        assert [job.due for job in jobs] == load.arrivals(WORK.count, rate, number)
+        ours = sorted(asked[1 + WORK.count * number :][: WORK.count])
+        assert sorted((list(job.prompt), job.tokens) for job in jobs) == ours
+    theirs = [run for run in runs if run.engine == "vllm"]
+    assert all(run.percentiles["ttft"]["p50"] == pytest.approx(1000.0) for run in theirs)
+    assert theirs[0].seconds == pytest.approx(1.0 + served[0][-1].due)
+    assert "vllm" in lines[1]
+
+
+def test_a_peer_that_answers_short_has_failed() -> None:
+    class Ours:
+        async def stream(self, prompt: Sequence[int], tokens: int) -> AsyncIterator[int]:
+            yield tokens
+
+    runs = asyncio.run(load.measure(Ours(), WORK, [0.0], 50, Objective(), str, {"vllm": Elsewhere(short=1)}))
+    assert [(run.engine, run.failed) for run in runs] == [("tenfold", 0), ("vllm", WORK.count)]
+
+
+def test_our_engine_and_a_peer_from_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, peer = list[tuple[object, ...]](), Elsewhere()
+    monkeypatch.setattr(vllm, "beside_ours", lambda *asked: given.append(asked) or peer)
+    runs = load.in_process("shape:tiny@layers=1", "cpu", {"threads": 1}, WORK, [0], Objective(), str, ["vllm"], "there")
+    assert given == [("shape:tiny@layers=1", WORK.longest, "there")]
+    assert {run.engine: run.failed for run in runs} == {"tenfold": 0, "vllm": 0}
+    assert len({run.output_tokens for run in runs}) == 1
+    assert peer.closed
+
+
+def test_a_peer_that_is_not_installed_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise NotInstalled("vllm is not installed here.")
+
+    monkeypatch.setattr(vllm, "beside_ours", missing)
+    monkeypatch.setattr(load, "measure", None)
+    with pytest.raises(NotInstalled, match="not installed here"):
+        load.in_process("shape:tiny@layers=1", "cpu", {"threads": 1}, WORK, [0], Objective(), str, ["vllm"])
+
+
+def test_what_stands_beside_ours_leaves_room_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = list[tuple[str, Setup, str]]()
+    monkeypatch.setattr(vllm, "Worker", lambda *given: made.append(given))
+    vllm.beside_ours("shape:tiny@layers=1", 4000, "there", 512)
+    ((name, setup, packages),) = made
+    assert (name, setup.model, setup.context, packages) == ("vllm", "shape:tiny@layers=1,positions=4000", 4000, "there")
+    assert setup.settings["gpu_memory_utilization"] < 0.5
+    assert setup.settings["max_num_batched_tokens"] == 512
 
 
 def test_an_engine_in_this_process_under_load() -> None:

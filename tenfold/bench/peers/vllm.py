@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.bench.engines import Answer, Job, Prompts, Setup, Timing, lengths
+from tenfold.bench.worker import Worker
+from tenfold.engine.memory import GPU_BATCH
 from tenfold.weights.find import resolve
-from tenfold.weights.shapes import is_shape, shape_config
+from tenfold.weights.shapes import at_least_positions, is_shape, shape_config
 
 # In one process, without the network, and with the sampler that needs no other package.
 ENVIRONMENT = {
@@ -23,6 +25,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 MEMORY_SHARE = 0.85
+BESIDE = 0.45  # of the GPU's memory where our engine is there too
+STEP_TOKENS = 8192  # what its server computes together at most
 
 
 class VLLM:
@@ -85,6 +89,18 @@ class VLLM:
                     answer.times.append(time.perf_counter() - begin)
                     answer.sizes.append(new)
         return answers
+
+
+def beside_ours(
+    model: str, longest: int, packages: str, step_tokens: int = STEP_TOKENS, batch: int = GPU_BATCH
+) -> Worker:
+    """vLLM as its server is set up by default, in a process that leaves half the GPU to our engine, with `batch`
+    requests at a time, as many as ours. longest: tokens of a sequence. packages: folder where it finds vLLM before
+    others. Raises NotInstalled where there is none.
+    """
+    own = {"gpu_memory_utilization": BESIDE, "max_num_seqs": batch, "max_num_batched_tokens": step_tokens}
+    model = at_least_positions(model, longest) if is_shape(model) else model
+    return Worker("vllm", Setup(model, context=longest, device="cuda", settings=own), packages)
 
 
 def cache_tokens(llm: Any) -> int | None:
