@@ -13,7 +13,7 @@ import typer
 from tenfold.bench import cpu, startup
 from tenfold.bench.case import Figure, paired_ratio
 from tenfold.bench.claims import claim, number, record
-from tenfold.bench.files import requantize
+from tenfold.bench.files import NoCharts, requantize
 from tenfold.bench.hardware import ROOT, busy_cores, commit, processor, today
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: speed against peers, start-up, quality.")
@@ -31,7 +31,10 @@ Tokens = Annotated[int, typer.Option(min=2, help="Tokens of the answer of a long
 Prompts = Annotated[str, typer.Option(help="Lengths of prompts: N, A-B (uniform) or lognormal:MEDIAN:SIGMA.")]
 Answers = Annotated[str, typer.Option(help="Lengths of answers, likewise.")]
 PeerPath = Annotated[str, typer.Option(help="Folder with a peer's packages, for its process alone.")]
-Out = Annotated[Path | None, typer.Option(help="Write the raw JSON, tables and plots into this folder.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the raw JSON, and for tables.md and PNG charts of all results that lie there."),
+]
 Record = Annotated[bool, typer.Option("--record", help="Write the result into bench/results/ (needs a checkout).")]
 
 
@@ -73,8 +76,8 @@ def file_name(model: str) -> str:
 
 
 def written(out: Path | None, keep: bool, name: str, data: dict[str, Any]) -> None:
-    """Write a raw result where it was asked for: into a folder, or into bench/results/ for what is recorded, there into
-    gpu/ for what ran on one.
+    """Write a raw result where it was asked for: into a folder, with tables and charts, or into bench/results/ for what
+    is recorded, there into gpu/ for what ran on one.
     """
     folders = [out] if out else []
     if keep:
@@ -83,6 +86,22 @@ def written(out: Path | None, keep: bool, name: str, data: dict[str, Any]) -> No
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
         typer.echo(f"wrote {folder / name}.json")
+    if out:
+        shown(out)
+
+
+def shown(folder: Path, charts: bool = True) -> None:
+    """Write tables and charts of the raw results in a folder beside them. Without matplotlib the tables alone, and how
+    to come by the charts.
+    """
+    from tenfold.bench import report
+
+    typer.echo(f"wrote {report.write_tables(folder)}")
+    try:
+        for path in report.charts(folder) if charts else ():
+            typer.echo(f"wrote {path}")
+    except NoCharts as error:
+        typer.echo(f"warning: {error}", err=True)
 
 
 def header() -> None:
@@ -443,10 +462,6 @@ def kv_command(
     )
     found.command = f"tenfold bench kv --model {model} --formats {formats} --points {points} --rounds {rounds}"
     written(out, keep, f"kv-{file_name(model)}", found.plain())
-    if out:
-        from tenfold.bench import plots
-
-        typer.echo(f"wrote {plots.kv(found, out / f'kv-{file_name(model)}.png')}")
 
 
 @app.command("throughput")
@@ -571,7 +586,8 @@ def phases_command(context: typer.Context) -> None:
     """Schedules of prompts and answers on one GPU, in turn at rates of arrival: who keeps both targets (P1 to P5)."""
     from tenfold.bench import phases
 
-    phases.main(list(context.args))
+    if written := phases.main(list(context.args)):
+        shown(written.parent)
 
 
 @app.command("claims")
@@ -600,12 +616,7 @@ def tables_command(
     charts: Annotated[bool, typer.Option(help="Also draw PNG charts beside them.")] = True,
 ) -> None:
     """Markdown tables and charts of the raw results in a folder."""
-    from tenfold.bench import report
-
-    (folder / "tables.md").write_text(report.tables(folder))
-    typer.echo(f"wrote {folder / 'tables.md'}")
-    for path in report.charts(folder) if charts else ():
-        typer.echo(f"wrote {path}")
+    shown(folder, charts)
 
 
 @app.command("report")

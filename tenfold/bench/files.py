@@ -28,6 +28,10 @@ FILE_TYPES = {
 }
 
 
+class NoCharts(ValueError):
+    """What draws is not installed."""
+
+
 def results_in(folder: Path) -> Suites:
     """The raw results of a folder by suite, other files left alone. Raises ValueError for a file that is no JSON."""
     return by_suite(data for _, data in _read(folder))

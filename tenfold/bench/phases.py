@@ -448,7 +448,8 @@ def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, bat
     return beside_ours(model, longest, packages, int(name.partition(":")[2] or STEP_TOKENS), batch)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    """Measure as a command line says; the file of the result, if it asks for one."""
     parser = argparse.ArgumentParser(
         prog="python -m tenfold.bench.phases", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -467,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
     parser.add_argument("--peer-path", default="", help="folder with the packages of vLLM, for its process alone")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no rate is begun")
-    parser.add_argument("--out", type=Path, help="folder for the JSON")
+    parser.add_argument("--out", type=Path, help="folder for the JSON; `tenfold bench phases` adds tables and charts")
     parser.add_argument("--name", default="phases", help="of the file")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     given = parser.parse_args(arguments)
@@ -488,9 +489,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [f"--{name.replace('_', '-')} {value}" for name, value in shown.items()]
     result.command = " ".join(["python -m tenfold.bench.phases", *words, *(f"--set {one}" for one in given.set)])
 
+    path: Path | None = given.out and given.out / f"{given.name}.json"
+
     def keep(result: Result) -> None:
-        if given.out:
-            save(given.out / f"{given.name}.json", result.plain(), given.commit)
+        if path:
+            save(path, result.plain(), given.commit)
 
     rates = [float(rate) for rate in given.rates.split(",")]
     run(
@@ -505,6 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep(result)
     if peer is not None:
         peer.close()
+    return path
 
 
 if __name__ == "__main__":

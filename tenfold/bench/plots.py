@@ -5,8 +5,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from tenfold.bench import arms as arms_bench
 from tenfold.bench import kv as kv_bench
 from tenfold.bench import phases as phases_bench
+from tenfold.bench.case import Figure
+from tenfold.bench.files import NoCharts
 from tenfold.bench.single import Result
 from tenfold.engine.phases.table import MOVING
 
@@ -30,11 +33,11 @@ FLOOR = "#555555"
 
 
 def pyplot() -> Any:
-    """matplotlib without a screen. Raises ValueError where it is not installed."""
+    """matplotlib without a screen. Raises NoCharts where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("Charts need matplotlib; install it with: pip install 'tenfold[bench]'.") from error
+        raise NoCharts("Charts need matplotlib; install it with: pip install 'tenfold[bench]'.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -115,18 +118,18 @@ def title(model: str, machine: Mapping[str, str], weights: str = "") -> str:
     return " · ".join(filter(None, [*parts, machine.get("commit", "")]))
 
 
-def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """TTFT and TPOT against the rate of requests, median and 99th percentile, and latency against throughput. results:
-    of `load.plain`.
+def serving(data: Mapping[str, Any], path: Path) -> Path:
+    """TTFT and TPOT of every engine against the rate of requests, median and 99th percentile, and latency against
+    throughput. data: of `load.plain`.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(11, 4.0), layout="constrained")
-    series: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for number, result in enumerate(results):
-        for run in sorted(result["runs"], key=lambda run: run["rate"]):
-            series.setdefault((number, run.get("engine", "tenfold")), []).append(run)
-    for ((_, engine), runs), (colour, marker) in zip(series.items(), cycle(STYLES.values())):
-        style, name = {"color": colour, "marker": marker, "markersize": 4}, NAMES.get(engine, engine)
+    series: dict[str, list[Mapping[str, Any]]] = {}
+    for run in sorted(data["runs"], key=lambda run: run["rate"]):
+        series.setdefault(run.get("engine", "tenfold"), []).append(run)
+    for engine, runs in series.items():
+        (colour, marker), name = STYLES[engine], NAMES[engine]
+        style = {"color": colour, "marker": marker, "markersize": 4}
         rates = [run["rate"] for run in runs]
         for axis, measure in zip(axes, ("ttft", "tpot")):
             for which, line in (("p50", "-"), ("p99", ":")):
@@ -144,8 +147,47 @@ def serving(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     axes[2].set_ylabel("ms per output token")
-    figure.suptitle(title(results[0]["model"], results[0]["machine"]))
+    figure.suptitle(title(data["model"], data["machine"]))
     return saved(figure, path, plt)
+
+
+def throughput(data: Mapping[str, Any], path: Path) -> Path:
+    """Tokens a second of every engine, of answers alone and of prompts too. data: of `throughput.Result.plain`."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.5 * len(data["seconds"])), sharey=True, layout="constrained")
+    answers = data["answer_tokens"]
+    both = [a + p for a, p in zip(answers, data["prompt_tokens"])]
+    for axis, tokens, below in zip(axes, (answers, both), ("answers", "prompts and answers")):
+        rates = {NAMES[name]: [t / s for t, s in zip(tokens, own)] for name, own in data["seconds"].items()}
+        bars(axis, rates, [STYLES[name][0] for name in data["seconds"]])
+        axis.set_xlabel(f"tokens a second, {below}")
+        axis.set_xlim(left=0)
+    figure.suptitle(title(data["model"], data["machine"]))
+    return saved(figure, path, plt)
+
+
+def arms(result: arms_bench.Result, path: Path) -> Path:
+    """How many times as fast decoding is with every arm as without. Raises ValueError where nothing was measured."""
+    if not result.rows:
+        raise ValueError("There is no arm in this result to draw.")
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.28 * len(result.rows)), layout="constrained")
+    gains = {f"{row.group}: {row.name}, {row.batch} x {row.context}": row.gain.samples for row in result.rows}
+    bars(axis, gains, STYLES["tenfold"][0])
+    axis.axvline(1.0, color=FLOOR, linestyle="--", linewidth=1.2)
+    axis.set_xlabel("time per output token without / with, above 1 where it helps")
+    figure.suptitle(title(result.model, result.machine))
+    return saved(figure, path, plt)
+
+
+def bars(axis: Any, samples: Mapping[str, Sequence[float]], colours: Any) -> None:
+    """A bar for each name, from the top down, as long as the median of its samples, and their range."""
+    figures = [Figure(tuple(own)) for own in samples.values()]
+    reach = [[f.median - f.spread[0] for f in figures], [f.spread[1] - f.median for f in figures]]
+    axis.barh(list(samples), [f.median for f in figures], xerr=reach, color=colours, ecolor=FLOOR, capsize=3)
+    axis.invert_yaxis()
+    axis.grid(True, axis="x", color="#dddddd", linewidth=0.7)
+    axis.set_axisbelow(True)
 
 
 def mxmoe(data: Mapping[str, Any], path: Path) -> Path:

@@ -335,6 +335,14 @@ def tables(folder: Path) -> str:
     return made_of(folder, tables_of)
 
 
+def write_tables(folder: Path) -> Path:
+    """`tables.md` of the raw results in a folder, beside them. Raises ValueError as `tables`."""
+    text = tables(folder)
+    path = folder / "tables.md"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def tables_of(found: Suites) -> str:
     """Markdown of results by suite."""
     parts = []
@@ -364,7 +372,7 @@ def tables_of(found: Suites) -> str:
 
 
 def charts(folder: Path) -> list[Path]:
-    """PNG files beside the results. Raises ValueError where matplotlib is not installed."""
+    """PNG files beside the results. Raises NoCharts where matplotlib is not installed."""
     found = results_in(folder)
     made = []
     for model, results in by_model([single.loaded(data) for data in found.get("single", ())]).items():
@@ -379,8 +387,12 @@ def charts(folder: Path) -> list[Path]:
     for name, data in each_in(folder):
         if data["suite"] == "phases" and data["rows"]:
             made.append(plots.phases(phases.loaded(data), folder / f"attainment-{name}.png"))
+        if data["suite"] == "arms" and data["rows"]:
+            made.append(plots.arms(arms.loaded(data), folder / f"{name}.png"))
+        if data["suite"] == "throughput" and data["seconds"]:
+            made.append(plots.throughput(data, folder / f"{name}.png"))
+        if data["suite"] == "serving":
+            made.append(plots.serving(data, folder / f"{name}.png"))
     for data in found.get("mxmoe", ()):
         made.append(plots.mxmoe(data, folder / f"bits-{data['model']}.png"))
-    if found.get("serving"):
-        made.append(plots.serving(found["serving"], folder / "serving.png"))
     return made

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tenfold.bench import arms, claims_gpu, plots, report
+from tenfold.bench import arms, claims_gpu, plots, report, throughput
 from tenfold.bench.claims import Claim
 from tenfold.bench.floor import model_sizes
+from tenfold.bench.lengths import parse
 from tenfold.bench.single import Result, Row
 from tenfold.ops.kernels import AttentionSpec
 
@@ -286,8 +287,15 @@ def test_a_document_is_filled_with_the_tables_of_a_folder(tmp_path: Path) -> Non
 
 def test_charts_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    made = report.charts(folder_of_results(tmp_path))
-    assert [path.name for path in made] == ["tpot-context-llama-2-7b.png", "tpot-batch-llama-2-7b.png", "serving.png"]
+    folder = folder_of_results(tmp_path)
+    work = throughput.Work(2, parse("8"), parse("4"))
+    offline = throughput.Result("m", MACHINE, work, {"tenfold": [1.0, 2.0], "vllm": [2.0, 2.5]}, [16, 16], [8, 8])
+    (folder / "throughput.json").write_text(json.dumps(offline.plain()))
+    made = report.charts(folder)
+    assert [path.name for path in made] == [
+        *("tpot-context-llama-2-7b.png", "tpot-batch-llama-2-7b.png"),
+        *("arms.png", "serving.png", "throughput.png"),
+    ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
 
 

@@ -6,12 +6,15 @@ import json
 import math
 import random
 import socket
+import sys
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from tenfold.bench import cli, load, throughput
+from tenfold.bench import cli, load, phases, throughput
 from tenfold.bench.engines import Answer, Job, NotInstalled, Setup, Timing
 from tenfold.bench.lengths import Lengths, parse
 from tenfold.bench.load import Objective
@@ -268,6 +271,32 @@ def test_a_server_that_is_not_there_is_a_sentence() -> None:
     server = load.Server(f"http://127.0.0.1:{port}")
     with pytest.raises(ConnectionError, match=f"No server answers at http://127.0.0.1:{port} .*tenfold serve"):
         load.against_server(server, Work(1, parse("4"), parse("4")), [0.0], 100, load.Objective())
+
+
+SERVING = ["serving", "--model", "shape:tiny@layers=1", "--device", "cpu", "--set", "threads=1", "--rates", "0,200"]
+SERVING += ["--requests", "3", "--prompts", "4", "--answers", "3"]
+
+
+def test_a_folder_gets_the_result_as_json_table_and_chart(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = CliRunner().invoke(cli.app, [*SERVING, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    stem = "serving-tiny-layers-1"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.json", "tables.md", f"{stem}.png"}
+    for line in json.loads((tmp_path / f"{stem}.json").read_text())["lines"]:
+        assert line in (tmp_path / "tables.md").read_text()
+    assert (tmp_path / f"{stem}.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_a_folder_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    data = load.plain([load.summary(1.0, [answer(0.0, (0.1, 1))], 1.0, Objective())], {}, "m", WORK, Objective())
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    monkeypatch.setattr(phases, "main", lambda words: tmp_path / "a.json")
+    done = CliRunner().invoke(cli.app, ["phases", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "pip install 'tenfold[bench]'" in done.output
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "tables.md"}
 
 
 @pytest.mark.parametrize("rates", ["junk", "-1", "", "nan", "inf", "1,x"])
