@@ -20,16 +20,27 @@ DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGE
 
 
 def table(claims: Sequence[Claim]) -> str:
-    """A Markdown table, one claim a row, with the machines and commits it rests on below."""
+    """A Markdown table, one claim a row, each with the machine, commit and date it rests on; the machines' full names
+    below.
+    """
     if not claims:
         return "Not measured yet."
-    rows = ["| id | what | measured | spread | target | met | note |", "|---|---|---|---|---|---|---|"]
+    names = short_names(sorted({c.hardware for c in claims}))
+    head = ["id", "what", "measured", "spread", "target", "met", "on", "note"]
+    rows = [_cells(head), _cells(["---"] * len(head))]
     for c in claims:
         value = "not measured" if c.value is None else f"**{number(c.value)}** {c.unit}".strip()
         spread = "" if c.spread is None else f"{c.spread[0]:g} to {c.spread[1]:g}"
-        rows.append(f"| {c.id} | {c.what} | {value} | {spread} | {c.target} | {'yes' if c.met else 'no'} | {c.note} |")
-    origins = sorted({f"{c.hardware}; commit {c.commit}; {c.date}" for c in claims})
-    return "\n".join(rows) + "\n\n" + "\n".join(f"Measured on {origin}." for origin in origins)
+        origin = f"{names[c.hardware]}, {c.commit}, {c.date}"
+        rows.append(_cells([c.id, c.what, value, spread, c.target, "yes" if c.met else "no", origin, c.note]))
+    legend = "; ".join(full if name == full else f"{name}: {full}" for full, name in names.items())
+    return "\n".join(rows) + f"\n\nOn: hardware, commit and date. {legend}."
+
+
+def short_names(machines: Sequence[str]) -> dict[str, str]:
+    """What a table calls each machine: "NVIDIA H100 80GB HBM3" is H100, as long as no other would be called so."""
+    found = {full: (full.partition(",")[0].split()[1:] or [full])[0] for full in machines}
+    return found if len(set(found.values())) == len(found) else {full: full for full in machines}
 
 
 def details(claims: Sequence[Claim]) -> str:

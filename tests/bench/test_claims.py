@@ -1,5 +1,6 @@
 """Claims: targets decide `met`, files round-trip, and documents are filled from them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_fill_replaces_only_what_stands_between_the_markers() -> None:
     assert "| A1 | decode | **2** x |" in filled
     assert "not measured" in filled
     assert report.fill(filled, rows) == filled
+
+
+def test_every_row_says_what_it_was_measured_on() -> None:
+    places = {"F1": ("NVIDIA H100 80GB HBM3", "aaa"), "F2": ("NVIDIA H200", "bbb"), "F3": ("NVIDIA H200", "ccc")}
+    rows = [
+        replace(claim(id, "decode", 1.0, "x", "c"), hardware=hardware, commit=commit, date="2026-11-30")
+        for id, (hardware, commit) in places.items()
+    ]
+    *table, _, below = report.table(rows).split("\n")
+    for line, where in zip(table[2:], ("H100, aaa", "H200, bbb", "H200, ccc")):
+        assert f"| {where}, 2026-11-30 |" in line
+    assert below.endswith("H100: NVIDIA H100 80GB HBM3; H200: NVIDIA H200.")
+    both = ["AMD EPYC, 2 cores", "AMD EPYC, 8 cores"]
+    assert report.short_names([*both, "arm64"]) == {full: full for full in [*both, "arm64"]}
 
 
 def test_documents_agree_with_the_recorded_claims() -> None:
