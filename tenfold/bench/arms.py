@@ -16,7 +16,7 @@ from typing import Any
 from tenfold.base.config import EngineConfig
 from tenfold.bench import single
 from tenfold.bench.case import Figure, paired_ratio
-from tenfold.bench.engines import Engine, Setup, make_engine
+from tenfold.bench.engines import Engine, Setup, engine_config, make_engine
 from tenfold.bench.fit import RESERVE, Point, Session
 from tenfold.bench.floor import model_sizes
 from tenfold.bench.hardware import machine
@@ -219,7 +219,7 @@ def calibrated(model: str, device: str, settings: Mapping[str, Any]) -> str:
     rng = random.Random(1)
     vocabulary = model_sizes(model, device).vocab
     pieces = [rng.choices(range(vocabulary), k=CALIBRATED) for _ in range(2)]
-    found, opened = calibrate_ids(EngineConfig(model, device, **dict(settings)), pieces)
+    found, opened = calibrate_ids(engine_config(settings, model=model, device=device), pieces)
     save(found, opened.checkpoint)
     phis = found.phi(DTYPES[opened.config.dtype])
     served = sum(phi is not None for phi in phis)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tenfold.base.config import EngineConfig
 from tenfold.bench.command import save, settings
+from tenfold.bench.engines import engine_config
 from tenfold.bench.hardware import machine
 from tenfold.engine.core import Engine
 from tenfold.engine.memory import DTYPES
@@ -286,12 +286,10 @@ def measure(
     model = at_least_positions(model, longest)
     engines = []
     for layers in (1, 2):
-        config: dict[str, Any] = {"device": device, "max_model_len": longest, "graphs": False}
-        config["kv_memory"] = KEPT if device.startswith("cuda") else 0
-        join = "," if "@" in model else "@"
-        engines.append(
-            Engine.load(EngineConfig(f"{model}{join}layers={layers}", **config | (own or {})), tokens_only=True)
-        )
+        name = f"{model}{',' if '@' in model else '@'}layers={layers}"
+        sizes = {"max_model_len": longest, "kv_memory": KEPT if device.startswith("cuda") else 0}
+        config = engine_config(own or {}, model=name, device=device, graphs=False, **sizes)
+        engines.append(Engine.load(config, tokens_only=True))
     one, two = engines
     checkpoint = open_checkpoint(resolve(model))
     dtype = DTYPES[one.config.dtype]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tenfold.base.config import EngineConfig
+from tenfold.bench.engines import engine_config
 from tenfold.engine.core import Engine
 from tenfold.engine.memory import DTYPES
 from tenfold.engine.opened import Opened
@@ -22,7 +23,7 @@ class OneModel:
 
     def __init__(self, model: str, device: str, longest: int, changes: Mapping[str, Any]) -> None:
         model = at_least_positions(model, longest) if is_shape(model) else model
-        self.opened = Opened(EngineConfig(model=model, device=device, prefix_cache=False, **changes))
+        self.opened = Opened(engine_config(changes, model=model, device=device, prefix_cache=False))
         self.asked = self.opened.config
         self.opened.choose()
         config, checkpoint = self.opened.config, self.opened.checkpoint

@@ -33,9 +33,8 @@ from typing import Any
 
 import torch
 
-from tenfold.base.config import EngineConfig
 from tenfold.bench.command import save, settings
-from tenfold.bench.engines import Answer, Job, Peer
+from tenfold.bench.engines import Answer, Job, Peer, engine_config
 from tenfold.bench.hardware import machine
 from tenfold.bench.load import percentile
 from tenfold.bench.peers.vllm import STEP_TOKENS, beside_ours
@@ -437,7 +436,7 @@ def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms
     if most > lane or (torch.cuda.is_available() and device != "cpu"):
         own["max_step_tokens"] = max(most, lane)
     own["gpu_memory_utilization"] = SHARE
-    return Engine.load(EngineConfig(model=model, device=device, **(own | dict(changes))), tokens_only=True)
+    return Engine.load(engine_config(changes, model=model, device=device, **own), tokens_only=True)
 
 
 def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, batch: int = GPU_BATCH) -> Worker | None:

@@ -30,6 +30,7 @@ from tenfold.base.config import EngineConfig
 from tenfold.bench.case import slope
 from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.command import save, settings
+from tenfold.bench.engines import engine_config
 from tenfold.bench.floor import model_sizes
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import Lengths, parse
@@ -83,13 +84,12 @@ class Plan:
     def config(self) -> EngineConfig:
         """With KV memory for CROWD of the longest sequences, unless the settings say how much."""
         model = at_least_positions(self.model, self.longest) if is_shape(self.model) else self.model
-        own: dict[str, Any] = {"model": model, "device": self.device, "max_batch": 64, "max_model_len": self.longest}
-        own |= {"max_queue": 64} | dict(self.settings)
-        if "kv_memory" not in own:
-            known = {f.name for f in fields(EngineConfig)} & {"dtype", "kv_dtype", "weights"} & set(own)
-            sizes = model_sizes(model, self.device, {name: own[name] for name in known})
-            own["kv_memory"] = CROWD * (self.longest + own.get("page_size", 16)) * sizes.kv_token
-        return EngineConfig(**own)
+        sizes = {"max_batch": 64, "max_model_len": self.longest, "max_queue": 64}
+        config = engine_config(self.settings, model=model, device=self.device, **sizes)
+        if "kv_memory" in self.settings:
+            return config
+        token = model_sizes(model, self.device, self.settings).kv_token
+        return replace(config, kv_memory=CROWD * (self.longest + config.page_size) * token)
 
 
 @dataclass(frozen=True, slots=True)

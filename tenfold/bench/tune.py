@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tenfold.base.config import EngineConfig
+from tenfold.bench.engines import engine_config
 from tenfold.bench.hardware import machine
 from tenfold.engine import tune_steps
 from tenfold.engine.linears import traced
@@ -53,11 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="measure again what the table holds")
     parser.add_argument("--stages", help="file for times of the flat GEMM by tiles under way")
     given = parser.parse_args(arguments)
+    formats = {"dtype": given.dtype, "weights": given.weights}
+    configs = [engine_config(formats, model=model, device="cuda") for model in given.model.split(",")]
     device, dtype = torch.device("cuda"), DTYPES[given.dtype]
     name = torch.cuda.get_device_name(device)
     table = Table(f"gpu {name}", arms.version(), Path(given.out)) if given.out else arms.table(name)
     running = tune.open_arms(device, dtype, table)
-    models = [traced(open_checkpoint(resolve(name)), dtype, given.weights) for name in given.model.split(",")]
+    models = [traced(open_checkpoint(resolve(own.model)), dtype, own.weights) for own in configs]
     works = [work for model in models for work in model.works]
     batches = [int(batch) for batch in given.batches.split(",")]
     families = [family for family in given.families.split(",") if family]
@@ -83,9 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "steps" in parts:
         wanted = [batch for batch in batches if batch in tune_steps.REQUESTS]
         contexts = [int(context) for context in given.contexts.split(",")]
-        for model in given.model.split(","):
-            config = EngineConfig(model=model, device="cuda", dtype=given.dtype, weights=given.weights)
-            tune_steps.tune(config, table, wanted, contexts, given.force, progress, [decode for _, decode in pairs])
+        for own in configs:
+            tune_steps.tune(own, table, wanted, contexts, given.force, progress, [decode for _, decode in pairs])
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tenfold.bench import cpu
+from tenfold.bench import arms, cpu, launches, phases, soak
 from tenfold.bench.engines import ENGINES, Job, NotInstalled, Setup, engine_config, make_engine
 from tenfold.bench.floor import model_sizes
+from tenfold.bench.lengths import Lengths
+from tenfold.bench.one_model import OneModel
 from tenfold.bench.peers.vllm import VLLM
 from tenfold.bench.single import brief
 from tenfold.bench.worker import Worker
@@ -161,6 +163,23 @@ def test_settings_that_there_are_not(settings, said):
         engine_config(settings, model="m")
     with pytest.raises(ValueError, match=said):
         model_sizes("shape:tiny", settings=settings)
+
+
+WORD = Lengths("uniform", 4, 4)
+BUILT = {
+    "phases": lambda own: phases.load("shape:tiny", "cpu", 64, own),
+    "arms": lambda own: arms.calibrated("shape:tiny", "cpu", own),
+    "one model": lambda own: OneModel("shape:tiny", "cpu", 64, own),
+    "launches": lambda own: launches.measure("shape:tiny", "cpu", [1], [8], own),
+    "soak": lambda own: soak.Plan("shape:tiny", "cpu", 1.0, 1.0, WORD, WORD, settings=own).config(),
+}
+
+
+@pytest.mark.parametrize("build", BUILT.values(), ids=BUILT)
+def test_whatever_builds_an_engine_refuses_settings_that_there_are_not(build):
+    for wrong, said in (({"foo": 1}, "'foo' is no setting"), ({"max_batch": "foo"}, "max_batch is 'foo'; allowed")):
+        with pytest.raises(ValueError, match=said):
+            build(wrong)
 
 
 def test_settings_come_before_our_own():
