@@ -35,7 +35,7 @@ from tenfold.engine.phases.loop import Phases
 from tenfold.engine.phases.start import start as start_phases
 from tenfold.engine.plan import Entry, StepPlan
 from tenfold.engine.rehearsal import chunks, decodes, rehearse
-from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
+from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams, check_targets
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
 from tenfold.engine.sequence import Sequence, Status
@@ -307,6 +307,7 @@ class Engine:
         if not request.prompt:
             raise ValueError("prompt is empty; give at least one token.")
         request.params.check(self.vocab_size)
+        check_targets(request.ttft, request.tpot)
         if request.pool is not None and request.pool not in POOLS:
             raise ValueError(f"pool is {request.pool!r}; allowed: {', '.join(POOLS)}, or none to generate.")
         longest = self.max_model_len - (request.pool is None)

@@ -119,6 +119,16 @@ RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
 )
 
 
+LONGEST_AIM = 3600.0  # seconds that a request may aim at
+
+
+def check_targets(ttft: float, tpot: float) -> None:
+    """Raises ValueError for what a `Request` cannot aim at."""
+    for name, value in (("ttft", ttft), ("tpot", tpot)):
+        if not within(value, 0, LONGEST_AIM):
+            raise ValueError(f"{name} is {value!r}; allowed: seconds from 0 (the engine's) to {LONGEST_AIM:g}.")
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to continue. A request with `params.n > 1` becomes n sequences that share the prompt's pages.

@@ -1,5 +1,6 @@
 """The engine from outside: what requests get, refusals, ends in every phase, faults, statistics."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -251,6 +252,10 @@ def test_pooling_does_not_depend_on_chunks(chunk: int, lookahead: int) -> None:
         (ask(pool="max"), "pool is 'max'; allowed: mean, last"),
         (ask(params=SamplingParams(temperature=-1)), "temperature is -1"),
         (ask(params=SamplingParams(stop_token_ids=(VOCAB,))), "stop_token_ids"),
+        (ask(ttft=math.nan), r"^ttft is nan; allowed: seconds from 0 \(the engine's\) to 3600\.$"),
+        (ask(ttft=-1.0), "^ttft is -1.0; allowed"),
+        (ask(tpot=math.inf), "^tpot is inf; allowed"),
+        (ask(tpot="soon"), "^tpot is 'soon'; allowed"),
     ],
 )
 def test_what_can_never_run_is_refused(request_: Request, message: str) -> None:

@@ -52,6 +52,8 @@ BAD = {
     "infinity": lambda path: text_of(path, temperature=float("inf")),
     "minus infinity": lambda path: text_of(path, top_p=float("-inf")),
     "beyond a double": lambda path: text_of(path)[:-1] + ', "temperature": 1e999}',
+    "infinity to aim at": lambda path: text_of(path, ttft=float("inf")),
+    "a time to aim at beyond a double": lambda path: text_of(path)[:-1] + ', "tpot": 1e999}',
     "a number as text": lambda path: text_of(path, max_tokens="5", max_output_tokens="5"),
     "a model that is none": lambda path: text_of(path, model=["tiny"]),
     "another model": lambda path: text_of(path, model="gpt-4\u202e\x00" * 30),

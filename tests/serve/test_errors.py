@@ -60,6 +60,8 @@ WRONG = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", "stream"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
     ({"priority": 2**40}, "priority", "invalid_value"),
+    ({"ttft": -1}, "ttft", "invalid_value", "ttft is -1.0; allowed: seconds from 0 (the engine's) to 3600."),
+    ({"tpot": 1e300}, "tpot", "invalid_value", "tpot is 1e+300; allowed: seconds"),
     ({"user": "x" * 600}, "user", "invalid_value"),
     ({"temprature": 1}, "temprature", "unknown_parameter", "temprature"),
     ({"x" * 500: 1}, "x" * 61 + "...", "unknown_parameter"),

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tenfold.serve.errors import from_validation, invalid
+from tenfold.engine.request import LONGEST_AIM, check_targets
+from tenfold.serve.errors import from_validation, from_value_error, invalid
 
 MOST = 2**31 - 1  # no count is larger
 
@@ -22,25 +23,17 @@ def honoured(default: Any, help: str, shows: dict[str, Any] | None = None, **rul
     return Field(default, description=help, json_schema_extra={"x-tenfold": "honoured"} | (shows or {}), **rules)
 
 
-LONGEST = 3600.0  # seconds that a request may aim at
+def _aim(help: str) -> Any:
+    """Checked by `Terms`."""
+    return honoured(None, help, shows={"minimum": 0, "maximum": LONGEST_AIM}, allow_inf_nan=True)
 
 
 def seconds_to_first() -> Any:
-    return honoured(
-        None,
-        "extension: seconds to the first token to aim at, where the schedule is phases; --ttft where absent",
-        ge=0,
-        le=LONGEST,
-    )
+    return _aim("extension: seconds to the first token to aim at, where the schedule is phases; --ttft where absent")
 
 
 def seconds_per_token() -> Any:
-    return honoured(
-        None,
-        "extension: seconds per token after the first to aim at, likewise; --tpot where absent",
-        ge=0,
-        le=LONGEST,
-    )
+    return _aim("extension: seconds per token after the first to aim at, likewise; --tpot where absent")
 
 
 def ignored(why: str) -> Any:
@@ -117,7 +110,7 @@ class ErrorBody(BaseModel):
 @dataclass(frozen=True, slots=True)
 class Terms:
     """On what terms a request runs, as far as its sender says: how urgent, for whom, sharing caches with whom, and how
-    fast it had better be, see `Request`.
+    fast it had better be, see `Request`. Raises ApiError (400) for what a request cannot aim at.
     """
 
     priority: int = 0
@@ -125,3 +118,9 @@ class Terms:
     cache_salt: str = ""
     ttft: float = 0.0
     tpot: float = 0.0
+
+    def __post_init__(self) -> None:
+        try:
+            check_targets(self.ttft, self.tpot)
+        except ValueError as error:
+            raise from_value_error(error, ("ttft", "tpot")) from None
