@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "steps" in parts:
         wanted = [batch for batch in batches if batch in tune_steps.REQUESTS]
         contexts = [int(context) for context in given.contexts.split(",")]
-        for own in configs:
-            tune_steps.tune(own, table, wanted, contexts, given.force, progress, [decode for _, decode in pairs])
+        for config in configs:
+            tune_steps.tune(config, table, wanted, contexts, given.force, progress, [decode for _, decode in pairs])
     rate = report.bandwidth(table, running.sms)
     print(f"{name}, {running.sms} SMs, copy {rate:.0f} GB/s, table {table.path}")
     for shape in report.explain(works, table, running.sms, batches):

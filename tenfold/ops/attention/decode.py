@@ -303,13 +303,15 @@ def walk(
 class Workspace:
     """Partial results and arrival counters, at one place for graphs; grown by `reserve`, outside of capture.
 
-    recomputed [1] int64 counts rows (a token's query head) that a unified maximum did not serve; queue [2] int32 deals
-    out chunks, see `gpu.prefill`. Launches that share a workspace must follow each other on one stream.
+    recomputed [1] int64 counts rows (a token's query head) that a unified maximum did not serve, of its own or with
+    others; queue [2] int32 deals out chunks, see `gpu.prefill`. Launches that share a workspace must follow each other
+    on one stream.
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, recomputed: Tensor | None = None) -> None:
         self.device = torch.device(device)
-        self.recomputed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        own = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.recomputed = own if recomputed is None else recomputed
         self.queue = torch.zeros(2, dtype=torch.int32, device=self.device)
         self._outgrown: list[Tensor] = []
         self.sums = self.states = self.totals = torch.zeros(0, device=self.device)

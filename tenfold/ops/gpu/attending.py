@@ -300,18 +300,26 @@ def fixed(merge: str, reading: Reading, sms: int) -> str | None:
 
 class Attending:
     """Attention of one device, each reading by the arm and with the softmax that were measured to be the fastest,
-    unless a user fixed how splits meet (merge, of `kernels.MERGE`) or the softmax (of `kernels.SOFTMAX`).
+    unless a user fixed how splits meet (merge, of `kernels.MERGE`) or the softmax (of `kernels.SOFTMAX`). recomputed
+    [1] int64 counts rows that a unified maximum did not serve, of its own or with that of other lanes.
     """
 
     def __init__(
-        self, device: torch.device, sms: int, table: Table, merge: str = "auto", softmax: str = "auto"
+        self,
+        device: torch.device,
+        sms: int,
+        table: Table,
+        merge: str = "auto",
+        softmax: str = "auto",
+        recomputed: Tensor | None = None,
     ) -> None:
         self.device = device
         self.sms = sms
         self.table = table
         self.merge = merge
         self.softmax = softmax
-        self.splits = split_kv.Workspace(device)
+        self.splits = split_kv.Workspace(device, recomputed)
+        self.recomputed = self.splits.recomputed
         self.decoding: decode.Workspace | None = None
         self.seen: dict[Layer, None] = {}
         self._known: dict[Reading, tuple[Arm, str]] = {}
@@ -378,7 +386,7 @@ class Attending:
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
         known = self.decoding
         if known is None or known.pairs < requests * kv_heads:
-            known = decode.Workspace(self.device, max(requests, graphs.LARGEST) * kv_heads)
+            known = decode.Workspace(self.device, max(requests, graphs.LARGEST) * kv_heads, self.recomputed)
             self.decoding = known  # an eager step, before any graph of this size is captured
         return known
 

@@ -149,15 +149,16 @@ def even_fits(plan: DecodePlan, spec: AttentionSpec, requests: int, sms: int) ->
 
 class Workspace:
     """Partial results of splits and arrival counters; `recomputed` [1] int64 counts query heads whose unified maximum
-    did not hold. Kept at one place for graphs.
+    did not hold, of its own or with others. Kept at one place for graphs.
     """
 
-    def __init__(self, device: torch.device, pairs: int) -> None:
+    def __init__(self, device: torch.device, pairs: int, recomputed: Tensor | None = None) -> None:
         """pairs: of a request and a KV head, at most."""
         self.pairs = pairs
         self.sums = torch.empty(SUMS, dtype=torch.float32, device=device)
         self.counters = torch.zeros(pairs, dtype=torch.int32, device=device)
-        self.recomputed = torch.zeros(1, dtype=torch.int64, device=device)
+        own = torch.zeros(1, dtype=torch.int64, device=device)
+        self.recomputed = own if recomputed is None else recomputed
 
 
 def share(

@@ -29,7 +29,7 @@ from tenfold.ops.matrix import Bank, Experts, Matrix, RawTensor
 from tenfold.ops.oracle import Oracle
 from tenfold.ops.route import Routing
 
-COUNT_EVERY = 1.0  # seconds between two reads of the counters of `recomputed`
+COUNT_EVERY = 1.0  # seconds between two reads of the counter of `recomputed`
 
 
 class Gpu(Oracle):
@@ -64,18 +64,17 @@ class Gpu(Oracle):
         self.attending = Attending(self.device, self.sms, table, options.merge, options.softmax)
         self.expert_arms = expert_arms.ExpertArms(table, self.sms)
         self.packing = Packing(self.device, self.sms)
-        self._unified = False  # whether any layer runs with a unified maximum
-        self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=True)
-        self._count_at = 0.0
+        self._recomputed = Recomputed(self.attending.recomputed)
 
     def on(self, sms: int, table: Table | None = None) -> "Gpu":
-        """The same kernels for streams that have so many of the SMs, with workspaces of their own. table: of choices,
-        where it is another.
+        """The same kernels for streams that have so many of the SMs, with workspaces of their own; recomputed rows are
+        counted with ours. table: of choices, where it is another.
         """
         other, table = copy.copy(self), self.arms.table if table is None else table
         other.sms = sms
         other.arms = arms.Arms(self.device, self.dtype, sms, table, self.options.gemm)
-        other.attending = Attending(self.device, sms, table, self.options.merge, self.options.softmax)
+        options, recomputed = self.options, self.attending.recomputed
+        other.attending = Attending(self.device, sms, table, options.merge, options.softmax, recomputed)
         other.expert_arms = expert_arms.ExpertArms(table, sms)
         other.packing = Packing(self.device, sms)
         return other
@@ -192,7 +191,7 @@ class Gpu(Oracle):
             whole = requests == 1 and tokens == step.max_query == step.max_kv
             reading = Reading(heads.spec, requests, max_kv, page_size, keys.dtype, tokens, known, whole)
             arm, softmax = self.attending.pick(reading)
-            self._unified |= known and softmax in UNIFIED
+            self._recomputed.used |= known and softmax in UNIFIED
             step.memo[place] = arm if keys.dtype == qkv.dtype else TRITON, softmax
         arm, softmax = step.memo[place]
         return self.attending.run(arm, qkv, heads, keys, values, step, max_kv, softmax, out)
@@ -245,15 +244,27 @@ class Gpu(Oracle):
 
     @property
     def recomputed(self) -> int:
-        if not self._unified:
-            return 0
+        return self._recomputed.total()
+
+
+class Recomputed:
+    """Rows that a unified maximum did not serve, of all lanes of a device. counter: [1] int64 there. used: whether any
+    layer runs with a unified maximum.
+    """
+
+    def __init__(self, counter: Tensor) -> None:
+        self.used = False
+        self._counter = counter
+        self._told = torch.zeros(1, dtype=torch.int64, pin_memory=counter.is_cuda)
+        self._due = 0.0
+
+    def total(self) -> int:
+        """As of the last read; the number comes when the device gets there, and nobody waits for it."""
         now = time.monotonic()
-        if now >= self._count_at:  # the numbers come when the device gets there; nobody waits for them
-            self._count_at = now + COUNT_EVERY
-            counters = [w.recomputed for w in (self.attending.splits, self.attending.decoding) if w is not None]
-            for place, counter in zip(self._counts.split(1), counters):
-                place.copy_(counter, non_blocking=True)
-        return int(self._counts.sum())
+        if self.used and now >= self._due:
+            self._due = now + COUNT_EVERY
+            self._told.copy_(self._counter, non_blocking=True)
+        return int(self._told)
 
 
 def _width(heads: Heads) -> int:

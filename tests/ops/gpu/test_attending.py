@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ tuning = pytest.importorskip("tenfold.ops.gpu.tune_attention")
 attend = pytest.importorskip("tenfold.ops.attention.attend")
 third_party = pytest.importorskip("tenfold.ops.attention.third_party")
 decode = pytest.importorskip("tenfold.ops.gpu.decode")
+graphs = pytest.importorskip("tenfold.ops.gpu.graphs")
 
 SMS = 132
 CPU = torch.device("cpu")
@@ -237,7 +239,8 @@ def test_kernels_of_a_gpu_run_what_was_picked(table: Table, monkeypatch: pytest.
     native = pytest.importorskip("tenfold.ops.gpu.native")
     gpu = native.Gpu.__new__(native.Gpu)
     Oracle.__init__(gpu, CPU, torch.float32)
-    gpu.options, gpu._unified, gpu.attending = Options(), False, attending.Attending(CPU, SMS, table)
+    gpu.options, gpu.attending = Options(), attending.Attending(CPU, SMS, table)
+    gpu._recomputed = native.Recomputed(gpu.attending.recomputed)
     picked: list[Any] = []
     original = gpu.attending.pick
 
@@ -254,6 +257,27 @@ def test_kernels_of_a_gpu_run_what_was_picked(table: Table, monkeypatch: pytest.
     torch.testing.assert_close(result, oracle(found), rtol=1e-4, atol=1e-4)
     ((reading,),) = picked
     assert reading == found.reading
+
+
+def test_lanes_count_recomputed_rows_together(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of some of the SMs have workspaces of their own, and one counter with those of all; a workspace that is
+    outgrown takes no count along.
+    """
+    native = pytest.importorskip("tenfold.ops.gpu.native")
+    monkeypatch.setattr(native, "Packing", lambda *given: None)
+    gpu = native.Gpu.__new__(native.Gpu)
+    Oracle.__init__(gpu, CPU, torch.bfloat16)
+    gpu.options, gpu.attending = Options(), attending.Attending(CPU, SMS, table)
+    gpu.arms, gpu._recomputed = SimpleNamespace(table=table), native.Recomputed(gpu.attending.recomputed)
+    lanes = [gpu, gpu.on(32), gpu.on(100)]
+    assert len({id(lane.attending.splits) for lane in lanes}) == 3
+    for count, lane in enumerate(lanes, 1):
+        lane.attending.splits.recomputed += count
+        lane.attending._workspace(1, 8).recomputed += 10 * count
+        lane.attending._workspace(2 * graphs.LARGEST, 8).recomputed += 100 * count
+    assert gpu.recomputed == 0  # no layer was seen that has a unified maximum
+    lanes[1]._recomputed.used = True
+    assert {lane.recomputed for lane in lanes} == {666}
 
 
 def test_plans_are_remembered_and_carry_the_softmax_in_use(table: Table) -> None:
@@ -311,7 +335,8 @@ def test_kernels_know_a_prompt_that_is_all_of_its_context(table: Table, old: int
     native = pytest.importorskip("tenfold.ops.gpu.native")
     gpu = native.Gpu.__new__(native.Gpu)
     Oracle.__init__(gpu, CPU, torch.float16)
-    gpu.options, gpu._unified, gpu.attending = Options(), False, attending.Attending(CPU, SMS, table)
+    gpu.options, gpu.attending = Options(), attending.Attending(CPU, SMS, table)
+    gpu._recomputed = native.Recomputed(gpu.attending.recomputed)
     found = tuning.Inputs(Reading(SMALL, 1, 48, 16, torch.float16, 48, whole=True), 1, CPU)
     table.record(attending.key(attending.at(found.reading), SMS), {"tiles": 9.0, "sdpa": 1.0})
     keys, values, pages = found.stores[0]
@@ -528,11 +553,12 @@ def test_kernels_run_with_what_is_known_of_a_layer(table: Table) -> None:
     native = pytest.importorskip("tenfold.ops.gpu.native")
     gpu = native.Gpu.__new__(native.Gpu)
     Oracle.__init__(gpu, CPU, torch.float32)
-    gpu.options, gpu._unified, gpu.attending = Options(), False, attending.Attending(CPU, SMS, table)
+    gpu.options, gpu.attending = Options(), attending.Attending(CPU, SMS, table)
+    gpu._recomputed = native.Recomputed(gpu.attending.recomputed)
     for known in (False, True):
         found = tuning.Inputs(Reading(SMALL, 1, 48, 16, torch.float32, 48, known), 1, CPU)
         keys, values, pages = found.stores[0]
         step = found.contexts(pages)
         gpu.attention(found.qkv, found.heads, keys, values, step)
         assert [softmax for _, softmax in step.memo.values()] == ["unified" if known else "lazy"]
-        assert gpu._unified == known
+        assert gpu._recomputed.used == known
