@@ -4,7 +4,7 @@ Wrong pages, leaks, a bad copy-on-write or a page shared too early change what i
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import cycle, pairwise, zip_longest
 from types import SimpleNamespace
 from typing import Any
 
@@ -378,6 +378,30 @@ def drain(engine: Engine, most: int = 10_000) -> list[Output]:
         outputs += engine.step()
         check_pages(engine)
     raise AssertionError(f"still at work after {most} steps: {engine.stats()}")
+
+
+def check_lives(
+    engine: Engine,
+    requests: Sequence[Request],
+    wanted: Sequence[list[int]],
+    pauses: Sequence[int] = (),
+    aborts: Sequence[int | None] = (),
+) -> None:
+    """Requests come one after the other, and each gets the answer that is wanted, or its beginning where it is aborted.
+    pauses: steps after each; aborts: which request is aborted then, if it has come and has not ended.
+    """
+    outputs: list[Output] = []
+    aborted = set()
+    for request, steps, victim in zip_longest(requests, pauses[: len(requests)], aborts[: len(requests)]):
+        engine.add(request)
+        for _ in range(steps or 0):
+            outputs += engine.step()
+        if victim is not None and engine.abort(requests[victim % len(requests)].id):
+            aborted.add(requests[victim % len(requests)].id)
+    got = answers(outputs + drain(engine))
+    whole = {(r.id, k): tokens for r, tokens in zip(requests, wanted) for k in range(r.params.n)}
+    assert got == {key: tokens[: len(got[key])] if key[0] in aborted else tokens for key, tokens in whole.items()}
+    assert engine.pool.used == 0
 
 
 class Flips:

@@ -82,17 +82,11 @@ def case(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Case:
     return case
 
 
-def answer(case: Case, engine: Engine, order: list[int], pauses: list[int] | None = None, **values: Any) -> None:
-    """Ask for the prompts in this order, with steps in between, and compare."""
+def answer(case: Case, engine: Engine, order: list[int], *lives: Any, **values: Any) -> None:
+    """Ask for the prompts in this order, and compare. lives: as in `fake.check_lives`."""
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER, **values)
-    outputs = []
-    for i, number in enumerate(order):
-        engine.add(Request(str(i), prompts()[number], params))
-        for _ in range(pauses[i] if pauses else 0):
-            outputs += engine.step()
-    outputs += fake.drain(engine)
-    got = fake.answers(outputs)
-    assert got == {(str(i), k): case.answers[n] for i, n in enumerate(order) for k in range(params.n)}
+    requests = [Request(str(i), prompts()[number], params) for i, number in enumerate(order)]
+    fake.check_lives(engine, requests, [case.answers[number] for number in order], *lives)
 
 
 def test_answers_are_not_all_alike(case: Case) -> None:
@@ -207,6 +201,7 @@ def told(outputs: list[Any]) -> dict[str, tuple[list[int], list[Any]]]:
 @given(
     order=st.lists(st.integers(0, 8), min_size=1, max_size=7),
     pauses=st.lists(st.integers(0, 5), min_size=7, max_size=7),
+    aborts=st.lists(st.one_of(st.none(), st.integers(0, 6)), min_size=7, max_size=7),
     pages=st.integers(9, 30),
     page_size=st.sampled_from([1, 3, 8, 16]),
     max_batch=st.integers(1, 5),
@@ -216,6 +211,8 @@ def told(outputs: list[Any]) -> dict[str, tuple[list[int], list[Any]]]:
     speculate=st.sampled_from(["", "ngram", "draft"]),
     n=st.sampled_from([1, 1, 2]),
 )
-def test_any_schedule(case: Case, order: list[int], pauses: list[int], pages: int, n: int, **sizes: Any) -> None:
+def test_any_schedule(
+    case: Case, order: list[int], pauses: list[int], aborts: list[int | None], pages: int, n: int, **sizes: Any
+) -> None:
     pages = max(pages, -(-(48 + ANSWER) // sizes["page_size"]))
-    answer(case, case.engine(pages, **sizes), order, pauses, n=n)
+    answer(case, case.engine(pages, **sizes), order, pauses, aborts, n=n)

@@ -113,15 +113,10 @@ def case(request: pytest.FixtureRequest, seeing: Callable[[str], Path]) -> Case:
     return case
 
 
-def answer(case: Case, engine: Engine, order: list[int], pauses: list[int] | None = None, **values: Any) -> None:
-    outputs = []
-    for i, number in enumerate(order):
-        engine.add(case.request(str(i), number, **values))
-        for _ in range(pauses[i] if pauses else 0):
-            outputs += engine.step()
-    outputs += fake.drain(engine)
-    n = values.get("n", 1)
-    assert fake.answers(outputs) == {(str(i), k): case.answers[a] for i, a in enumerate(order) for k in range(n)}
+def answer(case: Case, engine: Engine, order: list[int], *lives: Any, **values: Any) -> None:
+    """Ask for the prompts in this order, and compare. lives: as in `fake.check_lives`."""
+    requests = [case.request(str(i), number, **values) for i, number in enumerate(order)]
+    fake.check_lives(engine, requests, [case.answers[number] for number in order], *lives)
 
 
 def test_pictures_count(case: Case) -> None:
@@ -200,6 +195,7 @@ def test_nothing_is_kept_beyond_the_limit(case: Case) -> None:
 @given(
     order=st.lists(st.integers(0, 7), min_size=1, max_size=6),
     pauses=st.lists(st.integers(0, 4), min_size=6, max_size=6),
+    aborts=st.lists(st.one_of(st.none(), st.integers(0, 5)), min_size=6, max_size=6),
     page_size=st.sampled_from([1, 3, 8, 16]),
     max_batch=st.integers(1, 4),
     max_step_tokens=st.integers(4, 60),
@@ -207,9 +203,11 @@ def test_nothing_is_kept_beyond_the_limit(case: Case) -> None:
     prefix_cache=st.booleans(),
     picture_cache=st.sampled_from([1, 9000, 1 << 20]),
 )
-def test_any_schedule(case: Case, order: list[int], pauses: list[int], page_size: int, **sizes: Any) -> None:
+def test_any_schedule(
+    case: Case, order: list[int], pauses: list[int], aborts: list[int | None], page_size: int, **sizes: Any
+) -> None:
     pages = -(-(max(map(len, case.prompts)) + ANSWER) // page_size) + 3
-    answer(case, case.engine(pages, page_size=page_size, **sizes), order, pauses)
+    answer(case, case.engine(pages, page_size=page_size, **sizes), order, pauses, aborts)
 
 
 # Refusals
