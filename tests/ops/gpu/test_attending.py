@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
-from types import SimpleNamespace
 
 import pytest
 import torch
