@@ -239,9 +239,9 @@ class Scheduler:
         entries, _ = self._plan_decodes({})
         return self._planned(entries, len(entries))
 
-    def plan_prefills(self) -> StepPlan:
-        """The next step of chunks alone. Its sequences take part in no step before it was read. No entries while some
-        wait for pages or rows, or for a better priority to get them: read the steps in flight first.
+    def plan_prefills(self, most: int | None = None) -> StepPlan:
+        """The next step of chunks alone, of `most` tokens. Its sequences take part in no step before it was read. No
+        entries while some wait for pages or rows, or for a better priority to get them: read the steps in flight first.
         """
         if self._parting:
             self._copy_rooms()
@@ -250,7 +250,7 @@ class Scheduler:
         entries: list[Entry] = []
         admitted: list[Sequence] = []
         copies: list[tuple[int, int]] = []
-        self._plan_prefills(entries, admitted, copies, True)
+        self._plan_prefills(entries, admitted, copies, True, most)
         for entry in entries:
             entry.sequence.verifying = True
         return self._planned(entries, 0, admitted, copies)

@@ -10,8 +10,8 @@ says that nothing changes: here nothing does.
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from tenfold.engine.phases.latency import Paper, Stairs
@@ -77,12 +77,13 @@ class Observed:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """why: for people, in metrics and on the status page. chunk: tokens of prompts that steps of decodes take along; 0:
-    prompts are computed in a lane of their own.
+    prompts are computed in a lane of their own. prefill: tokens at a time there; 0: as many as a step may have.
     """
 
     split: Split
     why: str
     chunk: int = 0
+    prefill: int = 0
 
 
 class Controller(Protocol):
@@ -111,6 +112,12 @@ def percentile(values: Sequence[float], share: float) -> float | None:
         return None
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def nearly(sizes: range, seconds: Callable[[int], float]) -> int:
+    """The least of these numbers of tokens that computes nearly as many tokens a second as the largest."""
+    enough = NEARLY * sizes[-1] / seconds(sizes[-1])
+    return next(n for n in sizes if n >= enough * seconds(n))
 
 
 @dataclass(slots=True)
@@ -201,6 +208,7 @@ class Staircase:
     stairs: Stairs
     guard: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
     behind: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
+    most: int = 0  # tokens of a prefill; 0: as many as a step may have
 
     def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
         """A decode step beside a prefill took so many seconds; one with tokens of prompts in it does not count."""
@@ -221,15 +229,21 @@ class Staircase:
             self.fade()
             return Decision(Split(0, total), "nobody waits for a first token")
         if not seen.requests:
-            return Decision(Split(total, 0), "nobody decodes")
+            return self.decided(Split(total, 0), "nobody decodes")
         misses = {split: self.promise(split, seen).miss for split in self.splits}
         best = min(self.splits, key=lambda s: (misses[s], -s.prefill))
         if now in misses and misses[now] <= max(1.0, misses[best] * (1 + GAIN)) and misses[best] > 1 - GAIN:
-            return Decision(now, "no split is much better")
+            return self.decided(now, "no split is much better")
         why = (
             "the fewest SMs that decode in time" if misses[best] <= 1 else "no split serves both targets, this one best"
         )
-        return Decision(best, why)
+        return self.decided(best, why)
+
+    def decided(self, split: Split, why: str) -> Decision:
+        """Prompts are computed in pieces that take hardly longer in all, for who comes meanwhile waits for one."""
+        sizes = range(LEAST_CHUNK, max(LEAST_CHUNK, self.most) + 1, LEAST_CHUNK)
+        tokens = nearly(sizes, lambda n: self.stairs.prefill_seconds(split.prefill, n)) if self.most else 0
+        return Decision(split, why, prefill=tokens)
 
     def promise(self, split: Split, seen: Observed) -> Promise:
         """By measured times."""
@@ -281,9 +295,11 @@ class Adaptive:
             return Decision(self.shared, "nobody waits for a first token", LEAST_CHUNK)
         divided = self._divided(seen, now)
         if divided:
-            found = self.inner.decide(seen, now).split
-            found = found if found in divided else min(divided, key=lambda s: self.inner.promise(s, seen).miss)
-            return Decision(found, "no step with tokens of prompts is in time: a part of the GPU decodes alone")
+            found = self.inner.decide(seen, now)
+            if found.split not in divided:
+                best = min(divided, key=lambda s: self.inner.promise(s, seen).miss)
+                found = self.inner.decided(best, "")
+            return replace(found, why="no step with tokens of prompts is in time: a part of the GPU decodes alone")
         chunk = self.chunk(seen, self.fitting(seen))
         return Decision(self.shared, f"steps of decodes take up to {chunk} tokens of prompts along", chunk)
 
@@ -308,9 +324,8 @@ class Adaptive:
         return found if early.waited + early.work <= HASTE else self.nearly(self.fitting(seen, STRETCH), seen)
 
     def nearly(self, sizes: range, seen: Observed) -> int:
-        """The least of these sizes that computes nearly as many tokens of prompts a second as the largest."""
-        enough = NEARLY * sizes[-1] / self.seconds(sizes[-1], seen.requests)
-        return next(n for n in sizes if n >= enough * self.seconds(n, seen.requests))
+        """Of these sizes, beside the decodes."""
+        return nearly(sizes, lambda n: self.seconds(n, seen.requests))
 
     def fitting(self, seen: Observed, times: float = 1.0) -> range:
         """Tokens of prompts that leave a step in so many times the target; one size at least, and all where decodes

@@ -1,19 +1,23 @@
 """Turns of an engine whose prefills and decodes run side by side, each in a lane of its own.
 
-A turn launches the next decode step, then some layers of the prefill under way, then reads what is there. A prefill's
-sequences take part in no decode before it was read, so neither lane ever waits for the other; pages go from one to the
-other with their owner, and nothing is copied. Where the controller says so, prompts ride in the steps of decodes
-instead, once the prefill under way was read.
+A turn launches the next decode step, then some layers of the prefill under way, then reads what is there, and waits for
+neither. A prefill's sequences take part in no decode before it was read; pages go from one to the other with their
+owner, and nothing is copied. Where the controller says so, prompts ride in the steps of decodes instead, once the
+prefill under way was read.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tenfold.base.log import logger
+from tenfold.engine.pace import POLL
 from tenfold.engine.phases.controller import Controller, Learner, Observed, Split, Targets, percentile
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.plan import StepPlan
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 
 TICK = 0.005  # seconds between two decisions: one for most steps, for what arrives after one waits for the next
 WINDOW = 2.0  # seconds of what is seen of late
-SLICE = 65_536  # tokens times layers that are launched before the next decode
+SLICE = 65_536  # tokens times layers of a prefill that are launched at once
+AHEAD = 2  # slices that are launched and not done
 
 
 @dataclass(slots=True)
@@ -39,6 +44,13 @@ class Underway:
     split: Split
     slices: Slices
     pending: Pending | Isolated | None = None
+    queued: deque[torch.cuda.Event] = field(default_factory=deque)  # ends of slices that may run still
+
+    def room(self) -> bool:
+        """Whether a slice is left to be launched, and few of those that were are not done."""
+        while self.queued and self.queued[0].query():
+            self.queued.popleft()
+        return self.pending is None and len(self.queued) < AHEAD
 
 
 class Phases:
@@ -68,6 +80,7 @@ class Phases:
         self.tick = tick
         self.underway: Underway | None = None
         self.chunk = 0  # tokens of prompts that steps of decodes take along; 0: prompts have a lane
+        self.prefill = 0  # tokens of a prefill in a lane; 0: as many as a step may have
         self.begin()
         self.why = ""  # the border is where it is
         self.changes = 0
@@ -100,39 +113,77 @@ class Phases:
         return self.chunk > 0 and self.underway is None
 
     def turn(self, outputs: list[Output]) -> None:
-        engine = self.engine
         if self.controller is not None:
             self._decide(self.controller)
-        riding = self.riding
+        if self.riding:
+            self._ride(outputs)
+        else:
+            self._side_by_side(outputs)
+
+    def _ride(self, outputs: list[Output]) -> None:
+        """Launch a step of decodes with tokens of prompts in it, and read the oldest one."""
+        engine = self.engine
+        waits = not engine._inflight
+        plan = engine.scheduler.plan(most=self.chunk)
+        launched = self._launch(plan, outputs)
+        if len(engine._inflight) > engine.config.lookahead or (engine._inflight and not launched):
+            self._collect(outputs)
+        elif not engine._inflight:
+            self.watch.pause()
+        if waits and not launched and engine.scheduler.unfinished:
+            engine._stand_still(outputs)
+
+    def _side_by_side(self, outputs: list[Output]) -> None:
+        """Launch what either lane has room for, and read what is there: neither lane waits for the other, and what
+        comes while both are busy for none of them.
+        """
+        engine = self.engine
         waits = self.underway is None and not engine._inflight
-        plan = engine.scheduler.plan(most=self.chunk) if riding else engine.scheduler.plan_decodes()
-        if plan.admitted:
-            engine._start(plan.admitted)
-        if plan.entries:
-            with self.lanes.decode() as runner:
-                engine._queued(plan, engine._launch(plan, outputs, runner))
-        if self.underway is None and not riding:
+        full = len(engine._inflight) > engine.config.lookahead
+        launched = not full and self._launch(engine.scheduler.plan_decodes(), outputs)
+        moved = launched
+        if self.underway is None:
             self._begin()
-        if self.underway is not None:
-            self._advance(self.underway, bool(plan.entries), outputs)
-        if len(engine._inflight) > engine.config.lookahead or (engine._inflight and not plan.entries):
-            read, _ = engine._inflight[0]
-            engine._collect(outputs)
-            self._stepped(read)
+        if self.underway is not None and self.underway.room():
+            self._advance(self.underway, outputs)
+            moved = True
+        if engine._inflight and (len(engine._inflight) > engine.config.lookahead or not launched):
+            if engine._inflight[0][1].ready():
+                self._collect(outputs)
+                moved = True
         elif not engine._inflight:
             self.watch.pause()
         if self.underway is not None and self.underway.pending is not None:
-            if self.underway.pending.ready() or not engine._inflight:
+            if self.underway.pending.ready():
                 self._end(self.underway, self.underway.pending, outputs)
-        elif self.underway is None and waits and not plan.entries and engine.scheduler.unfinished:
+                moved = True
+        elif self.underway is None and waits and not launched and engine.scheduler.unfinished:
             engine._stand_still(outputs)
+        if not moved and not outputs:
+            time.sleep(POLL)
+
+    def _launch(self, plan: StepPlan, outputs: list[Output]) -> bool:
+        """A step in the lane of decodes, if there is anything in it."""
+        engine = self.engine
+        if plan.admitted:
+            engine._start(plan.admitted)
+        if not plan.entries:
+            return False
+        with self.lanes.decode() as runner:
+            engine._queued(plan, engine._launch(plan, outputs, runner))
+        return True
+
+    def _collect(self, outputs: list[Output]) -> None:
+        plan, _ = self.engine._inflight[0]
+        self.engine._collect(outputs)
+        self._stepped(plan)
 
     def _begin(self) -> None:
         """Plan the next prefill, where one can be: not while prompts ride in a step that was not read yet."""
         engine = self.engine
         if any(plan.tokens > plan.decodes for plan, _ in engine._inflight):
             return
-        plan = engine.scheduler.plan_prefills()
+        plan = engine.scheduler.plan_prefills(self.prefill or None)
         if not plan.entries:
             return
         if plan.admitted:
@@ -148,9 +199,10 @@ class Phases:
                 runner.settle()
                 self.underway = Underway(plan, *since, Slices((), None), engine._unprepared(plan, error))
 
-    def _advance(self, prefill: Underway, beside: bool, outputs: list[Output]) -> None:
+    def _advance(self, prefill: Underway, outputs: list[Output]) -> None:
         """Launch the next slice, or where no decode runs beside it all that are left."""
         engine = self.engine
+        beside = bool(engine._inflight)
         layers = max(1, self.slice // prefill.plan.tokens)
         while prefill.pending is None:
             with self.lanes.prefill(prefill.slices) as runner:
@@ -162,6 +214,9 @@ class Phases:
                     logger.warning("%s failed: %s", prefill.plan, error, exc_info=error)
                     prefill.pending = engine._isolate(prefill.plan, error, outputs, runner)
                     runner.settle()
+                if engine.device.type == "cuda":
+                    prefill.queued.append(torch.cuda.Event())
+                    prefill.queued[-1].record()
             if beside:
                 return
 
@@ -185,7 +240,7 @@ class Phases:
         self._decide_at = now + self.tick
         decision = controller.decide(self._observed(now, controller.targets.served), self.lanes.now)
         self.why = decision.why
-        self.chunk = decision.chunk
+        self.chunk, self.prefill = decision.chunk, decision.prefill
         self.decisions[f"{decision.split} {decision.chunk}"] += 1
         if decision.split != self.lanes.now:
             self.lanes.use(decision.split)

@@ -93,9 +93,9 @@ def targets_of(config: EngineConfig, stairs: Stairs, total: int) -> Targets:
 def make_controller(border: str, targets: Targets, splits: list[Split], stairs: Stairs) -> Controller | None:
     """None where the border stays where it is."""
     if border == ADAPTIVE:
-        return Adaptive(Staircase(targets, splits, stairs), PREFILL_TOKENS)
+        return Adaptive(Staircase(targets, splits, stairs, most=PREFILL_TOKENS), PREFILL_TOKENS)
     if border == STAIRCASE:
-        return Staircase(targets, splits, stairs)
+        return Staircase(targets, splits, stairs, most=PREFILL_TOKENS)
     if border == PAPER:
         total = splits[0].prefill + splits[0].decode
         each = stairs.prefill_seconds(total, TYPICAL)

@@ -243,3 +243,14 @@ def test_percentiles() -> None:
     assert percentile([], 0.9) is None
     assert percentile([3.0, 1.0, 2.0], 0.9) == 3.0
     assert percentile(list(range(100)), 0.9) == 90
+
+
+def test_prefills_in_a_lane_are_no_larger_than_pays() -> None:
+    """Reading weights takes as long as computing 1,000 tokens: what comes meanwhile waits for no more than it must."""
+    stairs = Stairs(dict.fromkeys((64, 132), ((1, 0.01), (1024, 0.011), (8192, 0.08))), {68: ((1, 0.005),)})
+    for most, expected in ((0, 0), (8192, 1024), (128, 128)):
+        own = Staircase(Targets(1.0, 0.1), [Split(64, 68)], stairs, most=most)
+        for requests in (0, 4):
+            decision = own.decide(seen(queued=9000, requests=requests), Split(64, 68))
+            assert decision.prefill == expected
+            assert decision.chunk == 0

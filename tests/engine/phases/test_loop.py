@@ -12,6 +12,7 @@ from tenfold.engine.phases.lanes import OneStream, TwoDevices
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.request import FinishReason, Grammar, Request, SamplingParams
 from tenfold.engine.rows import Place
+from tenfold.engine.runner import Pending
 from tests.engine import fake, test_grammar
 from tests.engine.test_invariance import Case, answer, case
 
@@ -93,6 +94,24 @@ def test_a_prompt_alone_is_computed_at_once() -> None:
     engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=1)))
     outputs = engine.step()
     assert [o.request_id for o in outputs] == ["b"]
+
+
+@pytest.mark.parametrize("slow", ["a", "b"])
+def test_neither_lane_waits_for_the_other(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is busy with one lane only: the other one goes on, and who comes meanwhile begins."""
+    engine = laned(fake.make_engine(max_step_tokens=64, max_model_len=96, lookahead=1))
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=30)))
+    while not engine._inflight:
+        engine.step()
+    done = Pending.ready
+    monkeypatch.setattr(Pending, "ready", lambda self: all(e.sequence.request.id != slow for e in self.entries))
+    engine.add(Request("b", LONG, SamplingParams(temperature=0.0, max_tokens=3)))
+    found = [o.request_id for _ in range(8) for o in engine.step()]
+    assert set(found) == {"a", "b"} - {slow}
+    assert len(found) >= (1 if slow == "a" else 4)
+    monkeypatch.setattr(Pending, "ready", done)
+    outputs: list[Any] = fake.drain(engine)
+    assert {o.request_id for o in outputs} == {"a", "b"}
 
 
 LANES = pytest.mark.parametrize("lanes", [laned, fake.flipping])
