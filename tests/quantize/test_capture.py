@@ -16,7 +16,7 @@ from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 from tests.tiny import VOCAB
 
-SCHEMES = [parse(name) for name in ("w2g8z", "w4g8", "w8a8")]
+SCHEMES = [parse(name) for name in ("w2g8z", "w4g8", "w4g8a8", "fp8a8")]
 Folder = Callable[[str], Path]
 
 

@@ -124,9 +124,16 @@ def test_weighted_inputs_count_as_often() -> None:
 
 
 def test_activations_are_rounded_token_by_token() -> None:
+    """To the nearest of float8 e4m3, with the largest of a token as its largest number."""
     x = inputs(20)
-    rounded = round_activations(x, parse("w8a8"))
-    assert ((x - rounded).abs() <= 0.51 * x.abs().amax(-1, keepdim=True) / 127).all()
+    x[3] = 0
+    for name in ("w4a8", "fp8a8"):
+        rounded, largest = round_activations(x, parse(name)), x.abs().amax(-1, keepdim=True)
+        numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        numbers = numbers[numbers.isfinite()]
+        apart = (x[..., None] - numbers * (largest / 448)[..., None]).abs().amin(-1)
+        assert torch.allclose((x - rounded).abs(), apart, atol=1e-6)
+        assert torch.equal(rounded[3], x[3])
     assert torch.equal(round_activations(x, parse("w4")), x)
 
 

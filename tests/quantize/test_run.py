@@ -145,17 +145,59 @@ def test_blocks_of_one_to_four_bits_side_by_side(
         assert {stored[name] for name in subject.names(key)} == {scheme}
     shutil.copytree(wide, dense)
     save_file({name: dequantize(packed.tensor(name)) for name in packed.names()}, dense / "model.safetensors")
-    found = []
-    for folder in (out, dense, wide):
-        checkpoint = open_checkpoint(folder)
-        built = build_model(checkpoint.config, Weights(checkpoint, kernels), 128)
-        with torch.inference_mode():
-            found.append(built.forward(Sequences(make_store(built.config)).step(PROMPTS, "all")))
+    found = [built_logits(folder, kernels) for folder in (out, dense, wide)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
     assert (found[0] - found[2]).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("scheme", ["w1g128z", "w4g128z", "w4g128"])
+def built_logits(folder: Path, kernels: Kernels) -> torch.Tensor:
+    checkpoint = open_checkpoint(folder)
+    built = build_model(checkpoint.config, Weights(checkpoint, kernels), 128)
+    with torch.inference_mode():
+        return built.forward(Sequences(make_store(built.config)).step(PROMPTS, "all"))
+
+
+@pytest.mark.parametrize(("layout", "rounding"), [("tenfold", "gptq"), ("compressed-tensors", "awq")])
+def test_blocks_for_activations_of_8_bits(
+    layout: str, rounding: str, wide: Path, text: Path, tmp_path: Path, kernels: Kernels
+) -> None:
+    """Beside others: the model of the folder is that of its values. The compiled kernels round activations beside
+    packed weights in their own way, which leaves less than a tenth of the logits' spread.
+    """
+    names = "w2g128", "w4g128a8", "fp8a8"
+    wish = Wish(5.0, ",".join(names), rounding, length=64, windows=8, layout=layout)
+    made = quantize(open_checkpoint(wide), text, tmp_path / "first", wish)
+    assert made.bits <= 5
+    assert all(set(own) == set(names) for own in made.losses.values())
+    content = json.loads((tmp_path / "first" / FILE).read_text())
+    content["schemes"] = {block: names[i % 3] for i, block in enumerate(made.schemes)}
+    (tmp_path / "recipe.json").write_text(json.dumps(content))
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    quantize(open_checkpoint(wide), text, out, wish, recipe=tmp_path / "recipe.json")
+    packed = open_checkpoint(out)
+    stored = {packed.tensor(name).storage for name in packed.names() if ".experts." in name}
+    assert stored == {format_of_scheme(parse(name)).name for name in names}
+    shutil.copytree(wide, dense)
+    save_file({name: dequantize(packed.tensor(name)) for name in packed.names()}, dense / "model.safetensors")
+    found = [built_logits(folder, kernels) for folder in (out, dense, wide)]
+    apart = [(found[0] - other).square().mean().sqrt() / other.std() for other in found[1:]]
+    assert apart[0] <= (1e-5 if kernels.name == "torch" else 0.1)
+    assert apart[1] > 0.15
+
+
+def test_a_model_in_bfloat16_is_measured_as_on_a_gpu(wide: Path) -> None:
+    texts = [list(range(5, 69))] * 8
+    tried = tuple(map(parse, ("w4g128a8", "fp8a8", "w8g128z")))
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        subject, found = Subject(open_checkpoint(wide), dtype=dtype), Rounded()
+        assert list(subject.measure(found, texts, dict.fromkeys(PARTS, tried), "awq")) == subject.layers
+        losses.append([sum(x for (_, name), x in found.losses.items() if name == s) for s in map(str, tried)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+
+
+@pytest.mark.parametrize("scheme", ["w1g128z", "w4g128z", "w4g128", "w4g128a8", "fp8a8"])
 def test_a_cpu_plans_for_what_it_holds_of_zeros_that_are_fractions(
     scheme: str, wide: Path, text: Path, tmp_path: Path, kernels: Kernels
 ) -> None:
@@ -451,6 +493,8 @@ def test_what_cannot_be_is_said(tiny: Made, text: Path, tmp_path: Path) -> None:
         (Wish(4.0, "w5g32z", length=64), ValueError, "w5g32z cannot be stored"),
         (Wish(4.0, "w4g32z", layout="compressed-tensors"), ValueError, "w4g32z has zeros.*lacks; take w4g32"),
         (Wish(4.0, "w1g32z", layout="compressed-tensors"), ValueError, "w1g32z has zeros.*lacks; take w2g32"),
+        (Wish(9.0, "w8a8"), ValueError, "w8a8 asks for .*; take fp8a8, w4g128a8, or w8 for activations of 16 bits"),
+        (Wish(9.0, "w4g32za8"), ValueError, "w4g32za8 asks for .*, or w4g32z for activations of 16 bits"),
         (Wish(4.0, "w1g32"), ValueError, "int1g32 lacks zeros, and two levels need"),
         (Wish(4.0, "w1g32z", length=64), ValueError, "None of w1g32z fits the 64 columns of gate_up"),
     ):

@@ -117,10 +117,16 @@ class Wish:
         return self.scope == "model" and self.sensitivity != "layer"
 
     def parsed(self) -> list[Scheme]:
-        """Raises ValueError for schemes that cannot be stored."""
+        """Raises ValueError for schemes that cannot be stored, and for activations of 8 bits that none takes."""
         found = [parse(name.strip()) for name in (self.schemes or SCHEMES[self.layout]).split(",")]
         for scheme in found:
             check_layout(self.layout, scheme)
+            if scheme.activations == 8 and not scheme.eights:
+                plain = replace(scheme, activations=16)
+                raise ValueError(
+                    f"{scheme} asks for activations of 8 bits, which experts are multiplied by as fp8 or as codes of 4 "
+                    f"bits without zeros; take fp8a8, w4g128a8, or {plain} for activations of 16 bits."
+                )
         return found
 
 

@@ -37,7 +37,7 @@ def losses(
     layer's output, float32 weights gate_up [2 * inner, cols] and down [cols, inner]. An expert that was never picked
     loses nothing.
     """
-    x, weights = seen.tokens()
+    x, weights = (t.float() for t in seen.tokens())
     pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
     found = {(part, str(scheme)): 0.0 for part, scheme in pairs}
     if not len(x):

@@ -390,7 +390,8 @@ def quantize_command(
         str,
         Option(
             "--schemes",
-            help="That blocks may get, from w1g128z on; unset: w2g128z to w8g128z, or w4g128,w8g128 for others.",
+            help="That blocks may get, from w1g128z on, w4g128a8 and fp8a8 for activations of 8 bits; unset: w2g128z "
+            "to w8g128z, or w4g128,w8g128 for others.",
         ),
     ] = "",
     scope: Annotated[str, Option("--scope", help="What keeps to the bits: model as a whole, or each layer.")] = "model",
@@ -409,10 +410,10 @@ def quantize_command(
     samples: Annotated[int, Option("--samples", help="Pairs of the data at most, spread over it.")] = 128,
     scheme: Annotated[
         str,
-        Option("--scheme", help="Of dense models, or all experts: w4g128z, w3g128z, w4a8, w8a8, ... for every layer."),
+        Option("--scheme", help="Of dense models, or all experts: w4g128z, w3g128z, w4a8, fp8a8, ... for every layer."),
     ] = "w4g128z",
     tower: Annotated[
-        str, Option("--tower", help="Scheme of what looks at pictures: w8a8, w4a8; unset: as it is.")
+        str, Option("--tower", help="Scheme of what looks at pictures: fp8a8, w4a8; unset: as it is.")
     ] = "",
     norm: Annotated[str, Option("--norm", help="Of differences: mae, mse or fisher; unset: the method's.")] = "",
     weigh: Annotated[

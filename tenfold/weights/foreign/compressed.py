@@ -9,9 +9,10 @@
     the others       weight int8 or float8_e4m3fn [rows, cols]; weight_zero_point int8 like the scales
     all              weight_scale: one for the tensor, [rows, 1], [rows, groups] or one for each block of the matrix
 
-value = (code - zero) * scale. Formats are named by each group, or for all of them. Activations: float8 weights with
-float8 activations keep the permission to round activations to e4m3, a scale a token; scales of activations that were
-fixed when the checkpoint was made, and int8 activations, are left out, as 16-bit activations are the more exact.
+value = (code - zero) * scale. Formats are named by each group, or for all of them. Activations: weights of float8, and
+of 4 bits, with float8 activations keep the permission to round activations to e4m3, a scale a token; scales of
+activations that were fixed when the checkpoint was made, and int8 activations, are left out, as 16-bit activations are
+the more exact.
 """
 
 import re
@@ -40,7 +41,9 @@ from tenfold.weights.foreign.linear import (
 
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
-PLAIN = ("naive-quantized", "int-quantized", "float-quantized")
+FLOAT8 = "float-quantized"
+PLAIN = ("naive-quantized", "int-quantized", FLOAT8)
+EIGHTS = ("fp8", "int4")  # that kernels multiply by float8 activations
 MIXED = "mixed-precision"
 STRATEGIES = ("tensor", "channel", "group", "block")
 
@@ -106,7 +109,7 @@ def read_group(name: str, raw: Mapping[str, Any], settings: Settings) -> Group:
     block = weights.get("block_structure")
     if strategy == "block" and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
         read.refuse("block_structure", "two whole numbers")
-    low_activations = kind == "fp8" and acts is not None and acts.get("num_bits") == 8 and acts.get("type") == "float"
+    float8 = acts is not None and (acts.get("num_bits"), acts.get("type")) == (8, "float")
     return Group(
         targets=tuple(inner.names("targets")),
         format=str(form),
@@ -115,7 +118,7 @@ def read_group(name: str, raw: Mapping[str, Any], settings: Settings) -> Group:
         size=size if strategy == "group" else 0,
         block=(block[0], block[1]) if strategy == "block" and block else (0, 0),
         symmetric=read.flag("symmetric", True),
-        activations=8 if low_activations else 16,
+        activations=8 if float8 and kind in EIGHTS else 16,
     )
 
 
@@ -171,7 +174,7 @@ def packed_linear(group: Group, files: Files, module: str) -> Linear:
         files.entry(f"{module}.weight_g_idx", ("I32",), (cols,))
         order = column_order(files.read(f"{module}.weight_g_idx"), group.size, files, module)
         names.append(f"{module}.weight_g_idx")
-    format = packed_format(group.kind, group.size, not group.symmetric, files, order is not None)
+    format = packed_format(group.kind, group.size, not group.symmetric, files, order is not None, group.activations)
 
     def make(device: torch.device | str) -> Packed:
         words, scales = (files.read(name).to(device) for name in names[:2])
@@ -222,7 +225,9 @@ def plain_format(group: Group, files: Files) -> Format:
 
 
 def tensors(module: str, format: Format, packed: Packed) -> dict[str, Tensor]:
-    """What a pack-quantized file holds of a module, of a format of whole numbers without zeros and order."""
+    """What a file holds of a module, of a format without zeros and order: pack-quantized, or float8 as it lies."""
+    if format.kind == "fp8":
+        return {f"{module}.weight": packed.codes.contiguous(), f"{module}.weight_scale": packed.scales.contiguous()}
     codes = format.codes.load(packed.codes)
     counted = (codes.int() - format.codes.lowest).to(torch.uint8)
     return {
@@ -240,13 +245,16 @@ def settings_of(formats: Mapping[str, Format], ignored: Collection[str]) -> dict
     groups = {}
     for i, (format, modules) in enumerate(sorted(targets.items(), key=lambda item: item[0].name)):
         strategy = {"strategy": "group", "group_size": format.group} if format.group else {"strategy": "channel"}
-        weights = {"num_bits": format.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
-        eight = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+        kind = "float" if format.kind == "fp8" else "int"
+        weights = {"num_bits": format.bits, "type": kind, "symmetric": True, "dynamic": False, **strategy}
+        eight = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
         acts = eight if format.activations == 8 else None
-        groups[f"group_{i}"] = {"targets": modules, "weights": weights, "input_activations": acts}
+        form = FLOAT8 if format.kind == "fp8" else PACKED
+        groups[f"group_{i}"] = {"targets": modules, "format": form, "weights": weights, "input_activations": acts}
+    forms = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD,
-        "format": PACKED,
+        "format": MIXED if len(forms) > 1 else forms.pop(),
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(ignored),

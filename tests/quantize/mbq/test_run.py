@@ -65,7 +65,7 @@ def test_every_family(name: str, seeing: Seeing, pairs: Path, tmp_path: Path) ->
     assert got.loss == pytest.approx(exact.loss, rel=0.05)
 
 
-@pytest.mark.parametrize("scheme", ["w8g32z", "w8a8", "w4a8", "w3g128z", "w1g128z"])
+@pytest.mark.parametrize("scheme", ["w8g32z", "fp8a8", "w8a8", "w4a8", "w3g128z", "w1g128z"])
 def test_it_runs_and_answers(scheme: str, pairs: Path, tmp_path: Path) -> None:
     """The first token's chance is that of the rounded weights in plain PyTorch, and with 8 bits of the exact ones."""
     from tenfold import LLM, SamplingParams
