@@ -24,6 +24,7 @@ from tenfold.quantize import rotate
 from tenfold.quantize.capture import TextTooShort
 from tenfold.quantize.mxmoe import run
 from tenfold.quantize.mxmoe.allocate import BudgetError
+from tenfold.quantize.mxmoe.cost import Shape
 from tenfold.quantize.mxmoe.front import Corner, draw, relative
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.run import Wish, quantize
@@ -183,6 +184,17 @@ def test_blocks_for_activations_of_8_bits(
     apart = [(found[0] - other).square().mean().sqrt() / other.std() for other in found[1:]]
     assert apart[0] <= (1e-5 if kernels.name == "torch" else 0.1)
     assert apart[1] > 0.15
+
+
+def test_speed_decides_by_tiles(wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tiles of float8 take least, blocks get it as far as speed counts; what times are from is in the recipe."""
+    quick = Shape(16, 64, 8, {"w2g128z": 4.0, "w4g128a8": 2.0, "fp8a8": 1.0})
+    monkeypatch.setattr(run, "shapes", lambda *given: ([quick], "measured on a stand-in"))
+    wish = Wish(9.0, "w2g128z,w4g128a8,fp8a8", "rtn", length=64, windows=8, r=0.0)
+    made = quantize(open_checkpoint(wide), text, tmp_path / "out", wish)
+    assert set(made.schemes.values()) == {"fp8a8"}
+    assert made.cost == "measured on a stand-in, in tiles of 16 picks by 64 rows"
+    assert load(tmp_path / "out" / FILE, made.model) == made
 
 
 def test_a_model_in_bfloat16_is_measured_as_on_a_gpu(wide: Path) -> None:

@@ -8,6 +8,7 @@ was chosen, and writes a layer's experts as one file.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import ceil, inf
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.models.config import ModelConfig
 from tenfold.ops.formats import Format, Packed
 from tenfold.quantize.awq import behind_norm, of_strength, scaled
 from tenfold.quantize.capture import TextTooShort, watched
-from tenfold.quantize.mxmoe.allocate import ROUNDED, BudgetError, Plan
-from tenfold.quantize.mxmoe.cost import per_weight
+from tenfold.quantize.mxmoe.allocate import ROUNDED, Block, BudgetError, Plan
+from tenfold.quantize.mxmoe.cost import fastest, launches, shapes
 from tenfold.quantize.mxmoe.front import corners
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
@@ -42,6 +44,7 @@ from tenfold.quantize.mxmoe.subject import (
     moments_of,
     name_of,
     rounded,
+    solved,
     spread,
 )
 from tenfold.quantize.rotate import Rotated, check_family
@@ -164,10 +167,7 @@ def quantize(
         bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
         wish = replace(wish, bits=bits_within(subject, allowed, wish), bytes=0)
         found, slope = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
-        costs, cost = None, ""
-        if wish.r < 1:
-            costs, cost = per_weight(subject.model.config, wish.parsed(), wish.tokens, device)
-        blocks = blocks_of(found, bits, wish.scope, norm=False, slope=slope, costs=costs)
+        blocks, cost = weighed(found, bits, wish, slope, subject.model.config, device)
         plan, *front = mixed_front(blocks, bits, wish.bits, wish.tie, wish.r)
         made = recipe_of(found, plan, model, digest, tokens, wish, slope)
         made = replace(made, cost=cost, front=corners(front, plan, sum(found.sizes.values())))
@@ -274,6 +274,31 @@ def measured(
         }
         beside.write(place, json.dumps(state).encode())
     return found, slope
+
+
+def weighed(
+    found: Rounded, bits: Mapping[str, float], wish: Wish, slope: Mapping[int, float], config: ModelConfig, device: str
+) -> tuple[list[Block], str]:
+    """Blocks with losses and times, and where the times are from: of all shapes of tiles that some scheme is the
+    fastest with, those of the one whose best plan is the best, with its launches as long as dealing out tiles takes.
+    """
+
+    def blocks_with(times: Mapping[tuple[Key, str], float] | None = None) -> list[Block]:
+        return blocks_of(found, bits, wish.scope, False, slope, times)
+
+    known, cost = shapes(config, wish.parsed(), wish.tokens, device) if wish.r < 1 else ([], "")
+    own = launches(config, wish.tokens, found.picks)
+    tried = []
+    for shape in fastest(known, own):
+        with suppress(ValueError):  # not all that the budget asks for can have such tiles
+            blocks = blocks_with(own.times(shape))
+            plan = solved(blocks, bits, wish.bits, wish.tie, wish.r)
+            timed = replace(plan, time=own.time(shape, plan.schemes))
+            tried.append((timed.goal(wish.r), blocks, f"{cost}, in {shape}"))
+    if not tried:
+        return blocks_with(), "bytes read, since no tiles hold schemes of that few bits" if known else cost
+    _, blocks, cost = min(tried, key=lambda each: each[0])
+    return blocks, cost
 
 
 def middles(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> dict[str, str]:

@@ -297,11 +297,11 @@ def blocks_of(
     scope: str,
     norm: bool,
     slope: Mapping[int, float] | None = None,
-    costs: Mapping[str, float] | None = None,
+    times: Mapping[tuple[Key, str], float] | None = None,
 ) -> list[Block]:
     """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
-    each layer, of `End`. Time is what a weight of each scheme costs, else the bits that are read, in experts that are
-    picked as often as here.
+    each layer, of `End`; times of blocks, with the schemes that they may get, else the bits that are read, in experts
+    that are picked as often as here.
     """
     made = []
     for key, size in sorted(found.sizes.items()):  # in one order, whether an earlier run measured some or none
@@ -309,7 +309,7 @@ def blocks_of(
         own = {
             name: found.losses[key, name] * (slope[layer] if slope else 1.0)
             for name in bits
-            if (key, name) in found.losses
+            if (key, name) in found.losses and (times is None or (key, name) in times)
         }
         often = found.picks[layer][expert] / max(1, sum(found.picks[layer]))
         made.append(
@@ -317,7 +317,7 @@ def blocks_of(
                 name_of(key),
                 size,
                 {name: math.sqrt(loss) if norm else loss for name, loss in own.items()},
-                {name: often * size * (costs or bits)[name] for name in own},
+                {name: often * size * bits[name] if times is None else times[key, name] for name in own},
                 f"layer {layer}" if scope == "layer" else "",
             )
         )
@@ -333,17 +333,19 @@ def mixed(
     norm: bool,
     r: float,
     slope: Mapping[int, float] | None = None,
-    costs: Mapping[str, float] | None = None,
 ) -> Plan:
     """The best plan at so many bits; the rest as of `blocks_of` and `mixed_front`."""
-    solver, names = _tied(blocks_of(found, bits, scope, norm, slope, costs), bits, tie)
+    return solved(blocks_of(found, bits, scope, norm, slope), bits, budget, tie, r)
+
+
+def solved(blocks: Sequence[Block], bits: Mapping[str, float], budget: float, tie: str, r: float) -> Plan:
+    """The best plan at so many bits. tie: what has one scheme, each "block", "expert" or "layer"."""
+    solver, names = _tied(blocks, bits, tie)
     return _untied(solver.solve(budgets(solver.blocks, budget), r), names)
 
 
 def mixed_front(blocks: Sequence[Block], bits: Mapping[str, float], budget: float, tie: str, r: float) -> list[Plan]:
-    """The best plan at so many bits, and behind it the front, of which it is one point. tie: what has one scheme, each
-    "block", "expert" or "layer".
-    """
+    """The best plan at so many bits, and behind it the front, of which it is one point; tie as of `solved`."""
     solver, names = _tied(blocks, bits, tie)
     own = budgets(solver.blocks, budget)
     plan = solver.solve(own, r)
