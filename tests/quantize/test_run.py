@@ -464,6 +464,47 @@ def test_losses_count_as_what_they_cost_at_the_end(
     assert max(bits[0] + bits[1]) < min(bits[2])
 
 
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_progress_counts_windows_and_roundings(
+    scope: str, tiny: Made, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both passes go on step by step to their end, whether a run is whole or goes on where another stopped."""
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(what: str) -> Callable[[int, int], None]:
+        told[what] = []
+        return lambda done, total: told[what].append((done, total))
+
+    source, out, wish = open_checkpoint(model(tiny)), tmp_path / "out", replace(WISH, rounding="rtn", scope=scope)
+    subject = Subject(source)
+    write, begun = run.beside.write, []
+
+    def stopping(*given: object) -> None:
+        write(*given)  # type: ignore[arg-type]
+        begun.append(given)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.beside, "write", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, text, out, wish, progress=progress)
+    before = len(told["measuring"])
+    quantize(source, text, out, wish, progress=progress)
+    layers, blocks = subject.model.config.layers, len(subject.blocks)
+    seen = layers * len(subject.tokens(text.read_text(), wish.length, wish.windows))
+    ends = (1 + layers) * seen if scope == "model" else 0
+    rounded = blocks // 2 * sum(map(len, run.allowed_schemes(subject, wish.parsed()).values()))
+    wanted = {"measuring": seen + rounded + ends, "writing": seen + blocks}
+    assert set(told) == set(wanted)
+    for what, steps in told.items():
+        done = [each for each, _ in steps]
+        assert {total for _, total in steps} == {wanted[what]}
+        assert done == sorted(done)
+        assert done[-1] == wanted[what]
+    assert len(told["measuring"]) > before > 0
+    assert len(told["writing"]) == wanted["writing"]
+
+
 def test_slopes_of_layers_are_kept_when_a_run_is_interrupted(
     tiny: Made, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

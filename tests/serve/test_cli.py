@@ -361,6 +361,12 @@ def test_quantize_takes_one_budget(ran, tmp_path):
         (("--bytes", "0"), "give one of both, above 0"),
         (("--recipe", str(recipe), "--bits", "2.25"), "--recipe has a budget of its own.*leave out --bits to follow"),
         (("--recipe", str(recipe), "--bytes", "1G"), "--recipe has a budget of its own.*leave out --bytes to follow"),
+        (("--recipe", str(recipe), "--r", "0.5"), "--recipe has decided what --r would; leave out --r to follow"),
+        (
+            ("--recipe", str(recipe), "--schemes", "w4g128", "--tie", "layer", "--scope", "layer", "--tokens", "8"),
+            "--recipe has decided what --schemes, --scope, --tie, --tokens would; leave out --schemes, --scope, --tie",
+        ),
+        (("--recipe", str(recipe), "--sensitivity", "layer"), "what --sensitivity would; leave out --sensitivity"),
     ):
         with pytest.raises(ValueError, match=message):
             wish_of(ran(*always, *words))
@@ -398,10 +404,14 @@ def test_quantize_makes_experts_of_one_scheme(ran, tiny, tmp_path, capsys, as_js
 
 
 def test_quantize_refuses_what_says_nothing_of_experts(ran, tmp_path):
-    text = tmp_path / "text.txt"
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.json"
     text.write_text("words")
+    recipe.write_text("{}")
     always = ("quantize", "folder", "--text", str(text), "--out", str(tmp_path / "out"))
+    _, asked, mixed, options = ran(*always, "--recipe", str(recipe))[1]
+    assert uniform_wish("awq", asked, options, mixed).schemes == "w4g128z"
     for words, message in (
+        (("--recipe", str(recipe), "--scheme", "w8"), "--recipe has decided what --scheme would; leave out --scheme"),
         (("--rounding", "gptq"), "rounding is 'gptq', which awq of a model with experts does not go with"),
         (("--norm", "mae", "--exact"), "--norm, --propagate say nothing of a model with experts; leave them out"),
         (("--bits", "3"), "--bits and --bytes are budgets of --method mxmoe; awq gives all experts --scheme w4g128z"),

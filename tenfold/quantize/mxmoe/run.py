@@ -36,6 +36,7 @@ from tenfold.quantize.mxmoe.subject import (
     Key,
     Progress,
     Rounded,
+    Steps,
     Subject,
     average,
     blocks_of,
@@ -44,6 +45,7 @@ from tenfold.quantize.mxmoe.subject import (
     moments_of,
     name_of,
     rounded,
+    roundings,
     solved,
     spread,
 )
@@ -156,7 +158,7 @@ def quantize(
     content = text.read_bytes()
     turned = Rotated(checkpoint) if wish.rotate else checkpoint
     subject = Subject(turned, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    allowed = allowed_schemes(subject, wish.parsed())
+    allowed = allowed_schemes(subject, wish.parsed()) if recipe is None else {}
     windows = subject.tokens(content.decode("utf-8", "ignore"), wish.length, wish.windows)
     if not windows:
         raise TextTooShort(
@@ -255,16 +257,23 @@ def measured(
     """
     names = {part: list(map(str, schemes)) for part, schemes in allowed.items()}
     between = middles(subject, allowed, wish.bits) if wish.to_the_end else {}
+    ended = spread(windows, ENDED) if between else []
     about = wish.bits if wish.rounding == "awq" else 0.0
     key = json.dumps([subjects, names, wish.rounding, wish.length, wish.windows, wish.rotate, between, about])
     place = partial(out)
     found, slope = resumed(place, key, subject)
-    end = End(subject, spread(windows, ENDED)) if between else None
+    layers = subject.model.config.layers
+    whole = len(ended) * layers  # windows through layers, to see what rounding a layer costs at the end
+    count = layers * len(windows) + len(subject.blocks) // len(PARTS) * roundings(allowed)
+    steps = Steps(progress, count + whole * (1 + len(subject.layers)))
+    end = End(subject, ended) if between else None
+    steps.add(whole * (1 + len(slope)))
     kept = set(between.values())
-    for layer in subject.measure(found, windows, allowed, wish.rounding, kept, progress, wish.bits):
+    for layer in subject.measure(found, windows, allowed, wish.rounding, kept, steps, wish.bits):
         if end is not None:
             slope[layer] = end.slope(found, layer, between)
             found.weights.clear()
+            steps.add(whole)
         state = {
             "key": key,
             "picks": {str(layer): picks for layer, picks in found.picks.items()},
@@ -358,13 +367,15 @@ def write_experts(
     """
     formats: dict[str, Format] = {}
     multiplied: dict[int, Tensor] = {}
-    for layer, seen in watched(subject.model, subject.kernels, windows, progress):
+    steps = Steps(progress, subject.model.config.layers * len(windows) + len(subject.blocks))
+    for layer, seen in watched(subject.model, subject.kernels, windows, steps):
         tensors: dict[str, Tensor] = {}
         by = of_strength(average(seen, "gate_up"), recipe.strengths.get(str(layer), 0.0))
         if bool((by != 1).any()):
             multiplied[layer] = by.cpu()
         for expert, moments in enumerate(moments_of(seen)):
             for key, format, held in packed_blocks(subject, (layer, expert), moments, recipe, by):
+                steps.add()
                 names = subject.names(key)
                 height = len(held.codes) // len(names)
                 for i, name in enumerate(names):

@@ -46,6 +46,27 @@ class Rounded:
     strengths: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Steps:
+    """Progress of a pass in which windows go through layers, as `watched` tells it, and other work is done between,
+    such as rounding. told(done, all) is given the sum of both.
+    """
+
+    told: Progress
+    all: int
+    windows: int = 0
+    others: int = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        self.windows = done
+        self.told(self.windows + self.others, self.all)
+
+    def add(self, count: int = 1) -> None:
+        """So many steps more of other work."""
+        self.others += count
+        self.told(self.windows + self.others, self.all)
+
+
 def name_of(key: Key) -> str:
     return f"{key[0]}.{key[1]}.{key[2]}"
 
@@ -119,23 +140,25 @@ class Subject:
         schemes: Mapping[str, Sequence[Scheme]],
         method: str,
         keep: Collection[str] | None = None,
-        progress: Progress | None = None,
+        steps: Steps | None = None,
         budget: float = COARSE,
     ) -> Iterator[int]:
         """What each scheme costs each block, into `found`, layer by layer; layers that it has are passed over. schemes:
         that each part may get; method: one of METHODS; keep: schemes whose rounded weights are kept too, None for all.
-        progress(done, all): windows of all layers. budget: bits of a weight, near which a layer's scales are sought.
+        steps: windows of all layers, and `roundings`. budget: bits of a weight, near which a layer's scales are sought.
         """
+        steps = steps or Steps(lambda done, total: None, 0)
         about = scaled_for(schemes["gate_up"], self.model.config.hidden_size, budget)
-        for layer, seen in watched(self.model, self.kernels, windows, progress):
+        for layer, seen in watched(self.model, self.kernels, windows, steps):
             if layer in found.picks:
+                steps.add(len(seen) * roundings(schemes))
                 continue
             by = None
             if method == "awq":
                 found.strengths[layer] = self.strength(layer, seen, about)
                 by = of_strength(average(seen, "gate_up"), found.strengths[layer])
             for expert, (own, moments) in enumerate(zip(seen, moments_of(seen))):
-                self._measure_expert(found, (layer, expert), own, moments, schemes, method, keep, by)
+                self._measure_expert(found, (layer, expert), own, moments, schemes, method, keep, by, steps)
             found.picks[layer] = [own.picks for own in seen]
             yield layer
 
@@ -165,13 +188,16 @@ class Subject:
         method: str,
         keep: Collection[str] | None,
         by: Tensor | None,
+        steps: Steps,
     ) -> None:
         """by [cols]: what columns of gate and up are multiplied by, and their inputs divided."""
         exact = {part: self.exact((*at, part)).float() for part in PARTS}
         if by is not None:
             exact["gate_up"], seen = exact["gate_up"] * by, divided(seen, by)
-        pairs = [(part, scheme) for part in PARTS for scheme in schemes[part]]
-        made = {(part, str(s)): rounded(exact[part], moments[part], s, method, part) for part, s in pairs}
+        pairs, made = [(part, scheme) for part in PARTS for scheme in schemes[part]], {}
+        for part, scheme in pairs:
+            made[part, str(scheme)] = rounded(exact[part], moments[part], scheme, method, part)
+            steps.add()
         act = self.model.config.activation
         lost = losses(seen, exact["gate_up"], exact["down"], act, schemes, lambda w, s, part: made[part, str(s)])
         for (part, name), loss in lost.items():
@@ -181,6 +207,11 @@ class Subject:
             if keep is None or name in keep:
                 rounding = made[part, name]
                 found.weights[key, name] = rounding / by if by is not None and part == "gate_up" else rounding
+
+
+def roundings(schemes: Mapping[str, Sequence[Scheme]]) -> int:
+    """Of one expert, to measure these schemes of its parts."""
+    return sum(len(schemes[part]) for part in PARTS)
 
 
 def spread(windows: Sequence[list[int]], count: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ HELD_OUT = 5  # every so many pairs, where none are given to judge on
 AUTO, EXPERTS = "auto", "mxmoe"
 UNIFORM = ("awq", "rtn")  # methods that are roundings of experts, too
 BITS = 4.25  # of a weight of experts, where no budget is given
+DECIDED = ("schemes", "scope", "tie", "r", "sensitivity", "tokens")  # by a recipe, of a wish for mixed bits
+SCHEME = "w4g128z"  # where --scheme is not given
 DENSE_BITS = 16.0  # of a weight: a budget that keeps no scheme away
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -143,7 +145,19 @@ def mixed_wish(asked: Asked, options: Sequence[Any]) -> Wish:
     schemes, scope, r, tie, rotate, sensitivity, tokens = rest
     rounding = "gptq" if asked.rounding == AUTO else asked.rounding
     shape = asked.window, asked.windows, tie, asked.layout, rotate, sensitivity, tokens
-    return Wish(BITS if bits is None else bits, schemes, rounding, scope, r, *shape, most_bytes or 0)
+    wish = Wish(BITS if bits is None else bits, schemes, rounding, scope, r, *shape, most_bytes or 0)
+    check_followed(asked, {f"--{name}": getattr(wish, name) != getattr(Wish(BITS), name) for name in DECIDED})
+    return wish
+
+
+def check_followed(asked: Asked, given: Mapping[str, bool]) -> None:
+    """Raises ValueError where a recipe is followed and an option is given of what that has decided."""
+    names = ", ".join(name for name, differs in given.items() if differs)
+    if asked.recipe is not None and names:
+        raise ValueError(
+            f"--recipe has decided what {names} would; leave out {names} to follow {asked.recipe}, or --recipe to "
+            "measure and choose anew."
+        )
 
 
 def uniform_wish(method: str, asked: Asked, options: Sequence[Any], mixed: Sequence[Any]) -> Wish:
@@ -164,6 +178,7 @@ def uniform_wish(method: str, asked: Asked, options: Sequence[Any], mixed: Seque
     unused = [f"--{name}" for name, value in names.items() if value not in ("", None)]
     if unused:
         raise ValueError(f"{', '.join(unused)} say nothing of a model with experts; leave them out.")
+    check_followed(asked, {"--scheme": scheme != SCHEME})
     return Wish(
         DENSE_BITS, scheme, method, length=asked.window, windows=asked.windows, layout=asked.layout, sensitivity="layer"
     )
