@@ -8,7 +8,7 @@ random orthogonal matrix for what is left of it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ LAYER = re.compile(r"(model\.layers\.\d+\.)(.*)")
 ATTENTION = re.compile(r"self_attn\.(q_proj|k_proj|v_proj|q_a_proj|kv_a_proj_with_mqa)\.weight")
 FEED = re.compile(
     r"(mlp|block_sparse_moe)\.((shared_experts?|experts\.\d+)\.)?(gate_proj|up_proj|w1|w3)\.weight"
-    r"|(mlp|block_sparse_moe)\.(gate|shared_expert_gate)\.weight"
+    r"|(mlp|block_sparse_moe)\.((gate|shared_expert_gate)\.weight|experts\.gate_up_proj)"
 )
 WRITERS = re.compile(
     r"(self_attn\.o_proj|(mlp|block_sparse_moe)\.((shared_experts?|experts\.\d+)\.)?(down_proj|w2))\.(weight|bias)"
+    r"|(mlp|block_sparse_moe)\.experts\.down_proj"
 )
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
@@ -67,8 +68,9 @@ def check_family(source: Checkpoint, what: str) -> None:
 
 
 class Rotated:
-    """A checkpoint whose tensors are those of another, turned: float32, made when they are asked for, untied. Raises
-    CheckpointError for a family whose stream is not understood, and for packed experts.
+    """A checkpoint whose tensors are those of another, turned: float32, made when they are asked for, untied. Tensors
+    of many experts [experts, rows, cols] are turned expert by expert. Raises CheckpointError for a family whose stream
+    is not understood.
     """
 
     def __init__(self, source: Checkpoint, seed: int = 0) -> None:
@@ -93,12 +95,19 @@ class Rotated:
         data = self._turned(name)
         return RawTensor(name, "F32", tuple(data.shape), data)
 
+    def _each(self, name: str, turned: Callable[[Tensor], Tensor]) -> Tensor:
+        """float32 of what a tensor becomes; of many experts, of each, as all in float64 are large."""
+        exact = dequantize(self.source.tensor(name), torch.float32)
+        if exact.dim() == 3:
+            return torch.stack([turned(own.double()).float() for own in exact])
+        return turned(exact.double()).float()
+
     def _exact(self, name: str) -> Tensor:
-        return dequantize(self.source.tensor(name), torch.float32).double()
+        return self._each(name, lambda exact: exact)
 
     def _turned(self, name: str) -> Tensor:
         if name == TABLE:
-            return (self._exact(name) @ self.turn).float()
+            return self._each(name, lambda exact: exact @ self.turn)
         if name == HEAD:
             return self._read(HEAD if HEAD in self.source else TABLE, LAST_NORM)
         found = LAYER.fullmatch(name)
@@ -110,11 +119,10 @@ class Rotated:
         if FEED.fullmatch(rest):
             return self._read(name, place + NORMS[1])
         if WRITERS.fullmatch(rest):
-            return (self.turn.T @ self._exact(name)).float()
-        if rest.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            raise CheckpointError(f"{name} holds many experts; a file with one tensor for each can be rotated.")
-        return self._exact(name).float()
+            return self._each(name, lambda exact: self.turn.T @ exact)
+        return self._exact(name)
 
     def _read(self, name: str, norm: str) -> Tensor:
         """What reads the stream behind a norm."""
-        return ((self._exact(name) * self._exact(norm)) @ self.turn).float()
+        weight = self._exact(norm).double()
+        return self._each(name, lambda exact: (exact * weight) @ self.turn)

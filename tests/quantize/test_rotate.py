@@ -51,6 +51,13 @@ def test_logits_stay_what_they_were(name: str, tiny: Folder) -> None:
     assert (before - after).abs().max() <= 1e-4 * before.abs().max()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "deepseek-v2"])
+def test_experts_in_one_tensor_are_turned_as_one_by_one(name: str, tiny: Folder, tmp_path: Path) -> None:
+    plain, whole = open_checkpoint(tiny(name)), open_checkpoint(stacked(tiny(name), tmp_path / "stacked"))
+    assert any(own.endswith("experts.gate_up_proj") for own in whole.names())
+    assert torch.equal(logits(Rotated(whole, seed=1)), logits(Rotated(plain, seed=1)))
+
+
 def test_outliers_are_spread(tiny: Folder) -> None:
     class Outlier:
         """A checkpoint one of whose features is loud."""
@@ -76,9 +83,6 @@ def test_outliers_are_spread(tiny: Folder) -> None:
     assert loud[1] < 0.6 * loud[0]
 
 
-def test_what_cannot_be_rotated_is_said(tiny: Folder, tmp_path: Path) -> None:
+def test_what_cannot_be_rotated_is_said(tiny: Folder) -> None:
     with pytest.raises(CheckpointError, match="Gemma3 cannot be rotated; families that can: Llama"):
         Rotated(open_checkpoint(tiny("gemma3")))
-    whole = Rotated(open_checkpoint(stacked(tiny("mixtral"), tmp_path / "stacked")))
-    with pytest.raises(CheckpointError, match="holds many experts"):
-        whole.tensor("model.layers.0.block_sparse_moe.experts.gate_up_proj")

@@ -35,6 +35,7 @@ from tenfold.quantize.write import Folder
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.load import TABLE, Weights
 from tenfold.weights.open import open_checkpoint
+from tests.models.test_moe import stacked
 from tests.steps import Sequences, make_store
 from tests.tiny import VOCAB, Tiny, make_checkpoint
 
@@ -270,9 +271,12 @@ def test_compressed_tensors_hold_the_same(tie: str, tiny: Made, text: Path, tmp_
     assert all(len(own) == 1 for own in of_layers.values()) == (tie == "layer")
 
 
-def test_a_rotated_model_answers_as_before(tiny: Made, text: Path, tmp_path: Path) -> None:
-    """With 8 bits everywhere, what is left is little; the embedding is turned, and tied no more."""
-    source = open_checkpoint(model(tiny))
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_rotated_model_answers_as_before(whole: bool, tiny: Made, text: Path, tmp_path: Path) -> None:
+    """With 8 bits everywhere, what is left is little; the embedding is turned, and tied no more. whole: the experts of
+    a layer lie in one tensor.
+    """
+    source = open_checkpoint(stacked(model(tiny), tmp_path / "stacked") if whole else model(tiny))
     wish = Wish(9.0, "w8g32z", length=64, windows=8, rotate=True)
     made = quantize(source, text, tmp_path / "out", wish)
     after = open_checkpoint(tmp_path / "out")
