@@ -77,6 +77,16 @@ LAYOUTS: dict[str, tuple[dict[str, Any], files.Writer, str]] = {
         packed(symmetric=False),
         "int4g32z",
     ),
+    "packed-4-float8": (
+        compressed("pack-quantized", ints(4, "group", group_size=32), {"num_bits": 8, "type": "float"}),
+        packed(),
+        "int4g32a8",
+    ),
+    "packed-4-asymmetric-float8": (
+        compressed("pack-quantized", ints(4, "group", False, group_size=32), {"num_bits": 8, "type": "float"}),
+        packed(symmetric=False),
+        "int4g32z",
+    ),
     "packed-2": (compressed("pack-quantized", ints(2, "group", group_size=32)), packed(bits=2), "int2g32"),
     "packed-3-asymmetric": (
         compressed("pack-quantized", ints(3, "group", False, group_size=32)),

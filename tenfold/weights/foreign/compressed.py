@@ -10,9 +10,9 @@
     all              weight_scale: one for the tensor, [rows, 1], [rows, groups] or one for each block of the matrix
 
 value = (code - zero) * scale. Formats are named by each group, or for all of them. Activations: weights of float8, and
-of 4 bits, with float8 activations keep the permission to round activations to e4m3, a scale a token; scales of
-activations that were fixed when the checkpoint was made, and int8 activations, are left out, as 16-bit activations are
-the more exact.
+of 4 bits without zeros, with float8 activations keep the permission to round activations to e4m3, a scale a token;
+scales of activations that were fixed when the checkpoint was made, and int8 activations, are left out, as 16-bit
+activations are the more exact.
 """
 
 import re
@@ -43,7 +43,6 @@ METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 FLOAT8 = "float-quantized"
 PLAIN = ("naive-quantized", "int-quantized", FLOAT8)
-EIGHTS = ("fp8", "int4")  # that kernels multiply by float8 activations
 MIXED = "mixed-precision"
 STRATEGIES = ("tensor", "channel", "group", "block")
 
@@ -109,7 +108,9 @@ def read_group(name: str, raw: Mapping[str, Any], settings: Settings) -> Group:
     block = weights.get("block_structure")
     if strategy == "block" and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
         read.refuse("block_structure", "two whole numbers")
-    float8 = acts is not None and (acts.get("num_bits"), acts.get("type")) == (8, "float")
+    symmetric = read.flag("symmetric", True)
+    eights = acts is not None and (acts.get("num_bits"), acts.get("type")) == (8, "float")
+    eights &= kind == "fp8" or (kind == "int4" and symmetric)  # that kernels multiply by float8
     return Group(
         targets=tuple(inner.names("targets")),
         format=str(form),
@@ -117,8 +118,8 @@ def read_group(name: str, raw: Mapping[str, Any], settings: Settings) -> Group:
         strategy=strategy,
         size=size if strategy == "group" else 0,
         block=(block[0], block[1]) if strategy == "block" and block else (0, 0),
-        symmetric=read.flag("symmetric", True),
-        activations=8 if float8 and kind in EIGHTS else 16,
+        symmetric=symmetric,
+        activations=8 if eights else 16,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tenfold.ops import formats
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
+from tenfold.quantize.schemes import parse, round_activations
 from tests.ops.gpu.replays import assert_replays
 from tests.rounding import excess
 
@@ -170,6 +171,8 @@ def test_tokens_are_rounded_to_the_nearest_float8(cols: int, dtype: torch.dtype)
     assert torch.allclose(scales, x.float().abs().amax(1) / 448, rtol=1e-6)
     scaled = (x.double() / scales.double().clamp(min=1e-30)[:, None]).nan_to_num()
     assert ((codes.double() - scaled).abs() <= (scaled.abs() / 16).clamp_(min=2**-10) * 1.001).all()
+    told = round_activations(x.cpu().float(), parse("fp8a8"))  # by which `tenfold quantize` measures
+    assert torch.allclose((codes.float() * scales[:, None]).cpu(), told, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
