@@ -6,6 +6,7 @@ from typing import Any
 from tenfold.bench import kv
 from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.kv import Result, Row
+from tenfold.bench.kv_quality import subject
 
 MILLION = 1 << 20
 DOMINATED = 0.5  # of the bytes of a step with a cache as computed: keys and values
@@ -148,7 +149,7 @@ def _perplexity(
     exact, best = data["rows"][0], min(equal, key=lambda r: r["perplexity"])
     own, theirs = (f"{r['perplexity']:.2f} ({r['perplexity'] / exact['perplexity'] - 1:+.1%}" for r in (row, best))
     rival = "perplexity of the best other format of as many bits"
-    what = f"{rival} over that of {row['format']}, {row['bits']} bits, {data['model'].removesuffix('.gguf')}"
+    what = f"{rival} over that of {row['format']}, {row['bits']} bits, {subject(data)}"
     note = f"{own} over 16 bits), {best['format']} at {best['bits']} bits {theirs}); {within}"
     return claim("K4", what, best["perplexity"] / row["perplexity"], "x", data["command"], at_least=1.0, note=note)
 
@@ -157,7 +158,7 @@ def _found(data: Mapping[str, Any], row: Mapping[str, Any], equal: Sequence[Mapp
     best = max(equal, key=lambda r: r["found"])
     what = (
         f"codes found far back in a prompt, of {row['asked']}, {row['format']}, {row['bits']} bits, "
-        f"{data['model'].removesuffix('.gguf')}, against the best other format of as many bits"
+        f"{subject(data)}, against the best other format of as many bits"
     )
     note = (
         f"{best['format']} at {best['bits']} bits finds {best['found']}, 16 bits {data['rows'][0]['found']}; {within}"

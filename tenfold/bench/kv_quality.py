@@ -5,7 +5,7 @@ computed (`bench.kv_model`), so one forward over a text judges what decoding it 
 perplexity, mean KL divergence from the exact cache, and the share of codes found again that stood far back in a prompt;
 with files of them, tasks too (`bench.kv_tasks`). Groups and clip factors come from another text than what is judged.
 
-    python -m tenfold.bench.kv_quality --model MODEL --calibrate news.txt --text book.txt --out kv.json
+    python -m tenfold.bench.kv_quality --model MODEL --calibrate news.txt --text book.txt --length 4096 --out FOLDER
 """
 
 import argparse
@@ -14,7 +14,7 @@ import random
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tenfold.serve.cli.terminal import columns
 from tenfold.weights.find import resolve
 from tenfold.weights.kv_calibration import key_bias
 
+LENGTH = 1024  # tokens of a window that is judged, where nothing else was asked for
 LEARNED = 384  # tokens of a calibration window
 UNJUDGED = 256  # first tokens of a window, of which window and sinks are a large part
 ROWS = 128  # logits that are compared at a time: they fit into memory that was just used
@@ -73,22 +74,21 @@ class Side:
 
 
 def variants(kv_heads: int, head_dim: int) -> list[Variant]:
-    """SKVQ as published, at two group sizes, with each part left out, and rounding to nearest, which is none of it.
+    """SKVQ as published, at every group size a head has, with each part left out, and rounding to nearest, which is
+    none of it.
 
     Groups of 64 may mix the channels of neighbouring heads where heads have 64 channels or fewer: inside one there
-    would be nothing to reorder.
+    would be nothing to reorder. Groups of 128 are whole heads, which nothing reorders.
     """
     span = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * head_dim > 64 or n == kv_heads))
     base = PackedSpec(2, 2, 64, span=span)
-    small = PackedSpec(2, 2, 32)
-    plain = replace(base, window=0, sinks=0, rotary="post")
+    sizes = [base, PackedSpec(2, 2, 32), *([PackedSpec(2, 2, 128)] if head_dim % 128 == 0 else [])]
+    plain = [replace(size, window=0, sinks=0, rotary="post") for size in sizes]
     return [
-        Variant("round to nearest 2 bit g64", plain, reorder=False, clip=False),
-        Variant("round to nearest 2 bit g32", replace(plain, group=32, span=1), reorder=False, clip=False),
+        *(Variant(f"round to nearest 2 bit g{s.group}", s, reorder=False, clip=False) for s in plain),
         Variant("round to nearest 2 bit g64, window, sinks", replace(base, rotary="post"), reorder=False, clip=False),
-        Variant(f"SKVQ {base}", base),
-        Variant(f"SKVQ {small}", small),
-        *(Variant(f"SKVQ {s}", s) for s in (replace(base, value_bits=1.5), replace(small, value_bits=1.5))),
+        *(Variant(f"SKVQ {s}", s) for s in sizes),
+        *(Variant(f"SKVQ {s}", s) for s in (replace(size, value_bits=1.5) for size in sizes)),
         *(Variant(f"SKVQ {s}", s) for s in (replace(base, key_bits=4), replace(base, key_bits=4, value_bits=4))),
         *(
             Variant(f"SKVQ {base}, {without}", spec, reorder, clip)
@@ -256,6 +256,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return columns(rows)
 
 
+def subject(data: Mapping[str, Any]) -> str:
+    """What a result is of: the model, and the length of its windows where that is another than the usual one."""
+    length = data["length"]
+    return data["model"].removesuffix(".gguf") + ("" if length == LENGTH else f", {length} tokens")
+
+
 def plain(head_dim: int) -> list[Format]:
     """What SKVQ is compared with, as far as its groups fit into a head."""
     integers = [Integer(4, 64), Integer(4, 64, turned=True)] if head_dim % 64 == 0 else []
@@ -269,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a checkpoint's folder, a .gguf file or a name")
     parser.add_argument("--text", type=Path, required=True, help="what is judged")
     parser.add_argument("--calibrate", type=Path, required=True, help="another text, for groups and clip factors")
-    parser.add_argument("--out", type=Path, help="JSON to write")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--out", type=Path, help="folder for the JSON, which is named after the model and the length")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a window, and of a prompt of codes")
     parser.add_argument("--windows", type=int, default=4, help="windows that are judged")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of codes to find again")
     parser.add_argument("--questions", type=int, default=16, help="codes in a prompt")
@@ -284,28 +290,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     asked = [(make, file) for make, file in ((hellaswag, options.hellaswag), (gsm8k, options.gsm8k)) if file]
     longest = max(options.length, LEARNED, PREFIX + LONGEST if asked else 0)
-    bench = Bench(resolve(options.model), longest, options.device)
+    path = resolve(options.model)
+    bench = Bench(path, longest, options.device)
     c = bench.config
+    if options.length > c.max_positions:
+        parser.error(f"length is {options.length}; allowed for {path.name}: up to {c.max_positions} tokens.")
     tasks = [make(bench, file, options.items) for make, file in asked]
     tokens = bench.encode(options.text.read_text(encoding="utf-8", errors="replace"))
     pieces = list(windows(tokens, options.length, options.windows))
-    used = len(pieces) * options.length
+    rest = tokens[len(pieces) * options.length :]
+    filler = rest if len(rest) >= options.length else tokens
     learned = bench.encode(options.calibrate.read_text(encoding="utf-8", errors="replace"))
     wanted = [v for v in variants(c.kv_heads, c.head_dim) if re.search(options.only, v.name)]
     skvq = calibrated(bench, wanted, list(windows(learned, LEARNED, 8)), options.searched)
     formats: list[Format] = [Exact(), *(f for f in plain(c.head_dim) if re.search(options.only, f.name)), *skvq]
-    prompts = [
-        recall(bench, tokens[used:] or tokens, seed, options.length, options.questions)
-        for seed in range(options.prompts)
-    ]
-    model = Path(options.model).name
-    about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options), "model": model}
+    prompts = [recall(bench, filler, seed, options.length, options.questions) for seed in range(options.prompts)]
+    about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options)}
+    about["model"] = path.name
     sizes = {"length": options.length, "windows": len(pieces), "unjudged": UNJUDGED}
     items = {"items": {task.name: len(task.questions) for task in tasks}}
 
     def keep(results: list[dict[str, Any]]) -> None:  # a long run that is cut off leaves what it has
         if options.out:
-            save(options.out, {**about, **sizes, **items, "rows": results}, options.commit)
+            name = f"kv-quality-{path.name.removesuffix('.gguf')}-{options.length}.json"
+            save(options.out / name, {**about, **sizes, **items, "rows": results}, options.commit)
 
     print(table(judge(bench, formats, pieces, prompts, tasks, keep)))
 

@@ -11,6 +11,7 @@ from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load, number
 from tenfold.bench.files import Suites, made_of
 from tenfold.bench.hardware import ROOT
+from tenfold.bench.kv_quality import subject
 from tenfold.bench.kv_tasks import TASKS
 from tenfold.bench.single import Result, Row
 
@@ -365,7 +366,7 @@ def tables_of(found: Suites) -> str:
         parts += [f"### Launches and bytes, {result.model.partition('@')[0]}\n\n{launches_table(result)}"]
     parts += [f"### KV formats, {result.name}\n\n{kv_table(result)}" for result in map(kv.loaded, found.get("kv", ()))]
     parts += [
-        f"### Quality of KV formats, {data['model']}\n\n{kv_quality_table(data)}"
+        f"### Quality of KV formats, {subject(data)}\n\n{kv_quality_table(data)}"
         for data in found.get("kv-quality", ())
     ]
     parts += [f"### Bits of experts, {data['model']}\n\n{mxmoe_table(data)}" for data in found.get("mxmoe", ())]

@@ -120,7 +120,7 @@ def test_claims_of_quality_compare_at_equal_bits() -> None:
         *(row("SKVQ k2v2g32", 2.5, 25.0), row("SKVQ k2v2g64", 2.25, 28.0, 3), row("SKVQ k2v2g64, no clip", 2.25, 50.0)),
         row("SKVQ k2v1.5g64", 2.06, 29.0),
     ]
-    data = {"rows": rows, "model": "m", "command": "c", "machine": {"hardware": "CPU"}}
+    data = {"rows": rows, "model": "m.gguf", "length": 1024, "command": "c", "machine": {"hardware": "CPU"}}
     one, few, two, many, three, _ = claims_kv.of_quality(data)
     assert (few.value, few.unit, few.target, few.met) == (1, "codes", ">= 3 codes", False)
     assert "KIVI 2 bit g64 at 2.5 bits finds 3, 16 bits 1; held against: KIVI 2 bit g64" in few.note
@@ -131,5 +131,7 @@ def test_claims_of_quality_compare_at_equal_bits() -> None:
     assert (round(one.value or 0, 3), one.met) == (1.2, True)  # three bits are more
     assert (round(two.value or 0, 3), two.met) == (1.071, True)
     assert "+25.0%" in one.note
-    text = report.kv_quality_table(data | {"windows": 1, "length": 2, "unjudged": 0})
+    assert one.what.endswith("SKVQ k2v2g32, 2.5 bits, m")
+    assert claims_kv.of_quality(data | {"length": 4096})[0].what.endswith("2.5 bits, m, 4096 tokens")
+    text = report.kv_quality_table(data | {"windows": 1, "unjudged": 0})
     assert "| SKVQ k2v2g64 | 2.25 |" in text

@@ -164,16 +164,31 @@ def test_codes_stand_where_the_answers_say(bench: Bench, monkeypatch: pytest.Mon
     assert len(prompt.ids) <= 500
 
 
-def test_the_command_writes_what_it_measured(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "kv.json"
+def test_the_command_writes_what_it_measured(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, model = tmp_path / "text.txt", tiny("llama")
     text.write_text("the land is wide and the river runs through it to the sea. " * 400)
-    files = ["--text", str(text), "--calibrate", str(text), "--out", str(out)]
-    sizes = ["--length", "192", "--windows", "1", "--prompts", "1", "--questions", "2", "--only", "fp8"]
-    kv_quality.main(["--model", str(tiny("llama")), *files, *sizes])
-    found = json.loads(out.read_text())
+    files = ["--model", str(model), "--text", str(text), "--calibrate", str(text), "--out", str(tmp_path)]
+    sizes = ["--windows", "1", "--prompts", "1", "--questions", "2", "--only", "fp8"]
+    kv_quality.main([*files, *sizes, "--length", "192"])
+    found = json.loads((tmp_path / f"kv-quality-{model.name}-192.json").read_text())
     assert [row["format"] for row in found["rows"]] == ["exact", Float8(16).name]
     assert found["machine"]["hardware"]
     assert found["command"].startswith("python -m tenfold.bench.kv_quality --model ")
+    assert kv_quality.subject(found) == f"{model.name}, 192 tokens"
+    with pytest.raises(SystemExit):
+        kv_quality.main([*files, *sizes, "--length", "5000"])
+    assert "length is 5000; allowed for" in capsys.readouterr().err
+
+
+def test_groups_of_every_size_a_head_has_are_judged() -> None:
+    names = [v.name for v in kv_quality.variants(2, 128)]
+    assert {"SKVQ k2v2g128", "SKVQ k2v1.5g128", "SKVQ k2v2g64", "round to nearest 2 bit g128"} <= set(names)
+    assert len(set(names)) == len(names)
+    assert not any("g128" in v.name for v in kv_quality.variants(3, 64))
+    for variant in kv_quality.variants(2, 128):
+        variant.spec.check(2, 128)
 
 
 @pytest.mark.gpu

@@ -109,13 +109,13 @@ def test_files_that_do_not_do(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_the_command_asks_for_tasks(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "kv.json"
+    text, out = tmp_path / "text.txt", tmp_path / "made"
     text.write_text("the land is wide and the river runs through it to the sea. " * 400)
     files = ["--text", str(text), "--calibrate", str(text), "--out", str(out)]
     tasks = ["--hellaswag", str(endings(tmp_path, 60)), "--gsm8k", str(sums(tmp_path, 60)), "--items", "2"]
     sizes = ["--length", "192", "--windows", "1", "--prompts", "1", "--questions", "2", "--only", "fp8"]
     kv_quality.main(["--model", str(tiny("llama")), *files, *tasks, *sizes])
-    found = json.loads(out.read_text())
+    found = json.loads(next(out.glob("*.json")).read_text())
     assert found["items"] == {"hellaswag": 2, "gsm8k": 2}
     assert all(row["hellaswag"] in (0, 0.5, 1) and row["gsm8k"] > 0 for row in found["rows"])
     assert "--hellaswag endings.jsonl --gsm8k sums.jsonl --items 2" in found["command"]
