@@ -72,7 +72,10 @@ def load(checkpoint: Checkpoint, format: str, layers: int, channels: int, groups
     found = [path for path in places(checkpoint, model, format) if path.is_file()]
     again = f"run `tenfold calibrate kv MODEL --text FILE --format {format}`"
     if not found:
-        raise ValueError(f"{checkpoint.path} has no calibration for the KV format {format}; {again}.")
+        raise ValueError(
+            f"{checkpoint.path} has no calibration for the KV format {format}, which is refused without; {again}, or "
+            "take fp8 or int4, which need none."
+        )
     try:
         return read(found[0], model, format, (layers, channels, groups))
     except (OSError, RecursionError) as error:

@@ -74,7 +74,7 @@ def test_a_gguf_file_has_its_name_in_that_of_the_calibration(tmp_path: Path) -> 
 
 
 def test_none_is_an_error_that_says_what_to_do(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"no calibration.*tenfold calibrate kv MODEL --text FILE --format k2v2g32"):
+    with pytest.raises(ValueError, match=r"no calibration.*calibrate kv MODEL .*k2v2g32`, or take fp8 or int4"):
         loaded(open_checkpoint(folder))
 
 
