@@ -446,8 +446,10 @@ def kv_command(
     out: Out = None,
     keep: Record = False,
 ) -> None:
-    """KV formats: what they take, the longest context that fits, and decode speed, formats in turn."""
-    from tenfold.bench import kv, single
+    """KV formats: what they take, the longest context that fits, and decode speed, formats in turn, as a table and
+    bars; with --out as a chart too.
+    """
+    from tenfold.bench import kv, plots, report, single
 
     header()
     found = kv.run(
@@ -461,7 +463,11 @@ def kv_command(
         typer.echo,
     )
     found.command = f"tenfold bench kv --model {model} --formats {formats} --points {points} --rounds {rounds}"
-    written(out, keep, f"kv-{file_name(model)}", found.plain())
+    found.changes = settings or []
+    found.command += "".join(f" --set {change}" for change in found.changes)
+    typer.echo(f"\n{report.kv_table(found)}\n\n{kv.bars(found)}")
+    name = f"kv-{file_name(' '.join((model, *found.changes)))}"
+    written(out, keep, name, found.plain())
 
 
 @app.command("throughput")

@@ -39,6 +39,7 @@ from tenfold.serve.cli.terminal import columns
 
 FORMATS = "dense,fp8,int4,skvq"
 GRAPH_CALLS = 8
+BAR = 30  # characters of the longest bar of a chart in the terminal
 WARM_UP = 4  # tokens, of which the first are computed before a graph of the step is captured
 
 
@@ -335,6 +336,18 @@ def capacities(result: Result) -> str:
         room = f"{own['bytes_per_room'] / 2**20:.1f} MiB"
         sizes = (f"{own['bits']:.2f}", f"{own['bytes_per_token']:,}", room, f"{own['tokens']:,}")
         rows.append((name, own["spec"], *sizes))
+    return columns(rows)
+
+
+def bars(result: Result) -> str:
+    """What the cache takes and how long a decode step lasts, as bars, the shortest contexts first."""
+    measured = sorted((row for row in result.rows if row.steps), key=lambda row: row.batch * row.context)
+    gib = [(row.batch * result.formats[row.format]["bytes_per_room"] + row.read) / 2**30 for row in measured]
+    most, slowest = max(gib, default=0), max((row.median for row in measured), default=0)
+    rows = [("contexts", "format", "GiB of cache", "", "ms a step", "")]
+    for row, size in zip(measured, gib):
+        bar, other = ("#" * math.ceil(BAR * part) for part in (size / most, row.median / slowest))
+        rows.append((f"{row.batch} x {row.context}", row.format, f"{size:.3f}", bar, f"{row.median:.3f}", other))
     return columns(rows)
 
 

@@ -275,17 +275,20 @@ def kv(result: kv_bench.Result, path: Path) -> Path:
         raise ValueError("There is no decode in this result to draw.")
     figure, (memory, speed) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
     largest = max(row.batch * row.context for row in result.rows)
-    for (name, own), (colour, marker) in zip(result.formats.items(), cycle(STYLES.values())):
+    for (name, own), (colour, marker) in zip(result.formats.items(), cycle([*STYLES.values(), ("#000000", "x")])):
         label = f"{name}, {own['bits']:.2f} bits"
         sizes = [(own["bytes_per_room"] + tokens * own["bytes_per_token"]) / 2**30 for tokens in (0, largest)]
         memory.plot([0, largest], sizes, color=colour, label=label)
         measured = sorted((r.batch * r.context, r.median) for r in rows if r.format == name)
         if measured:
             speed.plot(*zip(*measured), color=colour, marker=marker, label=name)
-    memory.set(xlabel="tokens", ylabel="GiB", title="what the cache takes")
-    speed.set(xlabel="tokens in all contexts", ylabel="ms", title="a decode step", xscale="log", yscale="log")
+    memory.set(ylabel="GiB", title="what the cache takes")
+    speed.set(ylabel="ms", title="a decode step")
+    ticks = sorted({row.batch * row.context for row in result.rows})
     for axis in (memory, speed):
+        axis.set(xlabel="tokens in all contexts", xlim=(0, 1.05 * largest), ylim=(0, None))
+        axis.set_xticks(ticks, [short(tick) for tick in ticks])
         axis.grid(True, color="#dddddd", linewidth=0.7)
         axis.legend(frameon=False, fontsize=9)
     figure.suptitle(title(result.model, result.machine))
-    return saved(figure, path, plt)
+    return saved(figure, path, plt, dpi=90)

@@ -392,11 +392,9 @@ def charts(folder: Path) -> list[Path]:
             name = model.removeprefix("shape:").replace("/", "-").replace(" ", "-")
             made.append(plots.tpot(results, folder / f"tpot-context-{name}.png"))
             made.append(plots.tpot(results, folder / f"tpot-batch-{name}.png", over="batch"))
-    for result in map(kv.loaded, found.get("kv", ())):
-        if any(row.steps for row in result.rows):
-            name = result.name.removeprefix("shape:").replace(", ", "-").replace("/", "-").replace(" ", "-")
-            made.append(plots.kv(result, folder / f"kv-{name}.png"))
     for name, data in each_in(folder):
+        if data["suite"] == "kv" and any(row["steps"] for row in data["rows"]):
+            made.append(plots.kv(kv.loaded(data), folder / f"{name}.png"))
         if data["suite"] == "phases" and data["rows"]:
             made.append(plots.phases(phases.loaded(data), folder / f"attainment-{name}.png"))
         if data["suite"] == "arms" and data["rows"]:

@@ -1,10 +1,11 @@
 """The benchmark of KV formats: every format at every point through the ordinary engine, and what is said of it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tenfold.bench import claims_kv, kv, plots, report
+from tenfold.bench import claims_kv, cli, kv, plots, report
 from tenfold.bench.kv import Point, Result, Row
 
 MODEL = "shape:llama-3.2-1b@layers=2"
@@ -46,7 +47,8 @@ def made() -> Result:
         "shape:some@x=1", {"hardware": "GPU", "cuda": "13", "commit": "abc", "date": "2026-01-01"}, "command"
     )
     result.streamed, result.copy_gbs = 10**9, 1000.0
-    result.formats = {"dense": {"bytes_per_token": 10**6}, "k2v2g64": {"bytes_per_token": 10**5}}
+    about = {"bytes_per_room": 0, "bits": 16.0, "spec": "stored", "tokens": 1}
+    result.formats = {"dense": about | {"bytes_per_token": 10**6}, "k2v2g64": about | {"bytes_per_token": 10**5}}
     result.rows = [
         Row("dense", 1, 100, 0, [1.2], layer_us=30.0),
         Row("k2v2g64", 1, 100, 0, [1.0], layer_us=2.0),
@@ -54,7 +56,46 @@ def made() -> Result:
         Row("k2v2g64", 8, 8192, 0, [10.0, 8.0], layer_us=400.0, layer_read=300_000_000),
         Row("k2v2g64", 1, 1 << 20, 0, [50.0], memory="weights 1\\nKV 2"),
     ]
+    for row in result.rows:
+        row.read = row.batch * row.context * int(result.formats[row.format]["bytes_per_token"])
     return result
+
+
+def test_bars_are_as_long_as_what_they_show() -> None:
+    result = made()
+    lines = [line.replace(" x ", "x").split() for line in kv.bars(result).splitlines()[1:]]
+    assert [line[:2] for line in lines[:2]] == [["1x100", "dense"], ["1x100", "k2v2g64"]]
+    dense, packed, million = lines[2:]
+    assert (dense[2], len(dense[5])) == ("61.035", kv.BAR)  # 71 ms are the slowest step
+    assert (packed[2], len(packed[5])) == ("6.104", 4)  # 9 of 71 ms
+    assert (million[0], len(million[3])) == ("1x1048576", kv.BAR)  # and these take most
+    result.rows = []
+    assert len(kv.bars(result).splitlines()) == 1
+
+
+def test_two_results_of_a_model_are_two_charts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("kv-some", "kv-some-common"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(made().plain()))
+    drawn = report.charts(tmp_path)
+    assert {path.name for path in drawn} == {"kv-some.png", "kv-some-common.png"}
+    assert all(path.stat().st_size > 10_000 for path in drawn)
+
+
+def test_the_command_prints_the_table_and_bars(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(kv, "run", lambda *rest: made())
+    monkeypatch.setattr(cli, "header", lambda: None)
+    cli.kv_command("shape:some", settings=["weights=int4"], out=tmp_path)
+    said = capsys.readouterr().out
+    assert report.kv_table(made()) in said
+    assert kv.bars(made()) in said
+    found = kv.loaded(json.loads((tmp_path / "kv-some-weights-int4.json").read_text()))
+    assert found.name == "shape:some, weights int4"
+    assert found.command.endswith("--set weights=int4")
+    assert (tmp_path / "kv-some-weights-int4.png").exists()
 
 
 def test_claims_of_speed_are_those_of_the_rows() -> None:
