@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -175,16 +176,15 @@ def recall(bench: Bench, filler: Sequence[int], seed: int, length: int, question
     return Recall(ids, answers)
 
 
-def found(bench: Bench, prompt: Recall, format: Format) -> int:
-    """How many codes greedy decoding would give completely."""
+def found(bench: Bench, prompt: Recall, format: Format) -> tuple[int, float]:
+    """How many codes greedy decoding would give completely, and the negative log-likelihood of a token of them, in
+    nats: where few are found, or a few more are chance, it still tells formats apart.
+    """
     rows = [at - 1 for answer in prompt.answers for at in answer]
-    best = bench.logits(prompt.ids, format, rows).argmax(-1).tolist()
-    right = [token == prompt.ids[row + 1] for token, row in zip(best, rows)]
-    total = 0
-    for answer in prompt.answers:
-        own, right = right[: len(answer)], right[len(answer) :]
-        total += all(own)
-    return total
+    logs = bench.logits(prompt.ids, format, rows).log_softmax(-1)
+    targets = torch.tensor([prompt.ids[row + 1] for row in rows], device=logs.device)
+    right = (logs.argmax(-1) == targets).split([len(answer) for answer in prompt.answers])
+    return sum(bool(own.all()) for own in right), -float(logs.gather(1, targets[:, None]).double().mean())
 
 
 def compared(logits: Tensor, targets: Tensor, reference: Tensor | None) -> tuple[Tensor, float, float]:
@@ -226,6 +226,7 @@ def judge(
             if reference is None:
                 references.append(logs)
             nll, kl = nll + own[0], kl + own[1]
+        codes = [found(bench, prompt, format) for prompt in prompts]
         results.append(
             {
                 "format": format.name,
@@ -233,8 +234,9 @@ def judge(
                 "bits_here": round(bits_at(format, length), 3),
                 "perplexity": math.exp(nll / count),
                 "kl": kl / count,
-                "found": sum(found(bench, prompt, format) for prompt in prompts),
+                "found": sum(count for count, _ in codes),
                 "asked": sum(len(prompt.answers) for prompt in prompts),
+                **({"codes": fmean(nats for _, nats in codes)} if codes else {}),
                 **{task.name: task.measure(bench, format) for task in tasks},
             }
         )

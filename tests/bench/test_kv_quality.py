@@ -145,6 +145,9 @@ def test_formats_are_judged_against_the_exact_cache(bench: Bench) -> None:
     wrong = Recall([*pieces[0][:20], best[19] + 1], [range(20, 21)])
     exact, eight, two = kv_quality.judge(bench, [Exact(), Float8(16), skvq], pieces, [right, wrong])
     assert (exact["kl"], exact["found"], exact["asked"]) == (0, 1, 2)
+    logs = bench.logits(pieces[0][:20], Exact(), [19]).log_softmax(-1)[0]
+    assert exact["codes"] == pytest.approx(-float(logs[best[19]] + logs[best[19] + 1]) / 2, abs=1e-4)
+    assert "codes" not in kv_quality.judge(bench, [Exact()], pieces, [])[0]
     assert 0 < eight["kl"] < two["kl"]
     assert abs(eight["perplexity"] / exact["perplexity"] - 1) < 0.05
     assert two["bits"] == round(SPAN.bits(2, 16), 3)
@@ -152,6 +155,7 @@ def test_formats_are_judged_against_the_exact_cache(bench: Bench) -> None:
     text = kv_quality.table([exact, eight, two])
     assert "+0.0%" in text
     assert "1/2" in text
+    assert f"{exact['codes']:.3f}" in text
 
 
 def test_codes_stand_where_the_answers_say(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
