@@ -79,7 +79,7 @@ def variants(kv_heads: int, head_dim: int) -> list[Variant]:
     none of it.
 
     Groups of 64 may mix the channels of neighbouring heads where heads have 64 channels or fewer: inside one there
-    would be nothing to reorder. Groups of 128 are whole heads, which nothing reorders.
+    would be nothing to reorder, as there is nothing in groups of 128 where heads have 128.
     """
     span = next(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n * head_dim > 64 or n == kv_heads))
     base = PackedSpec(2, 2, 64, span=span)
