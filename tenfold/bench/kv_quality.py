@@ -37,7 +37,7 @@ from tenfold.weights.find import resolve
 from tenfold.weights.kv_calibration import key_bias
 
 LENGTH = 1024  # tokens of a window that is judged, where nothing else was asked for
-LEARNED = 384  # tokens of a calibration window
+LEARNED = 384  # tokens of a calibration window, where nothing else was asked for
 UNJUDGED = 256  # first tokens of a window, of which window and sinks are a large part
 ROWS = 128  # logits that are compared at a time: they fit into memory that was just used
 WORDS = (  # noqa: SIM905
@@ -282,7 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows that are judged")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of codes to find again")
     parser.add_argument("--questions", type=int, default=16, help="codes in a prompt")
-    parser.add_argument("--searched", type=int, default=2, help=f"windows of {LEARNED} tokens for clip factors")
+    parser.add_argument("--learned", type=int, default=LEARNED, help="tokens of a calibration window")
+    parser.add_argument("--searched", type=int, default=2, help="calibration windows for clip factors")
     parser.add_argument("--only", default="", help="regular expression for the names of formats")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda or cuda:N")
@@ -291,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, default=80, help="items of each task")
     options = parser.parse_args(arguments)
     asked = [(make, file) for make, file in ((hellaswag, options.hellaswag), (gsm8k, options.gsm8k)) if file]
-    longest = max(options.length, LEARNED, PREFIX + LONGEST if asked else 0)
+    longest = max(options.length, options.learned, PREFIX + LONGEST if asked else 0)
     path = resolve(options.model)
     bench = Bench(path, longest, options.device)
     c = bench.config
@@ -304,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     filler = rest if len(rest) >= options.length else tokens
     learned = bench.encode(options.calibrate.read_text(encoding="utf-8", errors="replace"))
     wanted = [v for v in variants(c.kv_heads, c.head_dim) if re.search(options.only, v.name)]
-    skvq = calibrated(bench, wanted, list(windows(learned, LEARNED, 8)), options.searched)
+    skvq = calibrated(bench, wanted, list(windows(learned, options.learned, 8)), options.searched)
     formats: list[Format] = [Exact(), *(f for f in plain(c.head_dim) if re.search(options.only, f.name)), *skvq]
     prompts = [recall(bench, filler, seed, options.length, options.questions) for seed in range(options.prompts)]
     about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options)}
@@ -322,13 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def command(options: argparse.Namespace) -> str:
     """What makes the same result again; files by their names alone."""
-    names = ("model", "device", "length", "windows", "prompts", "questions", "searched", "text", "calibrate", "only")
-    given = {name: getattr(options, name) for name in (*names, "hellaswag", "gsm8k")}
+    names = "model device length windows prompts questions learned searched text calibrate only hellaswag gsm8k"
+    given = {name: getattr(options, name) for name in names.split()}
     if options.hellaswag or options.gsm8k:
         given["items"] = options.items
-    texts = {name: value.name if isinstance(value, Path) else str(value) for name, value in given.items() if value}
+    texts = {name: value.name if isinstance(value, Path) else str(value) for name, value in given.items()}
     texts["model"] = Path(options.model).name
-    parts = [f"--{name} {shlex.quote(text)}" for name, text in texts.items()]
+    parts = [f"--{name} {shlex.quote(text)}" for name, text in texts.items() if text not in ("", "None")]
     return " ".join(("python -m tenfold.bench.kv_quality", *parts))
 
 

@@ -174,12 +174,13 @@ def test_the_command_writes_what_it_measured(
     text, model = tmp_path / "text.txt", tiny("llama")
     text.write_text("the land is wide and the river runs through it to the sea. " * 400)
     files = ["--model", str(model), "--text", str(text), "--calibrate", str(text), "--out", str(tmp_path)]
-    sizes = ["--windows", "1", "--prompts", "1", "--questions", "2", "--only", "fp8"]
+    sizes = ["--windows", "1", "--prompts", "0", "--learned", "200", "--only", "fp8"]
     kv_quality.main([*files, *sizes, "--length", "192"])
     found = json.loads((tmp_path / f"kv-quality-{model.name}-192.json").read_text())
     assert [row["format"] for row in found["rows"]] == ["exact", Float8(16).name]
     assert found["machine"]["hardware"]
     assert found["command"].startswith("python -m tenfold.bench.kv_quality --model ")
+    assert "--length 192 --windows 1 --prompts 0 --questions 16 --learned 200" in found["command"]
     assert kv_quality.subject(found) == f"{model.name}, 192 tokens"
     with pytest.raises(SystemExit):
         kv_quality.main([*files, *sizes, "--length", "5000"])
