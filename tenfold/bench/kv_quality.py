@@ -156,14 +156,19 @@ class Recall:
 
 
 def recall(bench: Bench, filler: Sequence[int], seed: int, length: int, questions: int) -> Recall:
-    """filler: tokens that stand between the pairs; at most one pair for each of WORDS."""
+    """filler: tokens that stand between the pairs; at most one pair for each of WORDS. Raises ValueError."""
     draw = random.Random(seed)
     words = draw.sample(WORDS, questions)
     codes = {word: str(draw.randrange(1000, 10000)) for word in words}
     pairs = [bench.encode(f"\nThe code of {word} is {codes[word]}.\n") for word in words]
     asked = draw.sample(words, len(words))
     room = length - sum(map(len, pairs)) - sum(len(bench.encode(f"\nThe code of {w} is {codes[w]}.")) for w in words)
-    gap = max(0, room // questions)
+    if room < 0:
+        raise ValueError(
+            f"{questions} codes take {length - room} tokens, prompts have {length}; ask for fewer (--questions) or "
+            "longer prompts (--length)."
+        )
+    gap = room // questions
     ids: list[int] = []
     for i, pair in enumerate(pairs):
         ids += pair + list(filler[i * gap : (i + 1) * gap])

@@ -166,6 +166,8 @@ def test_codes_stand_where_the_answers_say(bench: Bench, monkeypatch: pytest.Mon
     assert len(set(codes)) == 4
     assert all(text.count(f" {code}.") == 2 for code in codes)
     assert len(prompt.ids) <= 500
+    with pytest.raises(ValueError, match=r"4 codes take \d+ tokens, prompts have 100; ask for fewer"):
+        kv_quality.recall(bench, [], 3, 100, 4)
 
 
 def test_the_command_writes_what_it_measured(
