@@ -449,7 +449,7 @@ def kv_command(
     """KV formats: what they take, the longest context that fits, and decode speed, formats in turn, as a table and
     bars; with --out as a chart too.
     """
-    from tenfold.bench import kv, plots, report, single
+    from tenfold.bench import kv, report, single
 
     header()
     found = kv.run(
