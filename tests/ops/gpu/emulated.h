@@ -15,7 +15,6 @@
 
 typedef unsigned int u32;
 typedef unsigned short u16;
-#define EMULATED 1
 #define __device__
 #define __host__
 #define __global__
@@ -37,12 +36,12 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 template <class T> static T min(T a, T b) { return a < b ? a : b; }
 template <class T> static T max(T a, T b) { return a > b ? a : b; }
 
-struct Place { int x, y, z; };
+struct Index { int x, y, z; };
 struct Lane {
     ucontext_t context;  // where it begins
     jmp_buf at;          // where it goes on, once it has begun: without a call of the system
     bool begun;
-    Place place, block;
+    Index place, block;
     bool done;
     const std::function<bool()> *ready;  // what it waits for, if anything
 };
@@ -63,7 +62,7 @@ static std::vector<std::unique_ptr<char[]>> stacks;  // of as many lanes as ther
 static std::vector<Block> blocks;  // of a cluster
 static std::vector<Warp> warps;    // and of each its halves, which may have collectives of their own
 static int current, block_threads, shared_bytes;
-static Place gridDim;
+static Index gridDim;
 static ucontext_t host;
 static std::function<void()> body;
 
@@ -152,6 +151,10 @@ static u32 __shfl_xor_sync(u32 mask, u32 v, int d) { return shuffled(v, current 
 static int __shfl_xor_sync(u32 mask, int v, int d) { return (int)shuffled((u32)v, current % 32 ^ d, 14, mask); }
 static float __shfl_sync(u32, float v, int l) { return float_of(shuffled(bits_of(v), l, 2)); }
 static int __shfl_sync(u32, int v, int l) { return (int)shuffled((u32)v, l, 3); }
+static unsigned long long __shfl_sync(u32, unsigned long long v, int l) {
+    const unsigned long long high = shuffled((u32)(v >> 32), l, 16);
+    return high << 32 | shuffled((u32)v, l, 17);
+}
 static bool __any_sync(u32, bool v) {
     Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
@@ -223,7 +226,8 @@ static int __syncthreads_or(int v) {
 }
 static void __threadfence() {}
 static u32 atomicOr(u32 *p, u32 v) { u32 old = *p; *p |= v; return old; }
-template <class T> static T atomicAdd(T *p, T v) { T old = *p; *p += v; return old; }
+template <class T, class V> static T atomicAdd(T *p, V v) { T old = *p; *p += v; return old; }
+template <class T, class V> static T atomicExch(T *p, V v) { T old = *p; *p = v; return old; }
 template <class T> static T __ldcg(const T *p) { return *p; }
 template <class T> static void __stcg(T *p, T v) { *p = v; }
 static float __int_as_float(int v) { return float_of((u32)v); }
@@ -235,6 +239,7 @@ static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fdividef(float a, float b) { return a / b; }
 static float rsqrtf(float v) { return 1.f / sqrtf(v); }
 static u32 __byte_perm(u32 a, u32 b, u32 s) {
     const uint64_t both = (uint64_t)b << 32 | a;
@@ -346,8 +351,6 @@ template <int LEFT> static void wait_for_copies() {
         own.back().clear();
     }
 }
-static void start_dependents() {}
-static void wait_for_kernel_before() {}
 
 static void enter() {
     body();

@@ -1,4 +1,8 @@
-"""Kernels of csrc compiled as plain C++ and run on the CPU, thread by thread: what they compute, not how fast."""
+"""Kernels of csrc compiled as plain C++ and run on the CPU, thread by thread: what they compute, not how fast.
+
+Statements of assembler become what INSTRUCTIONS says. Functions that hold others are left out: a header of the emulator
+has them instead.
+"""
 
 import ctypes
 import hashlib
@@ -12,13 +16,25 @@ from torch import Tensor
 from tenfold.ops.gpu import nvrtc
 
 HEADER = Path(__file__).parent / "emulated.h"
-EXTERN = r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];"
+EXTERN = r"extern __shared__ (?:__align__\(16\) )?([\w ]+) (\w+)\[\];"
 STATIC = r"__shared__ __align__\(16\) (\w+) (\w+);"
 FLAGS = (
     *("-O1", "-w", "-std=c++17", "-fno-exceptions", "-shared", "-fPIC"),
     "-U_FORTIFY_SOURCE",  # its longjmp takes the stack of another fiber for a mistake
     *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
 )
+FUNCTION = re.compile(r"^(?:template <[^>]*>\s+)?__device__ __forceinline__ [^\n(]*\(", re.MULTILINE)
+LEFT_OUT = re.compile(r"\basm\b|__cvta|\bPRODUCTS?\(")  # macros of products are assembler too
+ASSEMBLER = re.compile(r'\basm(?: volatile)?\((?!"[^"]*"\n#)')  # not one that begins in two ways
+OPERAND = re.compile(r'"[=+]?\w"\s*\(')
+INSTRUCTIONS = {  # in C++, once operands stand where PTX counts them
+    r"|(?:griddepcontrol|createpolicy|fence|prefetch|setmaxnreg|wgmma\.fence)\b.*": "(void)0",
+    r"mov\.\w32 (.+), (.+)": r"\1 = \2",
+    r"bar\.(sync|arrive) (.+), (.+)": r"bar_\1(\2, \3)",
+    r"cp\.async\.mbarrier\S* \[(.+)\]": r"arrive_after_words(\1)",
+    r"wgmma\.commit_group\S*": "commit_products()",
+    r"wgmma\.wait_group\S* (.+)": r"finish_products(\1)",
+}
 
 
 class Emulated:
@@ -92,4 +108,58 @@ class Emulator:
         code = nvrtc.expand((nvrtc.SOURCES / source).read_text())
         code = code.replace(nvrtc.expand((nvrtc.SOURCES / "fragments.h").read_text()), "")
         code = re.sub(EXTERN, r"\1 *\2 = (\1 *)emulated_memory;", code)
-        return re.sub(STATIC, r"\1 &\2 = *(\1 *)emulated_static(sizeof(\1));", code)
+        code = re.sub(STATIC, r"\1 &\2 = *(\1 *)emulated_static(sizeof(\1));", code)
+        return without_assembler(code)
+
+
+def without_assembler(code: str) -> str:
+    """With C++ in place of statements of assembler, and without functions where that does not suffice."""
+    code, at = in_words(code), 0
+    while found := FUNCTION.search(code, at):
+        end = closing(code, code.index("{", found.end()))
+        if LEFT_OUT.search(code[found.start() : end]):
+            code, end = code[: found.start()] + code[end:], found.start()
+        at = end
+    return code
+
+
+def in_words(code: str) -> str:
+    """With C++ in place of statements of assembler that are in INSTRUCTIONS."""
+    done, at = "", 0
+    while found := ASSEMBLER.search(code, at):
+        end = closing(code, found.end() - 1)
+        words = statement(code[found.end() : end - 1])
+        done += code[at : found.start()] + (words or code[found.start() : end])
+        at = end
+    return done + code[at:]
+
+
+def statement(inside: str) -> str | None:
+    """What an asm(...) does, if INSTRUCTIONS has all of it."""
+    text, rest = inside.strip()[1:].split('"', 1)
+    if "{" in text:
+        return None
+    operands, at = [], 0
+    while found := OPERAND.search(rest, at):
+        at = closing(rest, found.end() - 1)
+        operands.append(rest[found.end() : at - 1])
+    parts = [part.removeprefix("\\n") for part in text.removesuffix(";").split(";")]
+    words = []
+    for part in parts:
+        plain = re.sub(r"%(\d+)", lambda m: operands[int(m[1])], part)
+        found = next(filter(None, (re.fullmatch(pattern, plain) for pattern in INSTRUCTIONS)), None)
+        if found is None:
+            return None
+        words.append(found.expand(INSTRUCTIONS[found.re.pattern]))
+    return ", ".join(words)
+
+
+def closing(code: str, at: int) -> int:
+    """Behind what closes the brace or parenthesis there. Inside strings they come in pairs."""
+    opens, closes = "{}" if code[at] == "{" else "()"
+    depth = 0
+    for place in range(at, len(code)):
+        depth += (code[place] == opens) - (code[place] == closes)
+        if not depth:
+            return place + 1
+    raise ValueError(f"A {opens} is never closed.")

@@ -1,4 +1,4 @@
-// What bulk.cu and stream.cu use beyond emulated_copies.h: loads, codes and their numbers, products of bytes.
+// What bulk.cu and stream.cu use beyond emulated_copies.h: loads, products of bytes.
 
 #define LANE_COLS 8
 #define CHUNK_COLS 32
@@ -38,22 +38,7 @@ static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b
     for (int n = 0; n < 4; n++) c[n] += (int)w.out[lane][n];
 }
 
-static float number_of(u32 bits) { return to_float(bits & 0xffff); }
-static u32 times(u32 a, u32 b) { return pack(number_of(a) * number_of(b), number_of(a >> 16) * number_of(b >> 16)); }
-static u32 minus(u32 a, u32 b) { return pack(number_of(a) - number_of(b), number_of(a >> 16) - number_of(b >> 16)); }
-static u32 pick(u32 word, u32 mask, u32 above) { return word & mask | above; }
-#if HALF
-static u32 eighths(u32 word) { return e4m3_to_halves(word); }
-#else
-static u32 eighths(u32 high, u32 seven) { return times(high & 0x80008000u | seven & 0x07f007f0u, 0x7b807b80u); }
-#endif
-#if BITS < 16
-#if SCALES == 2
-static float value(float stored) { return stored; }
-#else
-static float value(u16 stored) { return SCALES == 1 ? half_to_float(stored) : float_of((u32)stored << 16); }
-#endif
-#if GROUP < 1 << 30
+#if BITS < 16 && GROUP < 1 << 30
 static float number_at(u32 at) {
 #if SCALES == 2
     return value(*(float *)at_address(at, 4));
@@ -61,5 +46,4 @@ static float number_at(u32 at) {
     return value(*(u16 *)at_address(at, 2));
 #endif
 }
-#endif
 #endif

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tenfold.ops.gpu import nvrtc
 from tests.ops.gpu.emulated import Emulated
-from tests.ops.gpu.emulated_copies import CopyEmulator
+from tests.ops.gpu.emulated_copies import CODES, CopyEmulator
 
 
 class EmulatedClusters(Emulated):
@@ -34,7 +34,7 @@ class EmulatedClusters(Emulated):
 
 
 class BulkEmulator(CopyEmulator):
-    headers = (*CopyEmulator.headers, Path(__file__).parent / "emulated_bulk.h")
+    headers = (*CopyEmulator.headers, CODES, Path(__file__).parent / "emulated_bulk.h")
     start = "launch(grid_x, grid_y, grid_z, block_threads, dynamic, CLUSTER);"
 
     def __init__(self, folder: Path, clusters: int, seed: int = 0) -> None:

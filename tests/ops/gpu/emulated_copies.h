@@ -120,13 +120,18 @@ static void enter_cluster() { arrive_at_cluster(); }
 static void know_cluster() { wait_for_cluster(); }
 #endif
 
-static std::vector<int> met;
-static std::vector<unsigned> met_round;
-static void meet() {
-    const int b = own_rank();
-    const unsigned round = met_round[b];
-    if (++met[b] == WARPS * 32) met[b] = 0, met_round[b]++;
-    else wait([&] { return met_round[b] != round; });
+// Barriers of some threads of a block, by block and number.
+struct Meeting { int arrived; unsigned round; };
+static std::map<std::pair<u32, int>, Meeting> meetings;
+static Meeting &bar_arrive(int number, int threads) {
+    Meeting &m = meetings[{own_rank(), number}];
+    if (++m.arrived == threads) m.arrived = 0, m.round++;
+    return m;
+}
+static void bar_sync(int number, int threads) {
+    const unsigned round = meetings[{own_rank(), number}].round;
+    const Meeting &m = bar_arrive(number, threads);
+    wait([&] { return m.round != round; });
 }
 
 // Where everybody stands when nobody can go on.
@@ -134,13 +139,14 @@ static void tell() {
     for (auto &[at, b] : barriers) fprintf(stderr, "block %u, barrier at %u: %d of %d to come, %d bytes, phase %u\n", at >> 24, at & 0xffffff, b.pending, b.count, b.bytes, b.phase);
     for (size_t i = 0; i < warps.size(); i++)
         if (warps[i].arrived) fprintf(stderr, "warp %zu: %d lanes at collective %d\n", i / 3, warps[i].arrived, warps[i].what);
-    for (size_t b = 0; b < blocks.size(); b++) fprintf(stderr, "block %zu: %d threads, %d have met\n", b, blocks[b].running, met[b]);
+    for (size_t b = 0; b < blocks.size(); b++) fprintf(stderr, "block %zu: %d threads\n", b, blocks[b].running);
+    for (auto &[at, m] : meetings) fprintf(stderr, "block %u, barrier %d: %d have arrived\n", at.first, at.second, m.arrived);
 }
 
 static void begin_cluster() {
     all_arrived(), barriers.clear(), words.assign(lanes.size(), {});
     cluster_arrived = 0, cluster_round = 0, in_cluster.assign(lanes.size(), 0), know.assign(lanes.size(), false);
-    met.assign(blocks.size(), 0), met_round.assign(blocks.size(), 0);
+    meetings.clear();
     ahead = seed % 3 == 0 ? -1 : seed % 3 == 1 ? 0 : (int)lanes.size() - block_threads;
     chance = ahead_mostly, soon = drawn() % 3;
     happens = [](bool stuck) {

@@ -11,7 +11,7 @@ from tenfold.ops.gpu import nvrtc, ring
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 from tests.ops.gpu.emulated_cases import MARKS, TYPES, normal
-from tests.ops.gpu.emulated_ring import Boxes, RingEmulator
+from tests.ops.gpu.emulated_hopper import Boxes, HopperEmulator
 from tests.rounding import excess
 
 pytestmark = MARKS
@@ -20,7 +20,7 @@ SMS = 3
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(nvrtc, "load", RingEmulator(folder))
+    monkeypatch.setattr(nvrtc, "load", HopperEmulator(folder))
     monkeypatch.setattr(nvrtc, "tensor_map", Boxes)
 
 
@@ -43,7 +43,7 @@ def test_products(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, toke
     residual, workspace = normal(tokens, rows, seed=2).to(dtype), ring.Workspace(torch.device("cpu"))
     results = []
     for seed in range(3):
-        monkeypatch.setattr(nvrtc, "load", RingEmulator(folder, seed))
+        monkeypatch.setattr(nvrtc, "load", HopperEmulator(folder, seed))
         results.append(ring.run(plan, workspace, SMS, x, w, float32=True))
         added = ring.run(plan, workspace, SMS, x, w, residual=residual)
         assert torch.equal(added, (results[0].to(dtype).float() + residual.float()).to(dtype))

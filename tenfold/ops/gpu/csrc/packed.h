@@ -1,7 +1,9 @@
-// What the kernels of a packed KV cache share: how its codes lie, numbers of 8 and 16 bits, small instructions.
+// What the kernels of a packed KV cache share: how its codes lie, small instructions.
 //
 // D channels of a head (64 or 128) · KEY_BITS, VALUE_BITS of a code: 2, 4, 8 (float8 e4m3), or 1 for three levels, five
 // codes a byte · GROUPS groups of a span of heads · NUMBER bytes of a scale or a zero: 1 (e4m3) or 2 (float16).
+
+#include "halves.h"
 
 typedef unsigned char u8;
 
@@ -15,7 +17,6 @@ typedef unsigned char u8;
 #define INFINITE __int_as_float(0x7f800000)
 #define LOG2E 1.4426950408889634f
 
-#if !EMULATED
 __device__ __forceinline__ void start_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -35,32 +36,6 @@ __device__ __forceinline__ u32 half_fma(u32 a, u32 b, u32 c) {
 __device__ __forceinline__ u32 half_fnma(u32 a, u32 b, u32 c) {
     u32 r;
     asm("{\n.reg .b32 n;\nneg.f16x2 n, %1;\nfma.rn.f16x2 %0, n, %2, %3;\n}" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-    return r;
-}
-
-__device__ __forceinline__ u32 halves(float lo, float hi) {
-    u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
-__device__ __forceinline__ float half_to_float(u32 bits) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)bits));
-    return f;
-}
-
-// Two e4m3 numbers of the low 16 bits.
-__device__ __forceinline__ u32 e4m3_to_halves(u32 bits) {
-    u32 r;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"((u16)bits));
-    return r;
-}
-
-// To the nearest e4m3 number, at most the largest one: lo in the low byte.
-__device__ __forceinline__ u32 to_e4m3(float lo, float hi) {
-    u16 r;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
     return r;
 }
 
@@ -95,7 +70,6 @@ __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_gro
 // Until at most N of the groups of copies of this thread are under way.
 template <int N>
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
-#endif
 
 __device__ __forceinline__ void mma_next(bool first, float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     if (first) mma_first(c, a0, a1, a2, a3, b0, b1);

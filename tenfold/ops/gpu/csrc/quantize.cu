@@ -10,6 +10,7 @@
 
 #define GATE 0
 #include "fragments.h"
+#include "halves.h"
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -71,16 +72,10 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const i
         u32 pairs[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            u16 pair;
-            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(values[i][j * 2 + 1] * inverse), "f"(values[i][j * 2] * inverse));
-            pairs[j] = pair;
+            pairs[j] = to_e4m3(values[i][j * 2] * inverse, values[i][j * 2 + 1] * inverse);
 #if TILES == 2
-            u32 halves;
-            float low, high;
-            asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-            asm("cvt.f32.f16 %0, %1;" : "=f"(low) : "h"((u16)halves));
-            asm("cvt.f32.f16 %0, %1;" : "=f"(high) : "h"((u16)(halves >> 16)));
-            sum += low + high;
+            const u32 both = e4m3_to_halves(pairs[j]);
+            sum += half_to_float(both) + half_to_float(both >> 16);
 #endif
         }
         u32 first = pairs[0] | pairs[1] << 16, second = pairs[2] | pairs[3] << 16;

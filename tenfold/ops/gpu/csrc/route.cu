@@ -13,10 +13,8 @@ typedef unsigned char u8;
 #include "remote.h"
 #endif
 
-#if !EMULATED
 __device__ __forceinline__ void start_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#endif
 
 #define VALUES ((EXPERTS + 31) / 32)  // of a lane
 #define NONE -3.0e38f

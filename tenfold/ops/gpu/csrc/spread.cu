@@ -9,15 +9,13 @@
 // Compile-time: HALF as elsewhere · WITH_BYTES, WITH_PAIRS, WITH_THIRDS: which orders there are, thirds only with pairs · TOP:
 // picks of a token, which are taken in `order`; 0: x lies by place, and the kernel behind may begin before it is there.
 
-#if !EMULATED
 #define GATE 0
 #define FLOAT32 0
 #include "fragments.h"
+#include "spread.h"
 
 __device__ __forceinline__ void start_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#endif
-#include "spread.h"
 
 #define FINEST 20
 #define WARPS 4
