@@ -86,6 +86,15 @@ __device__ __forceinline__ u32 sum_of(u32 a, u32 b) {
     return pack(to_float(a & 0xffff) + to_float(b & 0xffff), to_float(a >> 16) + to_float(b >> 16));
 }
 
+// Words and numbers of shared memory.
+__device__ __forceinline__ u32 word_at(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ __forceinline__ void store_pair(u32 to, u32 first, u32 second) { asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(first), "r"(second) : "memory"); }
+__device__ __forceinline__ void store_number(u32 to, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(v) : "memory"); }
+
 __device__ __forceinline__ void store_matrices(u32 to, u32 first, u32 second) {
 #if GATE
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(to), "r"(first) : "memory");
@@ -104,7 +113,7 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
     GROUP_BARRIER(group);  // those of the tile before are still read
 #pragma unroll
     for (int i = 0; i < HOMES; i++)
-        if (thread + i * 128 < PICKS) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(memory + (thread + i * 128) * 8), "r"(homes.at[i]), "r"(__float_as_uint(homes.share[i])) : "memory");
+        if (thread + i * 128 < PICKS) store_pair(memory + (thread + i * 128) * 8, (u32)homes.at[i], __float_as_uint(homes.share[i]));
 #endif
 #pragma unroll
     for (int turn = 0; turn < PICKS / TURN; turn++) {
@@ -121,12 +130,10 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
             float y = lower ? d[n * 2 + 1] : d[n * 2];
             const int row = warp * 16 + lower * 8 + (lane >> 2);
 #if DOWN
-            float share;
-            asm volatile("ld.shared.f32 %0, [%1 + 4];" : "=f"(share) : "r"(memory + pick * 8));
-            y = round_trip(y) * share;
+            y = round_trip(y) * __uint_as_float(word_at(memory + pick * 8 + 4));
 #endif
 #endif
-            if (!GATE || !lower) asm volatile("st.shared.u16 [%0], %1;" ::"r"(rows + pick * PITCH + row * 2), "h"((u16)pack(y, 0.f)) : "memory");
+            if (!GATE || !lower) store_number(rows + pick * PITCH + row * 2, (u16)pack(y, 0.f));
         }
 #else
 #pragma unroll
@@ -139,8 +146,8 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
             for (int t = 0; t < 2; t++) y[t] = round_trip(activate(round_trip(own[t]))) * round_trip(own[2 + t]);
             store_matrices(to, pack(y[0], y[1]), 0);
 #elif DOWN
-            float first, second;  // shares of a lane's two picks
-            asm volatile("ld.shared.f32 %0, [%2 + 4];\nld.shared.f32 %1, [%2 + 12];" : "=f"(first), "=f"(second) : "r"(memory + (turn * TURN + n * 8 + (lane & 3) * 2) * 8));
+            const u32 own_shares = memory + (turn * TURN + n * 8 + (lane & 3) * 2) * 8 + 4;  // of a lane's two picks
+            const float first = __uint_as_float(word_at(own_shares)), second = __uint_as_float(word_at(own_shares + 8));
             store_matrices(to, pack(round_trip(own[0]) * first, round_trip(own[1]) * second), pack(round_trip(own[2]) * first, round_trip(own[3]) * second));
 #else
             store_matrices(to, pack(own[0], own[1]), pack(own[2], own[3]));
@@ -156,7 +163,7 @@ __device__ __forceinline__ void store_sums(const float (&d)[SUMS], void *out, co
             uint4 v = piece_16(rows + pick * PITCH + piece * 16);
             int at = place;
 #if DOWN
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(at) : "r"(memory + (turn * TURN + pick) * 8));
+            at = (int)word_at(memory + (turn * TURN + pick) * 8);
 #endif
             const size_t there = (size_t)at * outputs + feature + piece * 8;
             if (residual) {
