@@ -1,18 +1,18 @@
 """On a GPU: chunks on Hopper's tensor cores, straight from the pages, against the oracle."""
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tenfold.ops.attention.attend import Arms, attend, suits
 from tenfold.ops.attention.decode import Workspace
 from tenfold.ops.gpu import prefill
 from tenfold.ops.gpu.prefill import ARMS, ChunkPlan
 from tenfold.ops.kernels import AttentionSpec
-from tests.ops.attention.cases import Case, make
+from tests.ops.gpu.prefill_cases import ROUNDING, SMS, check
+from tests.ops.gpu.prefill_cases import chunks as chunks_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,46 +20,8 @@ pytestmark = [
         not torch.cuda.is_available() or not prefill.runs_on(torch.device("cuda")), reason="needs a Hopper GPU"
     ),
 ]
-TYPES = [torch.bfloat16, torch.float16]
-ROUNDING = {torch.bfloat16: 1.6e-2, torch.float16: 3e-3}  # weights and results have 8 and 11 bits
-SMS = 132
-
-
-def chunks(
-    lengths: Sequence[int], counts: Sequence[int], heads: tuple[int, int] = (4, 2), head_dim: int = 128, **rest: Any
-) -> Case:
-    shape: dict[str, Any] = {
-        "heads": heads[0],
-        "kv_heads": heads[1],
-        "head_dim": head_dim,
-        "page_size": 16,
-        "device": "cuda",
-    }
-    return make(lengths, counts, **(shape | {"dtype": torch.bfloat16} | rest))
-
-
-def check(case: Case, plan: ChunkPlan, phi: Tensor | None = None) -> int:
-    """Result, log-sum-exp and repeated bits; rows computed again in one launch."""
-    workspace = Workspace("cuda")
-    expected, sums = case.expected()
-    results = []
-    for _ in range(2):
-        out, lse = case.blank()
-        prefill.run(
-            *(plan, workspace.queue, SMS, case.q, case.keys, case.values, case.page_table, case.query_start),
-            *(case.kv_lengths, case.spec, max(case.counts)),
-            recomputed=workspace.recomputed,
-            phi=phi,
-            lse=lse,
-            out=out,
-        )
-        results.append(out)
-        assert not workspace.queue.any()
-        loose = ROUNDING[case.q.dtype]
-        torch.testing.assert_close(out.float(), expected, atol=loose, rtol=loose)
-        assert (lse - sums).abs().max() < 2e-2
-    assert torch.equal(*results)
-    return int(workspace.recomputed) // 2
+TYPES = list(ROUNDING)
+chunks = partial(chunks_on, "cuda")
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

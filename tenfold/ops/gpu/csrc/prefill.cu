@@ -311,6 +311,7 @@ __device__ __forceinline__ void produce(const Map *q_map, const Map *k_map, cons
             fetch_tile(k_map, k, k_full, k_empty, at, place, kv_head, lane);
         }
         if (number > 0) wait_for(q_empty, (number - 1) & 1);
+        __syncwarp();  // a lane that has not looked yet would miss this phase once consumers have ended the next
         if (lane == 0) {
             sh->item = item;
             if (item.kind == LEAVE) arrive(q_full);
