@@ -37,7 +37,7 @@ template <class T> static T min(T a, T b) { return a < b ? a : b; }
 template <class T> static T max(T a, T b) { return a > b ? a : b; }
 
 struct Index { int x, y, z; };
-struct Lane {
+struct Fiber {
     ucontext_t context;  // where it begins
     jmp_buf at;          // where it goes on, once it has begun: without a call of the system
     bool begun;
@@ -57,7 +57,7 @@ struct Warp {
     u32 in[32][8], out[32][4];
 };
 
-static std::vector<Lane> lanes;
+static std::vector<Fiber> lanes;
 static std::vector<std::unique_ptr<char[]>> stacks;  // of as many lanes as there ever were
 static std::vector<Block> blocks;  // of a cluster
 static std::vector<Warp> warps;    // and of each its halves, which may have collectives of their own
@@ -98,7 +98,7 @@ static int next_lane() {
         if (happens) happens(false);
         const int first = current + 1 + (chance ? chance() % count : 0);
         for (int i = 0; i < count; i++) {
-            Lane &l = lanes[(first + i) % count];
+            Fiber &l = lanes[(first + i) % count];
             if (!l.done && (!l.ready || (*l.ready)())) return (first + i) % count;
         }
         if (!happens || !happens(true)) fail("a collective that not all threads reach");
@@ -106,7 +106,7 @@ static int next_lane() {
 }
 
 static void go_on() {
-    Lane &l = lanes[current];
+    Fiber &l = lanes[current];
     if (l.begun) _longjmp(l.at, 1);
     l.begun = true;
     setcontext(&l.context);
@@ -149,12 +149,13 @@ static u32 shuffled(u32 v, int other, int what, u32 mask = ~0u) {
 static float __shfl_xor_sync(u32 mask, float v, int d) { return float_of(shuffled(bits_of(v), current % 32 ^ d, 1, mask)); }
 static u32 __shfl_xor_sync(u32 mask, u32 v, int d) { return shuffled(v, current % 32 ^ d, 13, mask); }
 static int __shfl_xor_sync(u32 mask, int v, int d) { return (int)shuffled((u32)v, current % 32 ^ d, 14, mask); }
-static float __shfl_sync(u32, float v, int l) { return float_of(shuffled(bits_of(v), l, 2)); }
-static int __shfl_sync(u32, int v, int l) { return (int)shuffled((u32)v, l, 3); }
 static unsigned long long __shfl_sync(u32, unsigned long long v, int l) {
     const unsigned long long high = shuffled((u32)(v >> 32), l, 16);
     return high << 32 | shuffled((u32)v, l, 17);
 }
+static unsigned long long __shfl_xor_sync(u32, unsigned long long v, int d) { return __shfl_sync(~0u, v, current % 32 ^ d); }
+static float __shfl_sync(u32, float v, int l) { return float_of(shuffled(bits_of(v), l, 2)); }
+static int __shfl_sync(u32, int v, int l) { return (int)shuffled((u32)v, l, 3); }
 static bool __any_sync(u32, bool v) {
     Warp &w = warp_of(~0u);
     w.in[current % 32][0] = v;
@@ -227,8 +228,10 @@ static int __syncthreads_or(int v) {
 static void __threadfence() {}
 static u32 atomicOr(u32 *p, u32 v) { u32 old = *p; *p |= v; return old; }
 template <class T, class V> static T atomicAdd(T *p, V v) { T old = *p; *p += v; return old; }
+template <class T> static T atomicMax(T *p, T v) { T old = *p; *p = max(old, v); return old; }
 template <class T, class V> static T atomicExch(T *p, V v) { T old = *p; *p = v; return old; }
 template <class T> static T __ldcg(const T *p) { return *p; }
+template <class T> static T __ldcs(const T *p) { return *p; }
 template <class T> static void __stcg(T *p, T v) { *p = v; }
 static float __int_as_float(int v) { return float_of((u32)v); }
 static int __float_as_int(float v) { return (int)bits_of(v); }
@@ -379,7 +382,7 @@ static void emulate(int x, int y, int z, int threads, int shared, int cluster = 
         warps.assign(3 * count * ((threads + 31) / 32), Warp());
         copies.assign(threads * count, std::vector<std::vector<Copy>>(1));
         for (int t = 0; t < threads * count; t++) {
-            Lane &l = lanes[t];
+            Fiber &l = lanes[t];
             const int n = first + t / threads, b = order.empty() ? n : order[n];
             l.place = {t % threads, 0, 0}, l.block = {b % x, b / x % y, b / x / y}, l.done = l.begun = false, l.ready = nullptr;
             if (t == (int)stacks.size()) stacks.emplace_back(new char[STACK]);

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tenfold.ops.gpu import nvrtc, quantize
 from tenfold.ops.kernels import Norm
+from tests.ops.gpu.emulated import Emulator
 from tests.ops.gpu.emulated_cases import MARKS, normal
-from tests.ops.gpu.emulated_copies import CopyEmulator
 from tests.ops.gpu.test_w4a8 import column
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("poisoned")]
@@ -21,7 +21,7 @@ SIZES = [(1, 8, BFLOAT), (3, 416, BFLOAT), (2, 2048, BFLOAT), (2, 2056, HALF), (
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(nvrtc, "load", CopyEmulator(folder))
+    monkeypatch.setattr(nvrtc, "load", Emulator(folder))
 
 
 def inputs(tokens: int, cols: int, dtype: torch.dtype) -> Tensor:
