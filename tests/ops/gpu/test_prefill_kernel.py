@@ -38,7 +38,7 @@ def name(case: Case) -> str:
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """Of whose blocks two run at the same time; each launch has a seed of its own."""
-    seeds = count()
+    seeds = count(1)
     monkeypatch.setattr(nvrtc, "load", lambda *what: HopperEmulator(folder, next(seeds), together=2)(*what))
     monkeypatch.setattr(nvrtc, "tensor_map", Boxes)
 
@@ -56,7 +56,8 @@ def test_requests_of_all_lengths(case: Case) -> None:
     plan = prefill.parse(case[0])
     tile, rows = plan.tile, plan.rows
     step = made(case, [1, 0, tile, tile + 1, rows + 17], [1, 0, tile, 3, rows + 1])
-    assert check(step, plan, step.phi, sms=3) == 0 or case[3] == HALF
+    for _ in range(2):
+        assert check(step, plan, step.phi, sms=3) == 0 or case[3] == HALF
 
 
 @pytest.mark.parametrize("phi", [1e4, -1e4, float("nan")])

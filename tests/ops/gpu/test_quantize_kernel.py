@@ -35,7 +35,7 @@ def expected(x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """Codes, float8 [T, cols], and scales [T]: operations in float32, each rounded once."""
     values = x.float() if norm is None else x.float() * norm.weight
     largest = values.abs().amax(1)
-    inverse = torch.where(largest > 0, 448 / largest, 0)
+    inverse = torch.where(largest > 0, torch.full_like(largest, 448) / largest, 0)
     scales = largest / 448
     if norm is not None:
         scales = scales * torch.rsqrt(x.float().square().mean(1) + norm.eps)
