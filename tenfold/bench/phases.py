@@ -440,12 +440,17 @@ def load(model: str, device: str, longest: int, changes: Mapping[str, Any], arms
     model = at_least_positions(model, longest) if is_shape(model) else model
     own: dict[str, Any] = {"max_model_len": longest, "prefix_cache": False, "max_queue": 1 << 20}
     named = (bare(arm).partition(":")[2] for arm in arms if not is_peer(arm))
-    lane = table.PREFILL_TOKENS + int(changes.get("max_batch", GPU_BATCH))
+    lane = table.PREFILL_TOKENS + batch_of(changes)
     most = max((int(tokens) for tokens in named if tokens.isdigit()), default=0)
     if most > lane or (torch.cuda.is_available() and device != "cpu"):
         own["max_step_tokens"] = max(most, lane)
     own["gpu_memory_utilization"] = SHARE
     return Engine.load(engine_config(changes, model=model, device=device, **own), tokens_only=True)
+
+
+def batch_of(changes: Mapping[str, Any]) -> int:
+    """Requests that a GPU computes together."""
+    return engine_config(changes, model="").max_batch or GPU_BATCH
 
 
 def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, batch: int = GPU_BATCH) -> Worker | None:
@@ -487,8 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
         most = max(most, given.long_tokens + max(answer for _, answer in pairs))
     arms = given.arms.split(",")
     changes = settings(given.set)
-    batch = int(changes.get("max_batch", GPU_BATCH))
-    peer = start_peer(given.model, most + MARGIN, arms, given.peer_path, batch)
+    peer = start_peer(given.model, most + MARGIN, arms, given.peer_path, batch_of(changes))
     engine = load(given.model, given.device, most + MARGIN, changes, arms)
     result = Result(given.model, machine(str(engine.device)), arms=arms)
     result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0

@@ -488,11 +488,15 @@ class Scheduler:
         sequence.parts_at = parts_at if parts_at > start else 0
 
     def _copy_rooms(self) -> None:
-        """Rooms of sequences that stand where a text parts, before the next step moves them on."""
+        """Rooms of sequences that stand where a text parts, before the next step moves them on: as long as every free
+        row has a room.
+        """
         parting, self._parting = self._parting, []
         for sequence in parting:
             rooms = self.rooms
-            if rooms is not None and sequence.row >= 0 and sequence.computed == sequence.parts_at and rooms.available:
+            if rooms is None or rooms.available <= len(self._free_rows):
+                continue
+            if sequence.row >= 0 and sequence.computed == sequence.parts_at:
                 sequence.parted = rooms.take()
                 self._room_copies.append((sequence.room, sequence.parted))
                 self._offer_room(sequence, rooms)

@@ -197,6 +197,12 @@ def told(outputs: list[Any]) -> dict[str, tuple[list[int], list[Any]]]:
     return found
 
 
+def test_where_texts_part_rows_that_are_free_keep_a_room(case: Case) -> None:
+    """Two answers that stand where their text parts hold two rooms each, and a third one comes."""
+    engine = case.engine(60, page_size=1, max_batch=3, max_step_tokens=12, lookahead=1)
+    answer(case, engine, [1, 1, 0], [0, 1, 0], n=2)
+
+
 @settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     order=st.lists(st.integers(0, 8), min_size=1, max_size=7),
