@@ -8,6 +8,7 @@ from typing import Any
 
 from tenfold.bench.claims import Claim, claim, signed
 from tenfold.bench.single import Result
+from tenfold.weights.shapes import MIXED
 
 NEAR = 0.01  # bits a weight: a mix of as many bits as a uniform row
 LOWER = 1.001  # times what counts as a lower perplexity
@@ -183,12 +184,14 @@ VLLM, VLLM_ON = {1: 4.73, 8: 11.99, 64: 24.5}, "H100"
 
 
 def of_models(results: Sequence[Result]) -> list[Claim]:
-    """M5, of runs in bfloat16 against vLLM on the same hardware and, behind them, with experts of fewer bits."""
+    """M5, of runs in bfloat16 against vLLM on the same hardware, and of those with fewer bits."""
     plain: dict[tuple[str, int], float] = {}
     made = []
-    own = [result for result in results if result.model == f"shape:{WHOLE}"]
-    for result in own:
-        mode, hardware = result.weights, str(result.machine["hardware"])
+    names = {f"shape:{WHOLE}": "", **{f"shape:{WHOLE}@mixed={n}": f"experts of mixed {n} bits" for n in MIXED}}
+    own = [result for result in results if result.model in names]
+    for result in sorted(own, key=lambda result: bool(names[result.model] or result.weights)):
+        mode = ", the rest ".join(filter(None, (names[result.model], result.weights)))
+        hardware = str(result.machine["hardware"])
         for batch in BATCHES:
             row = result.row("tenfold", batch, CONTEXT)
             if row is None:

@@ -30,6 +30,7 @@ from tenfold.ops.choose import Table
 from tenfold.ops.formats import format_of
 from tenfold.weights.find import resolve
 from tenfold.weights.open import open_checkpoint
+from tenfold.weights.shapes import MIXED
 
 MODELS = "shape:qwen3-30b-a3b,shape:deepseek-v2-lite,shape:qwen1.5-moe-a2.7b,shape:mixtral-8x7b"
 TOKENS = "1,8,64,512,8192"
@@ -42,8 +43,7 @@ MIXES: dict[str, dict[str, int]] = {
     "w2a16": {"int2g128z": 1},
     "w8a8": {"fp8a8": 1},
     "w4a8": {"int4g128a8": 1},
-    "mixed 4 bits": {"int8g128": 1, "int4g128": 4, "int3g128z": 2, "int2g128z": 1},
-    "mixed 5 bits": {"fp8a8": 1, "int4g128a8": 3},
+    **{f"mixed {bits} bits": parts for bits, parts in MIXED.items()},
 }
 FORMATS = ",".join((DENSE, *MIXES))
 Arm = Callable[[int], Tensor]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.ops.blocks import quantize
 from tenfold.ops.matrix import Deferred, RawTensor
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.hf_config import normalise
@@ -199,6 +200,12 @@ EXPERTS = {
 
 # What may follow a name: `shape:llama-3-8b@layers=4,positions=40960`.
 CHANGES = {"layers": "num_hidden_layers", "positions": "max_position_embeddings", "vocab": "vocab_size"}
+# And of a model with experts `mixed=BITS`: what they are stored in by turns, and for how many one after the other.
+MIXED: dict[int, dict[str, int]] = {
+    4: {"int8g128": 1, "int4g128": 4, "int3g128z": 2, "int2g128z": 1},
+    5: {"fp8a8": 1, "int4g128a8": 3},
+}
+MIX, EXPERT = "mixed_bits", re.compile(r"\.experts\.(\d+)\.")
 
 
 def is_shape(name: str) -> bool:
@@ -213,10 +220,14 @@ def shape_config(name: str) -> dict[str, Any]:
     config = dict(SHAPES[base])
     for change in filter(None, changes.split(",")):
         key, _, value = change.partition("=")
+        if key == "mixed" and config["model_type"] in EXPERTS and value.isdecimal() and int(value) in MIXED:
+            config[MIX] = int(value)
+            continue
         if key not in CHANGES or not value.isdecimal() or not 1 <= int(value) <= 1 << 24:
             raise CheckpointError(
                 f"{change[:80]!r} does not change a shape; allowed: {', '.join(CHANGES)}, each with a whole number, "
-                f"as in {PREFIX}{base}@layers=4,positions=8192."
+                f"as in {PREFIX}{base}@layers=4,positions=8192, and for a model with experts mixed=N, the bits of "
+                f"experts in several formats, N of {', '.join(map(str, MIXED))}."
             )
         config[CHANGES[key]] = int(value)
     return config
@@ -340,7 +351,9 @@ def draw(name: str, size: tuple[int, ...], device: torch.device | str) -> Tensor
 
 
 class ShapeCheckpoint:
-    """Random weights as a `Checkpoint`, bfloat16. It has no tokenizer, so it takes and gives token ids only."""
+    """Random weights as a `Checkpoint`, bfloat16 but for experts of mixed bits. It has no tokenizer, so it takes and
+    gives token ids only.
+    """
 
     chat_template: str | None = None
 
@@ -350,6 +363,8 @@ class ShapeCheckpoint:
         self.special: dict[str, str] = {}
         self.eos_ids: tuple[int, ...] = ()
         self._shapes = tensor_shapes(self.config)
+        mix = MIXED.get(self.config.get(MIX, 0), {})
+        self._turns = [storage for storage, times in mix.items() for _ in range(times)]
 
     def names(self) -> Iterable[str]:
         return self._shapes.keys()
@@ -360,8 +375,16 @@ class ShapeCheckpoint:
     def tensor(self, name: str) -> RawTensor:
         if name not in self._shapes:
             raise CheckpointError(f"{self.path} holds no tensor {name}; it is of another architecture.")
-        size = self._shapes[name]
-        return Deferred(name, "BF16", size, lambda device: (draw(name, size, device),))
+        size, expert = self._shapes[name], EXPERT.search(name)
+        if expert is None or not self._turns:
+            return Deferred(name, "BF16", size, lambda device: (draw(name, size, device),))
+        storage = self._turns[int(expert[1]) % len(self._turns)]
+
+        def rounded(device: torch.device | str) -> tuple[Tensor, ...]:
+            raw = quantize(RawTensor(name, "BF16", size, draw(name, size, device)), storage)
+            return raw.data, *raw.extras
+
+        return Deferred(name, storage, size, rounded)
 
     def tokenizer(self) -> Any:
         raise CheckpointError(

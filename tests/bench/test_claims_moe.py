@@ -1,5 +1,6 @@
 """Claims of experts' times and of whole mixture-of-experts models, from rows as the benches write them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,13 @@ def test_whole_models_are_held_against_vllm_and_fewer_bits_against_sixteen() -> 
     assert mixed.value == pytest.approx(2.5)
     assert mixed.target == ">= 2 x"
     assert claims_moe.of_models([Result("shape:llama-3-8b", MACHINE)]) == []
+
+
+def test_experts_of_mixed_bits_are_held_against_the_same_model_in_sixteen() -> None:
+    mixed = replace(result(4.0, weights="int4"), model="shape:qwen3-30b-a3b@mixed=4")
+    found = {each.what: each.value for each in claims_moe.of_models([mixed, result(10.0)])}
+    what = "decode, qwen3-30b-a3b, batch 8, context 512, experts of mixed 4 bits, the rest int4 over bfloat16"
+    assert found[what] == pytest.approx(2.5)
 
 
 def test_vllm_counts_on_the_same_hardware_alone() -> None:

@@ -16,12 +16,14 @@ from tenfold.engine.llm import LLM
 from tenfold.engine.opened import Opened
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.models.table import build_model, make_processor, model_config
+from tenfold.ops.blocks import dequantize
+from tenfold.ops.formats import format_of
 from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.find import resolve
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
-from tenfold.weights.shapes import SHAPES, at_least_positions, shape_config, tensor_shapes
+from tenfold.weights.shapes import MIXED, SHAPES, ShapeCheckpoint, at_least_positions, draw, shape_config, tensor_shapes
 
 # What the publishers say of their models, in billions.
 PARAMETERS = {"llama-2-7b": 6.738, "llama-3-8b": 8.030, "qwen3-8b": 8.191, "mistral-7b": 7.248, "llama-3.2-1b": 1.236}
@@ -84,13 +86,40 @@ def test_the_engine_runs_on_token_ids(change: str) -> None:
     assert engine.vocab_size == (99 if "vocab" in change else 512)
 
 
+@pytest.mark.parametrize(("bits", "every"), [(4, 8), (5, 4)])
+def test_experts_may_have_several_formats(bits: int, every: int) -> None:
+    """By turns, all matrices of an expert alike, with the numbers that they have in sixteen bits."""
+    checkpoint = ShapeCheckpoint(f"shape:qwen3-30b-a3b@layers=1,mixed={bits}")
+    names = [name for name in checkpoint.names() if ".experts." in name]
+    storages = [checkpoint.tensor(name).storage for name in names]
+    assert storages[: 3 * every] * (128 // every) == storages
+    turns = storages[: 3 * every : 3]
+    assert [s for s in turns for _ in range(3)] == storages[: 3 * every]
+    assert {name: turns.count(name) for name in turns} == MIXED[bits]
+    sizes = [format_of(storage).nbytes(*checkpoint.tensor(name).shape) for name, storage in zip(names, storages)]
+    assert 8 * sum(sizes) / (len(names) * 2048 * 768) == pytest.approx(bits, abs=0.2)
+    raw, size = checkpoint.tensor(names[0]), checkpoint.tensor(names[0]).shape
+    expected = draw(names[0], size, "cpu").float()
+    assert (dequantize(raw, torch.float32) - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert checkpoint.tensor("model.layers.0.self_attn.o_proj.weight").storage == "BF16"
+
+
 def test_where_text_is_needed_it_is_refused_with_a_reason() -> None:
     with pytest.raises(CheckpointError, match="no tokenizer"):
         LLM("shape:tiny", device="cpu")
 
 
 @pytest.mark.parametrize(
-    "name", ["shape:", "shape:gpt-9", "shape:tiny@layers", "shape:tiny@layers=0", "shape:tiny@x=1"]
+    "name",
+    [
+        "shape:",
+        "shape:gpt-9",
+        "shape:tiny@layers",
+        "shape:tiny@layers=0",
+        "shape:tiny@x=1",
+        "shape:tiny@mixed=4",
+        "shape:tiny-moe@mixed=3",
+    ],
 )
 def test_what_is_no_shape_says_what_is(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"known: llama-2-7b|allowed: layers"):
