@@ -394,26 +394,29 @@ def run(
     """seconds: of arrivals at each rate; warm: of a load before them that is not counted; full: requests that are there
     at once, for throughput. deadline: `time.monotonic()` after which no rate is begun. ttft, tpot: seconds that
     controllers aim at (0: the tight targets). hopeless: share of requests that keep the loose targets, below which an
-    arm is left out of higher rates.
+    arm is left out of higher rates. What result holds already is not measured again.
     """
     arms = Arms(engine, result.arms, peer)
     if arms.stairs is not None:
         result.stairs = said(arms.stairs)
         say(result.stairs)
-    result.flip_us = arms.flip_us()
+    result.flip_us = arms.flip_us() if result.flip_us is None else result.flip_us
     arms.use(next(name for name in result.arms if not is_peer(name)))
-    result.alone = by_itself(engine, pairs, result.long, result.long_tokens)
+    result.alone = result.alone or by_itself(engine, pairs, result.long, result.long_tokens)
     say(f"alone: {result.alone['ttft']:.1f} ms to the first token, {result.alone['tpot']:.2f} ms a token")
     arms.aim(Targets(ttft or TIGHT * result.alone["ttft"] / 1e3, tpot or TIGHT * result.alone["tpot"] / 1e3))
     for name in {arms.runs_as(name): name for name in result.arms}.values():
         arms.serve(name, drawn(pairs, max(rates), warm, 99, result.long, result.long_tokens), 99)
     together = [Ask(0.0, ask.prompt, ask.answer) for ask in drawn(pairs, 1.0, 4.0 * full, 5)[:full]]
     off_on = [name for name in FULL if name in result.arms]
-    for i in range(2 if full else 0):
+    for i in range(2 if full and not result.full else 0):
         for name in off_on if i % 2 == 0 else reversed(off_on):
             answers, took = arms.serve(name, together, 5)
             result.full.setdefault(name, []).append(sum(a.tokens for a in answers) / took)
+    known = {(row.arm, row.rate) for row in result.rows}
     for turn, rate in enumerate(rate for _ in range(rounds) for rate in rates):
+        if all((name, rate) in known for name in result.arms):
+            continue
         if time.monotonic() > deadline:
             result.notes.append(f"{rate} requests a second: the time was up")
             continue
@@ -421,6 +424,8 @@ def run(
         for name in result.arms if turn % 2 == 0 else reversed(result.arms):
             if any(row.arm == name and row.rate < rate and row.loose < hopeless for row in result.rows):
                 result.notes.append(f"{name}: left out at {rate} requests a second, hopeless at fewer")
+                continue
+            if (name, rate) in known:
                 continue
             answers, took = arms.serve(name, asks, turn)
             long = beside(asks, answers, result.long_tokens if result.long else 0)
@@ -461,6 +466,22 @@ def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, bat
     return beside_ours(model, longest, packages, int(name.partition(":")[2] or STEP_TOKENS), batch)
 
 
+def resumed(path: Path, begun: Result) -> Result:
+    """What a file holds of the same measurement. Raises ValueError where it is of another one."""
+    found = loaded(json.loads(path.read_text()))
+    for what, one, other in (
+        ("command", found.command, begun.command),
+        ("hardware", found.machine["hardware"], begun.machine["hardware"]),
+    ):
+        if one != other:
+            raise ValueError(
+                f"{path} was measured by another {what} ({one}, now {other}): --resume goes on with the same alone. "
+                "Name another file with --name, or leave --resume out to write this one anew."
+            )
+    found.notes = []  # of what is measured now there will be others
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> Path | None:
     """Measure as a command line says; the file of the result, if it asks for one."""
     parser = argparse.ArgumentParser(
@@ -483,6 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no rate is begun")
     parser.add_argument("--out", type=Path, help="folder for the JSON; `tenfold bench phases` adds tables and charts")
     parser.add_argument("--name", default="phases", help="of the file")
+    parser.add_argument("--resume", action="store_true", help="go on with the rates that this file lacks")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     given = parser.parse_args(arguments)
     began = time.monotonic()
@@ -502,6 +524,8 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     result.command = " ".join(["python -m tenfold.bench.phases", *words, *(f"--set {one}" for one in given.set)])
 
     path: Path | None = given.out and given.out / f"{given.name}.json"
+    if given.resume and path and path.exists():
+        result = resumed(path, result)
 
     def keep(result: Result) -> None:
         if path:

@@ -234,3 +234,27 @@ def test_each_arm_is_drawn_in_a_style_of_its_own() -> None:
     styles = plots.arm_styles(arms)
     assert len({(style["color"], style["marker"]) for style in styles.values()}) == len(arms)
     assert (styles["adaptive"]["linestyle"], styles["chunked@arrival"]["linestyle"]) == ("-", ":")
+
+
+def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    lengths = tmp_path / "pairs.json"
+    lengths.write_text("[[4, 3], [9, 2]]")
+    own = ["--model", "shape:tiny", "--device", "cpu", "--lengths", str(lengths), "--arms", "chunked,shared"]
+    own += ["--seconds", "0.1", "--warm", "0.05", "--full", "4", "--out", str(tmp_path), "--set", "kv_memory=4194304"]
+    path = phases.main([*own, "--rates", "50,80", "--limit", "0"])
+    assert path is not None
+    begun = phases.loaded(json.loads(path.read_text()))
+    assert not begun.rows
+    assert len(begun.notes) == 2
+    phases.main([*own, "--rates", "50,80", "--resume"])
+    done = phases.loaded(json.loads(path.read_text()))
+    assert [(row.arm, row.rate) for row in done.rows] == [
+        *(("chunked", 50.0), ("shared", 50.0)),
+        *(("shared", 80.0), ("chunked", 80.0)),
+    ]
+    assert (done.alone, done.full) == (begun.alone, begun.full)
+    assert not done.notes
+    phases.main([*own, "--rates", "50,80", "--resume"])
+    assert phases.loaded(json.loads(path.read_text())).rows == done.rows
+    with pytest.raises(ValueError, match=r"another command.*--resume goes on with the same alone"):
+        phases.main([*own, "--rates", "50", "--resume"])
