@@ -1,7 +1,8 @@
 """Linear operations of a few tokens at the speed of reading the weights: csrc/stream.cu.
 
-All of x, up to 16 tokens, lies in shared memory. Weights are taken as Hugging Face stores them, [rows, cols] bfloat16
-or float16, and read once; the RMS norm before, and bias, gate and residual after are fused. Results repeat bit for bit.
+All of x, up to 16 tokens, lies in shared memory; where weights are few, as of routers, more tokens are cut into pieces
+of 16 that read them each. Weights are taken as Hugging Face stores them, [rows, cols] bfloat16 or float16, and read
+once; the RMS norm before, and bias, gate and residual after are fused. Results repeat bit for bit.
 With a norm in bfloat16, x * weight is rounded and the sum scaled by the inverse root mean square, where the oracle
 rounds the product of all three; both round once.
 """
@@ -16,7 +17,8 @@ from torch import Tensor
 from tenfold.ops.gpu import hopper, nvrtc
 from tenfold.ops.kernels import Norm
 
-MOST_TOKENS = 16
+MOST_TOKENS = 16  # of a block
+MOST_IN_PIECES, FEW_WEIGHTS = 64, 1 << 20  # tokens of all, where weights are no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,18 @@ def parse(name: str) -> StreamPlan:
 
 def token_tiles(tokens: int) -> int:
     """Tiles of 8 tokens the kernel is compiled for: 1 or 2."""
-    return -(-tokens // 8)
+    return -(-min(tokens, MOST_TOKENS) // 8)
 
 
 def shared_bytes(plan: StreamPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     nt = token_tiles(tokens)
-    return tokens * (cols // 32 | 1) * 64 + (2 * 640 + 32) * plan.warps * nt + nt * 32
+    return min(tokens, MOST_TOKENS) * (cols // 32 | 1) * 64 + (2 * 640 + 32) * plan.warps * nt + nt * 32
 
 
 def legal(plan: StreamPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
-    if not 1 <= tokens <= MOST_TOKENS or cols % 32:
+    if not 1 <= tokens <= (MOST_IN_PIECES if rows * cols <= FEW_WEIGHTS else MOST_TOKENS) or cols % 32:
         return False
     return hopper.fits(shared_bytes(plan, tokens, cols), plan.blocks)
 
@@ -102,7 +104,7 @@ def run(
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
     tiles = -(-(rows // 2) // 8) if gate else -(-rows // 16)
     kernel(
-        (min(tiles, sms * plan.blocks), 1, 1),
+        (min(tiles, sms * plan.blocks), -(-tokens // MOST_TOKENS), 1),
         plan.warps * 32,
         shared_bytes(plan, tokens, cols),
         [x, w, None, None, out, bias, residual, weight, eps, tokens, rows, cols],

@@ -30,6 +30,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         ("stream:4x1x1", "dense", 13, 72, 544, "silu", True),
         ("stream:2x4x1", "dense", 9, 33, 256, None, False),
         ("stream:8x1x1", "dense", 2, 100, 512, None, False),  # more threads than a tile has outputs
+        ("stream:2x2x1", "dense", 17, 56, 256, None, True),  # in two pieces
+        ("stream:4x1x1", "dense", 50, 40, 128, "silu", False),
         ("stream4:2x2x1", "int4g128z", 3, 72, 640, "gelu_tanh", True),
         ("stream4:4x1x1", "int4", 16, 130, 512, None, False),
         ("stream8:2x1x1", "int8g128z", 2, 100, 384, None, True),

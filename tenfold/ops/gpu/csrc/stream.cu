@@ -85,6 +85,12 @@ __device__ __forceinline__ void load_step(Piece (&buffer)[CHUNKS][1], const Weig
 extern "C" __global__ void __launch_bounds__(MULTIPLIERS, BLOCKS)
 stream(const u16 *x, const u16 *codes, const void *scales_of, const void *zeros, void *out, const float *bias, const u16 *residual, const float *norm, float eps, int tokens, int rows, int cols) {
     extern __shared__ uint4 memory[];
+#if BITS == 16
+    const int before = 8 * NT * blockIdx.y, width = GATE ? rows / 2 : rows;  // of more tokens each layer of blocks has some
+    x += (size_t)before * cols, out = (char *)out + (size_t)before * width * (FLOAT32 ? 4 : 2);
+    if (residual) residual += (size_t)before * width;
+    tokens = min(tokens - before, 8 * NT);
+#endif
     const Shape s = shape_of(tokens, rows, cols);
     const Room room(memory, s);
     const int chunks = cols / CHUNK_COLS, steps = (chunks + WARPS * CHUNKS - 1) / (WARPS * CHUNKS);
