@@ -36,7 +36,8 @@ ROUTE = {"TOP": 8, "NORMED": 1, "WIDTH": 16, "WARPS": 8, "CLUSTER": 1}
 RULES = {"HALF": 1, "D": 64, "WGS": 3, "WINDOW": 1, "CAP": 1}
 SOURCES = [
     ("smid.cu", {}),
-    ("stream.cu", COMMON | {"NT": 1, "BITS": 16}),
+    ("stream.cu", COMMON | {"NT": 1, "BITS": 16, "FLOAT32": 0}),
+    ("stream.cu", COMMON | {"NT": 2, "BITS": 16, "FLOAT32": 1, "HALF": 1}),
     ("stream.cu", COMMON | {"NT": 2, "HALF": 1, "GATE": 1} | FOUR),
     ("stream.cu", COMMON | {"NT": 1} | EIGHT | {"ZEROS": 1}),
     ("stream.cu", COMMON | {"NT": 1, "GATE": 1} | FOUR | {"BITS": 3}),
