@@ -210,6 +210,7 @@ static u32 __match_any_sync(u32, u32 v) {
     });
     return w.out[current % 32][0];
 }
+static u32 __funnelshift_r(u32 low, u32 high, u32 by) { return (u32)(((uint64_t)high << 32 | low) >> (by & 31)); }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 static void __syncwarp() { collective(5, [](Warp &) {}); }
 static void open(Block &b) { b.at_barrier = 0, b.any[++b.barrier_round & 1] = 0; }

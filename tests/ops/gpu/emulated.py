@@ -1,14 +1,14 @@
 """Kernels of csrc compiled as plain C++ and run on the CPU, thread by thread: what they compute, not how fast.
 
-Statements of assembler become what INSTRUCTIONS says. Functions that hold others are left out: a header of the emulator
-has them instead.
+Statements of assembler become what an emulator's instructions say. Functions that hold others are left out: a header
+of the emulator has them instead.
 """
 
 import ctypes
 import hashlib
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +24,7 @@ FLAGS = (
     *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
 )
 FUNCTION = re.compile(r"^(?:template <[^>]*>\s+)?__device__ __forceinline__ [^\n(]*\(", re.MULTILINE)
-LEFT_OUT = re.compile(r"\basm\b|__cvta|\bPRODUCTS?\(")  # macros of products are assembler too
+LEFT_OUT = re.compile(r"\basm\b|__cvta|\bPRODUCT\w*\(")  # macros of products are assembler too
 ASSEMBLER = re.compile(r'\basm(?: volatile)?\((?!"[^"]*"\n#)')  # not one that begins in two ways
 OPERAND = re.compile(r'"[=+]?\w"\s*\(')
 INSTRUCTIONS = {  # in C++, once operands stand where PTX counts them
@@ -35,13 +35,24 @@ INSTRUCTIONS = {  # in C++, once operands stand where PTX counts them
     r"wgmma\.commit_group\S*": "commit_products()",
     r"wgmma\.wait_group\S* (.+)": r"finish_products(\1)",
 }
+# A grid, with arguments of the types that the kernel has.
+RUN = """
+template <class> struct Runner;
+template <class... Each> struct Runner<void(Each...)> {
+    static void run(int grid_x, int grid_y, int grid_z, int block_threads, int dynamic, Each... each) {
+        body = [=] { ENTRY(each...); };
+        START
+    }
+};
+extern "C" void *const runner = (void *)Runner<decltype(ENTRY)>::run;
+"""
 
 
 class Emulated:
     """Stands in for `nvrtc.Kernel`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._run = library.run
+        self._run = ctypes.CFUNCTYPE(None)(ctypes.c_void_p.in_dll(library, "runner").value)
 
     def __call__(
         self,
@@ -65,11 +76,12 @@ class Emulated:
 
 
 class Emulator:
-    """Stands in for `nvrtc.load`; what it compiles lies in a folder. headers: what a source gets in front of it; start:
-    the statement that runs a grid.
+    """Stands in for `nvrtc.load`; what it compiles lies in a folder. headers: what a source gets in front of it;
+    instructions: what they have for assembler; start: the statement that runs a grid.
     """
 
     headers: tuple[Path, ...] = (HEADER,)
+    instructions = INSTRUCTIONS
     start = "emulate(grid_x, grid_y, grid_z, block_threads, dynamic);"
 
     def __init__(self, folder: Path) -> None:
@@ -91,17 +103,9 @@ class Emulator:
 
     def translated(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> str:
         """The source with the emulator's own instructions, and a plain function that runs a grid."""
-        code = self.code(source)
-        found = re.search(rf"{entry}\((const [^)]*)\) \{{", code)
-        assert found is not None
-        names = ", ".join(re.findall(r"(\w+)(?:,|$)", found[1]))
-        grid = "int grid_x, int grid_y, int grid_z, int block_threads, int dynamic"
-        run = (
-            f'extern "C" void run({grid}, {found[1]}) {{\n    body = [=]() {{ {entry}({names}); }};\n'
-            f"    {self.start}\n}}\n"
-        )
         macros = "".join(f"#define {name} {value}\n" for name, value in defines)
-        return "\n".join((macros, *(header.read_text() for header in self.headers), code, run))
+        run = RUN.replace("ENTRY", entry).replace("START", self.start)
+        return "\n".join((macros, *(header.read_text() for header in self.headers), self.code(source), run))
 
     def code(self, source: str) -> str:
         """The source without what the headers replace."""
@@ -109,12 +113,12 @@ class Emulator:
         code = code.replace(nvrtc.expand((nvrtc.SOURCES / "fragments.h").read_text()), "")
         code = re.sub(EXTERN, r"\1 *\2 = (\1 *)emulated_memory;", code)
         code = re.sub(STATIC, r"\1 &\2 = *(\1 *)emulated_static(sizeof(\1));", code)
-        return without_assembler(code)
+        return without_assembler(code, self.instructions)
 
 
-def without_assembler(code: str) -> str:
+def without_assembler(code: str, instructions: Mapping[str, str]) -> str:
     """With C++ in place of statements of assembler, and without functions where that does not suffice."""
-    code, at = in_words(code), 0
+    code, at = in_words(code, instructions), 0
     while found := FUNCTION.search(code, at):
         end = closing(code, code.index("{", found.end()))
         if LEFT_OUT.search(code[found.start() : end]):
@@ -123,21 +127,21 @@ def without_assembler(code: str) -> str:
     return code
 
 
-def in_words(code: str) -> str:
-    """With C++ in place of statements of assembler that are in INSTRUCTIONS."""
+def in_words(code: str, instructions: Mapping[str, str]) -> str:
+    """With C++ in place of statements of assembler that are in `instructions`."""
     done, at = "", 0
     while found := ASSEMBLER.search(code, at):
         end = closing(code, found.end() - 1)
-        words = statement(code[found.end() : end - 1])
+        words = statement(code[found.end() : end - 1], instructions)
         done += code[at : found.start()] + (words or code[found.start() : end])
         at = end
     return done + code[at:]
 
 
-def statement(inside: str) -> str | None:
-    """What an asm(...) does, if INSTRUCTIONS has all of it."""
+def statement(inside: str, instructions: Mapping[str, str]) -> str | None:
+    """What an asm(...) does, if `instructions` has all of it."""
     text, rest = inside.strip()[1:].split('"', 1)
-    if "{" in text:
+    if text.startswith("{"):
         return None
     operands, at = [], 0
     while found := OPERAND.search(rest, at):
@@ -147,10 +151,10 @@ def statement(inside: str) -> str | None:
     words = []
     for part in parts:
         plain = re.sub(r"%(\d+)", lambda m: operands[int(m[1])], part)
-        found = next(filter(None, (re.fullmatch(pattern, plain) for pattern in INSTRUCTIONS)), None)
+        found = next(filter(None, (re.fullmatch(pattern, plain) for pattern in instructions)), None)
         if found is None:
             return None
-        words.append(found.expand(INSTRUCTIONS[found.re.pattern]))
+        words.append(found.expand(instructions[found.re.pattern]))
     return ", ".join(words)
 
 

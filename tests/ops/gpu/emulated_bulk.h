@@ -3,10 +3,6 @@
 #define LANE_COLS 8
 #define CHUNK_COLS 32
 
-template <class T, int COUNT> static void load_own(T (&own)[COUNT], u32 at) {
-    for (int k = 0; k < COUNT; k++) own[k] = *(T *)at_address(at + (sizeof(T) == 16 ? 64 : 4) * k, sizeof(T));
-}
-
 static uint4 load_weight(const u16 *p) {
     if ((uintptr_t)p % 16) fail("a load that is not aligned");
     return *(const uint4 *)p;
@@ -37,13 +33,3 @@ static void mma_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b
     });
     for (int n = 0; n < 4; n++) c[n] += (int)w.out[lane][n];
 }
-
-#if BITS < 16 && GROUP < 1 << 30
-static float number_at(u32 at) {
-#if SCALES == 2
-    return value(*(float *)at_address(at, 4));
-#else
-    return value(*(u16 *)at_address(at, 2));
-#endif
-}
-#endif

@@ -1,36 +1,10 @@
 """csrc/bulk.cu as plain C++: emulated_bulk.h."""
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
-from tenfold.ops.gpu import nvrtc
 from tests.ops.gpu.emulated import Emulated
-from tests.ops.gpu.emulated_copies import CODES, CopyEmulator
-
-
-class EmulatedClusters(Emulated):
-    """`clusters` of blocks at most run at the same time, so that some take more than one tile."""
-
-    def __init__(self, library: ctypes.CDLL, clusters: int) -> None:
-        super().__init__(library)
-        self._most = clusters
-
-    def clusters(self, threads: int, shared: int, cluster: int) -> int:
-        return self._most
-
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        arguments: "Sequence[nvrtc.Argument]",
-        *,
-        dependent: bool = False,
-        cluster: int = 1,
-    ) -> None:
-        assert grid[0] % cluster == 0
-        super().__call__(grid, threads, shared, arguments, dependent=dependent, cluster=cluster)
+from tests.ops.gpu.emulated_copies import CODES, CopyEmulator, EmulatedClusters
 
 
 class BulkEmulator(CopyEmulator):

@@ -1,5 +1,5 @@
-// What kernels with bulk copies use beyond emulated.h: barriers in shared memory that count arrivals and bytes, copies and
-// stores to other blocks that arrive in any order, at once or late, clusters.
+// What kernels with bulk copies use beyond emulated.h: loads and stores of shared memory, barriers there that count arrivals
+// and bytes, copies and stores to other blocks that arrive in any order, at once or late, clusters.
 //
 // An address of shared memory is a block of the cluster, above, and a place, below. Where a copy goes lies nothing until it
 // has arrived. A block whose threads are all done has left, and nobody may write to it.
@@ -30,13 +30,17 @@ static void some_time(const std::function<void()> &one) {
     if (soon == 2 || soon && drawn() % 4 == 0) one();
     else late.push_back(one);
 }
-static void all_arrived() { if (!late.empty()) fail("a copy or a store that nobody waited for"); }
 
 static std::vector<std::vector<std::function<void()>>> words;  // of each thread, copies that no barrier knows of yet
 static int cluster_arrived;
 static unsigned cluster_round;
 static std::vector<unsigned> in_cluster;  // of each thread, the round at which it has arrived and not waited yet
 static std::vector<bool> know;            // and whether it has waited for all blocks to be there
+
+static void all_arrived() {
+    if (!late.empty()) fail("a copy or a store that nobody waited for");
+    for (unsigned round : in_cluster) if (round) fail("a thread that has left between arriving at the cluster's barrier and waiting");
+}
 
 #define BARRIER_BYTES 0xb5
 static u32 own_rank() { return current / block_threads; }
@@ -79,9 +83,18 @@ static void copy_row(u32 to, const void *from, u32 bytes, u32 barrier, unsigned 
     own_barrier(barrier), memset(at_address(to, bytes), 0xff, bytes);
     some_time([=] { memcpy(at_address(to, bytes), from, bytes), count_bytes(barrier, bytes); });
 }
-static uint4 piece_16(u32 at) {
+static unsigned char *own_address(u32 at, int bytes) {
     if (at >> 24 != own_rank()) fail("shared memory of another block");
-    return *(uint4 *)at_address(at, 16);
+    return at_address(at, bytes);
+}
+template <class T, class... Each> static void load_shared(u32 at, T &first, Each &...others) {
+    const unsigned char *from = own_address(at, sizeof(T) * (1 + sizeof...(others)));
+    memcpy(&first, from, sizeof(T));
+    ((memcpy(&others, from += sizeof(T), sizeof(T))), ...);
+}
+template <class T, class... Each> static void store_shared(u32 at, T first, Each... others) {
+    const T each[] = {first, others...};
+    memcpy(own_address(at, sizeof(each)), each, sizeof(each));
 }
 static void copy_word(u32 to, const void *from) {
     if ((uintptr_t)from % 4) fail("a copy that is not aligned");
@@ -106,19 +119,21 @@ static void send(u32 to, float v, u32 barrier) {
 
 static void arrive_at_cluster() {
     if (in_cluster[current]) fail("a thread that arrives at the cluster's barrier twice");
-    in_cluster[current] = cluster_round + 1;
-    if (++cluster_arrived == (int)lanes.size()) cluster_arrived = 0, cluster_round++;
+    in_cluster[current] = cluster_round + 1, cluster_arrived++;
+}
+// Threads that have left are not waited for.
+static bool cluster_has_met(unsigned round) {
+    int running = 0;
+    for (const Block &b : blocks) running += b.running;
+    if (cluster_arrived && cluster_arrived >= running) cluster_arrived = 0, cluster_round++;
+    return cluster_round >= round;
 }
 static void wait_for_cluster() {
     const unsigned wanted = in_cluster[current];
     if (!wanted) fail("a thread that waits at the cluster's barrier without having arrived");
-    wait([=] { return cluster_round >= wanted; });
+    wait([=] { return cluster_has_met(wanted); });
     in_cluster[current] = 0, know[current] = true;
 }
-#if CLUSTER > 1
-static void enter_cluster() { arrive_at_cluster(); }
-static void know_cluster() { wait_for_cluster(); }
-#endif
 
 // Barriers of some threads of a block, by block and number.
 struct Meeting { int arrived; unsigned round; };

@@ -4,15 +4,47 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.ops.gpu.emulated import HEADER, Emulator
+from tenfold.ops.gpu import nvrtc
+from tests.ops.gpu.emulated import HEADER, INSTRUCTIONS, Emulated, Emulator
 
 CODES = Path(__file__).parent / "emulated_codes.h"
+
+
+class EmulatedClusters(Emulated):
+    """`clusters` of blocks at most run at the same time, so that some take more than one tile."""
+
+    def __init__(self, library: ctypes.CDLL, clusters: int) -> None:
+        super().__init__(library)
+        self._most = clusters
+
+    def clusters(self, threads: int, shared: int, cluster: int) -> int:
+        return self._most
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arguments: "Sequence[nvrtc.Argument]",
+        *,
+        dependent: bool = False,
+        cluster: int = 1,
+    ) -> None:
+        assert grid[0] % cluster == 0
+        super().__call__(grid, threads, shared, arguments, dependent=dependent, cluster=cluster)
 
 
 class CopyEmulator(Emulator):
     """Stands in for `nvrtc.load`. seed: decides what comes first."""
 
     headers: tuple[Path, ...] = (HEADER, Path(__file__).parent / "emulated_copies.h")
+    instructions = INSTRUCTIONS | {
+        r"ld\.shared\.\S+ \{?([^}]+)\}?, \[(.+)\]": r"load_shared(\2, \1)",
+        r"st\.shared\.\S+ \[(.+)\], \{?([^}]+)\}?": r"store_shared(\1, \2)",
+        r"mbarrier\.arrive\.release\.cluster\S* _, \[(.+)\]": r"arrive_at(\1)",
+        r"barrier\.cluster\.arrive\S*": "arrive_at_cluster()",
+        r"barrier\.cluster\.wait\S*": "wait_for_cluster()",
+    }
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         super().__init__(folder)

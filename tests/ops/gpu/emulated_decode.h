@@ -24,7 +24,6 @@ static void fence() {
 #define __threadfence fence
 
 #if CLUSTER
-static void cluster_barrier() { arrive_at_cluster(), wait_for_cluster(); }
 static float remote(const float *p, int rank) {
     if (!know[current]) fail("another block may not be there yet");
     if (rank < 0 || rank >= (int)blocks.size() || !blocks[rank].running) fail("a block that is not there is read");

@@ -7,42 +7,45 @@
 #define __grid_constant__
 
 typedef unsigned long long u64;
-// Of matrices: numbers and bytes between them from the last dimension on; of a box: rows, bytes of one, and of a number.
-struct Map { const unsigned char *data; u64 sizes[4], strides[4], height, width, each; };
+// From the last dimension on, of matrices: numbers and bytes between them; of a box: numbers. each: bytes of a number.
+struct Map { const unsigned char *data; u64 sizes[5], strides[5], box[5], each; };
 
 // 16 bytes of a row of 128 lie where the row's number sends them.
 static u32 scattered(u32 at) { return at ^ (at >> 7 & 7) << 4; }
 
-static void fetch_box(u32 to, const Map *map, const std::vector<int> &first, u32 barrier) {
-    const Map m = *map;
-    if (to % (m.width == 128 ? 1024 : 128)) fail("a box that does not lie at whole rows of the scatter");
-    own_barrier(barrier), memset(at_address(to, m.height * m.width), 0xff, m.height * m.width);
+static void place_box(u32 to, const Map &m, const std::vector<int> &first, u32 barrier) {
+    const u64 width = m.box[0] * m.each, rows = m.box[1] * m.box[2] * m.box[3] * m.box[4];
+    if (to % (width == 128 ? 1024 : 128)) fail("a box that does not lie at whole rows of the scatter");
+    barrier_at(barrier), memset(at_address(to, rows * width), 0xff, rows * width);
     some_time([=] {
-        std::vector<unsigned char> row(m.width);
-        for (u64 r = 0; r < m.height; r++) {
+        std::vector<unsigned char> row(width);
+        for (u64 r = 0; r < rows; r++) {
             const unsigned char *from = m.data + first[0] * m.each;
-            bool inside = first[1] + r < m.sizes[1];
-            from += (first[1] + r) * m.strides[1];
-            for (size_t i = 2; i < first.size(); i++) inside &= (u64)first[i] < m.sizes[i], from += first[i] * m.strides[i];
-            for (u64 b = 0; b < m.width; b++) row[b] = inside && first[0] * m.each + b < m.sizes[0] * m.each ? from[b] : 0;
-            for (u64 b = 0; b < m.width; b += 16) {
-                const u32 at = to + r * m.width + b;
-                memcpy(at_address(m.width == 128 ? scattered(at) : at, 16), &row[b], 16);
+            bool inside = true;
+            u64 left = r;
+            for (size_t i = 1; i < first.size(); left /= m.box[i++]) {
+                const u64 at = first[i] + left % m.box[i];
+                inside &= at < m.sizes[i], from += at * m.strides[i];
+            }
+            for (u64 b = 0; b < width; b++) row[b] = inside && first[0] * m.each + b < m.sizes[0] * m.each ? from[b] : 0;
+            for (u64 b = 0; b < width; b += 16) {
+                const u32 at = to + r * width + b;
+                memcpy(at_address(width == 128 ? scattered(at) : at, 16), &row[b], 16);
             }
         }
-        count_bytes(barrier, (int)(m.height * m.width));
+        count_bytes(barrier, (int)(rows * width));
     });
 }
-static void fetch(u32 to, const Map *map, int col, int row, u32 barrier, u64) { fetch_box(to, map, {col, row}, barrier); }
-static void fetch_for_all(u32 to, const Map *map, int col, int row, u32 barrier, u64) { fetch_box(to, map, {col, row}, barrier); }
-static void fetch_queries(u32 to, const Map *map, int col, int row, u32 barrier) { fetch_box(to, map, {col, row}, barrier); }
-static void fetch_page(u32 to, const Map *map, int col, int row, int head, int page, u32 barrier) { fetch_box(to, map, {col, row, head, page}, barrier); }
-static void release_stage(u32 barrier) { if (current % 32 == 0) arrive(barrier); }
+// For this block, or to the same place of some blocks: a bit for each.
+static void fetch_box(u32 to, const Map *map, const std::vector<int> &first, u32 barrier, u32 ranks = 0) {
+    own_barrier(barrier);
+    if (!ranks) return place_box(to, *map, first, barrier);
+    if (!know[current]) fail("another block may not be there yet");
+    for (u32 rank = 0; rank < 32; rank++)
+        if (ranks >> rank & 1) place_box(there(to, rank), *map, first, there(barrier, rank));
+}
 
-// Words and numbers, and matrices of 8 rows of 8 numbers whose columns lanes have, to the rows that lanes say.
-static u32 word_at(u32 at) { return *(u32 *)at_address(at, 4); }
-static void store_pair(u32 to, u32 first, u32 second) { *(uint2 *)at_address(to, 8) = {first, second}; }
-static void store_number(u32 to, u16 v) { *(u16 *)at_address(to, 2) = v; }
+// Matrices of 8 rows of 8 numbers whose columns lanes have, to the rows that lanes say.
 static void store_matrices(u32 to, u32 first, u32 second) {
     Warp &w = warp_of(~0u);
     const u32 own[3] = {to, first, second};
@@ -55,48 +58,55 @@ static void store_matrices(u32 to, u32 first, u32 second) {
 }
 
 // A product of 64 rows by `width` tokens. rows: registers, or null where they are in shared memory too, at descriptor left.
-// across: columns of the right operand lie beside each other, not its rows.
-struct Product { float *sums; const u32 *rows; u64 left, right; int add, width, bits; bool across; };
+// across: columns of the right operand lie beside each other, not its rows. Products of bytes have whole sums.
+enum Type { SIXTEEN, EIGHTHS, SIGNED, UNSIGNED };
+struct Product { void *sums; const u32 *rows; u64 left, right; int add, width; Type type; bool across; };
 static std::vector<std::vector<std::vector<Product>>> products;  // of each thread, groups
 
-static void numbers_at(double *to, const unsigned char *from, int bytes, int bits) {
+static void numbers_at(double *to, const unsigned char *from, int bytes, Type type) {
     static double eighths_of[256];
     if (!eighths_of[1]) for (int b = 0; b < 256; b++) eighths_of[b] = e4m3(b);
-    for (int i = 0; i < bytes * 8 / bits; i++) to[i] = bits == 8 ? eighths_of[from[i]] : to_float(((const u16 *)from)[i]);
+    for (int i = 0; i < (type == SIXTEEN ? bytes / 2 : bytes); i++)
+        to[i] = type == SIXTEEN ? to_float(((const u16 *)from)[i]) : type == EIGHTHS ? eighths_of[from[i]] : type == SIGNED ? (signed char)from[i] : from[i];
 }
 
 // Numbers of an operand, 16 bytes of them: at a row and byte of a matrix whose groups of 8 rows a descriptor's second distance
 // separates.
-static void numbers_of_operand(double *to, u64 operand, int row, int byte, u64 further, int bits) {
+static void numbers_of_operand(double *to, u64 operand, int row, int byte, u64 further, Type type) {
     if (operand >> 62 != 1) fail("an operand that is not scattered");
     const u32 at = (u32)((operand & 0x3fff) + (operand >> 32 & 0x3fff) * (row / 8) + further) * 16 + row % 8 * 128 + byte;
-    numbers_at(to, at_address(own_rank() << 24 | scattered(at), 16), 16, bits);
+    numbers_at(to, at_address(own_rank() << 24 | scattered(at), 16), 16, type);
 }
 
 // For a warp, whose lanes each have one like it.
 static void multiply_now(const Product *(&lanes_of)[32]) {
     static double rows[16][32], tokens[256][32];
     const Product &p = *lanes_of[0];
-    const int cols = 256 / p.bits, piece = 128 / p.bits, first = current % block_threads / 32 % 4 * 16;
+    const int each = p.type == SIXTEEN ? 2 : 1, cols = 32 / each, piece = cols / 2, first = current % block_threads / 32 % 4 * 16;
+    const bool whole = p.type >= SIGNED;
+    const Type right = whole ? SIGNED : p.type;
     for (int r = 0; r < 16; r++)
         for (int half = 0; half < 2; half++) {
             double *to = rows[r] + half * piece;
-            if (!p.rows) numbers_of_operand(to, p.left, first + r, half * 16, 0, p.bits);
-            else for (int t = 0; t < 4; t++) numbers_at(to + t * piece / 4, (const unsigned char *)&lanes_of[r % 8 * 4 + t]->rows[r / 8 + half * 2], 4, p.bits);
+            if (!p.rows) numbers_of_operand(to, p.left, first + r, half * 16, 0, p.type);
+            else for (int t = 0; t < 4; t++) numbers_at(to + t * piece / 4, (const unsigned char *)&lanes_of[r % 8 * 4 + t]->rows[r / 8 + half * 2], 4, p.type);
         }
     for (int n = 0; n < p.width; n += p.across ? 8 : 1)
         for (int k = 0; k < cols; k += p.across ? 1 : piece) {
-            if (!p.across) { numbers_of_operand(tokens[n] + k, p.right, n, k * p.bits / 8, 0, p.bits); continue; }
+            if (!p.across) { numbers_of_operand(tokens[n] + k, p.right, n, k * each, 0, right); continue; }
             double beside[8];
-            numbers_of_operand(beside, p.right, k, n % 64 * 2, (p.right >> 16 & 0x3fff) * (n / 64), p.bits);
+            numbers_of_operand(beside, p.right, k, n % 64 * 2, (p.right >> 16 & 0x3fff) * (n / 64), right);
             for (int i = 0; i < 8; i++) tokens[n + i][k] = beside[i];
         }
     for (int l = 0; l < 32; l++)
         for (int i = 0; i < p.width / 2; i++) {
             const double *a = rows[l / 4 + (i & 2) * 4], *b = tokens[i / 4 * 8 + l % 4 * 2 + (i & 1)];
-            double sum = p.add ? lanes_of[l]->sums[i] : 0.f;
+            float &number = ((float *)lanes_of[l]->sums)[i];
+            int &count = ((int *)lanes_of[l]->sums)[i];
+            double sum = !p.add ? 0 : whole ? count : number;
             for (int k = 0; k < cols; k++) sum += a[k] * b[k];
-            lanes_of[l]->sums[i] = (float)sum;
+            if (!whole) number = (float)sum;
+            else if (sum != (count = (int)sum)) fail("a whole sum that is too large");
         }
 }
 
@@ -123,26 +133,32 @@ static void commit_products() {
     if (seed % 2) finish_products(0);
 }
 
+static void begin_product(const Product &one) { products[current].back().push_back(one); }
+
 // narrow.h
 template <int W = 0, int SIZE> static void multiply(float (&d)[SIZE], u64 a, u64 b, int add) {
 #if BITS == 8
-    const int bits = 8;
+    const Type type = EIGHTHS;
 #else
-    const int bits = 16;
+    const Type type = SIXTEEN;
 #endif
-    products[current].back().push_back({d, nullptr, a, b, add, W ? W : 2 * SIZE, bits, false});
+    begin_product({d, nullptr, a, b, add, W ? W : 2 * SIZE, type, false});
 }
 // registers.h
-template <int SIZE> static void multiply(float (&d)[SIZE], const u32 (&a)[4], u64 b, int add) { products[current].back().push_back({d, a, 0, b, add, 2 * SIZE, 16, false}); }
-template <int SIZE> static void multiply_8(float (&d)[SIZE], const u32 (&a)[4], u64 b, int add) { products[current].back().push_back({d, a, 0, b, add, 2 * SIZE, 8, false}); }
+template <int SIZE> static void multiply(float (&d)[SIZE], const u32 (&a)[4], u64 b, int add) { begin_product({d, a, 0, b, add, 2 * SIZE, SIXTEEN, false}); }
+template <int SIZE> static void multiply_8(float (&d)[SIZE], const u32 (&a)[4], u64 b, int add) { begin_product({d, a, 0, b, add, 2 * SIZE, EIGHTHS, false}); }
+
+// experts_digits.h
+template <int CODE, int SIZE> static void multiply_bytes(int (&d)[SIZE], const u32 (&a)[4], u32 at, int add) {
+    begin_product({d, a, 0, (u64)1 << 62 | (u64)64 << 32 | at, add, 2 * SIZE, CODE == 8 ? SIGNED : UNSIGNED, false});
+}
 
 // prefill.cu
-template <int ADD, int SIZE> static void multiply_scores(float (&s)[SIZE], u64 a, u64 b) { products[current].back().push_back({s, nullptr, a, b, ADD, 2 * SIZE, 16, false}); }
-template <int SIZE> static void multiply_values(float (&o)[SIZE], const u32 *a, u64 b) { products[current].back().push_back({o, a, 0, b, 1, 2 * SIZE, 16, true}); }
+template <int ADD, int SIZE> static void multiply_scores(float (&s)[SIZE], u64 a, u64 b) { begin_product({s, nullptr, a, b, ADD, 2 * SIZE, SIXTEEN, false}); }
+template <int SIZE> static void multiply_values(float (&o)[SIZE], const u32 *a, u64 b) { begin_product({o, a, 0, b, 1, 2 * SIZE, SIXTEEN, true}); }
 template <class T> static void settle(const T &, u32) {}
 
 #if CLUSTER > 1
-static void meet_cluster() { enter_cluster(), know_cluster(); }
 static float4 numbers_of(u32 at) {
     if (!know[current]) fail("another block may not be there yet");
     return *(float4 *)at_address(at, 16);

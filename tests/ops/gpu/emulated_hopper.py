@@ -8,8 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from tests.ops.gpu.emulated import Emulated
-from tests.ops.gpu.emulated_copies import CODES, CopyEmulator
+from tests.ops.gpu.emulated_copies import CODES, CopyEmulator, EmulatedClusters
 
+CLUSTERS = 2  # that a device runs at the same time
+BOX = r"\[(.+)\], \[(.+), \{(.+)\}\], \[(.+)\]"
 MAP = "struct __align__(64) Map { u64 bytes[16]; };"
 
 
@@ -18,18 +20,17 @@ class Map(ctypes.Structure):
 
     _fields_ = [
         ("data", ctypes.c_ulonglong),
-        ("sizes", ctypes.c_ulonglong * 4),
-        ("strides", ctypes.c_ulonglong * 4),
-        *((name, ctypes.c_ulonglong) for name in ("height", "width", "each")),
+        *((name, ctypes.c_ulonglong * 5) for name in ("sizes", "strides", "box")),
+        ("each", ctypes.c_ulonglong),
     ]
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Stands in for `nvrtc.tensor_map`: boxes of so many rows, and bytes of one."""
+    """Stands in for `nvrtc.tensor_map`."""
 
     matrices: Tensor
-    height: int
+    height: int | tuple[int, ...]
     width: int = 128
 
     def map(self) -> Map:
@@ -37,12 +38,14 @@ class Boxes:
         strides = [stride * each for stride in reversed(m.stride())]
         assert strides[0] == each
         assert not any(stride % 16 for stride in strides[1:])
-        assert self.height <= 256
-        quads = ctypes.c_ulonglong * 4
-        return Map(m.data_ptr(), quads(*reversed(m.shape)), quads(*strides), self.height, self.width, each)
+        sides = (self.height,) if isinstance(self.height, int) else self.height
+        assert max(sides) <= 256
+        box = [self.width // each, *reversed(sides)]
+        five = ctypes.c_ulonglong * 5
+        return Map(m.data_ptr(), five(*reversed(m.shape)), five(*strides), five(*box, *[1] * (5 - len(box))), each)
 
 
-class EmulatedHopper(Emulated):
+class EmulatedHopper(EmulatedClusters):
     def value(self, one: object) -> object:
         return one.map() if isinstance(one, Boxes) else super().value(one)
 
@@ -51,6 +54,10 @@ class HopperEmulator(CopyEmulator):
     """Stands in for `nvrtc.load`. together: blocks that run at the same time, where they are no cluster."""
 
     headers = (*CopyEmulator.headers, CODES, Path(__file__).parent / "emulated_hopper.h")
+    instructions = CopyEmulator.instructions | {
+        rf"cp\.async\.bulk\.tensor\S*multicast\S* {BOX}, (.+), .+": r"fetch_box(\1, \2, {\3}, \4, \5)",
+        rf"cp\.async\.bulk\.tensor(?!\S*multicast)\S* {BOX}(?:, .+)?": r"fetch_box(\1, \2, {\3}, \4)",
+    }
     start = "launch_hopper(grid_x, grid_y, grid_z, block_threads, dynamic, TOGETHER);"
 
     def __init__(self, folder: Path, seed: int = 0, together: int = 1) -> None:
@@ -59,7 +66,7 @@ class HopperEmulator(CopyEmulator):
 
     def __call__(self, source: str, entry: str, defines: Sequence[tuple[str, int]]) -> Emulated:
         together = ("TOGETHER", max(self.together, dict(defines).get("CLUSTER", 1)))
-        return EmulatedHopper(self.built(source, entry, [*defines, together]))
+        return EmulatedHopper(self.built(source, entry, [*defines, together]), CLUSTERS)
 
     def code(self, source: str) -> str:
         return super().code(source).replace(MAP, "")
