@@ -1,5 +1,5 @@
 """Products of experts in whole numbers, piece by piece on a CPU: digits of x, codes as instructions take them, and that
-the columns of both meet. The kernel that holds them together runs in test_gpu_experts_packed.py.
+the columns of both meet. The kernel that holds them together runs in test_experts_packed_kernel.py.
 """
 
 import shutil

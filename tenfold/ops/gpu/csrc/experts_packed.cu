@@ -25,6 +25,7 @@
 #define DIGITS 0
 #endif
 #include "fragments.h"
+#include "halves.h"
 #include "hopper.h"
 #include "numbers.h"
 #include "registers.h"
@@ -64,8 +65,7 @@ template <int ID> struct Kind {
         } else {
             u16 stored;
             asm volatile("ld.shared.u16 %0, [%1];" : "=h"(stored) : "r"(at));
-            if constexpr (SCALES == 1) asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(stored));
-            else f = __uint_as_float((u32)stored << 16);
+            f = SCALES == 1 ? half_to_float(stored) : __uint_as_float((u32)stored << 16);
         }
         return f;
     }
