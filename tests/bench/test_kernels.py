@@ -18,7 +18,7 @@ def test_linear_operations_are_timed_with_the_library_beside_ours(tmp_path: Path
     rows = kernels.linear([SMALL, SMALL], own, FakeTimer(), (1, 40), ("stream",))
     assert {row["batch"] for row in rows} == {1, 40}
     families = {(row["batch"], row["arm"].partition(":")[0]) for row in rows}
-    assert families == {(1, "stream"), (1, "cublas"), (40, "cublas")}
+    assert families == {(1, "stream"), (1, "cublas"), (40, "stream"), (40, "cublas")}
     assert {row["bytes"] for row in rows} == {SMALL.rows * SMALL.cols * 2}
     machine = {"hardware": "a GPU", "commit": "c", "date": "2026-11-28"}
     found = claims_gpu.of_kernels(rows, 3000.0, machine, "a command")

@@ -236,7 +236,8 @@ def test_each_arm_is_drawn_in_a_style_of_its_own() -> None:
     assert (styles["adaptive"]["linestyle"], styles["chunked@arrival"]["linestyle"]) == ("-", ":")
 
 
-def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "HOPELESS", 0.0)  # on a busy machine all may be late
     lengths = tmp_path / "pairs.json"
     lengths.write_text("[[4, 3], [9, 2]]")
     own = ["--model", "shape:tiny", "--device", "cpu", "--lengths", str(lengths), "--arms", "chunked,shared"]
