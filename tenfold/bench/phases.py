@@ -415,17 +415,16 @@ def run(
             result.full.setdefault(name, []).append(sum(a.tokens for a in answers) / took)
     known = {(row.arm, row.rate) for row in result.rows}
     for turn, rate in enumerate(rate for _ in range(rounds) for rate in rates):
-        if all((name, rate) in known for name in result.arms):
+        left = [name for name in result.arms if (name, rate) not in known]
+        if not left:
             continue
         if time.monotonic() > deadline:
             result.notes.append(f"{rate} requests a second: the time was up")
             continue
         asks = drawn(pairs, rate, seconds, turn, result.long, result.long_tokens)
-        for name in result.arms if turn % 2 == 0 else reversed(result.arms):
+        for name in left if turn % 2 == 0 else reversed(left):
             if any(row.arm == name and row.rate < rate and row.loose < hopeless for row in result.rows):
                 result.notes.append(f"{name}: left out at {rate} requests a second, hopeless at fewer")
-                continue
-            if (name, rate) in known:
                 continue
             answers, took = arms.serve(name, asks, turn)
             long = beside(asks, answers, result.long_tokens if result.long else 0)

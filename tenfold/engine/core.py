@@ -403,9 +403,7 @@ class Engine:
         if self.pace is None or not self._inflight or self.speculator is not None:
             return
         if self.phases is None or self.phases.riding:
-            begin = time.perf_counter()
-            self.pace.rest(self._inflight[-1][1].ready)
-            self._rested = time.perf_counter() - begin
+            self._rested = self.pace.rest(self._inflight[-1][1].ready)
 
     def step(self) -> list[Output]:
         """Launch the next step, and return what the oldest one not yet read brought (with lookahead 1, the one

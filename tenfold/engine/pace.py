@@ -29,15 +29,18 @@ class Pace:
         self._began: float | None = None  # the step under way, as far as that was seen
         self._woke: float | None = None
 
-    def rest(self, ended: Callable[[], bool]) -> None:
-        """As long as planning can wait. ended: whether the last step that was launched is done."""
-        now = self._clock()
+    def rest(self, ended: Callable[[], bool]) -> float:
+        """As long as planning can wait; the seconds that this was. ended: whether the last step that was launched is
+        done.
+        """
+        begin = now = self._clock()
         if self._began is not None and self._steps and self._hosts:
             until = self._began + min(self._steps) - HEADROOM * max(self._hosts) - SLACK
             while now < until and not ended():
                 self._sleep(min(POLL, until - now))
                 now = self._clock()
         self._woke = now
+        return now - begin
 
     def launched(self) -> None:
         """What was planned since `rest` is with the device."""

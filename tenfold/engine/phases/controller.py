@@ -209,6 +209,7 @@ class Staircase:
     guard: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
     behind: Guard = field(default_factory=lambda: Guard(USUAL_GUARD))
     most: int = 0  # tokens of a prefill; 0: as many as a step may have
+    _pieces: dict[int, int] = field(default_factory=dict, init=False)  # of a prefill, by its SMs
 
     def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
         """A decode step beside a prefill took so many seconds; one with tokens of prompts in it does not count."""
@@ -241,9 +242,10 @@ class Staircase:
 
     def decided(self, split: Split, why: str) -> Decision:
         """Prompts are computed in pieces that take hardly longer in all, for who comes meanwhile waits for one."""
-        sizes = range(LEAST_CHUNK, max(LEAST_CHUNK, self.most) + 1, LEAST_CHUNK)
-        tokens = nearly(sizes, lambda n: self.stairs.prefill_seconds(split.prefill, n)) if self.most else 0
-        return Decision(split, why, prefill=tokens)
+        if self.most and split.prefill not in self._pieces:
+            sizes = range(LEAST_CHUNK, max(LEAST_CHUNK, self.most) + 1, LEAST_CHUNK)
+            self._pieces[split.prefill] = nearly(sizes, lambda n: self.stairs.prefill_seconds(split.prefill, n))
+        return Decision(split, why, prefill=self._pieces.get(split.prefill, 0))
 
     def promise(self, split: Split, seen: Observed) -> Promise:
         """By measured times."""

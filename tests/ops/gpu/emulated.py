@@ -64,6 +64,7 @@ class Emulated:
         dependent: bool = False,
         cluster: int = 1,
     ) -> None:
+        assert grid[0] % cluster == 0
         self._run(*map(ctypes.c_int, (*grid, threads, shared)), *map(self.value, arguments))
 
     def value(self, one: object) -> object:

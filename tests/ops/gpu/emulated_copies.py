@@ -4,7 +4,6 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
-from tenfold.ops.gpu import nvrtc
 from tests.ops.gpu.emulated import HEADER, INSTRUCTIONS, Emulated, Emulator
 
 CODES = Path(__file__).parent / "emulated_codes.h"
@@ -19,19 +18,6 @@ class EmulatedClusters(Emulated):
 
     def clusters(self, threads: int, shared: int, cluster: int) -> int:
         return self._most
-
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        arguments: "Sequence[nvrtc.Argument]",
-        *,
-        dependent: bool = False,
-        cluster: int = 1,
-    ) -> None:
-        assert grid[0] % cluster == 0
-        super().__call__(grid, threads, shared, arguments, dependent=dependent, cluster=cluster)
 
 
 class CopyEmulator(Emulator):
