@@ -34,7 +34,7 @@ from tenfold.engine.phases import table as schedules
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.phases.start import start as start_phases
 from tenfold.engine.plan import Entry, StepPlan
-from tenfold.engine.rehearsal import chunks, decodes, rehearse
+from tenfold.engine.rehearsal import capture, chunks, decodes, rehearse, shapes
 from tenfold.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams, check_targets
 from tenfold.engine.runner import Forward, Pending, Runner, Tokens
 from tenfold.engine.scheduler import Limits, Scheduler
@@ -182,7 +182,10 @@ class Engine:
             engine.warm_up()
         if config.rehearse and getattr(opened.kernels, "name", "") == "gpu":
             with timeline.phase("rehearsal"):
-                rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, engine.kv.tokens))
+                if config.graphs:
+                    capture(engine.runner, config.max_step_tokens, shapes(engine.runner, config.max_batch))
+                else:
+                    rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, engine.kv.tokens))
                 rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)))
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
             with timeline.phase("lanes"):

@@ -64,6 +64,31 @@ def chunks(most: int) -> Iterator[Size]:
     yield from ((1, n, n) for n in dict.fromkeys((*(n for n in padded if n <= most), most)) if n > 1)
 
 
+def shapes(runner: Runner, max_batch: int, contexts: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """Requests and pages of every step of decodes that is captured, the largest first, whose memory serves all.
+    contexts: tokens of the longest that count, where not all do.
+    """
+    padded = sorted({graphs.bucket(n, 1)[0] for n in range(1, min(max_batch, graphs.LARGEST) + 1)}, reverse=True)
+    most, size = runner.rows.max_pages, runner.kv.spec.page_size
+    wanted = [min(-(-tokens // size), most) for tokens in contexts] or range(1, most + 1)
+    columns = sorted({graphs.bucket(1, pages)[1] for pages in wanted}, reverse=True)
+    return [(requests, min(pages, most)) for pages in columns for requests in padded]
+
+
+def capture(runner: Runner, tokens: int, sizes: Iterable[tuple[int, int]]) -> None:
+    """Compile what steps of decodes of these sizes want, and capture them, before somebody waits for it. tokens: of the
+    largest steps of all.
+    """
+    runner.rows.reserve(tokens, tokens)
+    for requests, pages in sizes:
+        try:
+            runner.capture(requests, pages)
+        except Exception as error:  # a compiler's complaint may be of any class
+            reason = (str(error) or repr(error)).splitlines()[0]
+            logger.warning("capturing a step of %d requests and %d pages failed: %s", requests, pages, reason)
+            return
+
+
 def rehearse(runner: Runner, sizes: Iterable[Size]) -> None:
     """Run a step of each size, without its graph. What cannot run is left to the request that wants it."""
     layers = range(runner.model.config.layers)

@@ -6,8 +6,8 @@ so that a steady decode step costs a handful of vector operations on the host.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -38,12 +38,18 @@ class Place:
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self.pinned = device.type == "cuda"  # whether what comes here does from pinned memory
+
+    def reserve(self, size: int) -> None:
+        """Room for so many bytes; what finds it there stays where it is."""
+        if self._memory.numel() < size:
+            with torch.inference_mode(False):  # so that it can be written whatever the mode of a later step
+                self._memory = torch.empty(size, dtype=torch.uint8, device=self._memory.device)
 
     def put(self, host: Tensor) -> Tensor:
         """Start to copy a host array of bytes here."""
         if self._memory.numel() < host.numel():
-            with torch.inference_mode(False):  # so that it can be written whatever the mode of a later step
-                self._memory = torch.empty(2 * host.numel(), dtype=torch.uint8, device=self._memory.device)
+            self.reserve(2 * host.numel())
         return self._memory[: host.numel()].copy_(host, non_blocking=True)
 
 
@@ -54,16 +60,16 @@ class Buffer:
 
     def __init__(self, place: Place | None) -> None:
         self.place = place
+        self.pinned = place is not None and place.pinned
         self.shape: Shape | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
 
     def reshape(self, shape: Shape) -> None:
         """Arrays and tensors for a step of this shape; the memory grows when it must."""
-        tokens, requests, columns, logits, sampled = shape
-        sizes = (tokens, tokens, requests * columns, requests + 1, requests, requests)
-        self._spans, self._size = _spans([4 * n for n in sizes] + [8 * n for n in (tokens, logits, sampled)])
+        requests = shape[1]
+        self._spans, self._size = _spans(shape)
         if self._host.numel() < self._size:
-            self._host = torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=self.place is not None)
+            self._host = torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=self.pinned)
         self._parts = self._cut(self._host, requests)
         self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths, self.rooms = (
             part.numpy() for part in self._parts[:6]
@@ -83,10 +89,12 @@ class Buffer:
         return (positions, slots, table.view(requests, -1), *rest)
 
 
-def _spans(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
-    """Where parts of so many bytes lie one after the other, each aligned; and the size of all."""
+def _spans(shape: Shape) -> tuple[list[tuple[int, int]], int]:
+    """Bytes of the parts of a step's inputs, which lie one after the other, each aligned; and the size of all."""
+    tokens, requests, columns, logits, sampled = shape
+    fours = (tokens, tokens, requests * columns, requests + 1, requests, requests)
     spans, start = [], 0
-    for size in sizes:
+    for size in (*(4 * n for n in fours), *(8 * n for n in (tokens, logits, sampled))):
         spans.append((start, start + size))
         start += -(-size // ALIGN) * ALIGN
     return spans, start
@@ -158,6 +166,31 @@ class Rows:
         place = None if self._buffers[0].place is None else Place(other.last_token.device)
         other._buffers = [Buffer(place) for _ in self._buffers]
         return other
+
+    def reserve(self, tokens: int, logits: int) -> None:
+        """Memory for the inputs of steps of so many tokens and logits: a captured step finds its inputs where they were
+        when it was captured, so what it was captured for must not move.
+        """
+        place, rows = self._buffers[0].place, len(self.tables)
+        if place is not None:
+            place.reserve(_spans((tokens, rows, self.max_pages, logits, logits))[1])
+
+    def idle(self, requests: int, pages: int) -> Step:
+        """A step of decodes that are nobody's, in the shape and the place of one of so many requests in page tables of
+        so many pages. Of the cache it reads and writes nothing.
+        """
+        self._turn = (self._turn + 1) % len(self._buffers)
+        buffer = self._buffers[self._turn]
+        padded, columns = self.bucket(requests, pages)
+        buffer.reshape((padded, padded, min(columns, self.max_pages), padded, padded))
+        buffer.query_start[:] = np.arange(padded + 1)
+        buffer.logits_rows[:] = np.arange(padded)
+        for part in (buffer.positions, buffer.page_table, buffer.kv_lengths, buffer.rooms, buffer.token_ids):
+            part[:] = 0
+        buffer.rows[:] = 0
+        buffer.slots[:] = -1
+        step = self._batch(buffer, (), (), None, 0, 1, 1, 0).step
+        return replace(step, decodes=padded)
 
     def gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, of which the first `decodes` are single sampled tokens."""

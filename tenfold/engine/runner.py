@@ -132,6 +132,14 @@ class Runner:
             batch = self._gather(rest, decodes)
             return Forward(pending, batch, self.model.forward(batch.step))
 
+    def capture(self, requests: int, pages: int) -> None:
+        """Run a step of decodes that are nobody's twice: first plainly, then as kernels that record steps run what they
+        have seen before.
+        """
+        with torch.inference_mode():
+            for _ in range(2):
+                self.model.forward(self.rows.idle(requests, pages))
+
     def _gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, pictures looked at."""
         batch = self.rows.gather(entries, decodes)

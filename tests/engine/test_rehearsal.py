@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.core import Engine
-from tenfold.engine.rehearsal import chunks, decodes, made_up, rehearse
+from tenfold.engine.rehearsal import capture, chunks, decodes, made_up, rehearse, shapes
 from tenfold.engine.request import Request, SamplingParams
+from tenfold.engine.rows import Buffer, Place
 from tenfold.nn.step import Step
+from tenfold.ops.gpu import graphs
 from tests.engine import fake
 
 
@@ -66,3 +69,67 @@ def test_what_cannot_run_is_said_and_left_alone(
         rehearse(runner, [(2, 1, 100), (1, 16, 16)])
     assert tried == [2]
     assert "2 requests with 1 of 100 tokens failed: no kernel" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("cache", ["auto", "int4"])
+def test_an_engine_that_rehearsed_captures_nothing_later(tiny: Callable[[str], Path], cache: str) -> None:
+    """And answers as one that captures when a size first comes."""
+    own = EngineConfig(
+        *(str(tiny("llama")), "cuda"),
+        dtype="bfloat16",
+        kv_cache=cache,
+        kv_memory=4 << 20,
+        max_batch=12,
+        max_step_tokens=64,
+        max_model_len=512,
+        prefix_cache=False,
+    )
+    found = []
+    for early in (False, True):
+        engine = Engine.load(replace(own, rehearse=early), tokens_only=True)
+        made = graphs.MADE.graphs
+        for i in range(30):
+            prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + 9 * i))
+            engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
+        found.append(fake.answers(fake.drain(engine)))
+        assert (graphs.MADE.graphs == made) == early
+    assert found[0] == found[1]
+
+
+def test_steps_that_are_nobodys_lie_where_those_of_requests_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all sizes, after memory for the largest was reserved."""
+    engine = fake.make_engine(max_batch=6, max_step_tokens=64, max_model_len=96, lookahead=1)
+    rows, seen, forward = engine.runner.rows, list[Step](), engine.runner.model.forward
+    place = Place(torch.device("cpu"))
+    rows._buffers = [Buffer(place) for _ in rows._buffers]
+    monkeypatch.setattr(engine.runner.model, "forward", seen.append)
+    sizes = [(requests, pages) for requests in range(1, 7) for pages in range(1, rows.max_pages + 1)]
+    capture(engine.runner, 64, sizes)
+    idle = {(len(step.kv_lengths), step.page_table.shape[1]): step for step in seen}
+    assert all(not step.kv_lengths.any() and (step.slots == -1).all() and not step.shared for step in seen[-2:])
+    places = {shape: (step.token_ids.data_ptr(), step.positions.data_ptr()) for shape, step in idle.items()}
+    seen.clear()
+    monkeypatch.setattr(engine.runner.model, "forward", lambda step: seen.append(step) or forward(step))
+    for i in range(6):
+        prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + 9 * i))
+        engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
+    fake.drain(engine)
+    decodes = [step for step in seen if step.max_query == 1 and step.decodes == len(step.kv_lengths)]
+    assert len({len(step.kv_lengths) for step in decodes}) > 2
+    for step in decodes:
+        shape = len(step.kv_lengths), step.page_table.shape[1]
+        assert (step.token_ids.data_ptr(), step.positions.data_ptr()) == places[shape]
+        assert step.decodes == idle[shape].decodes
+
+
+def test_every_shape_of_a_step_of_decodes_is_captured() -> None:
+    engine = fake.make_engine(max_batch=6, max_step_tokens=64, max_model_len=96)
+    found = shapes(engine.runner, 6)
+    assert len(found) == len(set(found))
+    sizes = {graphs.bucket(requests, pages) for requests, pages in found}
+    most = engine.runner.rows.max_pages
+    assert sizes == {graphs.bucket(n, pages) for n in range(1, 7) for pages in range(1, most + 1)}
+    few = {graphs.bucket(*size) for size in shapes(engine.runner, 6, (1, 96))}
+    assert few == {graphs.bucket(n, pages) for n in range(1, 7) for pages in (1, most)}

@@ -12,7 +12,7 @@ from tenfold.engine.phases.lanes import TwoDevices
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
 from tenfold.engine.phases.table import TYPICAL
-from tenfold.engine.rehearsal import chunks, decodes, rehearse
+from tenfold.engine.rehearsal import capture, chunks, decodes, rehearse, shapes
 
 if TYPE_CHECKING:
     from tenfold.engine.core import Engine
@@ -71,7 +71,9 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
 
 
 def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
-    """Compile what the kernels of each lane want beyond those of the whole GPU."""
+    """Compile what the kernels of each lane want beyond those of the whole GPU, and capture its steps of decodes: of
+    all lengths where it has the whole GPU, else of the usual ones.
+    """
     from tenfold.ops.gpu import green
 
     if not engine.config.rehearse:
@@ -80,9 +82,12 @@ def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
     prompts = list(chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
     for every, sizes in ((lanes.every_decode(), steps), (lanes.every_prefill(), prompts)):
         for part, runner in every:
-            if part.sms < lanes.total:
-                with green.on(part):
+            with green.on(part):
+                if part.sms < lanes.total:
                     rehearse(runner, sizes)
+                if engine.config.graphs and sizes is steps:
+                    contexts = (TYPICAL, 2 * TYPICAL) if part.sms < lanes.total else ()
+                    capture(runner, engine.config.max_step_tokens, shapes(runner, engine.config.max_batch, contexts))
     torch.cuda.synchronize()
 
 
