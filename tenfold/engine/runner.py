@@ -134,11 +134,13 @@ class Runner:
 
     def capture(self, requests: int, pages: int) -> None:
         """Run a step of decodes that are nobody's twice: first plainly, then as kernels that record steps run what they
-        have seen before.
+        have seen before. Waits for both, for the next ones write their inputs where these have theirs on the host.
         """
         with torch.inference_mode():
             for _ in range(2):
                 self.model.forward(self.rows.idle(requests, pages))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, pictures looked at."""

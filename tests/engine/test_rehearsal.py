@@ -83,7 +83,7 @@ def test_an_engine_that_rehearsed_captures_nothing_later(tiny: Callable[[str], P
         kv_memory=4 << 20,
         max_batch=12,
         max_step_tokens=64,
-        max_model_len=512,
+        max_model_len=256,
         prefix_cache=False,
     )
     found = []
@@ -91,7 +91,7 @@ def test_an_engine_that_rehearsed_captures_nothing_later(tiny: Callable[[str], P
         engine = Engine.load(replace(own, rehearse=early), tokens_only=True)
         made = graphs.MADE.graphs
         for i in range(30):
-            prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + 9 * i))
+            prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + 7 * i))
             engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
         found.append(fake.answers(fake.drain(engine)))
         assert (graphs.MADE.graphs == made) == early
