@@ -201,9 +201,10 @@ EXPERTS = {
 # What may follow a name: `shape:llama-3-8b@layers=4,positions=40960`.
 CHANGES = {"layers": "num_hidden_layers", "positions": "max_position_embeddings", "vocab": "vocab_size"}
 # And of a model with experts `mixed=BITS`: what they are stored in by turns, and for how many one after the other.
-MIXED: dict[int, dict[str, int]] = {
-    4: {"int8g128": 1, "int4g128": 4, "int3g128z": 2, "int2g128z": 1},
-    5: {"fp8a8": 1, "int4g128a8": 3},
+MIXED: dict[str, dict[str, int]] = {
+    "4": {"int8g128": 1, "int4g128": 4, "int3g128z": 2, "int2g128z": 1},
+    "4.5": {"fp8a8": 1, "int4g128a8": 7},
+    "5": {"fp8a8": 1, "int4g128a8": 3},
 }
 MIX, EXPERT = "mixed_bits", re.compile(r"\.experts\.(\d+)\.")
 
@@ -220,14 +221,14 @@ def shape_config(name: str) -> dict[str, Any]:
     config = dict(SHAPES[base])
     for change in filter(None, changes.split(",")):
         key, _, value = change.partition("=")
-        if key == "mixed" and config["model_type"] in EXPERTS and value.isdecimal() and int(value) in MIXED:
-            config[MIX] = int(value)
+        if key == "mixed" and config["model_type"] in EXPERTS and value in MIXED:
+            config[MIX] = value
             continue
         if key not in CHANGES or not value.isdecimal() or not 1 <= int(value) <= 1 << 24:
             raise CheckpointError(
                 f"{change[:80]!r} does not change a shape; allowed: {', '.join(CHANGES)}, each with a whole number, "
                 f"as in {PREFIX}{base}@layers=4,positions=8192, and for a model with experts mixed=N, the bits of "
-                f"experts in several formats, N of {', '.join(map(str, MIXED))}."
+                f"experts in several formats, N of {', '.join(MIXED)}."
             )
         config[CHANGES[key]] = int(value)
     return config
@@ -363,7 +364,7 @@ class ShapeCheckpoint:
         self.special: dict[str, str] = {}
         self.eos_ids: tuple[int, ...] = ()
         self._shapes = tensor_shapes(self.config)
-        mix = MIXED.get(self.config.get(MIX, 0), {})
+        mix = MIXED.get(self.config.get(MIX, ""), {})
         self._turns = [storage for storage, times in mix.items() for _ in range(times)]
 
     def names(self) -> Iterable[str]:
