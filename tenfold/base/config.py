@@ -100,7 +100,9 @@ class EngineConfig:
     )
     graphs: bool = setting(True, "GPU: launch steps of decodes and short prompts as CUDA graphs")
     rehearse: bool = setting(
-        True, "GPU: compile kernels for steps of every size at the start, not when one first comes and others wait"
+        True,
+        "GPU: compile kernels for steps of every size, and capture their graphs, at the start, not when one first "
+        "comes and others wait",
     )
     softmax: str = setting(
         "auto",

@@ -186,7 +186,7 @@ class Engine:
                     capture(engine.runner, config.max_step_tokens, shapes(engine.runner, config.max_batch))
                 else:
                     rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, engine.kv.tokens))
-                rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)))
+                rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)), config.graphs)
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
             with timeline.phase("lanes"):
                 engine.phases = start_phases(engine)

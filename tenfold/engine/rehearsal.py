@@ -77,25 +77,35 @@ def shapes(runner: Runner, max_batch: int, contexts: Sequence[int] = ()) -> list
 
 def capture(runner: Runner, tokens: int, sizes: Iterable[tuple[int, int]]) -> None:
     """Compile what steps of decodes of these sizes want, and capture them, before somebody waits for it. tokens: of the
-    largest steps of all.
+    largest steps of all. What cannot be captured, the log says, runs plainly.
     """
     runner.rows.reserve(tokens, tokens)
     for requests, pages in sizes:
+        made = graphs.MADE.graphs
         try:
             runner.capture(requests, pages)
+            if runner.device.type == "cuda" and graphs.MADE.graphs == made:
+                return
         except Exception as error:  # a compiler's complaint may be of any class
             reason = (str(error) or repr(error)).splitlines()[0]
             logger.warning("capturing a step of %d requests and %d pages failed: %s", requests, pages, reason)
             return
 
 
-def rehearse(runner: Runner, sizes: Iterable[Size]) -> None:
-    """Run a step of each size, without its graph. What cannot run is left to the request that wants it."""
+def rehearse(runner: Runner, sizes: Iterable[Size], record: bool = False) -> None:
+    """Run a step of each size. record: as steps run of which parts are recorded, so that these are; others without a
+    graph. What cannot run is left to the request that wants it.
+    """
     layers = range(runner.model.config.layers)
     with torch.inference_mode():
         for size in sizes:
             try:
-                runner.model.part(made_up(runner, *size), None, layers)
+                step = made_up(runner, *size)
+                if record and len(step.token_ids) <= pieces.MOST_TOKENS:
+                    for _ in range(2):  # the second time is recorded
+                        runner.model.forward(step)
+                else:
+                    runner.model.part(step, None, layers)
             except Exception as error:  # a compiler's complaint may be of any class
                 reason = (str(error) or repr(error)).splitlines()[0]
                 logger.warning("a rehearsal of %d requests with %d of %d tokens failed: %s", *size, reason)

@@ -73,29 +73,50 @@ def test_what_cannot_run_is_said_and_left_alone(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("cache", ["auto", "int4"])
-def test_an_engine_that_rehearsed_captures_nothing_later(tiny: Callable[[str], Path], cache: str) -> None:
+@pytest.mark.parametrize("cache", ["auto", "int4", "k2v2g64"])
+def test_an_engine_that_rehearsed_captures_nothing_later(cache: str) -> None:
     """And answers as one that captures when a size first comes."""
     own = EngineConfig(
-        *(str(tiny("llama")), "cuda"),
+        *("shape:llama-3.2-1b@layers=2", "cuda"),
         dtype="bfloat16",
         kv_cache=cache,
-        kv_memory=4 << 20,
+        kv_memory=64 << 20,
         max_batch=12,
         max_step_tokens=64,
-        max_model_len=256,
+        max_model_len=512,
         prefix_cache=False,
     )
     found = []
     for early in (False, True):
         engine = Engine.load(replace(own, rehearse=early), tokens_only=True)
         made = graphs.MADE.graphs
-        for i in range(30):
-            prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + 7 * i))
-            engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
-        found.append(fake.answers(fake.drain(engine)))
+        found.append(answered(engine))
         assert (graphs.MADE.graphs == made) == early
     assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_that_cannot_be_captured_run_plainly(
+    tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """No kernel reads packed heads of 16 channels."""
+    own = EngineConfig(str(tiny("llama")), "cuda", dtype="bfloat16", kv_cache="int4", kv_memory=4 << 20, max_batch=12)
+    found = []
+    for early in (False, True):
+        engine = Engine.load(replace(own, rehearse=early, max_step_tokens=64, prefix_cache=False), tokens_only=True)
+        found.append(answered(engine, 7))
+    assert "no kernel reads is not captured" in caplog.text
+    plain = Engine.load(replace(own, graphs=False, max_step_tokens=64, prefix_cache=False), tokens_only=True)
+    assert found == [answered(plain, 7)] * 2
+
+
+def answered(engine: Engine, longer: int = 9) -> dict[tuple[str, int], list[int]]:
+    """Greedy answers to prompts of many lengths, each so many tokens longer than the one before."""
+    for i in range(30):
+        prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + longer * i))
+        engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
+    return fake.answers(fake.drain(engine))
 
 
 def test_steps_that_are_nobodys_lie_where_those_of_requests_do(monkeypatch: pytest.MonkeyPatch) -> None:

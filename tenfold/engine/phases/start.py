@@ -71,23 +71,26 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
 
 
 def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
-    """Compile what the kernels of each lane want beyond those of the whole GPU, and capture its steps of decodes: of
-    all lengths where it has the whole GPU, else of the usual ones.
+    """Compile what the kernels of each lane want, and capture its steps: decodes of all lengths where it has the whole
+    GPU, else of the usual ones.
     """
     from tenfold.ops.gpu import green
 
-    if not engine.config.rehearse:
+    config = engine.config
+    if not config.rehearse:
         return
-    steps = list(decodes(engine.config.max_batch, engine.max_model_len, engine.kv.tokens, (TYPICAL,)))
+    steps = list(decodes(config.max_batch, engine.max_model_len, engine.kv.tokens, (TYPICAL,)))
+    for part, runner in lanes.every_decode():
+        contexts = (TYPICAL, 2 * TYPICAL) if part.sms < lanes.total else ()
+        with green.on(part):
+            if contexts:
+                rehearse(runner, steps)
+            if config.graphs:
+                capture(runner, config.max_step_tokens, shapes(runner, config.max_batch, contexts))
     prompts = list(chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
-    for every, sizes in ((lanes.every_decode(), steps), (lanes.every_prefill(), prompts)):
-        for part, runner in every:
-            with green.on(part):
-                if part.sms < lanes.total:
-                    rehearse(runner, sizes)
-                if engine.config.graphs and sizes is steps:
-                    contexts = (TYPICAL, 2 * TYPICAL) if part.sms < lanes.total else ()
-                    capture(runner, engine.config.max_step_tokens, shapes(runner, engine.config.max_batch, contexts))
+    for part, runner in lanes.every_prefill():
+        with green.on(part):
+            rehearse(runner, prompts, config.graphs)
     torch.cuda.synchronize()
 
 

@@ -170,6 +170,14 @@ class _Memory:
         }
 
 
+def refuse(what: str) -> None:
+    """Nothing, but where a step is being captured: a device that is read from then fails in all that comes after.
+    Raises RuntimeError, which says that `what` is not captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} is not captured, for the host reads lengths of contexts in between")
+
+
 def borrowed(tensor: Tensor) -> Tensor:
     """The numbers of a contiguous tensor, whose memory the allocator may give to what comes after it: of a captured
     graph, whose memory is not given back, to the graphs that are captured later.

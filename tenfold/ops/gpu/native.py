@@ -207,6 +207,7 @@ class Gpu(Oracle):
             plan = latent.plan(spec, len(step.kv_lengths), step.max_query, max_kv, self.sms)
             found = latent.run(plan, q.contiguous(), keys, *contexts, spec, step.max_query)
         else:
+            graphs.refuse(f"attention with heads of {spec.head_dim} channels")
             found = Oracle.attend(self, q, keys, values, *contexts, spec, step.max_query, max_kv)
         return found if out is None else out.copy_(found)
 
@@ -219,6 +220,7 @@ class Gpu(Oracle):
             return self.packing(qkv, heads, layer, step)
         parts = step.parted()
         if parts is None:
+            graphs.refuse("attention over packed pages that no kernel reads")
             means = self.packing.chunks(qkv, heads.spec, layer)
             return unpacking.attention(self, qkv, heads, layer, step, means)
         return torch.cat([self.attention_packed(x, heads, layer, y) for x, y in zip(step.parted_rows(qkv), parts)])
