@@ -29,7 +29,8 @@ ROWS = [
         row("bfloat16", 8192, 40.0, "torch grouped", False),
         row("mixed 5 bits", 8192, 20.0),
     ),
-    *(row("w8a8", 8192, 30.0), row("w4a16", 8192, 16.0)),
+    *(row("w8a8", 8192, 30.0), row("w4a16", 8192, 16.0), row("mixed 4.5 bits", 8192, 12.5)),
+    row("mixed 4.5 bits", 64, 2.5),
 ]
 
 
@@ -41,6 +42,10 @@ def test_mixed_formats_are_held_against_the_fastest_in_sixteen_bits() -> None:
     assert "200 % of what reading allows" in few.note
     many = found["M1", "experts of qwen3-30b-a3b, 8192 tokens, mixed 5 bits, over bfloat16"]
     assert (many.value, many.target, many.met) == (2.0, ">= 1.2 x", True)
+    between = [c.value for (_, what), c in found.items() if "mixed 4.5 bits, over bfloat16" in what]
+    assert between == [2.0, 3.2]
+    against = found["M2", "time of W4A16 experts over that of mixed 4.5 bits, mean of 1"]
+    assert against.value == pytest.approx(28)
     mean = found["M2", "time of W8A8 experts over that of mixed 5 bits, mean of 1"]
     assert mean.value == pytest.approx(50)
     assert "w8a8 1.50, w4a16 0.80" in mean.note
