@@ -86,7 +86,7 @@ class Phases:
         self.changes = 0
         self.decisions: Counter[str] = Counter()  # by border and chunk
         self._decide_at = 0.0
-        self._idle = True  # nobody waited for a first token at the last decision
+        self._busy = False, False  # whether somebody waited for a first token at the last decision, and decoded
 
     def begin(self) -> None:
         """Nothing of what was seen before counts."""
@@ -232,11 +232,15 @@ class Phases:
             self.controller.observe(self.lanes.now, plan.decodes, seconds, riding)
 
     def _decide(self, controller: Controller) -> None:
-        """Move the border, now and then and when the first prompt comes, to where the controller wants it."""
-        now, idle = self.engine.clock(), not self.engine.scheduler.backlog
-        if now < self._decide_at and (idle or not self._idle):
+        """Move the border, now and then and when the first prompt comes or the first answer begins, to where the
+        controller wants it.
+        """
+        now, scheduler = self.engine.clock(), self.engine.scheduler
+        busy = scheduler.backlog > 0, bool(scheduler.decoding)
+        begins = any(after and not before for before, after in zip(self._busy, busy))
+        if now < self._decide_at and not begins:
             return
-        self._idle = idle
+        self._busy = busy
         self._decide_at = now + self.tick
         decision = controller.decide(self._observed(now, controller.targets.served), self.lanes.now)
         self.why = decision.why

@@ -233,6 +233,19 @@ class Script:
         return Decision(Split(now.prefill + 1, 1), "because")
 
 
+def test_a_controller_is_asked_at_once_when_the_first_answer_begins() -> None:
+    """What it said while nobody decoded, steps as large as can be, is not for a step with a decode in it."""
+    clock, script = fake.Clock(), Script()
+    engine = fake.make_engine(clock=clock, max_step_tokens=64, max_model_len=96, lookahead=0)
+    engine.phases = Phases(engine, OneStream(engine.runner), script, slice=100)
+    engine.add(Request("a", LONG, SamplingParams(temperature=0.0, max_tokens=8)))
+    while not engine.scheduler.decoding:
+        engine.step()
+    engine.step()
+    engine.step()
+    assert [seen.requests for seen in script.seen] == [0, 1]
+
+
 def test_a_controller_sees_what_requests_saw() -> None:
     clock, script = fake.Clock(), Script()
     engine = fake.make_engine(clock=clock, max_step_tokens=64, max_model_len=96)
