@@ -94,7 +94,8 @@ class Engine:
         self.timeline: Timeline | None = None
         self.path: Path | None = None  # of the checkpoint
         self.matrices: tuple[Matrix, ...] = ()  # of the model, as the kernels hold them
-        self.replica: Callable[[torch.device], Model] | None = None  # loads the model on another device
+        self.replica: Callable[[torch.device], tuple[Model, Kernels]] | None = None  # the model on another device
+        self.elsewhere: list[Kernels] = []  # of the devices where it was put
         self.on_start: Callable[[list[str]], None] | None = None  # told request ids before their first step
         self.vocab_size = model.config.vocab_size
         spec = kv_spec(model.config, config)
@@ -385,7 +386,7 @@ class Engine:
             generated_tokens=self._generated,
             drafted_tokens=self.speculator.drafted if self.speculator is not None else 0,
             accepted_tokens=self.speculator.accepted if self.speculator is not None else 0,
-            recomputed_rows=self.kernels.recomputed,
+            recomputed_rows=sum(kernels.recomputed for kernels in (self.kernels, *self.elsewhere)),
             pictures=self.sight.looked if self.sight is not None else 0,
             **(self.phases.stats() if self.phases is not None else {}),
         )

@@ -116,12 +116,12 @@ class Opened:
                 "smaller model of the same family, or speculate=ngram."
             )
 
-    def replica(self, device: torch.device) -> Model:
-        """The model on another device of the same kind, with kernels of its own."""
+    def replica(self, device: torch.device) -> tuple[Model, Kernels]:
+        """The model on another device of the same kind, and its kernels."""
         config, dtype = self.config, DTYPES[self.config.dtype]
         kernels = self._kernels(device, dtype)
         weights = Weights(self.checkpoint, kernels, device, dtype, config.weights)
-        return build_model(self.checkpoint.config, weights, config.max_model_len)
+        return build_model(self.checkpoint.config, weights, config.max_model_len), kernels
 
     def load_draft(self) -> Model | None:
         """The draft model, for as long a context as the plan has, or as the model itself allows."""

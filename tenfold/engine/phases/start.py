@@ -105,7 +105,9 @@ def apart(engine: Engine, device: torch.device | None = None) -> Phases | None:
     if engine.replica is None:
         table.told(table.DISAGGREGATED, "the weights are not there to be loaded twice")
         return None
-    return Phases(engine, TwoDevices(engine.runner, engine.replica(device), device))
+    model, kernels = engine.replica(device)
+    engine.elsewhere.append(kernels)
+    return Phases(engine, TwoDevices(engine.runner, model, device))
 
 
 def unable(engine: Engine | Opened) -> str:

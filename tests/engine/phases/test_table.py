@@ -115,8 +115,11 @@ def test_a_second_device_needs_the_weights_again(caplog: pytest.LogCaptureFixtur
     engine = fake.make_engine(schedule="disaggregated", prefix_cache=False)
     assert start.apart(engine, engine.device) is None
     assert "loaded twice" in caplog.text
-    engine.replica = lambda device: fake.FakeModel()  # type: ignore[assignment,return-value]
+    own = SimpleNamespace(recomputed=3)
+    engine.replica = lambda device: (fake.FakeModel(), own)  # type: ignore[assignment,return-value]
+    before = engine.stats().recomputed_rows
     assert start.apart(engine, engine.device) is not None
+    assert engine.stats().recomputed_rows == before + 3
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
