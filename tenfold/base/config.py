@@ -23,6 +23,18 @@ def setting(
     return field(default=default, metadata=metadata, repr=not secret)
 
 
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def check_kinds(config: Any) -> None:
+    """Of a dataclass made of settings, whether every value is of the kind of its default. Raises ValueError."""
+    for f in fields(config):
+        value, kind = getattr(config, f.name), type(f.default)
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if kind in KINDS and (not fits or (isinstance(value, bool) and kind is not bool)):
+            raise ValueError(f"{f.name} is {value!r}; allowed: {KINDS[kind]}.")
+
+
 def groups(kind: type) -> dict[str, str]:
     """The heading of each field of a dataclass made of settings."""
     found, heading = {}, ""

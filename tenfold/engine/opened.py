@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from tenfold.base.config import EngineConfig
+from tenfold.base.config import EngineConfig, check_kinds
 from tenfold.base.log import logger
 from tenfold.cache.format import calibrated
 from tenfold.cache.store import Groupings
@@ -44,6 +44,7 @@ class Opened:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        check_kinds(config)
         self.config = config
         self.device = pick_device(config.device)
         self.checkpoint: Checkpoint = open_checkpoint(find_model(config.model))

@@ -209,6 +209,23 @@ def test_settings_are_checked():
         LLM(config=EngineConfig(), max_batch=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_batch": "x"}, "max_batch is 'x'; allowed: a whole number"),
+        ({"max_model_len": 64.0}, "max_model_len is 64.0; allowed: a whole number"),
+        ({"page_size": True}, "page_size is True; allowed: a whole number"),
+        ({"graphs": "yes"}, "graphs is 'yes'; allowed: True or False"),
+        ({"overtake": None}, "overtake is None; allowed: a number"),
+        ({"schedule": 3}, "schedule is 3; allowed: text"),
+        ({"model": Path("checkpoint")}, "model is .*Path.*; allowed: text"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        LLM(**settings)
+
+
 def test_what_loading_raises_is_raised(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         LLM(str(tmp_path / "nowhere"))
