@@ -210,6 +210,25 @@ def test_a_model_in_bfloat16_is_measured_as_on_a_gpu(wide: Path) -> None:
     assert losses[0][0] > losses[0][1] > losses[0][2]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rounding", ["gptq", "rtn"])
+def test_a_gpu_times_tiles_and_serves_what_was_decided(
+    rounding: str, wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENFOLD_HOME", str(tmp_path / "home"))
+    names = "w2g128z", "w3g128z", "w4g128a8", "fp8a8"
+    wish, out = Wish(5.0, ",".join(names), rounding, length=64, windows=8, r=0.5), tmp_path / "out"
+    made = quantize(open_checkpoint(wide), text, out, wish, device="cuda")
+    assert made.bits <= 5
+    assert set(made.schemes.values()) <= set(names)
+    assert "in tiles of" in made.cost
+    settings = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    with LLM(str(out), device="cuda", dtype="bfloat16", kv_memory=4 << 20) as llm:
+        (done,) = llm.generate(["the fox"], settings)
+    assert len(done.choices[0].tokens) == 4
+
+
 @pytest.mark.parametrize("scheme", ["w1g128z", "w4g128z", "w4g128", "w4g128a8", "fp8a8"])
 def test_a_cpu_plans_for_what_it_holds_of_zeros_that_are_fractions(
     scheme: str, wide: Path, text: Path, tmp_path: Path, kernels: Kernels
