@@ -26,12 +26,18 @@ def setting(
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
+def fits(value: object, kind: type) -> bool:
+    """Whether a setting of this kind may have the value: whole numbers are numbers, truth values are none."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def check_kinds(config: Any) -> None:
     """Of a dataclass made of settings, whether every value is of the kind of its default. Raises ValueError."""
     for f in fields(config):
         value, kind = getattr(config, f.name), type(f.default)
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if kind in KINDS and (not fits or (isinstance(value, bool) and kind is not bool)):
+        if kind in KINDS and not fits(value, kind):
             raise ValueError(f"{f.name} is {value!r}; allowed: {KINDS[kind]}.")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
-from tenfold.base.config import EngineConfig
+from tenfold.base.config import EngineConfig, fits
 from tenfold.base.table import entry
 
 Prompts = Sequence[Sequence[int]]
@@ -163,7 +163,7 @@ def held(field: Any, value: Any) -> Any:
         value = str(value)  # such as of border=96
     if choices and value not in choices:
         raise ValueError(f"{field.name} is {value!r}; allowed: {', '.join(choices)}.")
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    if not fits(value, kind):
         raise ValueError(f"{field.name} is {value!r}; allowed: {ALLOWED[kind]}, such as {example(field)}.")
     return value
 

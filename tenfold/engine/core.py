@@ -183,9 +183,8 @@ class Engine:
             engine.warm_up()
         if config.rehearse and getattr(opened.kernels, "name", "") == "gpu":
             with timeline.phase("rehearsal"):
-                if config.graphs:
-                    capture(engine.runner, config.max_step_tokens, shapes(engine.runner, config.max_batch))
-                else:
+                sizes = shapes(engine.runner, config.max_batch)
+                if not (config.graphs and capture(engine.runner, config.max_step_tokens, sizes)):
                     rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, engine.kv.tokens))
                 rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)), config.graphs)
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):

@@ -75,21 +75,21 @@ def shapes(runner: Runner, max_batch: int, contexts: Sequence[int] = ()) -> list
     return [(requests, min(pages, most)) for pages in columns for requests in padded]
 
 
-def capture(runner: Runner, tokens: int, sizes: Iterable[tuple[int, int]]) -> None:
-    """Compile what steps of decodes of these sizes want, and capture them, before somebody waits for it. tokens: of the
-    largest steps of all. What cannot be captured, the log says, runs plainly.
+def capture(runner: Runner, tokens: int, sizes: Iterable[tuple[int, int]]) -> bool:
+    """Compile what steps of decodes of these sizes want, and capture them, before somebody waits for it; whether all
+    are. tokens: of the largest steps of all. What is not captured runs plainly; where it fails, the log says so.
     """
-    runner.rows.reserve(tokens, tokens)
+    runner.rows.reserve(tokens)
     for requests, pages in sizes:
         made = graphs.MADE.graphs
         try:
             runner.capture(requests, pages)
-            if runner.device.type == "cuda" and graphs.MADE.graphs == made:
-                return
         except Exception as error:  # a compiler's complaint may be of any class
-            reason = (str(error) or repr(error)).splitlines()[0]
-            logger.warning("capturing a step of %d requests and %d pages failed: %s", requests, pages, reason)
-            return
+            _tell(error, "capturing a step of %d requests and %d pages failed", requests, pages)
+            return False
+        if graphs.MADE.graphs == made and runner.device.type == "cuda":
+            return False
+    return True
 
 
 def rehearse(runner: Runner, sizes: Iterable[Size], record: bool = False) -> None:
@@ -107,6 +107,9 @@ def rehearse(runner: Runner, sizes: Iterable[Size], record: bool = False) -> Non
                 else:
                     runner.model.part(step, None, layers)
             except Exception as error:  # a compiler's complaint may be of any class
-                reason = (str(error) or repr(error)).splitlines()[0]
-                logger.warning("a rehearsal of %d requests with %d of %d tokens failed: %s", *size, reason)
+                _tell(error, "a rehearsal of %d requests with %d of %d tokens failed", *size)
                 return
+
+
+def _tell(error: Exception, what: str, *sizes: int) -> None:
+    logger.warning(f"{what}: %s", *sizes, (str(error) or repr(error)).splitlines()[0])

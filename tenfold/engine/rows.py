@@ -60,7 +60,6 @@ class Buffer:
 
     def __init__(self, place: Place | None) -> None:
         self.place = place
-        self.pinned = place is not None and place.pinned
         self.shape: Shape | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
 
@@ -69,7 +68,8 @@ class Buffer:
         requests = shape[1]
         self._spans, self._size = _spans(shape)
         if self._host.numel() < self._size:
-            self._host = torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=self.pinned)
+            pinned = self.place is not None and self.place.pinned
+            self._host = torch.empty(2 * self._size, dtype=torch.uint8, pin_memory=pinned)
         self._parts = self._cut(self._host, requests)
         self.positions, self.slots, self.page_table, self.query_start, self.kv_lengths, self.rooms = (
             part.numpy() for part in self._parts[:6]
@@ -167,27 +167,22 @@ class Rows:
         other._buffers = [Buffer(place) for _ in self._buffers]
         return other
 
-    def reserve(self, tokens: int, logits: int) -> None:
-        """Memory for the inputs of steps of so many tokens and logits: a captured step finds its inputs where they were
-        when it was captured, so what it was captured for must not move.
+    def reserve(self, tokens: int) -> None:
+        """Memory for the inputs of steps of up to so many tokens: a captured step finds its inputs where they were when
+        it was captured, so what it was captured for must not move.
         """
         place, rows = self._buffers[0].place, len(self.tables)
         if place is not None:
-            place.reserve(_spans((tokens, rows, self.max_pages, logits, logits))[1])
+            place.reserve(_spans((tokens, rows, self.max_pages, tokens, tokens))[1])
 
     def idle(self, requests: int, pages: int) -> Step:
         """A step of decodes that are nobody's, in the shape and the place of one of so many requests in page tables of
         so many pages. Of the cache it reads and writes nothing.
         """
-        self._turn = (self._turn + 1) % len(self._buffers)
-        buffer = self._buffers[self._turn]
-        padded, columns = self.bucket(requests, pages)
-        buffer.reshape((padded, padded, min(columns, self.max_pages), padded, padded))
-        buffer.query_start[:] = np.arange(padded + 1)
-        buffer.logits_rows[:] = np.arange(padded)
+        buffer = self._next()
+        padded = self._shape_decodes(buffer, requests, pages, 0)
         for part in (buffer.positions, buffer.page_table, buffer.kv_lengths, buffer.rooms, buffer.token_ids):
             part[:] = 0
-        buffer.rows[:] = 0
         buffer.slots[:] = -1
         step = self._batch(buffer, (), (), None, 0, 1, 1, 0).step
         return replace(step, decodes=padded)
@@ -197,13 +192,27 @@ class Rows:
         for entry in entries:
             if entry.sequence.synced != len(entry.sequence.pages):
                 self._sync(entry)
-        self._turn = (self._turn + 1) % len(self._buffers)
-        buffer = self._buffers[self._turn]
+        buffer = self._next()
         if decodes == len(entries):
             return self._gather_decodes(entries, entries, decodes, buffer)
         if self.apart and all(e.drafts for e in entries[decodes:]):
             return self._gather_decodes(entries, draws(entries), decodes, buffer)
         return self._gather_mixed(entries, decodes, buffer)
+
+    def _next(self) -> Buffer:
+        """The buffer that was used longest ago."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        return self._buffers[self._turn]
+
+    def _shape_decodes(self, buffer: Buffer, requests: int, pages: int, sampled: int) -> int:
+        """Bring a buffer to the shape of a step of decodes; the requests to which it is padded."""
+        padded, columns = self.bucket(requests, pages)
+        shape = (padded, padded, min(columns, self.max_pages), padded, sampled)
+        if buffer.shape != shape:
+            buffer.reshape(shape)
+            buffer.query_start[:] = np.arange(padded + 1)
+            buffer.logits_rows[:] = np.arange(padded)
+        return padded
 
     def keep(self, rows: Tensor, tokens: Tensor) -> None:
         """Remember what rows sampled."""
@@ -224,12 +233,7 @@ class Rows:
         count = len(drawn)
         positions = [e.start + e.length - 1 for e in drawn]
         longest = max(positions) + 1
-        padded, columns = self.bucket(count, -(-longest // self.page_size))
-        shape = (padded, padded, min(columns, self.max_pages), padded, len(entries))
-        if buffer.shape != shape:
-            buffer.reshape(shape)
-            buffer.query_start[:] = np.arange(padded + 1)
-            buffer.logits_rows[:] = np.arange(padded)
+        padded = self._shape_decodes(buffer, count, -(-longest // self.page_size), len(entries))
         buffer.rows[:] = [e.row for e in entries]
         buffer.positions[:count] = positions
         np.add(buffer.positions, 1, out=buffer.kv_lengths)

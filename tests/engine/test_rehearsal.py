@@ -145,6 +145,23 @@ def test_steps_that_are_nobodys_lie_where_those_of_requests_do(monkeypatch: pyte
         assert step.decodes == idle[shape].decodes
 
 
+def test_a_capture_that_fails_is_said_and_the_last(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = fake.make_engine(max_batch=6, max_step_tokens=64, max_model_len=96)
+    tried = []
+
+    def run(requests: int, pages: int) -> None:
+        tried.append((requests, pages))
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr(engine.runner, "capture", run)
+    with caplog.at_level(logging.WARNING, "tenfold"):
+        assert not capture(engine.runner, 64, [(4, 2), (2, 2)])
+    assert tried == [(4, 2)]
+    assert "capturing a step of 4 requests and 2 pages failed: no memory" in caplog.text
+
+
 def test_every_shape_of_a_step_of_decodes_is_captured() -> None:
     engine = fake.make_engine(max_batch=6, max_step_tokens=64, max_model_len=96)
     found = shapes(engine.runner, 6)

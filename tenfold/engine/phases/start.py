@@ -89,8 +89,9 @@ def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
                 capture(runner, config.max_step_tokens, shapes(runner, config.max_batch, contexts))
     prompts = list(chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
     for part, runner in lanes.every_prefill():
-        with green.on(part):
-            rehearse(runner, prompts, config.graphs)
+        if part.sms < lanes.total or config.graphs:
+            with green.on(part):
+                rehearse(runner, prompts, config.graphs)
     torch.cuda.synchronize()
 
 

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tenfold.base.config import EngineConfig
+from tenfold.base.config import EngineConfig, fits
 from tenfold.serve.cli.sizes import parse_size
 from tenfold.serve.settings import ServeConfig
 
@@ -148,13 +148,14 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
 
 def _value(path: Path, where: str, field: Field[Any], value: Any) -> Any:
     """A value as the setting holds it. Secrets are not repeated in messages."""
-    kind, meta = type(field.default), field.metadata
+    kind: type[Any] = type(field.default)
+    meta = field.metadata
     shown = "..." if meta["secret"] else repr(value)[:80]
     if meta["unit"] == "bytes" and isinstance(value, str):
         return _size(path, where, value)
     if meta["unit"] == "list" and isinstance(value, list) and all(isinstance(v, str) and "," not in v for v in value):
         return ",".join(value)
-    if not (type(value) is kind or (kind is float and type(value) is int)):
+    if not fits(value, kind):
         raise ValueError(f"{path}: {where} is {shown}; allowed: {KINDS[kind]}{MORE_KINDS.get(meta['unit'], '')}.")
     if meta["choices"] and value not in meta["choices"]:
         raise ValueError(f"{path}: {where} is {shown}; allowed: {', '.join(meta['choices'])}.")
