@@ -28,4 +28,4 @@ def smollm2_text(smollm2_path: Path) -> Text:
 @pytest.fixture(autouse=torch.cuda.is_available())
 def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of these tests compile kernels as they need them: most steps of a rehearsal never come."""
-    monkeypatch.setattr("tenfold.engine.core.rehearse", lambda runner, sizes: None)
+    monkeypatch.setattr("tenfold.engine.core.rehearse", lambda runner, sizes, record=False: None)

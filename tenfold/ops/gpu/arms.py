@@ -458,7 +458,11 @@ class Arms:
         act: str | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """As `Kernels.linear`. Raises ValueError for weights of a format that no family serves."""
+        """As `Kernels.linear`. Raises ValueError for weights of a format that no family serves, and for a residual with
+        another number of rows, beyond which kernels would read.
+        """
+        if residual is not None and len(residual) != len(x):
+            raise ValueError(f"A residual of {len(residual)} rows was given for {len(x)} tokens; they must be as many.")
         kind = ACTS.index(act) * 4 + (norm is not None) * 2 + (residual is not None)
         at = self._place + x.shape[0] * 16 + kind
         run = w.arms.get(at)

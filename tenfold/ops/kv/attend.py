@@ -44,10 +44,11 @@ def attention(
     if not layout.old:
         return layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))[0]
     older, older_sums = attend_old(kernels, q, heads, layer, layout, means)
-    if not window:
-        return older
+    rows = layout.old[0].scratch.rows
+    if not window:  # a request that is idle has nothing old either
+        return older if len(rows) == len(q) else torch.zeros_like(q).index_copy_(0, rows, older)
     out, sums = layout.recent.attend(kernels, q, keys, values, replace(spec, window=window))
-    return means.merge(out, sums, older, older_sums, layout.old[0].scratch.rows)
+    return means.merge(out, sums, older, older_sums, rows)
 
 
 def attend_old(

@@ -64,17 +64,25 @@ class Cache:
             self.spec, rope, Norm(1 + random(DIM, seed=4) / 9, 1e-5), Norm(1 + random(DIM, seed=5) / 9, 1e-5)
         )
 
-    def run(self, qkv: list[Tensor], begin: list[int]) -> Tensor:
-        """New tokens of each request, from position begin on."""
+    def run(self, qkv: list[Tensor], begin: list[int], idle: int = 0) -> Tensor:
+        """New tokens of each request, from position begin on. idle: requests of nobody behind them, as padded steps of
+        decodes have.
+        """
         counts = [len(x) for x in qkv]
         lengths = torch.tensor([b + n for b, n in zip(begin, counts)], dtype=torch.int32)
         positions = torch.cat([torch.arange(b, b + n) for b, n in zip(begin, counts)])
         rows = torch.repeat_interleave(torch.arange(len(qkv)), torch.tensor(counts))
         slots = self.table[rows, positions // PAGE] * PAGE + positions % PAGE
-        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        starts = torch.tensor([0, *counts, *[1] * idle]).cumsum(0).int()
         sizes = (max(counts), int(lengths.max()))
-        step = Contexts(positions.int(), slots.int(), self.table, starts, lengths, *sizes, rooms=self.rooms)
-        return Oracle().attention_packed(torch.cat(qkv), self.heads, self.layer, step)
+        lengths, positions, table, rooms = (
+            torch.cat((x, x.new_zeros(idle, *x.shape[1:]))) for x in (lengths, positions, self.table, self.rooms)
+        )
+        slots = torch.cat((slots, slots.new_full((idle,), -1)))
+        step = Contexts(positions.int(), slots.int(), table, starts, lengths, *sizes, rooms=rooms)
+        return Oracle().attention_packed(
+            torch.cat((*qkv, *qkv[0][:1].expand(idle, -1).split(1))), self.heads, self.layer, step
+        )
 
     def expected(self, qkv: Tensor) -> Tensor:
         """Of a whole sequence [S, ...], by the definition."""
@@ -118,6 +126,20 @@ def test_however_a_sequence_is_cut_it_sees_what_its_definition_says(name: str, c
         for r, (got, chunk) in enumerate(zip(out, chunks)):
             torch.testing.assert_close(got, expected[r][begin[r] : begin[r] + len(chunk)], rtol=2e-4, atol=2e-4)
             begin[r] += len(chunk)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_requests_of_nobody_have_a_row_and_change_none(name: str) -> None:
+    cache = Cache(name, 2)
+    whole = [random(n, (HEADS + 2 * KV_HEADS) * DIM, seed=30 + n) for n in (60, 9)]
+    expected = [cache.expected(x) for x in whole]
+    cache.run([x[:-4] for x in whole], [0, 0])
+    for back, idle in ((4, 2), (3, 0), (2, 1), (1, 2)):
+        begin = [len(x) - back for x in whole]
+        out = cache.run([x[b : b + 1] for x, b in zip(whole, begin)], begin, idle)
+        assert len(out) == 2 + idle and out.isfinite().all()
+        for got, x, b in zip(out, expected, begin):
+            torch.testing.assert_close(got, x[b], rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("most", [1, 3, 20, 64])
