@@ -64,4 +64,4 @@ def test_the_command_writes_every_part(tmp_path: Path) -> None:
     small = ["--models", "shape:llama-3.2-1b@vocab=1024", "--batches", "1", "--context", "1024", "--prompt", "256"]
     assert kernels.main(["--out", str(out), *small]) == 0
     (data,) = results_in(tmp_path)["kernels"]
-    assert {row["op"] for row in data["rows"]} == {"linear", "attention", "prefill"}
+    assert {row["op"] for row in data["rows"]} == {"linear", "attention", "prefill", "uneven"}

@@ -18,6 +18,11 @@ from tenfold.ops.gpu import graphs
 from tests.engine import fake
 
 
+@pytest.fixture
+def unrehearsed() -> None:
+    """Engines of these tests rehearse where they are told to, unlike those of others (`conftest`)."""
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("cache", ["auto", "int4"])
@@ -30,6 +35,7 @@ def test_a_rehearsal_changes_no_answer(tiny: Callable[[str], Path], cache: str) 
         max_batch=4,
         max_step_tokens=64,
         max_model_len=128,
+        rehearse=False,
     )
     answers = []
     for rehearsed in (False, True):

@@ -17,8 +17,9 @@ MODEL = "shape:llama-3.2-1b@layers=4"
 
 
 def engine(**changes: object) -> Engine:
+    """One that records what comes, not at its start."""
     settings = {"max_batch": 16, "max_model_len": 2048, "kv_memory": 1 << 30, "prefix_cache": False} | changes
-    config = EngineConfig(model=MODEL, device="cuda", kernels="native", **settings)  # type: ignore[arg-type]
+    config = EngineConfig(MODEL, "cuda", kernels="native", rehearse=False, **settings)  # type: ignore[arg-type]
     return Engine.load(config, tokens_only=True)
 
 
