@@ -190,6 +190,8 @@ class Engine:
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
             with timeline.phase("lanes"):
                 engine.phases = start_phases(engine)
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what compiling and measuring took: every stream keeps its own
         return engine
 
     def warm_up(self) -> None:

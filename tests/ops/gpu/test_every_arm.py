@@ -29,6 +29,14 @@ def test_dense(tmp_path: Path, tokens: int, use: "arms.Use", dtype: torch.dtype)
     check(tmp_path, arms.Work(1056, 1024, "dense", use, tokens, dtype))
 
 
+@pytest.mark.parametrize("tokens", [5, 17, 64])
+def test_routers(tmp_path: Path, tokens: int) -> None:
+    """So few weights that more than 16 tokens stream in pieces."""
+    work = arms.Work(128, 2048, "dense", arms.ROUTER, tokens)
+    assert any(name.startswith("stream:") for name in arms.candidates(work, 132))
+    check(tmp_path, work)
+
+
 @pytest.mark.parametrize("format", ["dense", "int4g128", "fp8a8"])
 def test_more_tiles_than_blocks(tmp_path: Path, format: str) -> None:
     check(tmp_path, arms.Work(17072, 512, format, arms.Use(norm=True, act="silu"), 40))

@@ -137,7 +137,8 @@ def test_requests_of_nobody_have_a_row_and_change_none(name: str) -> None:
     for back, idle in ((4, 2), (3, 0), (2, 1), (1, 2)):
         begin = [len(x) - back for x in whole]
         out = cache.run([x[b : b + 1] for x, b in zip(whole, begin)], begin, idle)
-        assert len(out) == 2 + idle and out.isfinite().all()
+        assert len(out) == 2 + idle
+        assert out.isfinite().all()
         for got, x, b in zip(out, expected, begin):
             torch.testing.assert_close(got, x[b], rtol=2e-4, atol=2e-4)
 
