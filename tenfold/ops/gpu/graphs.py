@@ -149,10 +149,13 @@ class Graphs(Capturer):
             self._known.popitem(last=False)
 
     def _capture(self, forward: Forward, step: Any) -> Captured | None:
-        """A step as `capture` makes it."""
+        """A step as `capture` makes it. Where that fails, what was worked out of the step meanwhile was never computed,
+        and is forgotten.
+        """
         made = self.capture(lambda: forward(step).contiguous())
         if made is None:
             self._known.clear()
+            step.memo.clear()
             return None
         graph, results = made
         return Captured(graph, borrowed(results), step)
