@@ -181,18 +181,23 @@ class Engine:
             engine.path, engine.matrices = opened.checkpoint.path, tuple(weights.matrices)
             engine.replica = opened.replica
             engine.warm_up()
-        if config.rehearse and getattr(opened.kernels, "name", "") == "gpu":
-            with timeline.phase("rehearsal"):
-                sizes = shapes(engine.runner, config.max_batch)
-                if not (config.graphs and capture(engine.runner, config.max_step_tokens, sizes)):
-                    rehearse(engine.runner, decodes(config.max_batch, engine.max_model_len, engine.kv.tokens))
-                rehearse(engine.runner, chunks(min(config.max_step_tokens, engine.max_model_len)), config.graphs)
         if config.schedule not in (schedules.CHUNKED, schedules.PREFILL_FIRST):
             with timeline.phase("lanes"):
                 engine.phases = start_phases(engine)
+        on_lanes = engine.phases is not None and config.schedule != schedules.DISAGGREGATED  # which rehearsed theirs
+        if config.rehearse and opened.kernels.name == "gpu" and not on_lanes:
+            with timeline.phase("rehearsal"):
+                engine.rehearse()
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()  # of what compiling and measuring took: every stream keeps its own
         return engine
+
+    def rehearse(self) -> None:
+        """Compile what steps of every size want of a GPU, and capture them, before somebody waits for it."""
+        config, runner = self.config, self.runner
+        if not (config.graphs and capture(runner, config.max_step_tokens, shapes(runner, config.max_batch))):
+            rehearse(runner, decodes(config.max_batch, self.max_model_len, self.kv.tokens))
+        rehearse(runner, chunks(min(config.max_step_tokens, self.max_model_len)), config.graphs)
 
     def warm_up(self) -> None:
         """Run one token, and drafts of a few, so that first-use costs are paid before the first request. Raises
