@@ -7,7 +7,7 @@ so that a steady decode step costs a handful of vector operations on the host.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -184,8 +184,7 @@ class Rows:
         for part in (buffer.positions, buffer.page_table, buffer.kv_lengths, buffer.rooms, buffer.token_ids):
             part[:] = 0
         buffer.slots[:] = -1
-        step = self._batch(buffer, (), (), None, 0, 1, 1, 0).step
-        return replace(step, decodes=padded)
+        return self._batch(buffer, (), (), None, 0, 1, 1, padded).step
 
     def gather(self, entries: tuple[Entry, ...], decodes: int) -> Batch:
         """Inputs for these entries, of which the first `decodes` are single sampled tokens."""
@@ -251,7 +250,7 @@ class Rows:
             buffer.positions[:count] += [e.sequence.layout.shift if e.sequence.layout else 0 for e in drawn]
         buffer.kv_lengths[count:] = 0
         buffer.slots[count:] = -1
-        return self._batch(buffer, entries, entries, None, ondevice, 1, longest, count)
+        return self._batch(buffer, entries, entries, None, ondevice, 1, longest, padded, count > len(entries))
 
     def _gather_mixed(self, entries: tuple[Entry, ...], decodes: int, buffer: Buffer) -> Batch:
         counts = np.array([e.length for e in entries])
@@ -302,14 +301,16 @@ class Rows:
         max_query: int,
         max_kv: int,
         decodes: int,
+        shared: bool = False,
     ) -> Batch:
+        """decodes, shared: as `Contexts` has them; idle requests of a padded step count as decodes."""
         positions, slots, page_table, query_start, kv_lengths, rooms, token_ids, logits_rows, rows = buffer.tensors()
         if ondevice:
             torch.index_select(self.last_token, 0, rows[:ondevice], out=token_ids[:ondevice])
         step = Step(
             *(positions, slots, page_table, query_start, kv_lengths, max_query, max_kv),
             decodes=decodes,
-            shared=max_query == 1 and decodes > len(entries),
+            shared=shared,
             rooms=rooms if self.kv.rooms else None,
             token_ids=token_ids,
             logits_rows=logits_rows,

@@ -117,9 +117,9 @@ def test_steps_that_cannot_be_captured_run_plainly(
     assert found == [answered(plain, 7)] * 2
 
 
-def answered(engine: Engine, longer: int = 9) -> dict[tuple[str, int], list[int]]:
+def answered(engine: Engine, longer: int = 9, count: int = 30) -> dict[tuple[str, int], list[int]]:
     """Greedy answers to prompts of many lengths, each so many tokens longer than the one before."""
-    for i in range(30):
+    for i in range(count):
         prompt = tuple((7 * i + j) % 90 + 4 for j in range(3 + longer * i))
         engine.add(Request(str(i), prompt, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)))
     return fake.answers(fake.drain(engine))
@@ -149,6 +149,26 @@ def test_steps_that_are_nobodys_lie_where_those_of_requests_do(monkeypatch: pyte
         shape = len(step.kv_lengths), step.page_table.shape[1]
         assert (step.token_ids.data_ptr(), step.positions.data_ptr()) == places[shape]
         assert step.decodes == idle[shape].decodes
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_requests_of_a_padded_step_stay_together(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step of decodes is padded with idle requests, which answers do not depend on."""
+    engine, together = fake.make_engine(max_batch=6, max_step_tokens=64, max_model_len=96), list[bool]()
+    forward = engine.runner.model.forward
+
+    def run(step: Step) -> torch.Tensor:
+        if not step.kv_lengths.all():
+            together.append(step.parted() is None)
+        return forward(step)
+
+    monkeypatch.setattr(engine.runner.model, "forward", run)
+    if padded:
+        monkeypatch.setattr(engine.runner.rows, "bucket", graphs.bucket)
+    found = answered(engine, 2, 6)
+    assert all(together)
+    assert bool(together) == padded
+    assert found == answered(fake.make_engine(max_batch=6, max_step_tokens=64, max_model_len=96), 2, 6)
 
 
 def test_a_capture_that_fails_is_said_and_the_last(
