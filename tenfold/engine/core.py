@@ -188,8 +188,6 @@ class Engine:
         if config.rehearse and opened.kernels.name == "gpu" and not on_lanes:
             with timeline.phase("rehearsal"):
                 engine.rehearse()
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()  # of what compiling and measuring took: every stream keeps its own
         return engine
 
     def rehearse(self) -> None:

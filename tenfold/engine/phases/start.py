@@ -63,6 +63,7 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
     if found is not None:
         return found
     found = measure(lanes, engine.max_model_len, config.max_batch)
+    torch.cuda.empty_cache()  # what it took stays with every lane's stream, and is more than steps take
     try:
         stored.keep(known, shape, config, found)
     except OSError as error:
