@@ -220,6 +220,14 @@ def usual_step(schedule: str, batch: int, gpu: bool, experts: bool) -> int:
     return (EXPERT_PREFILL if experts else PREFILL) + batch
 
 
+def filled_step(tokens: int, schedule: str, batch: int, gpu: bool, experts: bool) -> int:
+    """To how many tokens prompts fill a step of `tokens` at most: products of few tokens more take another turn of all
+    multiprocessors. The rest is for a prompt's last ones, where steps are as long as usual.
+    """
+    usual = gpu and schedule != schedules.PHASES and tokens == usual_step(schedule, batch, gpu, experts)
+    return tokens - batch if usual else tokens
+
+
 def check_sizes(config: EngineConfig) -> None:
     """Raises ValueError for a setting that is out of range whatever the model."""
     if not 1 <= config.page_size <= 1024:

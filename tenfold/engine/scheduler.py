@@ -34,6 +34,7 @@ WATERMARK = 0.01  # share of pages left for the growth of running sequences when
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step.
+    filled: tokens to which prompts fill a step (0: max_step_tokens); it gets more where a prompt ends with them.
     max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows). overtake: times its
     own tokens, after which a prompt is due (`fair`).
     """
@@ -42,6 +43,7 @@ class Limits:
     max_step_tokens: int
     max_queue: int = 1024
     max_queue_tokens: int = 0
+    filled: int = 0
     max_drawn: int = 0
     watermark: float = WATERMARK
     overtake: float = 0.0
@@ -356,10 +358,14 @@ class Scheduler:
         admit: bool,
         most: int | None = None,
     ) -> None:
-        budget = self.limits.max_step_tokens - sum([e.length for e in entries])
-        budget = budget if most is None else min(budget, most)
+        budget, taken = self.limits.max_step_tokens, sum([e.length for e in entries])
+        filled = min(self.limits.filled or budget, budget)
+        filled = (filled if filled > taken else budget) - taken
+        budget -= taken
+        if most is not None:
+            budget, filled = min(budget, most), min(filled, most)
         candidates = list(self.prefilling)
-        while budget > 0:
+        while filled > 0 and budget > 0:
             head = self.queue.head() if admit else None
             best = min(candidates, key=self.queue.key, default=None)
             if head is not None and (best is None or self.queue.key(head) < self.queue.key(best)):
@@ -372,9 +378,10 @@ class Scheduler:
                 candidates.remove(best)
             else:
                 break
-            entry = self._chunk(best, budget)
+            ends = len(best.tokens) - best.computed <= budget
+            entry = self._chunk(best, budget if ends else filled)
             entries.append(entry)
-            budget -= entry.length
+            budget, filled = budget - entry.length, filled - entry.length
 
     def _chunk(self, sequence: Sequence, budget: int) -> Entry:
         """The next piece of a sequence's known text, charged to its user unless it was before."""
