@@ -221,8 +221,9 @@ def usual_step(schedule: str, batch: int, gpu: bool, experts: bool) -> int:
 
 
 def filled_step(tokens: int, schedule: str, batch: int, gpu: bool, experts: bool) -> int:
-    """To how many tokens prompts fill a step of `tokens` at most: products of few tokens more take another turn of all
-    multiprocessors. The rest is for a prompt's last ones, where steps are as long as usual.
+    """To how many tokens prompts fill a step of `tokens` at most. In a usual step the room for decodes is theirs, and a
+    prompt's last tokens': a few tokens more should take products another turn of all multiprocessors (reckoned for
+    4,096 features, not measured).
     """
     usual = gpu and schedule != schedules.PHASES and tokens == usual_step(schedule, batch, gpu, experts)
     return tokens - batch if usual else tokens

@@ -358,14 +358,14 @@ class Scheduler:
         admit: bool,
         most: int | None = None,
     ) -> None:
-        budget, taken = self.limits.max_step_tokens, sum([e.length for e in entries])
-        filled = min(self.limits.filled or budget, budget)
-        filled = (filled if filled > taken else budget) - taken
-        budget -= taken
+        taken = sum([e.length for e in entries])
+        budget, filled = self.limits.max_step_tokens - taken, self.limits.filled - taken
+        if not 0 < filled < budget:
+            filled = budget
         if most is not None:
             budget, filled = min(budget, most), min(filled, most)
         candidates = list(self.prefilling)
-        while filled > 0 and budget > 0:
+        while filled > 0:
             head = self.queue.head() if admit else None
             best = min(candidates, key=self.queue.key, default=None)
             if head is not None and (best is None or self.queue.key(head) < self.queue.key(best)):

@@ -161,7 +161,6 @@ class Pieces:
             self.failure = str(error).splitlines()[0]
             logger.warning("CUDA graphs of short prompts are off, a step could not be recorded: %s", self.failure)
             self._known.clear()
-            step.memo.clear()  # what was worked out in a capture that failed was never computed
             return None
         finally:
             self._kernels.recording = None

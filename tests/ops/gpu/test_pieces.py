@@ -38,7 +38,6 @@ class Step:
     max_query: int = 9
     kv: object = None
     name: str = ""
-    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -80,9 +80,7 @@ class Cache:
         )
         slots = torch.cat((slots, slots.new_full((idle,), -1)))
         step = Contexts(positions.int(), slots.int(), table, starts, lengths, *sizes, rooms=rooms)
-        return Oracle().attention_packed(
-            torch.cat((*qkv, *qkv[0][:1].expand(idle, -1).split(1))), self.heads, self.layer, step
-        )
+        return Oracle().attention_packed(torch.cat((*qkv, qkv[0][:1].expand(idle, -1))), self.heads, self.layer, step)
 
     def expected(self, qkv: Tensor) -> Tensor:
         """Of a whole sequence [S, ...], by the definition."""
