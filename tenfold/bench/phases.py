@@ -41,7 +41,7 @@ from tenfold.bench.peers.vllm import STEP_TOKENS, beside_ours
 from tenfold.bench.phases_sim import Ask
 from tenfold.bench.worker import Worker
 from tenfold.engine.core import Engine
-from tenfold.engine.memory import GIB, GPU_BATCH, filled_step, usual_step
+from tenfold.engine.memory import GIB, GPU_BATCH, usual_step
 from tenfold.engine.phases import table
 from tenfold.engine.phases.controller import Split, Targets
 from tenfold.engine.phases.lanes import Lanes, OneStream
@@ -152,8 +152,7 @@ class Arms:
         self.names = list(names)
         self.limits, self.pace = engine.scheduler.limits, engine.pace
         gpu, experts = engine.device.type != "cpu", engine.model.config.experts is not None
-        self.about = engine.config.max_batch, gpu, experts
-        usual = usual_step(table.CHUNKED, *self.about)
+        usual = usual_step(table.CHUNKED, engine.config.max_batch, gpu, experts)
         self.usual = min(self.limits.max_step_tokens, usual)  # tokens of a step
         self.stairs: Stairs | None = None
         self.lanes: Any = None
@@ -244,8 +243,7 @@ class Arms:
         engine.config = replace(engine.config, schedule=schedule)
         overtake = 0.0 if ARRIVAL in name else self.limits.overtake
         engine.pace = None if EARLY in name else self.pace
-        filled = filled_step(tokens, schedule, *self.about)
-        engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens, filled=filled, overtake=overtake)
+        engine.scheduler.limits = replace(self.limits, max_step_tokens=tokens, overtake=overtake)
         if engine.device.type == "cuda":
             torch.cuda.synchronize()
         engine.phases = phases

@@ -27,7 +27,7 @@ from tenfold.engine import inspect
 from tenfold.engine.facts import Facts, Stats
 from tenfold.engine.grammar import Grammars, Matcher
 from tenfold.engine.masks import Held, Mask, Masks, ahead
-from tenfold.engine.memory import DTYPES, MemoryPlan, filled_step, kv_spec, logits_rows, rooms_for, unfused
+from tenfold.engine.memory import DTYPES, MemoryPlan, kv_spec, logits_rows, rooms_for, unfused
 from tenfold.engine.opened import Opened
 from tenfold.engine.pace import Pace
 from tenfold.engine.phases import table as schedules
@@ -106,10 +106,6 @@ class Engine:
         self.prefix = PrefixCache(self.pool) if config.prefix_cache else None
         limits = Limits(
             *(config.max_batch, config.max_step_tokens, config.max_queue, config.max_queue_tokens),
-            filled=filled_step(
-                *(config.max_step_tokens, config.schedule, config.max_batch),
-                *(self.device.type != "cpu", model.config.experts is not None),
-            ),
             max_drawn=logits_rows(config),
             overtake=config.overtake,
         )

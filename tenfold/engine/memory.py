@@ -220,15 +220,6 @@ def usual_step(schedule: str, batch: int, gpu: bool, experts: bool) -> int:
     return (EXPERT_PREFILL if experts else PREFILL) + batch
 
 
-def filled_step(tokens: int, schedule: str, batch: int, gpu: bool, experts: bool) -> int:
-    """To how many tokens prompts fill a step of `tokens` at most. In a usual step the room for decodes is theirs, and a
-    prompt's last tokens': a few tokens more should take products another turn of all multiprocessors (reckoned for
-    4,096 features, not measured).
-    """
-    usual = gpu and schedule != schedules.PHASES and tokens == usual_step(schedule, batch, gpu, experts)
-    return tokens - batch if usual else tokens
-
-
 def check_sizes(config: EngineConfig) -> None:
     """Raises ValueError for a setting that is out of range whatever the model."""
     if not 1 <= config.page_size <= 1024:

@@ -34,7 +34,6 @@ WATERMARK = 0.01  # share of pages left for the growth of running sequences when
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Sizes the scheduler keeps to. A step never has more rows than tokens, so decodes always fit in one step.
-    filled: tokens to which prompts fill a step (0: max_step_tokens); it gets more where a prompt ends with them.
     max_drawn: tokens a step may draw where it verifies drafts (0: as many as it has rows). overtake: times its
     own tokens, after which a prompt is due (`fair`).
     """
@@ -43,7 +42,6 @@ class Limits:
     max_step_tokens: int
     max_queue: int = 1024
     max_queue_tokens: int = 0
-    filled: int = 0
     max_drawn: int = 0
     watermark: float = WATERMARK
     overtake: float = 0.0
@@ -358,14 +356,10 @@ class Scheduler:
         admit: bool,
         most: int | None = None,
     ) -> None:
-        taken = sum([e.length for e in entries])
-        budget, filled = self.limits.max_step_tokens - taken, self.limits.filled - taken
-        if not 0 < filled < budget:
-            filled = budget
-        if most is not None:
-            budget, filled = min(budget, most), min(filled, most)
+        budget = self.limits.max_step_tokens - sum([e.length for e in entries])
+        budget = budget if most is None else min(budget, most)
         candidates = list(self.prefilling)
-        while filled > 0:
+        while budget > 0:
             head = self.queue.head() if admit else None
             best = min(candidates, key=self.queue.key, default=None)
             if head is not None and (best is None or self.queue.key(head) < self.queue.key(best)):
@@ -378,10 +372,9 @@ class Scheduler:
                 candidates.remove(best)
             else:
                 break
-            ends = len(best.tokens) - best.computed <= budget
-            entry = self._chunk(best, budget if ends else filled)
+            entry = self._chunk(best, budget)
             entries.append(entry)
-            budget, filled = budget - entry.length, filled - entry.length
+            budget -= entry.length
 
     def _chunk(self, sequence: Sequence, budget: int) -> Entry:
         """The next piece of a sequence's known text, charged to its user unless it was before."""

@@ -17,7 +17,6 @@ from tenfold.engine.memory import (
     MemoryPlan,
     _cgroup,
     fill,
-    filled_step,
     free_memory,
     kv_spec,
     logits_rows,
@@ -75,14 +74,6 @@ def test_types_follow_the_kernels(
 ) -> None:
     got = resolve(EngineConfig(**config), CPU, kernels, quantised)
     assert (got.dtype, got.kv_dtype) == expected
-
-
-def test_prompts_fill_the_usual_steps_of_a_gpu_without_the_room_for_decodes() -> None:
-    assert filled_step(2048 + 256, "chunked", 256, gpu=True, experts=False) == 2048
-    assert filled_step(8192 + 64, "prefill-first", 64, gpu=True, experts=True) == 8192
-    assert filled_step(1024, "chunked", 256, gpu=True, experts=False) == 1024  # what a user asks for
-    assert filled_step(512, "chunked", 64, gpu=False, experts=False) == 512
-    assert filled_step(8192 + 256, "phases", 256, gpu=True, experts=False) == 8192 + 256
 
 
 def test_sizes_follow_the_device_unless_they_are_given() -> None:

@@ -82,27 +82,6 @@ def test_decodes_come_first_and_chunks_fill_the_rest() -> None:
     assert shape(host.step()) == [("a", 6, 1), ("b", 14, 1)]
 
 
-def test_a_step_gets_more_than_prompts_fill_where_one_ends_with_it() -> None:
-    host = Host(filled=12)
-    host.add("a", 40)
-    assert [shape(p) for p in host.steps(3)] == [[("a", 0, 12)], [("a", 12, 12)], [("a", 24, 16)]]
-    host.add("b", 26)
-    host.add("c", 9)
-    host.add("d", 3)
-    assert shape(host.step()) == [("a", 40, 1), ("b", 0, 11)]
-    assert shape(host.step()) == [("a", 41, 1), ("b", 11, 15)]
-    assert shape(host.step()) == [("a", 42, 1), ("b", 26, 1), ("c", 0, 9), ("d", 0, 3)]
-
-
-def test_decodes_that_fill_a_step_alone_leave_prompts_the_rest() -> None:
-    host = Host(filled=2)
-    for name in "abc":
-        host.add(name, 3, 9)
-    host.steps(3)
-    host.add("d", 30)
-    assert shape(host.step())[-1] == ("d", 0, 13)
-
-
 def test_only_the_last_chunk_is_sampled() -> None:
     host = Host(max_step_tokens=4)
     host.add("a", 10)
