@@ -197,9 +197,9 @@ def of_models(results: Sequence[Result]) -> list[Claim]:
         hardware = str(result.machine["hardware"])
         for batch in BATCHES:
             row = result.row("tenfold", batch, CONTEXT)
-            if row is None:
+            if row is None or row.tpot is None:
                 continue
-            took = row.inside or median(row.tpot_samples)
+            took = row.tpot
             floor = result.floor(batch, CONTEXT)
             about = f"{took:.2f} ms a step" + ("" if floor is None else f", floor {floor:.2f} ms")
             where = f"{WHOLE}, batch {batch}, context {CONTEXT}"
@@ -225,7 +225,7 @@ def vllm_step(results: Sequence[Result], hardware: str, batch: int) -> tuple[flo
     for result in results:
         row = result.row("vllm", batch, CONTEXT)
         if row is not None and result.machine["hardware"] == hardware:
-            return row.inside or median(row.tpot_samples), "one after the other"
+            return row.tpot, "one after the other"
     return (VLLM[batch], "measured before") if VLLM_ON in hardware else (None, "")
 
 
