@@ -3,7 +3,7 @@ ones (`bench.mxmoe`), and whole models (`bench.single`).
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 from typing import Any
 
 from tenfold.bench.claims import Claim, claim, signed

@@ -80,10 +80,6 @@ class PagePool:
             raise AssertionError(f"page {page} is to be kept but nobody owns it")
         self._kept[page] = 1
 
-    def writable(self, page: int) -> bool:
-        """Whether its only owner may write to it: one reference, and nobody counts on the contents."""
-        return self.references[page] == 1 and not self._kept[page]
-
     def is_idle(self, page: int) -> bool:
         return page in self._idle
 

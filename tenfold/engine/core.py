@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,8 @@ class Engine:
         self._seconds = self._last_seconds = self._rested = 0.0
         if self.speculator is not None:
             self.speculator.drafted = self.speculator.accepted = 0
+        if self.sight is not None:
+            self.sight.looked = 0
 
     @classmethod
     def load(
@@ -491,7 +493,7 @@ class Engine:
         try:
             runner.prepare(plan)
         except Exception as error:
-            return self._unprepared(plan, error)
+            return self._unprepared(plan, error, runner)
         held = [e.sequence for e in plan.entries if e.sample and e.sequence.matcher is not None]
         if held and not self._inflight:
             further: list[Held] = [
@@ -519,8 +521,9 @@ class Engine:
         if self.pace is not None:
             self.pace.launched()
 
-    def _unprepared(self, plan: StepPlan, error: Exception) -> "Isolated":
+    def _unprepared(self, plan: StepPlan, error: Exception, runner: Runner) -> "Isolated":
         logger.exception("%s could not be prepared", plan)
+        runner.settle()
         return failed(plan, error)
 
     def _mask(self, held: list[Sequence], outputs: list[Output]) -> Mask | None:
@@ -537,19 +540,33 @@ class Engine:
 
     def _isolate(self, plan: StepPlan, error: Exception, outputs: list[Output], runner: Runner) -> "Isolated":
         """Run the entries of a failed step one by one, so that only those at fault end."""
+        runner.settle()
         if len(plan.entries) == 1 and not plan.drafts:
             return Isolated(plan, [error])
         results: list[Pending | Exception] = []
         for i, entry in enumerate(e.undrafted() for e in plan.entries):  # a wrong guess is nobody's fault
             held = [entry.sequence] if entry.sample and entry.sequence.matcher is not None else []
             try:
+                for before in self._lost(entry):
+                    runner.forward((before,), 0)
+                    runner.settle()
                 forward = runner.forward((entry,), int(i < plan.decodes))
                 pending = runner.sample(forward, self._mask(held, outputs))
                 pending.wait()  # there are buffers for the inputs of few steps in flight
                 results.append(pending)
             except Exception as own:
+                runner.settle()
                 results.append(own)
         return Isolated(plan, results)
+
+    def _lost(self, entry: Entry) -> Iterator[Entry]:
+        """What must be computed anew before an entry is run again: nothing, or where its chunk may have taken the
+        places in its room of the tokens before it, all of its text up to there.
+        """
+        if self.rooms is None or entry.length <= self.rooms.slack:
+            return
+        for start in range(0, entry.start, entry.length):
+            yield entry._replace(start=start, length=min(entry.length, entry.start - start), sample=False)
 
     def _collect(self, outputs: list[Output]) -> None:
         """Read the oldest step in flight."""
@@ -558,6 +575,8 @@ class Engine:
         if self.pace is not None:
             self.pace.read(bool(self._inflight))
         self._retire(plan, tokens, outputs)
+        if self.phases is not None:
+            self.phases.stepped(plan)
 
     def _read(self, plan: StepPlan, pending: "Pending | Isolated", outputs: list[Output]) -> None:
         """Read a step that is none of those in flight."""

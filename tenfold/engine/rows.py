@@ -150,7 +150,7 @@ class Rows:
         self.tables: np.ndarray = own if beside is None else beside.tables
         self.rooms = np.zeros(max_batch, dtype=np.int32)
         self.last_token = torch.zeros(max_batch, dtype=torch.int64, device=device)
-        # A plan is at most two batches (see Runner.launch).
+        # A plan is at most two batches (see Runner.forward).
         place = None if device.type == "cpu" else Place(device)
         self._buffers = [Buffer(place) for _ in range(2 * (lookahead + 1))]
         self._turn = 0

@@ -75,7 +75,7 @@ class Runner:
         self.sampler = Sampler(max_batch, model.config.vocab_size, device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._sample_plan: SamplePlan | None = None
-        self._planned_for: tuple[Sequence, ...] = ()
+        self._planned_for: tuple[tuple[Sequence, int], ...] = ()
 
     def twin(self, model: Model, kv: KVStore | None = None, device: torch.device | None = None) -> "Runner":
         """The same rows and sampler for steps of another lane; model: the same weights, with what is the lane's own.
@@ -108,7 +108,6 @@ class Runner:
             self.kv.copy_room(source, target)
         if not (plan.admitted or plan.copies):
             return
-        self._sample_plan = None  # a row may have changed hands
         with torch.inference_mode():
             for sequence in plan.admitted:
                 self.sampler.admit(sequence)
@@ -206,11 +205,11 @@ class Runner:
             pending.take(batch.sampled, drawn, plan, sampled)
 
     def _plan_sampling(self, entries: tuple[Entry, ...]) -> SamplePlan:
-        """The sampler's plan for these sequences in this order, kept until they change."""
-        sequences = tuple([e.sequence for e in entries])
-        if self._sample_plan is None or sequences != self._planned_for:
-            self._sample_plan = self.sampler.plan(sequences)
-            self._planned_for = sequences
+        """The sampler's plan for these sequences, in this order and these rows, kept until they change."""
+        places = tuple([(e.sequence, e.row) for e in entries])
+        if self._sample_plan is None or places != self._planned_for:
+            self._sample_plan = self.sampler.plan([e.sequence for e in entries])
+            self._planned_for = places
         return self._sample_plan
 
     def _prompt_logs(
@@ -221,7 +220,7 @@ class Runner:
         for entry in batch.entries:
             sequence = entry.sequence
             if not sequence.want_prompt_logprobs:
-                start += entry.sample
+                start += 1 + len(entry.drafts) if entry.sample else 0
                 continue
             following = sequence.tokens[entry.start + 1 : min(entry.start + entry.length + 1, sequence.prompt_length)]
             ids = sent(following, self.device, torch.int64)

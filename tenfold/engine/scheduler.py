@@ -13,7 +13,7 @@ computed up to there in a chunk of its own, and its room copied.
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from tenfold.cache.pages import PagePool
@@ -229,13 +229,11 @@ class Scheduler:
         return given
 
     def plan_decodes(self) -> StepPlan:
-        """The next step of decodes alone. No entries while some could go on means: read the steps in flight first."""
-        short = [s for s in self.decoding if self._needs_page(s)]
-        if short and not self._make_room(short):
+        """The next step of decodes alone. No entries while some could go on, or while a better priority waits for their
+        pages or rows, means: read the steps in flight first. Rooms are copied where prompts are computed.
+        """
+        if not self._make_room() or (self.queue and not self._make_way()):
             return StepPlan(self._number, ())
-        for sequence in short:
-            if sequence.status is Status.DECODE:
-                sequence.pages += self.pool.allocate()
         entries, _ = self._plan_decodes({})
         return self._planned(entries, len(entries))
 
@@ -253,7 +251,7 @@ class Scheduler:
         self._plan_prefills(entries, admitted, copies, True, most)
         for entry in entries:
             entry.sequence.verifying = True
-        return self._planned(entries, 0, admitted, copies)
+        return self._planned(entries, 0, admitted, copies, self._room_copies)
 
     def plan(self, drafts: Mapping[Sequence, tuple[int, ...]] | None = None, most: int | None = None) -> StepPlan:
         """The next step. No entries while work is left means: read the steps in flight first, then plan again.
@@ -262,15 +260,11 @@ class Scheduler:
         if self._parting:
             self._copy_rooms()
         before = self.preemptions
-        short = [s for s in self.decoding if self._needs_page(s)]
-        if short and not self._make_room(short):
+        if not self._make_room():
             return StepPlan(self._number, ())
         crowded = self.preemptions != before  # then nobody is admitted now: what was freed is for those who run
         if self.queue and not crowded and not self._make_way():
             return StepPlan(self._number, ())
-        for sequence in short:
-            if sequence.status is Status.DECODE:
-                sequence.pages += self.pool.allocate()
         entries, verified = self._plan_decodes(drafts or {})
         decodes = len(entries)
         entries += verified
@@ -278,7 +272,7 @@ class Scheduler:
         copies: list[tuple[int, int]] = []
         if self.prefilling or (self.queue and not crowded):
             self._plan_prefills(entries, admitted, copies, not crowded, most)
-        return self._planned(entries, decodes, admitted, copies)
+        return self._planned(entries, decodes, admitted, copies, self._room_copies)
 
     def _planned(
         self,
@@ -286,14 +280,17 @@ class Scheduler:
         decodes: int,
         admitted: Iterable[Sequence] = (),
         copies: Iterable[tuple[int, int]] = (),
+        rooms: Collection[tuple[int, int]] = (),
     ) -> StepPlan:
         """A step that is now in flight, unless nothing is to be done."""
         if not entries:
             return StepPlan(self._number, ())
         self._number += 1
         self._inflight += 1
-        rooms, self._room_copies = tuple(self._room_copies), []
-        return StepPlan(self._number, tuple(entries), decodes, tuple(admitted), tuple(copies), rooms)
+        plan = StepPlan(self._number, tuple(entries), decodes, tuple(admitted), tuple(copies), tuple(rooms))
+        if rooms:
+            self._room_copies = []
+        return plan
 
     def _needs_page(self, sequence: Sequence) -> bool:
         """Whether a decoding sequence must get a page before its next token is computed. The page it writes to is its
@@ -302,14 +299,18 @@ class Scheduler:
         position = sequence.computed
         return position == len(sequence.pages) * self.page_size and position < sequence.limit - 1
 
-    def _make_room(self, short: list[Sequence]) -> bool:
-        """Preempt the worst ranks until each sequence still in `short` can get a page; False if steps in flight must
-        be read first.
+    def _make_room(self) -> bool:
+        """Give a page to each decode that needs one, and preempt the worst ranks until there are enough; False if steps
+        in flight must be read first.
         """
-        while sum(s.status is Status.DECODE for s in short) > self.pool.available:
+        short = [s for s in self.decoding if self._needs_page(s)]
+        while len(short) > self.pool.available:
             if self._inflight:
                 return False
             self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.rank))
+            short = [s for s in short if s.status is Status.DECODE]
+        for sequence in short:
+            sequence.pages += self.pool.allocate()
         return True
 
     def _make_way(self) -> bool:

@@ -29,9 +29,7 @@ def test_a_page_is_free_when_the_last_reference_goes() -> None:
     pool = PagePool(1)
     (page,) = pool.allocate()
     pool.retain([page])
-    assert not pool.writable(page)
     pool.release([page])
-    assert pool.writable(page)
     assert pool.free == 0
     pool.release([page])
     assert pool.free == 1
@@ -41,7 +39,6 @@ def test_a_kept_page_turns_idle_and_comes_back_when_retained() -> None:
     pool = PagePool(2)
     (page,) = pool.allocate()
     pool.keep(page)
-    assert not pool.writable(page)
     pool.release([page])
     assert (pool.free, pool.used, pool.idle) == (1, 0, 1)
     pool.retain([page])
@@ -59,7 +56,6 @@ def test_free_pages_go_before_idle_ones_and_those_in_order_of_release() -> None:
     pool.release([c, a])
     assert pool.allocate(3)[1:] == [b, c]
     assert evicted == [b, c]
-    assert pool.writable(b)
     pool.check()
 
 

@@ -108,3 +108,26 @@ def test_a_step_that_failed_offers_no_place() -> None:
                 host.scheduler.finish(entry.sequence)
     assert host.rooms.kept == kept
     host.rooms.check(host.scheduler.held_rooms())
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_long_chunk_whose_step_failed_finds_what_stood_before_it_again(lookahead: int) -> None:
+    """It took the places of the tokens before it: run again, it would read its own."""
+    own = engine(lookahead=lookahead, max_step_tokens=50, max_model_len=200)
+    own.add(Request("other", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=12)))
+    own.step()
+    own.add(Request("long", TEXT * 2, PARAMS))
+    outputs = own.step()
+    sample, failed = own.runner.sample, []
+
+    def once(*given: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("a moment's fault")
+        return sample(*given)
+
+    own.runner.sample = once
+    outputs += fake.drain(own)
+    assert failed
+    assert not any(o.error for o in outputs)
+    assert fake.answers(outputs)["long", 0] == fake.reference(TEXT * 2, len(TEXT) * 2 + 3)

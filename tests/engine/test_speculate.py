@@ -683,3 +683,22 @@ def test_a_real_model_repeats_a_text_in_fewer_steps(smollm2_path: Path) -> None:
     assert answers(found[0]) == answers(found[1])
     assert engine.stats().accepted_tokens > 12
     assert steps[1] < steps[0] / 3
+
+
+def test_logs_of_a_prompt_are_its_own_beside_drafts() -> None:
+    """Each draft has logits in front of those of the prompt."""
+
+    def logs(drafts: bool) -> list[float]:
+        engine = make_engine(max_step_tokens=32, max_model_len=96)
+        if drafts:
+            speculating(engine, Guesses(), All())
+        engine.add(ask("a", params=SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)))
+        outputs = [output for _ in range(4) for output in engine.step()]
+        prompt = (9, *reference((9,), 7))  # as the model goes on itself, so that every token is likely
+        engine.add(ask("b", prompt, params=SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=0)))
+        outputs += drain(engine)
+        assert drafts == bool(engine.stats().drafted_tokens)
+        (found,) = [o.prompt_logprobs for o in outputs if o.prompt_logprobs]
+        return [one.logprob for one in found if one]
+
+    assert logs(drafts=True) == pytest.approx(logs(drafts=False), abs=1e-4)

@@ -147,7 +147,7 @@ class TwoDevices:
         """model: on `device`, with the weights of the runner's."""
         self._decode = runner
         self._prefill = runner.elsewhere(model, KVStore(runner.kv.spec, runner.kv.pages, device), device)
-        self.now = Split(1, 1)
+        self.now = Split(0, 0)  # each has a whole GPU
 
     def use(self, split: Split) -> None:
         self.now = split

@@ -59,17 +59,6 @@ class Stairs:
     def _below(measured: Mapping[int, object], sms: int) -> int:
         return max((n for n in measured if n <= sms), default=min(measured))
 
-    def edges(self) -> list[int]:
-        """SMs of a prefill that pay: fewer take longer. The largest first."""
-        found: list[int] = []
-        for sms in sorted(self.prefill, reverse=True):
-            tokens = self.prefill[sms][-1][0]
-            if found and self.prefill_seconds(found[-1], tokens) >= self.prefill_seconds(sms, tokens) * 0.99:
-                found[-1] = sms  # as fast with fewer
-            else:
-                found.append(sms)
-        return found
-
 
 @dataclass(slots=True)
 class Fit:

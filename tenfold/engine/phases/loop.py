@@ -127,7 +127,7 @@ class Phases:
         plan = engine.scheduler.plan(most=self.chunk)
         launched = self._launch(plan, outputs)
         if len(engine._inflight) > engine.config.lookahead or (engine._inflight and not launched):
-            self._collect(outputs)
+            engine._collect(outputs)
         elif not engine._inflight:
             self.watch.pause()
         if waits and not launched and engine.scheduler.unfinished:
@@ -149,7 +149,7 @@ class Phases:
             moved = True
         if engine._inflight and (len(engine._inflight) > engine.config.lookahead or not launched):
             if engine._inflight[0][1].ready():
-                self._collect(outputs)
+                engine._collect(outputs)
                 moved = True
         elif not engine._inflight:
             self.watch.pause()
@@ -173,11 +173,6 @@ class Phases:
             engine._queued(plan, engine._launch(plan, outputs, runner))
         return True
 
-    def _collect(self, outputs: list[Output]) -> None:
-        plan, _ = self.engine._inflight[0]
-        self.engine._collect(outputs)
-        self._stepped(plan)
-
     def _begin(self) -> None:
         """Plan the next prefill, where one can be: not while prompts ride in a step that was not read yet."""
         engine = self.engine
@@ -196,8 +191,7 @@ class Phases:
                 runner.prepare(plan)
                 self.underway = Underway(plan, *since, runner.begin(plan.entries))
             except Exception as error:
-                runner.settle()
-                self.underway = Underway(plan, *since, Slices((), None), engine._unprepared(plan, error))
+                self.underway = Underway(plan, *since, Slices((), None), engine._unprepared(plan, error, runner))
 
     def _advance(self, prefill: Underway, outputs: list[Output]) -> None:
         """Launch the next slice, or where no decode runs beside it all that are left."""
@@ -213,14 +207,13 @@ class Phases:
                 except Exception as error:
                     logger.warning("%s failed: %s", prefill.plan, error, exc_info=error)
                     prefill.pending = engine._isolate(prefill.plan, error, outputs, runner)
-                    runner.settle()
                 if engine.device.type == "cuda":
                     prefill.queued.append(torch.cuda.Event())
                     prefill.queued[-1].record()
             if beside:
                 return
 
-    def _stepped(self, plan: StepPlan) -> None:
+    def stepped(self, plan: StepPlan) -> None:
         """A step of decodes was read, in which prompts may have taken part."""
         riding = plan.tokens - plan.decodes
         if riding:
@@ -282,7 +275,8 @@ class Phases:
     def _end(self, prefill: Underway, pending: Pending | Isolated, outputs: list[Output]) -> None:
         self.underway = None
         self.watch.prefilled(prefill.plan)
-        divided = prefill.split == self.lanes.now and prefill.split.prefill != prefill.split.decode
+        now = self.lanes.now
+        divided = prefill.split == now and 0 < now.decode != now.prefill
         if divided and isinstance(self.controller, Learner):
             self.controller.prefilled(prefill.split, prefill.plan.tokens, self.engine.clock() - prefill.begun)
         self.engine._read(prefill.plan, pending, outputs)

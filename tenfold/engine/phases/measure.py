@@ -48,14 +48,19 @@ def _prefill_seconds(runner: Runner, part: Part, tokens: int) -> float:
 
 
 def captured(call: Callable[[], object], part: Part) -> Callable[[], object]:
-    """A graph of the call: short chunks would take as long as the host needs to launch them."""
+    """A graph of the call: short chunks would take as long as the host needs to launch them. The call itself where no
+    graph can be made of it, as of chunks over packed pages.
+    """
     with green.on(part):
         for _ in range(2):  # kernels are compiled, libraries ask for memory
             call()
         graph = torch.cuda.CUDAGraph()
         part.stream.synchronize()
-        with torch.cuda.graph(graph, stream=part.stream):
-            call()
+        try:
+            with torch.cuda.graph(graph, stream=part.stream):
+                call()
+        except RuntimeError:
+            return call
     return graph.replay
 
 

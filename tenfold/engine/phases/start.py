@@ -56,16 +56,18 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
     from tenfold.engine.phases.measure import measure
 
     kernels: Any = engine.kernels
-    known, shape, config = kernels.arms.table, engine.model.config, engine.config
+    known, config = kernels.arms.table, engine.config
+    plan = engine.memory
+    subject = stored.Subject(engine.model.config, config, 0 if plan is None else plan.weights - plan.draft_weights)
     prefills, decodes = ([part.sms for part, _ in every] for every in (lanes.every_prefill(), lanes.every_decode()))
     tokens, requests = stored.sizes_of(engine.max_model_len, config.max_batch)
-    found = stored.recall(known, shape, config, prefills, decodes, tokens, requests)
+    found = stored.recall(known, subject, prefills, decodes, tokens, requests)
     if found is not None:
         return found
     found = measure(lanes, engine.max_model_len, config.max_batch)
     torch.cuda.empty_cache()  # what it took stays with every lane's stream, and is more than steps take
     try:
-        stored.keep(known, shape, config, found)
+        stored.keep(known, subject, found)
     except OSError as error:
         logger.warning("the times of phases are not kept in %s (%s); the next start measures again", known.path, error)
     return found
@@ -122,7 +124,12 @@ def unable(engine: Engine | Opened) -> str:
         return ""
     from tenfold.ops.gpu import green
 
-    return green.unavailable()
+    if reason := green.unavailable():
+        return reason
+    kernels: Any = engine.kernels
+    if not table.splits_of(engine.config.border, kernels.sms):
+        return f"the GPU has {kernels.sms} multiprocessors and the first border needs {table.LEAST_SMS}"
+    return ""
 
 
 def said(stairs: Stairs) -> str:

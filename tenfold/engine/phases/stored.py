@@ -1,6 +1,7 @@
 """Measured stairs in the table of choices, so that only the first engine of a model on a GPU has to measure them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.phases.latency import Stairs
@@ -18,9 +19,21 @@ def sizes_of(max_len: int, max_batch: int) -> tuple[list[int], list[int]]:
     return [n for n in PREFILLS if n <= max_len] or [max_len], [n for n in DECODES if n <= max_batch]
 
 
-def key(shape: ModelConfig, config: EngineConfig, phase: str, size: int, sms: int) -> Key:
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Whose times: a model, the settings of its engine with every size filled in, and the bytes of its weights, which
+    checkpoints of a shape may hold in many formats.
+    """
+
+    shape: ModelConfig
+    config: EngineConfig
+    weights: int
+
+
+def key(of: Subject, phase: str, size: int, sms: int) -> Key:
     """size: tokens of a prefill, or requests of a decode."""
-    stored = f"{config.dtype}, weights {config.weights}, KV {config.kv_cache}"
+    shape, config = of.shape, of.config
+    stored = f"{config.dtype}, weights {config.weights} of {of.weights} bytes, KV {config.kv_cache} {config.kv_dtype}"
     return Key(op(shape, phase), shape.hidden_size, shape.intermediate_size, stored, size, sms)
 
 
@@ -31,8 +44,7 @@ def op(shape: ModelConfig, phase: str) -> str:
 
 def recall(
     table: Table,
-    shape: ModelConfig,
-    config: EngineConfig,
+    of: Subject,
     prefills: Iterable[int],
     decodes: Iterable[int],
     tokens: Sequence[int],
@@ -43,7 +55,7 @@ def recall(
     def side(phase: str, parts: Iterable[int], sizes: Sequence[int]) -> dict[int, tuple[tuple[int, float], ...]]:
         found = {}
         for sms in parts:
-            times = [(n, table.times(key(shape, config, phase, n, sms)).get(LANE, 0.0) / 1e6) for n in sizes]
+            times = [(n, table.times(key(of, phase, n, sms)).get(LANE, 0.0) / 1e6) for n in sizes]
             found[sms] = tuple((n, seconds) for n, seconds in times if seconds)
         return found
 
@@ -52,12 +64,12 @@ def recall(
     return Stairs(*made) if whole else None
 
 
-def keep(table: Table, shape: ModelConfig, config: EngineConfig, stairs: Stairs) -> None:
+def keep(table: Table, of: Subject, stairs: Stairs) -> None:
     """Write them down. Raises OSError."""
     for phase in PHASES:
         for sms, points in getattr(stairs, phase).items():
             for size, seconds in points:
-                table.record(key(shape, config, phase, size, sms), {LANE: 1e6 * seconds})
+                table.record(key(of, phase, size, sms), {LANE: 1e6 * seconds})
     table.save()
 
 

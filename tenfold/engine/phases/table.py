@@ -15,6 +15,7 @@ MOVING = (ADAPTIVE, STAIRCASE, PAPER)  # borders that a controller moves
 TARGETS = ("ttft", "tpot")  # settings
 SIZES = (64, 80, 96, 112)  # SMs of prefill in splits; decode is within a fifth of full speed on 36 of 132
 LEAST_REST = 20  # SMs beside a group: fewer are no whole cluster of blocks, and kernels that want one fail (H100)
+LEAST_SMS = SIZES[0] + LEAST_REST  # of a GPU that is divided
 PREFILL_TOKENS = 4096  # of a step of prompts in a lane: more are no faster, and each lane keeps memory for as many
 UNLOADED = 7.5  # times what an idle GPU takes: the paper's tight targets
 TYPICAL = 1024  # tokens of a prompt

@@ -206,7 +206,8 @@ def show_phases(opened: Opened, kernels: Any) -> None:
     if reason := unable(opened):
         print(f"\n{phases.fallback(phases.PHASES, reason)}.")
         return
-    lines = phase_lines(kernels.arms.table, opened.shape, opened.config, kernels.sms)
+    subject = stored.Subject(opened.shape, opened.config, opened.weights)
+    lines = phase_lines(kernels.arms.table, subject, kernels.sms)
     title = f"schedule=phases, border {opened.config.border}"
     if lines:
         print(f"\n{title}, milliseconds on so many multiprocessors:")
@@ -215,12 +216,13 @@ def show_phases(opened: Opened, kernels: Any) -> None:
         print(f"\n{title}: nothing was measured yet; an engine measures it when it starts.")
 
 
-def phase_lines(table: Table, shape: Any, config: EngineConfig, total: int) -> list[tuple[str, ...]]:
+def phase_lines(table: Table, subject: stored.Subject, total: int) -> list[tuple[str, ...]]:
     """A row for each split that the border may have, and what for; empty where nothing was measured."""
+    config = subject.config
     sizes = phases.splits_of(config.border, total)
     tokens, requests = stored.sizes_of(config.max_model_len, config.max_batch)
     parts = [total, *sizes], [total, *(total - size for size in sizes)]
-    stairs = stored.recall(table, shape, config, *parts, tokens, requests)
+    stairs = stored.recall(table, subject, *parts, tokens, requests)
     if stairs is None:
         return []
     splits = [Split(size, total - size) for size in sizes]

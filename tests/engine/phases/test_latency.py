@@ -25,10 +25,6 @@ def test_stairs_take_the_next_smaller_number_that_was_measured() -> None:
     assert STAIRS.decode_seconds(48, 64) == 0.02
 
 
-def test_edges_are_the_fewest_sms_of_each_stair() -> None:
-    assert STAIRS.edges() == [132, 64, 32]
-
-
 def test_a_phase_that_was_not_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="decode"):
         Stairs({32: ((1, 1.0),)}, {32: ()})

@@ -265,3 +265,104 @@ def test_a_controller_sees_what_requests_saw() -> None:
     assert any(0 < s.queued <= 7 for s in script.seen)
     assert engine.phases.changes == len(script.seen) == engine.phases.lanes.now.prefill - 1
     assert engine.phases.why == "because"
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_better_priority_preempts_in_lanes(lookahead: int) -> None:
+    engine = laned(fake.make_engine(max_batch=1, max_model_len=96, lookahead=lookahead))
+    engine.add(Request("low", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True), priority=5))
+    for _ in range(4):
+        engine.step()
+    engine.add(Request("high", (4, 5, 6), SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
+    order: list[str] = []
+    while "high" not in order:
+        order += [o.request_id for o in engine.step()]
+        fake.check_pages(engine)
+    assert len(order) <= 3
+    assert engine.stats().preemptions == 1
+    fake.drain(engine)
+
+
+def test_penalties_follow_an_answer_to_another_row() -> None:
+    """Decodes have a plan of sampling of their own, while prompts change who has which row."""
+
+    class Level(fake.FakeModel):
+        def forward(self, step: Any) -> torch.Tensor:
+            return super().forward(step) * 0.2  # so that penalties decide
+
+    def run(lanes: bool) -> list[int]:
+        engine = fake.make_engine(Level(), max_step_tokens=8, pages=16, lookahead=1, prefix_cache=False)
+        if lanes:
+            laned(engine)
+            assert engine.phases is not None
+            del engine.phases.lanes._prefill.prepare  # the fake's check, which prepares the other runner
+        bent = {"presence_penalty": 2.0, "temperature": 0.0, "ignore_eos": True}
+        outputs = []
+        engine.add(Request("a", (1, 2, 3), SamplingParams(max_tokens=40, frequency_penalty=0.5, **bent), priority=5))
+        for _ in range(4):
+            outputs += engine.step()
+        engine.add(Request("b", tuple(range(50)), SamplingParams(max_tokens=1, ignore_eos=True)))
+        while not any(o.request_id == "b" for o in outputs):
+            outputs += engine.step()
+        for _ in range(6):
+            outputs += engine.step()
+        engine.add(Request("c", (5,) * 6, SamplingParams(max_tokens=3, **bent)))
+        outputs += fake.drain(engine)
+        assert engine.stats().preemptions
+        return fake.answers(outputs)["a", 0]
+
+    assert run(lanes=True) == run(lanes=False)
+
+
+def test_a_controller_sees_steps_that_wait_for_grammars() -> None:
+    class Seeing:
+        targets = Targets(1.0, 0.1)
+
+        def __init__(self) -> None:
+            self.requests: list[int] = []
+
+        def decide(self, seen: Observed, now: Split) -> Decision:
+            return Decision(now, "the test wants it", 8)
+
+        def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None:
+            self.requests.append(requests)
+
+        def prefilled(self, split: Split, tokens: int, seconds: float) -> None:
+            raise AssertionError("all prompts ride")
+
+    def run(grammar: Grammar | None) -> int:
+        engine, seeing = test_grammar.make_engine(lookahead=1), Seeing()
+        engine.phases = Phases(engine, OneStream(engine.runner), seeing)
+        greedy = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, grammar=grammar)
+        engine.add(Request("a", (1, 2, 3), greedy))
+        for i in range(3):
+            for _ in range(6):
+                engine.step()
+            engine.add(Request(str(i), (4, 5, 6), SamplingParams(temperature=0.0, max_tokens=2)))
+        fake.drain(engine)
+        return len(seeing.requests)
+
+    assert run(Grammar("regex", "a{40}")) == run(None) == 3
+
+
+def test_a_prompt_that_nobody_decodes_beside_says_nothing_of_what_phases_cost_each_other() -> None:
+    class Learning:
+        targets = Targets(1.0, 0.1)
+
+        def __init__(self, split: Split) -> None:
+            self.split, self.learned = split, 0
+
+        def decide(self, seen: Observed, now: Split) -> Decision:
+            return Decision(self.split, "the test wants it")
+
+        def observe(self, split: Split, requests: int, step: float, tokens: int = 0) -> None: ...
+
+        def prefilled(self, split: Split, tokens: int, seconds: float) -> None:
+            self.learned += 1
+
+    for split, learned in ((Split(132, 0), 0), (Split(64, 68), 1), (Split(132, 132), 0)):
+        engine, learning = fake.make_engine(), Learning(split)
+        engine.phases = Phases(engine, OneStream(engine.runner), learning)
+        engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=1)))
+        fake.drain(engine)
+        assert learning.learned == learned

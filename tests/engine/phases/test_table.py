@@ -14,8 +14,10 @@ from tenfold.engine.phases.controller import Adaptive, Algorithm1, Decision, Obs
 from tenfold.engine.phases.lanes import OneStream
 from tenfold.engine.phases.latency import Stairs
 from tenfold.engine.phases.loop import Phases
+from tenfold.engine.phases.stored import Subject
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.ops.choose import Key, Table
+from tenfold.ops.gpu import green
 from tenfold.serve.cli import choices
 from tests.engine import fake
 from tests.engine.test_invariance import Case, answer, case
@@ -192,7 +194,7 @@ def test_targets_and_waits_are_of_the_whole_queue() -> None:
     engine.phases = Phases(engine, OneStream(engine.runner), recorder, slice=1, targets=recorder.targets, tick=0.0)
     greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     for name in ("a", "b"):
-        engine.add(Request(name, (1, 2, 3), greedy, arrival=now))
+        engine.add(Request(name, (1, 2, 3), greedy, arrival=now, priority=-1))
     engine.step()
     engine.add(Request("head", (4, 5), greedy, arrival=now - 1.0, priority=-1))
     engine.add(Request("old", (4, 5), greedy, arrival=now - 3.0, ttft=5.0))
@@ -228,6 +230,20 @@ def test_other_kernels_than_those_for_gpus_have_no_lanes() -> None:
     assert "kernels are torch (asked for)" in start.unable(engine)
 
 
+def test_a_small_part_of_a_gpu_has_no_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(green, "unavailable", lambda: "")
+    engine: Any = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"),
+        kernels=SimpleNamespace(name="gpu", sms=72),
+        config=EngineConfig(border="adaptive"),
+    )
+    assert "72 multiprocessors and the first border needs 84" in start.unable(engine)
+    engine.kernels.sms = 84
+    assert not start.unable(engine)
+    engine.kernels.sms, engine.config = 72, EngineConfig(border="shared")
+    assert not start.unable(engine)
+
+
 def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     shape: Any = SimpleNamespace(layers=2, heads=8, kv_heads=2, vocab_size=97, hidden_size=64, intermediate_size=256)
     config = EngineConfig(dtype="bfloat16", max_model_len=4096, max_batch=16)
@@ -237,17 +253,18 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
     decodes = {sms: tuple((n, 0.005 + 0.2 / sms) for n in sizes[1]) for sms in (132, *(132 - s for s in table.SIZES))}
     stairs = Stairs(prefills, decodes)
     known = Table("some GPU", "1", tmp_path / "choices.json")
-    assert stored.recall(known, shape, config, prefills, decodes, *sizes) is None
-    assert choices.phase_lines(known, shape, config, 132) == []
-    stored.keep(known, shape, config, stairs)
+    assert stored.recall(known, Subject(shape, config, 9), prefills, decodes, *sizes) is None
+    assert choices.phase_lines(known, Subject(shape, config, 9), 132) == []
+    stored.keep(known, Subject(shape, config, 9), stairs)
     again = Table("some GPU", "1", tmp_path / "choices.json")
-    found = stored.recall(again, shape, config, prefills, decodes, *sizes)
+    found = stored.recall(again, Subject(shape, config, 9), prefills, decodes, *sizes)
     assert found is not None
     assert found.prefill_seconds(96, 2048) == pytest.approx(stairs.prefill_seconds(96, 2048))
     assert found.decode_seconds(36, 8) == pytest.approx(stairs.decode_seconds(36, 8))
-    assert stored.recall(again, shape, replace(config, kv_cache="fp8"), prefills, decodes, *sizes) is None
+    for other in (Subject(shape, replace(config, kv_cache="fp8"), 9), Subject(shape, config, 8)):
+        assert stored.recall(again, other, prefills, decodes, *sizes) is None
     wanted = replace(config, tpot=0.0125, border="staircase")
-    head, whole, *splits = choices.phase_lines(again, shape, wanted, 132)
+    head, whole, *splits = choices.phase_lines(again, Subject(shape, wanted, 9), 132)
     assert head[:3] == ("prompts + answers", "prefill 128", "prefill 256")
     assert head[-3:] == ("decode 1", "decode 8", "for")
     assert whole[0] == "132+132"
@@ -258,7 +275,7 @@ def test_stairs_are_remembered_and_explained(tmp_path: Path) -> None:
         "1 answers, 8 answers",
         "",
     ]  # 36 SMs decode in 10.6 ms, beside a prefill in 12.1
-    _, whole, *splits = choices.phase_lines(again, shape, replace(wanted, border="adaptive"), 132)
+    _, whole, *splits = choices.phase_lines(again, Subject(shape, replace(wanted, border="adaptive"), 9), 132)
     assert whole[-1] == "1 answers in steps with 128 tokens of prompts, 8 answers in steps with 128 tokens of prompts"
 
 
@@ -270,14 +287,14 @@ def test_stairs_that_were_forgotten_are_measured_again(tmp_path: Path) -> None:
     known, linear = Table("some GPU", "1", tmp_path / "choices.json"), Key("linear", 64, 64, "bfloat16", 1, 132)
     known.record(linear, {"cublas": 1.0})
     for model in (shape, other):
-        stored.keep(known, model, config, STAIRS)
+        stored.keep(known, Subject(model, config, 9), STAIRS)
     stored.forget(known, shape)
     for table_of in (known, Table("some GPU", "1", tmp_path / "choices.json")):
-        assert stored.recall(table_of, shape, config, *asked) is None
-        assert stored.recall(table_of, other, config, *asked) == STAIRS
+        assert stored.recall(table_of, Subject(shape, config, 9), *asked) is None
+        assert stored.recall(table_of, Subject(other, config, 9), *asked) == STAIRS
         assert table_of.times(linear) == {"cublas": 1.0}
-    stored.keep(known, shape, config, STAIRS)
-    assert stored.recall(Table("some GPU", "1", tmp_path / "choices.json"), shape, config, *asked) == STAIRS
+    stored.keep(known, Subject(shape, config, 9), STAIRS)
+    assert stored.recall(Table("some GPU", "1", tmp_path / "choices.json"), Subject(shape, config, 9), *asked) == STAIRS
 
 
 @pytest.mark.parametrize(
@@ -297,8 +314,8 @@ def test_each_border_explains_its_own_splits(tmp_path: Path, border: str, rows: 
         sms: tuple((n, 0.005 + 0.2 / sms + n / 1e4) for n in sizes[1]) for sms in (132, *(132 - s for s in splits))
     }
     known = Table("some GPU", "1", tmp_path / "choices.json")
-    stored.keep(known, shape, config, Stairs(prefills, decodes))
-    lines = choices.phase_lines(known, shape, config, 132)[1:]
+    stored.keep(known, Subject(shape, config, 9), Stairs(prefills, decodes))
+    lines = choices.phase_lines(known, Subject(shape, config, 9), 132)[1:]
     assert lines[0][0] == "132+132"
     assert [f"{row[0]} {row[-1]}" for row in lines[1 if splits else 0 :]] == rows
 
