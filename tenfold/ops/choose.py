@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tenfold.base.home import home
 from tenfold.base.log import logger
 
 Times = dict["Key", dict[str, float]]
@@ -77,9 +78,8 @@ def batch_bucket(batch: int) -> int:
 
 
 def folder() -> Path:
-    """$TENFOLD_HOME/choices, or ~/.cache/tenfold/choices."""
-    home = os.environ.get("TENFOLD_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "tenfold") / "choices"
+    """Where tables are kept."""
+    return home("choices")
 
 
 class Table:
@@ -168,7 +168,7 @@ class Table:
             return _rows(content, self.device, self.version)
         except FileNotFoundError:
             return {}, {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, OverflowError, RecursionError) as error:
             self.ignored = f"{self.path} is ignored, {error}; measure again with `tenfold tune MODEL`"
             return {}, {}
 

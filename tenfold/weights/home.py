@@ -3,15 +3,12 @@
 import os
 from pathlib import Path
 
-
-def cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+from tenfold.base.home import cache_home, home
 
 
 def models_folder() -> Path:
-    """Tenfold's own models: `models` in $TENFOLD_HOME or in ~/.cache/tenfold. May not exist."""
-    home = os.environ.get("TENFOLD_HOME")
-    return (Path(home) if home else cache_home() / "tenfold") / "models"
+    """Tenfold's own models. May not exist."""
+    return home("models")
 
 
 def hub_folder() -> Path:
@@ -19,5 +16,5 @@ def hub_folder() -> Path:
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
-    home = os.environ.get("HF_HOME")
-    return (Path(home) if home else cache_home() / "huggingface") / "hub"
+    theirs = os.environ.get("HF_HOME")
+    return (Path(theirs) if theirs else cache_home() / "huggingface") / "hub"

@@ -65,3 +65,17 @@ def test_recorded_steps_answer_as_plain_ones(shape: str) -> None:
     assert set(recorded) == set(plain)
     same = sum(a == plain[key] for key, a in recorded.items())
     assert same >= 0.75 * len(plain)  # rounding decides where two tokens are nearly alike
+
+
+def test_idle_requests_of_a_padded_step_write_nothing() -> None:
+    """Five requests run as eight; a page that nobody owns stays as it was."""
+    config = EngineConfig("shape:deepseek-v2-lite@layers=3", "cuda", max_batch=8, max_model_len=512, kv_memory=1 << 28)
+    engine = Engine.load(config, tokens_only=True)
+    engine.kv.fill(0.5)
+    for i in range(5):
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        engine.add(Request(str(i), (5 + i, 9, 31), params))
+    fake.drain(engine)
+    assert engine.pool.idle + engine.pool.used < engine.pool.total
+    for keys in engine.kv.keys:
+        assert (keys[-1] == 0.5).all()

@@ -83,6 +83,7 @@ def test_files_of_another_device_or_version_are_ignored(path, caplog):
         lambda c: c["choices"][0].pop("format"),
         lambda c: c["choices"][0].update(microseconds={"flat": "fast"}),
         lambda c: c["choices"][0].update(microseconds={"flat": float("nan")}),
+        lambda c: c["choices"][0].update(microseconds={"flat": 10**400}),
         lambda c: c["choices"].append(None),
         lambda c: c.update(choices={}),
         lambda c: c.update(schema=99),

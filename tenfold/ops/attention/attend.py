@@ -89,7 +89,7 @@ def attend(
         return decode.run(*own, query_start=starts, phi=phi, lse=lse, out=out)
     if arms.chunks == "wgmma" and suits(spec, q, keys, arms.softmax, max_query):
         return tensor_prefill.run(
-            *(plan_chunks(spec, arms, max_query), workspace.queue, sms, q, keys, values, *tables, spec, max_query),
+            *(plan_chunks(arms, max_query), workspace.queue, sms, q, keys, values, *tables, spec, max_query),
             recomputed=workspace.recomputed,
             phi=phi,
             lse=lse,
@@ -104,10 +104,10 @@ def attend(
     )
 
 
-def plan_chunks(spec: AttentionSpec, arms: Arms, max_query: int) -> tensor_prefill.ChunkPlan:
+def plan_chunks(arms: Arms, max_query: int) -> tensor_prefill.ChunkPlan:
     """The plan of "wgmma"."""
     if arms.plan is None:
-        return tensor_prefill.rule(spec, arms.softmax, max_query)
+        return tensor_prefill.rule(arms.softmax, max_query)
     return arms.plan if arms.plan.softmax == arms.softmax else replace(arms.plan, softmax=arms.softmax)
 
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tenfold.base.home import home
+
 SOURCES = Path(__file__).with_name("csrc")
 COMMON_FLAGS = (
     *("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall"),
@@ -94,9 +96,8 @@ def _identity(program: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: $TENFOLD_HOME/kernels, or ~/.cache/tenfold/kernels."""
-    home = os.environ.get("TENFOLD_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "tenfold") / "kernels"
+    """Where libraries are kept."""
+    return home("kernels")
 
 
 def build(sources: Path = SOURCES, folder: Path | None = None) -> Build:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +28,6 @@ from tenfold.ops.gpu.sums import MOST_TILES, WORKSPACE, Workspace
 from tenfold.ops.kernels import Norm
 
 MOST_TOKENS = 64
-DTYPES = (torch.bfloat16, torch.float16)
 TILES = ((64, 128, 4), (64, 64, 6), (128, 64, 4), (32, 128, 4), (128, 128, 3))
 SPLITS = (1, 2, 3, 4, 6, 8)
 ABLATION = (1, 2, 3, 4, 6)  # stages

@@ -19,7 +19,6 @@ from torch import Tensor
 from tenfold.ops.gemm.flat import activate, own_rows
 from tenfold.ops.gpu.nvrtc import GATES
 
-DTYPES = (torch.bfloat16, torch.float16)
 SUM_TILE = 1024  # features of a program that sums parts
 UNIT = 64  # picks: what csrc/experts.h multiplies of a larger tile is whole units
 

@@ -115,7 +115,7 @@ def candidates(rows: int, cols: int, batch: int, format: Format, sms: int) -> It
                         found = LowbitPlan(kind, height, width, tokens, splits, warps, stages)
                         if legal(found, rows, cols, format) and sensible(found, format):
                             yield found
-    if batch > 32:
+    if batch > 32 or not legal(tiled("fused", rows, cols, batch, format, sms), rows, cols, format):
         yield LowbitPlan("dense")
     if takes_library(rows, cols, format):
         yield LowbitPlan("library")
@@ -143,9 +143,8 @@ def plan(rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPl
         return LowbitPlan("library")
     if batch > 32 and takes_fp8(format) and format.group % 64 == 0:
         return tiled("fp8", rows, cols, batch, format, sms)
-    if batch > 256:
-        return LowbitPlan("dense")
-    return tiled("fused", rows, cols, batch, format, sms)
+    fused = tiled("fused", rows, cols, batch, format, sms)
+    return LowbitPlan("dense") if batch > 256 or not legal(fused, rows, cols, format) else fused
 
 
 def tiled(kind: str, rows: int, cols: int, batch: int, format: Format, sms: int) -> LowbitPlan:
@@ -213,7 +212,7 @@ def lowbit_linear(
         plan = rule(w.rows, w.cols, len(x), format, sms)
     if not legal(plan, w.rows, w.cols, format):
         raise ValueError(f"The plan {plan} cannot run a weight {w.rows} x {w.cols} of {w.format}.")
-    return run(plan, x, w, bias, workspace, rounded)
+    return run(plan, x, w, bias, workspace, rounded, sms)
 
 
 rule = plan
@@ -231,6 +230,7 @@ def run(
     bias: Tensor | None,
     workspace: Workspace | None = None,
     rounded: Rounded | None = None,
+    sms: int = 132,
 ) -> Tensor:
     """One legal plan; see `lowbit_linear`. rounded: x as a plan that `rounds` takes it, where that was made before."""
     format, packed = format_of(w.format), packed_of(w)
@@ -239,7 +239,7 @@ def run(
     if plan.kind == "library" and x.dtype != torch.bfloat16:
         # The library gives bfloat16 only.
         wide = format.kind != "fp8"
-        plan = LowbitPlan("dense") if wide else tiled("fp8", w.rows, w.cols, len(x), format, sms=132)
+        plan = LowbitPlan("dense") if wide else tiled("fp8", w.rows, w.cols, len(x), format, sms)
     if plan.kind == "dense":
         return F.linear(x, unpack_on_device(packed, format, w.rows, w.cols, x.dtype), _typed(bias, x.dtype))
     if plan.kind == "fused":

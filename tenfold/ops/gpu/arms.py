@@ -417,7 +417,8 @@ def best_flat(work: Work, table: Table, sms: int) -> flat.FlatPlan | None:
 def version() -> str:
     """Changes with the source of any arm and with the library's version."""
     here = Path(__file__).parent
-    names = "norm quantize bulk ring ring_packed stream stream_packed w4a8 decode green experts experts_packed"
+    names = "norm rope sums quantize bulk ring ring_packed stream stream_packed w4a8 green"
+    names += " decode even prefill attending experts experts_packed expert_arms"
     ours = [here / f"{name}.py" for name in names.split()]
     triton = [path for folder in ("gemm", "attention") for path in (here.parent / folder).glob("*.py")]
     sources = sorted([*here.glob("csrc/*"), *triton, here.parent / "elementwise.py", *ours])

@@ -320,7 +320,7 @@ class Attending:
         self.softmax = softmax
         self.splits = split_kv.Workspace(device, recomputed)
         self.recomputed = self.splits.recomputed
-        self.decoding: decode.Workspace | None = None
+        self.decoding: list[decode.Workspace] = []  # the last is used; captured graphs go on using those before it
         self.seen: dict[Layer, None] = {}
         self._known: dict[Reading, tuple[Arm, str]] = {}
 
@@ -384,11 +384,10 @@ class Attending:
         )
 
     def _workspace(self, requests: int, kv_heads: int) -> decode.Workspace:
-        known = self.decoding
-        if known is None or known.pairs < requests * kv_heads:
-            known = decode.Workspace(self.device, max(requests, graphs.LARGEST) * kv_heads, self.recomputed)
-            self.decoding = known  # an eager step, before any graph of this size is captured
-        return known
+        if not self.decoding or self.decoding[-1].pairs < requests * kv_heads:
+            pairs = max(requests, graphs.LARGEST) * kv_heads
+            self.decoding.append(decode.Workspace(self.device, pairs, self.recomputed))
+        return self.decoding[-1]
 
     def explain(self, page_size: int, dtype: torch.dtype, longest: int) -> list[Choice]:
         """What runs each attention that was asked for, at every measured number of requests and length, and with which

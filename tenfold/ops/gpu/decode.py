@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tenfold.ops.attention import unified_max
 from tenfold.ops.gpu import even, hopper, nvrtc
 from tenfold.ops.kernels import SOFTMAX, AttentionSpec, Heads
 
@@ -19,7 +20,6 @@ SHORT = 2048  # tokens
 ENOUGH = 0.85  # of the blocks there is room for: they read as fast as all of them (H200, 2026-11-30)
 EVEN = 0  # splits of a plan that shares contexts out by their lengths
 SUMS = 1 << 22  # floats that splits of all pairs may leave
-PAPER_GUARD = {torch.bfloat16: 60.0, torch.float16: 15.0}  # log2 units around phi that the paper's guard allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ def run(
         ),
     )
     out = qkv.new_empty(requests, spec.heads * spec.head_dim) if out is None else out
-    guard = PAPER_GUARD[qkv.dtype]
+    guard = unified_max.guard(qkv.dtype).high
     eps = next((n.eps for n in (q_norm, k_norm) if n is not None), 0.0)
     items = None if shared is None else shared.items
     kernel(

@@ -124,13 +124,6 @@ def plan(picks: int, experts: int) -> ExpertsPlan:
     return ExpertsPlan(width, height, 1, stages)
 
 
-def takes(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether these experts can run here at all."""
-    inner, cols = gate_up.shape[1] // 2, gate_up.shape[2]
-    same = x.dtype == gate_up.dtype == down.dtype
-    return same and x.dtype in nvrtc.HALF and cols % 8 == 0 and inner % 8 == 0 and down.shape[1] % 8 == 0
-
-
 def routes(tokens: int, routing: Routing) -> bool:
     """Whether `routed` takes so many tokens: few, whose picks one block sorts in no time."""
     few = tokens * routing.top <= MOST_PICKS and route_bytes(tokens, routing) <= hopper.SHARED

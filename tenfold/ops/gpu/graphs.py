@@ -18,7 +18,7 @@ from tenfold.base.log import logger
 
 T = TypeVar("T")
 Forward = Callable[[Any], Tensor]
-MOST_GRAPHS = 256
+MOST_GRAPHS = 512  # more than sizes of steps that an engine of 262,144 tokens captures at its start
 LARGEST = 256  # requests of a captured step; above, kernels run longer than their launches take
 
 

@@ -201,7 +201,7 @@ class Gpu(Oracle):
     ) -> Tensor:
         """Heads wider than our kernels take: latent attention by one of its own, others by the oracle."""
         max_kv = step.page_table.shape[1] * keys.shape[2] if step.max_query == 1 else step.max_kv
-        q = Oracle.rope_write(self, qkv, heads, step.positions, step.slots, keys, values)
+        q = rope.write(qkv, heads, step.positions, step.slots, keys, values)
         contexts, spec = (step.page_table, step.query_start, step.kv_lengths), heads.spec
         if keys.data_ptr() == values.data_ptr() and latent.takes(spec):
             plan = latent.plan(spec, len(step.kv_lengths), step.max_query, max_kv, self.sms)

@@ -13,12 +13,15 @@ import struct
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tenfold.base.home import home
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("--std=c++17", "-default-device", "--use_fast_math", "--extra-device-vectorization")
@@ -312,9 +315,8 @@ def expand(text: str) -> str:
 
 
 def folder() -> Path:
-    """Where compiled code is kept: $TENFOLD_HOME/kernels, or ~/.cache/tenfold/kernels."""
-    home = os.environ.get("TENFOLD_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "tenfold") / "kernels"
+    """Where compiled code is kept."""
+    return home("kernels")
 
 
 def _compile(nvrtc: Any, source: str, text: str, flags: list[str]) -> bytes:
@@ -326,6 +328,7 @@ def _compile(nvrtc: Any, source: str, text: str, flags: list[str]) -> bytes:
         log = bytearray(size)
         nvrtc.nvrtcGetProgramLog(program, log)
         words = log.decode(errors="replace")[:LONGEST_LOG]
+        nvrtc.nvrtcDestroyProgram(program)
         raise CompileError(f"NVRTC could not compile {source} ({' '.join(flags)}): {words}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     image = bytearray(size)
@@ -336,14 +339,15 @@ def _compile(nvrtc: Any, source: str, text: str, flags: list[str]) -> bytes:
 
 def _store(path: Path, image: bytes) -> None:
     """Write by rename; a cache that cannot be written costs time only."""
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(image)
-        os.replace(temporary, path)
-    except OSError:
-        pass
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(image)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
 
 
 def check_available() -> None:

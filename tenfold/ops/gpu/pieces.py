@@ -1,7 +1,8 @@
 """CUDA graphs of what lies between the attentions of a short step with chunks: prompts of a few hundred tokens, alone
 or beside decodes. The host needs longer to launch the kernels of such a step one by one than the GPU to run them.
 
-How many tokens a step has is all that its linear layers depend on, and steps are padded to few numbers of them.
+How many tokens a step has, and at which positions, is all that its linear layers depend on (latent attention rotates
+before it asks for attention), and steps are padded to few numbers of them.
 Attention depends on much more, so it is launched as ever, between two graphs. A number of tokens runs plainly the first
 time and is recorded the second time: `Recording.attend` ends one graph where the model asks for attention, and begins
 the next. All graphs share one memory pool, for they never run at the same time.
@@ -50,12 +51,15 @@ class Attention:
 
 
 class Recording:
-    """A forward of so many tokens as graphs and attentions in turn; ids [tokens]: its input, states: its result.
-    results: of attention, by width, which all recordings share.
+    """A forward of so many tokens as graphs and attentions in turn; ids, positions [tokens]: its input, states: its
+    result. results: of attention, by width, which all recordings share.
     """
 
-    def __init__(self, ids: Tensor, pool: Any, stream: torch.cuda.Stream, results: dict[int, Tensor]) -> None:
+    def __init__(
+        self, ids: Tensor, positions: Tensor, pool: Any, stream: torch.cuda.Stream, results: dict[int, Tensor]
+    ) -> None:
         self.ids = ids
+        self.positions = positions
         self.states: Tensor | None = None
         self._pool = pool
         self._stream = stream
@@ -91,6 +95,7 @@ class Recording:
         assert self.states is not None
         tokens = len(step.token_ids)
         self.ids[:tokens].copy_(step.token_ids)
+        self.positions[:tokens].copy_(step.positions)
         for part in self._parts:
             if isinstance(part, Attention):
                 part.run(step, tokens)
@@ -148,10 +153,9 @@ class Pieces:
         stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
 
         def recorded() -> Recording:
-            recording = self._kernels.recording = Recording(
-                step.token_ids.new_zeros(tokens), self._pool, stream, self._results
-            )
-            padded = replace(step, token_ids=recording.ids)
+            ids, positions = (given.new_zeros(tokens) for given in (step.token_ids, step.positions))
+            recording = self._kernels.recording = Recording(ids, positions, self._pool, stream, self._results)
+            padded = replace(step, token_ids=ids, positions=positions)
             recording.record(lambda: forward(padded))
             return recording
 

@@ -79,7 +79,7 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == nvrtc.CAPABILITY
 
 
-def rule(spec: AttentionSpec, softmax: str = "lazy", max_query: int = LONG_CHUNK) -> ChunkPlan:
+def rule(softmax: str = "lazy", max_query: int = LONG_CHUNK) -> ChunkPlan:
     """The plan where nothing was measured (H100, 2026-11-28). max_query: new tokens of the longest chunk; tall tiles
     read keys less often, and short chunks leave them half empty.
     """
@@ -96,12 +96,12 @@ SHAPES = (*WIDE, (3, 64, 3), (3, 96, 2), (3, 128, 2))
 def candidates(spec: AttentionSpec, softmax: Sequence[str] = ("lazy",)) -> Iterator[ChunkPlan]:
     """Plans worth timing: the rule's with every softmax, then other shapes with the first."""
     for arm in softmax:
-        yield rule(spec, arm)
+        yield rule(arm)
     for groups, tile, stages in SHAPES:
         for order in reversed(ORDERS):
             plan = ChunkPlan(groups, tile, stages, order, softmax[0])
             slow = order == "apart" and tile != 128
-            if plan != rule(spec, softmax[0]) and not slow and fits(plan, spec.head_dim):
+            if plan != rule(softmax[0]) and not slow and fits(plan, spec.head_dim):
                 yield plan
 
 

@@ -2,6 +2,7 @@
 
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ ROUNDED = 0.5  # nats; a token at random lies several below the best
 TIE = 0.05  # nats between the two best, which other kernels may tell in another order
 
 
-def engine(lookahead: int = 1) -> Engine:
+def engine(lookahead: int = 1, **changes: Any) -> Engine:
     return Engine.load(
         EngineConfig(
             model=MODEL,
@@ -37,6 +38,7 @@ def engine(lookahead: int = 1) -> Engine:
             max_step_tokens=1024,
             kv_memory=1 << 30,
             lookahead=lookahead,
+            **changes,
         ),
         tokens_only=True,
     )
@@ -73,15 +75,15 @@ def said(own: Engine, texts: list[tuple[int, ...]], best: int = 1) -> list[list[
     return [[p for p in ends[str(i)].prompt_logprobs or () if p is not None] for i in range(len(texts))]
 
 
-def check(requests: list[Request], found: dict[tuple[str, int], list[int]]) -> None:
+def check(requests: list[Request], found: dict[tuple[str, int], list[int]], **changes: Any) -> None:
     """Greedy answers are those without lanes up to the first place where rounding may decide, for other kernels break
     ties in another way, and no token of them lies further below the best than that explains.
     """
     assert {(r.id, 0): r.params.max_tokens for r in requests} == {key: len(tokens) for key, tokens in found.items()}
-    expected = run(engine(), requests)
+    expected = run(engine(**changes), requests)
     texts, others = ([(*r.prompt, *answers[r.id, 0]) for r in requests] for answers in (found, expected))
     judged = 0
-    for request, read, other in zip(requests, said(engine(), texts), said(engine(), others, 2)):
+    for request, read, other in zip(requests, said(engine(**changes), texts), said(engine(**changes), others, 2)):
         start = len(request.prompt) - 1
         for one in read[start:]:
             assert max(p for _, p in one.top) - one.logprob < ROUNDED
@@ -150,6 +152,15 @@ def test_the_border_moves_at_every_turn_and_no_token_is_lost() -> None:
         assert len(a) == len(b)
         assert max(abs(x.logprob - y.logprob) for x, y in zip(a, b)) < ROUNDED
     print(f"a change of split: median {sorted(took)[len(took) // 2] * 1e6:.1f} us on the host, {len(took)} changes")
+
+
+@pytest.mark.parametrize("cache", ["fp8", "int4", "k2v2g64", "k2v1.5g128"])
+def test_packed_caches_have_lanes(cache: str) -> None:
+    """Chunks over them are not captured when times of phases are measured."""
+    own = engine(kv_cache=cache, schedule="phases", rehearse=False)
+    assert own.phases is not None
+    assert isinstance(own.phases.lanes, GreenLanes)
+    check(asks(6, 12), run(own, asks(6, 12)), kv_cache=cache)
 
 
 def test_stairs_are_measured_and_fewer_multiprocessors_take_longer() -> None:

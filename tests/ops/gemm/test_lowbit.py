@@ -165,7 +165,7 @@ def test_the_whole_operation_is_that_of_the_oracle() -> None:
     assert (got.float() - wanted).abs().max() <= 16 * HALF * wanted.abs().max()
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "int4g128zo", "int4a8", "fp8g128a8"])
+@pytest.mark.parametrize("name", [*FORMATS, "int4g128zo", "int4a8", "fp8g128a8", "int4g96", "int1g160z"])
 @pytest.mark.parametrize("batch", [1, 2, 17, 64, 300, 5000])
 @pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (28672, 8192), (64, 96), (1000, 352)])
 def test_plans_are_legal_and_round_trip(name: str, batch: int, rows: int, cols: int) -> None:

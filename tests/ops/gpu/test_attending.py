@@ -145,7 +145,7 @@ def test_a_plan_of_chunks_reaches_the_kernel(table: Table, monkeypatch: pytest.M
     for arm in ("wgmma", "wgmma:2x96x3:turns"):
         for softmax in ("lazy", "online"):
             found.bind(arm, attending.Attending(CPU, SMS, table), softmax)(0)
-    rule = [attend.tensor_prefill.rule(spec, softmax, 48) for softmax in ("lazy", "online")]
+    rule = [attend.tensor_prefill.rule(softmax, 48) for softmax in ("lazy", "online")]
     assert given == [*rule, *(attend.tensor_prefill.ChunkPlan(2, 96, 3, "turns", s) for s in ("lazy", "online"))]
 
 
@@ -225,7 +225,7 @@ def test_decodes_go_to_our_kernel_with_what_it_takes(table: Table, monkeypatch: 
     (call,) = seen
     keys, values, pages = found.stores[0]
     assert call["plan"] == decode.DecodePlan(8, 1, 2, "online", True)
-    assert call["workspace"] is running.decoding
+    assert [call["workspace"]] == running.decoding
     names = ("qkv", "positions", "keys", "values", "page_table", "kv_lengths")
     wanted = (found.qkv, found.positions, keys, values, pages, found.lengths)
     assert all(call[name] is value for name, value in zip(names, wanted))
@@ -561,3 +561,13 @@ def test_kernels_run_with_what_is_known_of_a_layer(table: Table) -> None:
         gpu.attention(found.qkv, found.heads, keys, values, step)
         assert [softmax for _, softmax in step.memo.values()] == ["unified" if known else "lazy"]
         assert gpu._recomputed.used == known
+
+
+def test_memory_of_splits_that_was_outgrown_is_kept_for_graphs() -> None:
+    running = attending.Attending(CPU, SMS, Table("some GPU", "v", Path("nowhere")))
+    first = running._workspace(1, 8)
+    assert running._workspace(graphs.LARGEST, 8) is first
+    second = running._workspace(2 * graphs.LARGEST, 8)
+    assert second.pairs == 2 * graphs.LARGEST * 8
+    assert running.decoding == [first, second]
+    assert running._workspace(1, 8) is second

@@ -38,6 +38,7 @@ class Step:
     max_query: int = 9
     kv: object = None
     name: str = ""
+    positions: Tensor | None = None
 
 
 @dataclass
@@ -106,7 +107,7 @@ def test_a_number_of_tokens_is_recorded_the_second_time(told: list[str]) -> None
     store = object()
 
     def step(tokens: int, name: str) -> Step:
-        return Step(torch.arange(tokens), kv=store, name=name)
+        return Step(torch.arange(tokens), kv=store, name=name, positions=torch.arange(tokens) + len(name))
 
     assert run(kernels.forward, step(20, "first"))[:, 0].tolist() == [n + 3.0 for n in range(20)]
     assert told == []
@@ -119,6 +120,10 @@ def test_a_number_of_tokens_is_recorded_the_second_time(told: list[str]) -> None
     kernels.seen.clear()
     run(kernels.forward, step(32, "third"))
     assert [(name, len(x)) for name, _, x in kernels.seen] == [("third", 32)] * LAYERS
+    (recording,) = filter(None, run._known.values())
+    last = step(32, "third")
+    for kept, wanted in ((recording.ids, last.token_ids), (recording.positions, last.positions)):
+        assert torch.equal(kept, wanted)
     assert run(kernels.forward, step(33, "other")).shape == (33, 2)  # of another bucket: plainly
     assert (run.recordings, run.replays) == (1, 2)
     for plain in (Step(torch.arange(9), 1, store), step(pieces.MOST_TOKENS + 1, "long")):
@@ -139,7 +144,7 @@ def test_a_capture_that_lacks_memory_is_tried_again_once_some_was_given_back(
     kernels = Kernels()
     run = pieces.Pieces(kernels)
     for name in ("a", "b", "c"):
-        run(kernels.forward, Step(torch.arange(5), name=name))
+        run(kernels.forward, Step(torch.arange(5), name=name, positions=torch.arange(5)))
     assert (run.recordings, run.replays, run.failure, kernels.recording) == (1, 2, "", None)
     assert [what for what in told if what in ("wait", "empty")] == ["wait", "empty"]
 
@@ -152,7 +157,7 @@ def test_a_step_that_cannot_be_recorded_runs_plainly_from_then_on(
 
     kernels = Kernels()
     run = pieces.Pieces(kernels)
-    step = Step(torch.arange(5), name="a")
+    step = Step(torch.arange(5), name="a", positions=torch.arange(5))
     run(kernels.forward, step)
     monkeypatch.setattr(Graph, "capture_begin", refuse)
     for _ in range(2):

@@ -134,6 +134,15 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypa
     assert nvrtc.compiled("argmax.cu", "sm_90a", {}).startswith(b"\x7fELF")
 
 
+def test_a_kernel_that_cannot_be_stored_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: Path) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(nvrtc.os, "replace", full)
+    nvrtc._store(tmp_path / "kernels" / "image", b"image")
+    assert not list((tmp_path / "kernels").iterdir())
+
+
 def test_the_compilers_complaint_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENFOLD_HOME", str(tmp_path))
     with pytest.raises(nvrtc.CompileError, match=r"ring\.cu.*ROWS"):

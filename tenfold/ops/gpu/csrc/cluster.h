@@ -27,12 +27,6 @@ __device__ __forceinline__ u32 there(u32 here, int rank) {
     return address;
 }
 
-__device__ __forceinline__ float number_of(u32 address) {
-    float v;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ float4 numbers_of(u32 address) {
     float4 v;
     asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");

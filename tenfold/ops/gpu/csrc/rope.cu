@@ -62,7 +62,9 @@ rope_write(const u16 *qkv, const float *rope, const int *positions, const int *s
         u32 turned[PAIRS];
         float y[EACH];
 #pragma unroll
-        for (int i = 0; i < EACH; i++) y[i] = x[i] * along[i] + __shfl_sync(~0u, x[i], partner) * side[i];
+        for (int i = 0; i < EACH; i++)
+            // Each product rounded, as the oracle does: what lies in the cache must not depend on who wrote it.
+            y[i] = __fadd_rn(__fmul_rn(x[i], along[i]), __fmul_rn(__shfl_sync(~0u, x[i], partner), side[i]));
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) turned[i] = pack(y[2 * i], y[2 * i + 1]);
         *(Lane *)to = *(const Lane *)turned;
