@@ -42,7 +42,6 @@ from tenfold.ops.kernels import SOFTMAX, AttentionSpec
 
 TWO: tl.constexpr = tl.constexpr(0)
 LAST: tl.constexpr = tl.constexpr(1)
-ATOMIC: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED)
@@ -58,7 +57,6 @@ def decode_kernel(
     lse,
     sums,
     states,
-    totals,
     counters,
     recomputed,
     columns,
@@ -126,49 +124,26 @@ def decode_kernel(
     limits = least, most
     acc, m, den, again = part(
         *(queries, place, is_row, top, context, rules, limits, first, last, count),
-        *(D, DP, M, N, PAGE, SOFTMAX, MERGE == ATOMIC, DOT, WINDOW, CAP, STAGES),
+        *(D, DP, M, N, PAGE, SOFTMAX, DOT, WINDOW, CAP, STAGES),
     )
     if active == 1:
-        if MERGE == ATOMIC:
-            acc, m, den, again = correct(
-                *(acc, m, den, queries, place, is_row, context, rules, limits, first, last, count),
-                *(D, DP, M, PAGE, DOT, WINDOW, CAP),
-            )
         finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
         return
     pair = (request * kv_heads + kv_head).to(tl.int64)
-    if MERGE == ATOMIC:
-        total = totals + (pair * ROWS + i) * (D + 1)
-        tl.atomic_add(total[:, None] + d[None, :], acc, mask=exists, sem="relaxed")
-        tl.atomic_add(total + D, den, mask=is_row, sem="relaxed")
-    else:
-        at = (pair * splits + split) * ROWS + i
-        tl.store(sums + at[:, None] * D + d[None, :], acc, mask=exists)
-        tl.store(states + at * 3, m, mask=is_row)
-        tl.store(states + at * 3 + 1, den, mask=is_row)
-        tl.store(states + at * 3 + 2, again, mask=is_row)
-    if MERGE != TWO:
+    at = (pair * splits + split) * ROWS + i
+    tl.store(sums + at[:, None] * D + d[None, :], acc, mask=exists)
+    tl.store(states + at * 3, m, mask=is_row)
+    tl.store(states + at * 3 + 1, den, mask=is_row)
+    tl.store(states + at * 3 + 2, again, mask=is_row)
+    if MERGE == LAST:
         tl.debug_barrier()  # all of the program's partial sums are written before it counts itself
         if tl.atomic_add(counters + pair, 1, sem="acq_rel") == active - 1:
             tl.store(counters + pair, 0)
-            if MERGE == LAST:
-                merge_all(
-                    *(sums + pair * splits * (ROWS * D), states + pair * splits * (ROWS * 3), active, 0),
-                    *(tl.minimum(ROWS, count * GROUP), out, lse, recomputed, start, kv_head, heads),
-                    *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
-                )
-            else:
-                total = totals + (pair * ROWS + i) * (D + 1)
-                acc = tl.load(total[:, None] + d[None, :], mask=exists, other=0.0, cache_modifier=".cg")
-                den = tl.load(total + D, mask=is_row, other=0.0, cache_modifier=".cg")
-                tl.store(total[:, None] + d[None, :], tl.zeros([M, DP], tl.float32), mask=exists)
-                tl.store(total + D, nothing, mask=is_row)
-                begin, end, _ = share(length, count, 0, 1, window, WINDOW, N, LEAST)
-                acc, m, den, again = correct(
-                    *(acc, top, den, queries, place, is_row, context, rules, limits, begin, end, count),
-                    *(D, DP, M, PAGE, DOT, WINDOW, CAP),
-                )
-                finish(acc, m, den, again, out, lse, recomputed, token, head, is_row, heads, D, DP, SOFTMAX)
+            merge_all(
+                *(sums + pair * splits * (ROWS * D), states + pair * splits * (ROWS * 3), active, 0),
+                *(tl.minimum(ROWS, count * GROUP), out, lse, recomputed, start, kv_head, heads),
+                *(D, DP, GROUP, ROWS, R, S, SOFTMAX),
+            )
 
 
 @triton.jit
@@ -189,14 +164,13 @@ def part(
     N: tl.constexpr,
     PAGE: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    RAW: tl.constexpr,
     DOT: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """State of one split: acc [M, DP], m, den, recomputed [M]. A row that a unified maximum did not serve is computed
-    again lazily; RAW: it is left to the caller, with den NaN where the paper's guard refused it.
+    again lazily.
     """
     acc, m, den, refused = walk(
         *(queries, place, top, context, rules, first, last, count),
@@ -205,7 +179,7 @@ def part(
     again = tl.zeros([M], tl.float32)
     if SOFTMAX == PAPER:
         den = tl.where(refused > 0, float("nan"), den)
-    if SOFTMAX >= UNIFIED and not RAW:
+    if SOFTMAX >= UNIFIED:
         acc, m, den, again = correct(
             *(acc, m, den, queries, place, is_row, context, rules, limits, first, last, count),
             *(D, DP, M, PAGE, DOT, WINDOW, CAP),
@@ -314,7 +288,7 @@ class Workspace:
         self.recomputed = own if recomputed is None else recomputed
         self.queue = torch.zeros(2, dtype=torch.int32, device=self.device)
         self._outgrown: list[Tensor] = []
-        self.sums = self.states = self.totals = torch.zeros(0, device=self.device)
+        self.sums = self.states = torch.zeros(0, device=self.device)
         self.counters = torch.zeros(0, dtype=torch.int32, device=self.device)
 
     def reserve(self, plan: DecodePlan, spec: AttentionSpec, requests: int) -> None:
@@ -324,11 +298,10 @@ class Workspace:
         parts = rows * plan.splits if plan.splits > 1 else 0
         self.sums = self._grown(self.sums, parts * spec.head_dim)
         self.states = self._grown(self.states, parts * 3)
-        self.totals = self._grown(self.totals, rows * (spec.head_dim + 1) if plan.merge == "atomic" else 0)
         self.counters = self._grown(self.counters, pairs if plan.merge != "two" else 0)
 
     def _grown(self, memory: Tensor, size: int) -> Tensor:
-        """Zeros: counters and totals are zero between launches."""
+        """Zeros: counters are zero between launches."""
         if memory.numel() >= size:
             return memory
         self._outgrown.append(memory)
@@ -386,7 +359,7 @@ def run(
     }
     decode_kernel[(plan.splits, spec.kv_heads, requests)](
         *(q, keys, values, page_table, query_start, kv_lengths, phi, out, lse),
-        *(workspace.sums, workspace.states, workspace.totals, workspace.counters, workspace.recomputed),
+        *(workspace.sums, workspace.states, workspace.counters, workspace.recomputed),
         *(page_table.shape[1], spec.kv_heads, *units(spec), spec.window),
         *(2.0**limits.least, 2.0**limits.most, limits.low, limits.high),
         M=max(16, power_of_two(plan.queries * group)) if dot else 1,
@@ -415,11 +388,9 @@ def units(spec: AttentionSpec) -> tuple[float, float]:
 
 
 def arms(plan: DecodePlan, phi: Tensor | None) -> tuple[str, int]:
-    """The softmax that runs, and the number of the merge. Only unified sums can be added atomically."""
+    """The softmax that runs, and the number of the merge."""
     unified = plan.softmax in ("unified", "paper")
     softmax = "lazy" if unified and phi is None else plan.softmax
     if plan.splits == 1:
         return softmax, TWO.value  # compiled without merging
-    if plan.merge == "atomic":
-        return softmax, ATOMIC.value if softmax in ("unified", "paper") else LAST.value
     return softmax, TWO.value if plan.merge == "two" else LAST.value

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from tenfold.ops.kernels import SOFTMAX, AttentionSpec
 
 # How splits of a context meet. two: partial states, and a kernel that merges them. last: the split that arrives last
-# merges all in order, so results repeat bit for bit. atomic: splits add to the same sums, in any order (unified arms
-# only: others have no common maximum).
-MERGES = ("two", "last", "atomic")
+# merges all in order, so results repeat bit for bit.
+MERGES = ("two", "last")
 
 MOST_HEAD_DIM = 256
 MOST_ROWS = 128  # queries * group of a decode tile

@@ -56,7 +56,7 @@ def decode_candidates(
     shapes += [(rule.tile // 2, 4, 5, True), (rule.tile // 2, 2, 5, True), (2 * rule.tile, 4, 3, True)]
     if spec.heads == spec.kv_heads:
         shapes += [(16, 4, 4, False), (32, 4, 3, False), (32, 8, 3, False)]
-    arms = [(s, m) for s in softmax for m in merge if m != "atomic" or s in ("unified", "paper")]
+    arms = [(s, m) for s in softmax for m in merge]
     plans = [rule]
     plans += [
         DecodePlan(count, tile, warps, stages, dot=dot)
