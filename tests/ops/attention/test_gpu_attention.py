@@ -61,7 +61,6 @@ def decoded(case: Case, plan: DecodePlan, phi: Tensor | None = None, **rest: Any
     decode.run(plan, workspace, *arguments, query_start=starts, phi=phi, out=out, **rest)
     torch.cuda.synchronize()
     assert not workspace.counters.any()
-    assert not workspace.totals.any()
     return out, int(workspace.recomputed)
 
 
