@@ -125,6 +125,7 @@ class Pieces:
         self._kernels = kernels
         self._known: dict[tuple[int, int], Recording | None] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._results: dict[int, Tensor] = {}
 
     def __call__(self, forward: Callable[[Any], Tensor], step: Any) -> Tensor:
@@ -148,9 +149,7 @@ class Pieces:
         """None where that fails: then steps run plainly from now on."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        current = torch.cuda.current_stream()
-        # A graph's kernels keep to the SMs of the stream it was captured on; the default one cannot be captured.
-        stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+        stream = self._place()
 
         def recorded() -> Recording:
             ids, positions = (given.new_zeros(tokens) for given in (step.token_ids, step.positions))
@@ -170,3 +169,13 @@ class Pieces:
             self._kernels.recording = None
         self.recordings += 1
         return recording
+
+    def _place(self) -> torch.cuda.Stream:
+        """The stream to record on: a graph's kernels keep to the SMs of that stream, so the current one. The default one
+        cannot be captured: another serves all recordings in its place, for libraries keep memory for every stream.
+        """
+        current = torch.cuda.current_stream()
+        if current != torch.cuda.default_stream():
+            return current
+        self._stream = self._stream or torch.cuda.Stream()
+        return self._stream

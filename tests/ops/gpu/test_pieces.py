@@ -171,3 +171,18 @@ def test_buckets_are_few_and_near(tokens: int) -> None:
     assert tokens <= padded <= max(16, tokens + 127)
     assert pieces.bucket(padded) == padded
     assert len({pieces.bucket(n) for n in range(1, pieces.MOST_TOKENS + 1)}) < 20
+
+
+def test_all_recordings_share_a_stream(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[SimpleNamespace] = []
+
+    def stream() -> SimpleNamespace:
+        made.append(SimpleNamespace(wait_stream=lambda other: None))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    kernels, run = Kernels(), pieces.Pieces(Kernels())
+    for tokens in (5, 5, 40, 40, 200, 200):
+        run(kernels.forward, Step(torch.arange(tokens), positions=torch.arange(tokens)))
+    assert run.recordings == 3
+    assert len(made) == 1
