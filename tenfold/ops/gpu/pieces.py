@@ -171,8 +171,8 @@ class Pieces:
         return recording
 
     def _place(self) -> torch.cuda.Stream:
-        """The stream to record on: a graph's kernels keep to the SMs of that stream, so the current one. The default one
-        cannot be captured: another serves all recordings in its place, for libraries keep memory for every stream.
+        """The stream to record on: a graph's kernels keep to the SMs of that stream, so the current one. The default
+        one cannot be captured: another serves all recordings in its place, for libraries keep memory for every stream.
         """
         current = torch.cuda.current_stream()
         if current != torch.cuda.default_stream():
