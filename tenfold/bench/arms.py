@@ -16,6 +16,7 @@ from typing import Any
 from tenfold.base.config import EngineConfig
 from tenfold.bench import single
 from tenfold.bench.case import Figure, paired_ratio
+from tenfold.bench.command import portable
 from tenfold.bench.engines import Engine, Setup, engine_config, make_engine
 from tenfold.bench.fit import RESERVE, Point, Session
 from tenfold.bench.floor import model_sizes
@@ -169,7 +170,7 @@ def run(
     room = pairs_room(model, device)
     if is_shape(model):
         model = at_least_positions(model, max((p.context + p.tokens for _, ps in ready for p in ps), default=1))
-    result = Result(model, machine(device))
+    result = Result(portable(model), machine(device))
     result.skipped = [(case.name, why) for case in cases if (why := obstacle(case))]
     for name, why in result.skipped:
         say(f"{name}: skipped, {why}")

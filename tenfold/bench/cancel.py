@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from tenfold.bench.claims import Claim, claim
+from tenfold.bench.claims import Claim, claim, ending
 from tenfold.bench.serving import http_request, run_streams
 from tenfold.engine import pump
 from tenfold.engine.facts import Stats
@@ -116,7 +116,7 @@ def _wait(holds: Callable[[], bool], pause: float = 5e-4, patience: float = 30.0
         time.sleep(pause)
 
 
-def claims_of(found: Mapping[bool, Sequence[Cancelled]], command: str) -> list[Claim]:
+def claims_of(found: Mapping[bool, Sequence[Cancelled]], model: str, command: str) -> list[Claim]:
     """Steps between a disconnect and free pages; the step under way when it comes is not counted."""
     claims = []
     for isolate, cases in found.items():
@@ -127,7 +127,7 @@ def claims_of(found: Mapping[bool, Sequence[Cancelled]], command: str) -> list[C
             times = sorted(c.milliseconds for c in of)
             note = f"{len(of)} disconnects, half of streams; median {times[len(times) // 2]:.1f} ms, "
             note += f"longest {times[-1]:.1f} ms; most steps {steps[-1]}; {OTHERS} other streams go on"
-            what = f"steps begun until pages are free after a disconnect in {phase}, {where}"
+            what = f"steps begun until pages are free after a disconnect in {phase}, {where}{ending(model)}"
             median = steps[len(steps) // 2]
             claims.append(
                 claim("S5", what, median, "steps", command, at_most=1, spread=(steps[0], steps[-1]), note=note)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.bench.case import slope
-from tenfold.bench.claims import Claim, claim
+from tenfold.bench.claims import Claim, claim, ending
 from tenfold.bench.malformed import throw
 from tenfold.bench.serving import (
     ServerProcess,
@@ -460,25 +460,34 @@ def beside(before: Mapping[str, Any], rows: Sequence[Row], slope: Slope | None, 
     return kept
 
 
-def claims_of(rows: Sequence[Row], slope: Slope | None, minutes: float) -> list[Claim]:
-    command = f"tenfold bench chaos{'' if rows else f' --only {NONE}'} --soak {minutes:g}"
-    return (bad_days(rows, command) if rows else []) + (memory(slope, minutes, command) if slope else [])
+def whole(rows: Sequence[Row]) -> bool:
+    """Whether every scenario ran."""
+    return len(rows) == len(SHARED) + len(ALONE)
 
 
-def bad_days(rows: Sequence[Row], command: str) -> list[Claim]:
-    note = "; ".join(line(row) for row in rows)
+def claims_of(rows: Sequence[Row], slope: Slope | None, minutes: float, model: str, command: str) -> list[Claim]:
+    """How many bad days were survived counts where all were tried."""
+    found = survived(rows, model, command) if whole(rows) else []
+    found += recoveries(rows, model, command)
+    return found + (memory(slope, minutes, model, command) if slope else [])
+
+
+def survived(rows: Sequence[Row], model: str, command: str) -> list[Claim]:
+    note, count = "; ".join(line(row) for row in rows), len(rows)
     passed = sum(row.passed for row in rows)
-    what = "bad days a server survives: nothing hangs, nothing leaks"
-    of = f"of {len(rows)}"
-    claims = [claim("S4", what, passed, of, command, at_least=len(rows), kind="correctness", note=note)]
-    for row in rows:
-        if row.recovery is not None:
-            what = f"recovery, {row.scenario}"
-            claims.append(claim("S4", what, row.recovery, "s", command, at_most=30.0, note=row.what))
-    return claims
+    what = f"bad days a server survives: nothing hangs, nothing leaks{ending(model)}"
+    return [claim("S4", what, passed, f"of {count}", command, at_least=count, kind="correctness", note=note)]
 
 
-def memory(slope: Slope, minutes: float, command: str) -> list[Claim]:
-    what = f"memory slope under {minutes:g} minutes of mixed load, server and engine process together"
+def recoveries(rows: Sequence[Row], model: str, command: str) -> list[Claim]:
+    return [
+        claim("S4", f"recovery, {row.scenario}{ending(model)}", row.recovery, "s", command, at_most=30.0, note=row.what)
+        for row in rows
+        if row.recovery is not None
+    ]
+
+
+def memory(slope: Slope, minutes: float, model: str, command: str) -> list[Claim]:
+    what = f"memory slope under {minutes:g} minutes of mixed load, server and engine process together{ending(model)}"
     both = slope.server + slope.engine
     return [claim("S4", what, both, "MiB/h", command, at_most=20.0, note=soak_line(slope, minutes))]

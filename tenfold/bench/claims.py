@@ -5,21 +5,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from tenfold.bench.command import portable
 from tenfold.bench.hardware import ROOT, commit, processor, today
+from tenfold.weights.beside import write
+from tenfold.weights.default_model import NAMES
 
+BUNDLED = "SmolLM2-135M-Instruct Q4_1"
 CLAIMS = ROOT / "bench" / "results" / "claims.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A measured figure against its target. `value` None: not measured, and `note` says what was tried."""
+    """A measured figure against its target. `value` None: not measured, and `note` says what was tried; `met` None: it
+    has no target.
+    """
 
     id: str
     what: str
     target: str
     value: float | None
     unit: str
-    met: bool
+    met: bool | None
     command: str
     against: str = ""
     spread: tuple[float, float] | None = None
@@ -28,6 +34,16 @@ class Claim:
     commit: str = ""
     kind: str = "measured"
     note: str = ""
+
+
+def called(model: str) -> str:
+    """What claims call a model."""
+    return BUNDLED if model in NAMES else portable(model)
+
+
+def ending(model: str) -> str:
+    """The end of what is claimed, where that names no model: it is of the bundled one unless told otherwise."""
+    return "" if model in NAMES else f", {portable(model)}"
 
 
 def number(value: float) -> str:
@@ -50,11 +66,13 @@ def claim(
     kind: str = "measured",
     note: str = "",
 ) -> Claim:
-    """A claim with its target in words and `met` derived from the value; hardware, date and commit are filled in."""
+    """A claim with its target in words and `met` derived from the value as it is written; hardware, date and commit are
+    filled in.
+    """
     bounds = [f">= {number(at_least)} {unit}".strip()] if at_least is not None else []
     bounds += [f"<= {number(at_most)} {unit}".strip()] if at_most is not None else []
-    met = value is not None and (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
     digits = value if value is None or isinstance(value, int) else float(f"{value:.4g}")
+    fine = digits is not None and (at_least is None or digits >= at_least) and (at_most is None or digits <= at_most)
     rounded = None if spread is None else (float(f"{spread[0]:.4g}"), float(f"{spread[1]:.4g}"))
     return Claim(
         id,
@@ -62,7 +80,7 @@ def claim(
         " and ".join(bounds),
         digits,
         unit,
-        met,
+        fine if bounds else None,
         command,
         against,
         rounded,
@@ -92,8 +110,7 @@ def record(claims: Iterable[Claim], path: Path = CLAIMS) -> None:
     rows = {(c.id, c.what): c for c in load(path)}
     rows.update({(c.id, c.what): c for c in claims})
     ordered = sorted(rows.values(), key=lambda c: (c.id[:1], int("".join(filter(str.isdigit, c.id)) or 0)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(c) for c in ordered], indent=1, ensure_ascii=False) + "\n")
+    write(path, (json.dumps([asdict(c) for c in ordered], indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def signed(made: Claim, machine: Mapping[str, str]) -> Claim:

@@ -39,39 +39,52 @@ def of_models(results: Sequence[Result]) -> list[Claim]:
 
 
 def _of(gain: Gain, results: Sequence[Result]) -> Iterator[Claim]:
-    """At every context that was measured in bfloat16 too, whose fastest run counts."""
+    """At every context that was measured in bfloat16 too."""
     own = [result for result in results if result.model.partition("@")[0] == f"shape:{gain.model}"]
+    plain = [result for result in own if not result.weights]
     for fewer in (result for result in own if result.weights == gain.weights):
-        hardware = fewer.machine.get("hardware")
-        plain = [result for result in own if not result.weights and result.machine.get("hardware") == hardware]
         for context in sorted({row.context for row in fewer.rows if row.batch == gain.batch}):
-            at = ("tenfold", gain.batch, context, gain.decode)
-            exact = [(found, result) for result in plain if (found := result.row(*at))]
-            if exact and (row := fewer.row(*at)):
-                first, result = min(exact, key=lambda pair: median(samples(gain, pair[0])))
-                yield signed(_claim(gain, first, row, f"{result.command}; {fewer.command}"), fewer.machine)
+            decode = f"decode, batch {gain.batch}, context {context}"
+            task = decode if gain.decode else f"prefill of {context} tokens"
+            what = f"{task}, {gain.model}, {gain.name} over bfloat16"
+            at = (gain.batch, context, gain.decode)
+            if made := over_bfloat16(gain.id, what, gain.least, plain, fewer, at):
+                yield made
 
 
-def samples(gain: Gain, row: Row) -> list[float]:
-    """Milliseconds of what a gain is about."""
-    return row.tpot_samples if gain.decode else row.prefill_samples
-
-
-def _claim(gain: Gain, exact: Row, fewer: Row, command: str) -> Claim:
-    """The ratio of medians; its spread holds every pair of rounds."""
-    slow, fast = (samples(gain, row) for row in (exact, fewer))
-    decode = f"decode, batch {gain.batch}, context {fewer.context}"
-    task = decode if gain.decode else f"prefill of {fewer.context} tokens"
+def over_bfloat16(
+    id: str, what: str, least: float, plain: Sequence[Result], fewer: Result, at: tuple[int, int, bool]
+) -> Claim | None:
+    """What a run in fewer bits wins over the fastest of those in bfloat16 on the same hardware, None where either lacks
+    the point. at: batch, context, and whether a token of an answer counts or the prompt. The ratio is of medians, its
+    spread holds every pair of rounds.
+    """
+    batch, context, decode = at
+    same = [result for result in plain if result.machine.get("hardware") == fewer.machine.get("hardware")]
+    exact = [(samples(row, decode), result) for result in same if (row := result.row("tenfold", *at))]
+    row = fewer.row("tenfold", *at)
+    if row is None or not exact:
+        return None
+    slow, result = min(exact, key=lambda pair: median(pair[0]))
+    fast, floor = samples(row, decode), fewer.floor(batch, context) if decode else None
     note = f"{median(slow):.2f} ms and {median(fast):.2f} ms, medians of {len(slow)} and {len(fast)} rounds, "
-    note += "one run after the other"
-    return claim(
-        gain.id,
-        f"{task}, {gain.model}, {gain.name} over bfloat16",
+    note += "one run after the other" + ("" if floor is None else f"; floor {floor:.2f} ms")
+    if (commit := result.machine.get("commit")) != fewer.machine.get("commit"):
+        note += f"; bfloat16 at commit {commit}"
+    made = claim(
+        id,
+        what,
         median(slow) / median(fast),
         "x",
-        command,
-        at_least=gain.least,
+        "; ".join(dict.fromkeys((result.command, fewer.command))),
+        at_least=least,
         against="the same engine in bfloat16",
         spread=(min(slow) / max(fast), max(slow) / min(fast)),
         note=note,
     )
+    return signed(made, fewer.machine)
+
+
+def samples(row: Row, decode: bool) -> list[float]:
+    """Milliseconds of a token of an answer, or of the prompt."""
+    return row.tpot_samples if decode else row.prefill_samples

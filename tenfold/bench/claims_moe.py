@@ -7,6 +7,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from tenfold.bench.claims import Claim, claim, signed
+from tenfold.bench.claims_bits import over_bfloat16
 from tenfold.bench.single import Result
 from tenfold.weights.shapes import MIXED
 
@@ -188,36 +189,31 @@ VLLM, VLLM_ON = {1: 4.73, 8: 11.99, 64: 24.5}, "H100"
 
 def of_models(results: Sequence[Result]) -> list[Claim]:
     """M5, of runs in bfloat16 against vLLM on the same hardware, and of those with fewer bits."""
-    plain: dict[tuple[str, int], float] = {}
-    made = []
     names = {f"shape:{WHOLE}": "", **{f"shape:{WHOLE}@mixed={n}": f"experts of mixed {n} bits" for n in MIXED}}
     own = [result for result in results if result.model in names]
-    for result in sorted(own, key=lambda result: bool(names[result.model] or result.weights)):
-        mode = ", the rest ".join(filter(None, (names[result.model], result.weights)))
-        hardware = str(result.machine["hardware"])
-        for batch in BATCHES:
-            row = result.row("tenfold", batch, CONTEXT)
-            if row is None or row.tpot is None:
-                continue
-            took = row.tpot
-            floor = result.floor(batch, CONTEXT)
-            about = f"{took:.2f} ms a step" + ("" if floor is None else f", floor {floor:.2f} ms")
-            where = f"{WHOLE}, batch {batch}, context {CONTEXT}"
-            if not mode:
-                plain[hardware, batch] = took
-                theirs, how = vllm_step(own, hardware, batch)
-                if theirs is None:
-                    continue
-                what, note = f"decode, {where}, bfloat16, against vLLM", f"{about}; vLLM {theirs:.4g} ms, {how}"
-                each = claim("M5", what, theirs / took, "x", result.command, at_least=1.15, against="vLLM", note=note)
-                made.append(signed(each, result.machine))
-            elif (hardware, batch) in plain:
-                least = 2.0 if batch > 1 else 1.0
-                exact = plain[hardware, batch]
-                what, note = f"decode, {where}, {mode} over bfloat16", f"{about}; bfloat16 {exact:.2f} ms"
-                each = claim("M5", what, exact / took, "x", result.command, at_least=least, note=note)
-                made.append(signed(each, result.machine))
+    modes = [(", the rest ".join(filter(None, (names[result.model], result.weights))), result) for result in own]
+    plain = [result for mode, result in modes if not mode]
+    made = [each for result in plain for batch in BATCHES if (each := _against_vllm(result, own, batch))]
+    for mode, result in modes:
+        for batch in BATCHES if mode else ():
+            what = f"decode, {WHOLE}, batch {batch}, context {CONTEXT}, {mode} over bfloat16"
+            least = 2.0 if batch > 1 else 1.0
+            if each := over_bfloat16("M5", what, least, plain, result, (batch, CONTEXT, True)):
+                made.append(each)
     return made
+
+
+def _against_vllm(result: Result, results: Sequence[Result], batch: int) -> Claim | None:
+    """Of a run in bfloat16; None where it or vLLM's step is not known."""
+    row, (theirs, how) = result.row("tenfold", batch, CONTEXT), vllm_step(results, result.machine["hardware"], batch)
+    if row is None or row.tpot is None or theirs is None:
+        return None
+    floor = result.floor(batch, CONTEXT)
+    note = f"{row.tpot:.2f} ms a step" + ("" if floor is None else f", floor {floor:.2f} ms")
+    note += f"; vLLM {theirs:.4g} ms, {how}"
+    what = f"decode, {WHOLE}, batch {batch}, context {CONTEXT}, bfloat16, against vLLM"
+    made = claim("M5", what, theirs / row.tpot, "x", result.command, at_least=1.15, against="vLLM", note=note)
+    return signed(made, result.machine)
 
 
 def vllm_step(results: Sequence[Result], hardware: str, batch: int) -> tuple[float | None, str]:

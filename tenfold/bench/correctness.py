@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tenfold.base.config import EngineConfig
-from tenfold.bench.claims import Claim, claim
+from tenfold.bench.claims import Claim, called, claim
 from tenfold.bench.engines import Setup
 from tenfold.bench.hardware import ROOT
 from tenfold.bench.peers.hugging_face import Loop
 from tenfold.engine.core import Engine
 from tenfold.engine.request import Request, SamplingParams
 from tenfold.engine.text import Text
+from tenfold.weights.default_model import NAMES
 
-COMMAND = "tenfold bench correctness"
 TOKENS = 64
 PROMPTS = (
     "The capital of France is",
@@ -74,12 +74,12 @@ def continuations(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[list
     return list(found.values())
 
 
-def real_model(model: str, say: Callable[[str], None]) -> list[Claim]:
+def real_model(model: str, command: str, say: Callable[[str], None]) -> list[Claim]:
     """Prompts whose greedy continuation in float32 equals transformers' to the last token, for both kernel sets."""
     reference = Loop(Setup(model, 2, 1, 1024))
     prompts: list[list[int]] = []
     expected: list[list[int]] = []
-    claims = []
+    claims, name = [], "SmolLM2" if model in NAMES else called(model)
     for kernels in ("torch", "native"):
         engine = Engine.load(
             EngineConfig(model=model, kernels=kernels, weights="dense", dtype="float32", max_model_len=1024)
@@ -89,14 +89,14 @@ def real_model(model: str, say: Callable[[str], None]) -> list[Claim]:
             prompts = [engine.text.encode(prompt) for prompt in PROMPTS]
             expected = [reference.generate([prompt], TOKENS).tokens[0] for prompt in prompts]
         equal = sum(a == b for a, b in zip(continuations(engine, prompts), expected))
-        what = f"greedy tokens equal transformers float32: {TOKENS} tokens, SmolLM2 real weights, {kernels} kernels"
+        what = f"greedy tokens equal transformers float32: {TOKENS} tokens, {name} real weights, {kernels} kernels"
         say(f"{what}: {equal} of {len(prompts)} prompts")
         count = len(prompts)
-        claims.append(claim("A5", what, equal, "prompts", COMMAND, at_least=count, kind="correctness"))
+        claims.append(claim("A5", what, equal, "prompts", command, at_least=count, kind="correctness"))
     return claims
 
 
-def counted(say: Callable[[str], None], only: Sequence[str] = ()) -> list[Claim]:
+def counted(command: str, say: Callable[[str], None], only: Sequence[str] = ()) -> list[Claim]:
     """Runs the tests that prove claims, `only` some where given; the value is how many passed, the target how many
     there are.
     """
@@ -105,7 +105,7 @@ def counted(say: Callable[[str], None], only: Sequence[str] = ()) -> list[Claim]
         passed, total = run_tests(selection)
         say(f"{what}: {passed} of {total} tests")
         note = f"pytest {' '.join(selection)}"
-        claims.append(claim(id, what, passed, "tests", COMMAND, at_least=total, kind="correctness", note=note))
+        claims.append(claim(id, what, passed, "tests", command, at_least=total, kind="correctness", note=note))
     return claims
 
 

@@ -13,6 +13,7 @@ from tenfold.bench.claims import Claim, claim
 from tenfold.bench.engines import Setup
 from tenfold.bench.hardware import ROOT, busy_cores, commit, processor, today
 from tenfold.bench.worker import Worker
+from tenfold.weights.beside import write
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,6 @@ def kept(name: str) -> dict[str, Any]:
 def save(name: str, data: object) -> Path:
     """Write a raw result file beside the claims."""
     path = place(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "hardware": processor(),
         "commit": commit(),
@@ -138,5 +138,5 @@ def save(name: str, data: object) -> Path:
         "busy_cores_before": round(busy_cores(), 2),
         "data": data,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write(path, (json.dumps(record, indent=1) + "\n").encode())
     return path

@@ -33,15 +33,15 @@ class NoCharts(ValueError):
 
 
 def results_in(folder: Path) -> Suites:
-    """The raw results of a folder by suite, other files left alone. Raises ValueError for a file that is no JSON."""
-    return by_suite(data for _, data in _read(folder))
+    """The raw results of a folder by suite. Raises ValueError as `each_in`."""
+    return by_suite(data for _, data in each_in(folder))
 
 
 def made_of(folder: Path, make: Callable[[Suites], Made]) -> Made:
     """What `make` makes of the raw results of a folder. Raises ValueError where there are none, and with the name of a
     file that is not complete.
     """
-    files = _read(folder)
+    files = each_in(folder)
     if not files:
         raise ValueError(
             f"{folder} holds no raw results; allowed: a folder with JSON files as `tenfold bench ... --out FOLDER` "
@@ -62,7 +62,10 @@ def by_suite(results: Iterable[dict[str, Any]]) -> Suites:
     return found
 
 
-def _read(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def each_in(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The raw results of a folder and where each lies, other files left alone. Raises ValueError for one that is no
+    JSON.
+    """
     found = []
     for path in sorted(folder.glob("*.json")):
         try:

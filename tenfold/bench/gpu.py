@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -19,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from tenfold.bench import arms, launches, load, single, throughput
-from tenfold.bench.command import save, settings
+from tenfold.bench.command import again, portable, save, settings
+from tenfold.bench.files import each_in
 from tenfold.bench.fit import Point, points_of
 from tenfold.bench.hardware import machine
 from tenfold.bench.lengths import parse
 from tenfold.bench.throughput import Work
 
 GRACE = 30.0  # seconds before its limit at which a part begins no more points
-PLACES = ("job", "out", "limit", "total", "peer_path", "commit")  # of the command line: they change no figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,8 @@ class Job:
     @property
     def path(self) -> Path:
         """Results with settings, or of some groups of arms, lie beside those without."""
-        parts = [self.part, self.model.removeprefix("shape:"), *(f"{k}-{v}" for k, v in self.options["set"].items())]
+        own = (f"{name}-{portable(str(value))}" for name, value in self.options["set"].items())
+        parts = [self.part, portable(self.model).removeprefix("shape:"), *own]
         parts += self.options["groups"] if self.part == "arms" else []
         return Path(self.out) / f"{re.sub('[/@,=]', '-', '-'.join(parts))}.json"
 
@@ -144,7 +144,7 @@ def offline(engine: str) -> Callable[[Job], None]:
             peer_path=options["peer_path"],
             say=say,
         )
-        save(job.path, found.plain(), job.options["commit"])
+        save(job.path, found.plain() | {"command": options["command"]}, options["commit"])
 
     return part
 
@@ -161,7 +161,7 @@ def under_load(*peers: str) -> Callable[[Job], None]:
         given, promised = (job.model, options["device"], options["set"], work, rates), load.Objective()
         runs = load.in_process(*given, promised, say, peers, options["peer_path"])
         data = load.plain(runs, machine(options["device"]), job.model, work, promised)
-        save(job.path, data, job.options["commit"])
+        save(job.path, data | {"command": options["command"]}, options["commit"])
 
     return part
 
@@ -227,8 +227,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def table(folder: Path) -> str:
     """Every result in a folder, a line for each engine and point."""
     lines = []
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
+    for path, data in each_in(folder):
         if data.get("suite") == "single":
             result = single.loaded(data)
             head = f"== {path.stem}: copy {result.copy_gbs:.0f} GB/s, matmul {result.matmul_tflops:.0f} TFLOP/s"
@@ -240,7 +239,7 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.gpu", description=__doc__)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="bench/results/gpu", help="folder for the JSON files")
@@ -265,22 +264,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
     parser.add_argument("--peer-path", default="", help="folder with the packages of vLLM, for its process alone")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     if given.job:
         job = Job(*json.loads(given.job))
         PARTS[job.part](job)
         return 0
     return run_all(given, again(parser, given))
-
-
-def again(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
-    """The command that measures the same: models, parts, and what is not as it is by default."""
-    words = ["python", "-m", "tenfold.bench.gpu", "--models", given.models, "--parts", given.parts]
-    for name, value in vars(given).items():
-        if name not in (*PLACES, "models", "parts") and value != parser.get_default(name):
-            for each in value if isinstance(value, list) else [value]:
-                words += ["--" + name.replace("_", "-"), str(each)]
-    return shlex.join(words)
 
 
 def run_all(given: argparse.Namespace, command: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.bench.command import save
+from tenfold.bench.command import again, save
 from tenfold.bench.floor import copy_bandwidth
 from tenfold.bench.hardware import machine
 from tenfold.engine.linears import traced
@@ -32,13 +32,14 @@ from tenfold.weights.open import open_checkpoint
 PARTS = ("linear", "attention", "uneven", "prefill")  # unless told otherwise
 SHAPES = "3584x3584,10752x3584,18944x3584,3584x18944"  # rows x cols: linear operations of a model of 7B (MBQ, 5.3)
 MIXES = ((300,) * 30 + (8400, 8700), (200,) * 7 + (16000,), tuple(range(100, 6500, 100)))  # tokens of contexts
+OUT = Path("bench/results/gpu/kernels.json")
 FAMILIES = ("stream", "ring", "flat", "gemv", "cublas")
 Row = dict[str, Any]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kernels", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="file of the result")
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the result")
     parser.add_argument("--models", default="shape:llama-2-7b,shape:llama-3-8b", help="a comma between two models")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join((*PARTS, 'packed'))}")
     parser.add_argument("--shapes", default=SHAPES, help="of the part packed")
@@ -48,13 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=32768, help="tokens, for decode attention")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens, for prefill attention")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     device = torch.device("cuda")
     parts, batches = given.parts.split(","), [int(b) for b in given.batches.split(",")]
     result: dict[str, Any] = {
         "suite": "kernels",
         "machine": machine("cuda"),
-        "command": f"python -m tenfold.bench.kernels --models {given.models} --parts {given.parts}",
+        "command": again(parser, given),
         "copy_gbs": copy_bandwidth("cuda"),
         "rows": [],
     }

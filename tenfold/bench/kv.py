@@ -21,7 +21,7 @@ import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.case import Figure, paired_ratio
-from tenfold.bench.command import save, settings
+from tenfold.bench.command import again, portable, save, settings
 from tenfold.bench.fit import Point, points_of
 from tenfold.bench.floor import GB, best_seconds, copy_bandwidth, model_sizes
 from tenfold.bench.hardware import machine
@@ -357,7 +357,7 @@ def loaded(data: Mapping[str, Any]) -> Result:
     return Result(**(values | {"rows": [Row(**row) for row in data["rows"]]}))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kv", description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="auto")
@@ -369,17 +369,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no point is begun")
     parser.add_argument("--out", type=Path, help="folder for the JSON")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     points = points_of(given.points)
     if any(point.lengths for point in points):
         parser.error("contexts of a point are filled to one length here; write points such as 8x1024.")
-    name = given.model.removeprefix("shape:").replace("/", "-").replace("@", "-").replace("=", "")
-    name = "-".join((name, *(change.replace("=", "-") for change in given.set)))
-    command = f"python -m tenfold.bench.kv --model {given.model} --formats {given.formats} --points {given.points}"
-    command += "".join(f" --set {change}" for change in given.set)
+    name = portable(given.model).removeprefix("shape:").replace("/", "-").replace("@", "-").replace("=", "")
+    name = "-".join((name, *(portable(change).replace("=", "-") for change in given.set)))
 
     def keep(result: Result) -> None:
-        result.command, result.changes = command, given.set
+        result.command, result.changes = again(parser, given), given.set
         if given.out:
             save(given.out / f"kv-{name}.json", result.plain(), given.commit)
 

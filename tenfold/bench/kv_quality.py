@@ -12,7 +12,6 @@ import argparse
 import math
 import random
 import re
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenfold.bench.command import save
+from tenfold.bench.command import again, save
 from tenfold.bench.hardware import machine
 from tenfold.bench.kv_formats import Exact, Float8, Format, Integer, Kivi, Skvq, bits_at
 from tenfold.bench.kv_model import Bench
@@ -277,7 +276,7 @@ def plain(head_dim: int) -> list[Format]:
     return [Float8(head_dim), *integers, *kivi]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.kv_quality", description=__doc__)
     parser.add_argument("--model", required=True, help="a checkpoint's folder, a .gguf file or a name")
     parser.add_argument("--text", type=Path, required=True, help="what is judged")
@@ -295,6 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hellaswag", type=Path, help="items of HellaSwag, one JSON object a line")
     parser.add_argument("--gsm8k", type=Path, help="items of GSM8K, one JSON object a line")
     parser.add_argument("--items", type=int, default=80, help="items of each task")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     asked = [(make, file) for make, file in ((hellaswag, options.hellaswag), (gsm8k, options.gsm8k)) if file]
     longest = max(options.length, options.learned, PREFIX + LONGEST if asked else 0)
@@ -313,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     skvq = calibrated(bench, wanted, list(windows(learned, options.learned, 8)), options.searched)
     formats: list[Format] = [Exact(), *(f for f in plain(c.head_dim) if re.search(options.only, f.name)), *skvq]
     prompts = [recall(bench, filler, seed, options.length, options.questions) for seed in range(options.prompts)]
-    about = {"suite": "kv-quality", "machine": machine(options.device), "command": command(options)}
+    about = {"suite": "kv-quality", "machine": machine(options.device), "command": again(parser, options)}
     about["model"] = path.name
     sizes = {"length": options.length, "windows": len(pieces), "unjudged": UNJUDGED}
     items = {"items": {task.name: len(task.questions) for task in tasks}}
@@ -324,18 +328,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save(options.out / name, {**about, **sizes, **items, "rows": results}, options.commit)
 
     print(table(judge(bench, formats, pieces, prompts, tasks, keep)))
-
-
-def command(options: argparse.Namespace) -> str:
-    """What makes the same result again; files by their names alone."""
-    names = "model device length windows prompts questions learned searched text calibrate only hellaswag gsm8k"
-    given = {name: getattr(options, name) for name in names.split()}
-    if options.hellaswag or options.gsm8k:
-        given["items"] = options.items
-    texts = {name: value.name if isinstance(value, Path) else str(value) for name, value in given.items()}
-    texts["model"] = Path(options.model).name
-    parts = [f"--{name} {shlex.quote(text)}" for name, text in texts.items() if text not in ("", "None")]
-    return " ".join(("python -m tenfold.bench.kv_quality", *parts))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tenfold.bench.command import save, settings
+from tenfold.bench.command import again, save, settings
 from tenfold.bench.engines import engine_config
 from tenfold.bench.hardware import machine
 from tenfold.engine.core import Engine
@@ -308,7 +308,7 @@ def measure(
     return result
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.launches", description=__doc__)
     parser.add_argument("--model", default="shape:llama-3-8b")
     parser.add_argument("--device", default="cuda")
@@ -317,10 +317,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of EngineConfig")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu-launches/launches.json"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     batches, contexts = ([int(n) for n in text.split(",")] for text in (given.batch, given.context))
-    command = f"python -m tenfold.bench.launches --model {given.model} --batch {given.batch} --context {given.context}"
-    result = measure(given.model, given.device, batches, contexts, settings(given.set), command=command)
+    own = settings(given.set)
+    result = measure(given.model, given.device, batches, contexts, own, command=again(parser, given))
     save(given.out, result.plain(), given.commit)
     return 0
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tenfold.bench.command import save
+from tenfold.bench.command import again, save
 from tenfold.bench.floor import GB, copy_bandwidth, matmul_ceiling
 from tenfold.bench.hardware import machine
 from tenfold.models.table import model_config
@@ -185,7 +185,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tenfold bench moe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -195,6 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--skew", type=float, default=0.0)
     parser.add_argument("--out", type=Path, help="file of the result")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise ValueError(
@@ -202,11 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "bits cost in quality with tenfold bench mxmoe, on any machine."
         )
     copy_gbs, tflops = copy_bandwidth("cuda"), matmul_ceiling("cuda")
-    command = f"python -m tenfold.bench.moe --models {given.models} --tokens {given.tokens} --formats '{given.formats}'"
     result: dict[str, Any] = {
         "suite": "moe",
         "machine": machine("cuda"),
-        "command": f"{command} --skew {given.skew}",
+        "command": again(parser, given),
         "copy_gbs": copy_gbs,
         "matmul_tflops": tflops,
         "rows": [],

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tenfold.bench import plots, report
-from tenfold.bench.command import save
+from tenfold.bench.command import again, save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mxmoe.allocate import BudgetError
 from tenfold.quantize.mxmoe.sensitivity import PARTS
@@ -87,7 +87,7 @@ def rows(
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tenfold bench mxmoe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,6 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="file of the result")
     parser.add_argument("--picture", type=Path, help="PNG of quality over bits; needs matplotlib")
     parser.add_argument("--commit", default="")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     if given.picture:
         plots.pyplot()  # it says what is missing before anything is measured
@@ -120,15 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for layer in subject.measure(found, calibrating, dict.fromkeys(PARTS, schemes), given.method):
         picks = found.picks[layer]
         print(f"layer {layer}: {count} tokens, {min(picks)} to {max(picks)} of them for an expert")
-    columns = {w.cols for w in subject.blocks.values()}
-    bits = {str(s): max(s.stored_bits(cols) for cols in columns) for s in schemes}
+    bits = {str(s): subject.bits(s) for s in schemes}
     wanted = [float(b) for b in given.bits.split(",")]
     result: dict[str, Any] = {
         "suite": "mxmoe",
         "machine": machine(given.device),
-        "command": f"python -m tenfold.bench.mxmoe --schemes {given.schemes} --bits {given.bits} "
-        f"--method {given.method} --length {given.length} --windows {given.windows} --judged {given.judged}"
-        f"{' --rotate' * given.rotate}",
+        "command": again(parser, given),
         "model": Path(given.model).name,
         "method": given.method,
         "texts": [given.calibrate.name, given.text.name],

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from tenfold.bench.command import save, settings
+from tenfold.bench.command import again, save, settings, unlike
 from tenfold.bench.engines import Answer, Job, Peer, engine_config
 from tenfold.bench.hardware import machine
 from tenfold.bench.load import percentile
@@ -465,8 +465,10 @@ def start_peer(model: str, longest: int, arms: Sequence[str], packages: str, bat
     return beside_ours(model, longest, packages, int(name.partition(":")[2] or STEP_TOKENS), batch)
 
 
-def resumed(path: Path, begun: Result) -> Result:
-    """What a file holds of the same measurement. Raises ValueError where it is of another one."""
+def resumed(path: Path, begun: Result, say: Callable[[str], None] = print) -> Result:
+    """What a file holds of the same measurement, `begun` where that was of another commit or torch. Raises ValueError
+    where it is of another one.
+    """
     found = loaded(json.loads(path.read_text()))
     for what, one, other in (
         ("command", found.command, begun.command),
@@ -477,12 +479,14 @@ def resumed(path: Path, begun: Result) -> Result:
                 f"{path} was measured by another {what} ({one}, now {other}): --resume goes on with the same alone. "
                 "Name another file with --name, or leave --resume out to write this one anew."
             )
+    if changed := unlike(found.machine, begun.machine):
+        say(f"{path} is measured anew: it was with {changed}")
+        return begun
     found.notes = []  # of what is measured now there will be others
     return found
 
 
-def main(arguments: Sequence[str] | None = None) -> Path | None:
-    """Measure as a command line says; the file of the result, if it asks for one."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tenfold.bench.phases", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -505,6 +509,12 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser.add_argument("--name", default="phases", help="of the file")
     parser.add_argument("--resume", action="store_true", help="go on with the rates that this file lacks")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> Path | None:
+    """Measure as a command line says; the file of the result, if it asks for one."""
+    parser = make_parser()
     given = parser.parse_args(arguments)
     began = time.monotonic()
     pairs = json.loads(given.lengths.read_text())
@@ -515,13 +525,9 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     changes = settings(given.set)
     peer = start_peer(given.model, most + MARGIN, arms, given.peer_path, batch_of(changes))
     engine = load(given.model, given.device, most + MARGIN, changes, arms)
-    result = Result(given.model, machine(str(engine.device)), arms=arms)
+    where = machine(str(engine.device)) | ({"commit": given.commit} if given.commit else {})
+    result = Result(given.model, where, again(parser, given), arms)
     result.long, result.long_tokens = given.long, given.long_tokens if given.long else 0
-    options = ("model", "lengths", "arms", "rates", "seconds", "warm", "full", "long", "long_tokens", "ttft", "tpot")
-    shown = {name: getattr(given, name) for name in options} | {"lengths": given.lengths.name}
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in shown.items()]
-    result.command = " ".join(["python -m tenfold.bench.phases", *words, *(f"--set {one}" for one in given.set)])
-
     path: Path | None = given.out and given.out / f"{given.name}.json"
     if given.resume and path and path.exists():
         result = resumed(path, result)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.claims import Claim, claim, signed
-from tenfold.bench.command import save
+from tenfold.bench.command import again, save
 from tenfold.bench.correctness import PROMPTS, TOKENS, continuations
 from tenfold.bench.hardware import machine
 from tenfold.bench.peers.hugging_face import reference_model
@@ -223,7 +223,7 @@ def loaded(data: dict[str, Any]) -> Result:
     return Result(**own)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.quality_gpu", description=__doc__)
     parser.add_argument("--model", required=True, help="a .gguf file or a folder with real weights and a tokenizer")
     parser.add_argument("--text", required=True, type=Path)
@@ -234,10 +234,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu/quality.json"))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     given = parser.parse_args(arguments)
-    command = f"python -m tenfold.bench.quality_gpu --model {Path(given.model).name} --text {given.text.name} "
-    command += f"--window {given.window} --count {given.count}"
-    result = run(given.model, given.text, given.device, given.window, given.count, command=command)
+    sizes = (given.window, given.count)
+    result = run(given.model, given.text, given.device, *sizes, command=again(parser, given))
     save(given.out, result.plain(), given.commit)
     return 0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.base.config import EngineConfig
-from tenfold.bench.claims import Claim, claim
+from tenfold.bench.claims import Claim, called, claim
 from tenfold.bench.peers.hugging_face import reference_model
 from tenfold.bench.quality import Quality, compare, windows
 from tenfold.cache.store import KVStore
@@ -78,7 +78,7 @@ def decoded(engine: Engine, pieces: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def run(
-    model: str, text: Path, window: int, count: int, say: Callable[[str], None]
+    model: str, text: Path, window: int, count: int, command: str, say: Callable[[str], None]
 ) -> tuple[list[Claim], dict[str, Any]]:
     """Judge every path on the first `count` windows of the text. Raises ValueError for a text too short."""
     reference = reference_model(model)
@@ -101,7 +101,7 @@ def run(
             found = compare(expected, lambda ids, engine=engine: forward(engine, ids), pieces)
         rows[name] = asdict(found)
         say(describe(name, found))
-        claims += judged(name, found, f"tenfold bench quality --text {text.name} --window {window} --count {count}")
+        claims += judged(name, found, model, command)
     return claims, rows
 
 
@@ -111,9 +111,9 @@ def describe(name: str, found: Quality) -> str:
     return f"{name:26} {perplexity}, {found.perplexity_change:+.4%}), {rest}"
 
 
-def judged(name: str, found: Quality, command: str) -> list[Claim]:
+def judged(name: str, found: Quality, model: str, command: str) -> list[Claim]:
     """The claims on one path: float32 within 0.1 % of transformers, the default path within 1 % and 0.005 nats."""
-    label = f"SmolLM2-135M-Instruct Q4_1, {name} path against transformers float32"
+    label = f"{called(model)}, {name} path against transformers float32"
     note = f"{found.perplexity:.3f} against {found.reference_perplexity:.3f} over {found.tokens} tokens of the text."
     change, limit = 100 * abs(found.perplexity_change), 1.0 if name == "default" else 0.1
     claims = [

@@ -1,15 +1,14 @@
 """Tables of README.md and docs/measured.md, generated from recorded claims and raw results between marker comments."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tenfold.bench import arms, kv, launches, phases, plots, sentiment, sentiment_serving, single, vlm
 from tenfold.bench.case import Figure
 from tenfold.bench.claims import Claim, load, number
-from tenfold.bench.files import Suites, made_of
+from tenfold.bench.files import Suites, by_suite, each_in, made_of
 from tenfold.bench.hardware import ROOT
 from tenfold.bench.kv_quality import subject
 from tenfold.bench.kv_tasks import TASKS
@@ -32,8 +31,9 @@ def table(claims: Sequence[Claim]) -> str:
     for c in claims:
         value = "not measured" if c.value is None else f"**{number(c.value)}** {c.unit}".strip()
         spread = "" if c.spread is None else f"{c.spread[0]:g} to {c.spread[1]:g}"
+        met = {True: "yes", False: "no", None: ""}[c.met]
         origin = f"{names[c.hardware]}, {c.commit}, {c.date}"
-        rows.append(_cells([c.id, c.what, value, spread, c.target, "yes" if c.met else "no", origin, c.note]))
+        rows.append(_cells([c.id, c.what, value, spread, c.target, met, origin, c.note]))
     legend = "; ".join(full if name == full else f"{name}: {full}" for full, name in names.items())
     return "\n".join(rows) + f"\n\nOn: hardware, commit and date. {legend}."
 
@@ -313,22 +313,6 @@ def lines_table(data: Mapping[str, Any]) -> str:
     return "\n".join([f"{data['model']} on {data['machine'].get('hardware', '')}:", "", "```", *data["lines"], "```"])
 
 
-def results_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The raw results of a folder by suite; other files are left alone."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for _, data in each_in(folder):
-        found.setdefault(data["suite"], []).append(data)
-    return found
-
-
-def each_in(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The raw results of a folder, with the name of each."""
-    for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
-        if isinstance(data, dict) and isinstance(data.get("suite"), str):
-            yield path.stem, data
-
-
 def by_model(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results of one model together, whatever changes of the shape they needed; those with weights of fewer bits are a
     model of their own.
@@ -384,15 +368,19 @@ def tables_of(found: Suites) -> str:
 
 
 def charts(folder: Path) -> list[Path]:
-    """PNG files beside the results. Raises NoCharts where matplotlib is not installed."""
-    found = results_in(folder)
+    """PNG files beside the results. Raises NoCharts where matplotlib is not installed, and ValueError for a file that
+    is no JSON.
+    """
+    each = each_in(folder)
+    found = by_suite(data for _, data in each)
     made = []
     for model, results in by_model([single.loaded(data) for data in found.get("single", ())]).items():
         if any(row.tpot is not None for result in results for row in result.rows):
             name = model.removeprefix("shape:").replace("/", "-").replace(" ", "-")
             made.append(plots.tpot(results, folder / f"tpot-context-{name}.png"))
             made.append(plots.tpot(results, folder / f"tpot-batch-{name}.png", over="batch"))
-    for name, data in each_in(folder):
+    for path, data in each:
+        name = path.stem
         if data["suite"] == "kv" and any(row["steps"] for row in data["rows"]):
             made.append(plots.kv(kv.loaded(data), folder / f"{name}.png"))
         if data["suite"] == "phases" and data["rows"]:

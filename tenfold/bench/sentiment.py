@@ -12,9 +12,7 @@ classifier of the same confidences. serving: `bench.sentiment_serving`.
 import argparse
 import json
 import multiprocessing
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 
 from tenfold.bench import sentiment_serving
-from tenfold.bench.command import save
+from tenfold.bench.command import again, portable, save, unlike
 from tenfold.bench.hardware import machine
 from tenfold.bench.single import device_of
 from tenfold.classify.data import table
@@ -163,11 +161,12 @@ def ablation(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) 
         frozen=given.frozen,
         precision=given.precision,
     )
+    told = replace(recipe, text=portable(given.text), image_weights=portable(given.image_weights))
     data = given.data.split(",")
     result: dict[str, Any] = {
         "suite": "sentiment",
-        "machine": machine(device),
-        "recipe": json.loads(json.dumps(asdict(recipe))),
+        "machine": machine(device) | ({"commit": given.commit} if given.commit else {}),
+        "recipe": json.loads(json.dumps(asdict(told))),
         "sets": {
             each.partition("=")[0]: {"sha256": _read(each).digest(), "counts": _read(each).counts()} for each in data
         },
@@ -186,35 +185,30 @@ def ablation(given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) 
 
 
 def _before(path: Path | None, result: Mapping[str, Any]) -> list[Row]:
-    """Rows of an earlier run that was interrupted, where recipe, data and hardware are the same."""
+    """Rows of an earlier run that was interrupted, where recipe, data and hardware are the same; none where commit or
+    torch are others.
+    """
     if path is None or not path.is_file():
         return []
     told = json.loads(path.read_text(encoding="utf-8"))
     same = all(told[key] == result[key] for key in ("recipe", "sets", "packaged"))
     if not same or told["machine"]["hardware"] != result["machine"]["hardware"]:
         raise SystemExit(f"{path} holds a result of another recipe, other data or hardware; give another --out.")
+    if changed := unlike(told["machine"], result["machine"]):
+        print(f"{path} is measured anew: it was with {changed}")
+        return []
     rows: list[Row] = told["rows"]
     return rows
 
 
-def again(words: Sequence[str]) -> list[str]:
-    """Arguments that measure the same once more, wherever the result is put."""
-    found, rest = [], iter(words)
-    for word in rest:
-        if word in ("--out", "--commit"):
-            next(rest)
-        elif not word.startswith(("--out=", "--commit=")):
-            found.append(word)
-    return found
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of its kinds."""
     parser = argparse.ArgumentParser(
         prog="python -m tenfold.bench.sentiment",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds = parser.add_subparsers(required=True)
     parts = kinds.add_parser("ablation")
     parts.add_argument("--data", default=DATA, help="sets, comma-separated, each NAME or NAME=FOLDER")
     parts.add_argument("--variants", default="", help="comma-separated; empty: all")
@@ -227,13 +221,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts.add_argument("--precision", default="float32")
     parts.add_argument("--jobs", type=int, default=1, help="trained at one time")
     sentiment_serving.add_arguments(kinds.add_parser("serving"))
-    for each in kinds.choices.values():
+    for kind, each in kinds.choices.items():
+        each.set_defaults(kind=kind)
         each.add_argument("--device", default="auto")
         each.add_argument("--out", type=Path)
         each.add_argument("--commit", default="")
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    given = parser.parse_args(words)
-    command = {"command": f"python -m tenfold.bench.sentiment {shlex.join(again(words))}"}
+    return parser, kinds.choices
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser, kinds = make_parser()
+    given = parser.parse_args(arguments)
+    command = {"command": again(kinds[given.kind], given)}
 
     def keep(found: dict[str, Any]) -> None:
         if given.out:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenfold.bench.command import portable
 from tenfold.bench.cpu import Case, prompts_of
 from tenfold.bench.engines import Setup
 from tenfold.bench.hardware import machine
@@ -333,4 +334,4 @@ def _beside(
                 rows += _told(in_turn(runs, batch, given.rounds, beside=True), say)
     finally:
         worker.close()
-    return found | {"model": given.model, "streams": GENERATION.batch}
+    return found | {"model": portable(given.model), "streams": GENERATION.batch}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from tenfold.bench.command import portable
 from tenfold.bench.engines import Engine, NotInstalled, Setup, make_engine
 from tenfold.bench.fit import Point, Session, sessions
 from tenfold.bench.floor import Sizes, copy_bandwidth, floor_ms, matmul_ceiling, model_sizes
@@ -308,7 +309,7 @@ def run(
     """
     if is_shape(plan.model):
         plan = replace(plan, model=at_least_positions(plan.model, plan.context))
-    result = Result(plan.model, machine(plan.device), command)
+    result = Result(portable(plan.model), machine(plan.device), command)
     result.settings = {name: dict(own) for name, own in plan.tuning.items()}
     sizes = result.sizes = model_sizes(plan.model, plan.device, plan.tuning.get("tenfold"))
     result.copy_gbs = copy_bandwidth(plan.device)

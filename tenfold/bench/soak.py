@@ -29,7 +29,7 @@ import torch
 from tenfold.base.config import EngineConfig
 from tenfold.bench.case import slope
 from tenfold.bench.claims import Claim, claim, signed
-from tenfold.bench.command import save, settings
+from tenfold.bench.command import again, save, settings
 from tenfold.bench.engines import engine_config
 from tenfold.bench.floor import model_sizes
 from tenfold.bench.hardware import machine
@@ -563,7 +563,7 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
     found = []
     for model in dict.fromkeys(name_of(result) for result in results):
         runs = [result for result in results if name_of(result) == model]
-        command = runs[0].command
+        command = "; ".join(dict.fromkeys(run.command for run in runs))
         of = f"{len(runs)} runs of {', '.join(f'{r.minutes:.1f}' for r in runs)} min, each an engine of its own: "
         of += f"{sum(r.requests for r in runs)} requests, {sum(r.steps for r in runs)} steps, "
         of += f"{sum(r.preemptions for r in runs)} preemptions, {sum(r.cancelled for r in runs)} cancelled, "
@@ -577,7 +577,7 @@ def claims_of(results: Sequence[Result]) -> list[Claim]:
         what = f"minutes of soak without fault, {model}"
         good = sum(r.minutes for r in runs if r.passed)
         whole = claim("F9", what, good, "min", command, at_least=LEAST_MINUTES, kind="correctness", note=note)
-        found.append(replace(whole, met=whole.met and all(r.passed for r in runs)))
+        found.append(replace(whole, met=bool(whole.met) and all(r.passed for r in runs)))
         for where in WHERE.values():
             if where != WHERE["resident"] and not any(s.allocated for r in runs for s in r.samples):
                 continue
@@ -606,7 +606,7 @@ def files(paths: Sequence[str]) -> Iterator[Result]:
         yield loaded(json.loads(Path(path).read_text()))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tenfold.bench.soak", description=__doc__)
     parser.add_argument("--merge", nargs="+", metavar="FILE", help="say what these runs prove together, and end")
     parser.add_argument("--model", default="shape:llama-3-8b")
@@ -623,6 +623,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds without a step until it hangs")
     parser.add_argument("--commit", default="", help="what to write down where there is no checkout")
     parser.add_argument("--out", default="bench/results/gpu/soak.json")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     if given.merge:
         for made in claims_of(list(files(given.merge))):
@@ -636,16 +641,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         judged=given.judged,
         wander=given.wander,
     )
-    command = f"python -m tenfold.bench.soak --device {given.device} --minutes {given.minutes:g} --model {given.model}"
-    command += f" --judged {given.judged}" * bool(given.judged) + f" --wander {given.wander:g}" * bool(given.wander)
-    command += "".join(f" --set {one}" for one in given.set)
     out = Path(given.out)
 
     def hung(result: Result) -> None:
         save(out, result.plain(), given.commit)
         os._exit(3)  # whatever hangs would hold up a proper end too
 
-    result = run(plan, lambda text: print(text, flush=True), command, given.patience, hung)
+    result = run(plan, lambda text: print(text, flush=True), again(parser, given), given.patience, hung)
     save(out, result.plain(), given.commit)
     print(result.line())
     return int(not result.passed)

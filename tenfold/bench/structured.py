@@ -19,7 +19,7 @@ import numpy as np
 
 from tenfold.base.config import EngineConfig
 from tenfold.bench.case import Figure
-from tenfold.bench.claims import Claim, claim
+from tenfold.bench.claims import Claim, called, claim
 from tenfold.bench.schemas import Case
 from tenfold.bench.vocabulary import Bytes
 from tenfold.engine.core import Engine
@@ -310,11 +310,11 @@ class Cost:
         return [1 - free / held for free, held in zip(self.free, self.held)]
 
 
-def cost_claim(found: Cost, batch: int, command: str) -> Claim:
+def cost_claim(found: Cost, batch: int, model: str, command: str) -> Claim:
     shares = Figure(tuple(100 * s for s in found.shares))
     free, held = (1e3 * Figure(samples).median for samples in (found.free, found.held))
     note = f"{free:.2f} ms a step free, {held:.2f} ms under the schema."
-    what = f"share of a decode step that grammars take, batch {batch}, SmolLM2-135M-Instruct Q4_1, JSON Resume's schema"
+    what = f"share of a decode step that grammars take, batch {batch}, {called(model)}, JSON Resume's schema"
     return claim("S2", what, shares.median, "%", command, at_most=10, spread=shares.spread, note=note)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tenfold.bench.command import save
+from tenfold.bench.command import again, save
 from tenfold.bench.hardware import machine
 from tenfold.quantize.mbq.compare import ABLATION, Row, compare
 from tenfold.quantize.mbq.data import Pair, mix_of, read_pairs
@@ -130,7 +130,7 @@ def table(data: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{told} Commit {own.get('commit', '')}, {own.get('date', '')}. `{data['command']}`"])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tenfold.bench.vlm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,6 +145,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", default="")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
     given = parser.parse_args(arguments)
     methods = {**METHODS, **apart(given.apart)}
     checkpoint = open_checkpoint(resolve(given.model))
@@ -152,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {
         "suite": "vlm",
         "machine": machine(given.device),
-        "command": f"python -m tenfold.bench.vlm --schemes {given.schemes} --seeds {given.seeds} "
-        f"--samples {given.samples} --judged {given.judged}"
-        + (f' --apart "{given.apart}"' if given.apart != ";".join(APART) else ""),
+        "command": again(parser, given),
         "model": Path(given.model).name,
     }
     subject, names = Subject(checkpoint, given.device), given.schemes.split(",")

@@ -1,8 +1,9 @@
 """Bad days: which are chosen, and what is kept of a run beside what was kept before."""
 
 import pytest
+from typer.testing import CliRunner
 
-from tenfold.bench import chaos
+from tenfold.bench import chaos, cli, cpu
 from tenfold.bench.chaos import ALONE, SHARED, Row, Slope, beside, claims_of
 
 ROWS = [Row("engine gets SIGKILL under load", True, 1.5, "all well"), Row("disk full for the log", False, None, "hm")]
@@ -36,7 +37,40 @@ def test_a_run_of_one_part_keeps_the_other():
 
 
 def test_a_run_of_one_part_claims_no_other():
-    days, soaked = claims_of(ROWS, None, 0), claims_of([], SLOPE, 30)
-    assert [(c.value, c.command) for c in days] == [(1, "tenfold bench chaos --soak 0"), (1.5, days[0].command)]
-    assert [(c.value, c.command) for c in soaked] == [(3.5, "tenfold bench chaos --only none --soak 30")]
-    assert [c.what for c in claims_of(ROWS, SLOPE, 30)] == [c.what for c in (*days, *soaked)]
+    every = [*ROWS, *[Row("another", True, None, "well")] * (len(SHARED) + len(ALONE) - len(ROWS))]
+    days, soaked = claims_of(every, None, 0, "default", "days"), claims_of([], SLOPE, 30, "default", "soak")
+    assert [(c.value, c.unit, c.command) for c in days] == [(9, "of 10", "days"), (1.5, "s", "days")]
+    assert [(c.value, c.command) for c in soaked] == [(3.5, "soak")]
+    assert [c.what for c in claims_of(every, SLOPE, 30, "default", "")] == [c.what for c in (*days, *soaked)]
+
+
+def test_some_scenarios_are_no_total():
+    assert [c.what for c in claims_of(ROWS, None, 0, "default", "")] == ["recovery, engine gets SIGKILL under load"]
+
+
+def test_another_model_replaces_no_claim_of_the_bundled_one():
+    own, other = (
+        {c.what for c in claims_of(ROWS, SLOPE, 30, model, "")} for model in ("default", "/models/other.gguf")
+    )
+    assert other == {f"{what}, other.gguf" for what in own}
+
+
+@pytest.mark.parametrize(
+    ("given", "command", "place"),
+    [
+        (["--only", "kill"], "tenfold bench chaos --only kill", "chaos-kill"),
+        (["--only", "none", "--soak", "30"], "tenfold bench chaos --soak 30 --only none", "chaos"),
+    ],
+)
+def test_what_was_left_out_is_recorded_apart(given, command, place, monkeypatch):
+    found, kept = [], {}
+    rows, slope = (ROWS[:1], None) if "kill" in given else ([], SLOPE)
+    monkeypatch.setattr(chaos, "run", lambda *rest: (rows, slope))
+    monkeypatch.setattr(cli, "header", lambda: None)
+    monkeypatch.setattr(cli, "record", found.extend)
+    monkeypatch.setattr(cpu, "save", kept.__setitem__)
+    monkeypatch.setattr(cpu, "kept", lambda name: {})
+    done = CliRunner().invoke(cli.app, ["chaos", *given, "--record"])
+    assert done.exit_code == 0, done.output
+    assert [c.command for c in found] == [command]
+    assert list(kept) == [place]

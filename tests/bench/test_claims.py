@@ -7,7 +7,7 @@ import pytest
 
 from tenfold.bench import report
 from tenfold.bench.case import Figure, paired_ratio
-from tenfold.bench.claims import CLAIMS, Claim, claim, load, record
+from tenfold.bench.claims import CLAIMS, Claim, called, claim, ending, load, record
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,46 @@ from tenfold.bench.claims import CLAIMS, Claim, claim, load, record
         (2.9, {"at_most": 3.0}, True),
         (3.1, {"at_most": 3.0}, False),
         (None, {"at_least": 1.5}, False),
+        (1.00096, {"at_least": 1.001}, True),  # as it is written: 1.001
+        (3.0004, {"at_most": 3.0}, True),
     ],
 )
 def test_met_compares_value_with_target(value: float | None, bounds: dict[str, float], met: bool) -> None:
     made = claim("A1", "speed", value, "x", "tenfold bench cpu", **bounds)
     assert made.met is met
-    assert "1.5" in made.target or "3" in made.target
+    assert "1" in made.target or "3" in made.target
+
+
+def test_without_a_target_nothing_is_met(tmp_path: Path) -> None:
+    made = claim("C3", "P99", 4.0, "ms", "c")
+    assert (made.target, made.met) == ("", None)
+    record([made], tmp_path / "claims.json")
+    assert '"met": null' in (tmp_path / "claims.json").read_text()
+    assert load(tmp_path / "claims.json") == [made]
+    assert "| C3 | P99 | **4** ms |  |  |  |" in report.table([made])
+
+
+def test_an_interruption_leaves_the_record_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "claims.json"
+    record([claim("A1", "decode", 1.0, "x", "c")], path)
+    before = path.read_bytes()
+
+    def interrupted(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record([claim("A1", "decode", 2.0, "x", "c")], path)
+    assert path.read_bytes() == before
+
+
+def test_claims_call_a_model_by_its_name() -> None:
+    assert [called(model) for model in ("default", "/models/a.gguf", "shape:llama-3-8b")] == [
+        "SmolLM2-135M-Instruct Q4_1",
+        "a.gguf",
+        "shape:llama-3-8b",
+    ]
+    assert [ending(model) for model in ("default", "/models/a.gguf")] == ["", ", a.gguf"]
 
 
 def test_record_replaces_the_same_claim_and_keeps_others(tmp_path: Path) -> None:
@@ -92,3 +126,4 @@ def test_every_claim_in_the_record_is_complete() -> None:
         assert isinstance(row, Claim)
         assert all((row.hardware, row.commit, row.date, row.command)), row
         assert row.value is not None or row.note, f"{row.id} was not measured and does not say why"
+        assert (row.met is None) == (not row.target), row

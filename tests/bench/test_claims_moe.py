@@ -7,6 +7,7 @@ import pytest
 
 from tenfold.bench import claims_moe
 from tenfold.bench.floor import Sizes, model_sizes
+from tenfold.bench.hardware import ROOT
 from tenfold.bench.single import Result, Row
 
 MACHINE = {"hardware": "a GPU", "commit": "c", "date": "2026-11-28"}
@@ -88,6 +89,26 @@ def test_experts_of_mixed_bits_are_held_against_the_same_model_in_sixteen() -> N
     found = {each.what: each.value for each in claims_moe.of_models([mixed, result(10.0)])}
     what = "decode, qwen3-30b-a3b, batch 8, context 512, experts of mixed 4 bits, the rest int4 over bfloat16"
     assert found[what] == pytest.approx(2.5)
+
+
+def test_the_fastest_run_in_sixteen_bits_counts_and_its_commit_is_told() -> None:
+    slow, fast, few = result(12.0), result(10.0), result(4.0, weights="int4")
+    fast.command, few.command = "plain", "few"
+    fast.machine["commit"] = "old"
+    fast.rows[0].long, fast.rows[0].short = [1 + 2e-3 * took for took in (9.0, 10.0, 11.0)], [1.0] * 3
+    *_, mixed = claims_moe.of_models([few, fast, slow])
+    assert (mixed.value, mixed.spread) == (pytest.approx(2.5), (pytest.approx(2.25), pytest.approx(2.75)))
+    assert (mixed.command, mixed.commit) == ("plain; few", "c")
+    assert "medians of 3 and 1 rounds, one run after the other" in mixed.note
+    assert mixed.note.endswith("floor 8.40 ms; bfloat16 at commit old")
+    same = claims_moe.of_models([slow, few])[-1]
+    assert "commit" not in same.note
+
+
+def test_the_script_measures_every_mix_that_claims_are_of() -> None:
+    script = (ROOT / "scripts" / "bench-gpu").read_text()
+    for format in (claims_moe.FOUR, claims_moe.ABOVE, claims_moe.FIVE, *claims_moe.UNIFORM, "@mixed=4+", "@mixed=4.5+"):
+        assert format in script
 
 
 def test_vllm_counts_on_the_same_hardware_alone() -> None:

@@ -12,7 +12,7 @@ from tenfold.bench.floor import model_sizes
 from tenfold.bench.lengths import Lengths
 from tenfold.bench.one_model import OneModel
 from tenfold.bench.peers.vllm import VLLM
-from tenfold.bench.single import brief
+from tenfold.bench.single import Row, brief, sample
 from tenfold.bench.worker import Worker
 
 PROMPTS = [[5, 9, 13, 17], [6, 10, 14, 18]]
@@ -31,6 +31,13 @@ def test_tenfold_and_transformers_continue_alike(tiny, peer):
         assert all(t.total > 0 for t in found)
     assert found[0].decode > 0
     assert ours.capacity >= 2 * 256
+
+
+def test_an_engine_that_does_not_say_when_its_first_token_came_has_none(tiny):
+    engine, row = make_engine("hf-generate", Setup(str(tiny("llama")), 1, 1, 64)), Row("hf-generate", 1, 4, 3)
+    sample(engine, row, 0, 100)
+    assert engine.generate(PROMPTS, 3).decode == 0
+    assert (row.first, row.inside) == ([], None)
 
 
 def test_engines_of_one_process_share_a_model(tiny):

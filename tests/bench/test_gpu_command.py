@@ -23,8 +23,7 @@ def test_runs_with_settings_lie_beside_those_without(tmp_path: Path, capfd: pyte
         result = loaded(json.loads((tmp_path / f"{stem}.json").read_text()))
         assert result.weights == mode
         assert [(row.batch, row.context, len(row.long)) for row in result.rows] == [(1, 8, 1)]
-        words = ["--models", "shape:tiny-vlm@layers=1", "--parts", "single", *QUICK, *own]
-        assert result.command == " ".join(["python -m tenfold.bench.gpu", *words])
+        assert result.command == " ".join(["python -m tenfold.bench.gpu", *given, *own])
         assert result.machine["commit"] == "c"
     assert f"== {stems[-1]}: copy" in capfd.readouterr().out
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tenfold.bench import claims_kv, cli, kv, plots, report
 from tenfold.bench.kv import Point, Result, Row
@@ -82,19 +83,17 @@ def test_two_results_of_a_model_are_two_charts(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
-def test_the_command_prints_the_table_and_bars(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_the_table_and_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(kv, "run", lambda *rest: made())
     monkeypatch.setattr(cli, "header", lambda: None)
-    cli.kv_command("shape:some", settings=["weights=int4"], out=tmp_path)
-    said = capsys.readouterr().out
-    assert report.kv_table(made()) in said
-    assert kv.bars(made()) in said
+    words = ["--model", "shape:some", "--device", "cpu", "--set", "weights=int4"]
+    done = CliRunner().invoke(cli.app, ["kv", *words, "--out", str(tmp_path)])
+    assert report.kv_table(made()) in done.output
+    assert kv.bars(made()) in done.output
     found = kv.loaded(json.loads((tmp_path / "kv-some-weights-int4.json").read_text()))
     assert found.name == "shape:some, weights int4"
-    assert found.command.endswith("--set weights=int4")
+    assert found.command == " ".join(["tenfold bench kv", *words])
     assert (tmp_path / "kv-some-weights-int4.png").exists()
 
 

@@ -182,7 +182,7 @@ def test_the_command_writes_what_it_measured(
     assert [row["format"] for row in found["rows"]] == ["exact", Float8(16).name]
     assert found["machine"]["hardware"]
     assert found["command"].startswith("python -m tenfold.bench.kv_quality --model ")
-    assert "--length 192 --windows 1 --prompts 0 --questions 16 --learned 200" in found["command"]
+    assert "--text text.txt --calibrate text.txt --length 192 --windows 1 --prompts 0 --learned 200" in found["command"]
     assert kv_quality.subject(found) == f"{model.name}, 192 tokens"
     with pytest.raises(SystemExit):
         kv_quality.main([*files, *sizes, "--length", "5000"])

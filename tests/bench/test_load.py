@@ -281,10 +281,12 @@ def test_a_folder_gets_the_result_as_json_table_and_chart(tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     done = CliRunner().invoke(cli.app, [*SERVING, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    stem = "serving-tiny-layers-1"
+    stem = "serving-tiny-layers-1-threads-1"
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.json", "tables.md", f"{stem}.png"}
-    for line in json.loads((tmp_path / f"{stem}.json").read_text())["lines"]:
+    data = json.loads((tmp_path / f"{stem}.json").read_text())
+    for line in data["lines"]:
         assert line in (tmp_path / "tables.md").read_text()
+    assert sorted(data["command"].split()) == sorted(["tenfold", "bench", *SERVING])
     assert (tmp_path / f"{stem}.png").stat().st_size > 10_000
 
 

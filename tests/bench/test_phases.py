@@ -236,7 +236,9 @@ def test_each_arm_is_drawn_in_a_style_of_its_own() -> None:
     assert (styles["adaptive"]["linestyle"], styles["chunked@arrival"]["linestyle"]) == ("-", ":")
 
 
-def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(phases, "HOPELESS", 0.0)  # on a busy machine all may be late
     lengths = tmp_path / "pairs.json"
     lengths.write_text("[[4, 3], [9, 2]]")
@@ -257,5 +259,12 @@ def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyt
     assert not done.notes
     phases.main([*own, "--rates", "50,80", "--resume"])
     assert phases.loaded(json.loads(path.read_text())).rows == done.rows
+    capsys.readouterr()
+    path.write_text(json.dumps(done.plain() | {"full": {"chunked": [1.0]}}))
+    phases.main([*own, "--rates", "50,80", "--resume", "--commit", "another"])
+    anew = phases.loaded(json.loads(path.read_text()))
+    assert "is measured anew: it was with commit" in capsys.readouterr().out
+    assert (anew.machine["commit"], len(anew.rows)) == ("another", 4)
+    assert anew.full != {"chunked": [1.0]}
     with pytest.raises(ValueError, match=r"another command.*--resume goes on with the same alone"):
         phases.main([*own, "--rates", "50", "--resume"])

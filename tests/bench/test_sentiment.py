@@ -156,6 +156,11 @@ def test_it_runs(tmp_path, workers, capsys):
     sentiment.main([*line, *more, "--out", str(out), "--commit", "abc"])
     assert "[1/1]" in capsys.readouterr().out
     assert [each["variant"] for each in json.loads(out.read_text())["rows"]] == [PLAIN, FULL]
+    sentiment.main([*line, *more, "--out", str(out), "--commit", "another"])
+    said = capsys.readouterr().out
+    assert "is measured anew: it was with commit abc, now another" in said
+    assert "[2/2]" in said
+    assert json.loads(out.read_text())["machine"]["commit"] == "another"
     with pytest.raises(SystemExit, match="another recipe"):
         sentiment.main([*line, *more, "--out", str(out), "--patience", "3"])
 

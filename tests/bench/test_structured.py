@@ -97,5 +97,7 @@ def test_what_counts_as_a_schema(value: Any, schema: bool) -> None:
 def test_the_share_of_masks_is_paired() -> None:
     cost = Cost((1.0, 9.0, 2.0), (2.0, 10.0, 2.0))
     assert cost.shares == pytest.approx([0.5, 0.1, 0.0])
-    claim = structured.cost_claim(cost, 8, "command")
+    claim = structured.cost_claim(cost, 8, "default", "command")
     assert (claim.value, claim.spread, claim.met) == (10.0, (0.0, 50.0), True)
+    assert "batch 8, SmolLM2-135M-Instruct Q4_1, JSON" in claim.what
+    assert "batch 8, other.gguf, JSON" in structured.cost_claim(cost, 8, "/models/other.gguf", "command").what
