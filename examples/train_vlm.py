@@ -13,6 +13,7 @@ Questions have short answers; one picture in ten is held out, and accuracy is th
 
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -246,7 +247,9 @@ def train(
     print(f"{count / 1e6:.1f} million parameters, {len(learnt)} pairs, {len(held)} held out, on {device}", flush=True)
     draw = random.Random(seed)
     state = out.with_name(f".{out.name}.state.pt")
-    step, spent = resumed(state, model, optimizer, draw) if state.is_file() else (0, 0.0)
+    given = {"data": digest_of(data), "minutes": minutes, "batch": batch, "rate": rate, "seed": seed}
+    given |= {"freeze": freeze, "tower": tower}
+    step, spent = resumed(state, given, model, optimizer, draw) if state.is_file() else (0, 0.0)
     begin, kept = time.monotonic() - spent, time.monotonic()
     model.train()
     while (done := (time.monotonic() - begin) / (60 * minutes)) < 1:
@@ -264,7 +267,7 @@ def train(
         if step % 100 == 0 or step < 3:
             print(f"{time.monotonic() - begin:6.0f} s  step {step:5}  loss {loss.item():.3f}", flush=True)
         if time.monotonic() - kept > 60:
-            keep(state, model, optimizer, draw, step, time.monotonic() - begin)
+            keep(state, given, model, optimizer, draw, step, time.monotonic() - begin)
             kept = time.monotonic()
     model.eval()
     found = right(model, held, batch, device)
@@ -275,19 +278,33 @@ def train(
     state.unlink(missing_ok=True)
 
 
-def keep(path: Path, model: Any, optimizer: Any, draw: random.Random, step: int, spent: float) -> None:
-    """What an interrupted run goes on from."""
+def digest_of(data: Path) -> str:
+    """Of the pairs that are learnt and judged."""
+    found = hashlib.sha256()
+    for part in ("train", "held_out"):
+        found.update((data / part / "pairs.jsonl").read_bytes())
+    return found.hexdigest()
+
+
+def keep(
+    path: Path, given: dict[str, Any], model: Any, optimizer: Any, draw: random.Random, step: int, spent: float
+) -> None:
+    """What an interrupted run goes on from; given: what it was asked for."""
     written = path.with_suffix(".part")
-    state = draw.getstate()
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draw": state, "step": step, "spent": spent},
-        written,
-    )
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "draw": draw.getstate()}
+    torch.save({"given": given, "step": step, "spent": spent, **state}, written)
     written.replace(path)
 
 
-def resumed(path: Path, model: Any, optimizer: Any, draw: random.Random) -> tuple[int, float]:
+def resumed(path: Path, given: dict[str, Any], model: Any, optimizer: Any, draw: random.Random) -> tuple[int, float]:
+    """Of a run that was asked for the same; the message names what differs of another."""
     state = torch.load(path, weights_only=True)
+    begun = state.get("given", {})
+    other = ", ".join(f"--{name}" for name in given if begun.get(name) != given[name])
+    if other:
+        raise SystemExit(
+            f"{path} is of a training that was begun with other {other}; give the same, or remove it to begin anew."
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     draw.setstate(state["draw"])

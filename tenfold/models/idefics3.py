@@ -14,7 +14,7 @@ from tenfold.models.config import ConfigError, ModelConfig, TowerSize
 from tenfold.models.llava_onevision import PatchEmbedding, siglip_block, siglip_config
 from tenfold.models.picture import Picture
 from tenfold.models.prepare import HALF, MOST_SIDE, Settings, scaled, stacked, tiles_of
-from tenfold.models.tower import TILES, TowerSource, part_keys, pixels_of, tiled_size, token_id
+from tenfold.models.tower import TowerSource, by_tiles, part_keys, tiled_size, token_id
 from tenfold.nn.vision import Spans, Surroundings, fold, standardised
 from tenfold.weights.load import Weights
 
@@ -134,7 +134,7 @@ class IdeficsTower:
         self.lead = lead.linear(["modality_projection.proj"], [config.hidden_size], inner, bias=False)
 
     def encode(self, picture: Picture) -> Tensor:
-        return torch.cat([self._look(part) for part in pixels_of(picture, self.device).split(TILES)])
+        return by_tiles(self._look, picture, self.device)
 
     def _look(self, tiles: Tensor) -> Tensor:
         """uint8 [tiles, H, W, 3] -> [tokens of all, hidden size of the text]."""

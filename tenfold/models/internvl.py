@@ -15,12 +15,11 @@ from tenfold.models.config import ConfigError, Keys, ModelConfig, TowerSize
 from tenfold.models.picture import Picture
 from tenfold.models.prepare import IMAGENET, MOST_TILES, Settings, scaled, stacked, tiles_of
 from tenfold.models.tower import (
-    TILES,
     TowerConfig,
     TowerSource,
     activation,
+    by_tiles,
     part_keys,
-    pixels_of,
     tiled_size,
     tiled_tower,
     token_id,
@@ -191,7 +190,7 @@ class InternTower:
         )
 
     def encode(self, picture: Picture) -> Tensor:
-        return torch.cat([self._look(part) for part in pixels_of(picture, self.device).split(TILES)])
+        return by_tiles(self._look, picture, self.device)
 
     def _look(self, part: Tensor) -> Tensor:
         """uint8 [tiles, H, W, 3] -> [tokens of all, hidden size of the text]."""

@@ -19,12 +19,11 @@ from tenfold.models.config import ConfigError, Keys, ModelConfig, TowerSize
 from tenfold.models.picture import Picture
 from tenfold.models.prepare import MOST_TILES, OPENAI, Settings, scaled, stacked, tiles_of
 from tenfold.models.tower import (
-    TILES,
     TowerConfig,
     TowerSource,
     activation,
+    by_tiles,
     part_keys,
-    pixels_of,
     square,
     tiled_size,
     tiled_tower,
@@ -194,8 +193,7 @@ class LlavaTower:
         self.down = lead.linear(["linear_2"], [hidden], hidden, bias)
 
     def encode(self, picture: Picture) -> Tensor:
-        tiles = pixels_of(picture, self.device).split(TILES)
-        features = torch.cat([self._look(part) for part in tiles])
+        features = by_tiles(self._look, picture, self.device)
         if picture.tiles == 1:
             return torch.cat([features[0], self.newline[None]])
         return torch.cat([features[0], self._together(features[1:], picture.grid)])

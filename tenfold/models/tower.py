@@ -1,6 +1,6 @@
 """What vision towers share: reading their layers from a checkpoint, and sizes from a config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -171,3 +171,8 @@ def pixels_of(picture: Picture, device: torch.device) -> Tensor:
     """uint8 [tiles, height, width, 3] on the device."""
     raw = torch.frombuffer(bytearray(picture.pixels), dtype=torch.uint8)
     return raw.view(picture.tiles, picture.height, picture.width, 3).to(device)
+
+
+def by_tiles(look: Callable[[Tensor], Tensor], picture: Picture, device: torch.device) -> Tensor:
+    """What `look` makes of the tiles of a picture, TILES at a time, joined along the first dimension."""
+    return torch.cat([look(tiles) for tiles in pixels_of(picture, device).split(TILES)])

@@ -6,6 +6,7 @@ is that of one layer. The model runs as it is; nothing of it is rounded.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tenfold.quantize.gptq import Moments
 SAMPLE = 512  # tokens of an expert that are kept as they are
 LEAST_TOKENS = 256  # of a text that is worth capturing
 PAGE = 64
+T = TypeVar("T")
 
 
 class TextTooShort(ValueError):
@@ -85,6 +87,14 @@ class Watching(Oracle):
                     worth = None if self.worth is None else self.worth[rows]
                     watched.add(x[rows], inner, weights[rows, slots], worth)
         return super().experts(x, ids, weights, own, residual)
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly from all. Raises ValueError."""
+    if most < 1:
+        raise ValueError(f"{most} samples were asked for; allowed: from 1.")
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def watched(

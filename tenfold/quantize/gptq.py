@@ -39,7 +39,7 @@ class Moments:
 
 def gptq(w: Tensor, moments: Tensor, scheme: Scheme, order: bool = True, damp: float = DAMP) -> Tensor:
     """w [rows, cols] as it is stored, float32; moments [cols, cols]: of the inputs. order: largest moments first.
-    Inputs that never were leave their columns rounded by themselves.
+    Inputs that never were leave their columns rounded by themselves. Raises ValueError for moments that are not finite.
     """
     weight, grid = w.float().clone(), grid_of(w, scheme)
     cols = weight.shape[1]
@@ -48,6 +48,11 @@ def gptq(w: Tensor, moments: Tensor, scheme: Scheme, order: bool = True, damp: f
     dead = diagonal <= 0
     diagonal[dead] = 1.0
     diagonal += damp * diagonal.mean()
+    if not bool(hessian.isfinite().all()):
+        raise ValueError(
+            "The second moments of a matrix's inputs are not finite; allowed: finite numbers. Check that the model's "
+            "weights are whole, or take --rounding rtn."
+        )
     places = diagonal.argsort(descending=True, stable=True) if order else torch.arange(cols, device=w.device)
     hessian, weight = hessian[places][:, places], weight[:, places]
     factor = _inverse_factor(hessian)

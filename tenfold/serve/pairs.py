@@ -10,6 +10,7 @@ from tenfold.engine.sight import Layout
 from tenfold.engine.text import Text
 from tenfold.models.config import ModelConfig
 from tenfold.models.table import model_config
+from tenfold.quantize.capture import spread
 from tenfold.quantize.mbq.data import Pair, PairError, Sample
 from tenfold.weights.checkpoint import Checkpoint
 
@@ -71,6 +72,5 @@ def of_text(text: str, reader: Reader, length: int, most: int) -> list[Sample]:
     """Windows of a text for a model that reads no pictures, all of whose tokens are answers but the first."""
     ids = reader.text.encode(text, add_special_tokens=False)
     windows = [tuple(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
-    step = max(1, len(windows) // most)
     nothing = np.empty(0, dtype=np.int64)
-    return [Sample(window, 1, (), nothing, np.arange(length, dtype=np.int32)) for window in windows[::step][:most]]
+    return [Sample(window, 1, (), nothing, np.arange(length, dtype=np.int32)) for window in spread(windows, most)]

@@ -79,7 +79,7 @@ class HFCheckpoint:
         if settings is None:
             return
         entries = {name: file.tensors[stored] for name, (file, stored) in self._names.items()}
-        files = Files(self.path, entries, self._part)
+        files = Files(self.path, entries, self._part, self.stored_name)
         self._linears = foreign_linears(settings, files)
         self._hidden = hidden(files, self._linears)
 

@@ -23,7 +23,7 @@ COMMIT = re.compile(r"[0-9A-Za-z_.-]{1,64}")
 FOLDER_FILE = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json|"
     r"tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json|chat_template\.(jinja|json)|"
-    r"(pre)?processor_config\.json"
+    r"(pre)?processor_config\.json|quant(ize)?_config\.json"
 )
 LATER_SHARD = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
 

@@ -9,7 +9,7 @@ import torch
 from tenfold.models.table import build_model
 from tenfold.ops.matrix import Bank, Experts, Matrix
 from tenfold.ops.route import route
-from tenfold.quantize.capture import TextTooShort, Watching, watched
+from tenfold.quantize.capture import TextTooShort, Watching, spread, watched
 from tenfold.quantize.mxmoe.sensitivity import PARTS, losses
 from tenfold.quantize.schemes import Scheme, parse, round_activations, round_to_nearest
 from tenfold.weights.load import Weights
@@ -29,6 +29,21 @@ def opened(folder: Path) -> tuple[object, Watching]:
     kernels = Watching()
     checkpoint = open_checkpoint(folder)
     return build_model(checkpoint.config, Weights(checkpoint, kernels), 128), kernels
+
+
+@pytest.mark.parametrize(("count", "most"), [(127, 64), (128, 64), (64, 64), (5, 64), (1000, 3), (0, 4)])
+def test_samples_are_spread_over_all(count: int, most: int) -> None:
+    """None twice, from the first on, and between two no gap that is more than one longer than another."""
+    found = spread(range(count), most)
+    assert len(found) == min(count, most)
+    gaps = [b - a for a, b in zip(found, [*found[1:], count])]
+    assert found[:1] == [0][:count]
+    assert not gaps or max(gaps) - 1 <= min(gaps) > 0
+
+
+def test_no_samples_are_no_wish() -> None:
+    with pytest.raises(ValueError, match="0 samples were asked for; allowed: from 1"):
+        spread([1], 0)
 
 
 @pytest.mark.parametrize("name", ["qwen2-moe", "mixtral", "deepseek-v3"])

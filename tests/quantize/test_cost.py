@@ -138,7 +138,8 @@ BITS = {"w2g128z": 2.25, "w8g128z": 8.25}
 def an_expert(**losses: float) -> Rounded:
     """One, with what each scheme costs either part of it."""
     keys = [(0, 0, part) for part in PARTS]
-    return Rounded({}, {(key, s): x for key in keys for s, x in losses.items()}, dict.fromkeys(keys, 1000), {0: [5]})
+    costs, cols = {(key, s): x for key in keys for s, x in losses.items()}, dict.fromkeys(PARTS, 128)
+    return Rounded({}, costs, dict.fromkeys(keys, 1000), {0: [5]}, cols=cols)
 
 
 @pytest.mark.parametrize(("r", "wanted"), [(0.0, "w8g128z"), (1.0, "w2g128z"), (0.5, "w8g128z")])
@@ -147,8 +148,8 @@ def test_the_best_shape_decides(r: float, wanted: str, monkeypatch: pytest.Monke
     slow, quick = Shape(8, 64, 8, {"w2g128z": 2.0, "w8g128z": 9.0}), Shape(16, 64, 8, {"w2g128z": 8.0, "w8g128z": 1.0})
     monkeypatch.setattr(run, "shapes", lambda *given: ([slow, quick], "measured somewhere"))
     found = an_expert(w8g128z=1.0 + (r == 1), w2g128z=1.0)
-    blocks, words = weighed(found, BITS, Wish(9.0, ",".join(BITS), r=r), {}, CONFIG, "cuda")
-    assert set(Allocator(blocks, BITS).solve(budgets(blocks, 9.0), r).schemes.values()) == {wanted}
+    blocks, words = weighed(found, Wish(9.0, ",".join(BITS), r=r), {}, CONFIG, "cuda")
+    assert set(Allocator(blocks).solve(budgets(blocks, 9.0), r).schemes.values()) == {wanted}
     assert words == ("" if r == 1 else "measured somewhere, in tiles of 16 picks by 64 rows")
 
 
@@ -160,9 +161,9 @@ def test_tiles_that_hold_too_few_schemes_are_passed_over(monkeypatch: pytest.Mon
         ([one], "bytes read, since no tiles hold schemes of that few bits"),
     ):
         monkeypatch.setattr(run, "shapes", lambda *given, own=known: (own, "measured"))
-        blocks, said = weighed(found, BITS, Wish(3.0, ",".join(BITS), r=0.5), {}, CONFIG, "cuda")
+        blocks, said = weighed(found, Wish(3.0, ",".join(BITS), r=0.5), {}, CONFIG, "cuda")
         assert said == words
-        assert set(Allocator(blocks, BITS).solve(budgets(blocks, 3.0), 0.5).schemes.values()) == {"w2g128z"}
+        assert set(Allocator(blocks).solve(budgets(blocks, 3.0), 0.5).schemes.values()) == {"w2g128z"}
 
 
 def test_without_a_gpu_bytes_stand_for_time() -> None:

@@ -103,6 +103,15 @@ def test_features_that_never_were_do_no_harm() -> None:
     assert loss_of(w, found, by) < loss_of(w, round_to_nearest(w, scheme), by)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e38])
+def test_moments_that_are_not_finite_are_refused(wrong: float) -> None:
+    """Also where it is their mean that has no number."""
+    with pytest.raises(
+        ValueError, match=r"moments of a matrix's inputs are not finite; allowed: finite numbers\. Check"
+    ):
+        gptq(weights(), torch.full((96, 96), wrong), parse("w4g32z"))
+
+
 def test_few_inputs_lean_on_those_of_others() -> None:
     x, few = inputs(), inputs(3, seed=5)
     others, own = moments(x), Moments(96)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -516,7 +517,7 @@ def test_progress_counts_windows_and_roundings(
     layers, blocks = subject.model.config.layers, len(subject.blocks)
     seen = layers * len(subject.tokens(text.read_text(), wish.length, wish.windows))
     ends = (1 + layers) * seen if scope == "model" else 0
-    rounded = blocks // 2 * sum(map(len, run.allowed_schemes(subject, wish.parsed()).values()))
+    rounded = blocks // 2 * sum(map(len, run.allowed_schemes(subject, wish.parsed(), wish.tie).values()))
     wanted = {"measuring": seen + rounded + ends, "writing": seen + blocks}
     assert set(told) == set(wanted)
     for what, steps in told.items():
@@ -526,6 +527,33 @@ def test_progress_counts_windows_and_roundings(
         assert done[-1] == wanted[what]
     assert len(told["measuring"]) > before > 0
     assert len(told["writing"]) == wanted["writing"]
+
+
+def test_a_state_of_another_compute_type_is_passed_over(
+    tiny: Made, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers in bfloat16, as on a GPU, are not those in float32."""
+    source, out, wish = open_checkpoint(model(tiny)), tmp_path / "out", replace(WISH, rounding="rtn", scope="layer")
+    write, resumed = run.beside.write, run.resumed
+    kept: list[list[int]] = []
+
+    def stopping(*given: object) -> None:
+        write(*given)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    def told(place: Path, key: str, subject: Subject) -> tuple[Rounded, dict[int, float]]:
+        found = resumed(place, key, subject)
+        kept.append(list(found[0].picks))
+        return found
+
+    monkeypatch.setattr(run, "resumed", told)
+    monkeypatch.setattr(run.beside, "write", stopping)
+    coarse = lambda source, device, _: Subject(source, device, torch.bfloat16)  # noqa: E731
+    for kind in (Subject, Subject, coarse):
+        monkeypatch.setattr(run, "Subject", kind)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, text, out, wish)
+    assert kept == [[], [0], []]
 
 
 def test_slopes_of_layers_are_kept_when_a_run_is_interrupted(
@@ -628,6 +656,47 @@ def test_a_budget_of_bytes_is_one_of_bits(tiny: Made, text: Path, tmp_path: Path
     quantize(source, text, tmp_path / "b", replace(WISH, bits=0.0, bytes=least))
 
 
+@pytest.mark.parametrize("tie", ["block", "layer"])
+@pytest.mark.parametrize("sensitivity", ["end", "layer"])
+def test_bits_are_of_the_columns_that_blocks_have(sensitivity: str, tie: str, text: Path, tmp_path: Path) -> None:
+    """The least that is named is enough, and the recipe says what the files take, where rows of parts differ in length
+    and share a scale each.
+    """
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 64}
+    counts = {"num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    source = open_checkpoint(make_checkpoint(Tiny("Qwen2Moe", {**sizes, **counts}), tmp_path / "long"))
+    wish = Wish(4.0, "w4a8,fp8a8", "rtn", length=64, windows=8, tie=tie, sensitivity=sensitivity)
+    with pytest.raises(BudgetError, match=r"4 bits a weight were asked for and the smallest schemes take 4\.084,"):
+        quantize(source, text, tmp_path / "out", wish)
+    made = quantize(source, text, tmp_path / "out", replace(wish, bits=4.084))
+    assert made.bits == pytest.approx(4 + (2 * 16 / 256 + 16 / 128) / 3)
+    weights = Subject(source).sizes.values()
+    bits = {part: 4 + 16 / cols for part, cols in Subject(source).cols.items()}
+    assert bits == {"gate_up": 4.0625, "down": 4.125}
+    own = open_checkpoint(tmp_path / "out")
+    experts = [own.tensor(n) for n in own.names() if ".experts." in n]
+    taken = sum(t.numel() * t.element_size() for raw in experts for t in (raw.data, *raw.extras))
+    assert 8 * taken / sum(weights) == pytest.approx(made.bits)
+    assert [corner.bytes for corner in made.front] == [taken]
+    fine = quantize(source, text, tmp_path / "fine", replace(wish, bits=0.0, bytes=int(sum(weights) * 8.3 / 8)))
+    assert set(fine.schemes.values()) == {"fp8a8"}
+    assert fine.bits == pytest.approx(8 + (2 * 32 / 256 + 32 / 128) / 3) == Subject(source).bits(parse("fp8a8"))
+
+
+def test_parts_of_one_scheme_get_what_fits_both(text: Path, tmp_path: Path) -> None:
+    """And a budget below that is refused before anything is measured."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    source = open_checkpoint(make_checkpoint(Tiny("Qwen2Moe", {**sizes, "num_hidden_layers": 2}), tmp_path / "long"))
+    wish = Wish(3.5, "w2g128z,w4g32z", "rtn", length=64, windows=8)
+    made = quantize(source, text, tmp_path / "block", wish)
+    assert set(made.schemes.values()) == {"w2g128z", "w4g32z"}
+    for tie in ("expert", "layer"):
+        with pytest.raises(BudgetError, match=r"3\.5 bits a weight were asked .* smallest schemes take 5\.000"):
+            quantize(source, text, tmp_path / tie, replace(wish, tie=tie), progress=lambda what: pytest.fail(what))
+        with pytest.raises(ValueError, match="None of w2g128z fits the 256 and 64 columns of gate_up and down; add"):
+            quantize(source, text, tmp_path / tie, replace(wish, tie=tie, schemes="w2g128z"))
+
+
 @pytest.mark.parametrize("r", [1.0, 0.5, 0.0])
 def test_the_recipe_has_the_front(r: float, tiny: Made, text: Path, tmp_path: Path) -> None:
     source = open_checkpoint(model(tiny))
@@ -658,6 +727,22 @@ def test_a_front_is_drawn(tmp_path: Path) -> None:
     assert relative(found) == [1.0, 0.5]
     for front in (found, [replace(found[0], loss=0.0), found[1]]):
         assert draw(front, "measured", "a model", tmp_path / "front.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("cost", ["", "measured on a stand-in", "bytes read, since there is no GPU here to measure on"])
+def test_a_front_is_labelled_by_what_it_has(cost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    said: list[str] = []
+    save = figures.Figure.savefig
+
+    def saving(figure: Any, *given: Any, **more: Any) -> None:
+        said.extend(axis.get_xlabel() for axis in figure.axes)
+        save(figure, *given, **more)
+
+    monkeypatch.setattr(figures.Figure, "savefig", saving)
+    draw([Corner(4.25, 900, 1.0, 3.0, True), Corner(3.25, 700, 2.0, 1.5)], cost, "a model", tmp_path / "front.png")
+    measured = cost.startswith("measured")
+    assert said[1].startswith("time of experts" if measured else "bits of the experts that picks read")
 
 
 def test_foreign_recipes_and_quantised_models_are_refused(tiny: Made, text: Path, tmp_path: Path) -> None:

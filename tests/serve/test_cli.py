@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -18,7 +19,7 @@ from tenfold.serve.cli import commands, failures
 from tenfold.serve.cli.flags import parse_size
 from tenfold.serve.cli.names import served_names
 from tenfold.serve.cli.plan import as_flags
-from tenfold.serve.cli.quantize import mixed_wish, scaled_wish, uniform_wish
+from tenfold.serve.cli.quantize import given, mixed_wish, scaled_wish, uniform_wish
 from tenfold.serve.cli.quantize import run as quantize
 from tenfold.serve.cli.sizes import format_size
 from tenfold.serve.cli.sources import ChosenModel, split_name
@@ -403,27 +404,79 @@ def test_quantize_makes_experts_of_one_scheme(ran, tiny, tmp_path, capsys, as_js
     assert json.loads(printed) == recipe if as_json else f"saved in {out}; run it with" in printed
 
 
-def test_quantize_refuses_what_says_nothing_of_experts(ran, tmp_path):
+def test_quantize_knows_what_is_not_given(ran, tmp_path):
+    (tmp_path / "text").write_text("words")
+    _, asked, mixed, scaled = ran("quantize", "folder")[1]
+    assert given(asked, mixed, scaled) == []
+    words = ("--bits", "4.25", "--exact", "--held-out", str(tmp_path / "text"), "--samples", "127", "--r", "0.9")
+    _, asked, mixed, scaled = ran("quantize", "folder", *words)[1]
+    assert given(asked, mixed, scaled) == ["bits", "r", "propagate", "samples", "held_out"]
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        ("llama", "--bits 3", "--bits says nothing of a dense model by awq on a text; leave it out. Allowed: --text"),
+        ("llama", "--bytes 1G --rotate", "--bytes, --rotate say nothing of a dense model by awq on a text; leave them"),
+        ("llama", "--samples 3", "--samples says nothing of a dense model by awq on a text"),
+        ("llama", "--alpha 0.7", "--alpha says nothing of a dense model by awq"),
+        ("llama", "--method rtn --norm mse", "--norm says nothing of a dense model by rtn"),
+        ("llama", "--method smoothquant --norm mse", "--norm says nothing of a dense model by smoothquant"),
+        ("llama", "--data HERE", "--text says nothing of a dense model by awq on pairs; leave it out. Allowed: --data"),
+        ("llama", "--held-out HERE", "--held-out says nothing of a dense model by awq on a text"),
+        (
+            "llama",
+            "--compare w4a8",
+            "--out, --text say nothing of a comparison of methods; leave them out. Allowed: --d",
+        ),
+        (
+            "qwen2-moe-even",
+            "--scheme w2g128z",
+            "--scheme says nothing of experts in mixed bits; leave it out, or take --method awq or rtn, for one "
+            "scheme. Allowed: --text, --window, --windows, --bits, --bytes, --schemes, --scope, --r, --tie, --rotate",
+        ),
+        ("qwen2-moe-even", "--tower w8a8 --data HERE", "--tower, --data say nothing of experts in mixed bits"),
+        (
+            "qwen2-moe-even",
+            "--method rtn --rotate --schemes w4g32z --tie layer --r 0.5 --scope layer --sensitivity layer --tokens 8",
+            "--schemes, --scope, --r, --tie, --rotate, --sensitivity, --tokens say nothing of experts in one scheme by "
+            "rtn; leave them out, or take --method mxmoe, for mixed bits. Allowed: --text, --window, --windows, "
+            "--scheme.",
+        ),
+        ("qwen2-moe-even", "--method awq --bits 3", "--bits says nothing of experts in one scheme by awq"),
+        ("qwen2-moe-even", "--method awq --norm mae --exact --floor none", "--norm, --propagate, --floor say nothing"),
+    ],
+)
+def test_quantize_refuses_options_of_other_methods(ran, tiny, tmp_path, model, words, message):
+    """Before anything is read or written."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("words")
+    always = ("quantize", str(tiny(model)), "--text", str(text), "--out", str(out), "--device", "cpu")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        quantize(*ran(*always, *words.replace("HERE", str(text)).split())[1])
+    assert not out.exists()
+
+
+def test_quantize_refuses_what_a_recipe_has_decided_of_experts(ran, tmp_path):
     text, recipe = tmp_path / "text.txt", tmp_path / "recipe.json"
     text.write_text("words")
     recipe.write_text("{}")
     always = ("quantize", "folder", "--text", str(text), "--out", str(tmp_path / "out"))
-    _, asked, mixed, options = ran(*always, "--recipe", str(recipe))[1]
-    assert uniform_wish("awq", asked, options, mixed).schemes == "w4g128z"
+    _, asked, _, options = ran(*always, "--recipe", str(recipe))[1]
+    assert uniform_wish("awq", asked, options).schemes == "w4g128z"
     for words, message in (
         (("--recipe", str(recipe), "--scheme", "w8"), "--recipe has decided what --scheme would; leave out --scheme"),
         (("--rounding", "gptq"), "rounding is 'gptq', which awq of a model with experts does not go with"),
-        (("--norm", "mae", "--exact"), "--norm, --propagate say nothing of a model with experts; leave them out"),
-        (("--bits", "3"), "--bits and --bytes are budgets of --method mxmoe; awq gives all experts --scheme w4g128z"),
     ):
-        _, asked, mixed, options = ran(*always, *words)[1]
+        _, asked, _, options = ran(*always, *words)[1]
         with pytest.raises(ValueError, match=message):
-            uniform_wish("awq", asked, options, mixed)
+            uniform_wish("awq", asked, options)
 
 
+@pytest.mark.parametrize("r", ["1", "0.5"])
 @pytest.mark.parametrize("matplotlib", [True, False])
-def test_quantize_shows_the_front(ran, tiny, tmp_path, capsys, monkeypatch, matplotlib):
-    """As a table with the chosen point, and as a picture where that can be drawn."""
+def test_quantize_shows_the_front(ran, tiny, tmp_path, capsys, monkeypatch, matplotlib, r):
+    """As a table with the chosen point, and as a picture where that can be drawn. Without a GPU there are no times."""
     pytest.importorskip("scipy")
     if matplotlib:
         pytest.importorskip("matplotlib")
@@ -431,7 +484,7 @@ def test_quantize_shows_the_front(ran, tiny, tmp_path, capsys, monkeypatch, matp
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog, and nobody knows why. " * 60)
     always = ("quantize", str(tiny("qwen2-moe-even")), "--text", str(text), "--out", str(out), "--window", "64")
-    quantize(*ran(*always, "--device", "cpu", "--bits", "5.5", "--schemes", "w2g32z,w4g32z,w8g32z")[1])
+    quantize(*ran(*always, "--device", "cpu", "--bits", "5.5", "--schemes", "w2g32z,w4g32z,w8g32z", "--r", r)[1])
     front = json.loads((out / "recipe.json").read_text())["front"]
     printed = capsys.readouterr().out.splitlines()
     head = next(i for i, line in enumerate(printed) if line.split() == ["bits", "size", "loss", "bits", "read"])

@@ -14,6 +14,7 @@ import pytest
 from tenfold.weights import default_model, find, hub
 from tenfold.weights.checkpoint import CheckpointError
 from tenfold.weights.find import UnknownModel, known_models, resolve
+from tenfold.weights.hf import OLDER_SETTINGS
 from tenfold.weights.hub import FOLDER_FILE
 from tests.weights.gguf_files import to_gguf
 
@@ -218,6 +219,14 @@ def test_only_safe_files_of_a_repository_are_fetched(online, monkeypatch):
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     other = ["pytorch_model.bin", "modeling_x.py", "a/model.safetensors", "consolidated.safetensors", "README.md"]
     monkeypatch.setattr(Hub, "files", wanted + other)
+    assert resolve("org/name") == online.folder
+    assert online.asked == wanted
+
+
+@pytest.mark.parametrize("settings", OLDER_SETTINGS)
+def test_settings_of_quantisation_in_a_file_of_their_own_are_fetched(settings, online, monkeypatch):
+    wanted = ["config.json", "model.safetensors", settings]
+    monkeypatch.setattr(Hub, "files", [*wanted, "quantize.py", "other_quant_config.json"])
     assert resolve("org/name") == online.folder
     assert online.asked == wanted
 

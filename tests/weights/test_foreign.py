@@ -17,8 +17,10 @@ from tenfold.ops.formats import format_of
 from tenfold.ops.kernels import Kernels
 from tenfold.ops.oracle import Oracle
 from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.foreign import own
 from tenfold.weights.foreign.linear import Files, fields, stream
 from tenfold.weights.foreign.table import foreign_linears
+from tenfold.weights.hf import HFCheckpoint
 from tenfold.weights.load import Weights
 from tenfold.weights.open import open_checkpoint
 from tenfold.weights.safetensors import TensorEntry
@@ -28,6 +30,7 @@ from tests.weights.foreign_files import awq, compressed, fp8, gptq, packed, plai
 
 Folder = Callable[[str], Path]
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+PACKED, PLAIN = "pack-quantized", "int-quantized"
 TOKEN = {**FLOAT8, "strategy": "token", "dynamic": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -236,6 +239,50 @@ def test_gptq_may_set_modules_apart(tiny: Folder, tmp_path: Path) -> None:
     assert all(torch.equal(dequantize(checkpoint.tensor(name)), values[name].float()) for name in values)
 
 
+def ends(folder: Path, part: str) -> dict[str, str]:
+    """Matrices of a model that sees, by our names, and their modules as the file calls them; of a part of the model."""
+    source = open_checkpoint(folder)
+    assert isinstance(source, HFCheckpoint)
+    ours = [n for n in source.names() if n.startswith(part) and n.removesuffix(".weight").endswith(files.LINEARS)]
+    return {name: source.stored_name(name).removesuffix(".weight") for name in ours}
+
+
+@pytest.mark.parametrize("targets", [["re:vision_tower.*q_proj"], None])
+def test_groups_name_modules_as_the_file_does(targets: list[str] | None, seeing: Folder, tmp_path: Path) -> None:
+    """By pattern or by name, in a model whose file has other names than ours; `ignore` too."""
+    folder = seeing("llava")
+    tower = {ours: stored for ours, stored in ends(folder, "vision.").items() if stored.endswith("q_proj")}
+    groups = {
+        "group_0": {"targets": targets or list(tower.values()), "weights": ints(8, "channel"), "format": PLAIN},
+        "group_1": {"targets": ["re:language_model.*"], "weights": ints(4, "group", group_size=32), "format": PACKED},
+    }
+    settings = {**compressed("mixed-precision", {}), "config_groups": groups, "ignore": ["re:vision_tower.*v_proj"]}
+    left = dict.fromkeys(ends(folder, "vision.").values())
+    values = quantise(folder, tmp_path, settings, packed(), **(left | dict.fromkeys(tower.values(), plain_int())))
+    checkpoint = open_checkpoint(tmp_path)
+    for name in tower:
+        assert checkpoint.tensor(name).storage == "int8"
+    for name, stored in (ends(folder, "vision.") | ends(folder, "model.")).items():
+        assert torch.equal(dequantize(checkpoint.tensor(name)), values[f"{stored}.weight"].float()), name
+    edit_config(tmp_path, ignore=["re:language_model.*v_proj"])
+    with pytest.raises(CheckpointError, match=r"language_model\.model\..*v_proj is quantised and in the list"):
+        open_checkpoint(tmp_path)
+    edit_config(tmp_path, ignore=[], config_groups={**groups, "group_1": {**groups["group_1"], "targets": ["other"]}})
+    with pytest.raises(CheckpointError, match=r"language_model\.model\..* is quantised and no group of config_groups"):
+        open_checkpoint(tmp_path)
+
+
+def test_gptq_sets_modules_apart_by_their_names_in_the_file(seeing: Folder, tmp_path: Path) -> None:
+    folder = seeing("llava")
+    dynamic = {r"-:vision_tower\.": {}, r"+:language_model\.model\..*\.down_proj": {"bits": 8, "group_size": -1}}
+    left = dict.fromkeys(ends(folder, "vision.").values())
+    values = quantise(folder, tmp_path, {**GPTQ, "dynamic": dynamic}, gptq(), **left, down_proj=gptq(8, -1))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.tensor("model.layers.0.mlp.down_proj.weight").storage == "int8"
+    for name, stored in ends(folder, "model.").items():
+        assert torch.equal(dequantize(checkpoint.tensor(name)), values[f"{stored}.weight"].float()), name
+
+
 def test_columns_that_fit_no_format_are_made_dense(tiny: Folder, tmp_path: Path) -> None:
     """48 columns are no whole number of 16-byte pieces of int4."""
     settings, write = compressed("pack-quantized", ints(4, "channel")), packed(group=-1)
@@ -252,11 +299,31 @@ def test_few_bits_stay_packed_where_columns_fit(layout: str, tmp_path: Path) -> 
     state: dict[str, torch.Tensor] = {}
     wanted = write(state, "m", torch.randn(40, 256, generator=torch.Generator().manual_seed(1)))
     entries = {name: TensorEntry(STORAGES[t.dtype], tuple(t.shape), 0, 0) for name, t in state.items()}
-    (found,) = foreign_linears(settings, Files(tmp_path, entries, state.__getitem__)).values()
+    (found,) = foreign_linears(settings, Files(tmp_path, entries, state.__getitem__, str)).values()
     assert (found.storage, found.rows, found.cols) == (storage, 40, 256)
     raw = found.raw().on("cpu")
     assert raw.data.numel() * raw.data.element_size() * 8 == 40 * 256 * format_of(storage).bits
     assert torch.equal(dequantize(raw), wanted)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, -1, 256])
+def test_an_order_of_columns_names_each_once(wrong: int | None, tmp_path: Path) -> None:
+    """In our own layout; wrong: a column that is named twice, or none of them, in another's place."""
+    format = format_of("int4g32o")
+    w = torch.randn(40, 256, generator=torch.Generator().manual_seed(3))
+    order = torch.arange(256, dtype=torch.int32).flip(0)
+    plain = format_of("int4g32").pack(w[:, order.long()])
+    state = own.tensors("m", plain._replace(order=order))
+    if wrong is not None:
+        state["m.order"][3] = wrong
+    entries = {name: TensorEntry(STORAGES[t.dtype], tuple(t.shape), 0, 0) for name, t in state.items()}
+    read = Files(tmp_path, entries, state.__getitem__, str)
+    if wrong is not None:
+        with pytest.raises(CheckpointError, match=r"m\.order does not name each of 256 columns once\. Download it"):
+            foreign_linears(own.settings_of({"m": format}), read)
+        return
+    (found,) = foreign_linears(own.settings_of({"m": format}), read).values()
+    assert torch.equal(dequantize(found.raw().on("cpu"))[:, order.long()], format_of("int4g32").unpack(plain))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -292,6 +359,12 @@ def test_scales_of_activations_and_biases_of_zeros_are_no_leftovers(
     with caplog.at_level(logging.WARNING, "tenfold"):
         build_model(checkpoint.config, Weights(checkpoint, Oracle()), 64)
     assert not caplog.messages
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

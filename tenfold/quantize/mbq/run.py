@@ -37,6 +37,7 @@ from tenfold.weights.load import SIGHT
 
 ROUNDINGS = ("rtn", "gptq")
 LAYOUTS = (own.METHOD, compressed.METHOD)
+PLACE = ("device", "dtype")  # of a search; its recipe may be followed in another
 TOWER = re.compile(re.escape(SIGHT[0]) + r"(?:.*\.)?\d+\..*\.weight")  # matrices of a tower's blocks
 Progress = Callable[[int, int], None]
 
@@ -120,7 +121,7 @@ def quantize(
     check_tower(checkpoint, wish)
     batches = subject.batches(samples)
     digest = recipes.digest_of(samples)
-    made = Recipe(identity(checkpoint), digest, wish.settings(), str(mix))
+    made = Recipe(identity(checkpoint), digest, wish.settings() | place_of(subject), str(mix))
     made = followed(recipe, made) if recipe is not None else resumed(partial(out), made)
     if not made.magnitudes and needs_gradients(method, samples):
         made.magnitudes = magnitudes(subject, batches, progress("gradients"))
@@ -167,6 +168,12 @@ def resumed(place: Path, new: Recipe) -> Recipe:
     return found if found.key == new.key else new
 
 
+def place_of(subject: Subject) -> dict[str, str]:
+    """Where scales are found, by the names of PLACE."""
+    found = subject.kernels.device.type, str(subject.kernels.dtype).removeprefix("torch.")
+    return dict(zip(PLACE, found))
+
+
 def followed(path: Path, new: Recipe) -> Recipe:
     """Raises ValueError for a recipe of another model, other data, or another wish."""
     found = recipes.load(path)
@@ -175,7 +182,7 @@ def followed(path: Path, new: Recipe) -> Recipe:
     if found.data != new.data:
         raise ValueError(f"{path} was made with other samples; give the same here.")
     for name, value in new.settings.items():
-        if found.settings.get(name) != value:
+        if name not in PLACE and found.settings.get(name) != value:
             raise ValueError(
                 f"{path} has {name} {found.settings.get(name)!r}, and {value!r} was asked for; ask for the same."
             )

@@ -29,10 +29,13 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Weights that have one scheme. scope: those of one scope share a budget; loss and time by scheme."""
+    """Weights that have one scheme. bytes, scales and zeros included, loss and time by scheme; scope: those of one
+    scope share a budget.
+    """
 
     name: str
     weights: int
+    bytes: Mapping[str, float]
     loss: Mapping[str, float]
     time: Mapping[str, float]
     scope: str = ""
@@ -54,22 +57,22 @@ class Plan:
 
 @dataclass(slots=True)
 class Allocator:
-    """Blocks and what a weight of each scheme takes, bits with scales and zeros. A block may lack some schemes, not
-    all. Raises ValueError for blocks that make no sense.
-    """
+    """Of blocks that may lack some schemes, not all. Raises ValueError for blocks that make no sense."""
 
     blocks: Sequence[Block]
-    bits: Mapping[str, float]
     solved: int = 0  # linear programs so far
     _choices: list[tuple[int, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for i, block in enumerate(self.blocks):
-            own = [s for s in self.bits if s in block.loss and s in block.time]
+            own = [s for s in block.bytes if s in block.loss and s in block.time]
             if not own:
-                raise ValueError(f"Block {block.name} has no scheme of {', '.join(self.bits)}; measure it with one.")
-            if block.weights < 1 or any(not (0 <= v[s] < inf) for v in (block.loss, block.time) for s in own):
-                raise ValueError(f"Block {block.name} has weights, losses or times that are not positive numbers.")
+                raise ValueError(f"Block {block.name} has no scheme of {', '.join(block.bytes)}; measure it with one.")
+            sums = block.bytes, block.loss, block.time
+            if block.weights < 1 or any(not (0 <= v[s] < inf) for v in sums for s in own):
+                raise ValueError(
+                    f"Block {block.name} has weights, bytes, losses or times that are not positive numbers."
+                )
             self._choices += [(i, scheme) for scheme in own]
         if len({b.name for b in self.blocks}) != len(self.blocks):
             raise ValueError("Two blocks have one name; each needs its own.")
@@ -78,7 +81,7 @@ class Allocator:
         """Bytes of each scope with the smallest scheme everywhere."""
         smallest = [inf] * len(self.blocks)
         for i, scheme in self._choices:
-            smallest[i] = min(smallest[i], self._bytes(i, scheme))
+            smallest[i] = min(smallest[i], self.blocks[i].bytes[scheme])
         found: dict[str, float] = {}
         for block, size in zip(self.blocks, smallest):
             found[block.scope] = found.get(block.scope, 0.0) + size
@@ -148,9 +151,6 @@ class Allocator:
         along = a * first.loss + b * first.time
         return None if a * middle.loss + b * middle.time >= along * (1 - ALIKE) else middle
 
-    def _bytes(self, block: int, scheme: str) -> float:
-        return self.blocks[block].weights * self.bits[scheme] / 8
-
     def _weighted(self, budget: Mapping[str, float], a: float, b: float) -> Plan:
         """The allocation with the least `a * loss + b * time`; of equals, the one with the other sum least."""
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -170,7 +170,7 @@ class Allocator:
         once = coo_array((np.ones(len(columns)), (owner, columns)), shape=(len(self.blocks), len(columns)))
         scopes = list(dict.fromkeys(block.scope for block in self.blocks))
         place = np.array([scopes.index(self.blocks[i].scope) for i, _ in self._choices])
-        sizes = np.array([self._bytes(i, s) for i, s in self._choices])
+        sizes = np.array([self.blocks[i].bytes[s] for i, s in self._choices])
         limits = np.array([budget[scope] for scope in scopes])
         within = coo_array((sizes / limits[place], (place, columns)), shape=(len(scopes), len(columns)))
         found = milp(
@@ -189,7 +189,7 @@ class Allocator:
         taken: dict[str, float] = {}
         for i, scheme in chosen:
             scope = self.blocks[i].scope
-            taken[scope] = taken.get(scope, 0.0) + self._bytes(i, scheme)
+            taken[scope] = taken.get(scope, 0.0) + self.blocks[i].bytes[scheme]
         return Plan(
             {self.blocks[i].name: scheme for i, scheme in chosen},
             sum(self.blocks[i].loss[s] for i, s in chosen),
@@ -223,7 +223,7 @@ def joined(blocks: Sequence[Block], by: Mapping[str, str]) -> list[Block]:
         groups.setdefault(by.get(block.name, block.name), []).append(block)
     found = []
     for name, own in groups.items():
-        common = [s for s in own[0].loss if all(s in b.loss and s in b.time for b in own)]
+        common = [s for s in own[0].bytes if all(s in b.bytes and s in b.loss and s in b.time for b in own)]
         scopes = {b.scope for b in own}
         if len(scopes) > 1:
             raise ValueError(f"Blocks of {name} lie in several scopes ({', '.join(sorted(scopes))}); join within one.")
@@ -231,6 +231,7 @@ def joined(blocks: Sequence[Block], by: Mapping[str, str]) -> list[Block]:
             Block(
                 name,
                 sum(b.weights for b in own),
+                {s: sum(b.bytes[s] for b in own) for s in common},
                 {s: sum(b.loss[s] for b in own) for s in common},
                 {s: sum(b.time[s] for b in own) for s in common},
                 own[0].scope,

@@ -18,6 +18,7 @@ import torch
 
 from tenfold.models.config import ModelConfig
 from tenfold.ops import tiles
+from tenfold.quantize.mxmoe.front import READ
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import Key, name_of
 from tenfold.quantize.schemes import Scheme, format_of_scheme
@@ -145,14 +146,14 @@ def obstacle(config: ModelConfig, scheme: Scheme) -> str:
 
 
 def shapes(config: ModelConfig, schemes: Sequence[Scheme], tokens: int, device: str) -> tuple[list[Shape], str]:
-    """For steps of so many tokens, and in words where their times are from. None: nothing can be measured here, and
-    the words say why.
+    """For steps of so many tokens, and in words where their times are from. Empty where nothing can be measured here,
+    and the words say why.
     """
     if not device.startswith("cuda"):
-        return [], "bytes read, since there is no GPU here to measure on"
+        return [], f"{READ}, since there is no GPU here to measure on"
     for scheme in schemes:
         if why := obstacle(config, scheme):
-            return [], f"bytes read, since experts of {scheme} cannot be timed: {why}"
+            return [], f"{READ}, since experts of {scheme} cannot be timed: {why}"
     from tenfold.ops.gpu import arms, expert_arms, timing
 
     place = torch.device(device)

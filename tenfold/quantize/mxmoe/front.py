@@ -11,13 +11,15 @@ from typing import Any
 from tenfold.quantize.mxmoe.allocate import Plan
 
 FILE = "front.png"
+READ = "bytes read"  # how words begin that say where times are from, where none were measured
 COLOUR, CHOSEN = "#0072B2", "#D55E00"  # told apart by people with the common colour blindnesses
 
 
 @dataclass(frozen=True, slots=True)
 class Corner:
     """bits: of a weight of experts, scales and zeros included; bytes: of all of them; loss, time: the sums that were
-    weighed, time in a unit of its own that only the corners of one front share; chosen: whether the model has it.
+    weighed, time (or what is read, see `timed`) in a unit of its own that only the corners of one front share; chosen:
+    whether the model has it.
     """
 
     bits: float
@@ -51,19 +53,24 @@ def relative(front: Sequence[Corner]) -> list[float]:
     return [corner.time / own if own else 1.0 for corner in front]
 
 
+def timed(cost: str) -> bool:
+    """Whether a front has times, which cost says where they are from; else it has the bits that picks read."""
+    return bool(cost) and not cost.startswith(READ)
+
+
 def drawable() -> bool:
     """Whether matplotlib is installed, the package's optional extra `bench`."""
     return find_spec("matplotlib") is not None
 
 
 def draw(front: Sequence[Corner], cost: str, title: str, path: Path) -> Path:
-    """Loss over bits, and over time; cost: where times are from, empty where they are the bits that picks read."""
+    """Loss over bits, and over time or the bits that picks read; cost: where these are from."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     losses, mark = [corner.loss for corner in front], [i for i, corner in enumerate(front) if corner.chosen]
-    below = "time of experts" if cost else "bits of the experts that picks read"
+    below = "time of experts" if timed(cost) else "bits of the experts that picks read"
     sides = {
         "bits a weight of experts, scales and zeros included": [corner.bits for corner in front],
         f"{below}, over the chosen point's": relative(front),

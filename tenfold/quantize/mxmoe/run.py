@@ -21,10 +21,10 @@ from torch import Tensor
 from tenfold.models.config import ModelConfig
 from tenfold.ops.formats import Format, Packed
 from tenfold.quantize.awq import behind_norm, of_strength, scaled
-from tenfold.quantize.capture import TextTooShort, watched
+from tenfold.quantize.capture import TextTooShort, spread, watched
 from tenfold.quantize.mxmoe.allocate import ROUNDED, Block, BudgetError, Plan
 from tenfold.quantize.mxmoe.cost import fastest, launches, shapes
-from tenfold.quantize.mxmoe.front import corners
+from tenfold.quantize.mxmoe.front import READ, corners
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe, load
 from tenfold.quantize.mxmoe.sensitivity import PARTS
 from tenfold.quantize.mxmoe.subject import (
@@ -47,7 +47,6 @@ from tenfold.quantize.mxmoe.subject import (
     rounded,
     roundings,
     solved,
-    spread,
 )
 from tenfold.quantize.rotate import Rotated, check_family
 from tenfold.quantize.schemes import Scheme, format_of_scheme, grid_of, packed, parse
@@ -158,7 +157,7 @@ def quantize(
     content = text.read_bytes()
     turned = Rotated(checkpoint) if wish.rotate else checkpoint
     subject = Subject(turned, device, torch.float32 if device == "cpu" else torch.bfloat16)
-    allowed = allowed_schemes(subject, wish.parsed()) if recipe is None else {}
+    allowed = allowed_schemes(subject, wish.parsed(), wish.tie) if recipe is None else {}
     windows = subject.tokens(content.decode("utf-8", "ignore"), wish.length, wish.windows)
     if not windows:
         raise TextTooShort(
@@ -166,11 +165,10 @@ def quantize(
         )
     digest, tokens = hashlib.sha256(content).hexdigest(), sum(map(len, windows))
     if recipe is None:
-        bits = {str(s): max(s.stored_bits(m.cols) for m in subject.blocks.values()) for s in wish.parsed()}
         wish = replace(wish, bits=bits_within(subject, allowed, wish), bytes=0)
         found, slope = measured(subject, windows, allowed, wish, out, f"{model} {digest}", progress("measuring"))
-        blocks, cost = weighed(found, bits, wish, slope, subject.model.config, device)
-        plan, *front = mixed_front(blocks, bits, wish.bits, wish.tie, wish.r)
+        blocks, cost = weighed(found, wish, slope, subject.model.config, device)
+        plan, *front = mixed_front(blocks, wish.bits, wish.tie, wish.r)
         made = recipe_of(found, plan, model, digest, tokens, wish, slope)
         made = replace(made, cost=cost, front=corners(front, plan, sum(found.sizes.values())))
     else:
@@ -211,31 +209,43 @@ def check_installed() -> None:
         )
 
 
-def allowed_schemes(subject: Subject, schemes: Sequence[Scheme]) -> dict[str, list[Scheme]]:
-    """Those whose format holds the columns of each part. Raises ValueError where a part is left with none."""
-    found = {}
-    for part in PARTS:
-        cols = next(matrix.cols for key, matrix in subject.blocks.items() if key[2] == part)
-        fits = [s for s in schemes if not format_of_scheme(s).obstacle(cols) and cols % (s.group or cols) == 0]
+def together(tie: str) -> list[tuple[str, ...]]:
+    """Parts of an expert that have one scheme."""
+    return [(part,) for part in PARTS] if tie == "block" else [PARTS]
+
+
+def allowed_schemes(subject: Subject, schemes: Sequence[Scheme], tie: str) -> dict[str, list[Scheme]]:
+    """Those whose format holds the columns of each part, and of all that have one scheme with it. Raises ValueError
+    where a part is left with none.
+    """
+    found: dict[str, list[Scheme]] = {}
+    for parts in together(tie):
+        columns = [subject.cols[part] for part in parts]
+        fits = [
+            s
+            for s in schemes
+            if not any(format_of_scheme(s).obstacle(cols) or cols % (s.group or cols) for cols in columns)
+        ]
         if not fits:
             raise ValueError(
-                f"None of {', '.join(map(str, schemes))} fits the {cols} columns of {part}; "
-                "add schemes of smaller groups, such as w4g32z."
+                f"None of {', '.join(map(str, schemes))} fits the {' and '.join(map(str, columns))} columns of "
+                f"{' and '.join(parts)}; add schemes of smaller groups, such as w4g32z."
             )
-        found[part] = fits
+        found |= dict.fromkeys(parts, fits)
     return found
 
 
 def bits_within(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], wish: Wish) -> float:
     """Of a weight, under the wish's budget; before anything is measured. Raises BudgetError."""
-    sizes = {part: sum(m.rows * m.cols for k, m in subject.blocks.items() if k[2] == part) for part in PARTS}
-    cols = {key[2]: matrix.cols for key, matrix in subject.blocks.items()}
-    weights = sum(sizes.values())
-    least = sum(sizes[p] * min(s.stored_bits(cols[p]) for s in allowed[p]) for p in PARTS) / weights
+    sizes = {part: sum(size for key, size in subject.sizes.items() if key[2] == part) for part in PARTS}
+    weights, least = sum(sizes.values()), 0.0
+    for parts in together(wish.tie):
+        taken = (sum(sizes[p] * s.stored_bits(subject.cols[p]) for p in parts) for s in allowed[parts[0]])
+        least += min(taken) / weights
     bits = 8 * wish.bytes / weights if wish.bytes else wish.bits
     if not bits >= least * (1 - ROUNDED):
         asked = f"{wish.bytes} bytes" if wish.bytes else f"{bits:g} bits a weight"
-        smallest = str(ceil(least * weights / 8)) if wish.bytes else f"{least:.3f}"
+        smallest = str(ceil(least * weights / 8)) if wish.bytes else f"{ceil(1000 * least * (1 - ROUNDED)) / 1000:.3f}"
         raise BudgetError(
             f"{asked} were asked for and the smallest schemes take {smallest}, scales and zeros "
             "included; allow that much, or add a scheme of fewer bits."
@@ -259,7 +269,8 @@ def measured(
     between = middles(subject, allowed, wish.bits) if wish.to_the_end else {}
     ended = spread(windows, ENDED) if between else []
     about = wish.bits if wish.rounding == "awq" else 0.0
-    key = json.dumps([subjects, names, wish.rounding, wish.length, wish.windows, wish.rotate, between, about])
+    asked = [names, wish.rounding, wish.length, wish.windows, wish.rotate, between, about]
+    key = json.dumps([subjects, *asked, subject.kernels.device.type, str(subject.kernels.dtype)])
     place = partial(out)
     found, slope = resumed(place, key, subject)
     layers = subject.model.config.layers
@@ -286,33 +297,34 @@ def measured(
 
 
 def weighed(
-    found: Rounded, bits: Mapping[str, float], wish: Wish, slope: Mapping[int, float], config: ModelConfig, device: str
+    found: Rounded, wish: Wish, slope: Mapping[int, float], config: ModelConfig, device: str
 ) -> tuple[list[Block], str]:
     """Blocks with losses and times, and where the times are from: of all shapes of tiles that some scheme is the
     fastest with, those of the one whose best plan is the best, with its launches as long as dealing out tiles takes.
     """
 
     def blocks_with(times: Mapping[tuple[Key, str], float] | None = None) -> list[Block]:
-        return blocks_of(found, bits, wish.scope, False, slope, times)
+        return blocks_of(found, [str(s) for s in schemes], wish.scope, False, slope, times)
 
-    known, cost = shapes(config, wish.parsed(), wish.tokens, device) if wish.r < 1 else ([], "")
+    schemes = wish.parsed()
+    known, cost = shapes(config, schemes, wish.tokens, device) if wish.r < 1 else ([], "")
     own = launches(config, wish.tokens, found.picks)
     tried = []
     for shape in fastest(known, own):
         with suppress(ValueError):  # not all that the budget asks for can have such tiles
             blocks = blocks_with(own.times(shape))
-            plan = solved(blocks, bits, wish.bits, wish.tie, wish.r)
+            plan = solved(blocks, wish.bits, wish.tie, wish.r)
             timed = replace(plan, time=own.time(shape, plan.schemes))
             tried.append((timed.goal(wish.r), blocks, f"{cost}, in {shape}"))
     if not tried:
-        return blocks_with(), "bytes read, since no tiles hold schemes of that few bits" if known else cost
+        return blocks_with(), f"{READ}, since no tiles hold schemes of that few bits" if known else cost
     _, blocks, cost = min(tried, key=lambda each: each[0])
     return blocks, cost
 
 
 def middles(subject: Subject, allowed: Mapping[str, Sequence[Scheme]], bits: float) -> dict[str, str]:
     """By part, the scheme that a layer is rounded to for its slope."""
-    cols = {key[2]: matrix.cols for key, matrix in subject.blocks.items()}
+    cols = subject.cols
     return {part: middle({str(s): s.stored_bits(cols[part]) for s in own}, bits) for part, own in allowed.items()}
 
 
@@ -333,7 +345,7 @@ def resumed(place: Path, key: str, subject: Subject) -> tuple[Rounded, dict[int,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Rounded(), {}
-    sizes = {k: m.rows * m.cols for k, m in subject.blocks.items() if k[0] in picks}
+    sizes = {key: size for key, size in subject.sizes.items() if key[0] in picks}
     return Rounded({}, losses, sizes, picks, strengths), slope
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from tenfold.models.table import build_model
 from tenfold.ops.matrix import Bank
 from tenfold.quantize.awq import STRENGTHS, of_strength, scales
-from tenfold.quantize.capture import Seen, Watching, step_of, store_for, watched
+from tenfold.quantize.capture import Seen, Watching, spread, step_of, store_for, watched
 from tenfold.quantize.gptq import gptq
 from tenfold.quantize.mxmoe.allocate import Allocator, Block, Plan, budgets, joined
 from tenfold.quantize.mxmoe.sensitivity import PARTS, losses
-from tenfold.quantize.schemes import Scheme, round_to_nearest
+from tenfold.quantize.schemes import Scheme, parse, round_to_nearest
 from tenfold.weights.checkpoint import Checkpoint
 from tenfold.weights.load import Weights
 
@@ -36,7 +36,8 @@ Progress = Callable[[int, int], None]
 @dataclass(slots=True)
 class Rounded:
     """What was measured of a model: weights of each block by scheme, their losses, how many numbers they have, how many
-    picks each expert of each layer had, and the strength of the scales that its gates and ups have in common.
+    picks each expert of each layer had, the strength of the scales that its gates and ups have in common, and the
+    columns of each part.
     """
 
     weights: dict[tuple[Key, str], Tensor] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Rounded:
     sizes: dict[Key, int] = field(default_factory=dict)
     picks: dict[int, list[int]] = field(default_factory=dict)
     strengths: dict[int, float] = field(default_factory=dict)
+    cols: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -86,6 +88,8 @@ class Subject:
             raise ValueError(f"{checkpoint.path} has no experts; name a mixture-of-experts model.")
         self.layers = [i for i, has in enumerate(experts.layers) if has]
         self.blocks = {key: bank.each[key[1]] for key, bank in self._blocks()}
+        self.cols = {key[2]: matrix.cols for key, matrix in self.blocks.items()}  # by part
+        self.sizes = {key: matrix.rows * matrix.cols for key, matrix in self.blocks.items()}
         self._exact: dict[Key, Tensor] = {}  # of the blocks that are rounded
 
     def exact(self, key: Key) -> Tensor:
@@ -104,6 +108,11 @@ class Subject:
             for part, bank in zip(PARTS, (own.gate_up, own.down)):
                 found += [((layer, expert, part), bank) for expert in range(len(own))]
         return found
+
+    def bits(self, scheme: Scheme) -> float:
+        """Of a weight of experts that all have one scheme, scales and zeros included."""
+        total = sum(size * scheme.stored_bits(self.cols[key[2]]) for key, size in self.sizes.items())
+        return total / sum(self.sizes.values())
 
     def put(self, weights: Mapping[Key, Tensor]) -> None:
         """These blocks rounded, all others exact."""
@@ -148,6 +157,7 @@ class Subject:
         steps: windows of all layers, and `roundings`. budget: bits of a weight, near which a layer's scales are sought.
         """
         steps = steps or Steps(lambda done, total: None, 0)
+        found.cols.update(self.cols)
         about = scaled_for(schemes["gate_up"], self.model.config.hidden_size, budget)
         for layer, seen in watched(self.model, self.kernels, windows, steps):
             if layer in found.picks:
@@ -212,11 +222,6 @@ class Subject:
 def roundings(schemes: Mapping[str, Sequence[Scheme]]) -> int:
     """Of one expert, to measure these schemes of its parts."""
     return sum(len(schemes[part]) for part in PARTS)
-
-
-def spread(windows: Sequence[list[int]], count: int) -> list[list[int]]:
-    """So many of the windows at most, from all of the text."""
-    return list(windows[:: max(1, len(windows) // count)][:count])
 
 
 def alike(windows: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
@@ -324,31 +329,33 @@ def middle(bits: Mapping[str, float], budget: float) -> str:
 
 def blocks_of(
     found: Rounded,
-    bits: Mapping[str, float],
+    schemes: Collection[str],
     scope: str,
     norm: bool,
     slope: Mapping[int, float] | None = None,
     times: Mapping[tuple[Key, str], float] | None = None,
 ) -> list[Block]:
-    """Blocks of the allocator. scope: "layer" or "model"; norm: losses as the paper adds them up, not squared; slope of
-    each layer, of `End`; times of blocks, with the schemes that they may get, else the bits that are read, in experts
-    that are picked as often as here.
+    """Blocks of the allocator. schemes: that they may get; scope: "layer" or "model"; norm: losses as the paper adds
+    them up, not squared; slope of each layer, of `End`; times of blocks, with the schemes that they may get, else the
+    bits that are read, in experts that are picked as often as here.
     """
     made = []
     for key, size in sorted(found.sizes.items()):  # in one order, whether an earlier run measured some or none
-        layer, expert, _ = key
+        layer, expert, part = key
         own = {
             name: found.losses[key, name] * (slope[layer] if slope else 1.0)
-            for name in bits
+            for name in schemes
             if (key, name) in found.losses and (times is None or (key, name) in times)
         }
+        bits = {name: size * parse(name).stored_bits(found.cols[part]) for name in own}
         often = found.picks[layer][expert] / max(1, sum(found.picks[layer]))
         made.append(
             Block(
                 name_of(key),
                 size,
+                {name: each / 8 for name, each in bits.items()},
                 {name: math.sqrt(loss) if norm else loss for name, loss in own.items()},
-                {name: often * size * bits[name] if times is None else times[key, name] for name in own},
+                {name: often * bits[name] if times is None else times[key, name] for name in own},
                 f"layer {layer}" if scope == "layer" else "",
             )
         )
@@ -357,7 +364,7 @@ def blocks_of(
 
 def mixed(
     found: Rounded,
-    bits: Mapping[str, float],
+    schemes: Collection[str],
     budget: float,
     scope: str,
     tie: str,
@@ -366,27 +373,27 @@ def mixed(
     slope: Mapping[int, float] | None = None,
 ) -> Plan:
     """The best plan at so many bits; the rest as of `blocks_of` and `mixed_front`."""
-    return solved(blocks_of(found, bits, scope, norm, slope), bits, budget, tie, r)
+    return solved(blocks_of(found, schemes, scope, norm, slope), budget, tie, r)
 
 
-def solved(blocks: Sequence[Block], bits: Mapping[str, float], budget: float, tie: str, r: float) -> Plan:
+def solved(blocks: Sequence[Block], budget: float, tie: str, r: float) -> Plan:
     """The best plan at so many bits. tie: what has one scheme, each "block", "expert" or "layer"."""
-    solver, names = _tied(blocks, bits, tie)
+    solver, names = _tied(blocks, tie)
     return _untied(solver.solve(budgets(solver.blocks, budget), r), names)
 
 
-def mixed_front(blocks: Sequence[Block], bits: Mapping[str, float], budget: float, tie: str, r: float) -> list[Plan]:
+def mixed_front(blocks: Sequence[Block], budget: float, tie: str, r: float) -> list[Plan]:
     """The best plan at so many bits, and behind it the front, of which it is one point; tie as of `solved`."""
-    solver, names = _tied(blocks, bits, tie)
+    solver, names = _tied(blocks, tie)
     own = budgets(solver.blocks, budget)
     plan = solver.solve(own, r)
     return [_untied(each, names) for each in (plan, *solver.front(own, plan))]
 
 
-def _tied(blocks: Sequence[Block], bits: Mapping[str, float], tie: str) -> tuple[Allocator, dict[str, str]]:
+def _tied(blocks: Sequence[Block], tie: str) -> tuple[Allocator, dict[str, str]]:
     """An allocator of what has one scheme each, and in which of them each block is."""
     names = {block.name: ".".join(block.name.split(".")[: TIES[tie]]) for block in blocks}
-    return Allocator(joined(blocks, names), bits), names
+    return Allocator(joined(blocks, names)), names
 
 
 def _untied(plan: Plan, names: Mapping[str, str]) -> Plan:

@@ -2,14 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine.opened import pick_device
 from tenfold.models.table import model_config, sees
+from tenfold.quantize.capture import spread
 from tenfold.quantize.mbq import run as dense
 from tenfold.quantize.mbq.compare import compare, told
 from tenfold.quantize.mbq.data import Sample, mix_of, read_pairs
@@ -17,7 +18,7 @@ from tenfold.quantize.mbq.recipe import Recipe as Scaled
 from tenfold.quantize.mbq.search import METHODS
 from tenfold.quantize.mbq.subject import Subject
 from tenfold.quantize.mxmoe.front import FILE as PICTURE
-from tenfold.quantize.mxmoe.front import Corner, draw, drawable, relative
+from tenfold.quantize.mxmoe.front import Corner, draw, drawable, relative, timed
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe
 from tenfold.quantize.mxmoe.run import Wish, quantize
 from tenfold.quantize.schemes import parse
@@ -33,10 +34,19 @@ AUTO, EXPERTS = "auto", "mxmoe"
 UNIFORM = ("awq", "rtn")  # methods that are roundings of experts, too
 BITS = 4.25  # of a weight of experts, where no budget is given
 DECIDED = ("schemes", "scope", "tie", "r", "sensitivity", "tokens")  # by a recipe, of a wish for mixed bits
-SCHEME = "w4g128z"  # where --scheme is not given
 DENSE_BITS = 16.0  # of a weight: a budget that keeps no scheme away
+# Options and what they are where they are not given: of experts in mixed bits, of one scheme, and of `Asked`.
+MIXED = {
+    **{"bits": None, "bytes": None, "schemes": "", "scope": "model", "r": 1.0, "tie": "block"},
+    **{"rotate": False, "sensitivity": "", "tokens": 64},
+}
+SCALED = {"scheme": "w4g128z", "norm": "", "weigh": "", "propagate": None, "floor": "", "alpha": 0.5, "tower": ""}
+WRITING = {"method": AUTO, "rounding": AUTO, "layout": "tenfold", "out": None, "recipe": None}
+ON_TEXT = {"text": None, "window": 512, "windows": 64}
+ON_PAIRS = {"data": None, "samples": 128}
+JUDGING = {"held_out": None}
+OF_KIND = {"alpha": "smooth", "norm": "search"}  # options of methods of one kind alone
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,25 @@ class Asked:
     samples: int
     compare: str
     as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a run makes, the options that say something of it, and what to do where others were meant."""
+
+    what: str
+    own: Sequence[str]
+    otherwise: str = ""
+
+    def check(self, given: Sequence[str]) -> None:
+        """Raises ValueError for options that say nothing of it."""
+        names = [name for name in given if name not in self.own]
+        if names:
+            say, them = ("say", "them") if len(names) > 1 else ("says", "it")
+            allowed = flags(name for name in self.own if name not in WRITING)
+            raise ValueError(
+                f"{flags(names)} {say} nothing of {self.what}; leave {them} out{self.otherwise}. Allowed: {allowed}."
+            )
 
 
 class Bars:
@@ -78,6 +107,8 @@ def run(config: EngineConfig, asked: Asked, mixed: Sequence[Any], scaled: Sequen
     """mixed, scaled: options of mxmoe, and of methods that scale dense models. Raises ValueError."""
     checkpoint, device = open_checkpoint(resolve(config.model)), str(pick_device(config.device))
     method = chosen(asked.method, checkpoint)
+    uniform = method in UNIFORM and model_config(checkpoint.config).experts is not None
+    kind_of(method, uniform, asked).check(given(asked, mixed, scaled))
     bars = Bars()
     try:
         if asked.compare:
@@ -87,8 +118,8 @@ def run(config: EngineConfig, asked: Asked, mixed: Sequence[Any], scaled: Sequen
             raise ValueError("--out is missing; name the folder to write, new or empty.")
         if method == EXPERTS:
             said = mixed_bits(checkpoint, device, asked, mixed_wish(asked, mixed), bars)
-        elif method in UNIFORM and model_config(checkpoint.config).experts is not None:
-            said = mixed_bits(checkpoint, device, asked, uniform_wish(method, asked, scaled, mixed), bars)
+        elif uniform:
+            said = mixed_bits(checkpoint, device, asked, uniform_wish(method, asked, scaled), bars)
         else:
             said = scaled_channels(checkpoint, device, method, asked, scaled, bars)
     finally:
@@ -110,6 +141,33 @@ def chosen(method: str, checkpoint: Checkpoint) -> str:
     if method not in allowed:
         raise ValueError(f"method is {method!r}; allowed: {', '.join((AUTO, *allowed))}.")
     return method
+
+
+def flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def given(asked: Asked, mixed: Sequence[Any], scaled: Sequence[Any]) -> list[str]:
+    """Options that differ from what they are where they are not given."""
+    others = WRITING | ON_TEXT | ON_PAIRS | JUDGING
+    values = dict(zip(MIXED, mixed, strict=True)) | dict(zip(SCALED, scaled, strict=True))
+    values |= {name: getattr(asked, name) for name in others}
+    return [name for name, usual in (MIXED | SCALED | others).items() if values[name] != usual]
+
+
+def kind_of(method: str, uniform: bool, asked: Asked) -> Kind:
+    """uniform: whether the method gives experts one scheme."""
+    if asked.compare:
+        return Kind("a comparison of methods", (*ON_PAIRS, *JUDGING))
+    if method == EXPERTS:
+        own = *WRITING, *ON_TEXT, *MIXED
+        return Kind("experts in mixed bits", own, ", or take --method awq or rtn, for one scheme")
+    if uniform:
+        own = *WRITING, *ON_TEXT, "scheme"
+        return Kind(f"experts in one scheme by {method}", own, ", or take --method mxmoe, for mixed bits")
+    others = {name for name, kind in OF_KIND.items() if METHODS[method].kind != kind}
+    on, source = ("a text", ON_TEXT) if asked.data is None else ("pairs", ON_PAIRS)
+    return Kind(f"a dense model by {method} on {on}", (*WRITING, *source, *(n for n in SCALED if n not in others)))
 
 
 def mixed_bits(checkpoint: Checkpoint, device: str, asked: Asked, wish: Wish, bars: Bars) -> str:
@@ -160,25 +218,15 @@ def check_followed(asked: Asked, given: Mapping[str, bool]) -> None:
         )
 
 
-def uniform_wish(method: str, asked: Asked, options: Sequence[Any], mixed: Sequence[Any]) -> Wish:
-    """All experts in one scheme, by a method that has a rounding's name. Raises ValueError for what is of no use."""
-    scheme, norm, weigh, propagate, floor, _, tower = options
-    bits, most_bytes, *_ = mixed
-    if bits is not None or most_bytes is not None:
-        raise ValueError(
-            f"--bits and --bytes are budgets of --method mxmoe; {method} gives all experts --scheme {scheme}. Leave "
-            "them out, or take that method."
-        )
+def uniform_wish(method: str, asked: Asked, options: Sequence[Any]) -> Wish:
+    """All experts in one scheme, by a method that has a rounding's name. Raises ValueError."""
+    scheme, *_ = options
     if asked.rounding not in (AUTO, method):
         raise ValueError(
             f"rounding is {asked.rounding!r}, which {method} of a model with experts does not go with; leave it out, "
             "or take --method mxmoe."
         )
-    names = {"norm": norm, "weigh": weigh, "propagate": propagate, "floor": floor, "tower": tower}
-    unused = [f"--{name}" for name, value in names.items() if value not in ("", None)]
-    if unused:
-        raise ValueError(f"{', '.join(unused)} say nothing of a model with experts; leave them out.")
-    check_followed(asked, {"--scheme": scheme != SCHEME})
+    check_followed(asked, {"--scheme": scheme != SCALED["scheme"]})
     return Wish(
         DENSE_BITS, scheme, method, length=asked.window, windows=asked.windows, layout=asked.layout, sensitivity="layer"
     )
@@ -214,14 +262,6 @@ def calibration(checkpoint: Checkpoint, asked: Asked, bars: Bars) -> list[Sample
     if not found:
         raise ValueError(f"{asked.text} has fewer than {asked.window} tokens, one window; give more, or less --window.")
     return found
-
-
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many, evenly from all. Raises ValueError."""
-    if most < 1:
-        raise ValueError(f"{most} samples were asked for; allowed: from 1.")
-    count = min(most, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def compared(checkpoint: Checkpoint, device: str, asked: Asked, bars: Bars) -> str:
@@ -278,10 +318,10 @@ def describe(made: Recipe) -> str:
 
 
 def front_table(front: Sequence[Corner], cost: str) -> list[str]:
-    """Lines; none where there was nothing to choose from. cost: where times are from, empty for bits that are read."""
+    """Lines; none where there was nothing to choose from. cost: where times are from."""
     if len(front) < 2:
         return []
-    rows = [("bits", "size", "loss", "time" if cost else "bits read", "")]
+    rows = [("bits", "size", "loss", "time" if timed(cost) else "bits read", "")]
     for corner, time in zip(front, relative(front)):
         numbers = f"{corner.bits:.3f}", size(corner.bytes), f"{corner.loss:.4g}", f"{time:.3f}x"
         rows.append((*numbers, "chosen" if corner.chosen else ""))

@@ -1,6 +1,7 @@
 """compressed-tensors checkpoints (llm-compressor, Neural Magic, Red Hat AI): linears of 2 to 8 bits and of float8 e4m3.
 
-`config_groups` say how the modules they target are stored; a module holds, for `cols` inputs and `rows` outputs,
+`config_groups` say how the modules they target, by their names in the file, are stored; a module holds, for `cols`
+inputs and `rows` outputs,
 
     pack-quantized   weight_packed int32 [rows, cols * bits / 32], codes counted from 0, lowest bits first, one after
                      the other without gaps
@@ -77,9 +78,10 @@ def linears(settings: Settings, files: Files) -> list[Linear]:
         for module in files.modules(ending):
             if ending == ".weight_scale" and files.has(f"{module}.weight_packed"):
                 continue
-            if module in ignored_names or any(matches(name, module, settings) for name in ignored_patterns):
-                files.fail(f"{module} is quantised and in the list of what is not, `ignore`")
-            found.append(read(named.get(module) or group_of(module, groups, settings, files), files, module))
+            stored = files.stored_module(module, ending)
+            if stored in ignored_names or any(matches(name, stored, settings) for name in ignored_patterns):
+                files.fail(f"{stored} is quantised and in the list of what is not, `ignore`")
+            found.append(read(named.get(stored) or group_of(stored, groups, settings, files), files, module))
     return found
 
 
@@ -129,25 +131,27 @@ def read_kind(weights: Settings) -> str:
     return "fp8" if kind == "float" else f"int{bits}"
 
 
-def group_of(module: str, groups: list[Group], settings: Settings, files: Files) -> Group:
-    """The group that targets a module which none names: by pattern first, then by its class, Linear."""
+def group_of(stored: str, groups: list[Group], settings: Settings, files: Files) -> Group:
+    """The group that targets a module which none names: by pattern first, then by its class, Linear. stored: the name
+    in the file.
+    """
     if len(groups) == 1:
         return groups[0]
     for group in groups:
-        if any(t.startswith("re:") and matches(t, module, settings) for t in group.targets):
+        if any(t.startswith("re:") and matches(t, stored, settings) for t in group.targets):
             return group
     for group in groups:
         if "Linear" in group.targets:
             return group
-    files.fail(f"{module} is quantised and no group of config_groups targets it")
+    files.fail(f"{stored} is quantised and no group of config_groups targets it")
 
 
-def matches(target: str, module: str, settings: Settings) -> bool:
-    """Whether a target or an entry of `ignore` means a module: its name, or a pattern after "re:"."""
+def matches(target: str, stored: str, settings: Settings) -> bool:
+    """Whether a target or an entry of `ignore` means a module: its name in the file, or a pattern after "re:"."""
     if not target.startswith("re:"):
-        return target == module
+        return target == stored
     try:
-        return re.match(target.removeprefix("re:"), module) is not None
+        return re.match(target.removeprefix("re:"), stored) is not None
     except re.error:
         settings.refuse("config_groups", "targets with valid regular expressions")
 
@@ -208,7 +212,7 @@ def plain_linear(group: Group, files: Files, module: str) -> Linear:
 
     def make(device: torch.device | str) -> Packed:
         codes, scales = (files.read(name).to(device) for name in names[:2])
-        scales = block_scales(scales, rows, *group.block) if group.strategy == "block" else row_scales(scales, rows)
+        scales = block_scales(scales, rows, group.block[0]) if group.strategy == "block" else row_scales(scales, rows)
         if group.kind == "fp8":
             return Packed(codes, scales.float())
         zeros = None
@@ -239,7 +243,9 @@ def tensors(module: str, format: Format, packed: Packed) -> dict[str, Tensor]:
 
 
 def settings_of(formats: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
-    """The quantization_config of modules of these formats; ignored: linears that are none of them."""
+    """The quantization_config of modules of these formats, by their names in the file; ignored: linears that are none
+    of them.
+    """
     targets: dict[Format, list[str]] = {}
     for module, format in formats.items():
         targets.setdefault(format, []).append(module)

@@ -45,7 +45,7 @@ def linear(files: Files, module: str, block: list[int] | None) -> Linear:
 
     def make(device: torch.device | str) -> Packed:
         codes, scales = (files.read(name).to(device) for name in (weight, scale))
-        return Packed(codes, block_scales(scales.float(), rows, height, width))
+        return Packed(codes, block_scales(scales.float(), rows, height))
 
     return Linear(module, format, rows, cols, (weight, scale), make)
 
@@ -66,7 +66,7 @@ def row_scales(scales: Tensor, rows: int) -> Tensor:
     return scales.reshape(rows, -1).contiguous()
 
 
-def block_scales(scales: Tensor, rows: int, height: int, width: int) -> Tensor:
-    """Scales of blocks of `height` rows -> [rows, groups]; `width` 0 or 1: one scale a row."""
+def block_scales(scales: Tensor, rows: int, height: int) -> Tensor:
+    """Scales of blocks of `height` rows -> [rows, groups]."""
     table = scales.reshape(count_groups(rows, height), -1)
     return table.repeat_interleave(height, dim=0)[:rows].contiguous()

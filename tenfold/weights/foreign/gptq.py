@@ -39,18 +39,21 @@ def linears(settings: Settings, files: Files) -> list[Linear]:
     """Every quantised module. Raises CheckpointError for settings and tensors that are not understood."""
     if settings.raw.get("is_marlin_format"):
         settings.refuse("is_marlin_format", "false (the plain layout)")
-    return [linear(module_settings(settings, module), files, module) for module in files.modules(".qweight")]
+    return [
+        linear(module_settings(settings, files.stored_module(module, ".qweight")), files, module)
+        for module in files.modules(".qweight")
+    ]
 
 
-def module_settings(settings: Settings, module: str) -> Settings:
-    """The settings of one module: `dynamic` may hold others for names that match a pattern."""
+def module_settings(settings: Settings, stored: str) -> Settings:
+    """The settings of one module, by its name in the file: `dynamic` may hold others for names that match a pattern."""
     dynamic = settings.raw.get("dynamic")
     if not isinstance(dynamic, Mapping):
         return settings
     for pattern, changes in dynamic.items():
         if not isinstance(pattern, str) or not isinstance(changes, Mapping) or pattern.startswith("-:"):
             continue
-        if matches(pattern.removeprefix("+:"), module, settings):
+        if matches(pattern.removeprefix("+:"), stored, settings):
             return replace(settings, raw={**settings.raw, **changes})
     return settings
 

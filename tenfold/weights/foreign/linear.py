@@ -23,11 +23,14 @@ WHOLE = {2: 16, 3: 32, 4: 8, 8: 1}  # columns that whole words of our formats ho
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The tensors of a checkpoint under the text model's names. read(name) is the tensor, not copied."""
+    """The tensors of a checkpoint under the text model's names. read(name) is the tensor, not copied; stored(name) is
+    what the file calls it.
+    """
 
     path: Path
     entries: Mapping[str, TensorEntry]
     read: Callable[[str], Tensor]
+    stored: Callable[[str], str]
 
     def fail(self, problem: str) -> NoReturn:
         raise CheckpointError(
@@ -37,6 +40,10 @@ class Files:
     def modules(self, ending: str) -> list[str]:
         """Modules that have a tensor of this ending, such as ".qweight"."""
         return [name.removesuffix(ending) for name in self.entries if name.endswith(ending)]
+
+    def stored_module(self, module: str, ending: str) -> str:
+        """What the file, and with it other tools' settings, call a module that has a tensor of this ending."""
+        return self.stored(module + ending).removesuffix(ending)
 
     def entry(self, name: str, storages: tuple[str, ...], shape: tuple[int | None, ...] | None = None) -> TensorEntry:
         """A tensor's entry; shape: what it must be, None for any size. Raises CheckpointError."""

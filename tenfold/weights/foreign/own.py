@@ -48,6 +48,8 @@ def linear(module: str, name: object, files: Files) -> Linear:
     if format.order:
         files.entry(f"{module}.order", ("I32",), (cols,))
         names.append(f"{module}.order")
+        if not torch.equal(files.read(f"{module}.order").sort().values, torch.arange(cols, dtype=torch.int32)):
+            files.fail(f"{module}.order does not name each of {cols} columns once")
 
     def make(device: torch.device | str) -> Packed:
         codes, scales, *rest = (files.read(part).to(device) for part in names)

@@ -13,7 +13,7 @@ from tenfold.quantize.mbq import run
 from tenfold.quantize.mbq.compare import ABLATION, compare
 from tenfold.quantize.mbq.data import PairError
 from tenfold.quantize.mbq.fold import swaps_of
-from tenfold.quantize.mbq.recipe import FILE, load
+from tenfold.quantize.mbq.recipe import FILE, Recipe, load
 from tenfold.quantize.mbq.run import Wish, quantize
 from tenfold.quantize.mbq.search import METHODS
 from tenfold.quantize.mbq.subject import Subject
@@ -140,6 +140,43 @@ def test_it_goes_on_where_it_stopped(
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+def test_a_state_of_another_compute_type_is_passed_over(
+    seeing: Seeing, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales found in bfloat16, as on a GPU, are not those found in float32; a whole recipe is followed in either."""
+    folder = seeing("llava")
+    source, samples, wish = open_checkpoint(folder), samples_of(folder, pairs), Wish("w4g32z", "awq")
+    search, resumed, out = run.equalize, run.resumed, tmp_path / "out"
+    kept: list[list[int]] = []
+
+    def stopping(layer: Any, *rest: Any) -> Any:
+        if layer.number == 1:
+            raise KeyboardInterrupt
+        return search(layer, *rest)
+
+    def told(place: Path, new: Recipe) -> Recipe:
+        found = resumed(place, new)
+        kept.append(list(found.scales))
+        return found
+
+    def coarse(source: Any, device: str, _: torch.dtype, longest: int) -> Subject:
+        return Subject(source, device, torch.bfloat16, longest)
+
+    monkeypatch.setattr(run, "resumed", told)
+    monkeypatch.setattr(run, "equalize", stopping)
+    for kind in (Subject, Subject, coarse):
+        monkeypatch.setattr(run, "Subject", kind)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, samples, out, wish)
+    assert kept == [[], [0], []]
+    monkeypatch.setattr(run, "equalize", search)
+    made = quantize(source, samples, out, wish)
+    assert (made.settings["device"], made.settings["dtype"]) == ("cpu", "bfloat16")
+    monkeypatch.setattr(run, "Subject", Subject)
+    again = quantize(source, samples, tmp_path / "again", wish, recipe=out / FILE)
+    assert again.content() == made.content()
+
+
 def test_gptq_with_weights_of_tokens(seeing: Seeing, pairs: Path, tmp_path: Path) -> None:
     folder = seeing("llava")
     source, samples = open_checkpoint(folder), samples_of(folder, pairs)
@@ -169,6 +206,30 @@ def test_compressed_tensors_hold_the_same(seeing: Seeing, pairs: Path, tmp_path:
     assert "model.language_model.layers.0.mlp.down_proj" in group["targets"] or any(
         t.endswith("layers.0.mlp.down_proj") for t in group["targets"]
     )
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava"])
+def test_compressed_tensors_hold_a_tower_of_another_scheme(
+    name: str, seeing: Seeing, pairs: Path, tmp_path: Path
+) -> None:
+    """Two groups, whose targets are named as the files name them."""
+    folder = seeing(name)
+    source, samples = open_checkpoint(folder), samples_of(folder, pairs)
+    made = []
+    for layout in ("tenfold", "compressed-tensors"):
+        quantize(source, samples, tmp_path / layout, Wish("w4g32", "rtn", tower="w8g32", layout=layout))
+        made.append(open_checkpoint(tmp_path / layout))
+    assert set(made[0].names()) == set(made[1].names())
+    for tensor in made[0].names():
+        own, foreign = made[0].tensor(tensor), made[1].tensor(tensor)
+        assert own.storage == foreign.storage
+        assert torch.equal(dequantize(own), dequantize(foreign)), tensor
+    assert {made[1].tensor(n).storage for n in made[1].names() if n.startswith("vision.")} > {"int8g32"}
+    index = json.loads((tmp_path / "compressed-tensors" / "model.safetensors.index.json").read_text())["weight_map"]
+    settings = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    groups = settings["config_groups"].values()
+    assert len(groups) == 2
+    assert all(f"{target}.weight_packed" in index for group in groups for target in group["targets"])
 
 
 def test_texts_alone(tiny: Seeing, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,12 +63,17 @@ def test_it_trains_what_tenfold_opens(tiny: Seeing, tmp_path: Path, monkeypatch:
     assert set(card["accuracy"]) == {"What is written here?", "What colour is the writing?", "all"}
 
 
-def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
+def loaded() -> Any:
     spec = importlib.util.spec_from_file_location("train_vlm", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
+    script = loaded()
 
     def begun() -> tuple[torch.nn.Linear, torch.optim.Optimizer, random.Random]:
         torch.manual_seed(1)
@@ -78,11 +84,32 @@ def test_an_interrupted_training_goes_on(tmp_path: Path) -> None:
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     draw.random()
-    script.keep(tmp_path / "state.pt", model, optimizer, draw, 7, 12.5)
+    state, given = tmp_path / "state.pt", {"data": "ab", "seed": 5, "rate": 1e-3, "tower": TOWER}
+    script.keep(state, given, model, optimizer, draw, 7, 12.5)
     other, again, redrawn = begun()
     assert not torch.equal(other.weight, model.weight)
-    assert script.resumed(tmp_path / "state.pt", other, again, redrawn) == (7, 12.5)
+    for wrong, named in (
+        ({"seed": 6}, "--seed"),
+        ({"rate": 2e-3, "data": "cd"}, "--data, --rate"),
+        ({"tower": {**TOWER, "hidden_size": 64}}, "--tower"),
+        ({"batch": 8}, "--batch"),
+    ):
+        with pytest.raises(SystemExit, match=f"begun with other {named}; give the same, or remove it to begin anew"):
+            script.resumed(state, given | wrong, other, again, redrawn)
+    assert not torch.equal(other.weight, model.weight)
+    assert script.resumed(state, dict(given), other, again, redrawn) == (7, 12.5)
     assert torch.equal(other.weight, model.weight)
     assert again.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
     assert redrawn.random() == draw.random()
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_data_are_known_by_their_pairs(tmp_path: Path) -> None:
+    script = loaded()
+    for part in ("train", "held_out"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "pairs.jsonl").write_text(part)
+    first = script.digest_of(tmp_path)
+    assert script.digest_of(tmp_path) == first
+    (tmp_path / "held_out" / "pairs.jsonl").write_text("others")
+    assert script.digest_of(tmp_path) != first
