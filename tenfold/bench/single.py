@@ -381,6 +381,8 @@ def _side_by_side(plan: Plan, part: Session, result: Result, say: Say, done: Cal
                 workers[name] = Worker(name, _setup(plan, name, part), plan.peer_path if name in ALONE else "")
             except RuntimeError as error:
                 _without(name, part, error, result, say)
+        told = [note for worker in workers.values() for note in worker.told()]
+        result.notes += [note for note in told if note not in result.notes]
         if workers:
             _measure(plan, workers, part.points, result, say, done)
     finally:

@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
+    if others := [text for text in given.texts.split(",") if text not in TEXTS]:
+        parser.error(f"--texts has {', '.join(others)}; allowed: {', '.join(TEXTS)}.")
     where = machine(pick_device(given.device).type)
     print(json.dumps({"machine": where, "model": given.model, "speculate": given.speculate}))
     for rows in map(int, given.rows.split(",")):

@@ -123,6 +123,7 @@ def run(
         worker = Worker(name, setup, "" if name == "tenfold" else peer_path)
         try:
             measure({name: worker}, result, rounds, vocabulary, say)
+            result.notes += worker.told()
         finally:
             worker.close()
     if len(engines) > 1:

@@ -31,7 +31,7 @@ def serve(name: str, setup: Setup) -> None:
     except Exception as error:
         answer(failure(error))
         return
-    answer({"capacity": engine.capacity})
+    answer({"capacity": engine.capacity, "version": getattr(engine, "version", "")})
     for line in sys.stdin:
         job = json.loads(line)
         try:
@@ -73,7 +73,9 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=variables
         )
         try:
-            self.capacity: int | None = self._read()["capacity"]
+            ready = self._read()
+            self.capacity: int | None = ready["capacity"]
+            self.version: str = ready["version"]  # of a peer's package
         except BaseException:
             self.close()
             raise
@@ -110,6 +112,10 @@ class Worker:
         """What became of requests at their moments, with engines that can."""
         given = [{"due": job.due, "prompt": list(job.prompt), "tokens": job.tokens} for job in jobs]
         return [Answer(**one) for one in self._asked({"jobs": given})["answers"]]
+
+    def told(self) -> list[str]:
+        """What results note of it: its version, where it has one."""
+        return [f"{self.name} is of version {self.version}"] if self.version else []
 
     def close(self) -> None:
         self.process.terminate()

@@ -6,9 +6,10 @@ goes on where it stopped and ends with the same result.
 """
 
 import hashlib
+import io
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from tenfold.models.table import build_model
 from tenfold.nn.step import Step
 from tenfold.ops.attention.unified_max import BINS, histogram, quantile, visible_scores
 from tenfold.ops.kernels import AttentionSpec, Kernels, Replay, Separate, run
+from tenfold.weights import beside
 from tenfold.weights.identity import identity
 from tenfold.weights.load import Weights
 from tenfold.weights.softmax import RARE, SoftmaxStatistics, places
@@ -39,6 +41,8 @@ Progress = Callable[[int, int], None]
 
 class Ranges:
     """What was seen so far: row maxima of each head, as extremes and histogram, and all scores in one histogram."""
+
+    SEEN = ("low", "high", "maxima", "scores")
 
     def __init__(self, layers: int, heads: int) -> None:
         self.windows = 0
@@ -82,22 +86,13 @@ class Ranges:
 
     def save(self, path: Path, key: str) -> None:
         """For `load`, all or nothing."""
-        arrays = {name: getattr(self, name) for name in ("windows", "tokens", "low", "high", "maxima", "scores")}
-        temporary = path.with_suffix(".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, key=np.frombuffer(key.encode(), dtype=np.uint8), **arrays)
-        temporary.replace(path)
+        write_state(path, key, {name: getattr(self, name) for name in (*self.SEEN, "windows", "tokens")})
 
     def load(self, path: Path, key: str) -> None:
         """Go on from what `save` left under the same key; anything else is passed over."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, EOFError):
-            return
-        known = {name: np.asarray(getattr(self, name)) for name in ("low", "high", "maxima", "scores")}
-        if bytes(found.pop("key", np.zeros(0, np.uint8))) != key.encode() or any(
+        found = read_state(path, key)
+        known = {name: np.asarray(getattr(self, name)) for name in self.SEEN}
+        if any(
             name not in found or found[name].shape != have.shape or found[name].dtype != have.dtype
             for name, have in known.items()
         ):
@@ -105,6 +100,34 @@ class Ranges:
         for name in known:
             setattr(self, name, found[name])
         self.windows, self.tokens = int(found["windows"]), int(found["tokens"])
+
+
+def write_state(path: Path, key: str, arrays: Mapping[str, Any]) -> None:
+    """What a run has seen so far, for `read_state`, all or nothing. key: what it was seen under. Raises OSError."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    content = buffer.getvalue()
+    beside.write(path, hashlib.sha256(key.encode() + content).digest() + content)
+
+
+def read_state(path: Path, key: str) -> dict[str, np.ndarray]:
+    """What `write_state` left under the same key; empty where that is not what lies there, byte for byte."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return {}
+    size = hashlib.sha256().digest_size
+    digest, content = stored[:size], stored[size:]
+    if digest != hashlib.sha256(key.encode() + content).digest():
+        return {}
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def conditions(opened: Opened, *more: Any) -> str:
+    """Everything that what is seen depends on: how the model runs, and more."""
+    config = opened.config
+    return json.dumps([*more, opened.kernels.name, config.dtype, config.weights, config.kv_dtype])
 
 
 class Watching(Separate):
@@ -145,16 +168,22 @@ def calibrate(
     """Statistics over the first `count` windows of up to `window` tokens of a text.
 
     progress(done, total) after each window, loading(done, total) while weights load. Raises ValueError for a text
-    without a window and for what `Opened` refuses; OSError for a file that cannot be read.
+    without a window, for latent attention and for what `Opened` refuses; OSError for a file that cannot be read.
     """
     if window < 2 or count < 1:
         raise ValueError(f"{count} windows of {window} tokens were asked for; allowed: from 1 window of 2 tokens.")
     with text.open("rb") as file:
         content = file.read(LARGEST_TEXT)
-    opened, pieces, size = opened_for(config, content, window, count)
+    opened = Opened(config)
+    if opened.shape.latent is not None:
+        raise ValueError(
+            f"{config.model} has latent attention, whose softmax takes no measured maximum; allowed: models without. "
+            "It runs as it is, and there is nothing to measure."
+        )
+    pieces, size = windows_for(opened, content, window, count)
     ranges = Ranges(opened.shape.layers, opened.shape.heads)
     model, digest = identity(opened.checkpoint), hashlib.sha256(content).hexdigest()
-    key = json.dumps([model, digest, size, len(pieces), opened.kernels.name, opened.config.dtype])
+    key = conditions(opened, model, digest, size, len(pieces))
     partial = places(opened.checkpoint, model)[-1].with_suffix(".partial")
     ranges.load(partial, key)
     if ranges.windows < len(pieces):
@@ -164,13 +193,12 @@ def calibrate(
     return found, opened
 
 
-def opened_for(config: EngineConfig, content: bytes, window: int, count: int) -> tuple[Opened, list[list[int]], int]:
-    """A model that fits into memory, the windows of a text as token ids, and their size. Raises ValueError."""
-    opened = Opened(config)
+def windows_for(opened: Opened, content: bytes, window: int, count: int) -> tuple[list[list[int]], int]:
+    """The windows of a text as token ids, and their size, for a model that fits into memory. Raises ValueError."""
     opened.choose()
     opened.memory.require()
     size = min(window, opened.memory.max_model_len)
-    return opened, windows(Text(opened.checkpoint), content.decode("utf-8", errors="replace"), size, count), size
+    return windows(Text(opened.checkpoint), content.decode("utf-8", errors="replace"), size, count), size
 
 
 def calibrate_ids(config: EngineConfig, pieces: Sequence[list[int]]) -> tuple[SoftmaxStatistics, Opened]:

@@ -6,20 +6,30 @@ run that was interrupted goes on where it stopped and ends with the same result.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tenfold.base.config import EngineConfig
-from tenfold.cache.format import calibrated, parse
+from tenfold.cache.format import calibrated
 from tenfold.cache.skvq.calibrate import CLIPS, ClipSearch, Extremes, Sample
-from tenfold.engine.calibrate import LARGEST_TEXT, PATIENCE, Progress, Watching, opened_for, whole
+from tenfold.engine.calibrate import (
+    LARGEST_TEXT,
+    PATIENCE,
+    Progress,
+    Watching,
+    conditions,
+    read_state,
+    whole,
+    windows_for,
+    write_state,
+)
+from tenfold.engine.memory import kv_spec
 from tenfold.engine.opened import Opened
 from tenfold.models.config import ModelConfig
 from tenfold.ops.kernels import Contexts, Heads, Kernels
@@ -29,6 +39,7 @@ from tenfold.weights.identity import identity
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, KvHeader, key_bias, places
 
 SEARCHED = 4  # windows of the second pass at most: each runs attention once for every group and clip factor
+LEAST_PACKED = 1000  # tokens that are stored in few bits: fewer do not tell how far others may be clipped
 
 
 class Layer:
@@ -98,23 +109,16 @@ class Measured:
             "counts": np.array([self.seen, self.searched, self.tokens]),
             "edges": np.array(edges, dtype=np.float32),
             "losses": np.array(losses) if self.layers[0].searches else np.zeros(self._losses),
-            "key": np.frombuffer(key.encode(), dtype=np.uint8),
         }
-        temporary = path.with_suffix(".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **cast(Any, state))
-        temporary.replace(path)
+        write_state(path, key, state)
 
     def load(self, path: Path, key: str, total: int) -> None:
         """Go on from what `save` left under the same key, of `total` windows; anything else is passed over."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                found = {name: file[name] for name in ("key", "counts", "edges", "losses")}
-        except (OSError, ValueError, KeyError, EOFError):
+        found = read_state(path, key)
+        if found.keys() != {"counts", "edges", "losses"}:
             return
         channels = len(self.layers[0].shifts[0])
-        good = found["key"].tobytes() == key.encode() and found["counts"].shape == (3,)
+        good = found["counts"].shape == (3,)
         good = good and found["edges"].shape == (len(self.layers), len(SIDES), 2, channels)
         if not good or found["losses"].shape != self._losses:
             return
@@ -153,27 +157,23 @@ def calibrate_kv(
     """Groups and clip factors from the first `count` windows of up to `window` tokens of a text.
 
     progress(done, total) after each window of both passes, loading(done, total) while weights load. Raises ValueError
-    for a text without a window, for a spec the model's heads do not fit and for what `Opened` refuses; OSError for a
-    file that cannot be read.
+    for windows or a text of too few tokens, for a spec the model's heads do not fit and for what `Opened` refuses;
+    OSError for a file that cannot be read.
     """
-    if window <= spec.window + spec.sinks or count < 1:
-        raise ValueError(
-            f"{count} windows of {window} tokens were asked for; allowed: from 1 window of "
-            f"{spec.window + spec.sinks + 1} tokens, since {spec} stores none of the first {spec.window + spec.sinks}."
-        )
+    check_length(spec, count, window, "--window")
     with text.open("rb") as file:
         content = file.read(LARGEST_TEXT)
-    opened, pieces, size = opened_for(config, content, window, count)
-    if len(pieces[0]) <= spec.window + spec.sinks:
-        raise ValueError(
-            f"A sequence has {len(pieces[0])} tokens, of which {spec} would store none; give a longer text."
-        )
+    opened = Opened(config)
+    pieces, size = windows_for(opened, content, window, count)
+    if size < window:
+        check_length(spec, count, size, "--max-model-len")
+    check_length(spec, len(pieces), len(pieces[0]))
     shape = opened.shape
     channels = shape.kv_heads * shape.head_dim
     shifts = [key_shift(opened, spec, layer, channels) for layer in range(shape.layers)]
     measured = Measured(spec, shape, shifts)
     model, digest = identity(opened.checkpoint), hashlib.sha256(content).hexdigest()
-    key = json.dumps([model, digest, size, len(pieces), opened.kernels.name, opened.config.dtype, str(spec)])
+    key = conditions(opened, model, digest, size, len(pieces), str(spec))
     partial = places(opened.checkpoint, model, str(spec))[-1].with_suffix(".partial")
     measured.load(partial, key, len(pieces))
     measure(opened, measured, pieces, size, lambda: measured.save(partial, key), progress, loading)
@@ -182,12 +182,30 @@ def calibrate_kv(
     return found, opened
 
 
+def check_length(spec: PackedSpec, count: int, length: int, option: str = "") -> None:
+    """count: windows, of `length` tokens each; option: what bounds these, empty for the text. Raises ValueError where
+    too few of them are packed.
+    """
+    exact = spec.window + spec.sinks
+    packed = max(0, count) * max(0, length - exact)
+    if packed >= LEAST_PACKED:
+        return
+    instead = "give a text of some thousand words"
+    if option:
+        instead = f"raise {option}" + " or --windows" * (length > exact)
+    raise ValueError(
+        f"{spec} keeps {exact} tokens of a window as computed and packs {packed} of {count} windows of {length}; "
+        f"allowed: from {LEAST_PACKED}, for fewer do not tell how far others may be clipped. Nothing was saved; "
+        f"{instead}."
+    )
+
+
 def format_of(config: EngineConfig, name: str) -> PackedSpec:
     """What `kv_cache=name` means for the model. Raises ValueError for a format that has nothing to calibrate, and for
-    what `Opened` refuses.
+    what `Opened` and `kv_spec` refuse.
     """
-    shape = Opened(config).shape
-    spec = parse(name, shape.kv_heads, shape.head_dim)
+    settings = replace(config, kv_cache=name, kv_dtype="float32")  # resolved; what is packed has a type of its own
+    spec = kv_spec(Opened(config).shape, settings).packed
     if spec is None or not calibrated(spec):
         raise ValueError(f"format is {name!r}, which needs no calibration; allowed: skvq, or a format such as k2v2g64.")
     return spec

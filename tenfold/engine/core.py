@@ -133,6 +133,7 @@ class Engine:
     def _reset_counts(self) -> None:
         self._steps = self._errors = self._computed = self._generated = self._prompts = 0
         self._seconds = self._last_seconds = self._rested = 0.0
+        self._drafted = self._accepted = 0  # by a drafter that was given up
         if self.speculator is not None:
             self.speculator.drafted = self.speculator.accepted = 0
         if self.sight is not None:
@@ -390,8 +391,8 @@ class Engine:
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             computed_tokens=self._computed,
             generated_tokens=self._generated,
-            drafted_tokens=self.speculator.drafted if self.speculator is not None else 0,
-            accepted_tokens=self.speculator.accepted if self.speculator is not None else 0,
+            drafted_tokens=self._drafted + (self.speculator.drafted if self.speculator is not None else 0),
+            accepted_tokens=self._accepted + (self.speculator.accepted if self.speculator is not None else 0),
             recomputed_rows=sum(kernels.recomputed for kernels in (self.kernels, *self.elsewhere)),
             pictures=self.sight.looked if self.sight is not None else 0,
             **(self.phases.stats() if self.phases is not None else {}),
@@ -472,6 +473,7 @@ class Engine:
             return self.speculator.draft(self.scheduler, self.masks.settle)
         except Exception:
             logger.exception("drafting failed; the engine goes on without speculation")
+            self._drafted, self._accepted = self.speculator.drafted, self.speculator.accepted
             self.speculator = None
             return {}
 

@@ -49,7 +49,7 @@ def choices(engine: Engine) -> tuple[Choice, ...]:
         return tuple(_row(choice) for choice in arms.explain(engine.matrices))
     if getattr(kernels, "name", "") == "gpu":
         pages = (engine.config.page_size, engine.kv.spec.dtype, engine.max_model_len)
-        every = [*kernels.arms.explain(), *kernels.attending.explain(*pages)]
+        every = [*kernels.arms.explain(), *kernels.expert_arms.explain(), *kernels.attending.explain(*pages)]
         return tuple(_row(choice) for choice in every)
     return (_only(getattr(kernels, "name", ""), getattr(kernels, "reason", "")),)
 

@@ -65,23 +65,25 @@ def save(calibration: KvCalibration, checkpoint: Checkpoint) -> Path:
 
 
 def load(checkpoint: Checkpoint, format: str, layers: int, channels: int, groups: int) -> KvCalibration:
-    """What was measured of a checkpoint for a format. Raises ValueError that says what to do where nothing usable
-    was: a cache in few bits without its calibration is not what was asked for.
+    """What was measured of a checkpoint for a format, the first that is usable. Raises ValueError that says what to do
+    where nothing is: a cache in few bits without its calibration is not what was asked for.
     """
     model = identity(checkpoint)
-    found = [path for path in places(checkpoint, model, format) if path.is_file()]
     again = f"run `tenfold calibrate kv MODEL --text FILE --format {format}`"
-    if not found:
-        raise ValueError(
-            f"{checkpoint.path} has no calibration for the KV format {format}, which is refused without; {again}, or "
-            "take fp8 or int4, which need none."
-        )
-    try:
-        return read(found[0], model, format, (layers, channels, groups))
-    except (OSError, RecursionError) as error:
-        raise ValueError(f"{found[0]} cannot be read ({error}); {again}.") from error
-    except ValueError as error:
-        raise ValueError(f"{found[0]} is not used, {error}; {again}.") from error
+    wrong = []
+    for path in filter(Path.is_file, places(checkpoint, model, format)):
+        try:
+            return read(path, model, format, (layers, channels, groups))
+        except (OSError, RecursionError) as error:
+            wrong.append(f"{path} cannot be read ({error})")
+        except ValueError as error:
+            wrong.append(f"{path} is not used, {error}")
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}; {again}.")
+    raise ValueError(
+        f"{checkpoint.path} has no calibration for the KV format {format}, which is refused without; {again}, or take "
+        "fp8 or int4, which need none."
+    )
 
 
 def read(path: Path, model: str, format: str, sizes: tuple[int, int, int]) -> KvCalibration:

@@ -77,23 +77,22 @@ def save(statistics: SoftmaxStatistics, checkpoint: Checkpoint) -> Path:
 
 
 def load_statistics(checkpoint: Checkpoint, layers: int, heads: int) -> SoftmaxStatistics | None:
-    """What was measured of a checkpoint, None where nothing usable was; then one line in the log says why."""
-    model = ""
-    for path in places(checkpoint, ""):
-        if path.is_file():
-            break
-    else:
-        if not path.parent.is_dir():
-            return None
-        model = identity(checkpoint)
-        path = places(checkpoint, model)[-1]
-        if not path.is_file():
-            return None
-    try:
-        return read(path, model or identity(checkpoint), layers, heads)
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("softmax: %s is not used, %s; measure again with `tenfold calibrate softmax`", path, error)
-        return None
+    """What was measured of a checkpoint, the first that is usable. None where nothing is; one line in the log then says
+    why, unless nothing was measured.
+    """
+    *near, own = places(checkpoint, "")
+    if not own.parent.is_dir() and not any(path.is_file() for path in near):
+        return None  # at no more cost: the identity is read from the weights
+    model = identity(checkpoint)
+    wrong = []
+    for path in filter(Path.is_file, places(checkpoint, model)):
+        try:
+            return read(path, model, layers, heads)
+        except (OSError, ValueError, RecursionError) as error:
+            wrong.append(f"{path} is not used, {error}")
+    if wrong:
+        logger.warning("softmax: %s; measure again with `tenfold calibrate softmax`", "; ".join(wrong))
+    return None
 
 
 def load_phi(checkpoint: Checkpoint, layers: int, heads: int, dtype: torch.dtype) -> list[Tensor | None] | None:

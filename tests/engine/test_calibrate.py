@@ -1,6 +1,7 @@
 """Calibration of the softmax on a tiny model, against scores worked out by hand."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine import calibrate as module
-from tenfold.engine.calibrate import calibrate
+from tenfold.engine.calibrate import calibrate, read_state, write_state
 from tenfold.ops.attention.unified_max import STEP
 from tenfold.ops.oracle import Oracle
 from tenfold.serve.cli.calibrate import LEAST_TOKENS, softmax
+from tenfold.weights import beside
 from tenfold.weights.softmax import SoftmaxStatistics
 
 TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 12
@@ -96,8 +98,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tiny: Any, text: Path, monk
     assert list((text.parent / "home" / "softmax").iterdir()) == []
 
 
-def test_what_another_run_left_is_not_taken_over(tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
+def interrupted(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The state that a run leaves which is stopped after its second window; the first one was saved."""
     monkeypatch.setattr(module, "PATIENCE", -1.0)
 
     def stop(done: int, total: int) -> None:
@@ -106,10 +108,79 @@ def test_what_another_run_left_is_not_taken_over(tiny: Any, text: Path, monkeypa
 
     with pytest.raises(KeyboardInterrupt):
         measured(model, text, stop)
-    text.write_text(TEXT.upper())
+    (partial,) = (text.parent / "home" / "softmax").glob("*.partial")
+    return partial
+
+
+def computed(model: Path, text: Path, **rest: Any) -> list[int]:
+    """The windows that a run does not find done."""
     told: list[int] = []
-    measured(model, text, lambda done, total: told.append(done))
-    assert told == [1, 2, 3, 4]
+    measured(model, text, lambda done, total: told.append(done), **rest)
+    return told
+
+
+def test_what_another_run_left_is_not_taken_over(tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    interrupted(model, text, monkeypatch)
+    text.write_text(TEXT.upper())
+    assert computed(model, text) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("changed", [{}, {"weights": "dense"}, {"kv_dtype": "bfloat16"}], ids=str)
+def test_windows_count_only_with_the_same_weights_and_cache(
+    tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, str]
+) -> None:
+    model = tiny("llama")
+    interrupted(model, text, monkeypatch)
+    assert computed(model, text, **changed) == ([1, 2, 3, 4] if changed else [2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: b"",
+        lambda state: b"PK\x03\x04" + bytes(100),
+        lambda state: state[: len(state) // 2],
+        lambda state: state[:200] + bytes(40) + state[240:],
+        lambda state: state + b"\0",
+    ],
+    ids=["empty", "another zip", "cut", "overwritten", "longer"],
+)
+def test_a_damaged_state_is_passed_over(
+    tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    model = tiny("llama")
+    partial = interrupted(model, text, monkeypatch)
+    partial.write_bytes(damage(partial.read_bytes()))
+    assert computed(model, text) == [1, 2, 3, 4]
+
+
+def test_runs_at_one_time_leave_a_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand for processes."""
+    monkeypatch.setattr(beside.os, "getpid", threading.get_ident)
+    path, failures = tmp_path / "new" / "model.partial", []
+
+    def save(value: int) -> None:
+        try:
+            for _ in range(50):
+                write_state(path, "key", {"values": torch.full((4096,), value).numpy()})
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert list(path.parent.iterdir()) == [path]
+    assert len(set(read_state(path, "key")["values"].tolist())) == 1
+    assert read_state(path, "another key") == {}
+
+
+def test_latent_attention_is_refused(tiny: Any, text: Path) -> None:
+    with pytest.raises(ValueError, match=r"latent attention.*takes no measured maximum; allowed: models without"):
+        measured(tiny("deepseek-v2"), text)
 
 
 def test_the_command_writes_and_reports(tiny: Any, text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,8 @@ from tenfold.weights.open import open_checkpoint
 from tests.engine.fake import drain
 from tests.steps import Sequences, make_store
 
-TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 12
+TEXT = "the land is wide and the river runs through it to the sea, and nobody knows why. " * 16
+WINDOW, WINDOWS = 255, 4  # of which SPEC and SPAN pack as many tokens as there must be
 SPEC = PackedSpec.parse("k2v1.5g32w4s1")
 SPAN = PackedSpec(2, 1.5, 32, span=2, window=4, sinks=1)  # for models with 2 kv heads of 16 channels
 
@@ -49,16 +50,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config(model: Path) -> EngineConfig:
-    return EngineConfig(model=str(model), device="cpu", kernels="torch", page_size=8, threads=1)
+def config(model: Path, **rest: Any) -> EngineConfig:
+    return EngineConfig(model=str(model), device="cpu", kernels="torch", page_size=8, threads=1, **rest)
 
 
 def silent(done: int, total: int) -> None:
     pass
 
 
-def measured(model: Path, text: Path, spec: PackedSpec, progress: Callable[[int, int], None] = silent) -> KvCalibration:
-    return calibrate_kv(config(model), spec, text, 20, 4, progress, silent)[0]
+def measured(
+    model: Path, text: Path, spec: PackedSpec, progress: Callable[[int, int], None] = silent, **rest: Any
+) -> KvCalibration:
+    return calibrate_kv(config(model, **rest), spec, text, WINDOW, WINDOWS, progress, silent)[0]
 
 
 def same(a: KvCalibration, b: KvCalibration) -> bool:
@@ -71,7 +74,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
 ) -> None:
     model = tiny(family)
     whole = measured(model, text, spec)
-    assert whole.header.tokens == 80
+    assert whole.header.tokens == WINDOW * WINDOWS
     monkeypatch.setattr(module, "PATIENCE", -1.0)
     for stop in (3, 6):  # in the first pass, and in the second one
 
@@ -91,6 +94,32 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         assert told == list(range(stop, 9))
         assert same(again, whole)
     assert list((text.parent / "home" / "kv").iterdir()) == []
+
+
+def test_what_another_run_left_is_not_taken_over(tiny: Any, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("qwen3")
+    monkeypatch.setattr(module, "PATIENCE", -1.0)
+    begun: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        begun.append(done)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+
+    def first(**rest: Any) -> int:
+        """The first window that is not found done; its successor is not computed."""
+        begun.clear()
+        with pytest.raises(KeyboardInterrupt):
+            measured(model, text, SPEC, stop, **rest)
+        return begun[0]
+
+    assert [first(), first()] == [1, 2]
+    assert [first(weights="dense"), first(weights="dense", kv_dtype="bfloat16")] == [1, 1]
+    (partial,) = (text.parent / "home" / "kv").glob("*.partial")
+    state = partial.read_bytes()
+    for damaged in (b"PK\x03\x04" + bytes(100), state[:-40], state[:200] + bytes(40) + state[240:]):
+        partial.write_bytes(damaged)
+        assert first(weights="dense", kv_dtype="bfloat16") == 1
 
 
 def test_keys_are_grouped_as_their_bias_leaves_them(tiny: Any, text: Path) -> None:
@@ -130,7 +159,7 @@ def test_what_is_shown_is_what_attention_reads(tiny: Any, family: str) -> None:
 def test_the_command_writes_what_can_be_loaded(tiny: Any, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (text.parent / "model").symlink_to(tiny("qwen3"))
     model = text.parent / "model"
-    kv(config(model), text, str(SPEC), 20, 4, False)
+    kv(config(model), text, str(SPEC), WINDOW, WINDOWS, False)
     said = capsys.readouterr().out
     path = model / f"kv.{SPEC}.json"
     assert said.splitlines()[-1] == f"saved in {path}"
@@ -144,11 +173,52 @@ def test_the_command_writes_what_can_be_loaded(tiny: Any, text: Path, capsys: py
 def test_texts_and_models_that_do_not_do(tiny: Any, text: Path) -> None:
     with pytest.raises(ValueError, match="cannot be cut into them"):
         measured(tiny("llama"), text, SPEC)
-    with pytest.raises(ValueError, match=r"from 1 window of 134 tokens"):
+    with pytest.raises(ValueError, match=r"packs 488 of 4 windows of 255; allowed: from 1000.*raise --window or --win"):
         measured(tiny("qwen3"), text, PackedSpec(2, 2, 32))
-    text.write_text("the")
-    with pytest.raises(ValueError, match="give a longer text"):
+    with pytest.raises(ValueError, match=r"packs 0 of 4 windows of 255; .*raise --window\.$"):
+        measured(tiny("qwen3"), text, PackedSpec(2, 2, 32, window=256))
+    with pytest.raises(ValueError, match=r"packs 236 of 4 windows of 64; .*raise --max-model-len or --windows"):
+        measured(tiny("qwen3"), text, SPEC, max_model_len=64)
+    text.write_text("the land is wide")
+    with pytest.raises(ValueError, match=r"of 1 windows of \d+; .*give a text of some thousand words"):
         measured(tiny("qwen3"), text, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "text is empty"),
+        (b"word", "allowed: from 1000"),
+        (bytes(range(256)) * 20, "is no text: .*UTF-8"),
+        (b"\0" * 4000, "is no text"),
+    ],
+)
+def test_what_is_no_text_leaves_what_was_saved(tiny: Any, text: Path, content: bytes, said: str) -> None:
+    (text.parent / "model").symlink_to(tiny("qwen3"))
+    kept = text.parent / "model" / f"kv.{SPEC}.json"
+    kept.write_text("kept")
+    text.write_bytes(content)
+    try:
+        with pytest.raises(ValueError, match=said):
+            kv(config(kept.parent), text, str(SPEC), WINDOW, WINDOWS, False)
+        assert kept.read_text() == "kept"
+    finally:
+        kept.unlink()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "said"),
+    [
+        ("deepseek-v2", "skvq", "one latent vector .* stored as computed; allowed: auto"),
+        ("qwen3", "fp8", "needs no calibration; allowed: skvq"),
+        ("qwen3", "k9v9g32", "allowed: auto, dense, fp8, int4, skvq"),
+    ],
+)
+def test_formats_that_a_model_cannot_have_or_that_need_nothing(
+    tiny: Any, text: Path, family: str, name: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        kv(config(tiny(family)), text, name, WINDOW, WINDOWS, False)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +230,7 @@ def test_the_engine_sees_what_was_judged(tiny: Any, text: Path, family: str, nam
     spec = PackedSpec.parse(name)
     with pytest.raises(ValueError, match=rf"no calibration for the KV format .*calibrate kv MODEL .*{name}"):
         LLM(model=str(model), kv_cache=name, device="cpu")
-    kv(config(model), text, name, 20, 4, as_json=False)
+    kv(config(model), text, name, WINDOW, WINDOWS, as_json=False)
     settings = replace(config(model), kv_cache=name, max_step_tokens=7, max_model_len=64, max_batch=2)
     engine = Engine.load(settings, tokens_only=True)
     prompt = tuple(range(20, 50))

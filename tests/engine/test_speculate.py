@@ -336,6 +336,17 @@ def test_a_drafter_that_fails_is_given_up() -> None:
     assert engine.stats().drafted_tokens == 0
 
 
+def test_what_was_guessed_stays_counted_when_a_drafter_is_given_up() -> None:
+    def guess(history: list[int]) -> int:
+        return next_token(history) if len(history) < 12 else 1 // 0
+
+    engine = guessing(guess)
+    one(engine, ask())
+    assert engine.speculator is None
+    stats = engine.stats()
+    assert stats.drafted_tokens >= stats.accepted_tokens > 0
+
+
 def test_a_draft_model_that_cannot_run_is_noticed_at_warm_up() -> None:
     draft = FakeDraft()
     draft.fail_on = 0

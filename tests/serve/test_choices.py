@@ -157,8 +157,8 @@ class FakeTimer:
         return {name: 1.0 + i for i, name in enumerate(arms)}
 
 
-def made_up(tmp_path, monkeypatch, **settings):
-    """Kernels and a model as on a Hopper GPU without a table."""
+def made_up(tmp_path, monkeypatch, model="shape:tiny", **settings):
+    """Kernels and a model, which fits, as on a Hopper GPU without a table."""
     table, device = Table("gpu", "1", tmp_path / "t"), torch.device("cpu")
 
     def on(sms):
@@ -168,8 +168,9 @@ def made_up(tmp_path, monkeypatch, **settings):
         return SimpleNamespace(name="gpu", reason="", device=device, sms=sms, on=on, **own)
 
     kernels = on(132)
-    opened = choices.Opened(choices.EngineConfig("shape:tiny", device="cpu", **settings))
+    opened = choices.Opened(choices.EngineConfig(model, device="cpu", **settings))
     monkeypatch.setattr(opened, "device", torch.device("cuda"))
+    monkeypatch.setattr(choices, "require", lambda config: None)
     monkeypatch.setattr(choices, "Opened", lambda config: opened)
     monkeypatch.setattr(choices, "make_kernels", lambda *given: kernels)
     monkeypatch.setattr("tenfold.ops.gpu.timing.GpuTimer", FakeTimer)
@@ -189,6 +190,41 @@ def test_a_model_is_explained_on_its_gpu(tmp_path, capsys, monkeypatch):
     assert "attention 4/2 heads of 16 " in text
     assert "triton" in text  # heads of 16 are too small for our own kernel
     assert "prefill attention 4/2 heads of 16 " in text
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("shape:deepseek-v2-lite", {}),
+        ("shape:llama-3.2-1b", {"kv_cache": "int4"}),
+        ("shape:llama-3.2-1b", {"kv_dtype": "float16"}),
+    ],
+)
+def test_attention_that_runs_in_one_way_is_not_listed(tmp_path, capsys, monkeypatch, model, settings):
+    _, opened = made_up(tmp_path, monkeypatch, model, **settings)
+    choices.explain(opened.config)
+    text = capsys.readouterr().out
+    assert "runs in one way; it is not listed." in text
+    assert "attention 16/1 heads of 576" not in text
+    assert "attention 32/8 heads of 64" not in text
+
+
+def test_a_model_that_does_not_fit_is_not_tuned(tmp_path, monkeypatch):
+    _, opened = made_up(tmp_path, monkeypatch)
+
+    def refuse(config):
+        raise DoesNotFit("does not fit into memory")
+
+    monkeypatch.setattr(choices, "require", refuse)
+    monkeypatch.setattr(choices, "measure_parts", lambda parts: pytest.fail("something was measured"))
+    with pytest.raises(DoesNotFit):
+        choices.tune(opened.config)
+
+
+def test_what_is_to_be_tuned_must_fit(monkeypatch):
+    monkeypatch.setattr("tenfold.engine.opened.free_memory", lambda device: 1 << 20)
+    with pytest.raises(DoesNotFit, match="does not fit into memory: weights"):
+        choices.require(choices.EngineConfig("shape:tiny", device="cpu"))
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_made(monkeypatch):

@@ -145,8 +145,10 @@ def test_one_model_as_an_argument_or_an_option(ran, monkeypatch):
     monkeypatch.setenv("TENFOLD_MODEL", "from the environment")
     assert ran("chat")[1][0].model == "from the environment"
     assert ran("chat", "--model", "b")[1][0].model == "b"
-    assert ran("chat", "a", "--model", "b")[1][0].model == "a"
     assert ran("chat", "a")[1][0].model == "a"
+    assert ran("chat", "a", "--model", "a")[1][0].model == "a"
+    with pytest.raises(ValueError, match="Two models are named, a and b"):
+        ran("chat", "a", "--model", "b")
 
 
 def test_an_existing_path_is_no_name(tmp_path):
@@ -188,7 +190,7 @@ def test_names_of_models():
         served_names(models(("a", "default"), ("b", "default")), "mine")
 
 
-@pytest.mark.parametrize("text", ["x", "1Q", "-", "1e999", "G"])
+@pytest.mark.parametrize("text", ["x", "1Q", "-", "1e999", "G", "-5", "-1G"])
 def test_wrong_sizes(text):
     with pytest.raises(typer.BadParameter, match="bytes"):
         parse_size(text)

@@ -66,6 +66,21 @@ def test_where_the_folder_takes_nothing_it_lies_in_tenfolds_own(folder: Path, tm
     assert loaded(checkpoint).header.tokens == 100
 
 
+@pytest.mark.parametrize("foreign", ["another model's", "nonsense"])
+def test_one_that_is_no_good_hides_none_that_is(folder: Path, foreign: str) -> None:
+    checkpoint = open_checkpoint(folder)
+    near = folder / "kv.k2v2g32.json"
+    near.mkdir()
+    own = save(calibration(checkpoint), checkpoint)
+    near.rmdir()
+    shutil.copy(own.with_suffix(".safetensors"), near.with_suffix(".safetensors"))
+    near.write_text(foreign if foreign == "nonsense" else json.dumps(json.loads(own.read_text()) | {"model": "other"}))
+    assert loaded(checkpoint).header.model == identity(checkpoint)
+    own.write_text("{}")
+    with pytest.raises(ValueError, match=rf"{near} is not used, .*; {own} is not used, .*; run `tenfold calibrate kv"):
+        loaded(checkpoint)
+
+
 def test_a_gguf_file_has_its_name_in_that_of_the_calibration(tmp_path: Path) -> None:
     class File:
         path = tmp_path / "small.Q4_1.gguf"

@@ -52,6 +52,22 @@ def test_where_the_folder_takes_nothing_they_lie_in_tenfolds_own(folder: Path, t
     assert [p.name for p in folder.iterdir() if p.name.endswith(".tmp")] == []
 
 
+@pytest.mark.parametrize("foreign", [json.dumps({"schema": 1, "model": "other"}), "nonsense"])
+def test_one_that_is_no_good_hides_none_that_is(folder: Path, foreign: str, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = open_checkpoint(folder)
+    saved = statistics(identity(checkpoint))
+    (folder / "softmax.json").mkdir()
+    own = save(saved, checkpoint)
+    (folder / "softmax.json").rmdir()
+    (folder / "softmax.json").write_text(foreign)
+    assert load_statistics(checkpoint, LAYERS, HEADS) == saved
+    assert caplog.records == []
+    own.write_text("nonsense")
+    assert load_statistics(checkpoint, LAYERS, HEADS) is None
+    (record,) = caplog.records
+    assert all(str(path) in record.getMessage() for path in (own, folder / "softmax.json"))
+
+
 def test_a_gguf_file_has_its_name_in_that_of_the_statistics(tmp_path: Path) -> None:
     class Checkpoint:
         path = tmp_path / "small.Q4_1.gguf"

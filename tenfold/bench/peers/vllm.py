@@ -35,9 +35,10 @@ class VLLM:
     def __init__(self, setup: Setup) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from vllm import LLM, SamplingParams
+        from vllm import LLM, SamplingParams, __version__
 
         self.params = SamplingParams
+        self.version: str = __version__
         options: dict[str, Any] = {
             "skip_tokenizer_init": True,
             "max_model_len": setup.context,

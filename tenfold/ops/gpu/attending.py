@@ -20,6 +20,7 @@ from torch import Tensor
 from tenfold.ops.attention import attend as attend_module
 from tenfold.ops.attention import decode as split_kv
 from tenfold.ops.attention import third_party
+from tenfold.ops.attention.plan import MOST_HEAD_DIM
 from tenfold.ops.choose import Choice, Key, Table
 from tenfold.ops.gpu import decode, even, graphs, prefill, rope
 from tenfold.ops.gpu.decode import DecodePlan
@@ -409,8 +410,9 @@ def readings(
     layers: Sequence[Layer], page_size: int, dtype: torch.dtype, most_tokens: int, most_bytes: int = 0
 ) -> list[Reading]:
     """What is measured of a model: every number of requests and every context up to most_tokens; most_bytes: of the
-    keys and values of one reading (0: no limit).
+    keys and values of one reading (0: no limit). Heads that one kernel alone takes (latent attention) are left out.
     """
+    layers = [layer for layer in layers if layer[0].head_dim <= MOST_HEAD_DIM]
     longest = [n for n in LONGEST if n <= max(LONGEST[0], most_tokens)]
     sizes = [(r, n, 0) for r in REQUESTS for n in longest] + [(1, t, t) for t in TOKENS if t <= most_tokens]
     every = [Reading(spec, r, n, page_size, dtype, t, known, t > 0) for spec, known in layers for r, n, t in sizes]

@@ -178,6 +178,11 @@ class ExpertArms:
         self._plans: dict[tuple[int, int, int], Plan | None] = {}
         self._turns: dict[int, Tensor | None] = {}
 
+    def explain(self) -> list[Choice]:
+        """What runs all experts that were asked for, at every measured number of tokens."""
+        every = [replace(work, tokens=tokens) for work in list(self.seen) for tokens in TOKENS]
+        return [choice(work, self.table, self.sms) for work in every]
+
     def plan(self, x: Tensor, top: int, own: Experts) -> Plan | None:
         """For these tokens; None: no kernel of ours runs them."""
         tokens = bucket(len(x)) or 1 << len(x).bit_length()

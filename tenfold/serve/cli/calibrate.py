@@ -18,7 +18,7 @@ WANTED = "some thousand words of the usual kind, as UTF-8"
 
 def softmax(config: EngineConfig, text: Path, size: int, count: int, as_json: bool) -> None:
     """Measure, save, print. Raises ValueError, and leaves what was saved before, for what is no text or too short."""
-    check_text(text)
+    check_length(check_text(text))
     bar = Bar("measuring")
     try:
         with loading(quiet=False) as progress:
@@ -34,8 +34,8 @@ def softmax(config: EngineConfig, text: Path, size: int, count: int, as_json: bo
     print(f"saved in {path}")
 
 
-def check_text(text: Path) -> None:
-    """Raises ValueError for a file that is no text, or has too few bytes for the tokens it must give."""
+def check_text(text: Path) -> int:
+    """The bytes that are read, and so the most tokens that it can give. Raises ValueError for what is no text."""
     with text.open("rb") as file:
         content = file.read(LARGEST_TEXT)
     characters = content.decode("utf-8", errors="replace")
@@ -44,7 +44,7 @@ def check_text(text: Path) -> None:
         raise ValueError(
             f"{text} is no text: {foreign / len(characters):.0%} of its characters are not UTF-8; give {WANTED}."
         )
-    check_length(len(content))
+    return len(content)
 
 
 def check_length(tokens: int, asked: int = LEAST_TOKENS) -> None:

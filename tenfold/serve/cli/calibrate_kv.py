@@ -6,13 +6,15 @@ from tenfold.base.config import EngineConfig
 from tenfold.engine.calibrate_kv import calibrate_kv, format_of
 from tenfold.engine.opened import Opened
 from tenfold.ops.kv.spec import PackedSpec
+from tenfold.serve.cli.calibrate import check_text
 from tenfold.serve.cli.terminal import Bar, columns, loading
 from tenfold.serve.cli.terminal import size as bytes_in_words
 from tenfold.weights.kv_calibration import SIDES, KvCalibration, save
 
 
 def kv(config: EngineConfig, text: Path, format: str, window: int, count: int, as_json: bool) -> None:
-    """Measure, save, print."""
+    """Measure, save, print. Raises ValueError, and leaves what was saved before, for what is no text or too short."""
+    check_text(text)
     spec = format_of(config, format)
     bar = Bar("measuring")
     try:

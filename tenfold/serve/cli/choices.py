@@ -5,13 +5,13 @@ this device, and measuring it.
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenfold.base.config import EngineConfig
 from tenfold.engine import tune_steps
-from tenfold.engine.memory import DTYPES
+from tenfold.engine.memory import DTYPES, kv_spec
 from tenfold.engine.opened import Opened
 from tenfold.engine.phases import stored
 from tenfold.engine.phases import table as phases
@@ -91,6 +91,7 @@ def tune_gpu(opened: Opened) -> None:
     from tenfold.ops.gpu.timing import GpuTimer
     from tenfold.ops.gpu.tune_attention import KEPT
 
+    require(opened.config)
     kernels, trace, config = gpu_kernels(opened), gpu_trace(opened), opened.config
     readings = gpu_readings(opened, trace, KEPT)
     pairs = lane_parts(opened, kernels)
@@ -104,6 +105,13 @@ def tune_gpu(opened: Opened) -> None:
     show_all(kernels, trace, readings)
     show_lanes(opened, kernels, trace, readings)
     print(f"saved in {kernels.arms.table.path}", file=sys.stderr)
+
+
+def require(config: EngineConfig) -> None:
+    """Raises ValueError for a model that does not fit, before anything is measured."""
+    opened = Opened(config)
+    opened.choose()
+    opened.memory.require()
 
 
 def lane_sizes(opened: Opened, total: int) -> list[tuple[int, int]]:
@@ -269,11 +277,16 @@ def gpu_trace(opened: Opened) -> "Trace":
 
 
 def gpu_readings(opened: Opened, trace: "Trace", most_bytes: int = 0) -> "list[Reading]":
-    """The attentions of a model for every measured number of requests and length that it may have."""
+    """The attentions of a model for every measured number of requests and length that it may have: of layers whose keys
+    and values are kept as they are computed, for others run in one way.
+    """
     from tenfold.ops.gpu.attending import readings
 
-    dtype = gpu_dtype(opened.config)
-    return readings(trace.attentions, opened.config.page_size, dtype, longest_of(opened), most_bytes)
+    config, dtype = opened.config, gpu_dtype(opened.config)
+    kept = DTYPES.get(config.kv_dtype, dtype)
+    packed = kv_spec(opened.shape, replace(config, kv_dtype=str(kept).removeprefix("torch."))).packed
+    layers = [layer for layer in trace.attentions if kept is dtype and (packed is None or layer[0].window)]
+    return readings(layers, config.page_size, dtype, longest_of(opened), most_bytes)
 
 
 def longest_of(opened: Opened) -> int:
@@ -309,6 +322,11 @@ def show_all(kernels: Any, trace: "Trace", readings: "list[Reading]") -> None:
     show_gpu(trace.works, kernels.arms)
     show_experts(trace.experts, kernels.arms)
     show_attention(readings, kernels.attending)
+    if {spec for spec, _ in trace.attentions} - {reading.spec for reading in readings}:
+        print(
+            "\nAttention over packed pages, over keys and values of another type than the model's, and of latent "
+            "vectors runs in one way; it is not listed."
+        )
 
 
 def show_lanes(opened: Opened, kernels: Any, trace: "Trace", readings: "list[Reading]") -> None:

@@ -102,6 +102,10 @@ def _models(named: Any, option: Given | None) -> list[Given]:
     if option is not None and isinstance(option.value, list):
         return arguments + [Given(model, option.origin) for model in option.value]
     if option is not None and not (arguments and option.origin == variable("model")):
+        if arguments and option.value != arguments[0].value:
+            raise ValueError(
+                f"Two models are named, {arguments[0].value} and {option.value}; allowed: one. Leave one of them out."
+            )
         return arguments or [option]
     fallback = os.environ.get(variable("model")) if not arguments else None
     return [Given(fallback, variable("model"))] if fallback else arguments

@@ -8,9 +8,12 @@ def parse_size(text: str | int) -> int:
     number = str(text).strip().lower().removesuffix("ib").removesuffix("b") or "0"
     unit = number[-1] if number[-1] in UNITS else ""
     try:
-        return int(float(number.removesuffix(unit)) * UNITS[unit])
+        size = int(float(number.removesuffix(unit)) * UNITS[unit])
     except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is not a size; allowed: a number of bytes, also with K, M, G or T.") from None
+        size = -1
+    if size < 0:
+        raise ValueError(f"{text!r} is not a size; allowed: a number of bytes from 0, also with K, M, G or T.")
+    return size
 
 
 def format_size(count: int) -> str:

@@ -88,6 +88,13 @@ def test_what_was_measured_runs_unless_it_cannot(tmp_path: Path) -> None:
         assert arms.choice(one, table, SMS).source == "rule"
 
 
+def test_what_was_asked_for_is_explained_at_every_number_of_tokens(tmp_path: Path) -> None:
+    running = arms.ExpertArms(Table("gpu", "1", tmp_path / "t.json"), SMS)
+    assert running.explain() == []
+    running.seen[DENSE] = None
+    assert running.explain() == [arms.choice(replace(DENSE, tokens=n), running.table, SMS) for n in arms.TOKENS]
+
+
 def test_measured_keys_are_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "whole_arm", lambda case, plan: lambda i: None)
     timer, told = Counting(), []
