@@ -20,7 +20,9 @@ from tests.tiny import TINY, make_checkpoint
 interpreter.ask()
 
 # The same examples on every run of CI, new ones on every run elsewhere.
-hypothesis.settings.register_profile("ci", derandomize=True, database=None)
+hypothesis.settings.register_profile("any", deadline=None)  # tests check behaviour, not the clock
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("any")
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 

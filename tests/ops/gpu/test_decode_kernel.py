@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.ops.gpu import decode, nvrtc
+from tenfold.ops.attention import unified_max
+from tenfold.ops.gpu import nvrtc
 from tests.ops.gpu.decode_cases import ADVERSARIAL, EVEN_SPLITS, check
 from tests.ops.gpu.emulated_cases import MARKS
 from tests.ops.gpu.emulated_decode import DecodeEmulator
@@ -113,15 +114,15 @@ def test_long_contexts_that_are_computed_again(case: Case) -> None:
 def test_a_score_outside_the_guard_counts_in_whatever_split_it_is() -> None:
     """Highest scores lie around the guard's end, and denominators well inside their bounds."""
     by_softmax = {case[-1]: case for case in MEASURED if case[-2] == BFLOAT}
-    lengths, guard = [200, 190, 180, 170, 160], math.log(2) * decode.PAPER_GUARD[BFLOAT]
+    lengths, around = [200, 190, 180, 170, 160], math.log(2) * unified_max.guard(BFLOAT).high
     most = 2 * len(lengths) * by_softmax["paper"][2]
     counts = set()
     for highest in (3.5, 4.0, 4.5):
-        one, three = (checks(by_softmax["paper"], splits)(lengths, phi=highest - guard) for splits in (1, 3))
+        one, three = (checks(by_softmax["paper"], splits)(lengths, phi=highest - around) for splits in (1, 3))
         assert one == three
         counts.add(one)
     assert counts - {0, most}
-    assert not checks(by_softmax["unified"], 3)(lengths, phi=4.0 - guard)
+    assert not checks(by_softmax["unified"], 3)(lengths, phi=4.0 - around)
 
 
 @pytest.mark.parametrize("sms", [1, 6, 40])
