@@ -87,7 +87,7 @@ class Engine:
         self.kernels = kernels
         self.config = config
         self.text = text
-        self.eos_ids = eos_ids
+        self.eos_ids = tuple(token for token in eos_ids if token < model.config.vocab_size)
         self.clock = clock
         self.device = torch.device(config.device)
         self.memory: MemoryPlan | None = None

@@ -62,6 +62,8 @@ class InternConfig:
             raise ConfigError(f"downsample_ratio is 1/{folded} in the model config, and {tower.side} patches a side.")
         if whole.get("vision_feature_layer", -1) != -1 or whole.get("select_layer", -1) != -1:
             raise ConfigError("vision_feature_layer is not -1 in the model config; supported: -1.")
+        if whole.get("vision_feature_select_strategy", "default") != "default":
+            raise ConfigError("vision_feature_select_strategy is not 'default' in the model config; allowed: default.")
         norm = keys.get("norm_type", "layer_norm")
         if norm not in ("layer_norm", "rms_norm"):
             raise ConfigError(f"norm_type is {str(norm)[:40]!r} in the vision config; allowed: layer_norm, rms_norm.")

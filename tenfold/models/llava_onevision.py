@@ -36,6 +36,7 @@ TILE = 384
 RATIO = 1.1  # features are made coarser where they are more than this above what `anyres_max` allows, by each side
 PINPOINTS = tuple((TILE * rows, TILE * columns) for rows in range(1, 7) for columns in range(1, 7))
 TOKENS = ("image_token_index", "image_token_id")
+STRIP = 256  # rows of a picture that are put into a square at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +154,19 @@ class LlavaProcessor:
         ).keyed()
 
     def _squared(self, image: Image.Image) -> Picture:
+        """In the middle of a square, which is scaled in strips and never there as a whole: it may be two hundred times
+        as large as a narrow picture.
+        """
         side, tile = max(image.size), self.anyres.tile
         red, green, blue = (int(255 * x) for x in self.colours.mean)
-        canvas = Image.new("RGB", (side, side), (red, green, blue))
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        pixels = stacked([scaled(canvas, tile, tile, self.resample)])
+        left, top = (side - image.width) // 2, (side - image.height) // 2
+        narrow = Image.new("RGB", (tile, side), (red, green, blue))
+        for y in range(0, image.height, STRIP):
+            part = image.crop((0, y, image.width, min(y + STRIP, image.height)))
+            strip = Image.new("RGB", (side, part.height), (red, green, blue))
+            strip.paste(part, (left, 0))
+            narrow.paste(scaled(strip, part.height, tile, self.resample), (0, top + y))
+        pixels = stacked([scaled(narrow, tile, tile, self.resample)])
         return Picture(self.anyres.side**2 + 1, 1, tile, tile, pixels).keyed()
 
 

@@ -11,7 +11,10 @@ from tenfold.models.llama import LlamaBlock
 class Mistral(Decoder):
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
-        keys = Keys(raw, {"num_key_value_heads": 8, "max_position_embeddings": 131072})
+        defaults = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+        if "sliding_window" not in raw:  # null is for none
+            defaults["sliding_window"] = 4096
+        keys = Keys(raw, defaults)
         config = read_config(keys, "MistralForCausalLM")
         return replace(config, windows=(keys.window(),) * config.layers)
 

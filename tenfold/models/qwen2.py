@@ -21,11 +21,12 @@ class Qwen2(Decoder):
         return LlamaBlock(source)
 
 
-def qwen_windows(keys: Keys, layers: int) -> tuple[int, ...]:
-    """With `use_sliding_window` the layers from `max_window_layers` on slide."""
+def qwen_windows(keys: Keys, layers: int, alternate: bool = False) -> tuple[int, ...]:
+    """With `use_sliding_window` the layers from `max_window_layers` on slide; alternate: every second one before."""
     if not keys.flag("use_sliding_window"):
         return (0,) * layers
     first = keys.get("max_window_layers")
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise ConfigError(f"max_window_layers is {first!r} in the model config; allowed: a whole number from 0.")
-    return keys.layer_windows(layers, tuple(layer >= first for layer in range(layers)))
+    slides = (layer < first and layer % 2 == 0 if alternate else layer >= first for layer in range(layers))
+    return keys.layer_windows(layers, tuple(slides))

@@ -56,7 +56,7 @@ class Qwen2MoE(Decoder):
             keys.sparse_layers(config.layers),
             keys.count("shared_expert_intermediate_size", 5632),
         )
-        windows = qwen_windows(keys, config.layers)
+        windows = qwen_windows(keys, config.layers, alternate=True)
         return replace(config, windows=windows, qkv_bias=keys.flag("qkv_bias", True), experts=experts)
 
     def block(self, source: Source) -> Block:

@@ -189,19 +189,6 @@ def dequantize(raw: RawTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return out.view(raw.shape)
 
 
-def groups_of(raw: RawTensor) -> Groups:
-    """All of a block tensor as codes, scales and minimums, for kernels that pack weights anew.
-
-    Rows come first here: codes [rows, groups of a row, size], scale and minimum [rows, groups of a row].
-    """
-    row_bytes(raw.storage, raw.shape[-1])
-    block = BLOCKS[raw.storage]
-    rows = raw.shape[0]
-    groups = block.decode(raw.data.reshape(-1, block.nbytes))
-    minimum = None if groups.minimum is None else groups.minimum.reshape(rows, -1)
-    return Groups(groups.codes.reshape(rows, -1, groups.codes.shape[-1]), groups.scale.reshape(rows, -1), minimum)
-
-
 def blocks_of_32(values: Tensor) -> Tensor:
     if values.dim() != 2 or values.shape[1] % 32:
         raise ValueError(f"Values of shape {tuple(values.shape)} cannot be quantised; needed: [rows, multiple of 32].")

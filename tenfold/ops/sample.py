@@ -152,7 +152,8 @@ def _draw_best(
         & (sorted_p >= min_p * sorted_p[:, :1])
     )
     count = kept.sum(-1, keepdim=True)
-    fits = (count < width) | ((top_k > 0) & (top_k <= width))
+    told = (top_k <= width) | (top_p >= 1)  # else the mass that top_p is a share of lies further on
+    fits = (count < width) & told | ((top_k > 0) & (top_k <= width))
     index = _locate(mass, u * mass.gather(1, count - 1).squeeze(1))
     return ids.gather(1, torch.minimum(index[:, None], count - 1)).squeeze(1), fits.squeeze(1)
 

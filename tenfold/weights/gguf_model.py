@@ -490,8 +490,8 @@ class GGUFConfig:
             return {"rope_type": "factors", "factors": self.factors("rope_freqs.weight")}
         if "rope_factors_long.weight" in stored and "rope_factors_short.weight" in stored:
             return self.longrope(config)
-        kind = self.get("rope.scaling.type", "none")
-        factor = self.number("rope.scaling.factor", 1.0)
+        kind = self.get("rope.scaling.type", "linear")  # as llama.cpp reads files that do not say
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0))
         if kind == "none" or factor in (0.0, 1.0):
             return None
         scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}

@@ -172,6 +172,10 @@ def from_parameters(config: dict[str, Any], parameters: Any, source: str) -> Non
         local = parameters.get("sliding_attention")
         if isinstance(local, dict) and "rope_theta" in local:
             config["rope_local_base_freq"] = local["rope_theta"]
+        if isinstance(local, dict) and (kind := local.get("rope_type", "default")) != "default":
+            raise CheckpointError(
+                f"{source}: rope_parameters of sliding_attention have rope_type {kind!r:.40}; supported: default."
+            )
         parameters = full
     scaling = dict(parameters)
     for key in ("rope_theta", "partial_rotary_factor"):

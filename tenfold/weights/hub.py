@@ -3,6 +3,7 @@
 Invariant: only weights in safetensors or GGUF, JSON, tokenizer and template files are fetched; no pickles, no code.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ FOLDER_FILE = re.compile(
     r"(pre)?processor_config\.json|quant(ize)?_config\.json"
 )
 LATER_SHARD = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
+FIRST_SHARD = re.compile(r"(?P<name>.*)-00001-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,11 @@ def in_cache(name: HubName) -> Path | None:
     folder = snapshot(hub_folder() / ("models--" + name.repo.replace("/", "--")))
     if folder is None:
         return None
-    if not name.file and is_model_folder(folder):
+    if not name.file and is_model_folder(folder) and is_whole(folder):
         return folder
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*.gguf")}
     found = matching(files, name.file)
-    return files[found[0]] if len(found) == 1 else None
+    return files[found[0]] if len(found) == 1 and all(part.exists() for part in parts(files[found[0]])) else None
 
 
 def snapshot(repo: Path) -> Path | None:
@@ -73,6 +75,28 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a model folder has all files that its index names: an interrupted download leaves some out. A broken
+    index is for who opens it.
+    """
+    if (folder / "model.safetensors").is_file():
+        return True
+    try:
+        files = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"].values()
+        return all((folder / name).is_file() for name in set(files))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return True
+
+
+def parts(path: Path) -> list[Path]:
+    """All parts of a GGUF file, of which this is the first; itself where it is not split."""
+    match = FIRST_SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    return [path.with_name(f"{match['name']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+
+
 def cached_models() -> Iterator[tuple[str, Path]]:
     """Names and paths of all models in the cache that can be opened, each GGUF file by itself."""
     root = hub_folder()
@@ -81,11 +105,11 @@ def cached_models() -> Iterator[tuple[str, Path]]:
         folder = snapshot(repo)
         if folder is None:
             continue
-        if is_model_folder(folder):
+        if is_model_folder(folder) and is_whole(folder):
             yield name, folder
         files = sorted(folder.rglob("*.gguf"))
         for path in files:
-            if not LATER_SHARD.fullmatch(path.name):
+            if not LATER_SHARD.fullmatch(path.name) and all(part.exists() for part in parts(path)):
                 yield f"{name}:{path.relative_to(folder)}", path
 
 

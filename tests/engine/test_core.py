@@ -252,6 +252,8 @@ def test_pooling_does_not_depend_on_chunks(chunk: int, lookahead: int) -> None:
         (ask(pool="max"), "pool is 'max'; allowed: mean, last"),
         (ask(params=SamplingParams(temperature=-1)), "temperature is -1"),
         (ask(params=SamplingParams(stop_token_ids=(VOCAB,))), "stop_token_ids"),
+        (ask(params=SamplingParams(stop=("x" * 4097,))), r"^stop is .{200}; allowed: up to 128 .* of 4096 characters"),
+        (ask(params=SamplingParams(stop=("x" * 2048, "y" * 2049))), "^stop is .{200}; allowed"),
         (ask(ttft=math.nan), r"^ttft is nan; allowed: seconds from 0 \(the engine's\) to 3600\.$"),
         (ask(ttft=-1.0), "^ttft is -1.0; allowed"),
         (ask(tpot=math.inf), "^tpot is inf; allowed"),
@@ -415,3 +417,12 @@ def test_statistics_count_what_happened() -> None:
     assert stats.computed_tokens == 2 * (3 + 4)
     assert stats.pages_used + stats.pages_cached + stats.pages_free == stats.pages
     assert stats.step_seconds >= stats.last_step_seconds > 0
+
+
+def test_end_tokens_outside_of_the_vocabulary_are_nobodys() -> None:
+    """As a generation config may have them; `min_tokens` forbids end tokens by their logits."""
+    engine = make_engine()
+    engine = type(engine)(engine.model, engine.kernels, engine.config, None, pages=64, eos_ids=(EOS, 10**6))
+    assert engine.eos_ids == (EOS,)
+    engine.add(Request("a", (1, 2, 3), SamplingParams(temperature=0.0, max_tokens=4, min_tokens=2)))
+    assert drain(engine)[-1].finish is not None

@@ -110,6 +110,8 @@ def test_tables_name_classes_that_know_their_config() -> None:
     [
         (family("Mistral", sliding_window=8), (8, 8, 8, 8)),
         (family("Mistral", sliding_window=None), (0, 0, 0, 0)),
+        (family("Mistral"), (4096,) * 4),
+        (family("Qwen2Moe", use_sliding_window=True, sliding_window=8, max_window_layers=3), (8, 0, 8, 0)),
         (family("Qwen2", use_sliding_window=False, sliding_window=8), (0, 0, 0, 0)),
         (family("Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3), (0, 0, 0, 8)),
         (family("Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=9), (0, 0, 0, 0)),

@@ -61,8 +61,10 @@ def test_pixels(name: str, number: int, seeing: Folder) -> None:
         assert list(picture.grid) == [theirs["rows"][0][0], theirs["cols"][0][0]]
 
 
+@pytest.mark.parametrize("strip", [7, 256])
 @pytest.mark.parametrize("name", ["llava", "llava-layer"])
-def test_several_pictures_are_squares(name: str, seeing: Folder) -> None:
+def test_several_pictures_are_squares(name: str, strip: int, seeing: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenfold.models.llava_onevision.STRIP", strip)
     images = vision.pictures()[1:4]
     processor = make_processor(open_checkpoint(seeing(name)))
     assert isinstance(processor, LlavaProcessor)

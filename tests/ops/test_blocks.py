@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tenfold.ops import blocks
-from tenfold.ops.blocks import BLOCKS, dequantize, groups_of, quantize, row_bytes
+from tenfold.ops.blocks import BLOCKS, dequantize, quantize, row_bytes
 from tenfold.ops.matrix import RawTensor
 from tests.ops.cpu.weights import SCALES
 
@@ -46,15 +46,6 @@ def test_chunks_do_not_change_the_result(storage, monkeypatch):
     whole = dequantize(raw)
     monkeypatch.setattr(blocks, "CHUNK_ELEMENTS", 768)
     assert torch.equal(dequantize(raw), whole)
-
-
-@pytest.mark.parametrize("storage", sorted(BLOCKS))
-def test_groups_hold_the_same_values(storage):
-    raw = random_tensor(storage, 4, 512)
-    groups = groups_of(raw)
-    assert groups.codes.shape[0] == groups.scale.shape[0] == 4
-    assert groups.codes.element_size() == 1
-    assert torch.equal(groups.values(), dequantize(raw))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

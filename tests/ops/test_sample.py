@@ -163,15 +163,17 @@ def test_draws_by_seed_have_the_right_distribution(values: tuple[float, int, flo
     assert observed.sum() == sum(observed[t] for t in expected)
 
 
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.9999])
-def test_a_nucleus_wider_than_the_first_candidates_is_exact(top_p: float) -> None:
-    """Flat logits over 12000 tokens: a half fits into 8192 candidates but not into 1024, 0.9 not even into those."""
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (0, 0.9), (0, 0.9999), (2000, 0.99), (2000, 0.3), (99999, 0.9)])
+def test_a_nucleus_wider_than_the_first_candidates_is_exact(top_k: int, top_p: float) -> None:
+    """Flat logits over 12000 tokens: a half fits into 8192 candidates but not into 1024, 0.9 not even into those; of
+    the best 2000 the mass of all is what counts, and of as many as there are.
+    """
     vocab, n = 12000, 64
     logits = logits_of(1, vocab=vocab, spread=0.05)
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    cuts = column(1.0), column(0, dtype=torch.int64), column(top_p, dtype=torch.float64), column(0.0)
+    cuts = column(1.0), column(top_k, dtype=torch.int64), column(top_p, dtype=torch.float64), column(0.0)
     drawn = ops.draw_truncated(logits.expand(n, -1), *(c.expand(n, 1) for c in cuts), u)
-    expected = cut(logits[0].numpy(), 1.0, 0, top_p, 0.0)
+    expected = cut(logits[0].numpy(), 1.0, top_k, top_p, 0.0)
     order = list(expected)
     mass = np.cumsum([expected[t] for t in order])
     for value, token in zip(u.tolist(), drawn.tolist()):

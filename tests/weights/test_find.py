@@ -79,6 +79,24 @@ def test_the_hub_cache(tiny, places, tmp_path):
             resolve(name, allow_download=False)
 
 
+def test_a_download_that_was_interrupted_is_not_found(tiny, places, tmp_path):
+    folder = cache(places, "org/big", tiny("llama"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (tmp_path / "split").mkdir()
+    to_gguf(tiny("llama"), tmp_path / "split" / "m-Q4_0-00001-of-00002.gguf", "llama")
+    split = cache(places, "org/split", tmp_path / "split")
+    for name in ("org/big", "org/split", "org/split:Q4_0"):
+        with pytest.raises(UnknownModel, match="downloading is off"):
+            resolve(name, allow_download=False)
+    assert not {name for name, _ in hub.cached_models()} & {"org/big", "org/split:m-Q4_0-00001-of-00002.gguf"}
+    (folder / files["b"]).write_bytes(b"")
+    (split / "m-Q4_0-00002-of-00002.gguf").write_bytes(b"")
+    assert resolve("org/big", allow_download=False) == folder
+    assert resolve("org/split", allow_download=False) == split / "m-Q4_0-00001-of-00002.gguf"
+
+
 def test_a_cache_that_lies_about_its_snapshot_is_not_followed(tiny, places):
     cache(places, "org/name", tiny("llama"))
     main = places.hub / "models--org--name" / "refs" / "main"

@@ -446,3 +446,10 @@ def test_the_real_default_model(smollm2):
     down = reference["blk.29.ffn_down.weight"]
     ours = file.tensor("model.layers.29.mlp.down_proj.weight")
     assert np.array_equal(dequantize(ours).numpy(), gguf.dequantize(down.data, down.tensor_type))
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_kind_is_linear(tiny, tmp_path, key):
+    """As llama.cpp reads files that do not say, and those of before it had kinds."""
+    file = GGUFCheckpoint(to_gguf(tiny("llama"), tmp_path / "m.gguf", "llama", extra={f"llama.{key}": 4.0}))
+    assert file.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}

@@ -244,3 +244,9 @@ def test_both_forms_of_rope_and_type_become_one():
 def test_configs_of_the_wrong_kind_get_a_sentence(config):
     with pytest.raises(CheckpointError, match=r"config\.json.*damaged"):
         normalise(config, "config.json")
+
+
+def test_scaling_of_sliding_layers_is_refused() -> None:
+    layers = {"full_attention": {"rope_type": "default"}, "sliding_attention": {**LINEAR, "rope_theta": 5.0}}
+    with pytest.raises(CheckpointError, match="sliding_attention have rope_type 'linear'; supported: default"):
+        form({"rope_parameters": layers})

@@ -79,10 +79,6 @@ def _isas(library: CDLL) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(ISA_NAMES) if mask >> i & 1)
 
 
-def _allowed(library: CDLL) -> str:
-    return f"this machine and compiler allow: {', '.join(_isas(library))}."
-
-
 def load() -> CDLL:
     """The library, built and opened on the first call. Raises Unavailable with the reason where there is none."""
     library, result = _open()
