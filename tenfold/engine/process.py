@@ -89,19 +89,21 @@ class Commands:
         self._obey = obey
         self._lock = threading.Lock()  # commands are obeyed in their order
         self._waits = False  # the engine's thread does, and reads what comes
+        self._looked = False  # `look` has obeyed commands that the engine's thread may not have seen
         self._poller = select.poll()
         self._poller.register(channel.fd, select.POLLIN)
 
     def take(self) -> None:
         """Obey what is here."""
         with self._lock:
-            self._waits = False
+            self._waits = self._looked = False
             self._read()
 
     def wait(self) -> None:
-        """Obey what is here, or if it is nothing what comes next."""
+        """Obey what is here, or if it is nothing what comes next. Returns at once after commands that `look` obeyed."""
         with self._lock:
-            self._waits = not self._read()
+            looked, self._looked = self._looked, False
+            self._waits = not (self._read() or looked)
         if self._waits:
             self._poller.poll()
             self.take()
@@ -109,8 +111,8 @@ class Commands:
     def look(self) -> None:
         """`take`, from another thread, unless the engine's waits for commands."""
         with self._lock:
-            if not self._waits:
-                self._read()
+            if not self._waits and self._read():
+                self._looked = True
 
     def _read(self) -> bool:
         """Whether there was a command. The process ends with its parent."""

@@ -308,11 +308,12 @@ class RemoteLoop:
 
     def _describe(self) -> str:
         """What this process knows of the engine's work."""
-        begun = [id for id, entry in self._open.items() if entry.started]
-        return (
-            f"begun: {', '.join(begun[:SHOWN]) or 'nothing'}; open requests: {len(self._open)}; "
-            f"its latest heartbeat says:\n{self._last_state}"
-        )
+        with self._lock:
+            begun = [id for id, entry in self._open.items() if entry.started]
+            return (
+                f"begun: {', '.join(begun[:SHOWN]) or 'nothing'}; open requests: {len(self._open)}; "
+                f"its latest heartbeat says:\n{self._last_state}"
+            )
 
     def _retry_after(self, delay: float) -> int:
         return max(1, min(60, math.ceil(delay + self._load_seconds)))

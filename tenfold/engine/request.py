@@ -33,6 +33,7 @@ class Grammar:
 
 
 MOST_ASKED = 4096  # ids in logprob_token_ids
+MOST_STOP = 4096  # characters of all stop strings
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,19 @@ class SamplingParams:
     def check(self, vocab_size: int | None = None) -> None:
         for name, allowed, holds in RULES:
             if not holds(self):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; allowed: {allowed}.")
         if vocab_size is None:
             return
         for name in ("logit_bias", "stop_token_ids", "logprob_token_ids"):
             wrong = [token for token in getattr(self, name) if not 0 <= token < vocab_size]
             if wrong:
                 raise ValueError(f"{name} has token id {wrong[0]!r}; allowed: 0 to {vocab_size - 1}.")
+
+
+def shown(value: object) -> str:
+    """A value as an error tells it: the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def within(value: float, low: float, high: float) -> bool:
@@ -114,7 +121,11 @@ RULES: tuple[tuple[str, str, Callable[[SamplingParams], bool]], ...] = (
     ("logprobs", "0 to 100, or none", lambda p: p.logprobs is None or 0 <= p.logprobs <= 100),
     ("prompt_logprobs", "0 to 100, or none", lambda p: p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= 100),
     ("logprob_token_ids", f"up to {MOST_ASKED} token ids", lambda p: len(p.logprob_token_ids) <= MOST_ASKED),
-    ("stop", "up to 128 non-empty strings", lambda p: len(p.stop) <= 128 and all(p.stop)),
+    (
+        "stop",
+        f"up to 128 non-empty strings, of {MOST_STOP} characters in all",
+        lambda p: len(p.stop) <= 128 and all(p.stop) and sum(map(len, p.stop)) <= MOST_STOP,
+    ),
     ("seed", "a 64-bit whole number, or none", lambda p: p.seed is None or -(2**63) <= p.seed < 2**63),
 )
 

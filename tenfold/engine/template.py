@@ -213,6 +213,10 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
             raise TemplateError(
                 f"{where}.function.arguments is not JSON ({error}); send the object the tool was called with."
             ) from None
+        except RecursionError:
+            raise TemplateError(
+                f"{where}.function.arguments is nested too deeply to be read; send an object that is nested less."
+            ) from None
     return {**call, "function": {**function, "arguments": arguments}}
 
 

@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import PurePath
 from typing import Any, Protocol
 
@@ -399,6 +399,18 @@ class _WindowStream:
         self._shown = len(self._tokens)
 
 
+@lru_cache(maxsize=128)
+def _failures(pattern: str) -> tuple[int, ...]:
+    """How long a beginning of the pattern ends at each of its places; kept, for the sequences of a request share it."""
+    fail = [0] * len(pattern)
+    for i in range(1, len(pattern)):
+        k = fail[i - 1]
+        while k and pattern[k] != pattern[i]:
+            k = fail[k - 1]
+        fail[i] = k + (pattern[k] == pattern[i])
+    return tuple(fail)
+
+
 class _StopString:
     """Finds a string in a text that arrives in pieces (Knuth, Morris, Pratt 1977). `state`: how much was seen."""
 
@@ -407,12 +419,7 @@ class _StopString:
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.state = 0
-        self._fail = [0] * len(pattern)
-        for i in range(1, len(pattern)):
-            k = self._fail[i - 1]
-            while k and pattern[k] != pattern[i]:
-                k = self._fail[k - 1]
-            self._fail[i] = k + (pattern[k] == pattern[i])
+        self._fail = _failures(pattern)
 
     def find(self, text: str, passed_over: bool) -> int:
         """The index in `text` after the first full match, or -1. A match that is to be passed over is no match."""

@@ -52,13 +52,14 @@ class Keys:
     """All keys of a server. Without `--api-key` and `--api-key-file` the API is open; /admin never is."""
 
     def __init__(self, given: Iterable[Key], file: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """file: of more keys, read now and again when it changes. Raises ValueError for a file of no use."""
+        """file: of more keys, read now and again when it changes. Raises ValueError for a file of no use, and for an
+        admin key that is an API key, too."""
         self._given = tuple(given)
         self._file = Path(file) if file else None
         self._clock = clock
         self._looked = clock()
         self._seen = self._stamp()
-        self._all = self._given + self._from_file()
+        self._all = self._read()
 
     @classmethod
     def of(cls, settings: ServeConfig) -> "Keys":
@@ -70,11 +71,7 @@ class Keys:
             raise ValueError(f"api_key is given but has no key in it. {ADVICE}")
         if settings.admin_key:
             given.append(Key.of(_usable(settings.admin_key, "--admin-key"), ADMIN, admin=True))
-        keys = cls(given, settings.api_key_file)
-        admins = {key.digest for key in keys._all if key.admin}
-        if any(key.digest in admins for key in keys._all if not key.admin):
-            raise ValueError(f"admin_key is also an API key; allowed: a key of its own. {ADVICE}")
-        return keys
+        return cls(given, settings.api_key_file)
 
     @property
     def required(self) -> bool:
@@ -107,7 +104,7 @@ class Keys:
         return found
 
     def _renew(self) -> None:
-        """Read the file again if it changed. One that cannot be read changes nothing: keys in use stay."""
+        """Read the file again if it changed. One of no use changes nothing: keys in use stay."""
         now = self._clock()
         if self._file is None or now - self._looked < RECHECK:
             return
@@ -117,7 +114,7 @@ class Keys:
             return
         self._seen = seen
         try:
-            self._all = self._given + self._from_file()
+            self._all = self._read()
             logger.warning("%s was read again: %d keys", self._file, len(self._all) - len(self._given))
         except ValueError as error:
             logger.error("the API keys stay as they were: %s", error)
@@ -130,6 +127,13 @@ class Keys:
         except OSError:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _read(self) -> tuple[Key, ...]:
+        keys = self._given + self._from_file()
+        admins = {key.digest for key in keys if key.admin}
+        if any(key.digest in admins for key in keys if not key.admin):
+            raise ValueError(f"admin_key is also an API key; allowed: a key of its own. {ADVICE}")
+        return keys
 
     def _from_file(self) -> tuple[Key, ...]:
         if self._file is None:

@@ -6,7 +6,7 @@ grammars in llguidance's Lark dialect that put JSON schemas between the markers 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,14 +106,30 @@ def checked_tool(name: Any, description: Any, parameters: Any, strict: Any, sett
     return Tool(name, description or "", parameters, bool(strict))
 
 
-def check_tools(tools: Sequence[Tool], settings: ServeConfig, where: str) -> None:
-    """Raises ApiError (400) for more tools than the server takes, or two of one name."""
-    if len(tools) > settings.max_tools:
-        raise invalid(f"{where} has {len(tools)} entries; allowed: up to {settings.max_tools} (--max-tools).", where)
-    names = [tool.name for tool in tools]
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise invalid(f"{where} has two tools of the name {twice!r}; give each its own.", where)
+def read_tools(
+    given: Sequence[dict[str, Any]],
+    read: Callable[[dict[str, Any], ServeConfig, str], Tool],
+    settings: ServeConfig,
+    where: str,
+) -> tuple[Tool, ...]:
+    """Tools from a client's words, each by `read`. Raises ApiError (400), also for more tools than the server takes
+    and for two of one name.
+    """
+    if len(given) > settings.max_tools:  # before work is done for each
+        raise invalid(f"{where} has {len(given)} entries; allowed: up to {settings.max_tools} (--max-tools).", where)
+    tools: dict[str, Tool] = {}
+    for i, one in enumerate(given):
+        tool = read(one, settings, f"{where}[{i}]")
+        if tool.name in tools:
+            raise invalid(f"{where} has two tools of the name {tool.name!r}; give each its own.", where)
+        tools[tool.name] = tool
+    return tuple(tools.values())
+
+
+def check_allowed(listed: Sequence[Any], tools: Sequence[Any], where: str) -> None:
+    """Raises ApiError (400) for a part of the tools that is larger than all of them."""
+    if len(listed) > len(tools):
+        raise invalid(f"{where} has {len(listed)} entries; allowed: up to {len(tools)}, each tool once.", where)
 
 
 def _structured_outputs(value: Any, settings: ServeConfig, where: str) -> Grammar:

@@ -13,7 +13,7 @@ import pytest
 from tenfold.engine import process, wire
 from tenfold.engine.channel import Channel
 from tenfold.engine.facts import Stats
-from tenfold.engine.process import SCHED_ATTR, SLICE, Events, let_others_in
+from tenfold.engine.process import SCHED_ATTR, SLICE, Commands, Events, let_others_in
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
 
@@ -73,3 +73,54 @@ def test_a_parent_that_does_not_read_misses_heartbeats_then_the_log_and_then_its
     theirs.close()
     events.close()
     os.close(events._begun.detach())
+
+
+WAITING = "waits for commands"
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The way from a parent, the parent's end, and what was obeyed."""
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    ours, theirs = (Channel(end) for end in socket.socketpair())
+    obeyed = []
+    yield Commands(ours, obeyed.append), theirs, obeyed
+    theirs.close()
+    for thread in threading.enumerate():
+        if thread.name == WAITING:
+            thread.join()
+    ours.close()
+
+
+def begin(work):
+    thread = threading.Thread(target=work, name=WAITING, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_command_that_another_thread_reads_before_the_engine_waits_wakes_it(commands):
+    commands, parent, obeyed = commands
+    commands.take()
+    parent.send(wire.encode(wire.Abort("a")))
+    commands.look()
+    thread = begin(commands.wait)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert obeyed == [wire.Abort("a")]
+
+
+@pytest.mark.parametrize("seen", ["take", "wait"])
+def test_a_command_wakes_the_engine_once(commands, seen):
+    commands, parent, obeyed = commands
+    parent.send(wire.encode(wire.Abort("a")))
+    commands.look()
+    thread = begin(getattr(commands, seen))
+    thread.join(10)
+    assert not thread.is_alive()
+    thread = begin(commands.wait)
+    thread.join(0.1)
+    assert thread.is_alive()
+    parent.send(wire.encode(wire.Abort("b")))
+    thread.join(10)
+    assert not thread.is_alive()
+    assert obeyed == [wire.Abort("a"), wire.Abort("b")]

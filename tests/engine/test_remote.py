@@ -320,6 +320,21 @@ def test_a_hang_is_shown_and_ended(make, how, caplog, capfd):
     assert how == "stopped" or "in misbehave" in stacks
 
 
+def test_what_is_told_of_a_hang_is_read_while_nobody_changes_it(make, caplog):
+    class Guarded(dict):
+        def items(self):
+            assert bed.loop._lock._is_owned()
+            return super().items()
+
+    bed = make(watchdog=0.6)
+    bed.begin("other")
+    with bed.loop._lock:
+        bed.loop._open = Guarded(bed.loop._open)
+    bed.submit("culprit", HANG)
+    assert type(bed.inbox.last("culprit")) is EngineRestarted
+    assert "begun: other, culprit" in caplog.text
+
+
 def test_a_stopped_engine_is_not_ready(make, monkeypatch):
     monkeypatch.setattr(remote, "QUIET", 0.1)
     monkeypatch.setattr(remote, "BEAT", 0.02)

@@ -149,6 +149,10 @@ def test_text_parts_are_joined_and_tool_arguments_parsed():
             [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
             r"tool_calls\[0\].function.arguments is not JSON",
         ),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a":' * 200_000}}]}],
+            r"tool_calls\[0\].function.arguments is nested too deeply",
+        ),
         ([{"role": "user", "content": "x", "extra": object()}], "not JSON serializable"),
     ],
 )

@@ -262,6 +262,12 @@ def test_long_repetitive_stop_strings_stay_cheap():
     assert "".join(pieces) == "a" * 30000
 
 
+def test_sequences_share_what_is_known_of_their_stop_strings():
+    one, other = (TEXTS["byte-level"].detokenizer(Request("r", (), SamplingParams(n=2, stop=("abab",)))) for _ in "ab")
+    assert one._stops[0]._fail is other._stops[0]._fail
+    assert one._stops[0]._fail == (0, 0, 1, 2)
+
+
 def test_logprob_names_of_tokens():
     text = TEXTS["byte-level"]
     half = text.token_id(CHARACTER_OF_BYTE[0xC3])

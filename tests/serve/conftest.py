@@ -104,7 +104,7 @@ class FakeLLM:
                         (token,),
                         text,
                         () if params.logprobs is None else (place(token, params.logprobs),),
-                        prompt_places(prompt, params.prompt_logprobs) if i == 0 else None,
+                        prompt_places(prompt, params.prompt_logprobs) if index == i == 0 else None,
                         self.finish if last else None,
                         cached_tokens=16 if i == 0 and len(prompt) > 16 else 0,
                     )

@@ -54,6 +54,18 @@ def test_the_message_of_a_long_value_is_short(client):
     assert len(client.complete(stop=["x" * 1000] * 17).json()["error"]["message"]) < 400
 
 
+@pytest.mark.parametrize("stop", ["x" * 4097, ["x" * 1000] * 5])
+def test_stop_strings_are_bounded_in_characters(client, llm, stop):
+    for send in (client.complete, client.chat):
+        response = send(stop=stop)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "stop")
+        assert "4096 characters in all" in error["message"]
+        assert len(error["message"]) < 400
+    assert llm.calls == []
+    assert client.complete(stop="x" * 4096).status_code == 200
+
+
 @pytest.mark.parametrize("cap", sorted({cap for _, cap, *_ in CAPS}))
 def test_settings_start_within_the_engines_bounds(cap):
     params = {"max_n": {"n": ServeConfig().max_n}, "max_logprobs": {"logprobs": ServeConfig().max_logprobs}}

@@ -1,6 +1,8 @@
 import pytest
 
-from tenfold.engine.request import SamplingParams
+from tenfold.engine.request import Logprob, Output, SamplingParams
+from tenfold.serve.logprobs import TextLogprobs
+from tenfold.serve.routes.completions import Choice, _pieces
 
 
 def test_text(client, llm):
@@ -54,6 +56,36 @@ def test_echo_with_logprobs_of_the_prompt(client, llm):
     assert choice["logprobs"]["top_logprobs"][0] is None
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
     assert llm.calls[0]["params"].prompt_logprobs == 1
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_every_answer_echoes_the_logprobs_of_its_prompt(client, read_events, max_tokens):
+    asked = {"prompt": ["Hi!", "ab"], "n": 3, "logprobs": 1, "echo": True, "max_tokens": max_tokens}
+    choices = client.complete(**asked).json()["choices"]
+    streamed = [[] for _ in choices]
+    for made in read_events(client.complete(**asked, stream=True)):
+        for choice in made["choices"]:
+            streamed[choice["index"]] += choice["logprobs"]["token_logprobs"]
+    for choice, again in zip(choices, streamed, strict=True):
+        size = 3 if choice["index"] < 3 else 2
+        assert choice["logprobs"]["token_logprobs"] == [None] + [-0.5] * (size - 1 + max_tokens) == again
+        assert choice["logprobs"]["top_logprobs"][1] is not None
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_an_answer_waits_for_the_logprobs_of_the_prompt(order):
+    """Whichever answer comes first, the first of them is told the prompt's."""
+    choices = [Choice(i, "ab", (97, 98), False, TextLogprobs(lambda token: bytes([token]))) for i in range(2)]
+    texts, probabilities, sent = ["", ""], [[], []], [0, 0]
+    for i in order:
+        prompt = (None, Logprob(98, -0.25)) if i == 0 else None
+        output = Output("a", i, (99 + sent[i],), chr(99 + sent[i]), (Logprob(99 + sent[i], -0.5),), prompt)
+        sent[i] += 1
+        for piece in _pieces(choices, 2, i, output):
+            texts[piece["index"]] += piece["text"]
+            probabilities[piece["index"]] += piece["logprobs"]["token_logprobs"]
+    assert texts == ["abc", "abcd"]
+    assert probabilities == [[None, -0.25, -0.5], [None, -0.25, -0.5, -0.5]]
 
 
 def test_prompt_alone(client, llm):

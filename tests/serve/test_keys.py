@@ -171,3 +171,15 @@ def test_a_file_that_turns_bad_or_goes_changes_nothing(key_file, caplog):
     assert name_of(keys, ONE) == "a"
     assert keys.required
     assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 2
+
+
+def test_a_changed_file_with_the_admin_key_in_it_changes_nothing(key_file, caplog):
+    clock = Clock()
+    path = key_file(f"{ONE} a\n")
+    keys = Keys([Key.of(THREE, "admin", admin=True)], path, clock)
+    key_file(f"{TWO} b\n{THREE} c\n")
+    clock.now += module.RECHECK
+    assert [name_of(keys, secret) for secret in (ONE, TWO, THREE)] == ["a", None, "admin"]
+    assert keys.find(THREE.encode()).admin
+    assert "the API keys stay as they were: admin_key is also an API key" in caplog.text
+    assert THREE not in caplog.text

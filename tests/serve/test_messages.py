@@ -316,6 +316,7 @@ def test_every_field_of_anthropics_client_is_known():
         ({"tools": [{"type": "web_search_20260318", "name": "web_search"}]}, "web_search_20260318"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),
         ({"tools": [TOOL, TOOL]}, "find"),
+        ({"tools": [{"name": "x"}] * 129}, "--max-tools"),
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name"),

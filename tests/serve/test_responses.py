@@ -16,6 +16,7 @@ from tests.serve.clients import FULL, asked, scripted, with_openai
 
 EVENTS = TypeAdapter(ResponseStreamEvent)
 TOOL = {"type": "function", "name": "find", "parameters": {"type": "object"}, "strict": False, "description": "Look."}
+ALLOWED = {"type": "allowed_tools", "mode": "auto"}
 SCHEMA = Grammar("json_schema", '{"type": "array"}')
 USER = {"role": "user", "content": "Hi"}
 
@@ -332,6 +333,8 @@ def test_every_field_of_openais_client_is_known():
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
+        ({"tools": [TOOL], "tool_choice": ALLOWED | {"tools": [TOOL, TOOL]}}, "tool_choice.tools"),
+        ({"tools": [{"type": "function"}] * 129}, "tools"),
         ({"input": []}, "input"),
         ({"input": [{"type": "reasoning"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
@@ -705,6 +708,22 @@ def test_work_in_the_background_is_bounded(llm):
         assert raised.value.status_code == 503
         await client.responses.cancel(made[0].id)
         await client.responses.create(model="tiny", input="Hi", background=True)
+        gate.set()
+
+    with_openai(app, scenario)
+
+
+def test_work_in_the_background_is_bounded_where_it_comes_all_at_once(llm):
+    app = create_app({"tiny": llm}, ServeConfig(max_background=2))
+
+    async def scenario(client):
+        gate = held(llm)
+        several = [client.responses.create(model="tiny", input="Hi", background=True) for _ in range(8)]
+        found = await asyncio.gather(*several, return_exceptions=True)
+        refused = [one for one in found if isinstance(one, Exception)]
+        assert len(refused) == 6
+        assert all(one.status_code == 503 and "max-background" in one.message for one in refused)
+        assert len(app.state.responses.running()) == 2
         gate.set()
 
     with_openai(app, scenario)

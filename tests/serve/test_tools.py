@@ -352,6 +352,13 @@ def function(**fields):
 DEEP = {"type": "object"}
 for _ in range(18):
     DEEP = {"type": "object", "properties": {"a": DEEP}}
+
+
+def allowed(count):
+    tools = {"mode": "auto", "tools": [function()] * count}
+    return {"type": "allowed_tools", "allowed_tools": tools}
+
+
 WRONG = [
     ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type", "function"),
     ({"tools": [function(name="")]}, "tools[0].function.name", "64 letters"),
@@ -364,11 +371,14 @@ WRONG = [
     ({"tools": [function(description=1)]}, "tools[0].function.description", "text"),
     ({"tools": [function(), function()]}, "tools", "'f'"),
     ({"tools": [function(name=f"f{i}") for i in range(129)]}, "tools", "--max-tools"),
+    ({"tools": [function(name="")] * 129}, "tools", "--max-tools"),
+    ({"functions": [{}] * 129}, "functions", "--max-tools"),
     ({"tools": [function()], "functions": [{"name": "g"}]}, "functions", "tools only"),
     ({"tools": [function()], "tool_choice": "maybe"}, "tool_choice", "auto"),
     ({"tools": [function()], "tool_choice": function(name="g")}, "tool_choice", "'g'"),
     ({"tools": [function()], "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice", "function"),
     ({"tools": [function()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "allowed_tools"),
+    ({"tools": [function()], "tool_choice": allowed(2)}, "tool_choice.allowed_tools.tools", "up to 1"),
     ({"functions": [{"name": "g"}], "function_call": {"name": "h"}}, "function_call", "'h'"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages[0].tool_calls[0]", "arguments"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}, "messages[0].tool_calls[0].type", "f"),

@@ -35,10 +35,11 @@ class VLLM:
     def __init__(self, setup: Setup) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from vllm import LLM, SamplingParams, __version__
+        import vllm
+        from vllm import LLM, SamplingParams
 
         self.params = SamplingParams
-        self.version: str = __version__
+        self.version: str = getattr(vllm, "__version__", "")
         options: dict[str, Any] = {
             "skip_tokenizer_init": True,
             "max_model_len": setup.context,

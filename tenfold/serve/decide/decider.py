@@ -39,11 +39,12 @@ class Case:
 @dataclass(slots=True)
 class Plan:
     """Prompts, and which of them belong to what. seen: a case's sheets in its orders; free: those of priors to
-    learn."""
+    learn; known: priors that need none."""
 
     prompts: list[list[int]]
     seen: list[list[tuple[Sheet, slice]]]
     free: dict[Key, list[tuple[Sheet, slice]]]
+    known: dict[Key, Logs]
 
 
 class Decider:
@@ -89,7 +90,7 @@ class Decider:
                 labels = self._labels = Labels.of(self.served.llm.token_bytes, self.served.llm.vocab_size)
         except ValueError as error:
             raise invalid(str(error), "model") from None
-        plan = Plan([], [], {})
+        plan = Plan([], [], {}, {})
         for case in cases:
             sheets = [Sheet.of(case.question, order, labels) for order in orders(case.question, manner.orders)]
             plan.seen.append([(sheet, self._add(plan, sheet, case.given, labels)) for sheet in sheets])
@@ -101,7 +102,10 @@ class Decider:
         for sheets in plan.seen:
             for sheet, _ in sheets:
                 key = (salt, sheet.question, sheet.order)
-                if key not in self._priors and key not in plan.free:
+                known = self._priors.get(key)
+                if known is not None:
+                    plan.known[key] = known
+                elif key not in plan.free:
                     free = calibrate.CONTENT_FREE
                     plan.free[key] = [(sheet, self._add(plan, sheet, text, labels)) for text in free]
 
@@ -131,12 +135,13 @@ class Decider:
             key: calibrate.prior([sheet.read(asked[span], labels) for sheet, span in sheets])
             for key, sheets in plan.free.items()
         }
+        priors_of = plan.known | learnt
         temperature = self.temperature if manner.temperature is None else manner.temperature
         told = []
         for sheets in plan.seen:
             seen = [sheet.read(asked[span], labels) for sheet, span in sheets]
             keys = [(salt, sheet.question, sheet.order) for sheet, _ in sheets]
-            priors = [learnt.get(key) or self._priors[key] for key in keys] if manner.prior else None
+            priors = [priors_of[key] for key in keys] if manner.prior else None
             told.append(calibrate.probabilities(seen, priors, temperature))
         self._keep(learnt)
         return told

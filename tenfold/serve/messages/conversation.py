@@ -13,7 +13,7 @@ from tenfold.serve.protocol.messages import RENAMED, Blocks, ClientTool, Convers
 from tenfold.serve.protocol.nested import check_type, read
 from tenfold.serve.service import Served
 from tenfold.serve.settings import ServeConfig
-from tenfold.serve.structured import check_tools, checked_tool, schema_grammar
+from tenfold.serve.structured import checked_tool, read_tools, schema_grammar
 from tenfold.serve.turn import Ask, Choose, Tool
 
 Message = dict[str, Any]
@@ -28,8 +28,7 @@ def ask_of(body: ConversationFields, served: Served, params: SamplingParams) -> 
     if len(body.messages) > served.settings.max_messages:
         most = served.settings.max_messages
         raise invalid(f"messages has {len(body.messages)} entries; allowed: up to {most} (--max-messages).", "messages")
-    tools = tuple(_tool(tool, served.settings, f"tools[{i}]") for i, tool in enumerate(body.tools or ()))
-    check_tools(tools, served.settings, "tools")
+    tools = read_tools(body.tools or (), _tool, served.settings, "tools")
     conversation = read_messages(body.system, body.messages)
     template = body.template_settings()
     if conversation[-1]["role"] == "assistant":

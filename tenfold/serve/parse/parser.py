@@ -87,6 +87,7 @@ class Parser:
         self._raw: list[str] | None = None  # what was read of something that may turn out to be text
         self._raw_from = 0
         self._begun = False  # whether the call that is being read was given out
+        self._types: dict[str, dict[str, frozenset[str]]] = {}  # of the parameters, by tool
         self._waiting: Markers | None = None  # between markers, with nothing held back
         stray = [marker for marker in dialect.end if marker.strip("`")]  # a fence may be text like any other
         begin = (*dialect.begin, *stray, *dialect.around) if self.tools else ()
@@ -147,11 +148,11 @@ class Parser:
         self._raw = None
         self.calls += 1
         if not self._muted:
-            self._out.append(CallBegin(self.calls - 1, self._id(), name))
+            self._out.append(CallBegin(self.calls - 1, self._id(), _whole(name)))
 
     def _argue(self, text: str) -> None:
         if text and not self._muted:
-            self._out.append(CallArguments(self.calls - 1, text))
+            self._out.append(CallArguments(self.calls - 1, _whole(text)))
 
     @property
     def _muted(self) -> bool:
@@ -420,7 +421,9 @@ class Parser:
         name = yield from self._tag()
         if not name:
             return False
-        types = parameter_types(self.tools.get(name))
+        if name not in self._types:
+            self._types[name] = parameter_types(self.tools.get(name))
+        types = self._types[name]
         self._begin(name)
         separator = "{"
         while True:
@@ -681,6 +684,16 @@ class Parser:
 
 def _ignore(text: str) -> None:
     pass
+
+
+def _whole(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair that stands alone: models escape them, UTF-8 cannot hold
+    them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _as_object(value: str) -> str:

@@ -9,6 +9,8 @@ import math
 from typing import Any
 
 MAX_LITERAL = 1 << 16  # characters of a Python literal; Python's own parser needs much memory for long ones
+MAX_READ = 10_000  # schemas and values that are looked at for the types of one tool's parameters
+MAX_POINTER = 32  # names in a reference
 NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 UNDERSTOOD = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)
 
@@ -18,33 +20,52 @@ def parameter_types(schema: Any) -> dict[str, frozenset[str]]:
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return {}
-    return {name: frozenset(_types(part, schema)) or frozenset({"string"}) for name, part in properties.items()}
+    reader = _TypeReader(schema)
+    return {name: frozenset(reader.types(part, set())) or frozenset({"string"}) for name, part in properties.items()}
 
 
-def _types(schema: Any, root: dict[str, Any], depth: int = 0) -> set[str]:
-    if not isinstance(schema, dict) or depth > 8:
-        return set()
-    found: set[str] = set()
-    given = schema.get("type")
-    found |= {given} if isinstance(given, str) else {t for t in given or () if isinstance(t, str)}
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    if not found and isinstance(values, list):
-        found |= {_type(value) for value in values}
-    for key in ("anyOf", "oneOf", "allOf"):
-        for part in schema.get(key) or () if isinstance(schema.get(key), list) else ():
-            found |= _types(part, root, depth + 1)
-    reference = schema.get("$ref")
-    if isinstance(reference, str):
-        found |= _types(_resolve(reference, root), root, depth + 1)
-    if not found and "properties" in schema:
-        found.add("object")
-    if not found and "items" in schema:
-        found.add("array")
-    return found
+class _TypeReader:
+    """Finds types in one tool's schema. It looks at MAX_READ schemas and values, then finds no more: through parts
+    that refer to each other there are far more ways than parts."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._left = MAX_READ
+
+    def types(self, schema: Any, seen: set[str], depth: int = 0) -> set[str]:
+        """seen: references that were followed already."""
+        self._left -= 1
+        if not isinstance(schema, dict) or depth > 8 or self._left < 0:
+            return set()
+        given = schema.get("type")
+        found = {given} if isinstance(given, str) else {t for t in self._list(given) if isinstance(t, str)}
+        if not found:
+            values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+            found |= {_type(value) for value in self._list(values)}
+        for key in ("anyOf", "oneOf", "allOf"):
+            for part in self._list(schema.get(key)):
+                found |= self.types(part, seen, depth + 1)
+        reference = schema.get("$ref")
+        if isinstance(reference, str) and reference not in seen:
+            seen.add(reference)
+            found |= self.types(_resolve(reference, self._root), seen, depth + 1)
+        if not found and "properties" in schema:
+            found.add("object")
+        if not found and "items" in schema:
+            found.add("array")
+        return found
+
+    def _list(self, value: Any) -> list[Any]:
+        """As much of a list as may still be looked at; nothing of what is no list."""
+        if not isinstance(value, list):
+            return []
+        part = value[: max(self._left, 0)]
+        self._left -= len(part)
+        return part
 
 
 def _resolve(reference: str, root: Any) -> Any:
-    for part in reference.removeprefix("#/").split("/"):
+    for part in reference.removeprefix("#/").split("/", MAX_POINTER):
         root = root.get(part) if isinstance(root, dict) else None
     return root
 

@@ -12,7 +12,7 @@ from tenfold.serve.errors import invalid
 from tenfold.serve.protocol.body import MOST, honoured, ignored, refused
 from tenfold.serve.protocol.sampling import Sampling, Usage
 from tenfold.serve.settings import ServeConfig
-from tenfold.serve.structured import check_tools, checked_tool
+from tenfold.serve.structured import check_allowed, checked_tool, read_tools
 
 TEXT_ONLY = "the answer is text."
 
@@ -191,12 +191,11 @@ class ChatRequest(Sampling):
         if self.tools and self.functions:
             raise invalid("functions cannot be combined with tools; give tools only.", "functions")
         if self.legacy:
-            tools = tuple(_tool(f, settings, f"functions[{i}]") for i, f in enumerate(self.functions or ()))
+            tools = read_tools(self.functions or (), _tool, settings, "functions")
             choice, where = _modern(self.function_call), "function_call"
         else:
-            tools = tuple(_declared(tool, settings, f"tools[{i}]") for i, tool in enumerate(self.tools or ()))
+            tools = read_tools(self.tools or (), _declared, settings, "tools")
             choice, where = self.tool_choice, "tool_choice"
-        check_tools(tools, settings, "functions" if self.legacy else "tools")
         parallel = self.parallel_tool_calls is not False and not self.legacy
         return _chosen(tools, choice, parallel, where)
 
@@ -243,6 +242,8 @@ def _chosen(tools: tuple[Tool, ...], choice: Any, parallel: bool, where: str) ->
 def _allowed(tools: tuple[Tool, ...], allowed: Any, parallel: bool, where: str) -> tuple[tuple[Tool, ...], Choose]:
     mode = allowed.get("mode") if isinstance(allowed, dict) else None
     listed = allowed.get("tools") if isinstance(allowed, dict) else None
+    if isinstance(listed, list):
+        check_allowed(listed, tools, f"{where}.allowed_tools.tools")
     names = [_named(tool) for tool in listed] if isinstance(listed, list) else []
     if mode not in ("auto", "required") or not names or None in names:
         form = '{"mode": "auto" or "required", "tools": [{"type": "function", "function": {"name": ...}}]}'

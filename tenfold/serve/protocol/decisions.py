@@ -322,7 +322,9 @@ class DecisionRequest(Careful):
 
     model: str = honoured(..., "a name from /v1/models, or 'default'")
     input: str | Annotated[list[Item], Field(min_length=1)] = honoured(
-        ..., "a text, or messages, calls of tools and their outputs; images in user messages where the model sees them"
+        ...,
+        "a text, or messages, calls of tools and their outputs; images in user messages for classifiers of "
+        "--classifier that see them",
     )
     questions: list[AnyQuestion] = honoured(
         ..., "what to answer, up to --max-questions (400): predicate, choice or score", min_length=1
@@ -539,7 +541,7 @@ class ClassifyRequest(Careful):
     input: str | list[str | Annotated[list[PostPart], Field(min_length=1)]] = honoured(
         ...,
         "a text, or a list of up to --max-prompts (64); extension: in the list, a post may be a list of parts, of the "
-        "type text or image_url as in chat completions, for models that see images",
+        "type text or image_url as in chat completions, for classifiers of --classifier that see images",
     )
     labels: Annotated[list[str], Field(min_length=2, max_length=MAX_OPTIONS)] | None = honoured(
         None, "extension: the classes; needed unless the model has its own", shows={"uniqueItems": True}

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from tenfold.engine.request import SamplingParams
+from tenfold.engine.request import SamplingParams, shown
 from tenfold.serve.protocol.body import MOST, Body, Terms, honoured, seconds_per_token, seconds_to_first
 from tenfold.serve.settings import ServeConfig
 
@@ -48,9 +48,8 @@ def check_caps(params: SamplingParams, settings: ServeConfig) -> None:
     for name, cap, allowed, holds in CAPS:
         most = getattr(settings, cap)
         if not holds(params, most):
-            given = repr(getattr(params, name))
-            shown = given if len(given) <= 200 else given[:197] + "..."
-            raise ValueError(f"{name} is {shown}; allowed: {allowed.format(most)} (--{cap.replace('_', '-')}).")
+            given = shown(getattr(params, name))
+            raise ValueError(f"{name} is {given}; allowed: {allowed.format(most)} (--{cap.replace('_', '-')}).")
 
 
 class Sampling(Body):

@@ -14,7 +14,14 @@ from tenfold.serve.protocol.responses import RENAMED, AskFields, FormatOptions, 
 from tenfold.serve.responses.items import messages, turn_starts, without_oldest
 from tenfold.serve.service import Served
 from tenfold.serve.settings import ServeConfig
-from tenfold.serve.structured import check_name, check_tools, checked_tool, response_format, schema_grammar
+from tenfold.serve.structured import (
+    check_allowed,
+    check_name,
+    checked_tool,
+    read_tools,
+    response_format,
+    schema_grammar,
+)
 from tenfold.serve.turn import Ask, Choose, Tool, Turn, open_turn
 
 NO_BUILT_IN = "This server has no tools of its own; functions are called by whoever sent the request."
@@ -23,7 +30,7 @@ MODES = ("auto", "none", "required")
 
 def ask_of(body: AskFields, served: Served, items: Items, params: SamplingParams) -> Ask:
     """Raises ApiError (400) for tools and formats that cannot be."""
-    tools = read_tools(body.tools or [], served.settings)
+    tools = read_tools(body.tools or [], _tool, served.settings, "tools")
     choose, allowed = _choose(body, [tool.name for tool in tools])
     conversation = messages(body.instructions, items)
     if not conversation:
@@ -40,13 +47,6 @@ def ask_of(body: AskFields, served: Served, items: Items, params: SamplingParams
         renamed=RENAMED,
         held_by="text.format",
     )
-
-
-def read_tools(given: Items, settings: ServeConfig) -> list[Tool]:
-    """Functions, as the client described them. Raises ApiError (400)."""
-    tools = [_tool(tool, settings, f"tools[{i}]") for i, tool in enumerate(given)]
-    check_tools(tools, settings, "tools")
-    return tools
 
 
 def _tool(given: dict[str, Any], settings: ServeConfig, path: str) -> Tool:
@@ -77,6 +77,8 @@ def _choose(body: AskFields, names: Sequence[str]) -> tuple[Choose, Sequence[str
         return Choose("named", _known(given, "tool_choice", names), parallel), names
     mode = _mode(given.get("mode"), "tool_choice.mode", ("auto", "required"), names)
     allowed = given.get("tools")
+    if isinstance(allowed, list):
+        check_allowed(allowed, names, "tool_choice.tools")
     if not isinstance(allowed, list) or not allowed or not all(isinstance(tool, dict) for tool in allowed):
         raise invalid("tool_choice.tools must be a list of functions.", "tool_choice.tools", "invalid_type")
     places = [(tool, f"tool_choice.tools[{i}]") for i, tool in enumerate(allowed)]

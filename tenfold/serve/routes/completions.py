@@ -3,14 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tenfold.engine.request import Output
+from tenfold.engine.request import Logprob, Output
 from tenfold.serve.logprobs import TextLogprobs
 from tenfold.serve.prompts import Prompt, each, encode_all
 from tenfold.serve.protocol.body import parse
@@ -70,6 +70,8 @@ class Choice:
     silent: bool  # max_tokens 0: the prompt alone was wanted
     logprobs: TextLogprobs | None
     begun: bool = False
+    places: Sequence[Logprob | None] | None = None  # of the prompt's tokens
+    held: list[Output] = field(default_factory=list)  # until the places are known
 
     def piece(self, output: Output) -> dict[str, Any]:
         """An entry of `choices` with what `output` added."""
@@ -78,7 +80,7 @@ class Choice:
             self.begun = True
             text = self.echo + text
             if self.logprobs and self.echo:
-                self.logprobs.add_prompt(self.prompt, output.prompt_logprobs)
+                self.logprobs.add_prompt(self.prompt, self.places)
         if self.logprobs and not self.silent:
             for place in output.logprobs:
                 self.logprobs.add(place)
@@ -100,6 +102,25 @@ def _choices(job: Job, body: CompletionRequest, given: Sequence[Prompt]) -> list
     return choices
 
 
+def _pieces(choices: Sequence[Choice], n: int, i: int, output: Output) -> list[dict[str, Any]]:
+    """The entries of `choices` that `output` of choice `i` brings. The engine tells a prompt's log-probabilities to the
+    first of its n answers only; the others wait for them."""
+    choice, first = choices[i], choices[i - i % n]
+    if choice is not first and choice.echo and choice.logprobs and not first.begun:
+        choice.held.append(output)
+        return []
+    if choice.begun or choice is not first:
+        return [choice.piece(output)]
+    answers = choices[i : i + n]
+    for other in answers:
+        other.places = output.prompt_logprobs
+    choice.held.append(output)
+    made = [other.piece(held) for other in answers for held in other.held]
+    for other in answers:
+        other.held.clear()
+    return made
+
+
 def _merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:
     """Append `piece`, a later entry of the same choice, to `whole`."""
     whole["text"] += piece["text"]
@@ -114,11 +135,12 @@ async def _answer(job: Job, body: CompletionRequest, choices: Sequence[Choice]) 
     entries: list[dict[str, Any]] = [{} for _ in choices]
     async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
-            piece = choices[i].piece(output)
-            if entries[i]:
-                _merge(entries[i], piece)
-            else:
-                entries[i] = piece
+            for piece in _pieces(choices, job.params.n, i, output):
+                entry = entries[piece["index"]]
+                if entry:
+                    _merge(entry, piece)
+                else:
+                    entry.update(piece)
     if body.max_tokens == 0:
         counts.completion = 0
     return head(job.id, "text_completion", job.served) | {"choices": entries, "usage": usage(counts)}
@@ -131,19 +153,21 @@ async def _chunks(job: Job, body: CompletionRequest, choices: Sequence[Choice]) 
     running = bool(options and options.continuous_usage_stats)
     with_usage = running or bool(options and options.include_usage)
 
-    def chunk_of(i: int, output: Output) -> dict[str, Any] | None:
-        piece = choices[i].piece(output)
-        if not (piece["text"] or piece["finish_reason"] or (piece["logprobs"] and piece["logprobs"]["tokens"])):
-            return None  # half a character, or what may become a stop string
-        chunk = common | {"choices": [piece]}
-        if with_usage:
-            chunk["usage"] = usage(counts) if running else None
-        return chunk
+    def chunks_of(i: int, output: Output) -> list[dict[str, Any]]:
+        chunks = []
+        for piece in _pieces(choices, job.params.n, i, output):
+            if not (piece["text"] or piece["finish_reason"] or (piece["logprobs"] and piece["logprobs"]["tokens"])):
+                continue  # half a character, or what may become a stop string
+            chunk = common | {"choices": [piece]}
+            if with_usage:
+                chunk["usage"] = usage(counts) if running else None
+            chunks.append(chunk)
+        return chunks
 
-    job.lane.spell = lambda output: event(chunk) if (chunk := chunk_of(output.index, output)) else b""
+    job.lane.spell = lambda output: b"".join(map(event, chunks_of(output.index, output)))
     async with aclosing(answers(job, counts)) as outputs:
         async for i, output in outputs:
-            if chunk := chunk_of(i, output):
+            for chunk in chunks_of(i, output):
                 yield chunk
     if body.max_tokens == 0:
         counts.completion = 0

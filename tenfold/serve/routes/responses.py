@@ -105,7 +105,7 @@ async def create_response(http: Request) -> Response:
         check_background(asked.store, served.settings.max_background)
     answer = await _answer(http, body, served, asked)
     if body.background:
-        return await _in_background(http, body, asked, answer)
+        return await _in_background(body, asked, answer, served.settings.max_background)
     if body.stream:
         return await events(http, body, _streamed(asked, answer), named_event)
     response = await until_disconnect(http.receive, answer.whole())
@@ -138,7 +138,7 @@ def check_background(store: Store, most: int) -> None:
         raise overloaded(f"{most} responses are being made in the background, as many as may be (--max-background).")
 
 
-async def _in_background(http: Request, body: ResponsesRequest, asked: Asked, answer: Answer) -> Response:
+async def _in_background(body: ResponsesRequest, asked: Asked, answer: Answer, most: int) -> Response:
     store, stored, ticket = asked.store, asked.stored, answer.turn.job.ticket
 
     def ended() -> None:
@@ -149,6 +149,7 @@ async def _in_background(http: Request, body: ResponsesRequest, asked: Asked, an
             if not store.put(stored):
                 logger.warning("response %s is larger than what may be kept (--stored-response-bytes)", stored.id)
 
+    check_background(store, most)  # again, for others may have begun meanwhile
     if ticket:
         ticket.hold()  # it counts as a request of its key until it ends
     stored.run = Run(answer, bool(body.stream), ended)

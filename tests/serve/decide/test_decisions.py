@@ -92,6 +92,20 @@ def test_the_prior_takes_out_what_a_model_always_says(ask):
     assert probabilities(calibrated) == pytest.approx(COLOURS)
 
 
+def test_a_prior_that_others_push_out_meanwhile_still_counts(ask):
+    client, llm = ask(colours)
+    first = decide(client, [CHOICE])
+    (decider,) = client.app.state.deciders.values()
+
+    def forgetting(text):
+        decider._priors.clear()
+        return colours(text)
+
+    llm.opinion = forgetting
+    assert decide(client, [CHOICE])["answers"] == first["answers"]
+    assert len(llm.calls) == 8 + 2
+
+
 def test_priors_are_learnt_once_a_question(ask):
     client, llm = ask(colours)
     first = decide(client, [CHOICE])

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tenfold.serve.parse import parser as module
 from tenfold.serve.parse.dialect import DIALECTS, replace
 from tenfold.serve.parse.parser import Parser
 from tenfold.serve.parse.pieces import CallArguments, CallBegin, Reasoning, Text
-from tests.serve.parse.outputs import BROKEN, HERMES, LLAMA, ROWS, TOOLS, XML
+from tests.serve.parse.outputs import BROKEN, HERMES, LLAMA, PYTHONIC, ROWS, TOOLS, XML
 
 MARKERS = sorted({marker for d in DIALECTS.values() for marker in d.markers} | {"<think>", "</think>"})
 SCRAPS = [
@@ -194,3 +195,33 @@ def test_no_marker_begins_another(name):
     markers = set(DIALECTS[name].markers)
     clashes = [(a, b) for a in markers for b in markers if a != b and b.startswith(a)]
     assert [c for c in clashes if "`" not in c[0]] == []
+
+
+@pytest.mark.parametrize(
+    ("dialect", "output", "name", "arguments"),
+    [
+        (HERMES, '<tool_call>{"name": "a\\ud800b", "arguments": {}}</tool_call>', "a�b", {}),
+        (
+            HERMES,
+            '<tool_call>{"name": "note", "arguments": "{\\"text\\": \\"\\ud800!\\"}"}</tool_call>',
+            "note",
+            {"text": "�!"},
+        ),
+        (PYTHONIC, "[note(text='\\udc00\\ud83c\\udf38')]", "note", {"text": "�🌸"}),
+        (XML, "<tool_call><function=note><parameter=tags>['\\ud800']</parameter></function></tool_call>", "note", None),
+    ],
+)
+def test_half_a_surrogate_pair_does_not_break_the_response(dialect, output, name, arguments):
+    for texts in ([output], list(output)):
+        _, _, calls = read(Parser(dialect, TOOLS), texts)
+        assert calls[0][0] == name
+        assert calls[0][1].encode()
+        assert arguments is None or json.loads(calls[0][1]) == arguments
+
+
+def test_the_types_of_a_tool_are_read_once(monkeypatch):
+    read_types = []
+    monkeypatch.setattr(module, "parameter_types", lambda schema: read_types.append(schema) or {})
+    call = "<tool_call>\n<function=note>\n<parameter=text>\na\n</parameter>\n</function>\n</tool_call>\n"
+    assert len(read(Parser(XML, TOOLS), [call * 3])[2]) == 3
+    assert read_types == [TOOLS["note"]]
