@@ -133,7 +133,7 @@ class MessagesRequest(ConversationFields):
 
     max_tokens: int = honoured(..., "longest answer in tokens, thinking counted", le=MOST)
     stop_sequences: list[str] | None = honoured(
-        None, "up to --max-stop (16) strings that end the answer and are not part of it"
+        None, "up to --max-stop (16) strings, of 4096 characters in all, that end the answer and are not part of it"
     )
     stream: bool | None = honoured(None, "send the answer as server-sent events while it is made")
     temperature: float | None = honoured(None, "0 (greedy) to 100; the model's own where absent, else 1")

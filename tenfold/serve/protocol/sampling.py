@@ -67,7 +67,8 @@ class Sampling(Body):
     )
     n: int | None = honoured(None, "answers to one prompt, from 1 to --max-n (16)", shows={"minimum": 1})
     stop: str | list[str] | None = honoured(
-        None, "a string, or up to --max-stop (16), that end the answer and are not part of it"
+        None,
+        "a string, or up to --max-stop (16), of 4096 characters in all, which end the answer and are no part of it",
     )
     seed: int | None = honoured(
         None,
