@@ -265,7 +265,7 @@ def open_gguf(path: Path) -> list[GGUFFile]:
     count = int(shard["count"])
     if not 1 <= int(shard["number"]) <= count <= MAX_SHARDS:
         raise CheckpointError(f"{path} is named as part {int(shard['number'])} of {count}, which cannot be.")
-    paths = [path.with_name(f"{shard['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    paths = parts(path)
     missing = [part.name for part in paths if not part.is_file()]
     if missing:
         raise CheckpointError(
@@ -274,6 +274,15 @@ def open_gguf(path: Path) -> list[GGUFFile]:
     files = [GGUFFile(part) for part in paths]
     check_shards(files)
     return files
+
+
+def parts(path: Path) -> list[Path]:
+    """All parts of a split file, by the name of one of them, there or not; itself where it is not split."""
+    shard = SHARD.fullmatch(path.name)
+    if shard is None:
+        return [path]
+    count = int(shard["count"])
+    return [path.with_name(f"{shard['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
 
 
 def check_shards(files: list[GGUFFile]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tenfold.base.table import entry
 from tenfold.weights.checkpoint import CheckpointError
+from tenfold.weights.gguf import parts
 from tenfold.weights.home import hub_folder
 
 # The optional package, loaded only to download.
@@ -27,7 +28,6 @@ FOLDER_FILE = re.compile(
     r"(pre)?processor_config\.json|quant(ize)?_config\.json"
 )
 LATER_SHARD = re.compile(r".*-(?!00001)\d{5}-of-\d{5}\.gguf")
-FIRST_SHARD = re.compile(r"(?P<name>.*)-00001-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,6 @@ def is_whole(folder: Path) -> bool:
         return all((folder / name).is_file() for name in set(files))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return True
-
-
-def parts(path: Path) -> list[Path]:
-    """All parts of a GGUF file, of which this is the first; itself where it is not split."""
-    match = FIRST_SHARD.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    return [path.with_name(f"{match['name']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
 
 
 def cached_models() -> Iterator[tuple[str, Path]]:

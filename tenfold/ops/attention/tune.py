@@ -56,14 +56,13 @@ def decode_candidates(
     shapes += [(rule.tile // 2, 4, 5, True), (rule.tile // 2, 2, 5, True), (2 * rule.tile, 4, 3, True)]
     if spec.heads == spec.kv_heads:
         shapes += [(16, 4, 4, False), (32, 4, 3, False), (32, 8, 3, False)]
-    arms = [(s, m) for s in softmax for m in merge]
     plans = [rule]
     plans += [
         DecodePlan(count, tile, warps, stages, dot=dot)
         for count in sorted(counts)
         for tile, warps, stages, dot in shapes
     ]
-    return list(dict.fromkeys(replace(plan, softmax=s, merge=m) for plan in plans for s, m in arms))
+    return list(dict.fromkeys(replace(plan, softmax=s, merge=m) for plan in plans for s in softmax for m in merge))
 
 
 def measure_decode(
