@@ -39,8 +39,10 @@ from tenfold.bench.vocabulary import Bytes
 from tenfold.engine.core import Engine
 from tenfold.engine.grammar import Grammars
 from tenfold.engine.phases.controller import Decision, Observed, Split, Targets
+from tenfold.engine.phases.lanes import GreenLanes
+from tenfold.engine.rehearsal import chunks, rehearse
 from tenfold.engine.request import FinishReason, Grammar, Logprob, Output, QueueFull, Request, SamplingParams
-from tenfold.ops.gpu import nvrtc
+from tenfold.ops.gpu import green, nvrtc
 from tenfold.ops.gpu.graphs import MADE
 from tenfold.weights.shapes import at_least_positions, is_shape
 
@@ -462,14 +464,17 @@ class Soak:
 
 def wandering(engine: Engine, plan: Plan) -> None:
     """Let chance move the border of an engine. Raises ValueError where there is none to move."""
-    splits = getattr(engine.phases.lanes, "splits", []) if engine.phases is not None else []
-    if engine.phases is None or not splits:
+    phases = engine.phases
+    if phases is None or not isinstance(phases.lanes, GreenLanes) or not phases.lanes.splits:
         raise ValueError(
             "--wander moves the border between prompts and answers, and this engine has none; give --set "
             "schedule=phases, on a GPU with green contexts."
         )
-    engine.phases.controller = Wandering([*splits, engine.phases.lanes.now], plan.seed)
-    engine.phases.tick = plan.wander
+    phases.controller = Wandering([*phases.lanes.splits, phases.lanes.now], plan.seed)
+    phases.tick = plan.wander
+    for part, runner in phases.lanes.every_decode():  # where prompts ride only because chance wants it
+        with green.on(part):
+            rehearse(runner, chunks(RIDING + engine.config.max_batch), engine.config.graphs)
 
 
 def grammars_of(engine: Engine) -> bool:
@@ -543,12 +548,16 @@ def run(
 
 
 def warm_up(engine: Engine, plan: Plan) -> None:
-    """Run a few requests of each kind, so that compiling kernels is no pause of the soak."""
-    crowd = Crowd(replace(plan, seed=plan.seed + 1000), engine.vocab_size, grammars_of(engine))
-    for _ in range(2 * len(crowd.kinds)):
-        engine.add(crowd.next()[1])
-    while engine.has_work:
-        engine.step()
+    """Run a few requests of each kind, and the longest ones, so that compiling kernels is no pause of the soak, and
+    memory that the largest steps take is not taken for growth.
+    """
+    for lengths in (plan.prompt, Lengths("uniform", plan.prompt.high, plan.prompt.high)):
+        own = replace(plan, seed=plan.seed + 1000, prompt=lengths)
+        crowd = Crowd(own, engine.vocab_size, grammars_of(engine))
+        for _ in range(2 * len(crowd.kinds)):
+            engine.add(crowd.next()[1])
+        while engine.has_work:
+            engine.step()
     if engine.prefix is not None:
         engine.prefix.clear()
 

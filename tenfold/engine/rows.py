@@ -192,7 +192,7 @@ class Rows:
             if entry.sequence.synced != len(entry.sequence.pages):
                 self._sync(entry)
         buffer = self._next()
-        if decodes == len(entries):
+        if all(_decodes(e) for e in entries[decodes:]):
             return self._gather_decodes(entries, entries, decodes, buffer)
         if self.apart and all(e.drafts for e in entries[decodes:]):
             return self._gather_decodes(entries, draws(entries), decodes, buffer)
@@ -317,6 +317,15 @@ class Rows:
             kv=self.kv,
         )
         return Batch(step, entries, sampled, picks, rows)
+
+
+def _decodes(entry: Entry) -> bool:
+    """Whether an entry of text that is known is computed as a decode is, and in the same shapes: the one token of a
+    prompt that the prefix cache does not have. In a prompt with pictures its position would be another, and what is
+    pooled is not padded.
+    """
+    own = entry.sequence
+    return entry.length == 1 and entry.sample and own.layout is None and own.request.pool is None
 
 
 def _wanted(entries: tuple[Entry, ...], ends: np.ndarray) -> tuple[list[int], list[int] | None]:

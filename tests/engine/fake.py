@@ -87,8 +87,9 @@ class FakeModel:
         if self.fail_on is not None and self.fail_on in step.token_ids.tolist():
             raise RuntimeError(f"token {self.fail_on} is not digestible")
         keys, size = step.kv.keys[0], step.kv.spec.page_size
-        slots = step.slots.long()
-        keys[slots // size, 0, slots % size, 0] = step.token_ids.float()
+        own = step.slots >= 0  # others are of idle requests
+        slots = step.slots[own].long()
+        keys[slots // size, 0, slots % size, 0] = step.token_ids[own].float()
         histories = []
         starts = step.query_start.tolist()
         self.steps.append([b - a for a, b in pairwise(starts)])
@@ -112,6 +113,8 @@ class FakeModel:
         room_tokens = layer.exact_keys[:, 0, :, 0].view(-1, pages * size)
         last: dict[int, list[int]] = {}
         for r, room in enumerate(step.rooms.tolist()):
+            if not histories[starts[r]]:
+                continue  # nobody's
             begin = starts[r + 1] - starts[r]
             history = max(last.get(room, []), histories[starts[r + 1] - 1], key=len)
             length = len(histories[starts[r + 1] - 1])
@@ -129,7 +132,8 @@ class FakeModel:
         starts, size = step.query_start.tolist(), step.kv.spec.page_size
         assert starts[0] == 0
         assert starts[-1] == len(step.token_ids) == len(step.positions) == len(step.slots)
-        assert len(set(step.slots.tolist())) == len(step.slots), "two tokens of a step go to one slot"
+        written = [slot for slot in step.slots.tolist() if slot >= 0]
+        assert len(set(written)) == len(written), "two tokens of a step go to one slot"
         counts = [b - a for a, b in pairwise(starts)]
         assert min(counts) > 0
         assert step.max_query == max(counts)
@@ -148,6 +152,9 @@ class FakeModel:
         assert all(t.is_contiguous() for t in tensors)
         for r, length in enumerate(step.kv_lengths.tolist()):
             positions = step.positions[starts[r] : starts[r + 1]].tolist()
+            if not length:  # idle
+                assert (positions, step.slots[starts[r]].item()) == ([0], -1)
+                continue
             assert positions == list(range(length - counts[r], length))
             pages = step.page_table[r].tolist()
             assert step.slots[starts[r] : starts[r + 1]].tolist() == [

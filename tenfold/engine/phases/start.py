@@ -75,7 +75,7 @@ def stairs_of(engine: Engine, lanes: GreenLanes) -> Stairs:
 
 def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
     """Compile what the kernels of each lane want, and capture its steps: decodes of all lengths where it has the whole
-    GPU, else of the usual ones.
+    GPU, else of the usual ones; prompts also where they ride in steps of decodes.
     """
     from tenfold.ops.gpu import green
 
@@ -91,7 +91,9 @@ def rehearse_lanes(engine: Engine, lanes: GreenLanes) -> None:
             if config.graphs:
                 capture(runner, config.max_step_tokens, shapes(runner, config.max_batch, contexts))
     prompts = list(chunks(min(table.PREFILL_TOKENS, engine.max_model_len)))
-    for part, runner in lanes.every_prefill():
+    rides = lanes.every_decode() if config.border == table.ADAPTIVE else ()
+    whole = [(part, runner) for part, runner in rides if part.sms == lanes.total]
+    for part, runner in (*whole, *lanes.every_prefill()):
         if part.sms < lanes.total or config.graphs:
             with green.on(part):
                 rehearse(runner, prompts, config.graphs)

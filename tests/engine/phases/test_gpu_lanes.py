@@ -154,7 +154,7 @@ def test_the_border_moves_at_every_turn_and_no_token_is_lost() -> None:
     print(f"a change of split: median {sorted(took)[len(took) // 2] * 1e6:.1f} us on the host, {len(took)} changes")
 
 
-@pytest.mark.parametrize("cache", ["fp8", "int4", "k2v2g64", "k2v1.5g128"])
+@pytest.mark.parametrize("cache", ["fp8", "int4", "k2v2g64", "k2v1.5g128h2"])
 def test_packed_caches_have_lanes(cache: str) -> None:
     """Chunks over them are not captured when times of phases are measured."""
     own = engine(kv_cache=cache, schedule="phases", rehearse=False)
