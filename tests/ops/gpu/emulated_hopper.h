@@ -4,6 +4,8 @@
 // A product is under way until it is waited for: with even seeds it reads its operands as late as it may, and its sums are not
 // there before; with odd ones it is computed at once. Its statements are a warp's: the last lane to arrive computes for all.
 
+#include <utility>
+
 #define __grid_constant__
 
 typedef unsigned long long u64;
@@ -164,6 +166,13 @@ static float4 numbers_of(u32 at) {
     return *(float4 *)at_address(at, 16);
 }
 #endif
+
+// What another block may have written; a thread that finds too little lets others go on.
+static int acquired(const int *at) { return *at; }
+static void __nanosleep(u32) {
+    bool others = false;
+    wait([&] { return std::exchange(others, true); });
+}
 
 static void launch_hopper(int x, int y, int z, int threads, int shared, int together) {
     random_state = seed;
