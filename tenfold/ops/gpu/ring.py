@@ -250,8 +250,8 @@ def launch(
     *,
     float32: bool = False,
 ) -> Tensor:
-    """x: of the result's type, unless that is float32. inputs: x, or its codes with token_scales [T]; a fused plan makes
-    both of x and the norm. row_scales [rows, groups] of w.
+    """x: of the result's type, unless that is float32. inputs: x, or its codes with token_scales [T]; a fused plan
+    makes both, of x and the norm. row_scales [rows, groups] of w.
     """
     tokens, cols = inputs.shape
     rows, gate = w.shape[0], nvrtc.GATES[act]

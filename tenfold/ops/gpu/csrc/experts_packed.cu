@@ -12,7 +12,10 @@
 // The warp that fills the ring tells the others with each stage of what kind it is.
 //
 // DIGITS: a pick is four rows of digits, and products are those of experts_digits.h, for kinds of whole numbers without
-// acts8. The kernel in front lets this one begin when all before it is done, so weights come while that still runs.
+// acts8.
+//
+// The kernel in front of products of digits or float8 writes these, and lets this one begin when all before it is done, so
+// weights come while that still runs; in front of those without a gate it always is so.
 //
 // Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64 to 256), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu
 // · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in a stage ·
@@ -38,7 +41,7 @@
 #define W_AT (SPAN * X_BOXES * X_BOX)  // where a stage's tiles begin
 #define COUNTS_BYTES (DIGITS ? SPAN * PICKS * 16 : 0)
 #define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + COUNTS_BYTES + 1023) / 1024 * 1024)
-#define EARLY (DOWN || DIGITS)  // weights may come before the kernel in front has ended
+#define EARLY (DOWN || DIGITS || ACTS8S)  // weights may come before the kernel in front has ended
 
 struct Source { u64 address; int kind, bytes; };  // of an expert: its first tile, which of KINDS, and bytes of a tile
 struct Stage { int kind, unused; };  // what the others must know
