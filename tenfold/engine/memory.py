@@ -16,6 +16,7 @@ from tenfold.base.config import EngineConfig
 from tenfold.cache.format import AS_COMPUTED, parse
 from tenfold.cache.store import KVSpec
 from tenfold.engine.phases import table as schedules
+from tenfold.engine.plan import PROMPT_LOGPROBS
 from tenfold.models.config import ModelConfig
 from tenfold.models.decoder import SEEN_TOKENS
 from tenfold.ops.blocks import DENSE, storage_bytes
@@ -387,8 +388,8 @@ def _kv_budget(config: EngineConfig, left: int, free: int, least: int) -> int:
 
 
 def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Activations of one step, scratch of a packed cache and what sampling takes, in each lane, and of looking at a
-    picture: an estimate from above.
+    """Activations of one step, scratch of a packed cache and what sampling takes, and log-probabilities of prompts, in
+    each lane, and of looking at a picture: an estimate from above.
     """
     inner = model.intermediate_size
     if model.experts is not None:
@@ -396,6 +397,7 @@ def workspace_bytes(model: ModelConfig, config: EngineConfig) -> int:
     width = 4 * model.hidden_size + 2 * (model.q_size + 2 * model.kv_size) + 3 * inner
     activations = config.max_step_tokens * width * DTYPES[config.dtype].itemsize
     logits = logits_rows(config) * model.vocab_size * (3 * 4 + 8)
+    logits += min(PROMPT_LOGPROBS, config.max_step_tokens) * model.vocab_size * 2 * 4
     lane = activations + logits + _unpacking(model, config) + (64 << 20)
     return schedules.pairs_of(config) * lane + _looking(model, config)
 

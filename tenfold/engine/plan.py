@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from tenfold.engine.sequence import Sequence
 
+PROMPT_LOGPROBS = 128  # tokens of prompts in a step whose logits are wanted: 8,192 by a vocabulary of 150,000 are 5 GB
+
 
 class Entry(NamedTuple):
     """Tokens start..start+length-1 of a sequence, in the row it owns; `sample`: the last one's logits give the next

@@ -20,13 +20,8 @@ from tenfold.cache.pages import PagePool
 from tenfold.cache.prefix import PrefixCache
 from tenfold.cache.rooms import Rooms
 from tenfold.engine.fair import ANSWER_WEIGHT, FairQueue
-from tenfold.engine.plan import Entry, StepPlan
+from tenfold.engine.plan import PROMPT_LOGPROBS, Entry, StepPlan
 from tenfold.engine.sequence import Sequence, Status
-
-PROMPT_LOGPROB_CHUNK = (
-    128  # logits are wanted for each of these tokens; a whole chunk of 8192 by a 150k vocabulary would be 5 GB
-)
-
 
 WATERMARK = 0.01  # share of pages left for the growth of running sequences when a new one is admitted
 
@@ -359,6 +354,7 @@ class Scheduler:
     ) -> None:
         budget = self.limits.max_step_tokens - sum([e.length for e in entries])
         budget = budget if most is None else min(budget, most)
+        logged = PROMPT_LOGPROBS
         candidates = list(self.prefilling)
         while budget > 0:
             head = self.queue.head() if admit else None
@@ -373,16 +369,17 @@ class Scheduler:
                 candidates.remove(best)
             else:
                 break
-            entry = self._chunk(best, budget)
+            if best.want_prompt_logprobs and not logged:
+                continue  # to be computed in a later step
+            entry = self._chunk(best, min(budget, logged) if best.want_prompt_logprobs else budget)
             entries.append(entry)
             budget -= entry.length
+            logged -= entry.length if best.want_prompt_logprobs else 0
 
     def _chunk(self, sequence: Sequence, budget: int) -> Entry:
         """The next piece of a sequence's known text, charged to its user unless it was before."""
         start = sequence.computed
         count = min(budget, len(sequence.tokens) - start)
-        if sequence.want_prompt_logprobs:
-            count = min(count, PROMPT_LOGPROB_CHUNK)
         if start < sequence.parts_at <= start + count:
             count = sequence.parts_at - start
             self._parting.append(sequence)

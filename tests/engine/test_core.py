@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tenfold.engine import scheduler
 from tenfold.engine.core import QueueFull
 from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
 from tests.engine.fake import EOS, VOCAB, Clock, FakeModel, FakeText, answers, drain, make_engine, next_token, reference
@@ -220,6 +221,27 @@ def test_prompt_logprobs_cover_the_whole_prompt_once(chunk: int, lookahead: int)
     assert all(o.prompt_logprobs is None for o in outputs[1:])
     assert outputs[0].cached_tokens == 0
     assert answers(outputs)["r", 1] == reference(prompt, 15)
+
+
+@LOOKAHEAD
+def test_a_step_has_logits_of_so_many_prompt_tokens_at_most(lookahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants no log-probabilities does not wait for those who do."""
+    monkeypatch.setattr(scheduler, "PROMPT_LOGPROBS", 8)
+    engine, wanted = make_engine(max_step_tokens=64, max_batch=8, lookahead=lookahead), list[int]()
+    forward = engine.runner.model.forward
+    monkeypatch.setattr(engine.runner.model, "forward", lambda s: wanted.append(len(s.logits_rows)) or forward(s))
+    prompts = [tuple(range(20 + i, 32 + i)) for i in range(6)]
+    for i, prompt in enumerate(prompts[:5]):
+        engine.add(ask(str(i), prompt=prompt, params=replace(GREEDY, prompt_logprobs=1)))
+    engine.add(ask("5", prompt=prompts[5]))
+    outputs = drain(engine)
+    assert next(o.request_id for o in outputs if o.tokens) == "5"
+    assert max(wanted) <= 8 + 6
+    for i, prompt in enumerate(prompts):
+        assert answers(outputs)[str(i), 0] == reference(prompt, len(prompt) + GREEDY.max_tokens)
+    for i, prompt in enumerate(prompts[:5]):
+        (records,) = [o.prompt_logprobs for o in outputs if o.request_id == str(i) and o.prompt_logprobs is not None]
+        assert [r.token for r in records[1:]] == list(prompt[1:])
 
 
 @pytest.mark.parametrize("chunk", [3, 16])
