@@ -192,10 +192,10 @@ class Rows:
             if entry.sequence.synced != len(entry.sequence.pages):
                 self._sync(entry)
         buffer = self._next()
-        if all(_decodes(e) for e in entries[decodes:]):
-            return self._gather_decodes(entries, entries, decodes, buffer)
-        if self.apart and all(e.drafts for e in entries[decodes:]):
-            return self._gather_decodes(entries, draws(entries), decodes, buffer)
+        known = entries[decodes:]
+        if all(_decodes(e) or (self.apart and e.drafts) for e in known):
+            drawn = draws(entries) if any(e.drafts for e in known) else entries
+            return self._gather_decodes(entries, drawn, decodes, buffer)
         return self._gather_mixed(entries, decodes, buffer)
 
     def _next(self) -> Buffer:
