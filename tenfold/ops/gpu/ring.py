@@ -281,8 +281,12 @@ def launch(
     w_map, x_map = nvrtc.tensor_map(w, height), nvrtc.tensor_map(inputs, width(tokens))
     arguments: list[nvrtc.Argument] = [w_map, x_map, row_scales, token_scales, out, bias, residual]
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-    arguments += [workspace.sums, workspace.counters, x, inputs, weight, eps, workspace.ready, tokens, rows, cols]
     blocks, threads = grid(plan, rows, cols, sms), plan.consumers + 32
     shared = shared_bytes(plan, tokens, cols)
+    rounders = sms * plan.blocks  # run at the same time
+    if plan.fused and plan.cluster > 1:
+        rounders = min(rounders // plan.cluster, kernel.clusters(threads, shared, plan.cluster)) * plan.cluster
+    arguments += [workspace.sums, workspace.counters, x, inputs, weight, eps, workspace.ready, min(rounders, blocks)]
+    arguments += [tokens, rows, cols]
     kernel((blocks, 1, 1), threads, shared, arguments, dependent=True, cluster=plan.cluster)
     return out

@@ -114,7 +114,9 @@ def test_float8_by_float8(name: str, tokens: int, half: int, act: str | None, gr
 def test_blocks_round_their_tokens(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int, half: int, act: str | None, normed: bool
 ) -> None:
-    """As a launch of its own does; whichever block comes first, and the counters are as before."""
+    """As a launch of its own does; whichever block comes first, also where some begin when others have ended, and the
+    counters are as before.
+    """
     plan, fused, cols, kind = ring.parse(name), ring.parse(f"{name}:fused"), 1552, torch.bfloat16
     assert str(fused) == f"{name}:fused"
     rows = 2 * half if act else half
@@ -127,8 +129,8 @@ def test_blocks_round_their_tokens(
     codes, sizes = quantize.quantize(x, norm)
     workspace = ring.Workspace(torch.device("cpu"))
     wanted = ring.launch(plan, workspace, SMS, x, codes, *numbers, sizes, None, act, residual)
-    for seed in range(2):
-        monkeypatch.setattr(nvrtc, "load", HopperEmulator(folder, seed, together=ring.grid(fused, rows, cols, SMS)))
+    for seed, together in enumerate((ring.grid(fused, rows, cols, SMS), SMS // plan.cluster * plan.cluster)):
+        monkeypatch.setattr(nvrtc, "load", HopperEmulator(folder, seed, together))
         filled = torch.empty_like(codes), torch.full_like(sizes, float("nan"))
         got = ring.launch(fused, workspace, SMS, x, filled[0], *numbers, filled[1], None, act, residual, norm)
         assert torch.equal(filled[0].float(), codes.float())

@@ -109,7 +109,7 @@ __device__ __forceinline__ void add_box(float (&sums)[N / 2], float (&d)[N / 2],
 #endif
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
-ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const float *row_scales, float *token_scales, void *out, const float *bias, const u16 *residual, float4 *slots, int *counters, const u16 *raw_tokens, uint2 *codes, const float *weight, float eps, int *ready, int tokens, int rows, int cols) {
+ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const float *row_scales, float *token_scales, void *out, const float *bias, const u16 *residual, float4 *slots, int *counters, const u16 *raw_tokens, uint2 *codes, const float *weight, float eps, int *ready, int rounders, int tokens, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
@@ -190,7 +190,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
     }
 
 #if FUSED
-    round_tokens(raw_tokens, weight, codes, token_scales, ready, eps, tokens, cols, (float *)(barriers + 2 * STAGES) + 4);
+    round_tokens(raw_tokens, weight, codes, token_scales, ready, eps, rounders, tokens, cols, (float *)(barriers + 2 * STAGES) + 4);
 #else
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

@@ -1,7 +1,8 @@
 // Tokens rounded to float8 as quantize.cu does it, by the blocks of the product that reads them, a few each, while weights
 // are on their way already. `ready` are two counters, zero between launches: of rounded tokens, and of blocks that saw all.
 //
-// A block waits for such of lower numbers alone, so there need not be room for all of them at one time.
+// Blocks below `rounders` round, as many as run at the same time, and all wait for these: so the others may begin when the
+// first have ended.
 //
 // Compile-time: NORM · TOKEN_VECTORS of 8 columns of a thread · CONSUMERS threads.
 
@@ -9,16 +10,16 @@
 
 #define CONSUMER_WARPS (CONSUMERS / 32)
 
-// Rows blockIdx.x, blockIdx.x + gridDim.x, ... of x; waits for the kernel in front. scratch: 2 * CONSUMER_WARPS floats.
-__device__ __forceinline__ void round_tokens(const u16 *x, const float *weight, uint2 *codes, float *scales, int *ready, float eps, int tokens, int cols, float *scratch) {
-    const int vectors = cols / 8, tid = threadIdx.x;
+// Rows blockIdx.x, blockIdx.x + rounders, ... of x; waits for the kernel in front. scratch: 2 * CONSUMER_WARPS floats.
+__device__ __forceinline__ void round_tokens(const u16 *x, const float *weight, uint2 *codes, float *scales, int *ready, float eps, int rounders, int tokens, int cols, float *scratch) {
+    const int vectors = cols / 8, tid = threadIdx.x, first = blockIdx.x < rounders ? blockIdx.x : tokens;
     float *squares = scratch, *largests = scratch + CONSUMER_WARPS;
 #if NORM
-    if (blockIdx.x < tokens)
+    if (first < tokens)
         for (int v = tid; v < vectors; v += CONSUMERS) asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + v * 8));
 #endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    for (int token = blockIdx.x; token < tokens; token += gridDim.x) {
+    for (int token = first; token < tokens; token += rounders) {
         const uint4 *from = (const uint4 *)x + (size_t)token * vectors;
         uint4 values[TOKEN_VECTORS];
 #pragma unroll
