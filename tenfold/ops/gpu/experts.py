@@ -88,7 +88,8 @@ def slab_box(height: int) -> tuple[int, int, int]:
 def legal(plan: ExpertsPlan, rows: int, cols: int, gate: bool) -> bool:
     """Whether a plan can run experts with weights of rows x cols: its ring has room, and registers suffice."""
     wide = plan.width <= WIDEST[plan.height] and (plan.blocks == 1 or (plan.width <= 64 and plan.height <= 128))
-    return wide and cols % 8 == 0 and not (gate and rows % 16) and hopper.fits(shared_bytes(plan), plan.blocks)
+    sizes = cols % 8 == 0 and not (gate and rows % 16)
+    return wide and sizes and plan.stages >= 2 and hopper.fits(shared_bytes(plan), plan.blocks)
 
 
 def candidates(picks: int, experts: int) -> Iterator[ExpertsPlan]:

@@ -136,7 +136,7 @@ def grid(plan: RingPlan, rows: int, cols: int, sms: int) -> int:
 
 def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
-    if not 1 <= tokens <= MOST_TOKENS or cols % (128 // KINDS[plan.kind]):
+    if not 1 <= tokens <= MOST_TOKENS or cols % (128 // KINDS[plan.kind]) or plan.stages < 2:
         return False
     if plan.kind == FLOAT8 and cols > (8 * plan.consumers * MOST_VECTORS if plan.fused else MOST_COLS):
         return False

@@ -9,6 +9,7 @@ from tenfold.ops.gpu import (
     bulk,
     decode,
     even,
+    experts,
     graphs,
     hopper,
     nvrtc,
@@ -90,6 +91,15 @@ def test_clusters_that_cannot_be_are_not_legal() -> None:
     assert not bulk.legal(bulk.BulkPlan("bulk4", 8, 1, 1, 2, 1, 3), 1, 64, 4096)
     assert not bulk.legal(bulk.parse("digits4:14x2x1x2x1"), 4, 4096, 18944)  # digits of all columns do not fit
     assert bulk.legal(bulk.parse("digits4:14x2x1x2x1:c4"), 4, 4096, 18944)
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+def test_rings_of_fewer_than_two_stages_are_not_legal(stages: int) -> None:
+    """Sums of a cluster do not fit where one stage was, and experts give a stage back when they have the next."""
+    for name in (f"ring:{stages}x1x256:c2", f"ring-fp8:{stages}x1x64"):
+        assert not ring.legal(ring.parse(name), 33, 4096, 4096)
+    assert not experts.legal(experts.parse(f"experts:8x64x2x{stages}x1"), 4096, 4096, gate=True)
+    assert experts.legal(experts.parse("experts:8x64x2x2x1"), 4096, 4096, gate=True)
 
 
 def test_two_blocks_divide_long_rows_of_digits_where_nothing_was_measured() -> None:
