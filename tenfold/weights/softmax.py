@@ -5,7 +5,6 @@ without a unified maximum.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tenfold.weights.identity import identity
 
 SCHEMA = 1
 LARGEST_FILE = 64 << 20  # bytes
+LARGEST = 1e18  # of its numbers, which types of 64 bits have room for
 RARE = 0.001  # share of a head's rows, at each end, that phi may leave to the recomputation
 
 
@@ -129,4 +129,4 @@ def check(content: dict[str, Any], layers: int, heads: int) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST

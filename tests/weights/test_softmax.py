@@ -122,6 +122,17 @@ def test_what_is_no_good_is_told_once_and_left(
     assert "tenfold calibrate softmax" in record.getMessage()
 
 
+@pytest.mark.parametrize("digits", [30, 400])
+def test_whole_numbers_that_no_type_has_room_for_are_no_good(
+    folder: Path, digits: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = open_checkpoint(folder)
+    path = save(statistics(identity(checkpoint)), checkpoint)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"low": [[-(10**digits)] * HEADS] * LAYERS}))
+    assert load_phi(checkpoint, LAYERS, HEADS, torch.bfloat16) is None
+    assert "not those of" in caplog.text
+
+
 def test_float16_has_room_for_less_than_bfloat16() -> None:
     wide = statistics("m", -20.0, 20.0)
     assert all(p is None for p in wide.phi(torch.float16))
