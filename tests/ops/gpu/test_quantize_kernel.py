@@ -61,6 +61,17 @@ def test_columns_as_they_come(tokens: int, cols: int, dtype: torch.dtype) -> Non
     check(*quantize.quantize(x, norm), *expected(x, norm))
 
 
+def test_tokens_of_next_to_nothing_are_zeros() -> None:
+    """448 divided by their largest number is infinite, and zeros times that are no numbers."""
+    x = torch.zeros(2, 64, dtype=BFLOAT)
+    x[0, 3] = 1e-37
+    x[1, 3] = 1e-34
+    codes, scales = quantize.quantize(x)
+    assert codes.float()[:, 3].tolist() == [0, 448]
+    assert codes.float().count_nonzero() == 1
+    assert scales.isfinite().all()
+
+
 @pytest.mark.parametrize("cols", [16, 624, 2048])
 @pytest.mark.parametrize("picked", [False, True])
 def test_columns_for_tiles(cols: int, picked: bool) -> None:

@@ -19,6 +19,10 @@ __device__ __forceinline__ u32 e4m3_to_halves(u32 bits) {
     return r;
 }
 
+// A token whose largest number is less is zeros in float8: what makes that 448 may be infinite, and zeros times it are no
+// numbers.
+#define LEAST_TOKEN 1e-35f
+
 // To the nearest e4m3 number, at most the largest one: lo in the low byte.
 __device__ __forceinline__ u32 to_e4m3(float lo, float hi) {
     u16 r;
