@@ -182,6 +182,19 @@ TINY: dict[str, Tiny] = {
             **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.8, mscale_all_dim=0.8),
         },
     ),
+    "deepseek-v2-bias": Tiny(  # latent vectors have norms with an epsilon of their own
+        "DeepseekV2",
+        {
+            **LATENT,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "q_lora_rank": 20,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rms_norm_eps": 1e-2,
+        },
+    ),
     "deepseek-v3": Tiny(
         "DeepseekV3",
         {

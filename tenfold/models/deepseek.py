@@ -7,14 +7,23 @@ from typing import Any
 from torch import Tensor
 
 from tenfold.models.config import ConfigError, ExpertsConfig, Keys, Latent, ModelConfig, read_config
-from tenfold.models.decoder import Block, Decoder, Source
+from tenfold.models.decoder import Block, Decoder, Source, make_norm
 from tenfold.nn.attention import LatentAttention, Queries
 from tenfold.nn.mlp import MLP
 from tenfold.nn.moe import MoE
+from tenfold.nn.norm import RMSNorm
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import AttentionSpec
 
 METHODS = ("greedy", "group_limited_greedy")
+V3 = {
+    "max_position_embeddings": 4096,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+}
+LATENT_EPS = 1e-6  # of the norms of what queries, and keys and values, are compressed to, whatever rms_norm_eps is
 
 
 class DeepseekBlock:
@@ -37,7 +46,7 @@ def latent_attention(source: Source) -> LatentAttention:
         queries = Queries(
             source.linear(["self_attn.q_b_proj"], [rows], own.q_rank),
             source.linear(["self_attn.q_a_proj"], [own.q_rank], c.hidden_size, c.qkv_bias),
-            source.norm("self_attn.q_a_layernorm.weight", own.q_rank),
+            latent_norm(source, "self_attn.q_a_layernorm.weight", own.q_rank),
         )
     else:
         queries = Queries(source.linear(["self_attn.q_proj"], [rows], c.hidden_size))
@@ -50,12 +59,16 @@ def latent_attention(source: Source) -> LatentAttention:
         source.rope,
         queries,
         source.linear(["self_attn.kv_a_proj_with_mqa"], [own.rank + own.rotary], c.hidden_size, c.qkv_bias),
-        source.norm("self_attn.kv_a_layernorm.weight", own.rank),
+        latent_norm(source, "self_attn.kv_a_layernorm.weight", own.rank),
         weights.bank_of(to_keys.transpose(1, 2)),
         weights.bank_of(to_values),
         source.linear(["self_attn.o_proj"], [c.hidden_size], c.heads * own.value, c.out_bias),
         own.paired,
     )
+
+
+def latent_norm(source: Source, name: str, size: int) -> RMSNorm:
+    return make_norm(source.weights, source.prefix + name, size, LATENT_EPS, source.unit)
 
 
 def feed_forward(source: Source) -> MLP | MoE:
@@ -111,13 +124,14 @@ def sharper(keys: Keys) -> float:
 class DeepseekV2(Decoder):
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
-        keys = Keys(raw, {"max_position_embeddings": 2048})
+        keys = Keys({"n_shared_experts": 2, **raw}, {"max_position_embeddings": 2048})  # null is for none
         method = keys.get("topk_method", "greedy")
         if method not in METHODS:
             raise ConfigError(f"topk_method is {method!r} in the model config; allowed: {', '.join(METHODS)}.")
         grouped = method == "group_limited_greedy"
         groups = {"groups": keys.count("n_group"), "kept": keys.count("topk_group")} if grouped else {}
-        return read_deepseek(keys, "DeepseekV2ForCausalLM", **groups)
+        config = read_deepseek(keys, "DeepseekV2ForCausalLM", **groups)
+        return replace(config, mlp_bias=keys.flag("mlp_bias"))
 
     def block(self, source: Source) -> Block:
         return DeepseekBlock(source)
@@ -126,7 +140,7 @@ class DeepseekV2(Decoder):
 class DeepseekV3(Decoder):
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
-        keys = Keys(raw, {"max_position_embeddings": 4096, "n_group": 8, "topk_group": 4})
+        keys = Keys({"n_shared_experts": 1, **raw}, V3)
         groups = keys.count("n_group")
         return read_deepseek(
             keys,

@@ -9,6 +9,15 @@ from tenfold.models.config import ExpertsConfig, Keys, ModelConfig, read_config
 from tenfold.models.decoder import Block, Decoder, Source
 from tenfold.nn.step import Step
 
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
 
 class MixtralBlock:
     def __init__(self, source: Source) -> None:
@@ -29,7 +38,7 @@ class MixtralBlock:
 class Mixtral(Decoder):
     @classmethod
     def configure(cls, raw: dict[str, Any]) -> ModelConfig:
-        keys = Keys(raw, {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2})
+        keys = Keys(raw, DEFAULTS)
         config = read_config(keys, "MixtralForCausalLM")
         routing = keys.routing(keys.count("num_local_experts"), normed=True)
         experts = ExpertsConfig(routing, config.intermediate_size, (True,) * config.layers)
