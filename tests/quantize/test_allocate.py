@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -54,6 +55,19 @@ def test_no_allocation_is_better(seed: int, r: float) -> None:
     assert all(found.bytes[scope] <= budget[scope] * (1 + 1e-9) for scope in budget)
     again = Allocator(blocks).solve(budget, r)
     assert again == found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_block_that_may_lose_most_hides_no_other(seed: int) -> None:
+    """Its coarsest scheme, which nobody takes, costs millions of times what the best allocation does."""
+    draw, blocks = random.Random(seed), random_blocks(seed, 6)
+    for i, block in enumerate(blocks):
+        size = 1e6 if i == 0 else draw.uniform(0.1, 10)
+        loss = {s: size * 16.0**-b * draw.uniform(0.5, 1.5) for s, b in (("w2", 2), ("w4", 4), ("w8", 8), ("bf16", 16))}
+        blocks[i] = replace(block, loss=loss)
+    budget = budgets(blocks, 9.0)
+    best = min(every(blocks, budget), key=lambda plan: plan.loss)
+    assert Allocator(blocks).solve(budget).loss == pytest.approx(best.loss, rel=1e-6)
 
 
 def hull(plans: list[Plan]) -> list[tuple[float, float]]:

@@ -18,6 +18,9 @@ from math import inf, isfinite, log, prod
 import numpy as np
 
 GAP = 1e-9  # of the solver, relative
+LEAST = 1000.0  # of the sums that the solver is given, as it stops within 1e-6 of the best, however large that is
+FAINTEST = 1e-9  # least sum that counts so, relative to the largest number in it
+TIE = 1e-7  # of the best sum at most, that another may cost by which equals are told apart
 ALIKE = 1e-9  # relative difference of two sums that count as equal
 ROUNDED = 1e-12  # likewise of two sums of bytes
 CORNERS = 20  # of a front at most: with 12,000 blocks each takes the solver seconds
@@ -160,13 +163,13 @@ class Allocator:
         times = np.array([self.blocks[i].time[s] for i, s in self._choices])
         cost = a * losses + b * times
         tie = losses if not a else times if not b else None
-        scale = cost.max() or 1.0
-        if tie is not None and tie.max() > 0:
-            cost = cost / scale + 1e-7 * tie / tie.max()
-        else:
-            cost = cost / scale
         columns = np.arange(len(self._choices))
         owner = np.array([i for i, _ in self._choices])
+        lowest = np.full(len(self.blocks), inf)
+        np.minimum.at(lowest, owner, cost)
+        cost = cost * LEAST / (max(lowest.sum(), FAINTEST * cost.max()) or 1.0)
+        if tie is not None and tie.max() > 0:
+            cost += LEAST * TIE * tie / tie.sum()
         once = coo_array((np.ones(len(columns)), (owner, columns)), shape=(len(self.blocks), len(columns)))
         scopes = list(dict.fromkeys(block.scope for block in self.blocks))
         place = np.array([scopes.index(self.blocks[i].scope) for i, _ in self._choices])
