@@ -39,6 +39,14 @@ def test_lines_in_both_spellings(tmp_path: Path) -> None:
     assert read_pairs(tmp_path) == wanted
 
 
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    """Texts of the web hold other separators, which JSON takes as they are."""
+    text = "One.\u2028Two.\x85Three."
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\r\n".join(json.dumps({"text": t}, ensure_ascii=False).encode() for t in (text, "Four.")))
+    assert read_pairs(path) == [Pair(None, CAPTION, text), Pair(None, CAPTION, "Four.")]
+
+
 def test_pictures_with_texts_beside(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg", "c.png"):
         picture(tmp_path, name)
