@@ -630,6 +630,9 @@ def test_what_cannot_be_is_said(tiny: Made, text: Path, tmp_path: Path) -> None:
             Wish(4.0, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no experts"):
         quantize(open_checkpoint(tiny("llama")), text, out, WISH)
+    dense = Tiny("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0, 1, 2]})
+    with pytest.raises(ValueError, match="has no experts"):
+        quantize(open_checkpoint(make_checkpoint(dense, tmp_path / "dense")), text, out, WISH)
     assert not out.exists()
     out.mkdir()
     (out / "mine").write_text("")
@@ -759,10 +762,13 @@ def test_foreign_recipes_and_quantised_models_are_refused(tiny: Made, text: Path
             replace(WISH, layout="compressed-tensors", schemes="w4g32"),
             recipe=recipe,
         )
-    for content in ("[]", "{", json.dumps({**json.loads(recipe.read_text()), "schema": 99})):
+    written = json.loads(recipe.read_text())
+    other = {**written["schemes"], "0.0.down": "w3g32z"}  # that was not measured
+    wrong = {"schema": 99}, {"schemes": other}, {"picks": {}}, {"strengths": {"0": "x"}}, {"cost": 5}, {"bits": None}
+    for content in ("[]", "{", *(json.dumps(written | change) for change in wrong)):
         recipe.write_text(content)
         with pytest.raises(ValueError, match="is no recipe"):
-            quantize(source, text, tmp_path / "b", WISH, recipe=recipe)
+            load(recipe, written["model"])
     with pytest.raises(ValueError, match="is quantised already"):
         quantize(open_checkpoint(tmp_path / "a"), text, tmp_path / "b", WISH)
     assert not (tmp_path / "b").exists()

@@ -75,9 +75,10 @@ def load(path: Path, model: str) -> Recipe:
         if raw.pop("schema") != SCHEMA:
             raise KeyError("schema")
         found = Recipe(**raw | {"front": read(raw.get("front", ()))})
-        found.schemes.items(), found.losses.items(), found.picks.items(), found.slope.items()
-        found.strengths.items()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        for block, scheme in found.schemes.items():  # each has picks, and a loss of its scheme
+            found.losses[block][scheme], found.why(block)
+        sum((found.bits, *found.slope.values(), *found.strengths.values())), found.cost.split()
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is no recipe; give the {FILE} of a model that tenfold quantize made.") from error
     if found.model != model:
         raise ValueError(

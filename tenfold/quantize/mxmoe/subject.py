@@ -84,7 +84,7 @@ class Subject:
         self.weights = Weights(checkpoint, self.kernels, device, dtype, "dense")
         self.model: Any = build_model(checkpoint.config, self.weights, LONGEST)
         experts = self.model.config.experts
-        if experts is None:
+        if experts is None or not any(experts.layers):
             raise ValueError(f"{checkpoint.path} has no experts; name a mixture-of-experts model.")
         self.layers = [i for i, has in enumerate(experts.layers) if has]
         self.blocks = {key: bank.each[key[1]] for key, bank in self._blocks()}
