@@ -97,6 +97,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], files.Writer, str]] = {
         "int3g32z",
     ),
     "packed-8-channel": (compressed("pack-quantized", ints(8, "channel")), packed(bits=8, group=-1), "int8"),
+    "packed-8-unnamed": (
+        compressed("pack-quantized", {"num_bits": 8, "type": "int", "group_size": -1}),
+        packed(bits=8, group=-1),
+        "int8",
+    ),
     "packed-8-asymmetric": (
         compressed("pack-quantized", ints(8, "channel", False)),
         packed(bits=8, group=-1, symmetric=False),

@@ -106,7 +106,8 @@ def read_group(name: str, raw: Mapping[str, Any], settings: Settings) -> Group:
     if kind == "fp8" and form == PACKED:
         read.refuse("type", f"int in {PACKED}")
     size = read.group("group_size")
-    strategy = read.choice("strategy", STRATEGIES, "group" if size else "tensor")
+    unnamed = "group" if size else "channel" if weights.get("group_size") == -1 else "tensor"
+    strategy = read.choice("strategy", STRATEGIES, unnamed)
     block = weights.get("block_structure")
     if strategy == "block" and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
         read.refuse("block_structure", "two whole numbers")
