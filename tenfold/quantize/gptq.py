@@ -46,7 +46,7 @@ def gptq(w: Tensor, moments: Tensor, scheme: Scheme, order: bool = True, damp: f
     hessian = moments.float().clone()
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
-    diagonal[dead] = 1.0
+    diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0  # of no weight in what is added to it
     diagonal += damp * diagonal.mean()
     if not bool(hessian.isfinite().all()):
         raise ValueError(

@@ -103,6 +103,14 @@ def test_features_that_never_were_do_no_harm() -> None:
     assert loss_of(w, found, by) < loss_of(w, round_to_nearest(w, scheme), by)
 
 
+def test_the_size_of_inputs_does_not_matter_beside_features_that_never_were() -> None:
+    """Moments of small inputs are far below 1, and damping is a share of their mean."""
+    x, w, scheme = inputs(), weights(), parse("w3g32z")
+    x[:, 10:20] = 0.0
+    large, small = moments(x), moments(x / 256)
+    assert loss_of(w, gptq(w, small, scheme), large) < 1.05 * loss_of(w, gptq(w, large, scheme), large)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e38])
 def test_moments_that_are_not_finite_are_refused(wrong: float) -> None:
     """Also where it is their mean that has no number."""
