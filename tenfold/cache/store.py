@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tenfold.ops.kv.layer import MOST_GUESSES, PackedLayer, Side, ring_pages, room_pages
-from tenfold.ops.kv.packing import packed_bytes
-from tenfold.ops.kv.quantize import STORED, Grouping, hadamard, plain
+from tenfold.ops.kv.packing import FLOAT8_BITS, packed_bytes
+from tenfold.ops.kv.quantize import STORED, UNMEASURED_UNIT, Grouping, hadamard, plain
 from tenfold.ops.kv.spec import PARAMETERS, PackedSpec, parameters_of
 
 Groupings = Sequence[tuple[Grouping, Grouping]]
@@ -176,7 +176,11 @@ class _Packed:
         i, packed = self._next, self.packed
         self._next += 1
         channels = self.spec.kv_heads * self.spec.head_dim
-        own = groupings or (plain(channels, packed.group), plain(channels, packed.group))
+        unit = UNMEASURED_UNIT if packed.parameters == "e4m3" else 1.0
+        own = groupings or tuple(
+            plain(channels, packed.group, unit if bits == FLOAT8_BITS else 1.0)
+            for bits in (packed.key_bits, packed.value_bits)
+        )
         turn = hadamard(packed.group, self.device) if packed.turned else None
 
         def side(n: int, bits: float) -> Side:

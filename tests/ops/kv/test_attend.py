@@ -107,6 +107,18 @@ class Cache:
         return flat.unflatten(1, (KV_HEADS, DIM)).transpose(0, 1)
 
 
+@pytest.mark.parametrize("name", ["fp8", "k8v8g32w0s0", "k8v8g32w0s0-post-fp16"])
+@pytest.mark.parametrize("size", [0.01, 0.1, 1.0, 100.0])
+def test_eight_bits_keep_numbers_of_any_usual_size_without_a_calibration(name: str, size: float) -> None:
+    spec = KVSpec(1, KV_HEADS, DIM, torch.float32, PAGE, parse(name, KV_HEADS, DIM))
+    layer = KVStore(spec, 2, torch.device("cpu")).layers[0]
+    assert isinstance(layer, PackedLayer)
+    x, slots = size * random(2 * PAGE, KV_HEADS * DIM, seed=6), torch.arange(2 * PAGE)
+    for side in (layer.keys, layer.values):
+        side.write(x, slots)
+        assert (side.read(slots) - x).norm() < 0.05 * x.norm()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @settings(deadline=None, max_examples=12)
 @given(cuts=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=3))
