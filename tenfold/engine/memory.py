@@ -26,7 +26,7 @@ from tenfold.ops.gpu.packed import refusal
 from tenfold.ops.kernels import AttentionSpec
 from tenfold.ops.kv.attend import OLD_TOKENS
 from tenfold.weights.checkpoint import Checkpoint
-from tenfold.weights.load import TABLE, TARGETS, UNPACKED, head_copy, loaded_storage
+from tenfold.weights.load import TABLE, TARGETS, UNPACKED, check_mode, head_copy, loaded_storage
 
 GIB = 1 << 30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -494,7 +494,9 @@ def weight_bytes(
 ) -> tuple[int, bool]:
     """Bytes the weights will take when loaded in this mode, and whether any run quantised. without: how names begin
     that are left out. Of weights only one of each format with zeros is read, where a CPU holds fractions otherwise.
+    Raises ValueError for an unknown mode.
     """
+    check_mode(mode)
     loaded = []
     fine: dict[str, bool] = {}  # formats with zeros: whether those are fractions
     for name in (name for name in checkpoint.names() if not name.startswith(without)):

@@ -45,8 +45,7 @@ class Weights:
         mode: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"weights is {mode!r}; allowed: {', '.join(MODES)}.")
+        check_mode(mode)
         self.checkpoint = checkpoint
         self.kernels = kernels
         self.device = torch.device(device)
@@ -220,6 +219,12 @@ def slices(part: RawTensor, shape: tuple[int, int, int]) -> list[RawTensor]:
         )
     whole = part.data
     return [RawTensor(f"{part.name}[{i}]", part.storage, shape[1:], whole[i]) for i in range(shape[0])]
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError for one that is none of MODES."""
+    if mode not in MODES:
+        raise ValueError(f"weights is {mode!r}; allowed: {', '.join(MODES)}.")
 
 
 def loaded_storage(mode: str, name: str, storage: str, shape: tuple[int, ...]) -> str:

@@ -244,6 +244,12 @@ def test_weights_are_counted_as_they_will_be_loaded(
     assert weight_bytes(checkpoint, mode, torch.float32, kernels) == (expected, quantised)
 
 
+def test_a_plan_of_weights_in_a_mode_that_is_none_is_refused() -> None:
+    checkpoint: Any = Files("F16")
+    with pytest.raises(ValueError, match="weights is 'int5'; allowed: auto, dense, q8_0"):
+        weight_bytes(checkpoint, "int5", torch.float32, "native")
+
+
 @pytest.mark.parametrize(
     ("mode", "expected"),
     [("auto", 4096 * 2), ("int4", 4096 * 3 + 64 * 2), ("int4-blocks", 4096 * 2), ("q8_0", 4096 * 2)],

@@ -1,5 +1,6 @@
 """The command line as a program: quick help, options from the settings, failures a user understands."""
 
+import gzip
 import json
 import os
 import re
@@ -404,6 +405,17 @@ def test_quantize_makes_experts_of_one_scheme(ran, tiny, tmp_path, capsys, as_js
     assert set(recipe["strengths"]) == {"0", "1", "2"}
     printed = capsys.readouterr().out
     assert json.loads(printed) == recipe if as_json else f"saved in {out}; run it with" in printed
+
+
+@pytest.mark.parametrize("name", ["qwen2-moe-even", "llama"])
+def test_quantize_refuses_what_is_no_text(name, ran, tiny, tmp_path):
+    pytest.importorskip("scipy")
+    text, out = tmp_path / "text.txt.gz", tmp_path / "out"
+    text.write_bytes(gzip.compress(bytes(range(256)) * 100 + os.urandom(4000)))
+    words = ("quantize", str(tiny(name)), "--text", str(text), "--out", str(out), "--device", "cpu")
+    with pytest.raises(ValueError, match="is no text: .* of its characters are not UTF-8; give some thousand words"):
+        quantize(*ran(*words)[1])
+    assert not out.exists()
 
 
 def test_quantize_knows_what_is_not_given(ran, tmp_path):

@@ -22,6 +22,7 @@ from tenfold.quantize.mxmoe.front import Corner, draw, drawable, relative, timed
 from tenfold.quantize.mxmoe.recipe import FILE, Recipe
 from tenfold.quantize.mxmoe.run import Wish, quantize
 from tenfold.quantize.schemes import parse
+from tenfold.serve.cli.calibrate import check_text
 from tenfold.serve.cli.terminal import Bar, columns, size
 from tenfold.serve.pairs import Reader, of_text
 from tenfold.weights.checkpoint import Checkpoint
@@ -109,6 +110,8 @@ def run(config: EngineConfig, asked: Asked, mixed: Sequence[Any], scaled: Sequen
     method = chosen(asked.method, checkpoint)
     uniform = method in UNIFORM and model_config(checkpoint.config).experts is not None
     kind_of(method, uniform, asked).check(given(asked, mixed, scaled))
+    if asked.text is not None:
+        check_text(asked.text)
     bars = Bars()
     try:
         if asked.compare:
