@@ -111,11 +111,13 @@ def test_absent_keys_are_what_transformers_takes_for_them() -> None:
     assert (mixtral.rope.theta, mixtral.norm_eps, mixtral.max_positions) == (1e6, 1e-5, 131072)
     more = LATENT | {"n_routed_experts": 16, "num_experts_per_tok": 2}
     second, third = (model_config(family(name, **more)).experts for name in ("DeepseekV2", "DeepseekV3"))
-    assert second is not None and third is not None
+    assert second is not None
+    assert third is not None
     assert (second.shared, second.routing.scale, second.layers) == (48, 1.0, (True,) * 4)
     assert (third.shared, third.routing.scale, third.layers) == (24, 2.5, (False, False, False, True))
     none = model_config(family("DeepseekV3", **more, n_shared_experts=None)).experts
-    assert none is not None and none.shared == 0
+    assert none is not None
+    assert none.shared == 0
 
 
 @pytest.mark.parametrize(

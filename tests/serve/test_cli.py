@@ -413,7 +413,7 @@ def test_quantize_refuses_what_is_no_text(name, ran, tiny, tmp_path):
     text, out = tmp_path / "text.txt.gz", tmp_path / "out"
     text.write_bytes(gzip.compress(bytes(range(256)) * 100 + os.urandom(4000)))
     words = ("quantize", str(tiny(name)), "--text", str(text), "--out", str(out), "--device", "cpu")
-    with pytest.raises(ValueError, match="is no text: .* of its characters are not UTF-8; give some thousand words"):
+    with pytest.raises(ValueError, match=r"is no text: .* of its characters are not UTF-8; give some thousand words"):
         quantize(*ran(*words)[1])
     assert not out.exists()
 

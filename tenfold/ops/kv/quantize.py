@@ -15,8 +15,8 @@ from tenfold.ops.kv.packing import FLOAT8_BITS, LEVELS, pack, unpack
 
 LEAST_SCALE = 1e-5
 E4M3_LARGEST = 448.0
-# What scales of float8 codes are multiples of where none was measured: as E4M3 they bring back groups whose largest number
-# is 0.01 to 1,568, while 1 would lose all below 0.4.
+# What scales of float8 codes are multiples of where none was measured: as E4M3 they bring back groups whose largest
+# number is 0.01 to 1,568, while 1 would lose all below 0.4.
 UNMEASURED_UNIT = 2.0**-7
 STORED = {"e4m3": torch.float8_e4m3fn, "fp16": torch.float16}
 
