@@ -12,6 +12,7 @@ from tenfold.nn.attention import LatentAttention, Queries
 from tenfold.nn.mlp import MLP
 from tenfold.nn.moe import MoE
 from tenfold.nn.norm import RMSNorm
+from tenfold.nn.rope import RopeSpec
 from tenfold.nn.step import Step
 from tenfold.ops.kernels import AttentionSpec
 
@@ -106,7 +107,7 @@ def read_deepseek(keys: Keys, architecture: str, **routing: Any) -> ModelConfig:
         head_dim=latent.rank + latent.rotary,
         rope=rope,
         local_rope=rope,
-        scale=(latent.plain + latent.rotary) ** -0.5 * sharper(keys),
+        scale=(latent.plain + latent.rotary) ** -0.5 * sharper(rope),
         qkv_bias=bias,
         out_bias=bias,
         experts=ExpertsConfig(picks, size, sparse, size * keys.whole("n_shared_experts")),
@@ -114,11 +115,15 @@ def read_deepseek(keys: Keys, architecture: str, **routing: Any) -> ModelConfig:
     )
 
 
-def sharper(keys: Keys) -> float:
-    """By what YaRN's `mscale_all_dim` multiplies scores."""
-    scaling = keys.get("rope_scaling") or {}
-    scale, factor = scaling.get("mscale_all_dim") or 0.0, scaling.get("factor") or 1.0
-    return (0.1 * scale * log(factor) + 1.0) ** 2 if scale and factor > 1 else 1.0
+def sharper(rope: RopeSpec) -> float:
+    """By what YaRN's `mscale_all_dim` multiplies scores. Raises ConfigError."""
+    if not rope.scaling.get("mscale_all_dim"):
+        return 1.0
+    try:
+        scale, factor = rope.number("mscale_all_dim"), rope.number("factor", 1.0)
+    except ValueError as error:
+        raise ConfigError(f"The model config cannot be used: {error}") from error
+    return (0.1 * scale * log(factor) + 1.0) ** 2 if factor > 1 else 1.0
 
 
 class DeepseekV2(Decoder):

@@ -143,6 +143,11 @@ def test_latents_take_less_room_and_are_not_packed() -> None:
         ("deepseek-v3", {"n_group": 3}, "equal groups"),
         ("deepseek-v3", {"first_k_dense_replace": -1}, "from 0"),
         ("deepseek-v3", {"kv_lora_rank": "wide"}, "kv_lora_rank is 'wide'"),
+        (
+            "deepseek-v3",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale_all_dim": "much"}},
+            "mscale_all_dim of a 'yarn' rope is 'much'",
+        ),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(name: str, change: dict[str, Any], says: str, tiny: Folder) -> None:
