@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
+from tenfold.engine import wire
 from tenfold.engine.facts import Facts
 from tenfold.engine.request import FinishReason, Output, Request
 
@@ -136,6 +137,10 @@ def batches(requests: dict[str, Any], outputs: Iterable[Output]) -> dict[Receive
     return found
 
 
+def failed(error: BaseException) -> str:
+    return f"The engine failed: {type(error).__name__}: {error}"
+
+
 def taken(id: str) -> ValueError:
     """Why a second request of the same id is refused."""
     return ValueError(f"request_id is {id!r}; a request with this id is under way, choose another.")
@@ -221,6 +226,12 @@ class EngineLoop:
 
     def submit(self, request: Request, receiver: Receiver) -> None:
         """Raises EngineDead; whatever else is wrong goes to the receiver."""
+        if self._source is None:  # what comes from another process was checked when it was read
+            try:
+                request = wire.as_sent(request)
+            except ValueError as error:
+                receiver.send([(request.id, error)])
+                return
         self._post(lambda engine: self._add(engine, request, receiver))
 
     def abort(self, id: str) -> None:
@@ -297,7 +308,7 @@ class EngineLoop:
             if self._on_failure is not None:
                 self._on_failure(error)
             logger.exception("the engine failed")
-            self._end_all(FinishReason.ERROR, f"The engine failed: {type(error).__name__}: {error}")
+            self._end_all(FinishReason.ERROR, failed(error))
         self.engine = None
         self._ended.set()
 
@@ -344,6 +355,9 @@ class EngineLoop:
         except (ValueError, EngineDead) as error:
             receiver.send([(request.id, error)])
             return
+        except Exception as error:  # the engine ends, and this request as all others do
+            receiver.send([(request.id, EngineDead(failed(error)))])
+            raise
         self._open[request.id] = Open(request, receiver)
 
     def _end(self, engine: Engine, id: str) -> None:

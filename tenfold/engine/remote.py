@@ -298,7 +298,7 @@ class RemoteLoop:
             message = wire.submit(entry.request)
         except (ValueError, TypeError, OverflowError) as error:
             del self._open[entry.request.id]
-            return _unsendable(entry.request, error)
+            return wire.unsendable(entry.request, error)
         if not self._child.has_room(message):
             del self._open[entry.request.id]
             return self._queue_full("the engine has not read what it was sent")
@@ -596,14 +596,3 @@ class RemoteLoop:
 
 def _exception(event: wire.Failed) -> Exception:
     return FAILURES.get(event.kind, RuntimeError)(event.message)
-
-
-def _unsendable(request: Request, error: Exception) -> ValueError:
-    """In the engine's words where its own check finds the fault, too."""
-    try:
-        request.params.check()
-    except ValueError as own:
-        return own
-    except TypeError:
-        pass
-    return ValueError(f"The request cannot be sent to the engine: {error}.")

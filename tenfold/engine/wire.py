@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import IO, Any
 
 import msgspec
@@ -159,6 +160,29 @@ def request_of(command: Submit) -> Request:
         what, _, where = str(error).partition(" - at ")  # `$.params.stop[...]`
         name = where.rpartition("$.")[2].rstrip("`")
         raise ValueError(f"{name or 'The request'} has the wrong type: {what}.") from None
+
+
+def unsendable(request: Request, error: Exception) -> ValueError:
+    """What is wrong with a request that `submit` refused: in the engine's words where its own check finds it, too."""
+    try:
+        request.params.check()
+    except ValueError as own:
+        return own
+    except TypeError:
+        pass
+    return ValueError(f"The request cannot be sent to the engine: {error}.")
+
+
+def as_sent(request: Request) -> Request:
+    """A request as it would arrive, for an engine in this process; its prompt and pictures stay as they are. Raises
+    ValueError for what could not be sent, or with the field that has the wrong type.
+    """
+    bare = replace(request, prompt=(), pictures=())
+    try:
+        command = Submit("", msgspec.Raw(_encoder.encode(bare)))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise unsendable(request, error) from None
+    return replace(request_of(command), prompt=request.prompt, pictures=request.pictures)
 
 
 def write_start(file: IO[bytes], start: Start) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tenfold.engine import inspect
-from tenfold.engine.loop import EngineLoop, stacks
+from tenfold.engine.loop import EngineDead, EngineLoop, stacks
 from tenfold.engine.request import FinishReason, Output, Request, SamplingParams
 from tests.engine.fake import make_engine
 
@@ -104,6 +104,17 @@ def test_states():
     loop.submit(ENDLESS, Inbox())
     wait_until(lambda: not loop.alive)
     assert loop.state == "failed"
+
+
+def test_a_request_at_which_the_engine_fails_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    engine, inbox = make_engine(), Inbox()
+    engine.check = lambda request: 1 / 0  # type: ignore
+    loop = EngineLoop(lambda: engine)
+    loop.submit(ENDLESS, inbox)
+    assert loop.wait(20)
+    (end,) = inbox.items
+    assert (type(end), str(end)) == (EngineDead, "The engine failed: ZeroDivisionError: division by zero")
+    assert loop.open_requests == 0
 
 
 def test_facts_of_an_engine():
