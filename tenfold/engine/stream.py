@@ -41,7 +41,7 @@ class Stream(Iterator[Output]):
         self._loop = loop
         self._mailbox = _Mailbox()
         self._ready: deque[Output] = deque()
-        self._missing = request.params.n
+        self._missing = 1 if request.pool is not None else request.params.n
         loop.submit(request, self._mailbox)
 
     def __iter__(self) -> "Stream":

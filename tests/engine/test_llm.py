@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +203,25 @@ def test_bad_requests_are_refused_and_leave_nothing_behind(llm, prompts, params,
     assert llm.generate("a", GREEDY)[0].tokens
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"params": SamplingParams(max_tokens="5")}, "params.max_tokens has the wrong type: Expected `int | null`"),
+        ({"params": SamplingParams(top_k=None)}, "params.top_k has the wrong type"),
+        ({"params": SamplingParams(seed=2**70)}, "seed is 1180591620717411303424; allowed"),
+        ({"priority": "high"}, "priority has the wrong type: Expected `int`, got `str`"),
+        ({"deadline": "soon"}, "deadline has the wrong type"),
+    ],
+)
+def test_requests_with_fields_of_another_kind_are_refused_and_the_engine_lives(llm, values, reason):
+    with pytest.raises(ValueError, match=reason):
+        llm.generate("a", **{"params": GREEDY} | values)
+    with pytest.raises(ValueError, match=reason):
+        next(llm.stream("a", **{"params": GREEDY} | values))
+    params = replace(GREEDY, top_k=np.int64(3), temperature=np.float32(0.0))
+    assert llm.generate("a", params)[0].tokens == llm.generate("a", GREEDY)[0].tokens
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match=r"max_bach is not a setting of the engine; allowed: .*max_batch"):
         LLM(max_bach=3)
@@ -315,6 +335,12 @@ def test_a_stream_that_is_left_is_aborted():
         wait_until(lambda: is_idle(llm))
         assert list(closed) == []
         assert engine.inner.stats().errors == 0
+
+
+def test_a_stream_of_a_pooled_prompt_ends(llm):
+    """Whatever number of answers its parameters speak of."""
+    outputs = list(llm.stream("abc", SamplingParams(n=2), pool="last"))
+    assert [o.finish for o in outputs] == [FinishReason.STOP]
 
 
 def test_a_refused_stream_raises_at_its_first_output(llm):
