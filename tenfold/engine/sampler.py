@@ -22,6 +22,8 @@ from tenfold.engine.speculate.verify import Check
 from tenfold.ops import sample as ops
 from tenfold.ops.host import sent
 
+COLDEST = 1e-30  # temperature: logits over a lower one are no numbers in float32
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
@@ -298,7 +300,7 @@ class Sampler:
         return Group(
             places=tuple(places),
             index=self._tensor(places),
-            temperature=self._column([p.temperature for p in chosen], torch.float32),
+            temperature=self._column([max(p.temperature, COLDEST) for p in chosen], torch.float32),
             top_k=self._column([min(p.top_k, self.vocab_size) for p in chosen], torch.int64),
             top_p=self._column([p.top_p for p in chosen], torch.float64),
             min_p=self._column([p.min_p for p in chosen], torch.float32),

@@ -151,7 +151,7 @@ def _draw_best(
         & (in_nucleus | (top_p >= 1))
         & (sorted_p >= min_p * sorted_p[:, :1])
     )
-    count = kept.sum(-1, keepdim=True)
+    count = kept.sum(-1, keepdim=True).clamp_(min=1)  # none, where no token has a probability
     told = (top_k <= width) | (top_p >= 1)  # else the mass that top_p is a share of lies further on
     fits = (count < width) & told | ((top_k > 0) & (top_k <= width))
     index = _locate(mass, u * mass.gather(1, count - 1).squeeze(1))

@@ -86,6 +86,18 @@ def test_zero_temperature_takes_the_best() -> None:
     assert generate(PARAMS, Fixed(peaks(7, 8))) == [7] * 6
 
 
+@pytest.mark.parametrize("temperature", [1e-8, 1e-36, 1e-40, 5e-324])
+def test_temperatures_next_to_zero_take_the_best(temperature: float) -> None:
+    for cuts in ({}, {"top_p": 0.9}, {"top_k": 5, "top_p": 5e-324, "min_p": 0.1}):
+        params = replace(PARAMS, temperature=temperature, seed=3, **cuts)  # type: ignore[arg-type]
+        assert generate(params) == generate(PARAMS)
+
+
+def test_where_no_token_is_allowed_one_is_drawn_all_the_same() -> None:
+    params = replace(PARAMS, temperature=1.0, top_p=0.9, min_tokens=3, stop_token_ids=tuple(range(VOCAB)))
+    assert generate(params)
+
+
 def test_top_k_top_p_and_min_p_cut_the_tail() -> None:
     hot = replace(PARAMS, temperature=5.0, seed=1, max_tokens=40)
     model = Fixed(peaks(7, 8, 9, 10))
