@@ -35,8 +35,9 @@ class StepPlan:
     """Entries in the order of the step's tokens: first `decodes` entries of one token each, sampled by an earlier step
     and perhaps not read yet; then single tokens with their drafts, all known; then chunks of text that is known.
 
-    admitted: sequences that got their row with this plan. copies: (source, target) pages to copy before anything is
-    written, all at once; rooms: likewise, but one after the other. `plan.tokens` is never more than max_step_tokens.
+    admitted: sequences that are in a plan for the first time since they got their row. copies: (source, target) pages
+    to copy before anything is written, all at once; rooms: likewise, but one after the other. `plan.tokens` is never
+    more than max_step_tokens.
     """
 
     number: int

@@ -77,6 +77,7 @@ class Scheduler:
         self._held = 0  # answers 1..n-1 whose prompt is not computed yet
         self._blocked: dict[Sequence, None] = {}  # added, not to run yet
         self._leaving: set[Sequence] = set()  # finished, but a step in flight still uses their pages
+        self._entering: set[Sequence] = set()  # have a row, and were in no plan yet
         self._parting: list[Sequence] = []  # were planned up to a place whose room is to be copied
         self._room_copies: list[tuple[int, int]] = []  # of the next plan
         self._free_rows = list(range(limits.rows - 1, -1, -1))
@@ -182,6 +183,7 @@ class Scheduler:
         if self.rooms is not None:
             self._leave_room(sequence, self.rooms)
         self.pool.release(reversed(sequence.pages))
+        self._entering.discard(sequence)
         self._free_rows.append(sequence.row)
         sequence.pages = []
         sequence.row = -1
@@ -363,7 +365,6 @@ class Scheduler:
                 if not self._admit(head, copies):
                     admit = False  # nobody behind overtakes it: it gets the pages and rows that come free
                     continue
-                admitted.append(head)
                 best = head
             elif best is not None:
                 candidates.remove(best)
@@ -373,6 +374,9 @@ class Scheduler:
                 continue  # to be computed in a later step
             entry = self._chunk(best, min(budget, logged) if best.want_prompt_logprobs else budget)
             entries.append(entry)
+            if best in self._entering:
+                self._entering.remove(best)
+                admitted.append(best)
             budget -= entry.length
             logged -= entry.length if best.want_prompt_logprobs else 0
 
@@ -456,6 +460,7 @@ class Scheduler:
         size = self.page_size
         sequence.pages = shared + self.pool.allocate(-(-len(sequence.tokens) // size) - len(shared))
         sequence.row = self._free_rows.pop()
+        self._entering.add(sequence)
         sequence.status = Status.PREFILL
         sequence.synced = 0
         sequence.drafted = 0

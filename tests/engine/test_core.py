@@ -244,6 +244,25 @@ def test_a_step_has_logits_of_so_many_prompt_tokens_at_most(lookahead: int, monk
         assert [r.token for r in records[1:]] == list(prompt[1:])
 
 
+@LOOKAHEAD
+def test_who_waits_for_the_logits_of_others_has_not_begun(lookahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a row, but in no step: it is told when there is one, and does not miss that its row is prepared."""
+    monkeypatch.setattr(scheduler, "PROMPT_LOGPROBS", 4)
+    clock, begun, prepared = Clock(), list[str](), list[str]()
+    engine = make_engine(lookahead=lookahead, clock=clock)
+    engine.on_start = begun.extend
+    monkeypatch.setattr(engine.runner.sampler, "admit", lambda s: prepared.append(s.request.id))
+    for i in range(2):
+        params = replace(GREEDY, prompt_logprobs=0, repetition_penalty=1.1)
+        engine.add(ask(str(i), prompt=tuple(range(20 + i, 32 + i)), params=params, arrival=0.0))
+    outputs: list[Output] = []
+    while engine.has_work:
+        clock.now += 1
+        outputs += engine.step()
+        assert begun == prepared == ["0", "1"][: 1 + (clock.now > 3)]
+    assert [o.queue_seconds for o in outputs if o.prompt_logprobs is not None] == [1, 4]
+
+
 @pytest.mark.parametrize("chunk", [3, 16])
 @LOOKAHEAD
 def test_pooling_does_not_depend_on_chunks(chunk: int, lookahead: int) -> None:
