@@ -371,7 +371,8 @@ class Scheduler:
             else:
                 break
             if best.want_prompt_logprobs and not logged:
-                continue  # to be computed in a later step
+                candidates = [s for s in candidates if not s.want_prompt_logprobs]  # for later steps
+                continue
             entry = self._chunk(best, min(budget, logged) if best.want_prompt_logprobs else budget)
             entries.append(entry)
             if best in self._entering:
