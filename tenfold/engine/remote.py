@@ -296,9 +296,9 @@ class RemoteLoop:
         assert self._child is not None
         try:
             message = wire.submit(entry.request)
-        except (ValueError, TypeError, OverflowError) as error:
+        except ValueError as error:
             del self._open[entry.request.id]
-            return wire.unsendable(entry.request, error)
+            return error
         if not self._child.has_room(message):
             del self._open[entry.request.id]
             return self._queue_full("the engine has not read what it was sent")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import IO, Any
 
@@ -146,10 +147,21 @@ decode_event: Callable[[bytes], Event] = _events.decode
 
 
 def submit(request: Request) -> bytes:
-    """The command that submits a request. Raises ValueError, TypeError or OverflowError for one that holds what no
-    message can: half a surrogate pair, a number beyond 64 bits, an object.
+    """The command that submits a request. Raises ValueError for one that holds what no message can: half a surrogate
+    pair, a number beyond 64 bits, an object.
     """
-    return encode(Submit(request.id, msgspec.Raw(_encoder.encode(request))))
+    return encode(_command(request))
+
+
+def _command(request: Request) -> Submit:
+    """Raises ValueError, in the engine's words where its own check finds what is wrong, too."""
+    try:
+        return Submit(request.id, msgspec.Raw(_encoder.encode(request)))
+    except (ValueError, TypeError, OverflowError) as error:
+        why = str(error)
+    with suppress(TypeError):
+        request.params.check()
+    raise ValueError(f"The request cannot be sent to the engine: {why}.")
 
 
 def request_of(command: Submit) -> Request:
@@ -162,27 +174,12 @@ def request_of(command: Submit) -> Request:
         raise ValueError(f"{name or 'The request'} has the wrong type: {what}.") from None
 
 
-def unsendable(request: Request, error: Exception) -> ValueError:
-    """What is wrong with a request that `submit` refused: in the engine's words where its own check finds it, too."""
-    try:
-        request.params.check()
-    except ValueError as own:
-        return own
-    except TypeError:
-        pass
-    return ValueError(f"The request cannot be sent to the engine: {error}.")
-
-
 def as_sent(request: Request) -> Request:
     """A request as it would arrive, for an engine in this process; its prompt and pictures stay as they are. Raises
     ValueError for what could not be sent, or with the field that has the wrong type.
     """
     bare = replace(request, prompt=(), pictures=())
-    try:
-        command = Submit("", msgspec.Raw(_encoder.encode(bare)))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise unsendable(request, error) from None
-    return replace(request_of(command), prompt=request.prompt, pictures=request.pictures)
+    return replace(request_of(_command(bare)), prompt=request.prompt, pictures=request.pictures)
 
 
 def write_start(file: IO[bytes], start: Start) -> None:
