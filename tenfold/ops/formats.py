@@ -62,6 +62,7 @@ EVERY_NIBBLE_PAIR = 0x000F000F  # picks columns 2i and 2i+1 of a word that was s
 HALF_MAGIC, BFLOAT_MAGIC = 0x64006400, 0x43004300  # float16 pair 1024 + code, bfloat16 pair 128 + code
 LOAD_COLS = 32  # a group is a multiple of this, so that a 16-byte load needs one scale
 FP8_MAX = 448.0
+LEAST_TOKEN = 1e-35  # as float8: a token whose largest number is less is zeros, as 448 divided by it may be infinite
 CHUNK_ELEMENTS = 1 << 22  # elements decoded at once, as float32
 FARTHEST = 512.0  # distances between zero and the middle of two levels: float16 counts halves up to there
 
@@ -255,7 +256,9 @@ def divided(values: Tensor, by: float) -> Tensor:
 
 
 def inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, scale, 1 / scale)
+    """1 / scale, and 0 where that is infinite."""
+    found = 1 / scale
+    return found.masked_fill_(found.isinf(), 0)
 
 
 def rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:

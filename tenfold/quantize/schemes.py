@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenfold.ops.formats import FP8_MAX, Format, Packed, strict, two_levels
+from tenfold.ops.formats import FP8_MAX, LEAST_TOKEN, Format, Packed, strict, two_levels
 
 NAME = re.compile(r"(?:w([1-8])|fp8)(?:g([1-9]\d*))?(z?)(?:a(8|16))?")
 PARAMETER_BITS = 16  # of a scale, and of a zero
@@ -171,7 +171,7 @@ def round_activations(x: Tensor, scheme: Scheme) -> Tensor:
     if scheme.activations == 16:
         return x
     largest = x.float().abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, FP8_MAX / largest, 0.0)
+    inverse = torch.where(largest > LEAST_TOKEN, FP8_MAX / largest, 0.0)
     return (to_float8(x.float() * inverse).float() * (largest / FP8_MAX)).to(x.dtype)
 
 

@@ -128,6 +128,15 @@ def test_zeros_and_huge_numbers_survive(name: str) -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["int1g32z", "int4", "int4g32z", "int8", "fp8"])
+def test_numbers_next_to_nothing_stay_numbers(name: str) -> None:
+    """The inverse of their scale is infinite."""
+    values = torch.zeros(1, 128)
+    values[0, 3] = 1e-39
+    out = dequantize(quantize(RawTensor("w", "F32", (1, 128), values), name))
+    assert (out.abs() <= 1e-38).all()
+
+
 def test_layout_of_nibbles() -> None:
     """Every code at every place; the pairs that kernels mask out, with the bits that make them numbers."""
     codes = torch.stack([(torch.arange(64) * step + step) % 16 for step in range(16)])

@@ -144,6 +144,8 @@ def test_activations_are_rounded_token_by_token() -> None:
     """To the nearest of float8 e4m3, with the largest of a token as its largest number."""
     x = inputs(20)
     x[3] = 0
+    x[4] = 0
+    x[4, 5] = 1e-37
     for name in ("w4a8", "fp8a8"):
         rounded, largest = round_activations(x, parse(name)), x.abs().amax(-1, keepdim=True)
         numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -151,6 +153,7 @@ def test_activations_are_rounded_token_by_token() -> None:
         apart = (x[..., None] - numbers * (largest / 448)[..., None]).abs().amin(-1)
         assert torch.allclose((x - rounded).abs(), apart, atol=1e-6)
         assert torch.equal(rounded[3], x[3])
+        assert not rounded[4].any()
     assert torch.equal(round_activations(x, parse("w4")), x)
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tenfold.ops import elementwise
-from tenfold.ops.formats import BFLOAT_MAGIC, FP8_MAX, HALF_MAGIC, Format, Packed, format_of, packed_of
+from tenfold.ops.formats import BFLOAT_MAGIC, FP8_MAX, HALF_MAGIC, LEAST_TOKEN, Format, Packed, format_of, packed_of
 from tenfold.ops.gpu.hopper import SHARED
 from tenfold.ops.kernels import Norm
 from tenfold.ops.matrix import Matrix
@@ -688,21 +688,23 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(tokens, cols, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     width = min(QUANTIZE_COLS, triton.next_power_of_2(cols))
-    quantize_kernel[(tokens,)](x, codes, scales, cols, FP8_MAX, COLS=width, num_warps=4 if width <= 2048 else 8)
+    warps = 4 if width <= 2048 else 8
+    quantize_kernel[(tokens,)](x, codes, scales, cols, FP8_MAX, LEAST_TOKEN, COLS=width, num_warps=warps)
     return codes, scales
 
 
 @triton.jit
-def quantize_kernel(x, codes, scales, cols, limit, COLS: tl.constexpr):
+def quantize_kernel(x, codes, scales, cols, limit, least, COLS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((COLS,), dtype=tl.float32)
     for first in range(0, cols, COLS):
         col = first + tl.arange(0, COLS)
         values = tl.load(x + token * cols + col, mask=col < cols, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(values))
-    scale = tl.max(largest) / limit
+    most = tl.max(largest)
+    scale = most / limit
     tl.store(scales + token, scale)
-    inverse = 1.0 / tl.where(scale == 0, 1.0, scale)
+    inverse = 1.0 / tl.where(most > least, scale, 1.0)
     for first in range(0, cols, COLS):
         col = first + tl.arange(0, COLS)
         values = tl.load(x + token * cols + col, mask=col < cols, other=0.0).to(tl.float32)

@@ -131,6 +131,16 @@ def test_tokens_are_rounded_to_float8(tokens: int, cols: int) -> None:
     assert not zeros[0].float().any()
 
 
+def test_tokens_of_next_to_nothing_are_zeros_in_float8() -> None:
+    """The inverse of their scale is infinite, and zeros times that are no numbers."""
+    x = torch.zeros(2, 32, dtype=torch.bfloat16)
+    x[0, 3], x[1, 3] = 1e-37, 1e-34
+    codes, scales = lowbit.quantize_tokens(x)
+    assert codes.float()[:, 3].tolist() == [0, 448]
+    assert codes.float().count_nonzero() == 1
+    assert scales.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["fp8a8", "fp8g128a8"])
 def test_float8_meets_float8(name: str) -> None:
     """Against the same rounded tokens; products of float8 are exact, sums are of float32."""

@@ -19,9 +19,9 @@ __device__ __forceinline__ u32 e4m3_to_halves(u32 bits) {
     return r;
 }
 
-// A token whose largest number is less is zeros in float8: what makes that 448 may be infinite, and zeros times it are no
-// numbers.
-#define LEAST_TOKEN 1e-35f
+// What a token with this largest number is multiplied by to be float8. As LEAST_TOKEN of formats.py: below it a token is
+// zeros, for what makes its largest number 448 may be infinite, and zeros times that are no numbers.
+__device__ __forceinline__ float to_largest(float largest) { return largest > 1e-35f ? __fdiv_rn(448.f, largest) : 0.f; }
 
 // To the nearest e4m3 number, at most the largest one: lo in the low byte.
 __device__ __forceinline__ u32 to_e4m3(float lo, float hi) {

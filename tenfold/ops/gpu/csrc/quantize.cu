@@ -68,7 +68,7 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const i
     square = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) square += squares[w], largest = fmaxf(largest, largests[w]);
-    const float inverse = largest > LEAST_TOKEN ? __fdiv_rn(448.f, largest) : 0.f;
+    const float inverse = to_largest(largest);
     float scale = __fdiv_rn(largest, 448.f), sum = 0.f;
 #if NORM
     scale *= rsqrtf(square / cols + eps);

@@ -58,7 +58,7 @@ __device__ __forceinline__ void round_tokens(const u16 *x, const float *weight, 
         square = 0.f;
 #pragma unroll
         for (int w = 0; w < CONSUMER_WARPS; w++) square += squares[w], largest = fmaxf(largest, largests[w]);
-        const float inverse = largest > LEAST_TOKEN ? __fdiv_rn(448.f, largest) : 0.f;
+        const float inverse = to_largest(largest);
 #pragma unroll
         for (int i = 0; i < TOKEN_VECTORS; i++) {
             const int v = tid + i * CONSUMERS;
