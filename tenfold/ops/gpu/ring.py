@@ -1,8 +1,7 @@
 """Linear operations of up to 64 tokens with weights in flight through a ring in shared memory: csrc/ring.cu.
 
 x travels with the weights, and a norm runs before. Bias, gate and residual are fused. "ring-fp8" plans multiply float8
-by float8: tokens are rounded to e4m3 with a scale each before (`quantize.py`), or, with ":fused" behind a plan, by the
-blocks of the product themselves, a few each.
+by float8: tokens are rounded to e4m3 with a scale each before (`quantize.py`).
 """
 
 import re
@@ -41,8 +40,6 @@ SHARED_SIZES = ((5, 1, 256), (4, 1, 256), (4, 1, 128))  # of plans whose blocks 
 CLUSTERS = (8, 4, 2)
 STORED = 8  # rows that a thread stores together
 MOST_SMS = 256  # multiprocessors, more than any GPU has
-MOST_VECTORS = 16  # of 8 columns of a token that a thread rounds
-FUSED = ":fused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,6 @@ class RingPlan:
     """stages of the ring, blocks of a multiprocessor, rows of a tile (of HEIGHTS), and how work is dealt out: splits 1:
     whole tiles; n: every tile to n blocks; 0: equal parts to all blocks there are. kind: of KINDS. cluster: blocks that
     have a tile together and add up in shared memory; then splits is 1. inputs: stages of tokens, 0 for as many as of w.
-    fused: float8, of which the product's own blocks round the tokens.
     """
 
     stages: int
@@ -60,12 +56,6 @@ class RingPlan:
     kind: str = "ring"
     cluster: int = 1
     inputs: int = 0
-    fused: bool = False
-
-    @property
-    def consumers(self) -> int:
-        """Threads that multiply."""
-        return 2 * self.height
 
     @property
     def step_cols(self) -> int:
@@ -74,20 +64,19 @@ class RingPlan:
     def __str__(self) -> str:
         dealt = {0: ":even", 1: ""}.get(self.splits, f":s{self.splits}")
         dealt += f":c{self.cluster}" * (self.cluster > 1) + f":x{self.inputs}" * (self.inputs > 0)
-        return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}{FUSED * self.fused}"
+        return f"{self.kind}:{self.stages}x{self.blocks}x{self.height}{dealt}"
 
 
 def parse(name: str) -> RingPlan:
     """The plan `str(plan)` names. Raises ValueError."""
-    fused = name.startswith(FLOAT8) and name.endswith(FUSED)
-    whole, _, cluster = name.removesuffix(FUSED * fused).partition(":c")
+    whole, _, cluster = name.partition(":c")
     found = parts(whole, KINDS, HEIGHTS)
     if found is None or cluster not in ("", *map(str, CLUSTERS)) or (cluster and (found.splits != 1 or found.inputs)):
         raise ValueError(
             f"{name!r} is no ring plan; allowed: ring:SxBxR or ring-fp8:SxBxR, then :cN, or :even or :sN, then :xN "
-            f"with N below S; behind ring-fp8 then {FUSED}."
+            "with N below S."
         )
-    return replace(found, cluster=int(cluster or 1), fused=fused)
+    return replace(found, cluster=int(cluster or 1))
 
 
 def parts(name: str, kinds: Iterable[str], heights: Iterable[int]) -> RingPlan | None:
@@ -117,7 +106,6 @@ def shared_bytes(plan: RingPlan, tokens: int, cols: int) -> int:
     """Dynamic shared memory of one block."""
     n, row = width(tokens), boxes(plan.height) * BOX_BYTES
     ring = plan.stages * (row * plan.height + 16) + (plan.inputs or plan.stages) * row * n
-    ring += (16 + plan.consumers // 32 * 8) * plan.fused  # where warps meet that round a token
     if plan.cluster > 1:  # sums take the place of stages
         return 1024 + ring
     stored = n // 2 if n == MOST_TOKENS and (plan.height == HEIGHTS[-1] or plan.inputs) else n  # tokens at a time
@@ -138,7 +126,7 @@ def legal(plan: RingPlan, tokens: int, rows: int, cols: int) -> bool:
     """Whether the plan can run a product of these sizes."""
     if not 1 <= tokens <= MOST_TOKENS or cols % (128 // KINDS[plan.kind]) or plan.stages < 2:
         return False
-    if plan.kind == FLOAT8 and cols > (8 * plan.consumers * MOST_VECTORS if plan.fused else MOST_COLS):
+    if plan.kind == FLOAT8 and cols > MOST_COLS:
         return False
     if plan.height // 2 < STORED * plan.cluster:
         return False
@@ -210,7 +198,7 @@ def run(
     """As `Kernels.linear` with dense w [rows, cols]; the plan must be legal. float32: the result's type."""
     if norm is not None:
         x = norms.run(x, norm)
-    return launch(plan, workspace, sms, x, x, w, None, None, bias, act, residual, float32=float32)
+    return launch(plan, workspace, sms, x, x, w, None, None, bias, act, residual, float32)
 
 
 def run_fp8(
@@ -225,13 +213,9 @@ def run_fp8(
     residual: Tensor | None = None,
 ) -> Tensor:
     """As `Kernels.linear` with a matrix that `quantize.takes` accepts; the plan must be legal, of kind "ring-fp8"."""
+    codes, scales = quantize(x, norm)
     packed = packed_of(w)
-    if plan.fused:
-        codes, scales = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(len(x), dtype=torch.float32)
-    else:
-        codes, scales = quantize(x, norm)
-        norm = None
-    return launch(plan, workspace, sms, x, codes, packed.codes, packed.scales, scales, bias, act, residual, norm)
+    return launch(plan, workspace, sms, x, codes, packed.codes, packed.scales, scales, bias, act, residual)
 
 
 def launch(
@@ -246,12 +230,10 @@ def launch(
     bias: Tensor | None,
     act: str | None,
     residual: Tensor | None,
-    norm: Norm | None = None,
-    *,
     float32: bool = False,
 ) -> Tensor:
-    """x: of the result's type, unless that is float32. inputs: x, or its codes with token_scales [T]; a fused plan
-    makes both, of x and the norm. row_scales [rows, groups] of w.
+    """x: of the result's type, unless that is float32. inputs: x, or its codes with token_scales [T]. row_scales [rows,
+    groups] of w.
     """
     tokens, cols = inputs.shape
     rows, gate = w.shape[0], nvrtc.GATES[act]
@@ -273,20 +255,12 @@ def launch(
             ("CLUSTER", plan.cluster),
             ("FLOAT32", int(float32)),
             ("GROUPED", int(row_scales is not None and row_scales.shape[1] > 1)),
-            ("FUSED", int(plan.fused)),
-            ("NORM", int(norm is not None)),
-            ("TOKEN_VECTORS", -(-cols // (8 * plan.consumers)) if plan.fused else 0),
         ),
     )
     w_map, x_map = nvrtc.tensor_map(w, height), nvrtc.tensor_map(inputs, width(tokens))
     arguments: list[nvrtc.Argument] = [w_map, x_map, row_scales, token_scales, out, bias, residual]
-    weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))
-    blocks, threads = grid(plan, rows, cols, sms), plan.consumers + 32
+    arguments += [workspace.sums, workspace.counters, tokens, rows, cols]
+    blocks, threads = grid(plan, rows, cols, sms), plan.height * 2 + 32
     shared = shared_bytes(plan, tokens, cols)
-    rounders = sms * plan.blocks  # run at the same time
-    if plan.fused and plan.cluster > 1:
-        rounders = min(rounders // plan.cluster, kernel.clusters(threads, shared, plan.cluster)) * plan.cluster
-    arguments += [workspace.sums, workspace.counters, x, inputs, weight, eps, workspace.ready, min(rounders, blocks)]
-    arguments += [tokens, rows, cols]
     kernel((blocks, 1, 1), threads, shared, arguments, dependent=True, cluster=plan.cluster)
     return out

@@ -108,9 +108,6 @@ static void arrive_after_words(u32 barrier) {
     some_time([=] { for (auto &copy : own) copy(); arrive_at(barrier); });
 }
 static u32 there(u32 at, int rank) {
-#ifdef CLUSTER
-    rank += own_rank() / CLUSTER * CLUSTER;  // of several that run at the same time
-#endif
     if (at >> 24 != own_rank() || rank < 0 || rank >= (int)blocks.size()) fail("no block of the cluster");
     return (u32)rank << 24 | at & 0xffffff;
 }

@@ -4,8 +4,6 @@
 // A product is under way until it is waited for: with even seeds it reads its operands as late as it may, and its sums are not
 // there before; with odd ones it is computed at once. Its statements are a warp's: the last lane to arrive computes for all.
 
-#include <utility>
-
 #define __grid_constant__
 
 typedef unsigned long long u64;
@@ -167,18 +165,8 @@ static float4 numbers_of(u32 at) {
 }
 #endif
 
-// What another block may have written; a thread that finds too little lets others go on, but not for ever.
-#define MOST_SLEEPS (1 << 26)
-static int sleeps;
-static int acquired(const int *at) { return *at; }
-static void __nanosleep(u32) {
-    bool others = false;
-    if (++sleeps > MOST_SLEEPS) fail("a block waits for what never comes");
-    wait([&] { return std::exchange(others, true); });
-}
-
 static void launch_hopper(int x, int y, int z, int threads, int shared, int together) {
-    random_state = seed, sleeps = 0;
+    random_state = seed;
     emulate(x, y, z, threads, shared, together, [] {
         begin_cluster(), soon = (soon + seed / 2) % 3;  // else the first blocks of many seeds would have it alike
         for (auto &own : products) if (own.size() > 1 || !own[0].empty()) fail("a product that nobody waited for");

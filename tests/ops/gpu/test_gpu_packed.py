@@ -4,7 +4,6 @@ and what is fused.
 How far a result may lie away is `tests/rounding.py`; float8 tokens are compared as they were rounded.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,39 +124,8 @@ def test_float8_by_float8(format: str, count: int, rows: int, cols: int, dtype: 
     rounded = codes.double() * scales.double()[:, None]
     workspace = ring.Workspace(torch.device("cuda"))
     for plan in ring.candidates(count, rows, cols, SMS, ring.FLOAT8):
-        for own in (plan, replace(plan, fused=True)):
-            if ring.legal(own, count, rows, cols):
-                got = ring.run_fp8(own, workspace, SMS, x, w)
-                assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, own
-    assert not workspace.ready.any()
-
-
-def test_blocks_that_round_tokens_wait_for_each_other_in_graphs() -> None:
-    """Launches that begin before the one in front has ended share their counters."""
-    w, back, x = matrix("fp8a8", 4096, 1024), matrix("fp8a8", 1024, 4096), tokens(64, 1024, torch.bfloat16)
-    workspace, norm = ring.Workspace(torch.device("cuda")), Norm(torch.rand(1024, device="cuda") + 0.5, 1e-5)
-
-    def chained(fused: bool) -> Tensor:
-        one, other = (replace(ring.parse(name), fused=fused) for name in ("ring-fp8:5x1x64:x2", "ring-fp8:4x1x64:s4"))
-        y = x
-        for _ in range(40):
-            up = ring.run_fp8(one, workspace, SMS, y, w, None, norm)
-            y = ring.run_fp8(other, workspace, SMS, up, back, None, None, None, y)
-        return y
-
-    wanted = chained(False)
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        chained(True)
-        with torch.cuda.graph(graph, stream=stream):
-            got = chained(True)
-        for _ in range(20):
-            got.fill_(float("nan"))
-            graph.replay()
-            stream.synchronize()
-            assert (got - wanted).norm() <= 0.02 * wanted.norm()
-    assert not workspace.ready.any()
+        got = ring.run_fp8(plan, workspace, SMS, x, w)
+        assert excess(got, rounded, formats.unpack(w), dtype, float8=True) <= 1, plan
 
 
 @pytest.mark.parametrize(
@@ -165,7 +133,7 @@ def test_blocks_that_round_tokens_wait_for_each_other_in_graphs() -> None:
     [
         *(("int8g128z", 3, "stream8:8x4x1"), ("fp8", 16, "stream8:8x4x1"), ("int4", 8, "stream4:8x4x1")),
         *(("int4g128z", 40, "ring4:4x1x192:even"), ("fp8", 24, "ring8:5x1x256"), ("int8g128", 12, "ring8:4x2x64:s2")),
-        *(("fp8a8", 40, "ring-fp8:5x1x64"), ("fp8a8", 40, "ring-fp8:5x1x64:x2:fused")),
+        ("fp8a8", 40, "ring-fp8:5x1x64"),
     ],
 )
 @pytest.mark.parametrize("fused", ["norm silu bias", "residual", "norm gelu_tanh residual"])

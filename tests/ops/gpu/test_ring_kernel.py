@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenfold.ops.gpu import nvrtc, quantize, ring
-from tenfold.ops.kernels import Norm
+from tenfold.ops.gpu import nvrtc, ring
 from tenfold.ops.matrix import Matrix
 from tenfold.ops.oracle import Oracle
 from tests.ops.gpu.emulated_cases import MARKS, TYPES, normal
@@ -100,40 +99,3 @@ def test_float8_by_float8(name: str, tokens: int, half: int, act: str | None, gr
     plain = Matrix("dense", rows, cols, (w,))
     wanted = exact.linear(codes[1].float() * token_scales[:, None], plain, act=act, residual=residual.float())
     assert (got.float() - wanted).norm() <= 6e-3 * wanted.norm()
-
-
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(
-    ("name", "tokens", "half", "act"),
-    [
-        *(("ring-fp8:3x1x64", 3, 70, None), ("ring-fp8:2x1x128:c2", 9, 136, "silu")),
-        *(("ring-fp8:2x1x64:even", 33, 72, "silu"), ("ring-fp8:2x1x256", 17, 264, None)),
-        *(("ring-fp8:4x1x64:x2", 64, 72, "silu"), ("ring-fp8:5x1x64:s2:x2", 20, 70, None)),
-    ],
-)
-def test_blocks_round_their_tokens(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, tokens: int, half: int, act: str | None, normed: bool
-) -> None:
-    """As a launch of its own does; whichever block comes first, also where some begin when others have ended, and the
-    counters are as before.
-    """
-    plan, fused, cols, kind = ring.parse(name), ring.parse(f"{name}:fused"), 1552, torch.bfloat16
-    assert str(fused) == f"{name}:fused"
-    rows = 2 * half if act else half
-    assert ring.legal(fused, tokens, rows, cols)
-    w, scales = normal(rows, cols).to(torch.float8_e4m3fn), normal(rows, 1, seed=2).abs() / cols**0.5
-    x, residual = normal(tokens, cols, seed=1).to(kind), normal(tokens, half, seed=4).to(kind)
-    x[tokens // 2] = 0
-    norm = Norm(normal(cols, seed=3), 1e-5) if normed else None
-    numbers = [w.view(torch.uint8), scales]
-    codes, sizes = quantize.quantize(x, norm)
-    workspace = ring.Workspace(torch.device("cpu"))
-    wanted = ring.launch(plan, workspace, SMS, x, codes, *numbers, sizes, None, act, residual)
-    for seed, together in enumerate((ring.grid(fused, rows, cols, SMS), SMS // plan.cluster * plan.cluster)):
-        monkeypatch.setattr(nvrtc, "load", HopperEmulator(folder, seed, together))
-        filled = torch.empty_like(codes), torch.full_like(sizes, float("nan"))
-        got = ring.launch(fused, workspace, SMS, x, filled[0], *numbers, filled[1], None, act, residual, norm)
-        assert torch.equal(filled[0].float(), codes.float())
-        torch.testing.assert_close(filled[1], sizes, rtol=1e-6, atol=0)
-        assert (got.float() - wanted.float()).norm() <= (1e-3 if normed else 0) * wanted.float().norm()
-        assert not workspace.ready.any()

@@ -64,8 +64,6 @@ SOURCES = [
     ("ring.cu", RING | {"BITS": 8, "N": 64, "HALF": 0, "ROWS": 256, "STAGES": 4, "GROUPED": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 1}),
     ("ring.cu", RING | {"BITS": 8, "N": 32, "HALF": 0, "SPLIT": 1, "GROUPED": 0}),
-    ("ring.cu", RING | {"BITS": 8, "N": 64, "HALF": 0, "GROUPED": 0, "FUSED": 1, "NORM": 1, "TOKEN_VECTORS": 4}),
-    ("ring.cu", RING | {"BITS": 8, "N": 64, "HALF": 1, "SPLIT": 1, "GROUPED": 0, "FUSED": 1, "TOKEN_VECTORS": 16}),
     ("ring_packed.cu", RING | FOUR | {"N": 64, "HALF": 0, "ROWS": 192, "SPLIT": 1, "E4M3": 0}),
     ("ring_packed.cu", RING | EIGHT | {"N": 32, "HALF": 1, "ROWS": 256, "GATE": 0}),
     ("ring_packed.cu", RING | EIGHT | {"N": 8, "HALF": 0, "E4M3": 1, "GROUP": 1 << 30}),

@@ -17,7 +17,7 @@
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N tokens of the instruction: 8, 16, 32 or 64 · STAGES · X_STAGES · BLOCKS of a
 // multiprocessor · ROWS 64, 128 or 256 · SPLIT · CLUSTER, then no SPLIT · BITS of numbers: 16, or 8, float8 e4m3 with a scale
 // for each token, and for each row of w or, with GROUPED 1, for 128 columns of it. Tensor cores add float8 in about 14 bits, so sums of 128
-// columns meet in float32 · FUSED with BITS 8: tokens are rounded here (rounded.h), RMS-normed first with NORM.
+// columns meet in float32.
 
 #include "fragments.h"
 #include "hopper.h"
@@ -36,9 +36,6 @@
 #define TURN ((ROWS == 256 || X_STAGES < STAGES) && N == 64 && CLUSTER == 1 ? N / 2 : N)  // tokens of it that are stored at a time
 
 #include "deal.h"
-#if FUSED
-#include "rounded.h"
-#endif
 
 #define PART (ROWS / (GATE ? 2 : 1) / CLUSTER)  // of a tile's outputs, a block stores
 #define VECTOR 8                                // of them, a thread stores together
@@ -109,7 +106,7 @@ __device__ __forceinline__ void add_box(float (&sums)[N / 2], float (&d)[N / 2],
 #endif
 
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, BLOCKS)
-ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const float *row_scales, float *token_scales, void *out, const float *bias, const u16 *residual, float4 *slots, int *counters, const u16 *raw_tokens, uint2 *codes, const float *weight, float eps, int *ready, int rounders, int tokens, int rows, int cols) {
+ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const float *row_scales, const float *token_scales, void *out, const float *bias, const u16 *residual, float4 *slots, int *counters, int tokens, int rows, int cols) {
     extern __shared__ unsigned char raw[];
     unsigned char *memory = (unsigned char *)(((size_t)raw + 1023) & ~(size_t)1023);
     const int steps = (cols + STEP_COLS - 1) / STEP_COLS;
@@ -172,11 +169,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 for (int b = 0; b < BOXES; b++) fetch(to + b * X_BOX, &x_map, step_of(at) * STEP_COLS + b * BOX_COLS, 0, barrier, kept);
             };
             for (int at = 0; at < min(mine, STAGES); at++) weights(at);
-            asm volatile("griddepcontrol.wait;" ::: "memory");
-#if FUSED
-            wait_for_tokens(ready, tokens);
-#endif
-            asm volatile("fence.proxy.async;" ::: "memory");
+            asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
             for (int at = 0; at < min(mine, X_STAGES); at++) inputs(at);
             for (int done = 0; done + X_STAGES < mine; done++) {  // steps, each of which leaves room for two others
                 wait_for(empty + done % STAGES * 8, done / STAGES & 1);
@@ -189,11 +182,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
         return;
     }
 
-#if FUSED
-    round_tokens(raw_tokens, weight, codes, token_scales, ready, eps, rounders, tokens, cols, (float *)(barriers + 2 * STAGES) + 4);
-#else
     asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rows_at = (warp >> 2) * 64 * 128;  // bytes in a box
     for (int count = 0; count < mine;) {
         const int at = tile_of(count);
@@ -273,7 +262,7 @@ ring(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, const
                 for (int i = 0; i < VECTOR; i++) {
                     const int own = min(row + i, outputs - 1);
 #if BITS == 8
-                    const float scale = __ldcg(token_scales + token);  // perhaps another block's
+                    const float scale = token_scales[token];
                     y[i] *= GROUPED ? scale : scale * row_scales[own];
 #endif
                     if (bias) y[i] += bias[own];
