@@ -59,7 +59,7 @@ def _launch(
         "NORM": int(norm is not None),
         "VECTORS": vectors,
         "TILES": tiles,
-        "TOP": 0 if order is None else top,
+        "TOP": top,
     }
     kernel = nvrtc.load("quantize.cu", "quantize", tuple(macros.items()))
     weight, eps = (None, 0.0) if norm is None else (norm.weight, float(norm.eps))

@@ -12,9 +12,8 @@
 //
 // With a gate the rows of w are gate, then up, and a slab of 16 rows in shared memory is 8 of gate and the same 8 of up:
 // a thread of wgmma has rows r and r + 8 of a slab, so it has both of a feature. One copy brings all slabs of a box: its
-// map has w as [experts, slabs, 2, 8, cols].
-//
-// The kernel in front lets this one begin once lists are there, so weights are asked for before it has ended.
+// map has w as [experts, slabs, 2, 8, cols]. DOWN: the list of tiles is older than the
+// kernel in front, so weights are asked for before that has ended.
 //
 // Compile-time: HALF, GATE, FLOAT32 as elsewhere · N 8 to 64, 128, 192 or 256, of picks · ROWS 64 to 256 · BOXES of 64 columns in a stage
 // · STAGES · BLOCKS of a multiprocessor · CLUSTER, DOWN as in experts.h.
@@ -114,6 +113,10 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
 
     if (threadIdx.x == CONSUMERS) know_map(&w_map), know_map(&x_map), begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
     meet();
+#if !DOWN
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
     const Items items(*(volatile const int *)listed, deep);
 
     if (threadIdx.x >= CONSUMERS) {
@@ -134,11 +137,15 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
                 for (int b = 0; b < BOXES; b++) fetch_picks(to + b * X_BOX, &x_map, at.step * STEP_COLS + b * 64, at.tile, items.rank, barrier, kept);
             };
             Walk at(list, items, steps);
+#if DOWN
             Walk behind = at;
             int count = 0;
             for (; count < STAGES && at.more(); count++, at.next()) weights(at);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
             for (; count; count--, behind.next()) inputs(behind);
+#else
+            asm volatile("fence.proxy.async;" ::: "memory");
+#endif
             for (; at.more(); at.next()) {
                 wait_for(empty + at.slot * 8, at.turn ^ 1);  // which a stage that nothing has filled yet passes
                 weights(at);
@@ -148,8 +155,10 @@ experts(const __grid_constant__ Map w_map, const __grid_constant__ Map x_map, vo
         return;
     }
 
+#if DOWN
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
     const int group = threadIdx.x >> 7, rows_at = group * 64 * 128;  // bytes in a box
     Ring ring = {full, empty, stage0, 0, 0};
     Tile tile = {};

@@ -12,9 +12,7 @@
 // The warp that fills the ring tells the others with each stage of what kind it is.
 //
 // DIGITS: a pick is four rows of digits, and products are those of experts_digits.h, for kinds of whole numbers without
-// acts8.
-//
-// As in experts.cu the kernel in front lets this one begin once lists are there, so weights come while that still runs.
+// acts8. The kernel in front lets this one begin when all before it is done, so weights come while that still runs.
 //
 // Compile-time: HALF, GATE, FLOAT32, N (8 to 64, 128, 192), ROWS (64 to 256), STAGES, BLOCKS, CLUSTER, DOWN as in experts.cu
 // · SPAN tiles at most in a stage, of LIMIT bytes where there are several · ROOM bytes for a warpgroup's tiles in a stage ·
@@ -40,6 +38,7 @@
 #define W_AT (SPAN * X_BOXES * X_BOX)  // where a stage's tiles begin
 #define COUNTS_BYTES (DIGITS ? SPAN * PICKS * 16 : 0)
 #define STAGE_BYTES ((W_AT + ROWS / 64 * ROOM + COUNTS_BYTES + 1023) / 1024 * 1024)
+#define EARLY (DOWN || DIGITS)  // weights may come before the kernel in front has ended
 
 struct Source { u64 address; int kind, bytes; };  // of an expert: its first tile, which of KINDS, and bytes of a tile
 struct Stage { int kind, unused; };  // what the others must know
@@ -347,6 +346,10 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 
     if (threadIdx.x == CONSUMERS) begin_ring(full, empty, STAGES, CLUSTER * CONSUMERS / 32);
     meet();
+#if !EARLY
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
     const Items items(*(volatile const int *)listed, deep);
 
     if (threadIdx.x >= CONSUMERS) {
@@ -384,11 +387,15 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #endif
             };
             Walk at(list, sources, items, steps, down);
+#if EARLY
             Walk behind = at;
             int count = 0;
             for (; count < STAGES && at.more(); count++, at.next()) weights(at);
             asm volatile("griddepcontrol.wait;\nfence.proxy.async;" ::: "memory");
             for (; count; count--, behind.next()) inputs(behind);
+#else
+            asm volatile("fence.proxy.async;" ::: "memory");
+#endif
             for (; at.more(); at.next()) {
                 wait_for(empty + at.slot * 8, at.turn ^ 1);  // which a stage that nothing has filled yet passes
                 weights(at);
@@ -401,8 +408,10 @@ experts_packed(const __grid_constant__ Map x_map, const __grid_constant__ Map x8
 #if TRADE
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(ROWS <= 128 ? 240 : ROWS == 192 ? 160 : 112));
 #endif
+#if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
+#endif
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = warp >> 2;
     Ring ring = {full, empty, stage0, 0, 0};
     Tile tile = {};

@@ -1,6 +1,5 @@
 // What stands around products of experts: tokens copied side by side in the order of picks, and parts of a token added up.
-// Picks are numbered token * TOP + k. A block takes a pick, or a token. The kernel behind `gather` may rely on all that
-// came before it. Compile-time: HALF as elsewhere · TOP.
+// Picks are numbered token * TOP + k. A block takes a pick, or a token. Compile-time: HALF as elsewhere · TOP.
 
 #define GATE 0
 #define FLOAT32 0

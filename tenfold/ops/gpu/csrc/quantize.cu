@@ -6,8 +6,7 @@
 // TILES 2: as w4a8.cu wants them, of every 128 number 32 j + 16 h + 4 t + i is column 32 t + 8 j + 2 h + (0, 4, 1, 5)[i],
 // filled up with zeros; scales[t] is a pair then, behind the scale stands the sum of a token's codes.
 //
-// Compile-time: HALF 0 bfloat16, 1 float16 · NORM · VECTORS of 8 columns of a thread · TILES · TOP picks of a token, which are
-// taken in `order`, and then the kernel behind may rely on all that came before this one; 0: there is no order.
+// Compile-time: HALF 0 bfloat16, 1 float16 · NORM · VECTORS of 8 columns of a thread · TILES · TOP picks of a token.
 
 #define GATE 0
 #include "fragments.h"
@@ -20,9 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const int *order, float eps, int cols) {
     __shared__ float squares[WARPS], largests[WARPS];
     const int vectors = cols / 8, tid = threadIdx.x;
-#if !TOP
     asm volatile("griddepcontrol.launch_dependents;");
-#endif
 #if NORM
     float weights[VECTORS][8];  // they depend on no kernel
 #pragma unroll
@@ -34,13 +31,7 @@ quantize(const u16 *x, const float *weight, uint2 *codes, float *scales, const i
     }
 #endif
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const size_t row = (size_t)blockIdx.x * vectors;
-#if TOP
-    asm volatile("griddepcontrol.launch_dependents;");
-    const size_t from = (size_t)(order[blockIdx.x] / TOP) * vectors;
-#else
-    const size_t from = row;
-#endif
+    const size_t row = (size_t)blockIdx.x * vectors, from = TILES == 1 && order ? (size_t)(order[blockIdx.x] / TOP) * vectors : row;
     float values[VECTORS][8], square = 0.f, largest = 0.f;
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
